@@ -1,0 +1,42 @@
+"""Errors a user can act on: one line that says what happened, one that says what to do.
+
+Each class carries the exit code of the command line (1 run, 2 usage, 3 memory, 4 weights).
+"""
+
+from __future__ import annotations
+
+
+class MlxSoraError(Exception):
+    """A failure with a known cause. `fix` says in one sentence what the user can do about it."""
+
+    exit_code = 1
+
+    def __init__(self, message: str, fix: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.fix = fix
+
+    def __str__(self) -> str:
+        return f"{self.message} {self.fix}".strip() if self.fix else self.message
+
+
+class UsageError(MlxSoraError):
+    """A request that cannot be meant: unknown value, impossible size, unwritable output."""
+
+    exit_code = 2
+
+
+class MemoryBudgetError(MlxSoraError):
+    """The work does not fit the memory that it may use."""
+
+    exit_code = 3
+
+
+class WeightsError(MlxSoraError):
+    """Weights that are missing, damaged or of another model. Names file, key, expected, found."""
+
+    exit_code = 4
+
+
+class NumericsError(MlxSoraError):
+    """NaN, Inf or degenerate values, with the stage and step where they appeared."""

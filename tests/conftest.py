@@ -1,0 +1,35 @@
+"""Test-wide options: which folder of golden cases the parity tests run on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+DEFAULT_GOLDEN = Path(__file__).parent / "parity" / "golden"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--golden",
+        type=Path,
+        default=DEFAULT_GOLDEN,
+        help="folder of golden cases of the reference code (default: the committed subset)",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line(
+        "markers", "golden(family): run once per golden case whose file name starts with `family`"
+    )
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Parametrise `case` over the golden files of the families that the `golden` marker names."""
+    marker = metafunc.definition.get_closest_marker("golden")
+    if marker is None:
+        return
+    from tests.parity.golden import find_cases
+
+    cases = find_cases(metafunc.config.getoption("--golden"), *marker.args)
+    metafunc.parametrize("case", cases, ids=[case.name for case in cases])
