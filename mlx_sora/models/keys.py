@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from math import prod
 
 import mlx.core as mx
@@ -68,7 +69,7 @@ class KeyMap:
             if rule.ignore:
                 return None
             path = match.expand(rule.target) if rule.target is not None else key
-            return Parameter(path, _new_shape(rule, shape), lambda a: _convert(rule, a))
+            return Parameter(path, _new_shape(rule, shape), partial(_convert, rule))
         return Parameter(key, shape, lambda a: a)
 
 

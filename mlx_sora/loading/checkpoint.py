@@ -1,0 +1,187 @@
+"""Strict, lazy checkpoints: one safetensors file, or shards with an index.
+
+Opening reads headers only. `fill` puts the tensors into a module and accepts nothing but an exact
+match of names, shapes and types; the data is read when MLX first evaluates a parameter.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+from mlx import nn
+from mlx.utils import tree_flatten, tree_unflatten
+
+from mlx_sora.errors import WeightsError
+from mlx_sora.loading.safetensors import FIX, FLOATS, TensorInfo, read_header, read_rows
+from mlx_sora.models.keys import KeyMap, Parameter
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Named tensors on disk; `path` is what the user pointed at (file or folder)."""
+
+    path: Path
+    tensors: Mapping[str, TensorInfo]
+
+    @classmethod
+    def open(cls, path: str | Path) -> Checkpoint:
+        """Open a .safetensors file, an index .json, or a folder that holds one of them.
+
+        Raises WeightsError for anything missing, damaged, truncated or ambiguous.
+        """
+        path = Path(path)
+        source = _source(path)
+        if source.suffix == ".json":
+            return cls(path, _read_index(source))
+        return cls(path, read_header(source))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors on disk."""
+        return sum(info.nbytes for info in self.tensors.values())
+
+    def load(self, keys: Iterable[str]) -> dict[str, mx.array]:
+        """The named tensors as lazy arrays: bytes are read at their first evaluation."""
+        by_file: dict[Path, list[str]] = {}
+        for key in keys:
+            by_file.setdefault(self.tensors[key].file, []).append(key)
+        out: dict[str, mx.array] = {}
+        for file, names in by_file.items():
+            try:
+                arrays = mx.load(str(file), format="safetensors")
+            except RuntimeError as error:
+                raise WeightsError(f"MLX cannot load {file}: {error}", FIX) from error
+            assert isinstance(arrays, dict)
+            out.update((name, arrays[name]) for name in names)
+        return out
+
+    def rows(self, key: str, rows: Sequence[int]) -> mx.array:
+        """Rows of the 2-D tensor `key`, reading nothing else: [len(rows), columns]."""
+        info = self.tensors.get(key)
+        if info is None:
+            raise WeightsError(f"{self.path} has no tensor {key}.", FIX)
+        if len(info.shape) != 2 or info.dtype not in FLOATS:
+            raise WeightsError(
+                f"{info.file}: {key} is {info.dtype} {list(info.shape)}, no table.", FIX
+            )
+        outside = [row for row in rows if not 0 <= row < info.shape[0]]
+        if outside:
+            raise WeightsError(
+                f"{info.file}: {key} has {info.shape[0]} rows, row {outside[0]} was asked for.",
+                "Text encoder and tokenizer do not belong together; use those of one model.",
+            )
+        return read_rows(info, rows)
+
+
+def _source(path: Path) -> Path:
+    """The file to read first: the file itself, the only index, or the only .safetensors file."""
+    if path.is_file():
+        if path.suffix not in (".safetensors", ".json"):
+            raise WeightsError(
+                f"{path} is not a safetensors file.",
+                "Pickled checkpoints (.bin, .pt) are never opened; use a safetensors copy.",
+            )
+        return path
+    if not path.is_dir():
+        raise WeightsError(f"No weights at {path}.", "Check the path given by --model.")
+    for pattern in ("*.safetensors.index.json", "*.safetensors"):
+        found = sorted(path.glob(pattern))
+        if len(found) == 1:
+            return found[0]
+        if len(found) > 1:
+            names = ", ".join(f.name for f in found[:4])
+            raise WeightsError(
+                f"{path} holds several candidates ({names}) and no single index.",
+                "Keep one model.safetensors, or the shards with their index.",
+            )
+    raise WeightsError(f"No .safetensors file in {path}.", "Check the path given by --model.")
+
+
+def _read_index(index: Path) -> dict[str, TensorInfo]:
+    """Tensors of all shards that an index names, each found where the index says."""
+    try:
+        weight_map = json.loads(index.read_text())["weight_map"]
+        files = {str(key): str(name) for key, name in weight_map.items()}
+    except OSError as error:
+        raise WeightsError(f"Cannot read {index}: {error.strerror}.", FIX) from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise WeightsError(f"{index} is not a valid index (no weight_map).", FIX) from error
+    headers: dict[str, dict[str, TensorInfo]] = {}
+    for name in sorted(set(files.values())):
+        if Path(name).name != name:
+            raise WeightsError(f"{index} names a file outside its folder: {name}.", FIX)
+        if not (index.parent / name).is_file():
+            raise WeightsError(f"{index} names {name}, which is missing.", FIX)
+        headers[name] = read_header(index.parent / name)
+    for key, name in files.items():
+        if key not in headers[name]:
+            raise WeightsError(f"{index} places {key} in {name}, which does not hold it.", FIX)
+    extra = [(k, n) for n, header in headers.items() for k in header if files.get(k) != n]
+    if extra:
+        raise WeightsError(f"{extra[0][1]} holds {extra[0][0]}, which {index} does not list.", FIX)
+    return {key: headers[name][key] for key, name in files.items()}
+
+
+def fill(
+    module: nn.Module,
+    checkpoint: Checkpoint | Mapping[str, mx.array],
+    keys: KeyMap,
+    *,
+    dtype: mx.Dtype | None = None,
+    without: Sequence[str] = (),
+) -> None:
+    """Give every parameter of `module` its tensor; nothing missing, nothing left over.
+
+    checkpoint: from disk (stays lazy), or a dict of arrays.
+    dtype: cast floating parameters to it as they are read; None keeps the stored type.
+    without: checkpoint keys that the caller reads by another way (an embedding table, by rows).
+    Raises WeightsError naming file, key, expected and found.
+    """
+    if isinstance(checkpoint, Checkpoint):
+        arrays = checkpoint.load(key for key in checkpoint.tensors if key not in without)
+        files = {key: str(info.file) for key, info in checkpoint.tensors.items()}
+        where = str(checkpoint.path)
+    else:
+        arrays = {key: value for key, value in checkpoint.items() if key not in without}
+        where, files = "the given weights", {}
+    wanted = {path: value.shape for path, value in tree_flatten(module.parameters())}
+    values: dict[str, mx.array] = {}
+    for key, array in arrays.items():
+        place = keys.place(key, array.shape)
+        if place is None:
+            continue
+        _check(files.get(key, where), key, array, place, wanted)
+        if place.path in values:
+            raise WeightsError(f"{where}: {key} is a second copy of {place.path}.", FIX)
+        value = place.convert(array)
+        values[place.path] = value if dtype is None else value.astype(dtype)
+    missing = [path for path in wanted if path not in values and path not in keys.optional]
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        shape = list(wanted[missing[0]])
+        raise WeightsError(f"{where}: missing tensor {missing[0]} {shape}{more}.", FIX)
+    module.update(tree_unflatten(list(values.items())))
+
+
+def _check(
+    file: str, key: str, array: mx.array, place: Parameter, wanted: Mapping[str, tuple[int, ...]]
+) -> None:
+    """Raise WeightsError unless `array` may fill `place` of a module that wants `wanted`."""
+    if place.path not in wanted:
+        raise WeightsError(
+            f"{file}: unexpected tensor {key} {list(array.shape)}.",
+            "The file is of another model or of another configuration.",
+        )
+    if place.shape != tuple(wanted[place.path]):
+        raise WeightsError(
+            f"{file}: {key} has shape {list(place.shape)}, expected {list(wanted[place.path])}.",
+            "The file and its config.json do not belong together.",
+        )
+    if array.dtype not in [dtype for _, dtype in FLOATS.values()]:
+        raise WeightsError(
+            f"{file}: {key} has type {array.dtype}, expected one of {', '.join(FLOATS)}.", FIX
+        )
