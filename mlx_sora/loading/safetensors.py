@@ -30,7 +30,7 @@ _SIZES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4} | dict.fro
 )
 _SIZES |= dict.fromkeys(("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2"), 1)
 
-#: The specification's own bound on a header; a larger number means that this is no safetensors file.
+#: The specification's own bound on a header; a larger number means that this is another format.
 MAX_HEADER = 100_000_000
 
 FIX = "Download or copy the file again."

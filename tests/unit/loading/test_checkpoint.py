@@ -186,7 +186,7 @@ def test_unlisted_tensor_in_a_shard(tmp_path: Path) -> None:
     good = json.loads(index.read_text())
     del good["weight_map"]["table"]
     index.write_text(json.dumps(good))
-    with pytest.raises(WeightsError, match="table, which .* does not list"):
+    with pytest.raises(WeightsError, match=r"table, which .* does not list"):
         Checkpoint.open(tmp_path)
 
 

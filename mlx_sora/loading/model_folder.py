@@ -1,0 +1,156 @@
+"""Where a model lies and what it prefers: `shapes`, `opensora-1.2`, or any folder laid out alike.
+
+A model folder holds the published files under these names:
+    transformer/   config.json, model.safetensors          (STDiT3)
+    vae/           config.json, model.safetensors          (spatial and temporal VAE)
+    text_encoder/  config.json, safetensors, maybe sharded (T5 v1.1 encoder)
+    tokenizer/     spiece.model
+    model_index.json  (optional) name and default options
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from mlx_sora.errors import WeightsError
+
+PUBLISHED = "opensora-1.2"
+BUNDLED = "shapes"
+
+#: Environment variable that names another folder of models than the one beside the package.
+WEIGHTS_VARIABLE = "MLX_SORA_WEIGHTS"
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """Options of a model that a request leaves open. The values here are Open-Sora 1.2's own.
+
+    width and height are pixels; fewer frames than `warn_below_frames` are known to look bad.
+    """
+
+    steps: int = 30
+    guidance: float = 7.0
+    width: int = 426
+    height: int = 240
+    num_frames: int = 51
+    fps: int = 24
+    aesthetic: float | None = 6.5
+    warn_below_frames: int = 32
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """A complete model on disk."""
+
+    path: Path
+    name: str
+    defaults: Defaults
+
+    @property
+    def transformer(self) -> Path:
+        return self.path / "transformer"
+
+    @property
+    def vae(self) -> Path:
+        return self.path / "vae"
+
+    @property
+    def text_encoder(self) -> Path:
+        return self.path / "text_encoder"
+
+    @property
+    def tokenizer(self) -> Path:
+        return self.path / "tokenizer" / "spiece.model"
+
+    @classmethod
+    def open(cls, path: str | Path) -> ModelFolder:
+        """Check that all parts are there. Raises WeightsError naming the first that is not."""
+        path = Path(path).expanduser()
+        if not path.is_dir():
+            raise WeightsError(
+                f"No model folder at {path}.",
+                f"Give --model {BUNDLED}, {PUBLISHED} or the path of a model folder.",
+            )
+        absent = missing_parts(path)
+        if absent:
+            raise WeightsError(
+                f"The model in {path} is incomplete: {absent[0]} is missing.",
+                "A model folder holds transformer, vae, text_encoder and tokenizer/spiece.model.",
+            )
+        name, defaults = _read_index(path)
+        return cls(path, name, defaults)
+
+    def config(self, part: str) -> dict[str, Any]:
+        """config.json of `part` (transformer, vae or text_encoder)."""
+        return _read_json(self.path / part / "config.json")
+
+
+def missing_parts(path: Path) -> list[str]:
+    """Parts of the model folder layout that `path` lacks, as relative names."""
+    needed = [f"{part}/config.json" for part in ("transformer", "vae", "text_encoder")]
+    absent = [name for name in [*needed, "tokenizer/spiece.model"] if not (path / name).is_file()]
+    return absent + [
+        f"{part}/*.safetensors"
+        for part in ("transformer", "vae", "text_encoder")
+        if not any((path / part).glob("*.safetensors"))
+    ]
+
+
+def weights_root() -> Path:
+    """Folder that holds the models: $MLX_SORA_WEIGHTS, else `weights/` beside the package."""
+    override = os.environ.get(WEIGHTS_VARIABLE)
+    return Path(override) if override else Path(__file__).resolve().parents[2] / "weights"
+
+
+def find_model(model: str | Path | None = None) -> ModelFolder:
+    """The model that `--model` means: a known name, a path, or by default the best one present.
+
+    Without a choice: the published model when it was downloaded, else the bundled one.
+    Raises WeightsError when it is not there or not complete.
+    """
+    root = weights_root()
+    if model is None:
+        return ModelFolder.open(root / (BUNDLED if missing_parts(root / PUBLISHED) else PUBLISHED))
+    if str(model) in (BUNDLED, PUBLISHED):
+        path = root / str(model)
+        if not path.is_dir():
+            raise WeightsError(
+                f"{model} is not in {root}.",
+                f"Put it there, set {WEIGHTS_VARIABLE}, or give the path of a model folder.",
+            )
+        return ModelFolder.open(path)
+    return ModelFolder.open(model)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise WeightsError(
+            f"Cannot read {path}: {error.strerror}.", "Download it again."
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise WeightsError(f"{path} is not valid JSON.", "Download it again.") from error
+    if not isinstance(value, dict):
+        raise WeightsError(f"{path} holds no JSON object.", "Download it again.")
+    return value
+
+
+def _read_index(path: Path) -> tuple[str, Defaults]:
+    """Name and defaults: from model_index.json where there is one, else Open-Sora 1.2's."""
+    index = path / "model_index.json"
+    if not index.is_file():
+        return path.name, Defaults()
+    content = _read_json(index)
+    given = content.get("defaults", {})
+    types = {field.name: (int, float, type(None)) for field in fields(Defaults)}
+    if not isinstance(given, dict) or not all(
+        isinstance(given[key], types.get(key, object)) for key in given
+    ):
+        raise WeightsError(f"{index}: 'defaults' must map option names to numbers.", "Correct it.")
+    known = {key: value for key, value in given.items() if key in types}
+    return str(content.get("name", path.name)), replace(Defaults(), **known)
