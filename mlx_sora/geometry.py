@@ -1,0 +1,319 @@
+"""Sizes and lengths: resolution buckets, frame counts, latent shapes. Pure functions, no arrays.
+
+Two spellings of an aspect ratio meet here. The tables of Open-Sora 1.2 are keyed height:width
+("9:16" is landscape); everything a user sees is width:height ("16:9" is landscape). Only
+`bucket_size` speaks the former. T H W are frames, rows and columns of the latent.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import sqrt
+from typing import NamedTuple
+
+from mlx_sora.errors import UsageError
+
+#: One latent cell covers 8 x 8 pixels; the VAE drops what is left over.
+PIXELS_PER_CELL = 8
+#: Frames in one independent chunk of the temporal VAE, which become `FRAMES_PER_CELL`-fold fewer.
+MICRO_FRAME_SIZE = 17
+FRAMES_PER_CELL = 4
+MIN_SIDE, MAX_SIDE = 16, 8192
+MAX_FRAMES = 4096
+
+#: What `--resolution` takes: the range Open-Sora 1.2 was trained on.
+RESOLUTIONS = ("144p", "240p", "360p", "480p", "720p")
+DEFAULT_ASPECT_RATIO = "16:9"
+
+FRAME_ALIASES = {
+    "1x": 51,
+    "2x": 102,
+    "4x": 204,
+    "8x": 408,
+    "16x": 816,
+    "2s": 51,
+    "4s": 102,
+    "8s": 204,
+    "16s": 408,
+    "32s": 816,
+}
+
+#: Open-Sora's ratios as height:width, in the order of the rows of `_BUCKETS`.
+BUCKET_RATIOS = (
+    *("3:8", "9:21", "12:25", "1:2", "9:17", "27:50", "9:16", "5:8", "2:3"),
+    *("3:4", "1:1", "4:3", "3:2", "16:9", "17:9", "2:1", "50:27"),
+)
+
+#: height x width. The sizes were picked by hand upstream: no rounding rule yields them.
+_BUCKETS = {
+    "144p": "117x312 125x291 133x277 135x270 139x262 141x260 144x256 151x241 156x234 "
+    "166x221 192x192 221x165 235x156 256x144 263x139 271x135 277x132",
+    "240p": "196x522 210x490 222x462 226x452 232x438 236x436 240x426 252x404 262x393 "
+    "276x368 320x320 370x278 392x262 426x240 440x232 452x226 462x222",
+    "360p": "294x784 314x732 332x692 340x680 350x662 352x652 360x640 380x608 392x588 "
+    "416x554 480x480 554x416 588x392 640x360 660x350 678x340 692x332",
+    "480p": "392x1046 420x980 444x925 452x904 466x880 470x870 480x854 506x810 522x784 "
+    "554x738 640x640 740x555 784x522 854x480 880x466 906x454 924x444",
+    "720p": "588x1568 628x1466 666x1388 678x1356 698x1318 706x1306 720x1280 758x1212 784x1176 "
+    "832x1110 960x960 1108x832 1176x784 1280x720 1320x698 1358x680 1386x666",
+    "1080p": "882x2352 942x2198 998x2080 1018x2036 1048x1980 1058x1958 1080x1920 1138x1820 "
+    "1176x1764 1248x1664 1440x1440 1662x1246 1764x1176 1920x1080 1980x1048 2036x1018 2078x998",
+    "2k": "1176x3136 1256x2930 1330x2770 1358x2716 1398x2640 1412x2612 1440x2560 1518x2428 "
+    "1568x2352 1662x2216 1920x1920 2218x1664 2352x1568 2560x1440 2638x1396 2716x1358 2772x1330",
+    "4k": "1764x4704 1886x4400 1996x4158 2036x4072 2096x3960 2118x3918 2160x3840 2276x3642 "
+    "2352x3528 2494x3326 2880x2880 3326x2494 3528x2352 3840x2160 3958x2096 4072x2036 4156x1994",
+}
+
+#: Square-area families that hold few of the ratios.
+_SQUARES = ("256", "512", "1024", "2048", "2880")
+BUCKET_RESOLUTIONS = (*_BUCKETS, *_SQUARES)
+
+
+class Size(NamedTuple):
+    """A picture's size, in pixels unless said otherwise."""
+
+    width: int
+    height: int
+
+    def __str__(self) -> str:
+        return f"{self.width}x{self.height}"
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """What a request comes to.
+
+    size: pixels asked for, which the transformer is told. decoded: pixels of the finished frames.
+    latent: (T, H, W). warnings: every deviation from the request, in words.
+    """
+
+    size: Size
+    decoded: Size
+    num_frames: int
+    latent: tuple[int, int, int]
+    warnings: tuple[str, ...] = ()
+
+
+def aspect_ratios() -> tuple[str, ...]:
+    """Ratios that `image_size` takes, width:height, widest first."""
+    return tuple(_public_ratio(ratio) for ratio in BUCKET_RATIOS)
+
+
+def image_size(resolution: str, aspect_ratio: str = DEFAULT_ASPECT_RATIO) -> Size:
+    """Size of a named resolution at a width:height ratio ("240p", "16:9" -> 426 x 240).
+
+    Raises UsageError with the valid values for an unknown one.
+    """
+    if resolution not in RESOLUTIONS:
+        raise UsageError(
+            f"Unknown resolution {resolution!r}.",
+            f"Choose one of {', '.join(RESOLUTIONS)}, or give width and height.",
+        )
+    return bucket_size(resolution, _bucket_ratio(aspect_ratio))
+
+
+def bucket_size(resolution: str, ratio: str, *, repaired: bool = True) -> Size:
+    """Entry of Open-Sora's tables; `ratio` is height:width as there ("9:16" is landscape).
+
+    repaired: with the ratios 1:1, 1:2 and 2:1 of the square resolutions, which a misspelt key hides
+    in Open-Sora 1.2 and On-device Sora mended. Raises UsageError where the table has no entry.
+    """
+    if resolution in _BUCKETS:
+        table = dict(zip(BUCKET_RATIOS, _BUCKETS[resolution].split(), strict=True))
+    elif resolution in _SQUARES:
+        table = _square_table(int(resolution), repaired=repaired)
+    else:
+        known = ", ".join(BUCKET_RESOLUTIONS)
+        raise UsageError(f"Unknown resolution {resolution!r}.", f"Choose one of {known}.")
+    if ratio not in table:
+        raise UsageError(
+            f"Resolution {resolution} has no height:width ratio {ratio!r}.",
+            f"Choose one of {', '.join(table) or 'another resolution'}.",
+        )
+    height, width = table[ratio].split("x")
+    return Size(int(width), int(height))
+
+
+def num_pixels(resolution: str) -> int:
+    """Nominal area of a resolution: its 9:16 (height:width) size, or the square of its side."""
+    if resolution in _SQUARES:
+        return int(resolution) ** 2
+    size = bucket_size(resolution, "9:16")
+    return size.width * size.height
+
+
+def ratio_key(ratio: str) -> str:
+    """Key of a height:width ratio in Open-Sora's tables: its value with two decimals."""
+    if ratio == "50:27":
+        return "2.08"  # upstream files 25:12 under this name
+    height, width = ratio.split(":")
+    return f"{int(height) / int(width):.2f}"
+
+
+def num_frames(value: int | float | str) -> int:
+    """Frame count as Open-Sora reads it: an alias ("4s") or anything `int` takes (1.9 -> 1).
+
+    Raises ValueError otherwise. For what a user typed use `parse_frames`.
+    """
+    if isinstance(value, str) and value in FRAME_ALIASES:
+        return FRAME_ALIASES[value]
+    return int(value)
+
+
+def parse_frames(value: int | str) -> int:
+    """Frame count a user asked for: a whole number or an alias. 2..16 are refused.
+
+    Raises UsageError.
+    """
+    aliases = ", ".join(alias for alias in FRAME_ALIASES if alias.endswith("s"))
+    try:
+        frames = num_frames(value.strip() if isinstance(value, str) else value)
+    except (ValueError, TypeError, OverflowError):
+        frames = 0
+    if isinstance(value, bool) or frames < 1 or (isinstance(value, float) and frames != value):
+        raise UsageError(
+            f"Cannot make {value!r} frames.",
+            f"Give 1 (an image), a whole number from {MICRO_FRAME_SIZE}, or one of {aliases}.",
+        )
+    if 1 < frames < MICRO_FRAME_SIZE:
+        raise UsageError(
+            f"Cannot make {frames} frames: Open-Sora's timestep schedule is undefined for 2 to "
+            f"{MICRO_FRAME_SIZE - 1} frames.",
+            f"Ask for 1 frame or for at least {MICRO_FRAME_SIZE}.",
+        )
+    if frames > MAX_FRAMES:
+        raise UsageError(f"Cannot make {frames} frames.", f"Ask for at most {MAX_FRAMES}.")
+    return frames
+
+
+def latent_frames(frames: int, micro_frame: int | None = MICRO_FRAME_SIZE) -> int:
+    """Latent frames of a clip: chunks of `micro_frame` frames, four to a latent, each rounded up.
+
+    None: the whole clip is one chunk. Mirrors VideoAutoencoderPipeline of Open-Sora 1.2.
+    """
+    if micro_frame is None:
+        return _cells(frames)
+    return frames // micro_frame * _cells(micro_frame) + _cells(frames % micro_frame)
+
+
+def latent_size(width: int, height: int) -> Size:
+    """Latent cells across and down; pixels beyond the last whole cell are dropped."""
+    return Size(width // PIXELS_PER_CELL, height // PIXELS_PER_CELL)
+
+
+def latent_shape(
+    frames: int, size: Size, micro_frame: int | None = MICRO_FRAME_SIZE
+) -> tuple[int, int, int]:
+    """(T, H, W) of the latent of `frames` frames of `size` pixels."""
+    cells = latent_size(*size)
+    return latent_frames(frames, micro_frame), cells.height, cells.width
+
+
+def decoded_size(width: int, height: int) -> Size:
+    """Pixels of the frames that come out for a size asked for (426 x 240 -> 424 x 240)."""
+    cells = latent_size(width, height)
+    return Size(cells.width * PIXELS_PER_CELL, cells.height * PIXELS_PER_CELL)
+
+
+def check_size(width: int, height: int) -> Size:
+    """The size itself; raises UsageError where no picture of that size can be made."""
+    for name, side in (("Width", width), ("Height", height)):
+        if isinstance(side, bool) or not isinstance(side, int):
+            raise UsageError(f"{name} {side!r} is not a whole number of pixels.", "Give a number.")
+        if not MIN_SIDE <= side <= MAX_SIDE:
+            raise UsageError(
+                f"{name} {side} is impossible.",
+                f"Give {MIN_SIDE} to {MAX_SIDE} pixels, best a multiple of {PIXELS_PER_CELL}.",
+            )
+    return Size(width, height)
+
+
+def resolve_size(
+    default: Size,
+    *,
+    resolution: str | None = None,
+    aspect_ratio: str | None = None,
+    width: int | None = None,
+    height: int | None = None,
+) -> Size:
+    """Size in pixels that a request names; `default` is the model's own size.
+
+    Either width and height, or a resolution and / or an aspect ratio (width:height), or nothing.
+    A ratio alone keeps the default's area. Raises UsageError for half a size or a contradiction.
+    """
+    if width is not None or height is not None:
+        if width is None or height is None:
+            missing = "height" if height is None else "width"
+            raise UsageError(
+                f"Half a size: {missing} is missing.", "Give width and height together."
+            )
+        if resolution is not None or aspect_ratio is not None:
+            raise UsageError(
+                "Width and height cannot be combined with a resolution or an aspect ratio.",
+                "Give one or the other.",
+            )
+        return check_size(width, height)
+    if resolution is not None:
+        return image_size(resolution, aspect_ratio or DEFAULT_ASPECT_RATIO)
+    if aspect_ratio is None:
+        return default
+    return _size_of_area(default.width * default.height, aspect_ratio)
+
+
+def plan_geometry(size: Size, frames: int, micro_frame: int | None = MICRO_FRAME_SIZE) -> Geometry:
+    """Latent shape and finished size of `frames` frames of `size` pixels, with what was snapped.
+
+    Raises UsageError for an impossible size or frame count.
+    """
+    size, frames = check_size(*size), parse_frames(frames)
+    decoded = decoded_size(*size)
+    warnings: tuple[str, ...] = ()
+    if decoded != size:
+        warnings = (
+            f"{size} pixels come out as {decoded}: the VAE works in cells of {PIXELS_PER_CELL}.",
+        )
+    return Geometry(size, decoded, frames, latent_shape(frames, size, micro_frame), warnings)
+
+
+def _cells(frames: int) -> int:
+    return -(-frames // FRAMES_PER_CELL)
+
+
+def _square_table(side: int, *, repaired: bool) -> dict[str, str]:
+    short, long, longest = side * 11 // 16, side * 11 // 8, side * 23 // 16
+    full = side != 2880
+    table = {"12:25": f"{short}x{longest}"} if full else {}
+    if repaired:
+        table["1:1"] = f"{side}x{side}"
+        if full:
+            table |= {"1:2": f"{short}x{long}", "2:1": f"{long}x{short}"}
+    return table
+
+
+def _public_ratio(ratio: str) -> str:
+    """width:height of a bucket. Upstream's "50:27" holds sizes of 25:12 and is named so here."""
+    height, width = ("25", "12") if ratio == "50:27" else ratio.split(":")
+    return f"{width}:{height}"
+
+
+def _bucket_ratio(aspect_ratio: str) -> str:
+    for ratio in BUCKET_RATIOS:
+        if _public_ratio(ratio) == aspect_ratio:
+            return ratio
+    raise UsageError(
+        f"Unknown aspect ratio {aspect_ratio!r}.",
+        f"Choose one of {', '.join(aspect_ratios())} (width:height).",
+    )
+
+
+def _size_of_area(area: int, aspect_ratio: str) -> Size:
+    ratio = _bucket_ratio(aspect_ratio)
+    for resolution in RESOLUTIONS:
+        if num_pixels(resolution) == area:
+            return bucket_size(resolution, ratio)
+    width, height = (int(part) for part in aspect_ratio.split(":"))
+    unit = sqrt(area / (width * height)) / PIXELS_PER_CELL
+    return check_size(
+        max(round(width * unit), 2) * PIXELS_PER_CELL,
+        max(round(height * unit), 2) * PIXELS_PER_CELL,
+    )

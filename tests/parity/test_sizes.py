@@ -1,0 +1,60 @@
+"""Resolution buckets, frame counts and latent sizes against Open-Sora's tables: exact."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from mlx_sora import geometry
+from mlx_sora.errors import UsageError
+from tests.parity.golden import Case
+
+
+def table_entry(row: dict[str, Any], *, repaired: bool) -> list[int] | None:
+    try:
+        size = geometry.bucket_size(row["resolution"], row["aspect_ratio"], repaired=repaired)
+    except UsageError:
+        return None
+    return [size.height, size.width]
+
+
+@pytest.mark.golden("text_sizes")
+def test_buckets(case: Case) -> None:
+    for row in case.config["rows"]:
+        for column, repaired in (("open_sora", False), ("on_device", True)):
+            assert table_entry(row, repaired=repaired) == row[column].get("out"), (row, column)
+
+
+@pytest.mark.golden("text_sizes")
+def test_areas_and_keys(case: Case) -> None:
+    for resolution, pixels in case.config["num_pixels"].items():
+        assert geometry.num_pixels(resolution) == pixels
+    for ratio, key in case.config["aspect_ratio_keys"].items():
+        assert geometry.ratio_key(ratio) == key
+    assert set(case.config["num_pixels"]) <= set(geometry.BUCKET_RESOLUTIONS)
+
+
+@pytest.mark.golden("text_sizes")
+def test_frame_counts(case: Case) -> None:
+    for row in case.config["num_frames"]:
+        if "out" in row:
+            assert geometry.num_frames(row["in"]) == row["out"]
+        else:
+            with pytest.raises(ValueError, match="invalid literal"):
+                geometry.num_frames(row["in"])
+            with pytest.raises(UsageError):
+                geometry.parse_frames(row["in"])
+
+
+@pytest.mark.golden("text_sizes")
+def test_latent_sizes(case: Case) -> None:
+    for row in case.config["latent_size"]:
+        # The reference passes an unknown side (None) through; the axes do not depend on each other.
+        frames, height, width = (1 if known is None else known for known in row["input"])
+        size, micro_frame = geometry.Size(width, height), row["micro_frame_size"]
+        shape = geometry.latent_shape(frames, size, micro_frame)
+        pairs = zip(row["input"], shape, strict=True)
+        assert [None if n is None else cells for n, cells in pairs] == row["latent"], row
+        if row["input"][0] is not None:
+            assert geometry.latent_frames(frames, None) == row["temporal_only"][0], row
