@@ -1,1 +1,57 @@
-"""mlx_sora."""
+"""mlx_sora: Open-Sora 1.2 text-to-video on Apple MLX.
+
+Importing it is light: networks, MLX and file formats load on first use. The one thing done at once
+is to put a fast BLAS in place on Linux, which only works before `mlx.core` is loaded.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from mlx_sora.errors import (
+    MemoryBudgetError,
+    MlxSoraError,
+    NumericsError,
+    UsageError,
+    WeightsError,
+)
+from mlx_sora.runtime import blas as _blas
+
+if TYPE_CHECKING:
+    from mlx_sora.pipeline import Pipeline
+    from mlx_sora.request import GenerationRequest
+    from mlx_sora.video import Video
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "GenerationRequest",
+    "MemoryBudgetError",
+    "MlxSoraError",
+    "NumericsError",
+    "Pipeline",
+    "UsageError",
+    "Video",
+    "WeightsError",
+    "__version__",
+]
+
+#: Public names that load their module on first access.
+_LAZY = {
+    "GenerationRequest": "mlx_sora.request",
+    "Pipeline": "mlx_sora.pipeline",
+    "Video": "mlx_sora.video",
+}
+
+_blas.install()
+
+
+def __getattr__(name: str) -> object:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'mlx_sora' has no attribute {name!r}")
+    return getattr(import_module(_LAZY[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

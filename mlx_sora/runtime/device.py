@@ -1,0 +1,90 @@
+"""Which device MLX runs on, what precision suits it, and what `info` says about the machine."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import mlx.core as mx
+
+from mlx_sora.errors import UsageError
+from mlx_sora.runtime import blas
+
+#: Values of the `dtype` option. float16 is absent: T5 overflows in it.
+DTYPES = ("auto", "float32", "bfloat16")
+
+#: Packages whose versions belong in a report.
+_PACKAGES = ("mlx-sora", "mlx", "numpy", "safetensors", "av", "pillow", "sentencepiece")
+
+
+def default_dtype(device: mx.Device | None = None, requested: str = "auto") -> mx.Dtype:
+    """Precision of weights and activations on `device` (default: MLX's default device).
+
+    auto: bfloat16 on GPUs, float32 on CPUs. bfloat16 on a Linux CPU is refused with a UsageError:
+    MLX multiplies it there without BLAS, about 18 times slower than float32. So are unknown names.
+    """
+    if requested not in DTYPES:
+        raise UsageError(f"Unknown dtype {requested!r}.", f"Choose one of: {', '.join(DTYPES)}.")
+    on_cpu = (device or mx.default_device()) == mx.Device(mx.cpu)
+    if requested == "bfloat16" and on_cpu and sys.platform == "linux":
+        raise UsageError(
+            "bfloat16 is about 18 times slower than float32 on a Linux CPU.",
+            "Use --dtype float32 or auto, or a GPU.",
+        )
+    if requested == "auto":
+        return mx.float32 if on_cpu else mx.bfloat16
+    return mx.float32 if requested == "float32" else mx.bfloat16
+
+
+def backend() -> str:
+    """`metal`, `cuda` or `cpu`: where MLX's default device computes."""
+    if mx.default_device() == mx.Device(mx.cpu):
+        return "cpu"
+    return "metal" if mx.metal.is_available() else "cuda"
+
+
+def blas_notice() -> str:
+    """One line to show once when the CPU lacks a fast BLAS and computes; empty otherwise."""
+    return blas.install().notice if backend() == "cpu" else ""
+
+
+def total_memory() -> int:
+    """Bytes of RAM this process may use: the machine's, or its container's limit if lower."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            memory = min(memory, int(Path(limit).read_text()))
+        except (OSError, ValueError):  # no such file, or the word "max"
+            continue
+    return memory
+
+
+def versions() -> dict[str, str]:
+    """Installed version of Python and of each package that shapes a result."""
+    found = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def describe() -> dict[str, object]:
+    """The machine as `info` and metadata show it; memory in bytes, plain JSON values only."""
+    library = blas.install()
+    return {
+        "backend": backend(),
+        "device": str(mx.device_info().get("device_name", platform.processor())),
+        "dtype": str(default_dtype()).removeprefix("mlx.core."),
+        "platform": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "cpu_count": os.cpu_count(),
+        "memory": total_memory(),
+        "blas": library.name,
+        "blas_library": library.path,
+        "blas_fast": library.fast,
+        "versions": versions(),
+    }
