@@ -3,8 +3,8 @@
 The Linux wheel of MLX carries netlib's reference BLAS: one thread, no SIMD, about 40 times slower
 than the processor can. The dynamic linker takes `cblas_sgemm` from whichever library was loaded
 globally first, so `install` (called by `mlx_sora/__init__.py`) puts a better one there before
-`mlx.core` is loaded: the OpenBLAS inside numpy's wheel, through the small extension `_cblas.c`, else
-an installed MKL or OpenBLAS. The threads are then the library's: OPENBLAS_NUM_THREADS or
+`mlx.core` is loaded: the OpenBLAS inside numpy's wheel, through the small extension `_cblas.c`,
+else an installed MKL or OpenBLAS. The threads are then the library's: OPENBLAS_NUM_THREADS or
 MKL_NUM_THREADS. `MLX_SORA_BLAS` picks a single way (`numpy`, `mkl`, `openblas`) or none (`off`).
 
 macOS is left alone: MLX uses Accelerate there.
@@ -78,7 +78,7 @@ def install() -> Blas:
 def _too_late() -> Blas:
     import mlx.core as mx
 
-    notice = "mlx.core was imported before mlx_sora, too late for a fast BLAS: import mlx_sora first."
+    notice = "mlx.core was imported first, too late for a fast BLAS: import mlx_sora before it."
     if mx.default_device() == mx.Device(mx.cpu):
         log.warning(notice)
     return Blas("MLX's own", fast=False, notice=notice)

@@ -41,7 +41,7 @@ def release() -> None:
 
 @contextmanager
 def memory_scope(cache_limit: int | None = None) -> Iterator[None]:
-    """Run with MLX's cache limit at `cache_limit` bytes, None for `default_cache_limit`; restore it.
+    """Run with MLX's cache limit at `cache_limit` bytes (None: the default); then restore it.
 
     The cache is emptied on the way out, so that the limit before also holds afterwards.
     """

@@ -1,0 +1,74 @@
+"""Does MLX reach numpy's speed on this CPU? float32 [5760, 1152] x [1152, 4608], runs alternating.
+
+    python benchmarks/blas.py [--runs 15] [--json FILE]
+
+Exits with 1 below 0.8 of numpy's median.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import mlx_sora  # noqa: F401  (first: it puts the fast BLAS in place)
+
+ROWS, INNER, COLUMNS = 5760, 1152, 4608
+GOAL = 0.8
+
+
+def seconds(work: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def measure(runs: int) -> dict[str, object]:
+    """GF/s of both, medians over `runs` alternating products; `ratio` = MLX / numpy, run by run."""
+    import mlx.core as mx
+    import numpy as np
+
+    from mlx_sora.runtime.device import describe
+
+    mx.set_cache_limit(1 << 30)
+    rng = np.random.default_rng(0)
+    a = rng.standard_normal((ROWS, INNER), dtype=np.float32)
+    b = rng.standard_normal((INNER, COLUMNS), dtype=np.float32)
+    x, y = mx.array(a), mx.array(b)
+    mx.eval(x, y, x @ y)
+    error = float(np.abs(np.array(x @ y) - a @ b).max())
+    times = [(seconds(lambda: mx.eval(x @ y)), seconds(lambda: a @ b)) for _ in range(runs)]
+    flops = 2e-9 * ROWS * INNER * COLUMNS
+    return {
+        "product": [ROWS, INNER, COLUMNS],
+        "runs": runs,
+        "mlx_gflops": flops / statistics.median(m for m, _ in times),
+        "numpy_gflops": flops / statistics.median(n for _, n in times),
+        "ratio": statistics.median(n / m for m, n in times),
+        "max_difference": error,
+        "machine": describe(),
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--runs", type=int, default=15)
+    parser.add_argument("--json", type=Path, help="also write the figures here")
+    options = parser.parse_args()
+    result = measure(options.runs)
+    print(
+        "MLX {mlx_gflops:.0f} GF/s, numpy {numpy_gflops:.0f} GF/s, ratio {ratio:.2f}".format(
+            **result
+        )
+    )
+    if options.json:
+        options.json.write_text(json.dumps(result, indent=2) + "\n")
+    return 0 if float(str(result["ratio"])) >= GOAL else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,128 @@
+"""The fast BLAS on Linux: who answers, what happens when nobody does."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mlx_sora.runtime import blas
+
+linux_only = pytest.mark.skipif(sys.platform != "linux", reason="MLX has Accelerate on macOS")
+
+REPORT = """
+import json, sys
+from mlx_sora.runtime import blas
+import mlx.core as mx
+b = blas.install()
+a = mx.random.normal((96, 64), key=mx.random.key(0))
+mx.eval(a @ a.T)
+print(json.dumps({"name": b.name, "path": b.path, "fast": b.fast, "notice": b.notice,
+                  "calls": b.calls()}))
+"""
+
+
+def fresh(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run `code` in a new interpreter: the linker's choice is made once per process."""
+    env = {**os.environ, "OPENBLAS_NUM_THREADS": "1", **environment}
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, capture_output=True, text=True, env=env, check=False)
+
+
+def report(**environment: str) -> dict[str, object]:
+    environment.setdefault("MLX_SORA_BLAS", "auto")
+    result = fresh(REPORT, **environment)
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+@linux_only
+def test_mlx_multiplies_through_the_extension() -> None:
+    if not list(Path(blas.__file__).parent.glob("_cblas*.so")):
+        pytest.skip("installed without a C compiler")
+    answer = report()
+    assert answer["name"] == "OpenBLAS of numpy"
+    assert (answer["fast"], answer["notice"]) == (True, "")
+    assert int(str(answer["calls"])) >= 1
+
+
+@linux_only
+def test_off_leaves_mlx_as_it_is() -> None:
+    answer = report(MLX_SORA_BLAS="off")
+    assert (answer["path"], answer["fast"], answer["calls"]) == ("", False, None)
+    assert "MLX_SORA_BLAS" in str(answer["notice"])
+
+
+@linux_only
+def test_unknown_choice_lists_the_valid_ones() -> None:
+    result = fresh(REPORT, MLX_SORA_BLAS="atlas")
+    assert result.returncode == 0
+    assert "auto, numpy, mkl, openblas, off" in result.stderr
+
+
+@linux_only
+def test_too_late_is_said_once_in_one_line() -> None:
+    result = fresh("import mlx.core\n" + REPORT, MLX_SORA_BLAS="auto")
+    assert result.returncode == 0
+    assert json.loads(result.stdout)["fast"] is False
+    assert result.stderr.strip().count("\n") == 0
+    assert "import mlx_sora before it" in result.stderr
+
+
+@linux_only
+def test_products_equal_numpy() -> None:
+    """All layouts and kinds that MLX hands to BLAS, strides and the complex kind included."""
+    code = """
+import mlx_sora, mlx.core as mx, numpy as np
+rng = np.random.default_rng(0)
+for m, n, k in ((1, 7, 5), (33, 17, 65), (128, 96, 64)):
+    a, b = rng.standard_normal((m, k)), rng.standard_normal((n, k))
+    for x, y in ((a, b), (a + 1j * b[:1], b - 1j * a[:1])):
+        kind = np.complex64 if np.iscomplexobj(x) else np.float32
+        got = np.array(mx.array(x.astype(kind)) @ mx.array(y.astype(kind)).T)
+        np.testing.assert_allclose(got, x @ y.T, rtol=2e-5, atol=2e-5)
+        got = np.array(mx.array(x.T.astype(kind)).T @ mx.array(y.T.astype(kind)))
+        np.testing.assert_allclose(got, x @ y.T, rtol=2e-5, atol=2e-5)
+"""
+    result = fresh(code)
+    assert result.returncode == 0, result.stderr
+
+
+def search(monkeypatch: pytest.MonkeyPatch, **ways: blas.Blas | None) -> blas.Blas:
+    """`install` as in a process without MLX whose ways find `ways`."""
+    monkeypatch.delenv("MLX_SORA_BLAS", raising=False)
+    monkeypatch.delitem(sys.modules, "mlx.core")
+    found = {name: (lambda name=name: ways.get(name)) for name in blas._WAYS}
+    monkeypatch.setattr(blas, "_WAYS", found)
+    return blas.install.__wrapped__()
+
+
+@linux_only
+def test_ways_are_tried_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    mkl, openblas = blas.Blas("MKL", "a.so"), blas.Blas("OpenBLAS", "b.so")
+    assert search(monkeypatch, mkl=mkl, openblas=openblas) is mkl
+
+
+@linux_only
+def test_without_any_one_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = search(monkeypatch)
+    assert not found.fast
+    assert "\n" not in found.notice
+    assert "apt install libopenblas0-pthread" in found.notice
+
+
+def test_macos_is_untouched(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "platform", "darwin")
+    found = blas.install.__wrapped__()
+    assert (found.path, found.fast, found.notice) == ("", True, "")
+
+
+@linux_only
+def test_a_library_without_the_function_is_passed_over(tmp_path: Path) -> None:
+    broken = tmp_path / "libopenblas.so"
+    broken.write_bytes(b"not a library")
+    assert blas._first("OpenBLAS", iter([broken]), ("libm.so.6",)) is None
