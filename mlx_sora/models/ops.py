@@ -2,7 +2,8 @@
 
 On a GPU, MLX's own fused kernels; on its CPU backend (scalar `exp`, unfused attention, full im2col
 convolutions) exact rewrites of the same formulas. Both forms agree to float32 rounding.
-Dimension letters: B batch, T frames, H height, W width, S tokens per frame, L text tokens, C channels.
+Dimension letters: B batch, T frames, H height, W width, S tokens per frame, L text tokens,
+C channels.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ def silu(x: mx.array) -> mx.array:
 
 
 def gelu_tanh(x: mx.array) -> mx.array:
-    """GELU, tanh approximation: 0.5x(1 + tanh u) = x·sigmoid(2u), u = sqrt(2/pi)(x + 0.044715x³)."""
+    """Tanh-approximated GELU: 0.5x(1 + tanh u) = x·sigmoid(2u), u = sqrt(2/pi)(x + 0.044715x³)."""
     c = -2.0 * math.sqrt(2.0 / math.pi)
     u = x * (c + (c * 0.044715) * (x * x))
     return x / (1.0 + exp(u))

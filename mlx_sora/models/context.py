@@ -1,0 +1,75 @@
+"""The seams a network may call, each a protocol with its plain default.
+
+The networks know these protocols only; what fills them depends on this module, never the reverse.
+State belongs to whoever fills a seam, for one run. The defaults cost nothing and change nothing.
+Dimension letters: B batch, T frames, S tokens per frame, C channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Generic, Protocol, TypeVar
+
+import mlx.core as mx
+
+Block = TypeVar("Block")
+Block_co = TypeVar("Block_co", covariant=True)
+
+
+class BlockProvider(Protocol[Block_co]):
+    """Hands out a network's blocks in order, so that not all need be in memory at once."""
+
+    def get(self, index: int) -> Block_co:
+        """Block `index` with its weights filled; they stay until `done(index)`."""
+
+    def done(self, index: int, output: mx.array) -> None:
+        """Block `index` has built `output`, still lazy.
+
+        Whoever takes the block's weights away has to evaluate `output` first.
+        """
+
+
+@dataclass(frozen=True)
+class ResidentBlocks(Generic[Block]):
+    """All blocks in memory."""
+
+    blocks: Sequence[Block]
+
+    def get(self, index: int) -> Block:
+        return self.blocks[index]
+
+    def done(self, index: int, output: mx.array) -> None:
+        """Nothing to do: the block stays."""
+
+
+class TokenPolicy(Protocol):
+    """Fewer tokens around attention: `merge` before, `unmerge` after, in every block.
+
+    Called around self-attention (on the modulated input, before the gate) and around
+    cross-attention (on the residual stream itself), in spatial and temporal blocks alike.
+    """
+
+    def merge(self, x: mx.array) -> mx.array:
+        """[B, T, S, C] to the tokens that attend, [B, T', S, C]."""
+
+    def unmerge(self, x: mx.array, frames: int) -> mx.array:
+        """Attention's result [B, T', S, C] back to `frames` frames, [B, T, S, C]."""
+
+
+class AllTokens:
+    """Every token attends."""
+
+    def merge(self, x: mx.array) -> mx.array:
+        return x
+
+    def unmerge(self, x: mx.array, frames: int) -> mx.array:
+        return x
+
+
+@dataclass(frozen=True)
+class Context(Generic[Block]):
+    """What one run puts into the seams. blocks: None means the network's own, resident."""
+
+    blocks: BlockProvider[Block] | None = None
+    tokens: TokenPolicy = field(default_factory=AllTokens)
