@@ -1,0 +1,130 @@
+"""Caption cleaning: the text the model was trained on, from the text a user typed.
+
+Open-Sora 1.2 cleans captions with the rules of DeepFloyd IF, twice over, and a prompt that skips
+them yields other tokens. The behaviour follows `IFPipeline._clean_caption` of diffusers
+(Apache-2.0); the rules stand here as data, in the order that matters.
+"""
+
+from __future__ import annotations
+
+import html
+import re
+import warnings
+from typing import NamedTuple
+from urllib.parse import unquote_plus
+
+from mlx_sora.errors import UsageError
+
+
+class Rule(NamedTuple):
+    """Replace every match of `pattern`; `why` says what the training captions were rid of."""
+
+    pattern: str
+    replacement: str
+    why: str
+
+
+_FILE = "(?:png|jpg|jpeg|bmp|webp|eps|pdf|apk|mp4)"
+_HOST = r"[a-zA-Z0-9.\-]+[.](?:com|co|ru|net|org|edu|gov|it)[\w/-]*\b/?(?!@)"
+_DASHES = (
+    "-\u058a\u05be\u1400\u1806\u2010-\u2015\u2e17\u2e1a\u2e3a\u2e3b\u2e40"
+    "\u301c\u3030\u30a0\ufe31\ufe32\ufe58\ufe63\uff0d"
+)
+
+LINK_RULES = (
+    Rule("<person>", "person", "a placeholder for names, not markup"),
+    Rule(rf"\b(?:https?:(?:/{{1,3}}|[a-zA-Z0-9%])|{_HOST})", "", "scheme of a link, bare hosts"),
+    Rule(rf"\b(?:www:(?:/{{1,3}}|[a-zA-Z0-9%])|{_HOST})", "", "hosts the first pass laid bare"),
+)
+
+# The look-behinds in two rules keep runs of a million characters from taking quadratic time.
+SYMBOL_RULES = (
+    Rule(r"@\w+\b", "", "nicknames"),
+    Rule("[\u31c0-\u9fff]+", "", "CJK strokes, enclosed and compatibility forms, ideographs"),
+    Rule(f"[{_DASHES}]+", "-", "one dash for all dashes"),
+    Rule("[`´«»“”¨]", '"', "one double quote"),
+    Rule("[‘’]", "'", "one single quote"),
+    Rule("&quot;?", "", "entity left over"),
+    Rule("&amp", "", "entity left over"),
+    Rule(r"(?:\d{1,3}\.){3}\d{1,3}", " ", "IP addresses"),
+    Rule(r"\d:\d\d\s+$", "", "article time stamp at the end"),
+    Rule(r"\\n", " ", "line break spelt out"),
+    Rule(r"#\d{1,3}\b", "", "ranks (#1); four digits stay"),
+    Rule(r"#\d{5,}\b", "", "item numbers (#12345)"),
+    Rule(r"\b\d{6,}\b", "", "long numbers"),
+    Rule(rf"(?<!\S)\S+\.{_FILE}", "", "file names"),
+    Rule("[\"']{2,}", '"', "repeated quotes"),
+    Rule(r"\.{2,}", " ", "ellipses"),
+    Rule(r"[#®•©™&@·º½¾¿¡§~()\[\]{}|\\/*]+", " ", "decoration and brackets"),
+    Rule(r"(?<!\s)\s+\.\s+", " ", "lonely full stops"),
+)
+
+WORD_RULES = (
+    Rule(r"\b[a-zA-Z]{1,3}\d{3,15}\b", "", "ids like jc6640"),
+    Rule(r"\b[a-zA-Z]+\d+[a-zA-Z]+\b", "", "ids like jc6640vc"),
+    Rule(r"\b\d+[a-zA-Z]+\d+\b", "", "ids like 6640vc231"),
+    Rule(r"(worldwide\s+)?(free\s+)?shipping", "", "shop talk"),
+    Rule(r"(free\s)?download(\sfree)?", "", "shop talk"),
+    Rule(r"\bclick\b\s(?:for|on)\s\w+", "", "calls to click"),
+    Rule(rf"\b{_FILE}(\simages?)?", "", "file types"),
+    Rule(r"\bpage\s+\d+\b", "", "page numbers"),
+    Rule(r"\b\d*[a-zA-Z]+\d+[a-zA-Z]+\d+[a-zA-Z\d]*\b", " ", "ids like j2d1a2a"),
+    Rule(r"\b\d+\.?\d*[xх×]\d+\.?\d*\b", "", "sizes (x Latin, Cyrillic or ×)"),
+    Rule(r"\b\s+:\s+", ": ", "space before a colon"),
+    Rule(r"(\D[,./])\b", r"\1 ", "space after punctuation"),
+    Rule(r"\s+", " ", "one space"),
+    Rule("^[\"']([\\w\\W]+)[\"']$", r"\1", "quotes around everything"),
+    Rule(r"^['_,\-:;]", "", "punctuation in front"),
+    Rule(r"['_,\-:+]$", "", "punctuation at the end"),
+    Rule(r"^\.\S+$", "", "a lone dotted word"),
+)
+
+#: More joiners than this, and they are taken for spaces: this-is-my-cute-cat.
+MAX_JOINERS = 3
+
+
+def preprocess(text: str) -> str:
+    """What Open-Sora feeds the tokenizer: the caption cleaned twice.
+
+    Raises UsageError where the text holds markup that cannot be parsed.
+    """
+    return clean(clean(text))
+
+
+def clean(text: str) -> str:
+    """One pass of cleaning."""
+    text = unquote_plus(text).strip().lower()
+    text = _apply(LINK_RULES, text)
+    text = _strip_markup(text)
+    text = _apply(SYMBOL_RULES, text)
+    if len(re.findall("[-_]", text)) > MAX_JOINERS:
+        text = re.sub("[-_]", " ", text)
+    text = _repair(text)
+    return _apply(WORD_RULES, text).strip()
+
+
+def _apply(rules: tuple[Rule, ...], text: str) -> str:
+    for rule in rules:
+        text = re.sub(rule.pattern, rule.replacement, text)
+    return text
+
+
+def _strip_markup(text: str) -> str:
+    from bs4 import BeautifulSoup
+    from bs4.exceptions import ParserRejectedMarkup
+
+    try:
+        with warnings.catch_warnings():
+            # A prompt that looks like a file name or XML is a prompt all the same.
+            warnings.simplefilter("ignore")
+            return BeautifulSoup(text, features="html.parser").text
+    except (ParserRejectedMarkup, RecursionError) as error:
+        raise UsageError(
+            "The prompt holds markup that cannot be parsed.", "Remove '<' from it."
+        ) from error
+
+
+def _repair(text: str) -> str:
+    import ftfy
+
+    return html.unescape(html.unescape(ftfy.fix_text(text))).strip()
