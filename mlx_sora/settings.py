@@ -1,0 +1,87 @@
+"""A request with every open option decided: what the pipeline really runs.
+
+The request stays as the user gave it; the model's defaults fill what it leaves open. Whatever is
+not taken literally comes back as a warning, which the progress line and the metadata both show.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from mlx_sora.geometry import Geometry, Size, parse_frames, plan_geometry, resolve_size
+from mlx_sora.loading.model_folder import ModelFolder
+from mlx_sora.request import GenerationRequest
+
+#: What the transformer is told as fps of a single image, whatever was asked (Open-Sora 1.2).
+IMAGE_FPS = 120.0
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Every option decided. geometry: sizes and latent shape; fps: of the finished file."""
+
+    model: str
+    seed: int
+    steps: int
+    guidance: float
+    sampler: str
+    geometry: Geometry
+    fps: float
+    aesthetic: float | None
+    motion: float | None
+    camera: str | None
+
+    @property
+    def conditioning_fps(self) -> float:
+        """The fps that the transformer is conditioned on."""
+        return IMAGE_FPS if self.geometry.num_frames == 1 else self.fps
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values for the metadata."""
+        record = asdict(self)
+        geometry = record.pop("geometry")
+        width, height = geometry["size"]
+        return record | {"width": width, "height": height, "num_frames": geometry["num_frames"]}
+
+
+def settle(request: GenerationRequest, model: ModelFolder) -> tuple[Settings, list[str]]:
+    """Decide every option of a validated request that has a seed; also the warnings.
+
+    Raises UsageError for sizes and lengths that no model can make.
+    """
+    assert request.seed is not None, "call request.with_seed() first"
+    defaults = model.defaults
+    size = resolve_size(
+        Size(defaults.width, defaults.height),
+        resolution=request.resolution,
+        aspect_ratio=request.aspect_ratio,
+        width=request.width,
+        height=request.height,
+    )
+    frames = defaults.num_frames if request.num_frames is None else request.num_frames
+    geometry = plan_geometry(size, parse_frames(frames))
+    warnings = list(geometry.warnings)
+    if 1 < geometry.num_frames < defaults.warn_below_frames:
+        warnings.append(
+            f"{geometry.num_frames} frames are few for {model.name}: "
+            f"below {defaults.warn_below_frames} it tends to noise."
+        )
+
+    def chosen(name: str) -> Any:
+        value = getattr(request, name)
+        return getattr(defaults, name) if value is None else value
+
+    settings = Settings(
+        model=model.name,
+        seed=request.seed,
+        steps=chosen("steps"),
+        guidance=chosen("guidance"),
+        sampler=request.sampler,
+        geometry=geometry,
+        fps=chosen("fps"),
+        aesthetic=chosen("aesthetic"),
+        motion=request.motion,
+        camera=request.camera,
+    )
+    return settings, warnings
