@@ -1,0 +1,299 @@
+"""Convolutions, group norm and upsampling of the VAEs, channels last.
+
+3x3 kernels are stored tap by tap, [.., kh, kw, O, I]. On a GPU they go to MLX's own convolutions.
+On CPU those build the full im2col matrix (9 or 27 times the input), so larger images are convolved
+as a sum of one matrix product per tap over shifted rows of the padded input, without im2col.
+Dimension letters: N images, T frames, H height, W width, I input channels, O output channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import mlx.core as mx
+from mlx import nn
+
+from mlx_sora.models import ops
+
+#: A tap: which source, row and column of the padded window, kernel slice [O, I].
+Tap = tuple[int, int, int, mx.array]
+
+#: Values of one output block of the shifted form: 2 MiB in float32, about one core's L2 cache.
+BLOCK_VALUES = 1 << 19
+
+#: The shifted form also computes the padding; images where that is more than this use im2col.
+MAX_WASTE = 1.25
+
+
+def conv2d(x: mx.array, weight: mx.array, bias: mx.array | None = None) -> mx.array:
+    """3x3 convolution, stride 1, one zero of padding on each side.
+
+    x [N, H, W, I], weight [3, 3, O, I], bias [O]. Returns [N, H, W, O].
+    """
+    if ops.on_gpu() or not _shifting_pays(x):
+        return plain_conv2d(x, weight, bias)
+    return shifted_conv2d(x, weight, bias)
+
+
+def downsample2d(x: mx.array, weight: mx.array, bias: mx.array | None = None) -> mx.array:
+    """3x3 convolution, stride 2, zeros at the right and bottom only: [N, H, W, I] to [N, H//2, ..].
+
+    Mirrors the asymmetric padding of diffusers' Downsample2D in AutoencoderKL.
+    """
+    padded = mx.pad(x, [(0, 0), (0, 1), (0, 1), (0, 0)])
+    return _biased(mx.conv2d(padded, weight.transpose(2, 0, 1, 3), stride=2), bias)
+
+
+def upsample_conv2d(x: mx.array, weight: mx.array, bias: mx.array | None = None) -> mx.array:
+    """Nearest x2, then 3x3 convolution: [N, H, W, I] to [N, 2H, 2W, O]."""
+    if ops.on_gpu() or not _shifting_pays(x):
+        return plain_conv2d(upsample2x(x), weight, bias)
+    return subpixel_conv2d(x, weight, bias)
+
+
+def causal_conv3d(
+    x: mx.array, weight: mx.array, bias: mx.array | None = None, time_stride: int = 1
+) -> mx.array:
+    """3x3x3 convolution that sees no later frame: zeros in front of time, around space.
+
+    x [B, T, H, W, I], weight [3, 3, 3, O, I]; time is padded by kt - 1 + (1 - time_stride) frames.
+    Returns [B, (T + 1 - time_stride) // time_stride rounded up, H, W, O]. Mirrors CausalConv3d of
+    Open-Sora 1.2. Runs one sample at a time: MLX's per-frame path on Metal needs a batch of 1.
+    """
+    form = plain_conv3d if ops.on_gpu() or not _shifting_pays(x) else shifted_conv3d
+    samples = [form(x[b : b + 1], weight, bias, time_stride) for b in range(x.shape[0])]
+    return samples[0] if len(samples) == 1 else mx.concatenate(samples)
+
+
+def plain_conv2d(x: mx.array, weight: mx.array, bias: mx.array | None = None) -> mx.array:
+    """`conv2d` by MLX's own convolution."""
+    return _biased(mx.conv2d(x, weight.transpose(2, 0, 1, 3), padding=1), bias)
+
+
+def plain_conv3d(
+    x: mx.array, weight: mx.array, bias: mx.array | None = None, time_stride: int = 1
+) -> mx.array:
+    """`causal_conv3d` by MLX's own convolution."""
+    front = _time_padding(weight, time_stride)
+    # Time is padded here because Metal's per-frame path requires no padding of its first axis.
+    x = mx.pad(x, [(0, 0), (front, 0), (0, 0), (0, 0), (0, 0)])
+    kernel = weight.transpose(3, 0, 1, 2, 4)
+    return _biased(mx.conv3d(x, kernel, stride=(time_stride, 1, 1), padding=(0, 1, 1)), bias)
+
+
+def shifted_conv2d(x: mx.array, weight: mx.array, bias: mx.array | None = None) -> mx.array:
+    """`conv2d` as a sum of nine products over shifted rows."""
+    taps = [(0, i, j, weight[i, j]) for i in range(3) for j in range(3)]
+    return _sum_taps([_pad_space(x)], taps, bias, x.shape[:3])
+
+
+def subpixel_conv2d(x: mx.array, weight: mx.array, bias: mx.array | None = None) -> mx.array:
+    """`upsample_conv2d` without the enlarged image: four 2x2 kernels, one per output parity.
+
+    Taps that read the same source pixel are added beforehand: 16 products instead of 36.
+    """
+    n, h, w, _ = x.shape
+    rows = _pad_space(x)
+    quarters = []
+    for a in (0, 1):
+        for b in (0, 1):
+            taps = [
+                (0, i, j, _merged(weight, _SOURCES[a][i], _SOURCES[b][j]))
+                for i in _SOURCES[a]
+                for j in _SOURCES[b]
+            ]
+            quarters.append(_sum_taps([rows], taps, bias, (n, h, w)))
+    out = mx.stack(quarters, axis=3).reshape(n, h, w, 2, 2, -1)
+    return out.transpose(0, 1, 3, 2, 4, 5).reshape(n, 2 * h, 2 * w, -1)
+
+
+#: For output parity 0 and 1: source position in the padded 3-window -> kernel positions reading it.
+_SOURCES = ({0: (0,), 1: (1, 2)}, {1: (0, 1), 2: (2,)})
+
+
+def _merged(weight: mx.array, rows: Sequence[int], columns: Sequence[int]) -> mx.array:
+    """Sum of the kernel slices at `rows` x `columns`: [O, I]."""
+    parts = [weight[i, j] for i in rows for j in columns]
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part
+    return total
+
+
+def shifted_conv3d(
+    x: mx.array, weight: mx.array, bias: mx.array | None = None, time_stride: int = 1
+) -> mx.array:
+    """`causal_conv3d` of one sample as a sum of products over shifted rows."""
+    front = _time_padding(weight, time_stride)
+    kt, frames = weight.shape[0], x.shape[1]
+    steps = (frames + front - kt) // time_stride + 1
+    last = time_stride * (steps - 1)
+    padded = _pad_space(mx.pad(x[0], [(front, 0), (0, 0), (0, 0), (0, 0)]))
+    # A tap whose every frame is padding adds nothing: two thirds of all taps for a single frame.
+    used = [k for k in range(kt) if k + last >= front]
+    sources = [padded[k : k + last + 1 : time_stride] for k in used]
+    taps = [
+        (s, i, j, weight[k, i, j]) for s, k in enumerate(used) for i in range(3) for j in range(3)
+    ]
+    return _sum_taps(sources, taps, bias, (steps, x.shape[2], x.shape[3]))[None]
+
+
+def _time_padding(weight: mx.array, time_stride: int) -> int:
+    return weight.shape[0] - time_stride
+
+
+def _shifting_pays(x: mx.array) -> bool:
+    h, w = x.shape[-3], x.shape[-2]
+    return (h + 3) * (w + 1) <= MAX_WASTE * h * w
+
+
+def _pad_space(x: mx.array) -> mx.array:
+    """[N, H, W, C] to [N, H + 3, W + 1, C].
+
+    One zero column serves as right padding of a row and left padding of the next; the third zero
+    row lets the last window read past its end.
+    """
+    return mx.pad(x, [(0, 0), (1, 2), (1, 0), (0, 0)])
+
+
+def _sum_taps(
+    sources: Sequence[mx.array],
+    taps: Sequence[Tap],
+    bias: mx.array | None,
+    size: tuple[int, ...],
+) -> mx.array:
+    """Sum over taps of shifted source @ kernelᵀ, in blocks of image rows.
+
+    sources: [N, H + 3, W + 1, I] each, as `_pad_space` gives them. size: (N, H, W).
+    Returns [N, H, W, O].
+    """
+    n, h, w = size
+    pitch, lines = w + 1, n * (h + 3)
+    flat = [source.reshape(lines * pitch, -1) for source in sources]
+    channels = taps[0][3].shape[0]
+    step = max(1, BLOCK_VALUES // (channels * pitch))
+    blocks = []
+    # The last three lines are padding: no output, and their windows would overrun.
+    for start in range(0, lines - 3, step):
+        count = min(step, lines - 3 - start)
+        y = bias
+        for source, i, j, kernel in taps:
+            first = (start + i) * pitch + j
+            rows = flat[source][first : first + count * pitch]
+            y = rows @ kernel.T if y is None else mx.addmm(y, rows, kernel.T)
+        assert y is not None
+        blocks.append(y.reshape(count, pitch, channels)[:, :w])
+    if n > 1:
+        blocks.append(mx.zeros((3, w, channels), blocks[0].dtype))
+        return mx.contiguous(mx.concatenate(blocks).reshape(n, h + 3, w, channels)[:, :h])
+    return mx.concatenate(blocks)[None]
+
+
+def _biased(x: mx.array, bias: mx.array | None) -> mx.array:
+    return x if bias is None else x + bias
+
+
+def upsample2x(x: mx.array) -> mx.array:
+    """Nearest neighbour, twice the height and width: [N, H, W, C] to [N, 2H, 2W, C]."""
+    n, h, w, c = x.shape
+    wide = mx.broadcast_to(x[:, :, None, :, None], (n, h, 2, w, 2, c))
+    return wide.reshape(n, 2 * h, 2 * w, c)
+
+
+def group_norm(x: mx.array, weight: mx.array, bias: mx.array, groups: int, eps: float) -> mx.array:
+    """Normalise each sample over all positions and the channels of a group: [N, .., C] to the same.
+
+    Two passes of per-channel means, taken axis by axis in float32: a single running sum over
+    millions of values loses more than the reference's tolerance.
+    """
+    mean = _group_mean(x, groups)
+    centred = x.astype(mx.float32) - mean
+    variance = _group_mean(centred * centred, groups)
+    gain = mx.rsqrt(variance + eps) * weight
+    return (centred * gain + bias).astype(x.dtype)
+
+
+def _group_mean(x: mx.array, groups: int) -> mx.array:
+    """Mean of each group, repeated over its channels: [N, 1, .., 1, C] in float32."""
+    n, c = x.shape[0], x.shape[-1]
+    mean = x.astype(mx.float32)
+    while mean.ndim > 2:
+        mean = mean.mean(axis=-2)
+    mean = mean.reshape(n, groups, c // groups).mean(axis=-1, keepdims=True)
+    mean = mx.broadcast_to(mean, (n, groups, c // groups))
+    return mean.reshape(n, *[1] * (x.ndim - 2), c)
+
+
+class GroupNorm(nn.Module):
+    """`group_norm` with its gain and bias."""
+
+    def __init__(self, channels: int, groups: int, eps: float) -> None:
+        super().__init__()
+        self.groups, self.eps = groups, eps
+        self.weight = mx.ones((channels,))
+        self.bias = mx.zeros((channels,))
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return group_norm(x, self.weight, self.bias, self.groups, self.eps)
+
+
+class Conv2d(nn.Module):
+    """3x3 convolution; weight [3, 3, O, I]."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.weight = mx.zeros((3, 3, outputs, inputs))
+        self.bias = mx.zeros((outputs,))
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return conv2d(x, self.weight, self.bias)
+
+
+class Downsample2d(nn.Module):
+    """Half height and width; checkpoint name `conv` for its convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = Conv2d(channels, channels)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return downsample2d(x, self.conv.weight, self.conv.bias)
+
+
+class Upsample2d(nn.Module):
+    """Twice the height and width; checkpoint name `conv` for its convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = Conv2d(channels, channels)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return upsample_conv2d(x, self.conv.weight, self.conv.bias)
+
+
+class CausalConv3d(nn.Module):
+    """Causal 3x3x3 convolution; weight [3, 3, 3, O, I]; some of the reference's have no bias."""
+
+    def __init__(self, inputs: int, outputs: int, *, bias: bool, time_stride: int = 1) -> None:
+        super().__init__()
+        self.time_stride = time_stride
+        self.weight = mx.zeros((3, 3, 3, outputs, inputs))
+        if bias:
+            self.bias = mx.zeros((outputs,))
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return causal_conv3d(x, self.weight, self.get("bias"), self.time_stride)
+
+
+class Pointwise(nn.Module):
+    """Convolution with a kernel of one position, in 2-D and 3-D alike; weight [O, I]."""
+
+    def __init__(self, inputs: int, outputs: int, *, bias: bool = True) -> None:
+        super().__init__()
+        self.weight = mx.zeros((outputs, inputs))
+        if bias:
+            self.bias = mx.zeros((outputs,))
+
+    def __call__(self, x: mx.array) -> mx.array:
+        bias = self.get("bias")
+        return x @ self.weight.T if bias is None else mx.addmm(bias, x, self.weight.T)

@@ -1,0 +1,277 @@
+"""The video VAE: frames to latents and back, in independent chunks of 17 frames.
+
+Mirrors VideoAutoencoderPipeline of Open-Sora 1.2 (its config.json and its checkpoint). Channels
+last: frames [B, F, H, W, 3] in [-1, 1], latents [B, T, h, w, C] of zero mean and unit variance.
+Because the chunks do not see each other, decoding one after the other is exact, and its peak memory
+does not grow with the clip.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import mlx.core as mx
+from mlx import nn
+
+from mlx_sora.errors import UsageError
+from mlx_sora.models import vae_spatial, vae_temporal
+from mlx_sora.models.keys import KeyMap, Rule
+from mlx_sora.models.vae_spatial import PARTS, SpatialVAE, SpatialVAEConfig
+from mlx_sora.models.vae_temporal import TemporalVAE, TemporalVAEConfig
+
+#: Between the two VAEs; hard-coded in Open-Sora 1.2, whatever the spatial VAE's own config says.
+LATENT_FACTOR = 0.18215
+
+#: Bounds of a posterior's log-variance.
+LOGVAR_RANGE = (-30.0, 20.0)
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Frames [frame, frame + frames) and latents [latent, latent + latents) of one unit of work."""
+
+    frame: int
+    frames: int
+    latent: int
+    latents: int
+
+
+def chunk_plan(num_frames: int, micro_frame: int | None, factor: int = 4) -> list[Chunk]:
+    """Cut a clip into chunks of `micro_frame` frames, the last one shorter.
+
+    micro_frame None: one chunk. factor: frames per latent. Raises UsageError without frames.
+    """
+    if num_frames < 1:
+        raise UsageError(f"A clip of {num_frames} frames cannot be.", "Ask for 1 frame or more.")
+    size = micro_frame or num_frames
+    plan: list[Chunk] = []
+    latent = 0
+    for frame in range(0, num_frames, size):
+        frames = min(size, num_frames - frame)
+        latents = -(-frames // factor)
+        plan.append(Chunk(frame, frames, latent, latents))
+        latent += latents
+    return plan
+
+
+@dataclass(frozen=True)
+class VAEConfig:
+    """config.json of OpenSoraVAE; the two networks' numbers are those of version 1.2 unless given.
+
+    shift, scale: per latent channel; latents are (z - shift) / scale; a checkpoint may hold others.
+    micro_frame_size: frames per chunk, None = whole clip.
+    micro_batch_size: frames per spatial pass, None = a chunk at once.
+    """
+
+    spatial: SpatialVAEConfig = field(default_factory=SpatialVAEConfig)
+    temporal: TemporalVAEConfig = field(default_factory=TemporalVAEConfig)
+    micro_frame_size: int | None = 17
+    micro_batch_size: int | None = 4
+    shift: tuple[float, ...] = (-0.1, 0.34, 0.27, 0.98)
+    scale: tuple[float, ...] = (3.85, 2.32, 2.33, 3.06)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> VAEConfig:
+        """From the published config.json; other keys are ignored.
+
+        Optional objects `spatial_config` and `temporal_config` hold the networks' constructor
+        arguments, which the published file lacks.
+        """
+        temporal = TemporalVAEConfig.from_dict(values.get("temporal_config") or {})
+        default = cls()
+        return cls(
+            spatial=SpatialVAEConfig.from_dict(values.get("spatial_config") or {}),
+            temporal=temporal,
+            micro_frame_size=values.get("micro_frame_size", default.micro_frame_size),
+            micro_batch_size=(values.get("vae_2d") or {}).get(
+                "micro_batch_size", values.get("micro_batch_size", default.micro_batch_size)
+            ),
+            shift=_per_channel(values.get("shift", default.shift), temporal.embed_dim),
+            scale=_per_channel(values.get("scale", default.scale), temporal.embed_dim),
+        )
+
+
+def _per_channel(value: float | Sequence[float], channels: int) -> tuple[float, ...]:
+    if isinstance(value, int | float):
+        return (float(value),) * channels
+    return tuple(float(v) for v in value)
+
+
+@dataclass(frozen=True)
+class Posterior:
+    """Diagonal Gaussian over latents: mean and clamped log-variance, both [.., C]."""
+
+    mean: mx.array
+    logvar: mx.array
+
+    @classmethod
+    def of(cls, moments: mx.array) -> Posterior:
+        """From an encoder's moments [.., 2C]."""
+        mean, logvar = mx.split(moments, 2, axis=-1)
+        return cls(mean, mx.clip(logvar, *LOGVAR_RANGE))
+
+    def sample(self, noise: mx.array | None) -> mx.array:
+        """mean + std · noise; the mean where there is no noise."""
+        return self.mean if noise is None else self.mean + mx.exp(0.5 * self.logvar) * noise
+
+
+@dataclass(frozen=True)
+class EncodeNoise:
+    """Standard normal draws of one `encode`, in the reference's order of drawing.
+
+    spatial [B·F, h, w, C]: all frames of sample 0, then of sample 1, ..; temporal [B, T, h, w, C].
+    """
+
+    spatial: mx.array
+    temporal: mx.array
+
+
+class VideoVAE(nn.Module):
+    """Spatial and temporal VAE with the halves that `parts` names ("encoder", "decoder")."""
+
+    def __init__(self, config: VAEConfig, parts: Sequence[str] = PARTS) -> None:
+        super().__init__()
+        self.config = config
+        self.spatial_vae = SpatialVAE(config.spatial, parts)
+        self.temporal_vae = TemporalVAE(config.temporal, parts)
+        self.shift = mx.array(config.shift)[None]
+        self.scale = mx.array(config.scale)[None]
+
+    def chunks(self, num_frames: int) -> list[Chunk]:
+        """The chunks a clip is encoded and decoded in."""
+        return chunk_plan(num_frames, self.config.micro_frame_size, self.config.temporal.factor)
+
+    def latent_frames(self, num_frames: int) -> int:
+        """T of a clip's latents."""
+        last = self.chunks(num_frames)[-1]
+        return last.latent + last.latents
+
+    def decode(self, z: mx.array, num_frames: int, micro_batch: int | None = None) -> mx.array:
+        """Latents [B, T, h, w, C] to frames [B, F, H, W, 3] in float32, nominally in [-1, 1]."""
+        samples = [
+            mx.concatenate(list(self.decode_chunks(z[b : b + 1], num_frames, micro_batch)))
+            for b in range(z.shape[0])
+        ]
+        return mx.stack(samples)
+
+    def decode_chunks(
+        self, z: mx.array, num_frames: int, micro_batch: int | None = None
+    ) -> Iterator[mx.array]:
+        """Decode one sample chunk by chunk: yields frames [<= 17, H, W, 3], evaluated, in float32.
+
+        z [1, T, h, w, C]. micro_batch: frames per spatial pass (default: the config's); it changes
+        memory only. Raises UsageError, before any work, if z does not hold num_frames frames.
+        """
+        plan = self.chunks(num_frames)
+        latents = plan[-1].latent + plan[-1].latents
+        if z.shape[0] != 1 or z.shape[1] != latents:
+            raise UsageError(
+                f"{num_frames} frames are 1 x {latents} latents, not {z.shape[0]} x {z.shape[1]}.",
+                "Decode one sample at a time, with the number of frames it was made for.",
+            )
+        return self._decode_plan(z, plan, micro_batch or self.config.micro_batch_size)
+
+    def _decode_plan(
+        self, z: mx.array, plan: Sequence[Chunk], micro_batch: int | None
+    ) -> Iterator[mx.array]:
+        for chunk in plan:
+            part = z[:, chunk.latent : chunk.latent + chunk.latents].astype(mx.float32)
+            part = part * self.scale + self.shift
+            frames = self.temporal_vae.decode(part, chunk.frames)[0] / LATENT_FACTOR
+            # Evaluated here, so that no later graph keeps the temporal network's activations.
+            mx.eval(frames)
+            yield _in_batches(self.spatial_vae.decode, frames, micro_batch)
+
+    def encode(
+        self,
+        x: mx.array,
+        noise: EncodeNoise | None = None,
+        key: mx.array | None = None,
+        micro_batch: int | None = None,
+    ) -> mx.array:
+        """Frames [B, F, H, W, 3] in [-1, 1] to latents [B, T, H // 8, W // 8, C].
+
+        noise: the draws to sample both posteriors with; key: a random key to draw them from; with
+        neither, the posteriors' means (what conditioning and reconstruction want).
+        """
+        b, f, h, w, _ = x.shape
+        if noise is None and key is not None:
+            noise = self.draw_noise(x.shape, key)
+        frames = x.astype(mx.float32).reshape(b * f, h, w, -1)
+        micro_batch = micro_batch or self.config.micro_batch_size
+        posterior = Posterior.of(_in_batches(self.spatial_vae.encode, frames, micro_batch))
+        z = posterior.sample(noise.spatial if noise else None) * LATENT_FACTOR
+        z = z.reshape(b, f, *z.shape[1:])
+        parts = []
+        for chunk in self.chunks(f):
+            moments = self.temporal_vae.encode(z[:, chunk.frame : chunk.frame + chunk.frames])
+            span = slice(chunk.latent, chunk.latent + chunk.latents)
+            parts.append(Posterior.of(moments).sample(noise.temporal[:, span] if noise else None))
+            mx.eval(parts[-1])
+        return (mx.concatenate(parts, axis=1) - self.shift) / self.scale
+
+    def draw_noise(self, shape: Sequence[int], key: mx.array) -> EncodeNoise:
+        """The normal draws for encoding frames of `shape` [B, F, H, W, 3]; same key, same bytes."""
+        b, f, h, w = shape[:4]
+        factor = self.config.spatial.factor
+        size = (h // factor, w // factor)
+        first, second = mx.random.split(key)
+        latents = (b, self.latent_frames(f), *size, self.config.temporal.embed_dim)
+        return EncodeNoise(
+            spatial=mx.random.normal(
+                (b * f, *size, self.config.spatial.latent_channels), key=first
+            ),
+            temporal=mx.random.normal(latents, key=second),
+        )
+
+
+def _in_batches(network: Any, frames: mx.array, size: int | None) -> mx.array:
+    """network(frames) in batches along the first axis, each evaluated and freed before the next."""
+    size = size or frames.shape[0]
+    parts = []
+    for start in range(0, frames.shape[0], size):
+        parts.append(network(frames[start : start + size]))
+        mx.eval(parts[-1])
+    out = parts[0] if len(parts) == 1 else mx.concatenate(parts)
+    mx.eval(out)
+    return out
+
+
+def _under(rules: Sequence[Rule], stored: str, path: str) -> tuple[Rule, ...]:
+    """Rules of a network for checkpoint names that begin with `stored`, parameters with `path`."""
+    stored = re.escape(stored)
+    nested = [
+        replace(rule, pattern=f"{stored}({rule.pattern})", target=rf"{path}\1")
+        if rule.target is None
+        else replace(rule, pattern=f"{stored}(?:{rule.pattern})", target=path + rule.target)
+        for rule in rules
+    ]
+    return (*nested, Rule(rf"{stored}(.*)", rf"{path}\1"))
+
+
+_HALVES = {
+    "encoder": Rule(r"(spatial_vae\.module|temporal_vae)\.(encoder|quant_conv)\..*", ignore=True),
+    "decoder": Rule(
+        r"(spatial_vae\.module|temporal_vae)\.(decoder|post_quant_conv)\..*", ignore=True
+    ),
+}
+
+
+def keys_for(parts: Sequence[str] = PARTS) -> KeyMap:
+    """Key map of a VideoVAE built with `parts`: the other half's tensors are known and ignored."""
+    return KeyMap(
+        rules=(
+            *(rule for part, rule in _HALVES.items() if part not in parts),
+            Rule(r"scale|shift", flatten=True),
+            *_under(vae_spatial.RULES, "spatial_vae.module.", "spatial_vae."),
+            *_under(vae_temporal.RULES, "temporal_vae.", "temporal_vae."),
+        ),
+        # Both are also in config.json.
+        optional=frozenset({"scale", "shift"}),
+    )
+
+
+KEYS = keys_for()

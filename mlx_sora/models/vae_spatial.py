@@ -1,0 +1,222 @@
+"""The spatial VAE: single frames to latents of an eighth of their height and width, and back.
+
+Mirrors diffusers' AutoencoderKL (the layout of the SDXL VAE). Channels last: frames [N, H, W, 3],
+latents [N, h, w, C]. Runs in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+from mlx import nn
+
+from mlx_sora.models import ops
+from mlx_sora.models.config import read_config, require
+from mlx_sora.models.conv import Conv2d, Downsample2d, GroupNorm, Pointwise, Upsample2d
+from mlx_sora.models.keys import KeyMap, Rule
+
+#: Epsilon of every group norm.
+EPS = 1e-6
+
+#: The halves a VAE can be built with.
+PARTS = ("encoder", "decoder")
+
+
+@dataclass(frozen=True)
+class SpatialVAEConfig:
+    """Constructor arguments of AutoencoderKL; the defaults are SDXL's."""
+
+    in_channels: int = 3
+    out_channels: int = 3
+    block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
+    layers_per_block: int = 2
+    latent_channels: int = 4
+    norm_num_groups: int = 32
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> SpatialVAEConfig:
+        """From a diffusers config.json; keys without a meaning here are ignored.
+
+        Raises WeightsError for an activation that is not SiLU.
+        """
+        act = values.get("act_fn", "silu")
+        require(act in ("silu", "swish"), f"act_fn {act!r} is not known (only silu is)")
+        return read_config(cls, values)
+
+    @property
+    def factor(self) -> int:
+        """Pixels per latent, along each side."""
+        return int(2 ** (len(self.block_out_channels) - 1))
+
+
+class ResnetBlock(nn.Module):
+    """Norm, SiLU, conv, twice, plus the (projected) input."""
+
+    def __init__(self, inputs: int, outputs: int, groups: int) -> None:
+        super().__init__()
+        self.norm1 = GroupNorm(inputs, groups, EPS)
+        self.conv1 = Conv2d(inputs, outputs)
+        self.norm2 = GroupNorm(outputs, groups, EPS)
+        self.conv2 = Conv2d(outputs, outputs)
+        if inputs != outputs:
+            self.conv_shortcut = Pointwise(inputs, outputs)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        y = self.conv1(ops.silu(self.norm1(x)))
+        y = self.conv2(ops.silu(self.norm2(y)))
+        return (self.conv_shortcut(x) if "conv_shortcut" in self else x) + y
+
+
+class Attention(nn.Module):
+    """One head over all positions of an image, plus the input."""
+
+    def __init__(self, channels: int, groups: int) -> None:
+        super().__init__()
+        self.group_norm = GroupNorm(channels, groups, EPS)
+        self.to_q = Pointwise(channels, channels)
+        self.to_k = Pointwise(channels, channels)
+        self.to_v = Pointwise(channels, channels)
+        self.to_out = [Pointwise(channels, channels)]
+
+    def __call__(self, x: mx.array) -> mx.array:
+        n, h, w, c = x.shape
+        y = self.group_norm(x).reshape(n, 1, h * w, c)
+        y = ops.attention(self.to_q(y), self.to_k(y), self.to_v(y), c**-0.5)
+        return x + self.to_out[0](y).reshape(n, h, w, c)
+
+
+class MidBlock(nn.Module):
+    """Residual block, attention, residual block."""
+
+    def __init__(self, channels: int, groups: int) -> None:
+        super().__init__()
+        self.resnets = [ResnetBlock(channels, channels, groups) for _ in range(2)]
+        self.attentions = [Attention(channels, groups)]
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.resnets[1](self.attentions[0](self.resnets[0](x)))
+
+
+class DownBlock(nn.Module):
+    """Residual blocks, then half the size except in the last block."""
+
+    def __init__(self, inputs: int, outputs: int, layers: int, groups: int, *, last: bool) -> None:
+        super().__init__()
+        self.resnets = _resnets(inputs, outputs, layers, groups)
+        if not last:
+            self.downsamplers = [Downsample2d(outputs)]
+
+    def __call__(self, x: mx.array) -> mx.array:
+        for block in self.resnets:
+            x = block(x)
+        return self.downsamplers[0](x) if "downsamplers" in self else x
+
+
+class UpBlock(nn.Module):
+    """Residual blocks, then twice the size except in the last block."""
+
+    def __init__(self, inputs: int, outputs: int, layers: int, groups: int, *, last: bool) -> None:
+        super().__init__()
+        self.resnets = _resnets(inputs, outputs, layers, groups)
+        if not last:
+            self.upsamplers = [Upsample2d(outputs)]
+
+    def __call__(self, x: mx.array) -> mx.array:
+        for block in self.resnets:
+            x = block(x)
+        return self.upsamplers[0](x) if "upsamplers" in self else x
+
+
+def _resnets(inputs: int, outputs: int, count: int, groups: int) -> list[ResnetBlock]:
+    return [ResnetBlock(inputs if i == 0 else outputs, outputs, groups) for i in range(count)]
+
+
+class Encoder(nn.Module):
+    """Frames to twice the latent channels (mean and log-variance before the quant conv)."""
+
+    def __init__(self, config: SpatialVAEConfig) -> None:
+        super().__init__()
+        widths, groups = config.block_out_channels, config.norm_num_groups
+        self.conv_in = Conv2d(config.in_channels, widths[0])
+        self.down_blocks = [
+            DownBlock(a, b, config.layers_per_block, groups, last=i == len(widths) - 1)
+            for i, (a, b) in enumerate(zip((widths[0], *widths), widths, strict=False))
+        ]
+        self.mid_block = MidBlock(widths[-1], groups)
+        self.conv_norm_out = GroupNorm(widths[-1], groups, EPS)
+        self.conv_out = Conv2d(widths[-1], 2 * config.latent_channels)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        x = self.conv_in(x)
+        for block in self.down_blocks:
+            x = block(x)
+        return self.conv_out(ops.silu(self.conv_norm_out(self.mid_block(x))))
+
+
+class Decoder(nn.Module):
+    """Latents to frames; one residual block more per level than the encoder."""
+
+    def __init__(self, config: SpatialVAEConfig) -> None:
+        super().__init__()
+        widths, groups = config.block_out_channels[::-1], config.norm_num_groups
+        self.conv_in = Conv2d(config.latent_channels, widths[0])
+        self.mid_block = MidBlock(widths[0], groups)
+        self.up_blocks = [
+            UpBlock(a, b, config.layers_per_block + 1, groups, last=i == len(widths) - 1)
+            for i, (a, b) in enumerate(zip((widths[0], *widths), widths, strict=False))
+        ]
+        self.conv_norm_out = GroupNorm(widths[-1], groups, EPS)
+        self.conv_out = Conv2d(widths[-1], config.out_channels)
+
+    def __call__(self, z: mx.array) -> mx.array:
+        x = self.mid_block(self.conv_in(z))
+        for block in self.up_blocks:
+            x = block(x)
+        return self.conv_out(ops.silu(self.conv_norm_out(x)))
+
+
+class SpatialVAE(nn.Module):
+    """AutoencoderKL with the halves that `parts` names."""
+
+    def __init__(self, config: SpatialVAEConfig, parts: Sequence[str] = PARTS) -> None:
+        super().__init__()
+        self.config = config
+        channels = config.latent_channels
+        if "encoder" in parts:
+            self.encoder = Encoder(config)
+            self.quant_conv = Pointwise(2 * channels, 2 * channels)
+        if "decoder" in parts:
+            self.post_quant_conv = Pointwise(channels, channels)
+            self.decoder = Decoder(config)
+
+    def encode(self, x: mx.array) -> mx.array:
+        """Frames [N, H, W, 3] to moments [N, H//f, W//f, 2C]: mean, then log-variance."""
+        return self.quant_conv(self.encoder(x))
+
+    def decode(self, z: mx.array) -> mx.array:
+        """Latents [N, h, w, C] to frames [N, f h, f w, 3], nominally in [-1, 1]."""
+        return self.decoder(self.post_quant_conv(z))
+
+
+_ATTENTION = r"(.*\battentions\.\d+\.)"
+
+#: Linear layers may be stored as 1x1 convolutions; older files name those of attention otherwise.
+RULES = (
+    *(
+        Rule(rf"{_ATTENTION}{old}\.(weight|bias)", rf"\1{new}.\2", squeeze=True)
+        for old, new in (
+            ("query", "to_q"),
+            ("key", "to_k"),
+            ("value", "to_v"),
+            ("proj_attn", r"to_out.0"),
+        )
+    ),
+    Rule(rf"{_ATTENTION}to_(q|k|v|out\.0)\.weight", squeeze=True),
+    Rule(r"(.*\.)?(conv_shortcut|quant_conv|post_quant_conv)\.weight", squeeze=True),
+    Rule(r".*\bconv(1|2|_in|_out)?\.weight", axes=(2, 3, 0, 1)),
+)
+
+KEYS = KeyMap(rules=RULES)

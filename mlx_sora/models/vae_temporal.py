@@ -1,0 +1,199 @@
+"""The temporal VAE: four frames of spatial latents to one, and back, causal in time.
+
+Mirrors VAE_Temporal of Open-Sora 1.2. Channels last: [B, T, H, W, C]. Runs in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+from mlx import nn
+
+from mlx_sora.models import ops
+from mlx_sora.models.config import read_config, require
+from mlx_sora.models.conv import CausalConv3d, GroupNorm, Pointwise
+from mlx_sora.models.keys import KeyMap, Rule
+from mlx_sora.models.vae_spatial import PARTS
+
+#: Epsilon of every group norm; statistics run over all frames of the chunk.
+EPS = 1e-5
+
+
+@dataclass(frozen=True)
+class TemporalVAEConfig:
+    """Constructor arguments of VAE_Temporal; the defaults are VAE_Temporal_SD's."""
+
+    in_out_channels: int = 4
+    latent_embed_dim: int = 4
+    embed_dim: int = 4
+    filters: int = 128
+    num_res_blocks: int = 4
+    channel_multipliers: tuple[int, ...] = (1, 2, 2, 4)
+    temporal_downsample: tuple[bool, ...] = (False, True, True)
+    num_groups: int = 32
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> TemporalVAEConfig:
+        """From a mapping with the constructor's names; other keys are ignored.
+
+        Raises WeightsError when the levels do not fit each other.
+        """
+        config = read_config(cls, values)
+        levels, steps = len(config.channel_multipliers), len(config.temporal_downsample)
+        require(
+            steps == levels - 1,
+            f"temporal_downsample has {steps} entries for {levels} channel_multipliers",
+        )
+        return config
+
+    @property
+    def factor(self) -> int:
+        """Frames per latent."""
+        return int(2 ** sum(self.temporal_downsample))
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Channels of each level, outermost first."""
+        return tuple(self.filters * m for m in self.channel_multipliers)
+
+    def latent_frames(self, num_frames: int) -> int:
+        """Latents that `num_frames` frames, encoded at once, become."""
+        return -(-num_frames // self.factor)
+
+
+class ResBlock(nn.Module):
+    """Norm, SiLU, conv, twice, plus the (projected) input; convolutions without bias."""
+
+    def __init__(self, inputs: int, outputs: int, groups: int) -> None:
+        super().__init__()
+        self.norm1 = GroupNorm(inputs, groups, EPS)
+        self.conv1 = CausalConv3d(inputs, outputs, bias=False)
+        self.norm2 = GroupNorm(outputs, groups, EPS)
+        self.conv2 = CausalConv3d(outputs, outputs, bias=False)
+        if inputs != outputs:
+            self.conv3 = Pointwise(inputs, outputs, bias=False)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        y = self.conv1(ops.silu(self.norm1(x)))
+        y = self.conv2(ops.silu(self.norm2(y)))
+        return (self.conv3(x) if "conv3" in self else x) + y
+
+
+def _level(inputs: int, outputs: int, config: TemporalVAEConfig) -> list[ResBlock]:
+    return [
+        ResBlock(inputs if i == 0 else outputs, outputs, config.num_groups)
+        for i in range(config.num_res_blocks)
+    ]
+
+
+class Encoder(nn.Module):
+    """[B, T, H, W, C], T a multiple of the factor, to [B, T / factor, H, W, 2 latent_embed_dim]."""
+
+    def __init__(self, config: TemporalVAEConfig) -> None:
+        super().__init__()
+        widths = config.widths
+        self.conv_in = CausalConv3d(config.in_out_channels, config.filters, bias=False)
+        self.block_res_blocks = [
+            _level(a, b, config) for a, b in zip((config.filters, *widths), widths, strict=False)
+        ]
+        self.conv_blocks = [
+            CausalConv3d(width, width, bias=True, time_stride=2) if halve else nn.Identity()
+            for width, halve in zip(widths, config.temporal_downsample, strict=False)
+        ]
+        self.res_blocks = _level(widths[-1], widths[-1], config)
+        self.norm1 = GroupNorm(widths[-1], config.num_groups, EPS)
+        self.conv2 = Pointwise(widths[-1], 2 * config.latent_embed_dim)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        x = self.conv_in(x)
+        for i, level in enumerate(self.block_res_blocks):
+            for block in level:
+                x = block(x)
+            if i < len(self.conv_blocks):
+                x = self.conv_blocks[i](x)
+        for block in self.res_blocks:
+            x = block(x)
+        return self.conv2(ops.silu(self.norm1(x)))
+
+
+class Decoder(nn.Module):
+    """[B, t, H, W, latent_embed_dim] to [B, factor t, H, W, in_out_channels]."""
+
+    def __init__(self, config: TemporalVAEConfig) -> None:
+        super().__init__()
+        widths = config.widths
+        self.conv1 = CausalConv3d(config.latent_embed_dim, widths[-1], bias=True)
+        self.res_blocks = _level(widths[-1], widths[-1], config)
+        self.block_res_blocks = [
+            _level(a, b, config) for a, b in zip((*widths[1:], widths[-1]), widths, strict=True)
+        ]
+        self.conv_blocks = [
+            CausalConv3d(width, 2 * width, bias=True) if double else nn.Identity()
+            for width, double in zip(widths[1:], config.temporal_downsample, strict=True)
+        ]
+        self.norm1 = GroupNorm(widths[0], config.num_groups, EPS)
+        self.conv_out = CausalConv3d(widths[0], config.in_out_channels, bias=True)
+        self._doubles = config.temporal_downsample
+
+    def __call__(self, z: mx.array) -> mx.array:
+        x = self.conv1(z)
+        for block in self.res_blocks:
+            x = block(x)
+        for i in reversed(range(len(self.block_res_blocks))):
+            for block in self.block_res_blocks[i]:
+                x = block(x)
+            if i > 0 and self._doubles[i - 1]:
+                x = _double_time(self.conv_blocks[i - 1](x))
+        return self.conv_out(ops.silu(self.norm1(x)))
+
+
+def _double_time(x: mx.array) -> mx.array:
+    """Channel c·2 + s of frame t becomes channel c of frame 2t + s."""
+    b, t, h, w, c = x.shape
+    x = x.reshape(b, t, h, w, c // 2, 2).transpose(0, 1, 5, 2, 3, 4)
+    return x.reshape(b, 2 * t, h, w, c // 2)
+
+
+class TemporalVAE(nn.Module):
+    """VAE_Temporal with the halves that `parts` names."""
+
+    def __init__(self, config: TemporalVAEConfig, parts: Sequence[str] = PARTS) -> None:
+        super().__init__()
+        self.config = config
+        if "encoder" in parts:
+            self.encoder = Encoder(config)
+            self.quant_conv = Pointwise(2 * config.latent_embed_dim, 2 * config.embed_dim)
+        if "decoder" in parts:
+            self.post_quant_conv = Pointwise(config.embed_dim, config.latent_embed_dim)
+            self.decoder = Decoder(config)
+
+    def encode(self, x: mx.array) -> mx.array:
+        """[B, F, H, W, C] to moments [B, ceil(F / factor), H, W, 2 embed_dim]: mean, log-variance.
+
+        Zero frames are put in front up to a multiple of the factor.
+        """
+        front = -x.shape[1] % self.config.factor
+        x = mx.pad(x, [(0, 0), (front, 0), (0, 0), (0, 0), (0, 0)])
+        return self.quant_conv(self.encoder(x))
+
+    def decode(self, z: mx.array, num_frames: int) -> mx.array:
+        """[B, t, H, W, embed_dim] to [B, F, H, W, C]; drops the frames padding added in front."""
+        front = -num_frames % self.config.factor
+        return self.decoder(self.post_quant_conv(z))[:, front:]
+
+
+#: The reference wraps each convolution in a module of its own, whose name adds nothing.
+RULES = (
+    Rule(
+        r"(.*\.conv3|encoder\.conv2|quant_conv|post_quant_conv)\.conv\.weight",
+        r"\1.weight",
+        squeeze=True,
+    ),
+    Rule(r"(.*)\.conv\.weight", r"\1.weight", axes=(2, 3, 4, 0, 1)),
+    Rule(r"(.*)\.conv\.bias", r"\1.bias"),
+)
+
+KEYS = KeyMap(rules=RULES)
