@@ -1,0 +1,79 @@
+"""House rules that a tree can check: sizes, no print, no stubs, no state in modules."""
+
+from __future__ import annotations
+
+import ast
+
+from tests.invariants.source import sources
+
+EVERYWHERE = ("mlx_sora", "tests", "benchmarks", "examples")
+MAX_FILE, MAX_FUNCTION, MAX_PARAMETERS = 400, 60, 8
+
+
+def test_files_are_short() -> None:
+    lengths = {s.name: s.text.count("\n") for s in sources(*EVERYWHERE)}
+    assert {name: n for name, n in lengths.items() if n > MAX_FILE} == {}
+
+
+def test_functions_are_short() -> None:
+    long = {
+        f"{s.name}:{f.lineno} {f.name}": f.end_lineno - f.lineno + 1
+        for s in sources(*EVERYWHERE)
+        for f in s.functions()
+        if f.end_lineno is not None and f.end_lineno - f.lineno >= MAX_FUNCTION
+    }
+    assert long == {}
+
+
+def test_functions_take_few_parameters() -> None:
+    wide = {
+        f"{s.name}:{f.lineno} {f.name}": count
+        for s in sources(*EVERYWHERE)
+        for f in s.functions()
+        if (count := len([*f.args.posonlyargs, *f.args.args, *f.args.kwonlyargs])) > MAX_PARAMETERS
+    }
+    assert wide == {}
+
+
+def test_only_the_command_line_prints() -> None:
+    found = [
+        f"{s.name}:{node.lineno}"
+        for s in sources("mlx_sora")
+        if not s.module.startswith("mlx_sora.cli")
+        for node in ast.walk(s.tree)
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "print"
+    ]
+    assert found == []
+
+
+def test_nothing_is_left_unimplemented() -> None:
+    found = [
+        f"{s.name}:{node.lineno}"
+        for s in sources("mlx_sora")
+        for node in ast.walk(s.tree)
+        if isinstance(node, ast.Raise) and "NotImplementedError" in ast.unparse(node)
+    ]
+    assert found == []
+
+
+def test_no_function_writes_a_module_global() -> None:
+    found = [
+        f"{s.name}:{node.lineno}"
+        for s in sources("mlx_sora")
+        for node in ast.walk(s.tree)
+        if isinstance(node, ast.Global)
+    ]
+    assert found == []
+
+
+def test_modules_classes_and_public_functions_of_the_package_say_what_they_are() -> None:
+    """Methods may follow from their class; everything a reader can import has a docstring."""
+    missing = [
+        f"{s.name}:{getattr(node, 'lineno', 1)} {getattr(node, 'name', '')}"
+        for s in sources("mlx_sora")
+        for node in (s.tree, *s.tree.body)
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
+        and not getattr(node, "name", "").startswith("_")
+        and ast.get_docstring(node) is None
+    ]
+    assert missing == []

@@ -1,0 +1,61 @@
+"""`import mlx_sora` is light, and run time never needs what only training or tests use."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+import mlx_sora
+from tests.invariants.source import sources
+
+HEAVY = {"av", "PIL", "huggingface_hub", "bs4", "ftfy", "numpy", "mlx", "sentencepiece", "tqdm"}
+FOREIGN = {"torch", "transformers", "diffusers", "cv2", "pydantic", "rich", "scipy", "skimage"}
+
+
+def loaded_by(statement: str) -> set[str]:
+    """Top-level packages in memory after `statement` in a new interpreter."""
+    code = f"import json, sys\n{statement}\nprint(json.dumps(sorted(sys.modules)))"
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    return {name.split(".")[0] for name in json.loads(result.stdout)}
+
+
+def test_the_package_is_light() -> None:
+    assert loaded_by("import mlx_sora") & (HEAVY | FOREIGN) == set()
+
+
+def test_errors_and_requests_need_no_mlx() -> None:
+    statement = "from mlx_sora import GenerationRequest; GenerationRequest(prompt='a')"
+    assert loaded_by(statement) & (HEAVY | FOREIGN) == set()
+
+
+def test_every_module_imports_without_the_heavy_formats() -> None:
+    """File formats, hub and HTML parser load in the functions that need them."""
+    modules = [s.module for s in sources("mlx_sora") if not s.module.endswith("__main__")]
+    loaded = loaded_by("\n".join(f"import {module}" for module in modules))
+    assert loaded & (FOREIGN | {"av", "PIL", "huggingface_hub", "bs4", "ftfy"}) == set()
+
+
+def test_the_engine_never_imports_foreign_frameworks() -> None:
+    found = [
+        f"{source.name}:{line} {name}"
+        for source in sources("mlx_sora")
+        for line, name in source.imports()
+        if name.split(".")[0] in FOREIGN
+    ]
+    assert found == []
+
+
+@pytest.mark.parametrize("name", mlx_sora.__all__)
+def test_every_public_name_is_there(name: str) -> None:
+    assert getattr(mlx_sora, name) is not None
+    assert name in dir(mlx_sora)
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="Pipelines"):
+        mlx_sora.Pipelines  # noqa: B018
