@@ -1,0 +1,333 @@
+"""What a user can ask for: every option once, with its flags, its type and its help.
+
+The command line, the keywords of the Python API, the metadata inside the file and the table in the
+README all follow from the fields of `GenerationRequest`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import numbers
+import os
+import re
+import secrets
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+from mlx_sora.errors import UsageError
+
+SAMPLERS = ("rflow",)
+DTYPES = ("auto", "float32", "bfloat16")
+MODELS = ("shapes", "opensora-1.2")
+
+#: Largest values that still mean something; beyond them a typing error is likelier than a wish.
+MAX_SEED = 2**63 - 1
+MAX_STEPS = 1000
+MAX_SIDE = 8192
+MAX_FPS = 240.0
+
+
+def as_bool(value: Any) -> bool:
+    """A bool and nothing that merely behaves like one."""
+    if not isinstance(value, bool):
+        raise ValueError("true or false")
+    return value
+
+
+def as_int(value: Any) -> int:
+    """An integer, also when written as text. Booleans are refused."""
+    if isinstance(value, str):
+        if not re.fullmatch(r"[+-]?[0-9]{1,30}", value.strip()):
+            raise ValueError("a whole number")
+        return int(value)
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise ValueError("a whole number")
+    return int(value)
+
+
+def as_float(value: Any) -> float:
+    """A finite number, also when written as text. Booleans are refused."""
+    if isinstance(value, bool) or not isinstance(value, (str, numbers.Real)):
+        raise ValueError("a number")
+    try:
+        number = float(value)
+    except (ValueError, OverflowError):
+        raise ValueError("a number") from None
+    if not math.isfinite(number):
+        raise ValueError("a finite number")
+    return number
+
+
+def as_text(value: Any) -> str:
+    """A string that can be written as UTF-8."""
+    if not isinstance(value, str):
+        raise ValueError("text")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        raise ValueError("text that is valid UTF-8") from None
+    return value
+
+
+def as_path(value: Any) -> str:
+    """A path, kept as text so that a trailing slash and templates survive."""
+    if isinstance(value, os.PathLike):
+        value = os.fspath(value)
+    text = as_text(value)
+    if not text or "\0" in text:
+        raise ValueError("a path")
+    return text
+
+
+def as_frames(value: Any) -> int | str:
+    """A number of frames, or a length such as "2s" that `mlx_sora.geometry` resolves."""
+    if isinstance(value, str) and not re.fullmatch(r"\s*[+-]?[0-9]+\s*", value):
+        return value.strip()
+    return as_int(value)
+
+
+@dataclass(frozen=True)
+class Option:
+    """How one field is offered to the user.
+
+    flags: names on the command line, the primary one first; empty means Python only.
+    parse: text or value to the field's type; raises ValueError that names what is expected.
+    choices: the valid values, when they can be listed.
+    replay: whether `--config-from-metadata` takes it over from a recorded request.
+    group: heading in the help.
+    """
+
+    help: str
+    flags: tuple[str, ...]
+    parse: Callable[[Any], Any]
+    choices: tuple[str, ...] = ()
+    metavar: str = ""
+    replay: bool = True
+    group: str = "generation"
+
+
+def _option(default: Any, parse: Callable[[Any], Any], flags: str, help: str, **more: Any) -> Any:
+    """A dataclass field that carries its `Option`; `flags` are separated by blanks."""
+    option = Option(help=help, flags=tuple(flags.split()), parse=parse, **more)
+    return field(default=default, metadata={"option": option})
+
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    """One video or image. `None` means the model's default; `seed=None` draws one.
+
+    Values are brought to their type on construction (UsageError when that cannot be done);
+    `validate()` checks what they mean.
+    """
+
+    prompt: str = _option(
+        "", as_text, "--prompt -p", "what to show; - reads it from stdin", metavar="TEXT"
+    )
+    model: str | None = _option(
+        None,
+        as_path,
+        "--model",
+        "shapes, opensora-1.2 or a folder; default: opensora-1.2 when downloaded, else shapes",
+        metavar="MODEL",
+    )
+    seed: int | None = _option(
+        None,
+        as_int,
+        "--seed -s",
+        "start of the random numbers; default: drawn, printed and recorded",
+        metavar="N",
+    )
+    steps: int | None = _option(None, as_int, "--steps", "denoising steps", metavar="N")
+    guidance: float | None = _option(
+        None,
+        as_float,
+        "--guidance --cfg-scale",
+        "how strongly the prompt is followed; 1 turns guidance off and halves the work",
+        metavar="SCALE",
+    )
+    sampler: str = _option(
+        "rflow", as_text, "--sampler", "how the flow is followed", choices=SAMPLERS
+    )
+    resolution: str | None = _option(
+        None,
+        as_text,
+        "--resolution",
+        "144p to 720p; sets the size with --aspect-ratio",
+        metavar="NAME",
+        group="size",
+    )
+    aspect_ratio: str | None = _option(
+        None, as_text, "--aspect-ratio", "width:height, such as 16:9", metavar="W:H", group="size"
+    )
+    width: int | None = _option(
+        None, as_int, "--width", "pixels; give --height too", metavar="N", group="size"
+    )
+    height: int | None = _option(
+        None, as_int, "--height", "pixels; give --width too", metavar="N", group="size"
+    )
+    num_frames: int | str | None = _option(
+        None,
+        as_frames,
+        "--num-frames --frames",
+        "frames, or a length: 2s 4s 8s 16s; 1 makes an image",
+        metavar="N",
+        group="size",
+    )
+    fps: float | None = _option(
+        None,
+        as_float,
+        "--fps",
+        "frames per second that the model is told and the file plays",
+        metavar="N",
+        group="size",
+    )
+    aesthetic: float | None = _option(
+        None,
+        as_float,
+        "--aesthetic",
+        "aesthetic score added to the prompt, such as 6.5",
+        metavar="SCORE",
+    )
+    motion: float | None = _option(
+        None, as_float, "--motion", "motion score added to the prompt, such as 10", metavar="SCORE"
+    )
+    camera: str | None = _option(
+        None,
+        as_text,
+        "--camera",
+        "camera motion added to the prompt, such as 'pan left'",
+        metavar="TEXT",
+    )
+    dtype: str = _option(
+        "auto", as_text, "--dtype", "number format of the networks", choices=DTYPES
+    )
+    output: str | None = _option(
+        None,
+        as_path,
+        "--output -o",
+        "mp4, gif, webp or png; name_%04d.png or FOLDER/ writes one png per frame; "
+        "{seed} {index} {prompt_slug} are filled in",
+        metavar="FILE",
+        replay=False,
+        group="output",
+    )
+    overwrite: bool = _option(
+        False, as_bool, "--overwrite", "replace an existing output", replay=False, group="output"
+    )
+    embed_metadata: bool = _option(
+        True,
+        as_bool,
+        "--embed-metadata",
+        "record the request inside the file",
+        replay=False,
+        group="output",
+    )
+    metadata: bool = _option(
+        False,
+        as_bool,
+        "--metadata",
+        "also write the record as JSON beside the output",
+        replay=False,
+        group="output",
+    )
+    preview_every: int | None = _option(
+        None,
+        as_int,
+        "",
+        "yield a decoded preview of x0 every N steps",
+        replay=False,
+        group="output",
+    )
+
+    def __post_init__(self) -> None:
+        for name, option in options().items():
+            value = getattr(self, name)
+            if value is not None:
+                object.__setattr__(self, name, _parse(name, option, value))
+            elif name in REQUIRED:
+                raise UsageError(f"{name} is missing.", f"Give {label(name)}.")
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> GenerationRequest:
+        """The inverse of `to_dict`. Unknown names raise UsageError with the nearest known one."""
+        known = options()
+        for name in values:
+            if name not in known:
+                near = difflib.get_close_matches(str(name), known, n=1)
+                hint = f"Did you mean {near[0]}?" if near else f"Valid: {', '.join(known)}."
+                raise UsageError(f"unknown option {str(name)[:80]!r}.", hint)
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every option that differs from its default, and the prompt, as plain JSON values."""
+        return {
+            f.name: getattr(self, f.name)
+            for f in fields(self)
+            if f.name == "prompt" or getattr(self, f.name) != f.default
+        }
+
+    def with_seed(self) -> GenerationRequest:
+        """This request with a seed: its own, or one drawn from the system's randomness."""
+        return self if self.seed is not None else replace(self, seed=secrets.randbits(32))
+
+    def validate(self) -> None:
+        """Raise UsageError for a value that no model can serve. Nothing is changed."""
+        if not self.prompt.strip():
+            raise UsageError(
+                "the prompt is empty.", "Give --prompt TEXT (or --prompt - for stdin)."
+            )
+        _check_range("seed", self.seed, 0, MAX_SEED)
+        _check_range("steps", self.steps, 1, MAX_STEPS)
+        _check_range("guidance", self.guidance, 0, 100)
+        _check_range("preview_every", self.preview_every, 1, MAX_STEPS)
+        _check_range("fps", self.fps, 0.1, MAX_FPS)
+        _check_size(self)
+
+
+#: Fields that are never None, whatever is asked.
+REQUIRED = ("prompt", "sampler", "dtype", "overwrite", "embed_metadata", "metadata")
+
+
+def options() -> dict[str, Option]:
+    """Field name → Option, in the order of the fields."""
+    return {f.name: f.metadata["option"] for f in fields(GenerationRequest)}
+
+
+def label(name: str) -> str:
+    """How an error names an option: its first flag, or the keyword where it has none."""
+    flags = options()[name].flags
+    return flags[0] if flags else name
+
+
+def _parse(name: str, option: Option, value: Any) -> Any:
+    try:
+        parsed = option.parse(value)
+    except ValueError as error:
+        raise UsageError(f"{label(name)} must be {error}, not {str(value)[:80]!r}.") from None
+    if option.choices and parsed not in option.choices:
+        valid = ", ".join(option.choices)
+        raise UsageError(f"unknown {label(name)} {str(parsed)[:80]!r}.", f"Valid: {valid}.")
+    return parsed
+
+
+def _check_range(name: str, value: float | None, low: float, high: float) -> None:
+    if value is not None and not low <= value <= high:
+        raise UsageError(f"{label(name)} {value} is out of range.", f"Give {low} to {high}.")
+
+
+def _check_size(request: GenerationRequest) -> None:
+    """Width and height come together, and exclude the named sizes."""
+    sides = (request.width, request.height)
+    if (request.width is None) != (request.height is None):
+        raise UsageError("--width and --height go together.", "Give both, or --resolution.")
+    if request.width is not None and (request.resolution or request.aspect_ratio):
+        raise UsageError(
+            "--width and --height exclude --resolution and --aspect-ratio.", "Give one pair."
+        )
+    if any(side is not None and not 1 <= side <= MAX_SIDE for side in sides):
+        raise UsageError(
+            f"a size of {request.width}x{request.height} is impossible.",
+            f"Sides may be up to {MAX_SIDE} pixels.",
+        )
