@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from mlx.utils import tree_flatten
 
-from mlx_sora.models import t5
+from mlx_sora.models import stdit3, t5
 from tests.parity.golden import Case
 from tests.parity.manifest import check_manifest, nothing_allocated
 
@@ -17,3 +18,20 @@ def test_t5(case: Case) -> None:
     with nothing_allocated():
         encoder = t5.T5Encoder(t5.T5Config())
         check_manifest(encoder, t5.KEYS, manifest)
+
+
+@pytest.mark.golden("manifest_stdit3")
+@pytest.mark.parametrize("rope", [True, False], ids=["rope stored", "rope absent"])
+def test_stdit3(case: Case, rope: bool) -> None:
+    manifest = {k: v for k, v in case.config.items() if rope or k != "rope.freqs"}
+    with nothing_allocated():
+        model = stdit3.STDiT3(stdit3.STDiT3Config.xl_2())
+        check_manifest(model, stdit3.KEYS, manifest)
+
+
+def test_stdit3_3b() -> None:
+    """The 3B/2 configuration builds, without allocating, to its size."""
+    with nothing_allocated():
+        model = stdit3.STDiT3(stdit3.STDiT3Config.three_b_2())
+        elements = sum(value.size for _, value in tree_flatten(model.parameters()))
+    assert 3.1e9 < elements < 3.3e9
