@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from mlx_sora.errors import UsageError
+from mlx_sora.geometry import Size, parse_frames, resolve_size
 
 SAMPLERS = ("rflow",)
 DTYPES = ("auto", "float32", "bfloat16")
@@ -25,7 +26,6 @@ MODELS = ("shapes", "opensora-1.2")
 #: Largest values that still mean something; beyond them a typing error is likelier than a wish.
 MAX_SEED = 2**63 - 1
 MAX_STEPS = 1000
-MAX_SIDE = 8192
 MAX_FPS = 240.0
 
 
@@ -283,8 +283,19 @@ class GenerationRequest:
         _check_range("guidance", self.guidance, 0, 100)
         _check_range("preview_every", self.preview_every, 1, MAX_STEPS)
         _check_range("fps", self.fps, 0.1, MAX_FPS)
-        _check_size(self)
+        resolve_size(
+            ANY_SIZE,
+            resolution=self.resolution,
+            aspect_ratio=self.aspect_ratio,
+            width=self.width,
+            height=self.height,
+        )
+        if self.num_frames is not None:
+            parse_frames(self.num_frames)
 
+
+#: Stands for the model's own size where only the spelling of a request is checked.
+ANY_SIZE = Size(512, 512)
 
 #: Fields that are never None, whatever is asked.
 REQUIRED = ("prompt", "sampler", "dtype", "overwrite", "embed_metadata", "metadata")
@@ -315,19 +326,3 @@ def _parse(name: str, option: Option, value: Any) -> Any:
 def _check_range(name: str, value: float | None, low: float, high: float) -> None:
     if value is not None and not low <= value <= high:
         raise UsageError(f"{label(name)} {value} is out of range.", f"Give {low} to {high}.")
-
-
-def _check_size(request: GenerationRequest) -> None:
-    """Width and height come together, and exclude the named sizes."""
-    sides = (request.width, request.height)
-    if (request.width is None) != (request.height is None):
-        raise UsageError("--width and --height go together.", "Give both, or --resolution.")
-    if request.width is not None and (request.resolution or request.aspect_ratio):
-        raise UsageError(
-            "--width and --height exclude --resolution and --aspect-ratio.", "Give one pair."
-        )
-    if any(side is not None and not 1 <= side <= MAX_SIDE for side in sides):
-        raise UsageError(
-            f"a size of {request.width}x{request.height} is impossible.",
-            f"Sides may be up to {MAX_SIDE} pixels.",
-        )
