@@ -1,0 +1,165 @@
+"""One class per file format: frames in, one finished file out.
+
+Each has `add(frame uint8 [H, W, 3])`, `save(path, metadata)` and `close()`, which frees what is
+held and never writes. Metadata arrives at the end, when the timings are known.
+"""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from mlx_sora.errors import MlxSoraError, UsageError
+from mlx_sora.video.color import rgb_to_yuv420
+from mlx_sora.video.metadata import EXIF_DESCRIPTION, PNG_KEY, to_json
+
+if TYPE_CHECKING:
+    import numpy as np
+
+Metadata = dict[str, Any]
+
+CRF = "16"
+
+#: FFmpeg's numbers for BT.709 primaries, transfer and matrix, and for limited range.
+BT709, LIMITED_RANGE = 1, 1
+
+
+class Encoder(Protocol):
+    """What `mlx_sora.video.writer` asks of a format."""
+
+    def add(self, frame: np.ndarray) -> None: ...
+
+    def save(self, path: Path, metadata: Metadata | None) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Mp4Encoder:
+    """H.264 yuv420p, CRF 16, BT.709 limited range, index at the front.
+
+    Frames are compressed as they come; the packets wait in memory until `save`, because a header
+    cannot be changed once written. `path` is the file that `save` will be given.
+    """
+
+    def __init__(self, path: Path, width: int, height: int, fps: float) -> None:
+        import av
+
+        rate = Fraction(fps).limit_denominator(1001)
+        self._container: Any = av.open(
+            str(path), "w", format="mp4", options={"movflags": "+faststart"}
+        )
+        try:
+            stream: Any = self._container.add_stream("libx264", rate=rate, options={"crf": CRF})
+        except (ValueError, av.error.FFmpegError):
+            raise MlxSoraError(
+                "This build of PyAV has no H.264 encoder.",
+                "Install av from PyPI, or write .webp or .gif.",
+            ) from None
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        stream.time_base = 1 / rate
+        context = stream.codec_context
+        context.color_primaries = context.color_trc = context.colorspace = BT709
+        context.color_range = LIMITED_RANGE
+        self._stream = stream
+        self._packets: list[Any] = []
+        self._count = 0
+
+    def add(self, frame: np.ndarray) -> None:
+        import av
+
+        picture: Any = av.VideoFrame.from_ndarray(rgb_to_yuv420(frame), format="yuv420p")
+        picture.colorspace, picture.color_range = BT709, LIMITED_RANGE
+        picture.pts, picture.time_base = self._count, self._stream.time_base
+        self._count += 1
+        self._packets += self._stream.encode(picture)
+
+    def save(self, path: Path, metadata: Metadata | None) -> None:
+        """Write the file. `path` is the one given to the constructor."""
+        if metadata is not None:
+            self._container.metadata["comment"] = to_json(metadata)
+        self._packets += self._stream.encode(None)
+        for packet in self._packets:
+            self._container.mux(packet)
+        self._container.close()
+
+    def close(self) -> None:
+        self._packets.clear()
+        self._container.close()
+
+
+class PngEncoder:
+    """One picture."""
+
+    def __init__(self) -> None:
+        self._frame: np.ndarray | None = None
+
+    def add(self, frame: np.ndarray) -> None:
+        if self._frame is not None:
+            raise UsageError("A png holds one frame.", "Write name_%04d.png, FOLDER/ or .mp4.")
+        self._frame = frame.copy()
+
+    def save(self, path: Path, metadata: Metadata | None) -> None:
+        assert self._frame is not None, "VideoWriter saves after the first frame only"
+        save_png(self._frame, path, metadata)
+
+    def close(self) -> None:
+        self._frame = None
+
+
+class AnimationEncoder:
+    """GIF (256 colours per frame) and WebP (quality 90), both by Pillow.
+
+    Pillow writes them in one go, so the frames wait in memory: 1 byte a pixel for GIF, 3 for WebP.
+    """
+
+    def __init__(self, kind: str, fps: float) -> None:
+        self._kind, self._fps = kind, fps
+        self._images: list[Any] = []
+
+    def add(self, frame: np.ndarray) -> None:
+        from PIL import Image
+
+        image = Image.fromarray(frame)
+        if self._kind == "gif":
+            self._images.append(image.quantize(256))
+        else:
+            self._images.append(image.copy())
+
+    def save(self, path: Path, metadata: Metadata | None) -> None:
+        from PIL import Image
+
+        settings: Metadata = {"duration": self._durations(), "loop": 0}
+        if self._kind == "gif":
+            settings["optimize"] = False
+            if metadata is not None:
+                settings["comment"] = to_json(metadata, ascii_only=True).encode()
+        else:
+            settings |= {"quality": 90, "method": 4}
+            if metadata is not None:
+                exif = Image.Exif()
+                exif[EXIF_DESCRIPTION] = to_json(metadata, ascii_only=True)
+                settings["exif"] = exif
+        first, *rest = self._images
+        first.save(path, self._kind, save_all=True, append_images=rest, **settings)
+
+    def close(self) -> None:
+        self._images.clear()
+
+    def _durations(self) -> list[int]:
+        """Milliseconds per frame in the format's unit, rounded so that the sum does not drift."""
+        unit = 10 if self._kind == "gif" else 1
+        edges = [round(1000 * i / self._fps / unit) * unit for i in range(len(self._images) + 1)]
+        return [after - before for before, after in pairwise(edges)]
+
+
+def save_png(frame: np.ndarray, path: Path, metadata: Metadata | None) -> None:
+    """uint8 [H, W, 3] as a png file, with the metadata as a text chunk."""
+    from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
+
+    info = PngInfo()
+    if metadata is not None:
+        info.add_itxt(PNG_KEY, to_json(metadata))
+    Image.fromarray(frame).save(path, "png", pnginfo=info)

@@ -1,0 +1,150 @@
+"""The record of a run: what was asked, what was used, what it took; written into the file itself.
+
+mp4: comment tag; png: text chunk "mlx_sora"; gif: comment; webp: EXIF description; sidecar: JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from importlib import metadata as packages
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mlx_sora.errors import UsageError
+from mlx_sora.request import options
+
+if TYPE_CHECKING:
+    from mlx_sora.request import GenerationRequest
+
+PNG_KEY = "mlx_sora"
+EXIF_DESCRIPTION = 0x010E
+
+#: More than a record can need; what is larger was not written by us.
+MAX_BYTES = 1 << 20
+
+VERSIONED = ("mlx", "numpy", "av", "pillow")
+
+
+def build_metadata(
+    request: GenerationRequest,
+    settings: Mapping[str, Any],
+    *,
+    warnings: Sequence[str] = (),
+    seconds: Mapping[str, float] | None = None,
+    peak_memory: Mapping[str, int] | None = None,
+) -> dict[str, Any]:
+    """The record. settings: every option as decided; seconds and peak_memory (bytes): per stage."""
+    record: dict[str, Any] = {
+        "request": request.to_dict(),
+        "settings": dict(settings),
+        "warnings": list(warnings),
+        "versions": versions(),
+    }
+    if seconds:
+        record["seconds"] = {stage: round(value, 3) for stage, value in seconds.items()}
+    if peak_memory:
+        record["peak_memory"] = dict(peak_memory)
+    return record
+
+
+def versions() -> dict[str, str]:
+    """Versions of what shaped the result, without importing any of it."""
+    from mlx_sora import __version__
+
+    found = {"mlx_sora": __version__, "python": platform.python_version()}
+    for name in VERSIONED:
+        try:
+            found[name] = packages.version(name)
+        except packages.PackageNotFoundError:
+            continue
+    return found
+
+
+def to_json(record: Mapping[str, Any], *, ascii_only: bool = False) -> str:
+    """One line of JSON."""
+    return json.dumps(record, ensure_ascii=ascii_only, separators=(",", ":"))
+
+
+def read_metadata(path: str | Path) -> dict[str, Any]:
+    """The record inside an mp4, png, gif, webp, or in a JSON file. Raises UsageError."""
+    path = Path(path)
+    if not path.is_file():
+        raise UsageError(f"No such file: {path}.", "Give a video or JSON file of mlx_sora.")
+    reader = _READERS.get(path.suffix.lower(), _read_image)
+    try:
+        text = reader(path)
+    except (OSError, ValueError, SyntaxError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
+        raise UsageError(f"Cannot read {path}: {reason}.", "Is it damaged?") from None
+    return _parse(text, path)
+
+
+def replay_options(record: Mapping[str, Any], source: str | Path = "the record") -> dict[str, Any]:
+    """Options of `GenerationRequest` that make the recorded run again.
+
+    Settings win over the request, so that a model's later defaults change nothing; where the output
+    goes is not taken over. Raises UsageError for a record that is not ours.
+    """
+    request = record.get("request")
+    settings = record.get("settings", {})
+    if not isinstance(request, dict) or not isinstance(settings, dict):
+        raise UsageError(f"{source} holds no request of mlx_sora.", "Give a file it wrote.")
+    known = options()
+    unknown = [str(name)[:40] for name in request if name not in known]
+    if unknown:
+        raise UsageError(
+            f"{source} asks for {unknown[0]!r}, which this version does not know.",
+            "Update mlx_sora.",
+        )
+    chosen = {name: value for name, value in request.items() if known[name].replay}
+    if "width" in settings:
+        for name in ("resolution", "aspect_ratio"):
+            chosen.pop(name, None)
+    for name, value in settings.items():
+        if name in known and known[name].replay and not (name == "model" and name in chosen):
+            chosen[name] = value
+    return chosen
+
+
+def _parse(text: str | None, path: Path) -> dict[str, Any]:
+    if not text:
+        raise UsageError(f"{path} carries no metadata of mlx_sora.", "Give a file it wrote.")
+    try:
+        record = json.loads(text) if len(text) <= MAX_BYTES else None
+    except (ValueError, RecursionError):
+        record = None
+    if not isinstance(record, dict):
+        raise UsageError(f"The metadata of {path} is not a record of mlx_sora.")
+    return record
+
+
+def _read_json(path: Path) -> str:
+    with path.open("rb") as file:
+        return file.read(MAX_BYTES + 1).decode("utf-8-sig")
+
+
+def _read_mp4(path: Path) -> str | None:
+    import av
+
+    with av.open(str(path)) as container:
+        return container.metadata.get("comment")
+
+
+def _read_image(path: Path) -> str | None:
+    from PIL import Image
+
+    with Image.open(path, formats=("png", "gif", "webp")) as image:
+        if image.format == "PNG":
+            found: Any = image.info.get(PNG_KEY)
+        elif image.format == "GIF":
+            found = image.info.get("comment")
+        else:
+            found = image.getexif().get(EXIF_DESCRIPTION)
+    if isinstance(found, bytes):
+        return found.decode("utf-8")
+    return found if found is None else str(found)
+
+
+_READERS: dict[str, Callable[[Path], str | None]] = {".json": _read_json, ".mp4": _read_mp4}

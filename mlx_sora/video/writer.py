@@ -1,0 +1,262 @@
+"""Writes frames as they are decoded; the file appears whole, at the end, or not at all."""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+from collections.abc import Iterator, Mapping
+from itertools import count
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from mlx_sora.errors import MlxSoraError
+from mlx_sora.video.encoders import AnimationEncoder, Encoder, Mp4Encoder, PngEncoder, save_png
+from mlx_sora.video.output import (
+    check_format,
+    check_output,
+    existing_files,
+    frame_path,
+    is_sequence,
+    sidecar_path,
+)
+
+if TYPE_CHECKING:
+    import numpy as np
+
+logger = logging.getLogger(__name__)
+
+
+def open_writer(
+    path: str | Path,
+    width: int,
+    height: int,
+    fps: float,
+    metadata: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+) -> VideoWriter:
+    """A writer for the kind of file that `path` names. Use it in a `with` block.
+
+    Raises UsageError where `path` cannot be written; see `mlx_sora.video.output.check_output`.
+    """
+    path = Path(path)
+    check_output(path, overwrite, size=(width, height), fps=fps)
+    kind = SequenceWriter if is_sequence(path) else FileWriter
+    return kind(path, (width, height), fps, metadata, overwrite)
+
+
+class VideoWriter:
+    """Takes frames, then leaves a finished file at `path` when its block ends without an error.
+
+    metadata: recorded in the file; may be replaced until the block ends. None records nothing.
+    path: where the file is; a free name nearby if something appeared at the wanted one meanwhile.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        size: tuple[int, int],
+        fps: float,
+        metadata: Mapping[str, Any] | None,
+        overwrite: bool,
+    ) -> None:
+        self.path, self.size, self.fps = path, size, fps
+        self.metadata = metadata
+        self.overwrite = overwrite
+        self.num_frames = 0
+
+    def write(self, frames: np.ndarray) -> None:
+        """Append uint8 frames [n, H, W, 3]."""
+        width, height = self.size
+        if frames.shape[1:] != (height, width, 3) or frames.dtype.name != "uint8":
+            raise ValueError(
+                f"expected uint8 [n, {height}, {width}, 3], "
+                f"found {frames.dtype.name} {list(frames.shape)}"
+            )
+        for frame in frames:
+            self._add(frame)
+            self.num_frames += 1
+
+    def __enter__(self) -> VideoWriter:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        try:
+            if kind is None:
+                if not self.num_frames:
+                    raise MlxSoraError("No frame was decoded, so nothing was written.")
+                self._finish()
+        except OSError as problem:
+            raise MlxSoraError(
+                f"Cannot write {self.path}: {problem.strerror or problem}.",
+                "Is the disk full?",
+            ) from problem
+        finally:
+            self._discard()
+
+    def _record(self) -> dict[str, Any] | None:
+        return None if self.metadata is None else dict(self.metadata)
+
+    def _add(self, frame: np.ndarray) -> None:
+        raise TypeError("use open_writer")
+
+    def _finish(self) -> None:
+        """Put the finished file in its place."""
+
+    def _discard(self) -> None:
+        """Free everything and remove every partial file; also called after `_finish`."""
+
+
+class FileWriter(VideoWriter):
+    """One file: mp4, gif, webp, or png of a single frame."""
+
+    def __init__(
+        self,
+        path: Path,
+        size: tuple[int, int],
+        fps: float,
+        metadata: Mapping[str, Any] | None,
+        overwrite: bool,
+    ) -> None:
+        super().__init__(path, size, fps, metadata, overwrite)
+        self._partial = _partial_name(path)
+        self._encoder: Encoder
+        kind = path.suffix.lower().removeprefix(".")
+        if kind == "mp4":
+            self._encoder = Mp4Encoder(self._partial, *size, fps)
+        elif kind == "png":
+            self._encoder = PngEncoder()
+        else:
+            self._encoder = AnimationEncoder(kind, fps)
+
+    def _add(self, frame: np.ndarray) -> None:
+        self._encoder.add(frame)
+
+    def _finish(self) -> None:
+        self._encoder.save(self._partial, self._record())
+        self.path = _publish(self._partial, self.path, self.overwrite)
+
+    def _discard(self) -> None:
+        self._encoder.close()
+        self._partial.unlink(missing_ok=True)
+
+
+class SequenceWriter(VideoWriter):
+    """One png per frame, numbered from 0; frame 0 carries the metadata.
+
+    Frames are written under temporary names as they come and renamed together at the end.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        size: tuple[int, int],
+        fps: float,
+        metadata: Mapping[str, Any] | None,
+        overwrite: bool,
+    ) -> None:
+        super().__init__(path, size, fps, metadata, overwrite)
+        self._new_folder = not path.parent.exists()
+        path.parent.mkdir(exist_ok=True)
+        self._partials: list[Path] = []
+        self._first: np.ndarray | None = None
+
+    def _add(self, frame: np.ndarray) -> None:
+        partial = _partial_name(self.path)
+        self._partials.append(partial)
+        if self.num_frames == 0:
+            self._first = frame.copy()  # saved last, when its metadata is known
+        else:
+            save_png(frame, partial, None)
+
+    def _finish(self) -> None:
+        assert self._first is not None, "there is a first frame"
+        save_png(self._first, self._partials[0], self._record())
+        taken = existing_files(self.path)
+        if taken and not self.overwrite:
+            self.path = next(p for p in _free_names(self.path) if not existing_files(p))
+            logger.warning("%s appeared meanwhile; writing %s", taken[0], self.path)
+        targets = [frame_path(self.path, i) for i in range(self.num_frames)]
+        for partial, target in zip(self._partials, targets, strict=True):
+            partial.replace(target)
+        self._new_folder = False
+        for stale in set(taken) - set(targets):
+            if self.overwrite:
+                stale.unlink()
+
+    def _discard(self) -> None:
+        for partial in self._partials:
+            partial.unlink(missing_ok=True)
+        if self._new_folder and self.path.parent.is_dir() and not any(self.path.parent.iterdir()):
+            self.path.parent.rmdir()
+
+
+def write_sidecar(path: str | Path, record: Mapping[str, Any], overwrite: bool = False) -> Path:
+    """Write `record` as JSON beside the video `path`, whole or not at all; its path."""
+    import json
+
+    target = sidecar_path(Path(path))
+    partial = _partial_name(target)
+    try:
+        text = json.dumps(record, ensure_ascii=False, indent=2) + "\n"
+        partial.write_text(text, encoding="utf-8")
+        return _publish(partial, target, overwrite)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def save_frames(
+    path: str | Path,
+    frames: np.ndarray,
+    fps: float,
+    metadata: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Write uint8 frames [F, H, W, 3] that are all in memory; the path written."""
+    count_, height, width, _ = frames.shape
+    check_format(Path(path), num_frames=count_)
+    with open_writer(path, width, height, fps, metadata, overwrite) as writer:
+        writer.write(frames)
+    return writer.path
+
+
+def _partial_name(path: Path) -> Path:
+    """A hidden name in the same folder, so that renaming is atomic."""
+    return path.with_name(f".{secrets.token_hex(6)}.partial")
+
+
+def _free_names(path: Path) -> Iterator[Path]:
+    return (path.with_name(f"{path.stem}-{i}{path.suffix}") for i in count(1))
+
+
+def _publish(partial: Path, path: Path, overwrite: bool) -> Path:
+    """Rename `partial` to `path`; if a file appeared there meanwhile, to a free name beside it."""
+    if overwrite:
+        partial.replace(path)
+        return path
+    target, others = path, _free_names(path)
+    while not _move_unless_taken(partial, target):
+        target = next(others)
+    if target != path:
+        logger.warning("%s appeared meanwhile; wrote %s", path, target)
+    return target
+
+
+def _move_unless_taken(partial: Path, target: Path) -> bool:
+    try:
+        os.link(partial, target)
+    except FileExistsError:
+        return False
+    except OSError:  # a file system without hard links
+        if target.exists():
+            return False
+        partial.replace(target)
+        return True
+    partial.unlink()
+    return True
