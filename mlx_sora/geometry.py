@@ -18,6 +18,8 @@ PIXELS_PER_CELL = 8
 #: Frames in one independent chunk of the temporal VAE, which become `FRAMES_PER_CELL`-fold fewer.
 MICRO_FRAME_SIZE = 17
 FRAMES_PER_CELL = 4
+#: What the model is told for a single image, whatever frame rate was asked for.
+IMAGE_FPS = 120
 MIN_SIDE, MAX_SIDE = 16, 8192
 MAX_FRAMES = 4096
 
@@ -213,6 +215,20 @@ def decoded_size(width: int, height: int) -> Size:
     """Pixels of the frames that come out for a size asked for (426 x 240 -> 424 x 240)."""
     cells = latent_size(width, height)
     return Size(cells.width * PIXELS_PER_CELL, cells.height * PIXELS_PER_CELL)
+
+
+def model_arguments(size: Size, frames: int, fps: float) -> dict[str, float]:
+    """Size, length, shape and speed of one sample as the networks of Open-Sora are told them.
+
+    size in pixels as asked for, not as decoded; `ar` is height / width.
+    """
+    return {
+        "height": float(size.height),
+        "width": float(size.width),
+        "num_frames": float(frames),
+        "ar": size.height / size.width,
+        "fps": float(fps if frames > 1 else IMAGE_FPS),
+    }
 
 
 def check_size(width: int, height: int) -> Size:

@@ -1,0 +1,92 @@
+"""Mask strategies: which frames of which reference a generation keeps, written as text.
+
+`loop,reference,reference_start,target_start,length,edit;...`; what is left off at the end of a
+group has the default of `Placement`. Positions and lengths count latent frames. Mirrors the
+conditioning helpers of Open-Sora 1.2.
+"""
+
+from __future__ import annotations
+
+from dataclasses import astuple, dataclass
+from math import isfinite
+
+from mlx_sora.errors import UsageError
+from mlx_sora.geometry import MICRO_FRAME_SIZE, latent_frames
+
+
+@dataclass(frozen=True)
+class Placement:
+    """In loop `loop`, put `length` latent frames of a reference into the video.
+
+    reference_start, target_start: first frame taken and first frame written; negative counts from
+    the end. edit: 0 keeps the frames, 1 generates them anew, between starts from them, noised.
+    """
+
+    loop: int = 0
+    reference: int = 0
+    reference_start: int = 0
+    target_start: int = 0
+    length: int = 1
+    edit: float = 0.0
+
+    def __str__(self) -> str:
+        return ",".join(str(value) for value in astuple(self))
+
+
+def parse_mask_strategy(text: str | None) -> list[Placement]:
+    """Placements of a mask strategy; none for an empty one. Raises UsageError."""
+    return [_parse_placement(group) for group in text.split(";")] if text else []
+
+
+def append_generated(strategy: str | None, placement: Placement) -> str:
+    """A strategy extended by one more placement, as looped generation does for its own clips."""
+    return f"{strategy};{placement}" if strategy else str(placement)
+
+
+def continuation(loop: int, references: int, length: int, edit: float = 0.0) -> Placement:
+    """Begin loop `loop` with the last `length` latent frames of the clip before it.
+
+    references: how many the sample had; the clip goes behind them.
+    """
+    return Placement(loop, references, -length, 0, length, edit)
+
+
+def align(position: int, unit: int, limit: int) -> int:
+    """`position` moved to the nearest multiple of `unit`: ties down, up only within `limit`.
+
+    Chunks of the temporal VAE are independent, so that a clip must not start inside one. Up means
+    to the start of the last whole unit of `limit` at most.
+    """
+    units, rest = divmod(position, unit)
+    if 2 * rest > unit and units < limit // unit - 1:
+        units += 1
+    return units * unit
+
+
+def frames_of_latents(latents: int) -> int:
+    """Frames that whole chunks of latent frames decode to (5 -> 17). Raises UsageError."""
+    per_chunk = latent_frames(MICRO_FRAME_SIZE)
+    chunks, rest = divmod(latents, per_chunk)
+    if rest:
+        raise UsageError(
+            f"{latents} latent frames are not whole chunks.", f"Give a multiple of {per_chunk}."
+        )
+    return chunks * MICRO_FRAME_SIZE
+
+
+def _parse_placement(group: str) -> Placement:
+    fields = group.split(",")
+    try:
+        if len(fields) > 6:
+            raise ValueError
+        numbers = [int(field) for field in fields[:5]]
+        edit = [float(field) for field in fields[5:]]
+        if not all(map(isfinite, edit)):
+            raise ValueError
+    except ValueError as error:
+        raise UsageError(
+            f"Mask strategy {group!r} cannot be read.",
+            "Write up to five whole numbers and an edit ratio: loop, reference, reference start, "
+            "target start, length, edit.",
+        ) from error
+    return Placement(*numbers, *edit)

@@ -1,0 +1,129 @@
+"""T5's tokens: text to ids with an end-of-sequence token, cut to the length of the training texts.
+
+The vocabulary and the character normalisation come from `spiece.model` by way of sentencepiece. The
+segmentation is done here because the reference pipeline runs the `tokenizers` library, which parts
+from sentencepiece in two ways: special tokens spelt out in a text count as such, and scores are
+added word by word in double precision, which decides ties ("AAAA...") differently. One difference
+is left: where `tokenizers` drops a combining mark that no character absorbs, here it is unknown.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mlx_sora.errors import WeightsError
+
+if TYPE_CHECKING:
+    from sentencepiece import SentencePieceProcessor
+
+MAX_LENGTH = 300
+PAD, EOS, UNK = 0, 1, 2
+#: T5's sentinel tokens are not in `spiece.model`; they follow its pieces, the highest number first.
+EXTRA_IDS = 100
+
+_SPECIAL = re.compile(r"(</s>|<pad>|<unk>|<extra_id_(?:[1-9]?\d)>)")
+_SPACE = "\u2581"
+_UNKNOWN_PENALTY = 10.0
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """Token ids with the end-of-sequence token; `cut` is the text of what did not fit."""
+
+    ids: tuple[int, ...]
+    cut: str = ""
+    num_cut: int = 0
+
+    def padded(self, length: int = MAX_LENGTH) -> tuple[list[int], list[int]]:
+        """ids and mask (1 = token), both of `length` entries."""
+        missing = length - len(self.ids)
+        return [*self.ids, *[PAD] * missing], [*[1] * len(self.ids), *[0] * missing]
+
+
+class Tokenizer:
+    """Unigram tokenizer of T5 v1.1."""
+
+    def __init__(self, model: SentencePieceProcessor) -> None:
+        self._model = model
+        size = model.vocab_size()
+        self._pieces = {model.id_to_piece(i): (i, model.get_score(i)) for i in range(size)}
+        self._unknown_score = min(score for _, score in self._pieces.values()) - _UNKNOWN_PENALTY
+        self._specials = {"<pad>": PAD, "</s>": EOS, "<unk>": UNK}
+        for number in range(EXTRA_IDS):
+            self._specials[f"<extra_id_{number}>"] = size + EXTRA_IDS - 1 - number
+        # Text that only normalises to a special token ("＜pad＞") is one too, with the best score.
+        self._pieces |= {name: (i, 0.0) for name, i in self._specials.items()}
+        self._longest = max(map(len, self._pieces))
+
+    @classmethod
+    def load(cls, path: str | Path) -> Tokenizer:
+        """From a `spiece.model` file. Raises WeightsError when it is missing or not T5's."""
+        from sentencepiece import SentencePieceProcessor
+
+        path = Path(path)
+        fix = "Put T5's spiece.model there."
+        try:
+            model = SentencePieceProcessor(model_proto=path.read_bytes())
+        except OSError as error:
+            reason = error.strerror or "cannot be read"
+            raise WeightsError(f"Tokenizer model {path}: {reason}.", fix) from error
+        except RuntimeError as error:
+            raise WeightsError(f"{path} is not a SentencePiece model.", fix) from error
+        found = (model.pad_id(), model.eos_id(), model.unk_id())
+        if found != (PAD, EOS, UNK):
+            raise WeightsError(
+                f"{path} is not T5's: pad, eos, unk are {found}, expected {(PAD, EOS, UNK)}.", fix
+            )
+        return cls(model)
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids, sentinels included. (T5's embedding table has spare rows behind them.)"""
+        return self._model.vocab_size() + EXTRA_IDS
+
+    def encode(self, text: str, max_length: int = MAX_LENGTH) -> Encoding:
+        """Ids of `text`, at most `max_length` of them with the end-of-sequence token."""
+        tokens = list(self._tokens(text))
+        kept, cut = tokens[: max_length - 1], tokens[max_length - 1 :]
+        surface = "".join(piece for _, piece in cut).replace(_SPACE, " ").strip()
+        return Encoding((*(i for i, _ in kept), EOS), surface, len(cut))
+
+    def _tokens(self, text: str) -> Iterator[tuple[int, str]]:
+        """(id, surface) of each token; a surface that opens a word starts with a space mark."""
+        # A lone surrogate, from bytes that were not UTF-8, has no encoding.
+        text = re.sub("[\ud800-\udfff]", "\ufffd", text)
+        for part in _SPECIAL.split(text):
+            if part in self._specials:
+                yield self._specials[part], part
+            else:
+                # Normalising collapses all white space to one mark before each word.
+                for word in self._model.normalize(part).split(_SPACE):
+                    if word:
+                        yield from self._segment(_SPACE + word)
+
+    def _segment(self, word: str) -> list[tuple[int, str]]:
+        """The most probable split of a word (Viterbi); neighbouring unknown characters are one."""
+        best = [0.0, *[float("-inf")] * len(word)]
+        arrivals = [(0, UNK)] * (len(word) + 1)
+        for start in range(len(word)):
+            score_here = best[start]
+            for end in range(start + 1, min(start + self._longest, len(word)) + 1):
+                entry = self._pieces.get(word[start:end])
+                if entry is None and end == start + 1:
+                    entry = (UNK, self._unknown_score)
+                if entry is not None and score_here + entry[1] > best[end]:
+                    best[end], arrivals[end] = score_here + entry[1], (start, entry[0])
+        tokens: list[tuple[int, str]] = []
+        end = len(word)
+        while end:
+            start, token = arrivals[end]
+            if token == UNK and tokens and tokens[-1][0] == UNK:
+                tokens[-1] = (UNK, word[start:end] + tokens[-1][1])
+            else:
+                tokens.append((token, word[start:end]))
+            end = start
+        return tokens[::-1]

@@ -1,0 +1,37 @@
+"""Token ids against the reference: exact."""
+
+from __future__ import annotations
+
+import pytest
+
+from mlx_sora.text.tokenizer import Tokenizer
+from tests.parity.golden import Case
+from tests.parity.tokenizer_model import spiece_model
+
+UNCUT = 10**9
+
+
+@pytest.fixture(scope="module")
+def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
+    return Tokenizer.load(spiece_model(request.config.getoption("--golden")))
+
+
+@pytest.mark.golden("tokens")
+def test_ids(case: Case, tokenizer: Tokenizer) -> None:
+    for text, ids in case.config.items():
+        assert list(tokenizer.encode(text, UNCUT).ids) == ids, text
+
+
+@pytest.mark.golden("tokens_padded")
+def test_padding_and_truncation(case: Case, tokenizer: Tokenizer) -> None:
+    length = case.config["max_length"]
+    for row in case.config["rows"]:
+        encoding = tokenizer.encode(row["text"], length)
+        assert encoding.padded(length) == (row["input_ids"], row["attention_mask"]), row["text"]
+        assert len(encoding.ids) + encoding.num_cut == row["n_tokens_untruncated"], row["text"]
+
+
+@pytest.mark.golden("tokens_special")
+def test_special_tokens_and_ties_follow_tokenizers(case: Case, tokenizer: Tokenizer) -> None:
+    for row in case.config["rows"]:
+        assert list(tokenizer.encode(row["text"], UNCUT).ids) == row["tokenizers"], row["text"]

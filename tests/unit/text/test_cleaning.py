@@ -1,0 +1,68 @@
+"""Cleaning rules on their own; the parity tests hold them to the reference."""
+
+from __future__ import annotations
+
+import re
+import time
+import warnings
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mlx_sora.errors import UsageError
+from mlx_sora.text import cleaning
+
+
+@pytest.mark.parametrize("rule", cleaning.LINK_RULES + cleaning.SYMBOL_RULES + cleaning.WORD_RULES)
+def test_every_rule_is_a_pattern_with_a_reason(rule: cleaning.Rule) -> None:
+    assert re.compile(rule.pattern).groups >= rule.replacement.count("\\1")
+    assert rule.why
+
+
+@pytest.mark.parametrize(
+    ("text", "cleaned"),
+    [
+        ("A Red Circle, moving right!", "a red circle, moving right!"),
+        ("visit https://example.com/a-b now", "visit now"),
+        ("mixed 中文 text", "mixed text"),
+        ("this-is-my-cute-cat", "this is my cute cat"),
+        ("a-b-c-d", "a-b-c-d"),
+        ("<b>bold</b> &amp; more", "bold more"),
+        ("(-leading dash", "leading dash"),
+        ("a cat aesthetic score: 6.5.", "a cat aesthetic score: 6.5."),
+        ("", ""),
+    ],
+)
+def test_examples(text: str, cleaned: str) -> None:
+    assert cleaning.clean(text) == cleaned
+
+
+def test_two_passes_can_differ_from_one() -> None:
+    assert cleaning.clean("version 1.2.3.4.5") == "version . 5"
+    assert cleaning.preprocess("version 1.2.3.4.5") == "version 5"
+
+
+def test_a_file_name_for_a_prompt_warns_nobody() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert cleaning.clean("/tmp/notes") == "tmp notes"
+        assert cleaning.clean("<?xml version='1.0'?><p>cat</p>") == "cat"
+
+
+@settings(deadline=None, max_examples=60, database=None)
+@given(st.text(max_size=60))
+def test_any_text_is_cleaned_or_refused(text: str) -> None:
+    try:
+        cleaned = cleaning.clean(text)
+    except UsageError:
+        return
+    assert cleaned == cleaned.strip()
+    assert not re.search(r"\s\s", cleaned)
+
+
+@pytest.mark.parametrize("text", ["a" * 50_000, ". " * 25_000, " " * 50_000 + "x", "<a>" * 10_000])
+def test_long_runs_take_linear_time(text: str) -> None:
+    started = time.process_time()
+    cleaning.clean(text)
+    assert time.process_time() - started < 3.0
