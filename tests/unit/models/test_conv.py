@@ -1,0 +1,168 @@
+"""Convolutions, group norm and upsampling: every form equals the plain sum, whatever the size."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlx_sora.models import conv, ops
+
+#: Two float32 forms of the same sum, in standard deviations of the result.
+SAME = 1e-5
+
+Array = np.ndarray
+SIZES = [(1, 1), (1, 6), (2, 3), (5, 4), (8, 8), (7, 9), (24, 17)]
+
+
+def normal(seed: int, *shape: int) -> mx.array:
+    return mx.random.normal(shape, key=mx.random.key(seed))
+
+
+def difference(a: mx.array, b: mx.array | Array) -> float:
+    left, right = np.array(a, np.float64), np.array(b, np.float64)
+    assert left.shape == right.shape
+    return float(np.abs(left - right).max() / right.std())
+
+
+def reference(
+    x: mx.array,
+    weight: mx.array,
+    bias: mx.array | None,
+    padding: list[tuple[int, int]],
+    stride: tuple[int, int, int],
+) -> Array:
+    """Convolution of [T, H, W, I] with [kt, kh, kw, O, I] by its definition, in float64."""
+    padded = np.pad(np.array(x, np.float64), [*padding, (0, 0)])
+    w = np.array(weight, np.float64)
+    size = [(n - k) // s + 1 for n, k, s in zip(padded.shape[:3], w.shape[:3], stride, strict=True)]
+    out = np.zeros((*size, w.shape[3]))
+    for t, h, c in np.ndindex(*size):
+        at = [slice(i * s, i * s + k) for i, s, k in zip((t, h, c), stride, w.shape, strict=False)]
+        out[t, h, c] = np.einsum("thwi,thwoi->o", padded[tuple(at)], w)
+    return out if bias is None else out + np.array(bias, np.float64)
+
+
+@pytest.fixture(params=["one block", "many blocks"])
+def blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run the shifted forms with the usual blocks, and with blocks of a row or two."""
+    if request.param == "many blocks":
+        monkeypatch.setattr(conv, "BLOCK_VALUES", 50)
+
+
+Form2d = Callable[[mx.array, mx.array, mx.array | None], mx.array]
+
+
+@pytest.mark.usefixtures("blocks")
+@pytest.mark.parametrize("form", [conv.conv2d, conv.plain_conv2d, conv.shifted_conv2d])
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("images", [1, 3])
+def test_conv2d(form: Form2d, size: tuple[int, int], images: int) -> None:
+    x, weight, bias = normal(1, images, *size, 5), normal(2, 3, 3, 4, 5), normal(3, 4)
+    same = [(0, 0), (1, 1), (1, 1)]
+    expected = reference(x, weight[None], bias, same, (1, 1, 1))
+    assert difference(form(x, weight, bias), expected) <= SAME
+    unbiased = reference(x, weight[None], None, same, (1, 1, 1))
+    assert difference(form(x, weight, None), unbiased) <= SAME
+
+
+@pytest.mark.parametrize("size", [(2, 2), (3, 2), (5, 8), (53, 30)])
+def test_downsample2d_pads_right_and_bottom_only(size: tuple[int, int]) -> None:
+    x, weight, bias = normal(1, 2, *size, 3), normal(2, 3, 3, 4, 3), normal(3, 4)
+    y = conv.downsample2d(x, weight, bias)
+    assert y.shape == (2, size[0] // 2, size[1] // 2, 4)
+    expected = reference(x, weight[None], bias, [(0, 0), (0, 1), (0, 1)], (1, 2, 2))
+    assert difference(y, expected) <= SAME
+
+
+@pytest.mark.usefixtures("blocks")
+@pytest.mark.parametrize("form", [conv.upsample_conv2d, conv.subpixel_conv2d])
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("images", [1, 2])
+def test_upsampling_before_the_kernel_or_within_it(
+    form: Form2d, size: tuple[int, int], images: int
+) -> None:
+    x, weight, bias = normal(1, images, *size, 6), normal(2, 3, 3, 4, 6), normal(3, 4)
+    large = mx.repeat(mx.repeat(x, 2, axis=1), 2, axis=2)
+    assert mx.array_equal(conv.upsample2x(x), large)
+    expected = reference(large, weight[None], bias, [(0, 0), (1, 1), (1, 1)], (1, 1, 1))
+    assert difference(form(x, weight, bias), expected) <= SAME
+
+
+Form3d = Callable[[mx.array, mx.array, mx.array | None, int], mx.array]
+
+
+@pytest.mark.usefixtures("blocks")
+@pytest.mark.parametrize("form", [conv.causal_conv3d, conv.plain_conv3d, conv.shifted_conv3d])
+@pytest.mark.parametrize("size", [(1, 1), (4, 5), (9, 7)])
+@pytest.mark.parametrize(("frames", "stride"), [(1, 1), (2, 1), (5, 1), (2, 2), (4, 2), (20, 2)])
+def test_causal_conv3d(form: Form3d, size: tuple[int, int], frames: int, stride: int) -> None:
+    x, weight, bias = normal(1, 1, frames, *size, 3), normal(2, 3, 3, 3, 4, 3), normal(3, 4)
+    front = [(2 + 1 - stride, 0), (1, 1), (1, 1)]
+    expected = reference(x[0], weight, bias, front, (stride, 1, 1))[None]
+    assert expected.shape[1] == frames // stride
+    assert difference(form(x, weight, bias, stride), expected) <= SAME
+
+
+@pytest.mark.parametrize("side", [4, 24])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_causal_conv3d_of_a_batch_is_that_of_each_sample(side: int, stride: int) -> None:
+    x, weight = normal(1, 3, 4, side, side, 3), normal(2, 3, 3, 3, 5, 3)
+    whole = conv.causal_conv3d(x, weight, None, stride)
+    for b in range(3):
+        assert mx.array_equal(
+            whole[b : b + 1], conv.causal_conv3d(x[b : b + 1], weight, None, stride)
+        )
+
+
+@pytest.mark.parametrize("side", [4, 24])
+def test_causal_conv3d_sees_no_later_frame(side: int) -> None:
+    x, weight = normal(1, 1, 6, side, side, 3), normal(2, 3, 3, 3, 5, 3)
+    changed = mx.concatenate([x[:, :4], normal(9, 1, 2, side, side, 3)], axis=1)
+    y, other = conv.causal_conv3d(x, weight), conv.causal_conv3d(changed, weight)
+    assert mx.array_equal(y[:, :4], other[:, :4])
+    assert not mx.array_equal(y[:, 4], other[:, 4])
+
+
+@pytest.mark.skipif(ops.on_gpu(), reason="the shifted form is for CPU")
+def test_shifted_rows_need_no_im2col() -> None:
+    x, weight = normal(1, 1, 96, 96, 64), normal(2, 3, 3, 64, 64)
+    mx.eval(x, weight)
+    peaks = []
+    for form in (conv.plain_conv2d, conv.conv2d):
+        mx.clear_cache()
+        mx.reset_peak_memory()
+        before = mx.get_active_memory()
+        mx.eval(form(x, weight))
+        peaks.append(mx.get_peak_memory() - before)
+    plain, shifted = peaks
+    assert plain > 9 * x.nbytes
+    assert shifted < 5 * x.nbytes
+
+
+def test_pointwise_in_any_number_of_dimensions() -> None:
+    layer = conv.Pointwise(5, 3)
+    layer.weight, layer.bias = normal(1, 3, 5), normal(2, 3)
+    for shape in [(2, 4, 5), (1, 2, 3, 4, 5)]:
+        x = normal(3, *shape)
+        expected = np.array(x, np.float64) @ np.array(layer.weight, np.float64).T
+        assert difference(layer(x), expected + np.array(layer.bias, np.float64)) <= SAME
+    unbiased = conv.Pointwise(5, 3, bias=False)
+    unbiased.weight = layer.weight
+    assert "bias" not in unbiased.parameters()
+    assert difference(unbiased(x), expected) <= SAME
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1, 8), (2, 5, 4, 8), (1, 3, 5, 4, 8), (1, 96, 96, 32)])
+@pytest.mark.parametrize("groups", [1, 4, 8])
+def test_group_norm(shape: tuple[int, ...], groups: int) -> None:
+    """Against float64, on data whose mean is large: there a single-pass variance fails."""
+    x = normal(1, *shape) * 2 + 5 * normal(2, shape[-1])
+    gain, bias = normal(3, shape[-1]), normal(4, shape[-1])
+    y = np.array(x, np.float64).reshape(shape[0], -1, groups, shape[-1] // groups)
+    y = y - y.mean(axis=(1, 3), keepdims=True)
+    y = y / np.sqrt((y**2).mean(axis=(1, 3), keepdims=True) + 1e-6)
+    expected = y.reshape(shape) * np.array(gain, np.float64) + np.array(bias, np.float64)
+    assert difference(conv.group_norm(x, gain, bias, groups, 1e-6), expected) <= SAME
