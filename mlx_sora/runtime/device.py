@@ -74,7 +74,7 @@ def versions() -> dict[str, str]:
 
 
 def describe() -> dict[str, object]:
-    """The machine as `info` and metadata show it; memory in bytes, plain JSON values only."""
+    """The machine as `info` and metadata show it: plain JSON values, bytes, no one's folders."""
     library = blas.install()
     return {
         "backend": backend(),
@@ -84,7 +84,7 @@ def describe() -> dict[str, object]:
         "cpu_count": os.cpu_count(),
         "memory": total_memory(),
         "blas": library.name,
-        "blas_library": library.path,
+        "blas_library": Path(library.path).name,
         "blas_fast": library.fast,
         "versions": versions(),
     }
