@@ -1,0 +1,139 @@
+"""Turns the fields of `GenerationRequest` into flags, and flags back into requests."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from typing import Any, NoReturn
+
+from mlx_sora.errors import UsageError
+from mlx_sora.request import GenerationRequest, Option, options
+
+#: Asking for one of these drops the other set from a replayed record.
+_NAMED_SIZE, _PIXELS = {"resolution", "aspect_ratio"}, {"width", "height"}
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are UsageErrors, with the nearest flag for a misspelt one."""
+
+    def __init__(self, **more: Any) -> None:
+        super().__init__(allow_abbrev=False, **more)
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message + ".", self._hint(message))
+
+    def _hint(self, message: str) -> str:
+        wrong = re.match(r"unrecognized arguments: (-[^\s=]+)", message)
+        if wrong:
+            flags = self._all_flags()
+            near = difflib.get_close_matches(wrong[1], flags, n=1, cutoff=0.7)
+            if near:
+                return f"Did you mean {near[0]}?"
+        return f"See {self.prog} --help."
+
+    def _all_flags(self) -> list[str]:
+        """Flags of this parser and of its commands."""
+        found = list(self._option_string_actions)
+        for action in self._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                for parser in action.choices.values():
+                    found += parser._option_string_actions
+        return found
+
+
+def add_request_flags(parser: argparse.ArgumentParser) -> None:
+    """One flag per field. A flag that is not given leaves no trace in the namespace."""
+    groups: dict[str, Any] = {}
+    defaults = {f.name: f.default for f in fields(GenerationRequest)}
+    for name, option in options().items():
+        if not option.flags:
+            continue
+        if option.group not in groups:
+            groups[option.group] = parser.add_argument_group(option.group)
+        group = groups[option.group]
+        _add_flag(group, name, option, defaults[name])
+
+
+def explicit_options(args: argparse.Namespace) -> dict[str, Any]:
+    """What the user typed, by field name; `seed` is a list, and a prompt of "-" is read."""
+    typed = {name: value for name, value in vars(args).items() if name in options()}
+    if typed.get("prompt") == "-":
+        if sys.stdin.isatty():
+            raise UsageError("--prompt - reads standard input, which is a terminal.", "Pipe it in.")
+        typed["prompt"] = _read_stdin()
+    return typed
+
+
+def build_requests(
+    typed: dict[str, Any], recorded: dict[str, Any] | None = None
+) -> list[GenerationRequest]:
+    """One validated request per seed; typed options override recorded ones."""
+    base = dict(recorded or {})
+    if typed.keys() & _NAMED_SIZE:
+        base = {name: value for name, value in base.items() if name not in _PIXELS}
+    if typed.keys() & _PIXELS:
+        base = {name: value for name, value in base.items() if name not in _NAMED_SIZE}
+    values = base | typed
+    seeds = values.pop("seed", None)
+    if not isinstance(seeds, list):
+        seeds = [seeds]
+    requests = []
+    for seed in seeds:
+        request = GenerationRequest.from_dict(values | {"seed": seed}).with_seed()
+        request.validate()
+        requests.append(request)
+    return requests
+
+
+def _add_flag(group: Any, name: str, option: Option, default: Any) -> None:
+    text = option.help.replace("%", "%%")
+    common: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS, "help": text}
+    if isinstance(default, bool):
+        if default:
+            off = [f"--no-{flag.removeprefix('--')}" for flag in option.flags]
+            common["help"] = f"do not {text}"
+            group.add_argument(*off, action="store_false", **common)
+        else:
+            group.add_argument(*option.flags, action="store_true", **common)
+        return
+    if name == "seed":
+        common |= {"nargs": "+", "help": text + "; several make several videos"}
+    group.add_argument(
+        *option.flags,
+        type=_parser_of(option),
+        choices=option.choices or None,
+        metavar=option.metavar or None,
+        **common,
+    )
+
+
+def _parser_of(option: Option) -> Callable[[str], Any]:
+    """The option's parser, with its complaint in argparse's form."""
+
+    def parse(text: str) -> Any:
+        try:
+            return option.parse(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"must be {error}, not {text[:80]!r}") from None
+
+    return parse
+
+
+def _read_stdin() -> str:
+    try:
+        return sys.stdin.read().strip()
+    except UnicodeDecodeError:
+        raise UsageError("The prompt on standard input is not valid UTF-8.") from None
+
+
+def parse_args(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parsed arguments; without a command, the help is shown and UsageError raised."""
+    args = parser.parse_args(argv)
+    if getattr(args, "run", None) is None:
+        parser.print_help(sys.stderr)
+        raise UsageError("No command given.", f"For instance: {parser.prog} generate --help.")
+    return args

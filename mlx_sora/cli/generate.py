@@ -1,0 +1,119 @@
+"""`generate`: prompt in, video out."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mlx_sora.cli.flags import add_request_flags, build_requests, explicit_options
+from mlx_sora.cli.render import BarRenderer, JsonRenderer, QuietRenderer, Renderer
+from mlx_sora.errors import UsageError
+from mlx_sora.geometry import parse_frames
+from mlx_sora.request import GenerationRequest
+from mlx_sora.video.metadata import read_metadata, replay_options
+from mlx_sora.video.output import DEFAULT_OUTPUT, check_output, fill_template, output_path
+
+if TYPE_CHECKING:
+    from mlx_sora.pipeline import Pipeline
+
+
+def add_parser(commands: Any) -> None:
+    """Register the command."""
+    parser = commands.add_parser(
+        "generate",
+        help="make a video or an image from a prompt",
+        description="Make a video (or, with --num-frames 1, an image) from a prompt. "
+        "What is left open is the model's default.",
+    )
+    add_request_flags(parser)
+    parser.add_argument(
+        "--config-from-metadata",
+        "-C",
+        metavar="FILE",
+        help="replay the request inside a video, an image or a JSON file; flags given override it",
+    )
+    add_output_flags(parser)
+    parser.set_defaults(run=run)
+
+
+def add_output_flags(parser: argparse.ArgumentParser) -> None:
+    """What the command says while it works."""
+    group = parser.add_argument_group("progress")
+    group.add_argument("--json-events", action="store_true", help="progress as JSON lines")
+    loudness = group.add_mutually_exclusive_group()
+    loudness.add_argument("--quiet", action="store_true", help="print nothing but the path")
+    loudness.add_argument("--verbose", "-v", action="store_true", help="print what is going on")
+    group.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Make every video asked for, one after the other."""
+    requests = plan_requests(args)
+    renderer = choose_renderer(args)
+    try:
+        first = requests[0]
+        pipeline = load_pipeline(first.model, first.dtype)
+        notice = environment_notice()
+        if notice:
+            renderer.note(notice)
+        for request in requests:
+            renderer.note(f"seed {request.seed}")
+            for event in pipeline.stream(request):
+                renderer.handle(event)
+    finally:
+        renderer.close()
+    return 0
+
+
+def plan_requests(args: argparse.Namespace) -> list[GenerationRequest]:
+    """The requests that the flags mean, checked as far as that goes without a model."""
+    recorded = None
+    if args.config_from_metadata is not None:
+        source = args.config_from_metadata
+        recorded = replay_options(read_metadata(source), source)
+    requests = build_requests(explicit_options(args), recorded)
+    placed = [_place(request, index) for index, request in enumerate(requests)]
+    outputs = [str(request.output) for request in placed]
+    if len(set(outputs)) < len(outputs):
+        raise UsageError(
+            f"{len(outputs)} videos would go to one file, {outputs[0]}.",
+            "Put {seed} or {index} into --output, and give each seed once.",
+        )
+    return placed
+
+
+def choose_renderer(args: argparse.Namespace) -> Renderer:
+    """How the flags want progress shown."""
+    if args.json_events:
+        return JsonRenderer()
+    return QuietRenderer() if args.quiet else BarRenderer()
+
+
+def load_pipeline(model: str | None, dtype: str) -> Pipeline:
+    """The pipeline; imported here because it brings MLX with it."""
+    from mlx_sora.pipeline import Pipeline
+
+    return Pipeline.from_pretrained(model, dtype=dtype)
+
+
+def environment_notice() -> str:
+    """One line about this machine that the user can act on, or nothing."""
+    from mlx_sora.runtime.device import blas_notice
+
+    return blas_notice()
+
+
+def _place(request: GenerationRequest, index: int) -> GenerationRequest:
+    """The request with its output filled in; refuses early what is known to be unwritable."""
+    assert request.seed is not None, "build_requests gives every request a seed"
+    name = fill_template(
+        request.output or DEFAULT_OUTPUT, prompt=request.prompt, seed=request.seed, index=index
+    )
+    frames = None if request.num_frames is None else parse_frames(request.num_frames)
+    escaped = name.replace("{", "{{").replace("}", "}}")
+    if frames is not None or Path(name).suffix or name.endswith("/"):
+        path = output_path(escaped, prompt="", seed=0, num_frames=frames or 0)
+        check_output(path, request.overwrite, sidecar=request.metadata, num_frames=frames)
+    return replace(request, output=escaped)

@@ -1,0 +1,49 @@
+"""`info`: which model, how large, and on what machine it would run."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from mlx_sora.cli.generate import load_pipeline
+from mlx_sora.cli.render import human_bytes
+from mlx_sora.request import DTYPES, options
+
+
+def add_parser(commands: Any) -> None:
+    """Register the command."""
+    parser = commands.add_parser(
+        "info", help="show the model, its size, and this machine", description=__doc__
+    )
+    parser.add_argument("--model", metavar="MODEL", help=options()["model"].help)
+    parser.add_argument("--dtype", choices=DTYPES, default="auto", help=options()["dtype"].help)
+    parser.add_argument("--json", action="store_true", help="as one JSON object")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print what the pipeline knows of itself."""
+    facts = load_pipeline(args.model, args.dtype).info()
+    if args.json:
+        print(json.dumps(facts, indent=2, default=str))
+    else:
+        print("\n".join(lines(facts)))
+    return 0
+
+
+def lines(facts: Mapping[str, Any], indent: str = "") -> Iterator[str]:
+    """`name: value` lines; nested mappings are indented, bytes and counts made readable."""
+    for name, value in facts.items():
+        title = str(name).replace("_", " ")
+        if isinstance(value, Mapping):
+            yield f"{indent}{title}:"
+            yield from lines(value, indent + "  ")
+        elif isinstance(value, bool) or not isinstance(value, int):
+            yield f"{indent}{title}: {value}"
+        elif any(word in str(name) for word in ("bytes", "memory")):
+            yield f"{indent}{title}: {human_bytes(value)}"
+        else:
+            yield f"{indent}{title}: {value:,}"

@@ -1,0 +1,102 @@
+"""The command line: picks a command, and turns every failure into one line and an exit code."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from types import FrameType
+
+from mlx_sora import __version__
+from mlx_sora.cli import generate, info
+from mlx_sora.cli.flags import Parser, parse_args
+from mlx_sora.errors import MlxSoraError
+
+COMMANDS = (generate, info)
+
+INTERRUPTED = 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; the exit code: 0, 1 run, 2 usage, 3 memory, 4 weights, 130 interrupted."""
+    words = sys.argv[1:] if argv is None else list(argv)
+    debug = "--debug" in words
+    try:
+        args = parse_args(build_parser(), words)
+        _set_up_logging(args)
+        with sigterm_as_interrupt():
+            return int(args.run(args))
+    except MlxSoraError as error:
+        if debug:
+            traceback.print_exc()
+        _report(str(error), error.exit_code, words)
+        return error.exit_code
+    except KeyboardInterrupt:
+        _report("interrupted.", INTERRUPTED, words)
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader went away; keep the interpreter from failing once more when it flushes.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        reason = " ".join(str(error).split())[:300]
+        _report(f"{type(error).__name__}: {reason} --debug shows where.", 1, words)
+        return 1
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of every command."""
+    parser = Parser(
+        prog="mlx_sora",
+        description="Text to video with Open-Sora 1.2 on Apple MLX.",
+        epilog="mlx_sora COMMAND --help shows the flags of a command.",
+    )
+    parser.add_argument("--version", action="version", version=f"mlx_sora {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
+    for command in COMMANDS:
+        command.add_parser(commands)
+    return parser
+
+
+@contextmanager
+def sigterm_as_interrupt() -> Iterator[None]:
+    """SIGTERM raises KeyboardInterrupt inside, so that partial files are removed."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    try:
+        before = signal.signal(signal.SIGTERM, interrupt)
+    except ValueError:  # not the main thread: signals are somebody else's
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _set_up_logging(args: argparse.Namespace) -> None:
+    level = logging.WARNING
+    if getattr(args, "verbose", False):
+        level = logging.INFO
+    elif getattr(args, "quiet", False):
+        level = logging.ERROR
+    logging.basicConfig(stream=sys.stderr, format="%(message)s")
+    logging.getLogger("mlx_sora").setLevel(level)
+
+
+def _report(message: str, code: int, words: Sequence[str]) -> None:
+    """One line on stderr, and the same as an event where events were asked for."""
+    if "--json-events" in words:
+        with suppress(BrokenPipeError):
+            print(json.dumps({"event": "error", "message": message, "exit_code": code}), flush=True)
+    print(f"error: {message}", file=sys.stderr)

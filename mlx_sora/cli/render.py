@@ -1,0 +1,183 @@
+"""Draws the events of a run: progress bars, JSON lines, or nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+from mlx_sora.runtime.events import (
+    Event,
+    Finished,
+    PreviewReady,
+    StageFinished,
+    StageProgress,
+    StageStarted,
+    StepFinished,
+    Warned,
+)
+
+#: Seconds between redraws: lively on a terminal, sparse in a log file.
+_REDRAW_TERMINAL, _REDRAW_LOG = 0.1, 10.0
+
+UNITS = {"encode": "prompt", "denoise": "step", "decode": "frame"}
+
+
+class Renderer(Protocol):
+    """Shows events to the user."""
+
+    def note(self, text: str) -> None:
+        """A line for the user that is not part of the result."""
+
+    def handle(self, event: Event) -> None:
+        """Show one event."""
+
+    def close(self) -> None:
+        """End what is on the screen, also after an error."""
+
+
+class BarRenderer:
+    """tqdm bars per stage, then a table; all on stderr. The path goes to stdout, last."""
+
+    def __init__(self) -> None:
+        self._bar: Any = None
+        self._stages: list[StageFinished] = []
+
+    def note(self, text: str) -> None:
+        from tqdm import tqdm
+
+        tqdm.write(text, file=sys.stderr)
+
+    def handle(self, event: Event) -> None:
+        if isinstance(event, StageStarted):
+            self._open(event)
+        elif isinstance(event, StepFinished):
+            self._advance(event.step + 1, f"{event.seconds:.2f} s/step")
+        elif isinstance(event, StageProgress):
+            self._advance(event.done)
+        elif isinstance(event, StageFinished):
+            self.close()
+            self._stages.append(event)
+        elif isinstance(event, Warned):
+            self.note(f"warning: {event.message}")
+        elif isinstance(event, Finished):
+            self.close()
+            self.note("\n".join(summary(self._stages)))
+            self._stages = []
+            print_result(event)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+    def _open(self, event: StageStarted) -> None:
+        from tqdm import tqdm
+
+        self.close()
+        redraw = _REDRAW_TERMINAL if sys.stderr.isatty() else _REDRAW_LOG
+        self._bar = tqdm(
+            total=event.total,
+            desc=f"{event.stage:<7}",
+            unit=" " + UNITS.get(event.stage, "unit"),
+            file=sys.stderr,
+            mininterval=redraw,
+            maxinterval=redraw,
+            dynamic_ncols=True,
+        )
+
+    def _advance(self, done: int, text: str = "") -> None:
+        if self._bar is None:
+            return
+        if text:
+            self._bar.set_postfix_str(text, refresh=False)
+        self._bar.update(done - self._bar.n)
+
+
+class JsonRenderer:
+    """One JSON object a line on stdout; arrays are left out."""
+
+    def note(self, text: str) -> None:
+        self._print({"event": "note", "message": text})
+
+    def handle(self, event: Event) -> None:
+        self._print(event_record(event))
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+    def _print(self, record: dict[str, Any]) -> None:
+        print(json.dumps(record), flush=True)
+
+
+class QuietRenderer:
+    """Only the path, on stdout."""
+
+    def note(self, text: str) -> None:
+        """Quiet."""
+
+    def handle(self, event: Event) -> None:
+        if isinstance(event, Finished):
+            print_result(event)
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+def event_record(event: Event) -> dict[str, Any]:
+    """An event as plain JSON values; "event" is its type in snake case."""
+    name = re.sub(r"(?<!^)(?=[A-Z])", "_", type(event).__name__).lower()
+    record: dict[str, Any] = {"event": name}
+    if isinstance(event, Finished):
+        video = event.video
+        plain = ("width", "height", "num_frames", "fps", "seed")
+        record |= {key: getattr(video, key) for key in plain}
+        record["path"] = None if video.path is None else str(video.path)
+        record["warnings"] = list(video.warnings)
+        record["seconds"], record["peak_memory"] = dict(video.timings), dict(video.memory)
+        return record
+    left_out = {"latents", "frames"}
+    if isinstance(event, PreviewReady):
+        record["shape"] = list(event.frames.shape)
+    for item in dataclasses.fields(event):
+        if item.name not in left_out:
+            record[item.name] = getattr(event, item.name)
+    return record
+
+
+def summary(stages: list[StageFinished]) -> Iterator[str]:
+    """Lines of the closing table: seconds and peaks per stage, and over the run."""
+    yield f"{'stage':<9}{'seconds':>9}{'peak MLX':>12}{'peak process':>14}"
+    for item in stages:
+        yield _row(item.stage, item.seconds, item.peak_memory, item.peak_rss)
+    if stages:
+        yield _row(
+            "total",
+            sum(item.seconds for item in stages),
+            max(item.peak_memory for item in stages),
+            max(item.peak_rss for item in stages),
+        )
+
+
+def print_result(event: Finished) -> None:
+    """The path on stdout, alone on its line, so that scripts can take it."""
+    path: Path | None = event.video.path
+    if path is not None:
+        print(path, flush=True)
+
+
+def human_bytes(number: float) -> str:
+    """Bytes with the unit a person would use (decimal: 1 GB = 10^9)."""
+    for unit in ("B", "kB", "MB"):
+        if number < 1000:
+            return f"{number:.0f} {unit}"
+        number /= 1000
+    return f"{number:.2f} GB"
+
+
+def _row(name: str, seconds: float, peak: int, rss: int) -> str:
+    return f"{name:<9}{seconds:>9.2f}{human_bytes(peak):>12}{human_bytes(rss):>14}"
