@@ -9,8 +9,16 @@ C channels.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import mlx.core as mx
+
+#: On CPU, chains of elementwise operations run on about this many bytes at a time: the pieces stay
+#: in cache, and the transient memory no longer grows with the size of the video.
+PIECE = 8 << 20
+
+#: Fewer queries at a time than this would starve the matrix product.
+MIN_QUERIES = 64
 
 
 def on_gpu() -> bool:
@@ -44,16 +52,64 @@ def gelu_tanh(x: mx.array) -> mx.array:
     return x / (1.0 + exp(u))
 
 
+def in_pieces(function: Callable[[mx.array], mx.array], x: mx.array, row_bytes: int) -> mx.array:
+    """function(x) for a function of each row of x [..., C] by itself; returns [..., C_out].
+
+    row_bytes: what one row takes inside `function`. On CPU it runs on PIECE bytes at a time.
+    """
+    rows = max(1, PIECE // row_bytes)
+    flat = x.reshape(-1, x.shape[-1])
+    if on_gpu() or flat.shape[0] <= rows:
+        return function(x)
+    done: list[mx.array] = []
+    for start in range(0, flat.shape[0], rows):
+        done.append(function(_after(done, flat[start : start + rows])))
+    return mx.concatenate(done).reshape(*x.shape[:-1], -1)
+
+
 def attention(
     q: mx.array, k: mx.array, v: mx.array, scale: float, mask: mx.array | None = None
 ) -> mx.array:
     """softmax(scale · q kᵀ + mask) v, softmax in float32.
 
-    q [B, heads, L, d], k and v [B, heads, M, d]; mask boolean (True = attend) or additive,
-    broadcastable to [B, heads, L, M]. Returns [B, heads, L, d].
+    q [B, heads, L, d], k and v [B, heads, M, d]; mask boolean (True = attend) or additive, four
+    axes that broadcast to [B, heads, L, M]. Returns [B, heads, L, d].
     """
     if on_gpu():
         return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
+    batch, heads, length, _ = q.shape
+    query_bytes = heads * k.shape[2] * 4
+    if batch * length * query_bytes <= PIECE:
+        return _attend(q, k, v, scale, mask)
+    samples = max(1, PIECE // (length * query_bytes))
+    queries = min(length, max(MIN_QUERIES, PIECE // query_bytes))
+    done: list[mx.array] = []
+    for b in range(0, batch, samples):
+        some = slice(b, b + samples)
+        row: list[mx.array] = []
+        for i in range(0, length, queries):
+            part = _after(row or done, q[some, :, i : i + queries])
+            row.append(_attend(part, k[some], v[some], scale, _part(mask, some, i, queries)))
+        done.append(row[0] if len(row) == 1 else mx.concatenate(row, axis=2))
+    return mx.concatenate(done)
+
+
+def _after(done: list[mx.array], x: mx.array) -> mx.array:
+    """x, to be computed only when the last of `done` is, so that pieces never pile up."""
+    return mx.depends(x, done[-1]) if done else x
+
+
+def _part(mask: mx.array | None, samples: slice, start: int, queries: int) -> mx.array | None:
+    """What of `mask` belongs to some samples and to `queries` queries from `start` on."""
+    if mask is None:
+        return None
+    if mask.shape[0] > 1:
+        mask = mask[samples]
+    return mask[:, :, start : start + queries] if mask.shape[2] > 1 else mask
+
+
+def _attend(q: mx.array, k: mx.array, v: mx.array, scale: float, mask: mx.array | None) -> mx.array:
+    """Attention on CPU, all logits at once."""
     scores = (q * scale) @ k.swapaxes(-1, -2)
     if mask is not None:
         if mask.dtype == mx.bool_:

@@ -16,7 +16,7 @@ from mlx import nn
 
 from mlx_sora.models.config import read_config, require
 from mlx_sora.models.context import TokenPolicy
-from mlx_sora.models.ops import attention, gelu_tanh, silu
+from mlx_sora.models.ops import attention, gelu_tanh, in_pieces, silu
 
 #: Width of the sinusoids that times and frame rates become, and their longest period.
 FREQUENCIES = 256
@@ -136,10 +136,14 @@ class Mlp(nn.Module):
 
     def __init__(self, channels: int, hidden: int, out: int) -> None:
         super().__init__()
+        self.hidden = hidden
         self.fc1 = nn.Linear(channels, hidden)
         self.fc2 = nn.Linear(hidden, out)
 
     def __call__(self, x: mx.array) -> mx.array:
+        return in_pieces(self._rows, x, row_bytes=4 * self.hidden)
+
+    def _rows(self, x: mx.array) -> mx.array:
         out: mx.array = self.fc2(gelu_tanh(self.fc1(x)))
         return out
 
