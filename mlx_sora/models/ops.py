@@ -27,7 +27,10 @@ def on_gpu() -> bool:
 
 
 def exp(x: mx.array) -> mx.array:
-    """e^x. On CPU in float32 a degree-6 polynomial on [-ln2/2, ln2/2], relative error 9e-7."""
+    """e^x. On CPU in float32 a degree-6 polynomial on [-ln2/2, ln2/2] times a power of two.
+
+    Relative error 1e-6 for |x| < 8, 4e-6 at ±80; x is clipped to [-87, 88]. Differentiable.
+    """
     if on_gpu() or x.dtype != mx.float32:
         return mx.exp(x)
     t = mx.clip(x, -87.0, 88.0) * (1.0 / math.log(2.0))
@@ -36,8 +39,9 @@ def exp(x: mx.array) -> mx.array:
     p = mx.array(1.0 / 720.0)
     for c in (1 / 120, 1 / 24, 1 / 6, 0.5, 1.0, 1.0):
         p = p * r + c
-    # 2^n written straight into the exponent bits.
-    return p * mx.view((n.astype(mx.int32) + 127) * (1 << 23), mx.float32)
+    # 2^n written straight into the exponent bits; constant as far as gradients go.
+    power = mx.view((n.astype(mx.int32) + 127) * (1 << 23), mx.float32)
+    return p * mx.stop_gradient(power)
 
 
 def silu(x: mx.array) -> mx.array:

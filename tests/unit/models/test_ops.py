@@ -1,0 +1,110 @@
+"""The operations agree with their formulas, in pieces or whole."""
+
+from __future__ import annotations
+
+import math
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlx_sora.models import ops
+
+cpu_only = pytest.mark.skipif(ops.on_gpu(), reason="pieces are the CPU's way")
+
+
+def normal(*shape: int, seed: int = 0) -> mx.array:
+    return mx.random.normal(shape, key=mx.random.key(seed))
+
+
+def plain_attention(
+    q: mx.array, k: mx.array, v: mx.array, scale: float, mask: mx.array | None
+) -> np.ndarray:
+    """softmax(scale · q kᵀ + mask) v in float64."""
+    q, k, v = (np.array(a, dtype=np.float64) for a in (q, k, v))
+    scores = scale * q @ k.swapaxes(-1, -2)
+    if mask is not None:
+        m = np.array(mask)
+        scores = np.where(m, scores, -np.inf) if m.dtype == bool else scores + m
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    return weights / weights.sum(-1, keepdims=True) @ v
+
+
+MASKS = {
+    "none": None,
+    "per sample": (mx.arange(7) < mx.array([[7], [3], [1]]))[:, None, None, :],
+    "shared bias": normal(1, 2, 150, 7, seed=4),
+    "bias of each sample": normal(3, 2, 150, 7, seed=5),
+}
+
+
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS.keys())
+@pytest.mark.parametrize("piece", [1, 150 * 2 * 7 * 4, 2 * 150 * 2 * 7 * 4, 1 << 30])
+def test_attention_in_pieces(
+    monkeypatch: pytest.MonkeyPatch, mask: mx.array | None, piece: int
+) -> None:
+    """Pieces of 64 queries, of one sample, of two samples, and all at once: the same result."""
+    monkeypatch.setattr(ops, "PIECE", piece)
+    q, k, v = normal(3, 2, 150, 8), normal(3, 2, 7, 8, seed=1), normal(3, 2, 7, 8, seed=2)
+    out = ops.attention(q, k, v, 0.3, mask)
+    np.testing.assert_allclose(np.array(out), plain_attention(q, k, v, 0.3, mask), atol=2e-6)
+
+
+@cpu_only
+def test_attention_never_holds_all_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "PIECE", 1 << 20)
+    q = normal(4, 4, 768, 8)
+    mx.eval(q)
+    logits = 4 * 4 * 768 * 768 * 4
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    mx.eval(ops.attention(q, q, q, 1.0))
+    assert logits == 36 * ops.PIECE
+    assert mx.get_peak_memory() - before < 12 * ops.PIECE
+
+
+@pytest.mark.parametrize("piece", [1, 100, 1 << 20])
+def test_in_pieces(monkeypatch: pytest.MonkeyPatch, piece: int) -> None:
+    monkeypatch.setattr(ops, "PIECE", piece)
+    x, w = normal(2, 5, 3, 4), normal(4, 6, seed=1)
+    out = ops.in_pieces(lambda rows: mx.tanh(rows @ w), x, row_bytes=24)
+    np.testing.assert_allclose(np.array(out), np.tanh(np.array(x) @ np.array(w)), atol=1e-6)
+
+
+def test_pieces_have_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same gradients whether attention ran whole or in pieces."""
+    q, k, v = normal(2, 2, 130, 4), normal(2, 2, 5, 4, seed=1), normal(2, 2, 5, 4, seed=2)
+
+    def loss(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
+        out = ops.attention(q, k, v, 0.5)
+        return (ops.in_pieces(mx.tanh, out, row_bytes=16) ** 2).sum()
+
+    gradient = mx.grad(loss, argnums=(0, 1, 2))
+    whole = gradient(q, k, v)
+    monkeypatch.setattr(ops, "PIECE", 1)
+    for a, b in zip(gradient(q, k, v), whole, strict=True):
+        assert float(mx.abs(b).max()) > 0
+        np.testing.assert_allclose(np.array(a), np.array(b), rtol=1e-4, atol=1e-5)
+
+
+def test_exp() -> None:
+    for limit, tolerance in ((8, 1.2e-6), (80, 5e-6)):
+        x = mx.linspace(-limit, limit, 4001)
+        expected = np.exp(np.array(x, dtype=np.float64))
+        np.testing.assert_allclose(np.array(ops.exp(x)), expected, rtol=tolerance)
+    assert float(ops.exp(mx.array(-200.0))) < 1e-37
+    assert float(ops.exp(mx.array(0.0))) == 1.0
+
+
+def test_exp_is_its_own_derivative() -> None:
+    x = mx.linspace(-20, 20, 401)
+    slope = mx.grad(lambda a: ops.exp(a).sum())(x)
+    np.testing.assert_allclose(np.array(slope), np.exp(np.array(x, np.float64)), rtol=1e-5)
+
+
+def test_activations() -> None:
+    x = mx.linspace(-30, 30, 2001)
+    d = np.array(x, dtype=np.float64)
+    u = math.sqrt(2 / math.pi) * (d + 0.044715 * d**3)
+    np.testing.assert_allclose(np.array(ops.gelu_tanh(x)), 0.5 * d * (1 + np.tanh(u)), atol=4e-6)
+    np.testing.assert_allclose(np.array(ops.silu(x)), d / (1 + np.exp(-d)), atol=4e-6)
