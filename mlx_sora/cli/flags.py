@@ -78,9 +78,7 @@ def build_requests(
     if typed.keys() & _PIXELS:
         base = {name: value for name, value in base.items() if name not in _NAMED_SIZE}
     values = base | typed
-    seeds = values.pop("seed", None)
-    if not isinstance(seeds, list):
-        seeds = [seeds]
+    seeds = typed.get("seed", [base.get("seed")])
     requests = []
     for seed in seeds:
         request = GenerationRequest.from_dict(values | {"seed": seed}).with_seed()

@@ -96,6 +96,7 @@ def _set_up_logging(args: argparse.Namespace) -> None:
 
 def _report(message: str, code: int, words: Sequence[str]) -> None:
     """One line on stderr, and the same as an event where events were asked for."""
+    message = message.replace("\n", "\\n")
     if "--json-events" in words:
         with suppress(BrokenPipeError):
             print(json.dumps({"event": "error", "message": message, "exit_code": code}), flush=True)

@@ -75,7 +75,7 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
     reader = _READERS.get(path.suffix.lower(), _read_image)
     try:
         text = reader(path)
-    except (OSError, ValueError, SyntaxError) as error:
+    except Exception as error:  # damaged files fail in many ways inside the libraries
         reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
         raise UsageError(f"Cannot read {path}: {reason}.", "Is it damaged?") from None
     return _parse(text, path)

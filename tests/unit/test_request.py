@@ -1,0 +1,186 @@
+"""GenerationRequest: types, meaning, and the round trip through plain values."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mlx_sora.errors import UsageError
+from mlx_sora.request import MAX_SEED, REQUIRED, GenerationRequest, label, options
+
+FULL = {
+    "prompt": "a cat",
+    "model": "shapes",
+    "seed": 3,
+    "steps": 12,
+    "guidance": 5.5,
+    "resolution": "240p",
+    "aspect_ratio": "1:1",
+    "num_frames": "2s",
+    "fps": 12.0,
+    "aesthetic": 6.0,
+    "motion": 4.0,
+    "camera": "pan left",
+    "dtype": "float32",
+    "output": "x.mp4",
+    "overwrite": True,
+    "embed_metadata": False,
+    "metadata": True,
+    "preview_every": 5,
+}
+
+
+def test_round_trip() -> None:
+    request = GenerationRequest.from_dict(FULL)
+    request.validate()
+    assert request.to_dict() == FULL
+    assert GenerationRequest.from_dict(request.to_dict()) == request
+
+
+def test_a_plain_request_records_only_its_prompt() -> None:
+    assert GenerationRequest(prompt="a").to_dict() == {"prompt": "a"}
+    assert GenerationRequest().to_dict() == {"prompt": ""}
+
+
+def test_values_are_brought_to_their_type() -> None:
+    request = GenerationRequest(
+        prompt="a", seed=np.int64(4), fps=24, num_frames=" 51 ", output=Path("a") / "b.mp4"
+    )
+    assert (request.seed, request.fps, request.num_frames) == (4, 24.0, 51)
+    assert type(request.seed) is int
+    assert type(request.fps) is float
+    assert request.output == str(Path("a") / "b.mp4")
+    assert GenerationRequest(prompt="a", output="frames/").output == "frames/"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("prompt", 5),
+        ("prompt", "\ud800"),
+        ("seed", True),
+        ("seed", 1.5),
+        ("steps", "many"),
+        ("steps", "1_0"),
+        ("guidance", float("nan")),
+        ("guidance", "inf"),
+        ("guidance", 10**400),
+        ("fps", False),
+        ("overwrite", 1),
+        ("overwrite", "yes"),
+        ("output", ""),
+        ("output", "a\0b.mp4"),
+        ("num_frames", 2.5),
+        ("num_frames", []),
+        ("sampler", "euler"),
+        ("dtype", "float16"),
+        ("camera", 3),
+    ],
+)
+def test_wrong_types_and_choices_name_the_option(name: str, value: object) -> None:
+    with pytest.raises(UsageError) as caught:
+        GenerationRequest.from_dict({"prompt": "a", name: value})
+    assert label(name) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_choices_are_listed() -> None:
+    with pytest.raises(UsageError, match="auto, float32, bfloat16"):
+        GenerationRequest(prompt="a", dtype="half")
+
+
+@pytest.mark.parametrize("name", REQUIRED)
+def test_what_has_no_model_default_cannot_be_none(name: str) -> None:
+    with pytest.raises(UsageError, match=name):
+        GenerationRequest.from_dict({name: None})
+
+
+def test_only_required_fields_lack_none() -> None:
+    """Every other default is None, so that "not asked" and "the model's default" are the same."""
+    defaults = {f.name: f.default for f in dataclasses.fields(GenerationRequest)}
+    assert {name for name, value in defaults.items() if value is not None} == set(REQUIRED)
+
+
+def test_unknown_names_suggest_the_nearest() -> None:
+    with pytest.raises(UsageError, match="Did you mean guidance"):
+        GenerationRequest.from_dict({"prompt": "a", "guidence": 3})
+    with pytest.raises(UsageError, match="Valid: prompt, model"):
+        GenerationRequest.from_dict({"xyzzy": 3})
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"prompt": ""},
+        {"prompt": " \n\t"},
+        {"seed": -1},
+        {"seed": MAX_SEED + 1},
+        {"steps": 0},
+        {"steps": 1001},
+        {"guidance": -0.1},
+        {"fps": 0},
+        {"fps": 1000},
+        {"preview_every": 0},
+        {"width": 64},
+        {"height": 64},
+        {"width": 64, "height": 0},
+        {"width": 64, "height": -8},
+        {"width": 64, "height": 100_000},
+        {"width": 64, "height": 64, "resolution": "144p"},
+        {"width": 64, "height": 64, "aspect_ratio": "1:1"},
+        {"resolution": "100p"},
+        {"resolution": "240p", "aspect_ratio": "5:1"},
+        {"aspect_ratio": "wide"},
+        {"num_frames": 0},
+        {"num_frames": -17},
+        {"num_frames": 2},
+        {"num_frames": 16},
+        {"num_frames": "3s"},
+    ],
+)
+def test_what_no_model_can_serve_is_refused(values: dict[str, object]) -> None:
+    request = GenerationRequest.from_dict({"prompt": "a", **values})
+    with pytest.raises(UsageError):
+        request.validate()
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"seed": 0},
+        {"seed": MAX_SEED},
+        {"steps": 1},
+        {"guidance": 0},
+        {"guidance": 1},
+        {"width": 64, "height": 64},
+        {"resolution": "144p"},
+        {"aspect_ratio": "1:1"},
+        {"num_frames": 1},
+        {"num_frames": 17},
+        {"num_frames": "4s"},
+    ],
+)
+def test_what_can_be_served_passes(values: dict[str, object]) -> None:
+    GenerationRequest.from_dict({"prompt": "a", **values}).validate()
+
+
+def test_seeds_are_kept_or_drawn() -> None:
+    assert GenerationRequest(prompt="a", seed=0).with_seed().seed == 0
+    drawn = {GenerationRequest(prompt="a").with_seed().seed for _ in range(8)}
+    assert len(drawn) > 1
+    assert all(seed is not None and 0 <= seed <= MAX_SEED for seed in drawn)
+
+
+def test_requests_are_immutable() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        GenerationRequest(prompt="a").prompt = "b"  # type: ignore[misc]
+
+
+def test_flags_are_unique_and_the_first_follows_from_the_name() -> None:
+    flags = [flag for option in options().values() for flag in option.flags]
+    assert len(flags) == len(set(flags))
+    for name, option in options().items():
+        assert not option.flags or option.flags[0] == "--" + name.replace("_", "-")
