@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+import mlx_sora  # noqa: F401  (before mlx.core, so that the fast BLAS is in place)
+
 DEFAULT_GOLDEN = Path(__file__).parent / "parity" / "golden"
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
 import mlx.core as mx
@@ -43,6 +44,11 @@ class Checkpoint:
     def nbytes(self) -> int:
         """Bytes of all tensors on disk."""
         return sum(info.nbytes for info in self.tensors.values())
+
+    @property
+    def num_parameters(self) -> int:
+        """Elements of all tensors."""
+        return sum(prod(info.shape) for info in self.tensors.values())
 
     def load(self, keys: Iterable[str]) -> dict[str, mx.array]:
         """The named tensors as lazy arrays: bytes are read at their first evaluation."""
@@ -148,7 +154,8 @@ def fill(
     else:
         arrays = {key: value for key, value in checkpoint.items() if key not in without}
         where, files = "the given weights", {}
-    wanted = {path: value.shape for path, value in tree_flatten(module.parameters())}
+    parameters: list[tuple[str, mx.array]] = tree_flatten(module.parameters())  # type: ignore[assignment]
+    wanted = {path: tuple(value.shape) for path, value in parameters}
     values: dict[str, mx.array] = {}
     for key, array in arrays.items():
         place = keys.place(key, array.shape)
@@ -176,7 +183,7 @@ def _check(
             f"{file}: unexpected tensor {key} {list(array.shape)}.",
             "The file is of another model or of another configuration.",
         )
-    if place.shape != tuple(wanted[place.path]):
+    if place.shape != wanted[place.path]:
         raise WeightsError(
             f"{file}: {key} has shape {list(place.shape)}, expected {list(wanted[place.path])}.",
             "The file and its config.json do not belong together.",

@@ -1,0 +1,198 @@
+"""Prompt in, video out: encode, denoise, decode. Owns the lifetimes of the networks, nothing else.
+
+Each stage builds its network, uses it and lets it go before the next one begins, so that the memory
+needed is that of the largest stage. A run is a generator of events (`runtime/events.py`); a caller
+that stops listening ends the run and leaves no file behind.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+
+from mlx_sora.loading.checkpoint import Checkpoint
+from mlx_sora.loading.model_folder import BUNDLED, PUBLISHED, ModelFolder, find_model
+from mlx_sora.loading.networks import load_text_encoder, load_transformer, load_vae
+from mlx_sora.request import GenerationRequest
+from mlx_sora.runtime.device import default_dtype, describe
+from mlx_sora.runtime.events import (
+    Event,
+    Finished,
+    PreviewReady,
+    StageFinished,
+    StageProgress,
+    StageStarted,
+    StepFinished,
+    Warned,
+)
+from mlx_sora.runtime.memory import StageMeter, memory_scope, release
+from mlx_sora.sampling.guidance import guided
+from mlx_sora.sampling.loop import denoise
+from mlx_sora.sampling.rflow import RFlow
+from mlx_sora.settings import Settings, settle
+from mlx_sora.text.encoder import TextEncoder
+from mlx_sora.text.prompt import Scores, prepare_prompt
+from mlx_sora.text.tokenizer import Tokenizer
+from mlx_sora.video import Video
+from mlx_sora.video.metadata import build_metadata
+from mlx_sora.video.output import check_output, output_path
+from mlx_sora.video.writer import open_writer, write_sidecar
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from mlx_sora.models.vae import VideoVAE
+
+log = logging.getLogger(__name__)
+
+
+class Pipeline:
+    """Text to video with one model. Holds no weights between runs; safe to keep and to reuse."""
+
+    def __init__(self, model: ModelFolder, dtype: str = "auto") -> None:
+        self.model = model
+        self.dtype = dtype
+        default_dtype(requested=dtype)  # refuses what the device cannot do, before any work
+
+    @classmethod
+    def from_pretrained(
+        cls, model: str | Path | None = None, *, dtype: str = "auto"
+    ) -> Pipeline:
+        """A pipeline for `shapes`, `opensora-1.2` or a model folder; None picks the best present.
+
+        dtype: auto, float32 or bfloat16. Raises WeightsError when the model is not there or not
+        whole. Nothing is downloaded, and no weight is read yet.
+        """
+        found = find_model(model)
+        if model is None and found.name == BUNDLED:
+            log.warning("%s is not here; using the bundled model %s", PUBLISHED, BUNDLED)
+        return cls(found, dtype)
+
+    def __call__(self, prompt: str, **options: Any) -> Video:
+        """Make one video. options: fields of GenerationRequest (seed, steps, output, ...).
+
+        Without `output`, the video holds its frames in memory.
+        """
+        for event in self.stream(GenerationRequest(prompt=prompt, **options)):
+            if isinstance(event, Finished):
+                return event.video
+        raise AssertionError("a run ends with Finished or with an error")
+
+    def stream(self, request: GenerationRequest) -> Iterator[Event]:
+        """Events of one run, `Finished` the last. Bad requests raise here, before any work."""
+        request.validate()
+        return self._events(self._prepare(request.with_seed()))
+
+    def info(self) -> dict[str, Any]:
+        """Model, parameters and bytes of each part, device and versions; plain JSON values."""
+        parts: dict[str, Any] = {}
+        for name in ("text_encoder", "transformer", "vae"):
+            checkpoint = Checkpoint.open(self.model.path / name)
+            parts[name] = {
+                "parameters": checkpoint.num_parameters,
+                "bytes": checkpoint.nbytes,
+            }
+        return {
+            "model": self.model.name,
+            "path": str(self.model.path),
+            "parameters": sum(part["parameters"] for part in parts.values()),
+            "bytes": sum(part["bytes"] for part in parts.values()),
+            "parts": parts,
+            "defaults": asdict(self.model.defaults),
+            "machine": describe(),
+        }
+
+    def _prepare(self, request: GenerationRequest) -> Run:
+        """Decide everything that can be decided without weights; raises UsageError."""
+        if request.model is not None and find_model(request.model).path != self.model.path:
+            raise UsageError(
+                f"This pipeline holds {self.model.name}, the request asks for {request.model}.",
+                "Make a pipeline of that model, or leave the request's model open.",
+            )
+        dtype = default_dtype(requested=self.dtype if request.dtype == "auto" else request.dtype)
+        settings, warnings = settle(request, self.model)
+        output = None
+        if request.output is not None:
+            geometry = settings.geometry
+            output = output_path(
+                request.output,
+                prompt=request.prompt,
+                seed=settings.seed,
+                num_frames=geometry.num_frames,
+            )
+            check_output(
+                output,
+                request.overwrite,
+                sidecar=request.metadata,
+                num_frames=geometry.num_frames,
+                size=geometry.decoded,
+                fps=settings.fps,
+            )
+        return Run(request, settings, dtype, output, warnings)
+
+    def _events(self, run: Run) -> Iterator[Event]:
+        with memory_scope():
+            yield from (Warned(warning) for warning in run.warnings)
+            text = yield from self._encode(run)
+            latents = yield from self._denoise(run, text)
+            del text
+            yield Finished((yield from self._decode(run, latents)))
+
+    def _encode(self, run: Run) -> Generator[Event, None, mx.array]:
+        """Text states of the prompt, [n, D]; T5 is gone when this ends."""
+        yield StageStarted("encode", 1)
+        with StageMeter("encode") as meter:
+            settings = run.settings
+            scores = Scores(settings.aesthetic, settings.motion, settings.camera)
+            prompt = prepare_prompt(run.request.prompt, scores).text()
+            text = self._text_states(prompt, run.dtype)
+            release()
+        for warning in text.warnings:
+            run.warnings.append(warning)
+            yield Warned(warning)
+        yield StageProgress("encode", 1, 1)
+        yield run.close_stage(meter)
+        return text.states
+
+    def _text_states(self, prompt: str, dtype: mx.Dtype) -> TextStates:
+        network, rows = load_text_encoder(self.model, dtype)
+        tokenizer = Tokenizer.load(self.model.tokenizer)
+        return TextEncoder(network, rows, tokenizer, dtype).encode(prompt)
+
+    def _denoise(self, run: Run, text: mx.array) -> Generator[Event, None, mx.array]:
+        """Latents of the video, [1, T, H, W, C]; the transformer is gone when this ends."""
+        yield StageStarted("denoise", run.settings.steps)
+        with StageMeter("denoise") as meter:
+            latents = yield from self._steps(run, text)
+            release()
+        yield run.close_stage(meter)
+        return latents
+
+    def _decode(self, run: Run, latents: mx.array) -> Generator[Event, None, Video]:
+        """Latents to the finished video, 17 frames at a time straight into the file."""
+        frames = run.settings.geometry.num_frames
+        yield StageStarted("decode", frames)
+        with self._writer(run) as writer:
+            with StageMeter("decode") as meter:
+                vae = load_vae(self.model)
+                for chunk in vae.decode_chunks(latents, frames):
+                    writer.write(to_uint8(chunk))
+                    yield StageProgress("decode", writer.num_frames, frames)
+                del vae
+                release()
+            finished = run.close_stage(meter)
+            if run.request.embed_metadata:
+                writer.metadata = run.record()
+        yield finished
+        kept = writer.frames if isinstance(writer, KeptFrames) else None
+        video = run.video(None if kept is not None else writer.path, kept)
+        if video.path is not None and run.request.metadata:
+            write_sidecar(video.path, video.metadata, run.request.overwrite)
+        return video

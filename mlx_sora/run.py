@@ -1,0 +1,72 @@
+"""One generation on its way: what was decided, and what it has cost so far."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+
+from mlx_sora.request import GenerationRequest
+from mlx_sora.runtime.events import StageFinished
+from mlx_sora.runtime.memory import StageMeter
+from mlx_sora.settings import Settings
+from mlx_sora.video import Video
+from mlx_sora.video.metadata import build_metadata
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+@dataclass
+class Run:
+    """State of one generation.
+
+    output: where the video goes, None to keep its frames. seconds, memory: per finished stage, wall
+    seconds and peak of the resident set in bytes.
+    """
+
+    request: GenerationRequest
+    settings: Settings
+    dtype: mx.Dtype
+    output: Path | None
+    warnings: list[str]
+    seconds: dict[str, float] = field(default_factory=dict)
+    memory: dict[str, int] = field(default_factory=dict)
+
+    def close_stage(self, meter: StageMeter) -> StageFinished:
+        """Record what a stage cost, and the event that tells it."""
+        usage = meter.usage
+        assert usage is not None, "the meter's block has ended"
+        self.seconds[usage.stage] = usage.seconds
+        self.memory[usage.stage] = usage.peak_rss
+        return StageFinished(usage.stage, usage.seconds, usage.peak_memory, usage.peak_rss)
+
+    def record(self) -> dict[str, Any]:
+        """The metadata of the video, as far as the run has come."""
+        return build_metadata(
+            self.request,
+            self.settings.to_dict(),
+            warnings=self.warnings,
+            seconds=self.seconds,
+            peak_memory=self.memory,
+        )
+
+    def video(self, path: Path | None, frames: np.ndarray | None) -> Video:
+        """The result, once all stages are over."""
+        size = self.settings.geometry.decoded
+        return Video(
+            path=path,
+            request=self.request,
+            width=size.width,
+            height=size.height,
+            num_frames=self.settings.geometry.num_frames,
+            fps=self.settings.fps,
+            seed=self.settings.seed,
+            warnings=tuple(self.warnings),
+            timings=dict(self.seconds),
+            memory=dict(self.memory),
+            metadata=self.record(),
+            frames=frames,
+        )
