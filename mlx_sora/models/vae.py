@@ -9,7 +9,7 @@ does not grow with the clip.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -228,7 +228,9 @@ class VideoVAE(nn.Module):
         )
 
 
-def _in_batches(network: Any, frames: mx.array, size: int | None) -> mx.array:
+def _in_batches(
+    network: Callable[[mx.array], mx.array], frames: mx.array, size: int | None
+) -> mx.array:
     """network(frames) in batches along the first axis, each evaluated and freed before the next."""
     size = size or frames.shape[0]
     parts = []

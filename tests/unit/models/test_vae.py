@@ -311,6 +311,18 @@ def test_one_half_loads_from_the_whole_checkpoint(vae: VideoVAE, part: str) -> N
         assert difference(half.encode(x), vae.encode(x)) <= SAME
 
 
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
+def test_half_precision_weights_still_compute_in_float32(vae: VideoVAE, dtype: mx.Dtype) -> None:
+    halved = {name: value.astype(dtype) for name, value in stored(vae).items()}
+    half, full = (VideoVAE(VAEConfig.from_dict(SMALL)) for _ in range(2))
+    fill(half, halved, KEYS)
+    fill(full, halved, KEYS, dtype=mx.float32)
+    z, x = normal(1, 1, 2, 4, 4, 4), normal(2, 1, 8, 32, 32, 3)
+    assert half.decode(z.astype(dtype), 8).dtype == mx.float32
+    assert difference(half.decode(z, 8), full.decode(z, 8)) <= SAME
+    assert difference(half.encode(x), full.encode(x)) <= SAME
+
+
 def test_a_missing_tensor_is_named(vae: VideoVAE) -> None:
     checkpoint = stored(vae)
     del checkpoint["temporal_vae.decoder.conv_out.conv.weight"]
