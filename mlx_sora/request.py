@@ -325,4 +325,5 @@ def _parse(name: str, option: Option, value: Any) -> Any:
 
 def _check_range(name: str, value: float | None, low: float, high: float) -> None:
     if value is not None and not low <= value <= high:
-        raise UsageError(f"{label(name)} {str(value)[:40]} is out of range.", f"Give {low} to {high}.")
+        given = str(value)[:40]
+        raise UsageError(f"{label(name)} {given} is out of range.", f"Give {low} to {high}.")

@@ -47,7 +47,7 @@ def clip(frames: int = 5, height: int = 32, width: int = 48) -> np.ndarray:
 
 
 def decode(path: Path) -> np.ndarray:
-    """mp4 -> frames by the textbook inverse of BT.709 limited range, written apart from the code."""
+    """mp4 -> frames by the inverse of BT.709 limited range, written apart from the code."""
     frames = []
     with av.open(str(path)) as container:
         for frame in container.decode(video=0):
@@ -176,14 +176,21 @@ def test_the_last_metadata_is_recorded(tmp_path: Path, name: str) -> None:
     with open_writer(tmp_path / name, 48, 32, 24, {"early": True}) as writer:
         writer.write(clip())
         writer.metadata = record
-    assert read_metadata(sorted(tmp_path.iterdir())[0]) == record
+    assert read_metadata(min(tmp_path.iterdir())) == record
 
 
 @pytest.mark.parametrize("name", KINDS)
 def test_without_metadata_nothing_is_recorded(tmp_path: Path, name: str) -> None:
     save_frames(tmp_path / name, clip(), 24)
     with pytest.raises(UsageError, match="carries no metadata"):
-        read_metadata(sorted(tmp_path.iterdir())[0])
+        read_metadata(min(tmp_path.iterdir()))
+
+
+def write_and_stop(path: Path, error: type[BaseException], overwrite: bool = False) -> None:
+    """A run that fails after nine frames."""
+    with open_writer(path, 48, 32, 24, overwrite=overwrite) as writer:
+        writer.write(clip(9))
+        raise error
 
 
 @pytest.mark.parametrize("name", [*KINDS, "new/a_%d.png"])
@@ -191,9 +198,8 @@ def test_without_metadata_nothing_is_recorded(tmp_path: Path, name: str) -> None
 def test_an_interrupted_run_leaves_nothing(
     tmp_path: Path, name: str, error: type[BaseException]
 ) -> None:
-    with pytest.raises(error), open_writer(tmp_path / name, 48, 32, 24) as writer:
-        writer.write(clip())
-        raise error
+    with pytest.raises(error):
+        write_and_stop(tmp_path / name, error)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -216,12 +222,8 @@ def test_an_interruption_while_closing_leaves_nothing(
 def test_an_interrupted_overwrite_keeps_the_old_file(tmp_path: Path, name: str) -> None:
     save_frames(tmp_path / name, clip(), 24)
     before = {file: file.read_bytes() for file in tmp_path.iterdir()}
-    with (
-        pytest.raises(KeyboardInterrupt),
-        open_writer(tmp_path / name, 48, 32, 24, overwrite=True) as writer,
-    ):
-        writer.write(clip(9))
-        raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        write_and_stop(tmp_path / name, KeyboardInterrupt, overwrite=True)
     assert {file: file.read_bytes() for file in tmp_path.iterdir()} == before
 
 

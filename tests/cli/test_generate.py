@@ -1,0 +1,348 @@
+"""`generate` from the outside: flags, files, progress, exit codes."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from mlx_sora.cli.main import main
+from mlx_sora.errors import MemoryBudgetError, MlxSoraError, WeightsError
+from mlx_sora.request import options
+from mlx_sora.video.metadata import read_metadata
+from mlx_sora.video.writer import write_sidecar
+from tests.cli.fakes import FakePipeline
+
+ROOT = Path(__file__).parents[2]
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def one_line(text: str) -> str:
+    assert text.count("\n") == 1, text
+    return text.strip()
+
+
+def test_prompt_in_path_out(
+    folder: Path, pipeline: FakePipeline, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["generate", "-p", "A red circle", "-s", "7"]) == 0
+    captured = capsys.readouterr()
+    assert captured.out == "a-red-circle-7.mp4\n"
+    assert files(folder) == ["a-red-circle-7.mp4"]
+    for text in ("seed 7", "a notice", "warning: this is a fake", "denoise", "0.12 s/step", "2/2"):
+        assert text in captured.err, text
+
+
+def test_summary_has_seconds_and_peaks_per_stage(
+    folder: Path, pipeline: FakePipeline, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(["generate", "-p", "a"])
+    rows = [line.split() for line in capsys.readouterr().err.splitlines()]
+    assert ["encode", "0.25", "2", "MB", "90", "MB"] in rows
+    assert ["decode", "0.75", "2", "MB", "99", "MB"] in rows
+    assert ["total", "1.50", "3", "MB", "99", "MB"] in rows
+
+
+def test_every_flag_reaches_its_field(folder: Path, pipeline: FakePipeline) -> None:
+    words = (
+        "generate --prompt p --model shapes --seed 5 --steps 4 --cfg-scale 3 --sampler rflow "
+        "--resolution 144p --aspect-ratio 1:1 --frames 34 --fps 12 --aesthetic 6 --motion 2 "
+        "--camera pan --dtype float32 -o out.gif --overwrite --no-embed-metadata --metadata"
+    )
+    assert main(words.split()) == 0
+    expected = {
+        "prompt": "p",
+        "model": "shapes",
+        "seed": 5,
+        "steps": 4,
+        "guidance": 3.0,
+        "resolution": "144p",
+        "aspect_ratio": "1:1",
+        "num_frames": 34,
+        "fps": 12.0,
+        "aesthetic": 6.0,
+        "motion": 2.0,
+        "camera": "pan",
+        "dtype": "float32",
+        "output": "out.gif",
+        "overwrite": True,
+        "embed_metadata": False,
+        "metadata": True,
+    }
+    assert pipeline.requests[0].to_dict() == expected
+    assert pipeline.loaded == [("shapes", "float32")]
+    words = "generate -p p --width 64 --height 32 --num-frames 1"
+    assert main(words.split()) == 0
+    sized = pipeline.requests[1]
+    assert (sized.width, sized.height, sized.num_frames) == (64, 32, 1)
+    covered = {*expected, "sampler", "width", "height", "preview_every"}
+    assert covered == set(options())
+
+
+def test_an_image_becomes_png(folder: Path, pipeline: FakePipeline) -> None:
+    assert main(["generate", "-p", "a", "-s", "1", "--num-frames", "1"]) == 0
+    assert files(folder) == ["a-1.png"]
+
+
+@pytest.mark.parametrize("output", ["a.mp4", "a.gif", "a.webp", "f_%02d.png", "frames/"])
+def test_kinds_of_output(folder: Path, pipeline: FakePipeline, output: str) -> None:
+    assert main(["generate", "-p", "a", "-o", output]) == 0
+    assert len([path for path in folder.rglob("*") if path.is_file()]) == (
+        17 if "png" in output or "/" in output else 1
+    )
+
+
+def test_several_seeds_make_several_videos(
+    folder: Path, pipeline: FakePipeline, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["generate", "-p", "a {b}", "-s", "3", "4", "-o", "{index}_{seed}_{{x}}.gif"]
+    assert main(words) == 0
+    assert capsys.readouterr().out == "0_3_{x}.gif\n1_4_{x}.gif\n"
+    assert files(folder) == ["0_3_{x}.gif", "1_4_{x}.gif"]
+    assert len(pipeline.loaded) == 1
+
+
+def test_seeds_are_drawn_and_recorded(folder: Path, pipeline: FakePipeline) -> None:
+    main(["generate", "-p", "a", "-o", "1.mp4"])
+    main(["generate", "-p", "a", "-o", "2.mp4"])
+    seeds = [read_metadata(folder / name)["settings"]["seed"] for name in ("1.mp4", "2.mp4")]
+    assert seeds == [request.seed for request in pipeline.requests]
+    assert seeds[0] != seeds[1]
+
+
+def test_prompt_from_stdin(
+    folder: Path, pipeline: FakePipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("from a pipe\n"))
+    assert main(["generate", "--prompt", "-"]) == 0
+    assert pipeline.requests[0].prompt == "from a pipe"
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.gif", "a.webp", "f_%02d.png"])
+def test_replay(folder: Path, pipeline: FakePipeline, name: str) -> None:
+    main(["generate", "-p", "a cat", "-s", "9", "--steps", "3", "--fps", "12", "-o", name])
+    source = files(folder)[0]
+    assert main(["generate", "-C", source, "-o", "b.mp4", "--fps", "30"]) == 0
+    first, second = pipeline.requests
+    assert (second.prompt, second.seed, second.steps) == ("a cat", 9, 3)
+    assert (first.fps, second.fps) == (12.0, 30.0)
+    assert second.output == "b.mp4"
+
+
+def test_replay_from_a_sidecar(folder: Path, pipeline: FakePipeline) -> None:
+    main(["generate", "-p", "a cat", "-s", "9", "-o", "a.mp4", "--metadata"])
+    assert files(folder) == ["a.json", "a.mp4"]
+    assert main(["generate", "-C", "a.json", "-s", "10"]) == 0
+    assert [request.seed for request in pipeline.requests] == [9, 10]
+
+
+def test_a_size_that_is_typed_replaces_the_recorded_one(
+    folder: Path, pipeline: FakePipeline
+) -> None:
+    pixels = {"width": 64, "height": 64}
+    write_sidecar(folder / "pixels.mp4", {"request": {"prompt": "a", **pixels}})
+    write_sidecar(folder / "named.mp4", {"request": {"prompt": "a", "resolution": "240p"}})
+    assert main(["generate", "-C", "pixels.json", "--resolution", "144p"]) == 0
+    assert main(["generate", "-C", "named.json", "--width", "32", "--height", "32"]) == 0
+    first, second = pipeline.requests
+    assert (first.width, first.height, first.resolution) == (None, None, "144p")
+    assert (second.width, second.height, second.resolution) == (32, 32, None)
+
+
+def test_json_events(
+    folder: Path, pipeline: FakePipeline, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["generate", "-p", "a", "-s", "7", "--json-events"]) == 0
+    captured = capsys.readouterr()
+    events = [json.loads(line) for line in captured.out.splitlines()]
+    step = {"event": "step_finished", "step": 1, "total": 2, "t": 500.0, "seconds": 0.125}
+    assert step in events
+    assert {"event": "warned", "message": "this is a fake"} in events
+    assert {"event": "preview_ready", "shape": [17, 16, 16, 3], "step": 1} in events
+    assert events[-1]["event"] == "finished"
+    assert events[-1]["path"] == "a-7.mp4"
+    assert captured.err == ""
+
+
+def test_json_events_tell_errors_too(
+    folder: Path, pipeline: FakePipeline, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pipeline.failure = MemoryBudgetError("too small.", "Get more.")
+    assert main(["generate", "-p", "a", "--json-events"]) == 3
+    captured = capsys.readouterr()
+    last = json.loads(captured.out.splitlines()[-1])
+    assert last == {"event": "error", "message": "too small. Get more.", "exit_code": 3}
+    assert one_line(captured.err) == "error: too small. Get more."
+
+
+def test_quiet(folder: Path, pipeline: FakePipeline, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", "-p", "a", "-s", "7", "--quiet"]) == 0
+    captured = capsys.readouterr()
+    assert (captured.out, captured.err) == ("a-7.mp4\n", "")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("generate", "prompt is empty"),
+        ("generate -p p --stpes 3", "Did you mean --steps?"),
+        ("generate -p p --ste 3", "unrecognized arguments"),
+        ("generate -p p --sampler heun", "choose from"),
+        ("generate -p p --dtype float16", "choose from"),
+        ("generate -p p --steps many", "--steps: must be a whole number, not 'many'"),
+        ("generate -p p --guidance nan", "must be a finite number"),
+        ("generate -p p --steps 0", "--steps 0 is out of range. Give 1 to 1000."),
+        ("generate -p p --seed -1", "--seed -1 is out of range"),
+        ("generate -p p --num-frames 5", "Cannot make 5 frames"),
+        ("generate -p p --num-frames 3s", "2s, 4s, 8s, 16s"),
+        ("generate -p p --resolution 1p", "144p, 240p, 360p, 480p, 720p"),
+        ("generate -p p --aspect-ratio 7:1", "Choose one of"),
+        ("generate -p p --width 64", "missing"),
+        ("generate -p p --width 4 --height 4", "impossible"),
+        ("generate -p p -o no/a.mp4", "does not exist"),
+        ("generate -p p -o a.avi", ".mp4, .gif, .webp, .png"),
+        ("generate -p p -o {x}.mp4", "{prompt_slug}"),
+        ("generate -p p -o taken.mp4", "exists already. Give --overwrite"),
+        ("generate -p p -o new.mp4 -s 1 2", "{seed} or {index}"),
+        ("generate -p p -o a.png --num-frames 17", "can hold one frame, not 17"),
+        ("generate -C no.mp4", "No such file"),
+        ("generate -C taken.mp4", "Cannot read taken.mp4"),
+        ("generate -p p --quiet --verbose", "not allowed with"),
+        ("generate -p", "expected one argument"),
+        ("frobnicate", "invalid choice"),
+        ("--nope", "unrecognized arguments"),
+    ],
+)
+def test_usage_errors_are_one_line_and_touch_nothing(
+    folder: Path,
+    pipeline: FakePipeline,
+    capsys: pytest.CaptureFixture[str],
+    words: str,
+    message: str,
+) -> None:
+    (folder / "taken.mp4").write_text("precious")
+    assert main(words.split()) == 2
+    captured = capsys.readouterr()
+    assert message in one_line(captured.err)
+    assert captured.out == ""
+    assert pipeline.loaded == []
+    assert files(folder) == ["taken.mp4"]
+    assert (folder / "taken.mp4").read_text() == "precious"
+
+
+def test_overwrite(folder: Path, pipeline: FakePipeline) -> None:
+    (folder / "a.mp4").write_text("old")
+    assert main(["generate", "-p", "a", "-o", "a.mp4", "--overwrite"]) == 0
+    assert read_metadata(folder / "a.mp4")["request"]["prompt"] == "a"
+
+
+def test_no_command_shows_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 2
+    captured = capsys.readouterr()
+    assert "generate" in captured.err
+    assert "error: No command given." in captured.err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("failure", "code", "message"),
+    [
+        (MlxSoraError("broken.", "Mend it."), 1, "error: broken. Mend it."),
+        (MemoryBudgetError("too large."), 3, "error: too large."),
+        (WeightsError("gone."), 4, "error: gone."),
+        (KeyboardInterrupt(), 130, "error: interrupted."),
+        (RuntimeError("line 1\nline 2"), 1, "error: RuntimeError: line 1 line 2 --debug shows"),
+    ],
+)
+def test_failures_leave_one_line_a_code_and_no_file(
+    folder: Path,
+    pipeline: FakePipeline,
+    capsys: pytest.CaptureFixture[str],
+    failure: BaseException,
+    code: int,
+    message: str,
+) -> None:
+    pipeline.failure = failure
+    assert main(["generate", "-p", "a"]) == code
+    error = capsys.readouterr().err
+    assert message in error.splitlines()[-1]
+    assert "Traceback" not in error
+    assert files(folder) == []
+    if code != 130:
+        assert main(["generate", "-p", "a", "--debug"]) == code
+        assert "Traceback" in capsys.readouterr().err
+
+
+def run_python(code: str, **more: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        **more,  # type: ignore[call-overload]
+    )
+
+
+@pytest.mark.parametrize("words", [["--help"], ["generate", "--help"], ["--version"]])
+def test_help_is_quick_to_import(words: list[str]) -> None:
+    result = run_python(f"""
+        import sys
+        from mlx_sora.cli.main import main
+        try:
+            main({words!r})
+        except SystemExit as end:
+            heavy = {{"mlx", "mlx.core", "numpy", "av", "PIL", "tqdm"}} & set(sys.modules)
+            sys.exit(f"imports {{heavy}}" if heavy else end.code)
+    """)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "mlx_sora" in result.stdout
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_leave_no_partial_file(folder: Path, number: signal.Signals) -> None:
+    """A real signal while frames are being written."""
+    result = run_python(
+        f"""
+        import os, signal, sys
+        from mlx_sora.cli import generate
+        from mlx_sora.cli.main import main
+        from mlx_sora.video import writer
+        from tests.cli.fakes import FakePipeline
+
+        add = writer.SequenceWriter._add
+        def add_and_stop(self, frame):
+            add(self, frame)
+            if self.num_frames == 9:
+                assert any(name.endswith(".partial") for name in os.listdir("new"))
+                os.kill(os.getpid(), {int(number)})
+        writer.SequenceWriter._add = add_and_stop
+        generate.load_pipeline = FakePipeline().load
+        sys.exit(main(["generate", "-p", "a", "-o", "new/", "--quiet"]))
+        """,
+        cwd=folder,
+    )
+    assert result.returncode == 130, result.stderr
+    assert one_line(result.stderr) == "error: interrupted."
+    assert files(folder) == []
+
+
+def test_the_module_carries_the_exit_code(folder: Path) -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "mlx_sora", "generate"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert result.returncode == 2
+    assert "prompt is empty" in one_line(result.stderr)

@@ -1,0 +1,38 @@
+"""`info`: readable for people, JSON for programs."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from mlx_sora.cli.main import main
+from mlx_sora.cli.render import human_bytes
+from tests.cli.fakes import FakePipeline
+
+
+def test_text(pipeline: FakePipeline, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info"]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "model: fake",
+        "transformer:",
+        "  parameters: 1,234,567",
+        "  bytes: 2 MB",
+        "device:",
+        "  total memory: 8.00 GB",
+        "  metal: False",
+    ]
+
+
+def test_json(pipeline: FakePipeline, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info", "--json", "--model", "shapes", "--dtype", "float32"]) == 0
+    assert json.loads(capsys.readouterr().out) == pipeline.info()
+    assert pipeline.loaded == [("shapes", "float32")]
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [(0, "0 B"), (999, "999 B"), (1500, "2 kB"), (12_300_000, "12 MB"), (9.5e9, "9.50 GB")],
+)
+def test_bytes(number: float, text: str) -> None:
+    assert human_bytes(number) == text
