@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from mlx_sora.cli.flags import add_request_flags, build_requests, explicit_options
 from mlx_sora.cli.render import BarRenderer, JsonRenderer, QuietRenderer, Renderer
@@ -16,7 +17,10 @@ from mlx_sora.video.metadata import read_metadata, replay_options
 from mlx_sora.video.output import DEFAULT_OUTPUT, check_output, fill_template, output_path
 
 if TYPE_CHECKING:
+    from collections.abc import Generator
+
     from mlx_sora.pipeline import Pipeline
+    from mlx_sora.runtime.events import Event
 
 
 def add_parser(commands: Any) -> None:
@@ -60,8 +64,10 @@ def run(args: argparse.Namespace) -> int:
             renderer.note(notice)
         for request in requests:
             renderer.note(f"seed {request.seed}")
-            for event in pipeline.stream(request):
-                renderer.handle(event)
+            # Closing, not collecting, ends an interrupted run and removes its partial file.
+            with closing(cast("Generator[Event, None, None]", pipeline.stream(request))) as events:
+                for event in events:
+                    renderer.handle(event)
     finally:
         renderer.close()
     return 0

@@ -33,6 +33,7 @@ class FakePipeline:
     def __init__(self, failure: BaseException | None = None) -> None:
         self.failure = failure
         self.requests: list[GenerationRequest] = []
+        self.runs: list[Iterator[Event]] = []
         self.loaded: list[tuple[str | None, str]] = []
 
     def load(self, model: str | None, dtype: str) -> FakePipeline:
@@ -48,6 +49,10 @@ class FakePipeline:
 
     def stream(self, request: GenerationRequest) -> Iterator[Event]:
         self.requests.append(request)
+        self.runs.append(self._run(request))
+        return self.runs[-1]
+
+    def _run(self, request: GenerationRequest) -> Iterator[Event]:
         yield StageStarted("encode", 1)
         yield StageFinished("encode", 0.25, 1_500_000, 90_000_000)
         yield StageStarted("denoise", 2)

@@ -14,8 +14,10 @@ from pathlib import Path
 import pytest
 
 from mlx_sora.cli.main import main
+from mlx_sora.cli.render import QuietRenderer
 from mlx_sora.errors import MemoryBudgetError, MlxSoraError, WeightsError
 from mlx_sora.request import options
+from mlx_sora.runtime.events import Event, StageProgress
 from mlx_sora.video.metadata import read_metadata
 from mlx_sora.video.writer import write_sidecar
 from tests.cli.fakes import FakePipeline
@@ -306,6 +308,21 @@ def test_help_is_quick_to_import(words: list[str]) -> None:
     """)
     assert (result.returncode, result.stderr) == (0, "")
     assert "mlx_sora" in result.stdout
+
+
+def test_an_interruption_outside_the_run_ends_it_too(
+    folder: Path, pipeline: FakePipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C while progress is drawn: the fake keeps its run alive, so only closing ends it."""
+
+    def handle(self: QuietRenderer, event: Event) -> None:
+        if isinstance(event, StageProgress):
+            assert files(folder) == ["new"]
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(QuietRenderer, "handle", handle)
+    assert main(["generate", "-p", "a", "-o", "new/", "--quiet"]) == 130
+    assert files(folder) == []
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
