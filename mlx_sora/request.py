@@ -11,7 +11,6 @@ import math
 import numbers
 import os
 import re
-import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
@@ -270,7 +269,7 @@ class GenerationRequest:
 
     def with_seed(self) -> GenerationRequest:
         """This request with a seed: its own, or one drawn from the system's randomness."""
-        return self if self.seed is not None else replace(self, seed=secrets.randbits(32))
+        return self if self.seed is not None else replace(self, seed=drawn_seed())
 
     def validate(self) -> None:
         """Raise UsageError for a value that no model can serve. Nothing is changed."""
@@ -299,6 +298,11 @@ ANY_SIZE = Size(512, 512)
 
 #: Fields that are never None, whatever is asked.
 REQUIRED = ("prompt", "sampler", "dtype", "overwrite", "embed_metadata", "metadata")
+
+
+def drawn_seed() -> int:
+    """A seed of 32 bits from the system's randomness."""
+    return int.from_bytes(os.urandom(4), "big")
 
 
 def options() -> dict[str, Option]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Callable, Mapping, Sequence
-from importlib import metadata as packages
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,6 +50,8 @@ def build_metadata(
 
 def versions() -> dict[str, str]:
     """Versions of what shaped the result, without importing any of it."""
+    from importlib import metadata as packages
+
     from mlx_sora import __version__
 
     found = {"mlx_sora": __version__, "python": platform.python_version()}

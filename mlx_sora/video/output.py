@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 import string
-import tempfile
 from pathlib import Path
 
 from mlx_sora.errors import UsageError
@@ -156,6 +155,8 @@ def _check_kind(path: Path) -> None:
 
 def _check_folder(path: Path) -> None:
     """The folder must exist and take a file; only the folder of a sequence may be made anew."""
+    import tempfile
+
     folder = path.parent
     if is_sequence(path) and not folder.exists():
         folder = folder.parent

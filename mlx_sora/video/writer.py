@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import secrets
 from collections.abc import Iterator, Mapping
 from itertools import count
 from pathlib import Path
@@ -228,7 +227,7 @@ def save_frames(
 
 def _partial_name(path: Path) -> Path:
     """A hidden name in the same folder, so that renaming is atomic."""
-    return path.with_name(f".{secrets.token_hex(6)}.partial")
+    return path.with_name(f".{os.urandom(6).hex()}.partial")
 
 
 def _free_names(path: Path) -> Iterator[Path]:
