@@ -29,8 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = "--debug" in words
     try:
         args = parse_args(build_parser(), words)
-        _set_up_logging(args)
-        with sigterm_as_interrupt():
+        with sigterm_as_interrupt(), log_to_stderr(args):
             return int(args.run(args))
     except MlxSoraError as error:
         if debug:
@@ -84,14 +83,23 @@ def sigterm_as_interrupt() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _set_up_logging(args: argparse.Namespace) -> None:
+@contextmanager
+def log_to_stderr(args: argparse.Namespace) -> Iterator[None]:
+    """Show the package's log inside, as loud as the flags want it; then as before."""
     level = logging.WARNING
     if getattr(args, "verbose", False):
         level = logging.INFO
     elif getattr(args, "quiet", False):
         level = logging.ERROR
-    logging.basicConfig(stream=sys.stderr, format="%(message)s")
-    logging.getLogger("mlx_sora").setLevel(level)
+    logger, handler = logging.getLogger("mlx_sora"), logging.StreamHandler(sys.stderr)
+    before = logger.level
+    logger.setLevel(level)
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before)
 
 
 def _report(message: str, code: int, words: Sequence[str]) -> None:

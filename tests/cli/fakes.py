@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -55,6 +56,8 @@ class FakePipeline:
     def _run(self, request: GenerationRequest) -> Iterator[Event]:
         yield StageStarted("encode", 1)
         yield StageFinished("encode", 0.25, 1_500_000, 90_000_000)
+        for level in ("info", "warning", "error"):
+            getattr(logging.getLogger("mlx_sora.fake"), level)("log of level %s", level)
         yield StageStarted("denoise", 2)
         for step in range(2):
             yield StepFinished(step, 2, 1000.0 - 500 * step, 0.125, mx.zeros((1, 5, 2, 2, 4)))

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -173,7 +175,7 @@ def test_json_events(
     assert {"event": "preview_ready", "shape": [17, 16, 16, 3], "step": 1} in events
     assert events[-1]["event"] == "finished"
     assert events[-1]["path"] == "a-7.mp4"
-    assert captured.err == ""
+    assert captured.err == "log of level warning\nlog of level error\n"
 
 
 def test_json_events_tell_errors_too(
@@ -184,13 +186,31 @@ def test_json_events_tell_errors_too(
     captured = capsys.readouterr()
     last = json.loads(captured.out.splitlines()[-1])
     assert last == {"event": "error", "message": "too small. Get more.", "exit_code": 3}
-    assert one_line(captured.err) == "error: too small. Get more."
+    assert captured.err.splitlines()[-1] == "error: too small. Get more."
 
 
 def test_quiet(folder: Path, pipeline: FakePipeline, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["generate", "-p", "a", "-s", "7", "--quiet"]) == 0
     captured = capsys.readouterr()
-    assert (captured.out, captured.err) == ("a-7.mp4\n", "")
+    assert (captured.out, captured.err) == ("a-7.mp4\n", "log of level error\n")
+
+
+@pytest.mark.parametrize(
+    ("flag", "levels"),
+    [("--quiet", "error"), ("--json-events", "warning error"), ("-v", "info warning error")],
+)
+def test_loudness_of_the_log(
+    folder: Path,
+    pipeline: FakePipeline,
+    capsys: pytest.CaptureFixture[str],
+    flag: str,
+    levels: str,
+) -> None:
+    before = logging.getLogger("mlx_sora").level
+    assert main(["generate", "-p", "a", flag]) == 0
+    shown = re.findall(r"^log of level (\w+)$", capsys.readouterr().err, re.MULTILINE)
+    assert shown == levels.split()
+    assert logging.getLogger("mlx_sora").level == before
 
 
 @pytest.mark.parametrize(
@@ -349,7 +369,7 @@ def test_signals_leave_no_partial_file(folder: Path, number: signal.Signals) -> 
         cwd=folder,
     )
     assert result.returncode == 130, result.stderr
-    assert one_line(result.stderr) == "error: interrupted."
+    assert result.stderr.splitlines()[-1] == "error: interrupted."
     assert files(folder) == []
 
 
