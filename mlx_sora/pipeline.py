@@ -8,47 +8,47 @@ that stops listening ends the run and leaves no file behind.
 from __future__ import annotations
 
 import logging
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from collections.abc import Generator, Sequence
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
+from mlx_sora.errors import NumericsError, UsageError
 from mlx_sora.loading.checkpoint import Checkpoint
 from mlx_sora.loading.model_folder import BUNDLED, PUBLISHED, ModelFolder, find_model
 from mlx_sora.loading.networks import load_text_encoder, load_transformer, load_vae
+from mlx_sora.models.stdit3 import STDiT3
 from mlx_sora.request import GenerationRequest
+from mlx_sora.run import Run
 from mlx_sora.runtime.device import default_dtype, describe
 from mlx_sora.runtime.events import (
     Event,
     Finished,
     PreviewReady,
-    StageFinished,
     StageProgress,
     StageStarted,
     StepFinished,
     Warned,
 )
 from mlx_sora.runtime.memory import StageMeter, memory_scope, release
-from mlx_sora.sampling.guidance import guided
+from mlx_sora.sampling import SAMPLERS
+from mlx_sora.sampling.guidance import Network, guided
 from mlx_sora.sampling.loop import denoise
-from mlx_sora.sampling.rflow import RFlow
+from mlx_sora.sampling.noise import Noise
 from mlx_sora.settings import Settings, settle
-from mlx_sora.text.encoder import TextEncoder
+from mlx_sora.text.encoder import TextEncoder, TextStates
 from mlx_sora.text.prompt import Scores, prepare_prompt
 from mlx_sora.text.tokenizer import Tokenizer
 from mlx_sora.video import Video
-from mlx_sora.video.metadata import build_metadata
+from mlx_sora.video.frames import KeptFrames, to_uint8
 from mlx_sora.video.output import check_output, output_path
-from mlx_sora.video.writer import open_writer, write_sidecar
+from mlx_sora.video.writer import VideoWriter, open_writer, write_sidecar
 
 if TYPE_CHECKING:
     import numpy as np
-
-    from mlx_sora.models.vae import VideoVAE
 
 log = logging.getLogger(__name__)
 
@@ -62,9 +62,7 @@ class Pipeline:
         default_dtype(requested=dtype)  # refuses what the device cannot do, before any work
 
     @classmethod
-    def from_pretrained(
-        cls, model: str | Path | None = None, *, dtype: str = "auto"
-    ) -> Pipeline:
+    def from_pretrained(cls, model: str | Path | None = None, *, dtype: str = "auto") -> Pipeline:
         """A pipeline for `shapes`, `opensora-1.2` or a model folder; None picks the best present.
 
         dtype: auto, float32 or bfloat16. Raises WeightsError when the model is not there or not
@@ -80,13 +78,17 @@ class Pipeline:
 
         Without `output`, the video holds its frames in memory.
         """
-        for event in self.stream(GenerationRequest(prompt=prompt, **options)):
+        request = GenerationRequest.from_dict({"prompt": prompt, **options})
+        for event in self.stream(request):
             if isinstance(event, Finished):
                 return event.video
         raise AssertionError("a run ends with Finished or with an error")
 
-    def stream(self, request: GenerationRequest) -> Iterator[Event]:
-        """Events of one run, `Finished` the last. Bad requests raise here, before any work."""
+    def stream(self, request: GenerationRequest) -> Generator[Event, None, None]:
+        """Events of one run, `Finished` the last. Bad requests raise here, before any work.
+
+        Closing the generator ends the run and removes what it had begun to write.
+        """
         request.validate()
         return self._events(self._prepare(request.with_seed()))
 
@@ -137,7 +139,7 @@ class Pipeline:
             )
         return Run(request, settings, dtype, output, warnings)
 
-    def _events(self, run: Run) -> Iterator[Event]:
+    def _events(self, run: Run) -> Generator[Event, None, None]:
         with memory_scope():
             yield from (Warned(warning) for warning in run.warnings)
             text = yield from self._encode(run)
@@ -175,6 +177,39 @@ class Pipeline:
         yield run.close_stage(meter)
         return latents
 
+    def _steps(self, run: Run, text: mx.array) -> Generator[Event, None, mx.array]:
+        """One event per step; the finished latents at the end."""
+        settings, geometry = run.settings, run.settings.geometry
+        network = load_transformer(self.model, run.dtype)
+        velocity = guided(
+            partial(_bind, network, settings),
+            [text],
+            network.null_text,
+            settings.guidance,
+            sequential=run.request.sequential_guidance,
+        )
+        sampler = SAMPLERS[settings.sampler]
+        width, height = geometry.size
+        times = sampler.timesteps(
+            settings.steps, height=height, width=width, num_frames=geometry.num_frames
+        )
+        z = Noise([settings.seed], (*geometry.latent, network.config.in_channels)).initial()
+        every = run.request.preview_every
+        for done in denoise(velocity, z, times, sampler):
+            z, index = done.z, done.step.index
+            _check_finite(z, index)
+            yield StepFinished(index, done.step.total, done.t, done.seconds, z)
+            if every and (index + 1) % every == 0:
+                yield PreviewReady(index, self._preview(run, done.x0))
+        return z
+
+    def _preview(self, run: Run, x0: mx.array) -> np.ndarray:
+        """The video as foreseen in the middle of denoising: uint8 [F, H, W, 3]."""
+        vae, kept = load_vae(self.model), KeptFrames()
+        for chunk in vae.decode_chunks(x0, run.settings.geometry.num_frames):
+            kept.write(to_uint8(chunk))
+        return kept.frames
+
     def _decode(self, run: Run, latents: mx.array) -> Generator[Event, None, Video]:
         """Latents to the finished video, 17 frames at a time straight into the file."""
         frames = run.settings.geometry.num_frames
@@ -196,3 +231,35 @@ class Pipeline:
         if video.path is not None and run.request.metadata:
             write_sidecar(video.path, video.metadata, run.request.overwrite)
         return video
+
+    def _writer(self, run: Run) -> VideoWriter | KeptFrames:
+        if run.output is None:
+            return KeptFrames()
+        settings = run.settings
+        return open_writer(
+            run.output,
+            *settings.geometry.decoded,
+            settings.fps,
+            overwrite=run.request.overwrite,
+        )
+
+
+def _bind(network: STDiT3, settings: Settings, text: Sequence[mx.array]) -> Network:
+    """The network for the video of `settings` under one text [n, C] per sample."""
+    geometry = settings.geometry
+    conditions = network.prepare(
+        text,
+        geometry.latent,
+        height=geometry.size.height,
+        width=geometry.size.width,
+        fps=settings.conditioning_fps,
+    )
+    return lambda z, t, x_mask, index: network(z, t, conditions, x_mask)
+
+
+def _check_finite(z: mx.array, index: int) -> None:
+    if not mx.isfinite(z).all().item():
+        raise NumericsError(
+            f"NaN or Inf in the latents after denoising step {index + 1}.",
+            "Try --dtype float32; if it stays, the weights may be damaged.",
+        )

@@ -146,6 +146,12 @@ class GenerationRequest:
         "how strongly the prompt is followed; 1 turns guidance off and halves the work",
         metavar="SCALE",
     )
+    sequential_guidance: bool = _option(
+        False,
+        as_bool,
+        "--sequential-guidance",
+        "evaluate prompt and no-prompt one after the other: the same video in less memory",
+    )
     sampler: str = _option(
         "rflow", as_text, "--sampler", "how the flow is followed", choices=SAMPLERS
     )
@@ -297,7 +303,10 @@ class GenerationRequest:
 ANY_SIZE = Size(512, 512)
 
 #: Fields that are never None, whatever is asked.
-REQUIRED = ("prompt", "sampler", "dtype", "overwrite", "embed_metadata", "metadata")
+REQUIRED = (
+    *("prompt", "sequential_guidance", "sampler", "dtype"),
+    *("overwrite", "embed_metadata", "metadata"),
+)
 
 
 def drawn_seed() -> int:

@@ -6,7 +6,7 @@ import argparse
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from mlx_sora.cli.flags import add_request_flags, build_requests, explicit_options
 from mlx_sora.cli.render import BarRenderer, JsonRenderer, QuietRenderer, Renderer
@@ -17,10 +17,7 @@ from mlx_sora.video.metadata import read_metadata, replay_options
 from mlx_sora.video.output import DEFAULT_OUTPUT, check_output, fill_template, output_path
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
-
     from mlx_sora.pipeline import Pipeline
-    from mlx_sora.runtime.events import Event
 
 
 def add_parser(commands: Any) -> None:
@@ -65,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
         for request in requests:
             renderer.note(f"seed {request.seed}")
             # Closing, not collecting, ends an interrupted run and removes its partial file.
-            with closing(cast("Generator[Event, None, None]", pipeline.stream(request))) as events:
+            with closing(pipeline.stream(request)) as events:
                 for event in events:
                     renderer.handle(event)
     finally:

@@ -1,8 +1,8 @@
 """How checkpoint tensors become module parameters.
 
-A network's attribute names equal the checkpoint's names where MLX allows. What differs stands in one
-table of `Rule`s at the end of the network's file; `KeyMap` applies it. Nothing here touches data: the
-same map serves loading, and the check of full-size manifests without allocating a weight.
+A network's attribute names equal the checkpoint's names where MLX allows. What differs stands in
+one table of `Rule`s at the end of the network's file; `KeyMap` applies it. Nothing here touches
+data: the same map serves loading, and the check of full-size manifests without a single weight.
 """
 
 from __future__ import annotations
@@ -90,5 +90,6 @@ def _new_shape(rule: Rule, shape: Shape) -> Shape:
 def _convert(rule: Rule, array: mx.array) -> mx.array:
     shape = _new_shape(rule, array.shape)
     if rule.axes and _fits(rule, array.ndim):
-        array = array.transpose(rule.axes)
+        # Left as a strided view, a kernel would be copied again by every convolution.
+        array = mx.contiguous(array.transpose(rule.axes))
     return array.reshape(shape)

@@ -5,19 +5,16 @@ from __future__ import annotations
 import os
 import platform
 import sys
-from importlib import metadata
 from pathlib import Path
 
 import mlx.core as mx
 
 from mlx_sora.errors import UsageError
 from mlx_sora.runtime import blas
+from mlx_sora.runtime.versions import versions
 
 #: Values of the `dtype` option. float16 is absent: T5 overflows in it.
 DTYPES = ("auto", "float32", "bfloat16")
-
-#: Packages whose versions belong in a report.
-_PACKAGES = ("mlx-sora", "mlx", "numpy", "safetensors", "av", "pillow", "sentencepiece")
 
 
 def default_dtype(device: mx.Device | None = None, requested: str = "auto") -> mx.Dtype:
@@ -60,17 +57,6 @@ def total_memory() -> int:
         except (OSError, ValueError):  # no such file, or the word "max"
             continue
     return memory
-
-
-def versions() -> dict[str, str]:
-    """Installed version of Python and of each package that shapes a result."""
-    found = {"python": platform.python_version()}
-    for name in _PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def describe() -> dict[str, object]:

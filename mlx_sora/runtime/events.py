@@ -1,4 +1,4 @@
-"""Typed progress events: what a run tells whoever watches it. Plain data, drawn by `cli/render.py`."""
+"""Typed progress events: what a run tells whoever watches it. Plain data, no drawing."""
 
 from __future__ import annotations
 

@@ -6,13 +6,13 @@ mp4: comment tag; png: text chunk "mlx_sora"; gif: comment; webp: EXIF descripti
 from __future__ import annotations
 
 import json
-import platform
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlx_sora.errors import UsageError
 from mlx_sora.request import options
+from mlx_sora.runtime.versions import versions
 
 if TYPE_CHECKING:
     from mlx_sora.request import GenerationRequest
@@ -22,8 +22,6 @@ EXIF_DESCRIPTION = 0x010E
 
 #: More than a record can need; what is larger was not written by us.
 MAX_BYTES = 1 << 20
-
-VERSIONED = ("mlx", "numpy", "av", "pillow")
 
 
 def build_metadata(
@@ -46,21 +44,6 @@ def build_metadata(
     if peak_memory:
         record["peak_memory"] = dict(peak_memory)
     return record
-
-
-def versions() -> dict[str, str]:
-    """Versions of what shaped the result, without importing any of it."""
-    from importlib import metadata as packages
-
-    from mlx_sora import __version__
-
-    found = {"mlx_sora": __version__, "python": platform.python_version()}
-    for name in VERSIONED:
-        try:
-            found[name] = packages.version(name)
-        except packages.PackageNotFoundError:
-            continue
-    return found
 
 
 def to_json(record: Mapping[str, Any], *, ascii_only: bool = False) -> str:

@@ -15,7 +15,7 @@ LAYERS = (
     ("models", "runtime"),
     ("loading", "sampling", "text", "video"),
     ("accel",),
-    ("settings",),
+    ("settings", "run"),
     ("pipeline",),
     ("cli", "__main__"),
 )
