@@ -1,0 +1,36 @@
+"""Random latents with explicit keys: a seed's noise depends on nothing but the seed.
+
+Neither MLX's global random state nor the other samples of a batch have a part in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+
+@dataclass(frozen=True)
+class Noise:
+    """Standard normal draws float32 [B, *shape], one seed (0 .. 2^64 - 1) per sample.
+
+    shape: T, H, W, C of one sample's latents.
+    """
+
+    seeds: Sequence[int]
+    shape: Sequence[int]
+
+    def initial(self) -> mx.array:
+        """The latents that a run begins with."""
+        return self._draw(0)
+
+    def __call__(self, index: int) -> mx.array:
+        """Fresh noise for step `index`."""
+        return self._draw(index + 1)
+
+    def _draw(self, number: int) -> mx.array:
+        # Changing one word of a counter-based generator's key gives an independent stream.
+        word = mx.array([0, number], mx.uint32)
+        streams = [mx.random.split(mx.random.key(seed))[0] ^ word for seed in self.seeds]
+        return mx.stack([mx.random.normal(self.shape, key=key) for key in streams])

@@ -1,0 +1,97 @@
+"""Rectified flow with Euler steps; mirrors RFLOW and RFlowScheduler of Open-Sora 1.2."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from mlx_sora.errors import UsageError
+from mlx_sora.sampling.base import NOISE_TIME, Field, Run, Step
+
+#: Area in pixels at which a single image's times are not shifted.
+BASE_AREA = 512 * 512
+
+#: The shift counts 5 latents for every whole chunk of this many frames, and ignores the rest.
+FRAMES_PER_CHUNK = 17
+
+
+def add_noise(x: mx.array, noise: mx.array, t: mx.array) -> mx.array:
+    """x [B, ...] brought to flow times t [B] with `noise`: (1 - t/1000) x + t/1000 noise."""
+    keep = (1.0 - t / NOISE_TIME).reshape(-1, *(1,) * (x.ndim - 1))
+    return keep * x + (1.0 - keep) * noise
+
+
+def shift(t: mx.array, height: mx.array, width: mx.array, num_frames: mx.array) -> mx.array:
+    """Flow times t [..., B] for videos of a size: the larger the video, the longer near noise.
+
+    Sizes [B] in pixels and frames; their type is the one that the ratio is rounded to.
+    Mirrors timestep_transform of Open-Sora 1.2.
+    """
+    latents = mx.where(num_frames == 1, num_frames, num_frames // FRAMES_PER_CHUNK * 5)
+    ratio = mx.sqrt(height * width / BASE_AREA) * mx.sqrt(latents)
+    u = t / NOISE_TIME
+    return ratio * u / (1.0 + (ratio - 1.0) * u) * NOISE_TIME
+
+
+@dataclass(frozen=True)
+class RFlow:
+    """Uniform flow times, shifted by size and length, and one straight line per step.
+
+    rounded: whole numbers before the shift. shifted: off keeps the times uniform.
+    dtype: type of the size arithmetic (the reference computes it in its network's type).
+    """
+
+    rounded: bool = False
+    shifted: bool = True
+    dtype: mx.Dtype = mx.float32
+
+    @property
+    def evaluations(self) -> int:
+        return 1
+
+    def timesteps(
+        self,
+        steps: int,
+        *,
+        height: float | mx.array,
+        width: float | mx.array,
+        num_frames: float | mx.array,
+    ) -> mx.array:
+        """Flow times float32 [steps + 1, B]; see Sampler.timesteps.
+
+        Raises UsageError for no steps, and for 2 to 16 frames (the shift is 0/0 there).
+        """
+        if steps < 1:
+            raise UsageError(f"Cannot denoise in {steps} steps.", "Ask for at least 1 step.")
+        uniform = [(1.0 - i / steps) * NOISE_TIME for i in range(steps)]
+        if self.rounded:
+            uniform = [float(round(t)) for t in uniform]
+        # On the CPU whatever the device, so that one request has one schedule.
+        with mx.stream(mx.cpu):
+            sizes = [mx.array(n, self.dtype).reshape(-1) for n in (height, width, num_frames)]
+            t = mx.array(uniform)[:, None] + mx.zeros(max(n.size for n in sizes))
+            if self.shifted:
+                _check_frames(sizes[2])
+                t = shift(t, *sizes)
+            # Rounding can lift the first time over 1000, and masks compare with it.
+            t = mx.minimum(t, NOISE_TIME)
+            t = mx.concatenate([t, mx.zeros_like(t[:1])])
+            mx.eval(t)
+        return t
+
+    def start(self, run: Run, /) -> RFlow:
+        """The sampler itself: a straight line needs no history."""
+        return self
+
+    def step(self, field: Field, z: mx.array, v: mx.array, step: Step, /) -> mx.array:
+        """z after one Euler step."""
+        return z + v * step.dt
+
+
+def _check_frames(num_frames: mx.array) -> None:
+    if mx.any((num_frames != 1) & (num_frames < FRAMES_PER_CHUNK)).item():
+        raise UsageError(
+            f"The timestep schedule is undefined for 2 to {FRAMES_PER_CHUNK - 1} frames.",
+            f"Ask for 1 frame or for at least {FRAMES_PER_CHUNK}.",
+        )
