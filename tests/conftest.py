@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -35,3 +36,15 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
     cases = find_cases(metafunc.config.getoption("--golden"), *marker.args)
     metafunc.parametrize("case", cases, ids=[case.name for case in cases])
+
+
+@pytest.fixture(scope="session", autouse=True)
+def bundled_model_only(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Tests see the bundled model and no other, whatever was downloaded beside it."""
+    from mlx_sora.loading.model_folder import BUNDLED, WEIGHTS_VARIABLE, weights_root
+
+    root = tmp_path_factory.mktemp("weights")
+    (root / BUNDLED).symlink_to(weights_root() / BUNDLED)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(WEIGHTS_VARIABLE, str(root))
+        yield
