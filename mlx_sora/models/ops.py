@@ -26,22 +26,29 @@ def on_gpu() -> bool:
     return bool(mx.default_device() == mx.Device(mx.gpu))
 
 
-def exp(x: mx.array) -> mx.array:
-    """e^x. On CPU in float32 a degree-6 polynomial on [-ln2/2, ln2/2] times a power of two.
+#: 2^r on [-1/2, 1/2], r^0 to r^5: minimax under the constraint that e^0 is exactly 1; error 1e-7.
+_EXP2 = (1.0, 0.693146978, 0.240222421, 0.0555073375, 0.00967151313, 0.00132647271)
 
-    Relative error 1e-6 for |x| < 8, 4e-6 at ±80; x is clipped to [-87, 88]. Differentiable.
+#: Added to a float32 of up to 22 bits, it leaves the nearest integer + 127 in the lowest bits.
+_ROUND_AND_BIAS = 1.5 * 2**23 + 127
+
+
+def exp(x: mx.array) -> mx.array:
+    """e^x. On CPU in float32 a degree-5 polynomial times a power of two: MLX's own is scalar there.
+
+    Relative error 6e-7 for |x| < 8, 4e-6 at ±80, as mx.exp; x is clipped to ±86. Differentiable.
     """
     if on_gpu() or x.dtype != mx.float32:
         return mx.exp(x)
-    t = mx.clip(x, -87.0, 88.0) * (1.0 / math.log(2.0))
-    n = mx.floor(t + 0.5)
-    r = (t - n) * math.log(2.0)
-    p = mx.array(1.0 / 720.0)
-    for c in (1 / 120, 1 / 24, 1 / 6, 0.5, 1.0, 1.0):
+    t = mx.clip(x * (1.0 / math.log(2.0)), -125.0, 125.0)
+    # Constant as far as gradients go: the whole slope is in the polynomial.
+    biased = mx.stop_gradient(t + _ROUND_AND_BIAS)
+    r = t - (biased - _ROUND_AND_BIAS)
+    p = mx.array(_EXP2[-1])
+    for c in _EXP2[-2::-1]:
         p = p * r + c
-    # 2^n written straight into the exponent bits; constant as far as gradients go.
-    power = mx.view((n.astype(mx.int32) + 127) * (1 << 23), mx.float32)
-    return p * mx.stop_gradient(power)
+    # 2^n: the lowest bits of the biased integer, shifted into a float's exponent.
+    return p * mx.view(mx.view(biased, mx.int32) << 23, mx.float32)
 
 
 def silu(x: mx.array) -> mx.array:
