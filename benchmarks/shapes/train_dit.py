@@ -1,0 +1,137 @@
+"""Training of the small STDiT3 on cached latents with rectified flow."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks.shapes import world
+from benchmarks.shapes.captions import CaptionBank
+from benchmarks.shapes.latents import LatentSet
+from benchmarks.shapes.run_state import Average, RunState, schedule, set_rate
+from benchmarks.shapes.torch_stdit import STDiT3, STDiTConfig
+
+BATCH, GROW_EVERY = 64, 100
+SIZE = (float(world.SIZE), float(world.SIZE), float(world.FPS))
+MUON_RATE, ADAM_FACTOR = 4e-3, 0.5
+
+
+def new_transformer() -> STDiT3:
+    """The bundled model's transformer with fresh weights."""
+    torch.manual_seed(20)
+    return STDiT3(STDiTConfig())
+
+
+class Optimizers:
+    """Muon for the blocks' matrices, AdamW for everything else, behind one interface."""
+
+    def __init__(self, model: STDiT3) -> None:
+        matrices, rest = [], []
+        for name, weight in model.named_parameters():
+            in_block = "_blocks." in name and weight.ndim == 2 and "table" not in name
+            (matrices if in_block else rest).append(weight)
+        muon = torch.optim.Muon(
+            matrices, 1e-3, weight_decay=0.01, adjust_lr_fn="match_rms_adamw", ns_steps=4
+        )
+        adam = torch.optim.AdamW(rest, 1e-3, (0.9, 0.98), weight_decay=0.0, fused=True)
+        for group in adam.param_groups:
+            group["factor"] = ADAM_FACTOR
+        self.members: list[torch.optim.Optimizer] = [muon, adam]
+
+    def step(self, rate: float) -> None:
+        for member in self.members:
+            set_rate(member, rate)
+            member.step()
+            member.zero_grad(set_to_none=True)
+
+    def state_dict(self) -> list[dict]:
+        return [member.state_dict() for member in self.members]
+
+    def load_state_dict(self, states: list[dict]) -> None:
+        for member, state in zip(self.members, states, strict=True):
+            member.load_state_dict(state)
+
+
+def random_times(count: int) -> Tensor:
+    """Noise levels [count] in (0, 1): logit-normal, shifted towards noise, some uniform."""
+    t = torch.sigmoid(torch.randn(count) + 0.4)
+    return torch.where(torch.rand(count) < 0.2, torch.rand(count), t)
+
+
+def random_frame_masks(count: int, frames: int, rng: np.random.Generator) -> Tensor:
+    """[count, frames], true where a frame is generated; a quarter of the rows keep some frames."""
+    mask = np.ones((count, frames), bool)
+    for row in mask[rng.random(count) < 0.25]:
+        kind, length = rng.integers(4), int(rng.integers(1, max(2, frames // 2 + 1)))
+        if kind == 0:
+            row[0] = False
+        elif kind == 1:
+            row[:length] = False
+        elif kind == 2:
+            row[-length:] = False
+        else:
+            row[rng.random(frames) < 0.3] = False
+            row[rng.integers(frames)] = True
+    return torch.from_numpy(mask)
+
+
+def flow_loss(model: STDiT3, z: Tensor, text: tuple[Tensor, Tensor], keep: Tensor) -> Tensor:
+    """Mean squared error of the velocity x0 - noise over the generated frames."""
+    t, noise = random_times(len(z)), torch.randn_like(z)
+    level = torch.where(keep, t[:, None], 0.0)[:, None, :, None, None]
+    x = (1 - level) * z + level * noise
+    v = model(x, t * 1000, text, SIZE, keep)[:, : z.shape[1]]
+    error = (v - (z - noise)).square().mean((1, 3, 4))
+    return (error * keep).sum() / keep.sum()
+
+
+def drop_text(model: STDiT3, text: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """A tenth of the captions becomes the first rows of the null embedding, as in guidance."""
+    y, mask = text
+    null = model.y_embedder.y_embedding[: y.shape[1]]
+    return torch.where(torch.rand(len(y), 1, 1) < 0.1, null, y), mask
+
+
+def pick_chunks(step: int, total: int, rng: np.random.Generator) -> int:
+    """Clip length of a batch: one chunk at first, longer clips in the last two thirds."""
+    if step < total // 3:
+        return 1
+    return int(rng.choice([1, 2, 3], p=[0.7, 0.15, 0.15]))
+
+
+def train_dit(
+    data: LatentSet,
+    bank: CaptionBank,
+    total: int,
+    on_save: Callable[[Average, RunState], None],
+    every: int = 1000,
+) -> None:
+    """Train for `total` steps; writes the phase `dit` and calls `on_save` every so many steps."""
+    model = new_transformer()
+    optimizers, average = Optimizers(model), Average(model, 0.999)
+    parts = {"dit": model, "optimizers": optimizers, "average": average}
+    run = RunState(data.folder, "dit", parts, seed=8)
+    losses: list[float] = []
+    while run.step < total:
+        chunks = pick_chunks(run.step, total, run.rng)
+        indices, z = data.batch(chunks, BATCH // chunks, run.rng)
+        text = drop_text(model, bank.batch(indices, run.rng))
+        keep = random_frame_masks(len(z), z.shape[2], run.rng)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = flow_loss(model, z, text, keep)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizers.step(schedule(run.step, total, MUON_RATE, warm=100))
+        run.step += 1
+        average.update(model, run.step)
+        losses.append(loss.item())
+        if run.step % 100 == 0:
+            run.log(loss=float(np.mean(losses[-100:])))
+        if run.step % GROW_EVERY == 0:
+            data.grow()
+        if run.step % every == 0 or run.step == total:
+            run.save()
+            on_save(average, run)

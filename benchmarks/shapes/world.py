@@ -1,0 +1,202 @@
+"""The shapes world: what exists in it, how it is captioned and how it is drawn (numpy only).
+
+A video shows one coloured shape on a plain background: it moves left, right, up or down, stays
+still, grows or shrinks.  Frames are [F, 64, 64, 3] uint8, coordinates are pixels (x right, y down).
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+import numpy as np
+
+SIZE = 64
+FPS = 24
+CHUNK = 17
+
+COLOURS: dict[str, tuple[int, int, int]] = {
+    "red": (220, 40, 40),
+    "green": (40, 170, 60),
+    "blue": (50, 100, 240),
+    "yellow": (245, 225, 50),
+    "cyan": (50, 215, 225),
+    "magenta": (230, 60, 200),
+    "orange": (245, 140, 30),
+    "purple": (125, 45, 185),
+    "white": (245, 245, 245),
+}
+BACKGROUNDS: dict[str, tuple[int, int, int]] = {
+    "black": (8, 8, 8),
+    "white": (245, 245, 245),
+    "gray": (128, 128, 128),
+    "navy": (18, 22, 80),
+}
+SHAPES = ("circle", "square", "triangle")
+MOTIONS = ("left", "right", "up", "down", "still", "growing", "shrinking")
+
+# Each motion as it reads after "that is ...": a participle, and as a verb; the first is canonical.
+_PARTICIPLES: dict[str, tuple[str, ...]] = {
+    "left": ("moving left", "moving to the left", "sliding left"),
+    "right": ("moving right", "moving to the right", "sliding right"),
+    "up": ("moving up", "moving upwards", "sliding up"),
+    "down": ("moving down", "moving downwards", "sliding down"),
+    "still": ("staying still", "standing still", "not moving"),
+    "growing": ("growing", "growing larger", "getting bigger"),
+    "shrinking": ("shrinking", "shrinking away", "getting smaller"),
+}
+_VERBS: dict[str, tuple[str, ...]] = {
+    "left": ("moves left", "moves to the left", "slides left"),
+    "right": ("moves right", "moves to the right", "slides right"),
+    "up": ("moves up", "moves upwards", "slides up"),
+    "down": ("moves down", "moves downwards", "slides down"),
+    "still": ("stays still", "stands still", "does not move"),
+    "growing": ("grows", "grows larger", "gets bigger"),
+    "shrinking": ("shrinks", "shrinks away", "gets smaller"),
+}
+
+
+@dataclass(frozen=True)
+class Attributes:
+    """What a video shows; every field is a key of the tables above."""
+
+    colour: str
+    shape: str
+    motion: str
+    background: str
+
+    @property
+    def indices(self) -> tuple[int, int, int, int]:
+        """(colour, shape, motion, background) as class numbers."""
+        return (
+            list(COLOURS).index(self.colour),
+            SHAPES.index(self.shape),
+            MOTIONS.index(self.motion),
+            list(BACKGROUNDS).index(self.background),
+        )
+
+
+def all_attributes() -> list[Attributes]:
+    """Every combination of the world; a white shape on white does not exist."""
+    grid = itertools.product(COLOURS, SHAPES, MOTIONS, BACKGROUNDS)
+    return [Attributes(*item) for item in grid if item[0] != item[3]]
+
+
+def split(held_out: int = 96, seed: int = 20240617) -> tuple[list[Attributes], list[Attributes]]:
+    """(training, held-out) combinations; every single attribute occurs on both sides."""
+    rng = np.random.default_rng(seed)
+    everything = all_attributes()
+    order = rng.permutation(len(everything))
+    test = [everything[i] for i in sorted(order[:held_out])]
+    train = [everything[i] for i in sorted(order[held_out:])]
+    return train, test
+
+
+def caption(attributes: Attributes) -> str:
+    """The canonical prompt, as in the README."""
+    a = attributes
+    return (
+        f"{_article(a.colour)} {a.colour} {a.shape} {_PARTICIPLES[a.motion][0]} "
+        f"on a {a.background} background"
+    )
+
+
+def random_caption(attributes: Attributes, rng: np.random.Generator) -> str:
+    """A paraphrase, half of the time the canonical one; some end in score phrases."""
+    a = attributes
+    text = caption(a)
+    if rng.random() < 0.5:
+        thing = f"{_article(a.colour)} {a.colour} {a.shape}"
+        doing = _PARTICIPLES[a.motion][rng.integers(3)]
+        does = _VERBS[a.motion][rng.integers(3)]
+        ground = f"a {a.background} background"
+        text = (
+            f"{thing} {doing} on {ground}",
+            f"{thing} {does} on {ground}",
+            f"{thing} {does} over {a.background}",
+            f"on {ground}, {thing} {does}",
+            f"{ground} with {thing} {doing}",
+            f"{thing} on {ground}, {doing}",
+            f"the {a.colour} {a.shape} {does} on the {a.background} background",
+            f"{a.colour} {a.shape} {doing}, {a.background} background",
+        )[rng.integers(8)]
+    if rng.random() < 0.15:
+        text += "."
+    if rng.random() < 0.2:
+        text += f" aesthetic score: {rng.uniform(4, 7.5):.1f}."
+        if rng.random() < 0.4:
+            text += f" motion score: {rng.uniform(0, 20):.1f}."
+    return text
+
+
+def _article(word: str) -> str:
+    return "an" if word[0] in "aeiou" else "a"
+
+
+@dataclass(frozen=True)
+class Path:
+    """Centre (x, y) and half-size of the shape at the first and last frame, in pixels."""
+
+    start: tuple[float, float]
+    end: tuple[float, float]
+    size_start: float
+    size_end: float
+
+
+def random_path(motion: str, rng: np.random.Generator) -> Path:
+    """A trajectory for one motion; where a shape starts tells where it goes.
+
+    That correlation puts the motion into the mean of the data, which a diffusion model learns
+    long before it learns correlations.
+    """
+    middle = SIZE / 2
+    size = rng.uniform(9.0, 13.0)
+    x, y = middle + rng.uniform(-6, 6, size=2)
+    if motion in ("growing", "shrinking"):
+        small = rng.uniform(6.5, 8.0)
+        large = small * rng.uniform(2.1, 2.3)
+        pair = (small, large) if motion == "growing" else (large, small)
+        return Path((x, y), (x, y), *pair)
+    if motion == "still":
+        return Path((x, y), (x, y), size, size)
+    distance = rng.uniform(26.0, 34.0)
+    slack = max(0.0, min(4.0, middle - distance / 2 - size))
+    offset = rng.uniform(-slack, slack) if slack else 0.0
+    sign = 1.0 if motion in ("right", "down") else -1.0
+    first, last = middle + offset - sign * distance / 2, middle + offset + sign * distance / 2
+    if motion in ("left", "right"):
+        return Path((first, y), (last, y), size, size)
+    return Path((x, first), (x, last), size, size)
+
+
+def render(attributes: Attributes, path: Path, times: np.ndarray) -> np.ndarray:
+    """Draw a video, uint8 [F, 64, 64, 3], antialiased, at F `times` from 0 (start) to 1 (end)."""
+    step = np.asarray(times, np.float32)[:, None, None]
+    x = path.start[0] + (path.end[0] - path.start[0]) * step
+    y = path.start[1] + (path.end[1] - path.start[1]) * step
+    size = path.size_start + (path.size_end - path.size_start) * step
+    pixel = np.arange(SIZE, dtype=np.float32) + np.float32(0.5)
+    inside = np.clip(0.5 - _distance(attributes.shape, pixel - x, pixel[:, None] - y, size), 0, 1)
+    colour = np.array(COLOURS[attributes.colour], np.float32)
+    ground = np.array(BACKGROUNDS[attributes.background], np.float32)
+    return np.rint(ground + (colour - ground) * inside[..., None]).astype(np.uint8)
+
+
+def _distance(shape: str, dx: np.ndarray, dy: np.ndarray, size: np.ndarray) -> np.ndarray:
+    """Signed distance to the outline [F, 64, 64]; sizes give the three shapes similar areas."""
+    if shape == "circle":
+        return np.sqrt(dx * dx + dy * dy) - size
+    if shape == "square":
+        return np.maximum(np.abs(dx), np.abs(dy)) - 0.9 * size
+    half = 1.15 * size
+    slope = (2.0 * np.abs(dx) - (dy + half)) * np.float32(0.4472136)
+    return np.maximum(dy - half, slope)
+
+
+def random_clip(
+    rng: np.random.Generator, choices: list[Attributes], frames: int
+) -> tuple[Attributes, np.ndarray]:
+    """One random video of the given combinations: (attributes, uint8 [frames, 64, 64, 3])."""
+    attributes = choices[rng.integers(len(choices))]
+    path = random_path(attributes.motion, rng)
+    return attributes, render(attributes, path, np.linspace(0, 1, frames))
