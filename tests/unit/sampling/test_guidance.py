@@ -1,0 +1,116 @@
+"""Guidance: which texts are run when, and that its two ways agree."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import mlx.core as mx
+import pytest
+from mlx.utils import tree_flatten
+
+from mlx_sora.models.stdit3 import STDiT3, STDiT3Config
+from mlx_sora.sampling.base import Step
+from mlx_sora.sampling.guidance import Network, guided
+from tests.unit.sampling.flows import SHAPE, latents
+
+TEXT = [latents(3, (5, 6)), latents(4, (2, 6))]
+NULL = latents(5, (8, 6))
+T = mx.array([700.0, 400.0])
+
+
+class Recorder:
+    """A made-up network with twice the channels of z; keeps what it was bound and called with."""
+
+    def __init__(self) -> None:
+        self.bound: list[list[mx.array]] = []
+        self.batches: list[int] = []
+        self.masks: list[mx.array | None] = []
+        self.indices: list[int] = []
+
+    def bind(self, text: Sequence[mx.array]) -> Network:
+        self.bound.append(list(text))
+        means = mx.stack([sample.mean() for sample in text]).reshape(-1, 1, 1, 1, 1)
+
+        def network(z: mx.array, t: mx.array, x_mask: mx.array | None, index: int, /) -> mx.array:
+            self.batches.append(len(z))
+            self.masks.append(x_mask)
+            self.indices.append(index)
+            v = mx.tanh(z * means) + t.reshape(-1, 1, 1, 1, 1) / 1000.0
+            return mx.concatenate([v, mx.full(v.shape, 99.0)], axis=-1)
+
+        return network
+
+
+def step(x_mask: mx.array | None = None) -> Step:
+    return Step(3, 10, T, T - 100.0, x_mask)
+
+
+def null_text(length: int) -> mx.array:
+    return NULL[:length]
+
+
+def test_formula() -> None:
+    z = latents()
+    v = guided(Recorder().bind, TEXT, null_text, 7.0)(z, T, step())
+    means = [mx.stack([x.mean() for x in half]) for half in (TEXT, [NULL[:5], NULL[:2]])]
+    with_, without = (mx.tanh(z * m.reshape(-1, 1, 1, 1, 1)) for m in means)
+    expected = without + 7.0 * (with_ - without) + (T / 1000.0).reshape(-1, 1, 1, 1, 1)
+    assert v.shape == SHAPE
+    assert mx.allclose(v, expected, rtol=0, atol=1e-5)
+
+
+def test_both_halves_in_one_call_prompts_first() -> None:
+    seen = Recorder()
+    x_mask = mx.array([[True, False, True], [True, True, False]])
+    guided(seen.bind, TEXT, null_text, 4.0)(latents(), T, step(x_mask))
+    assert seen.batches == [4]
+    assert [len(sample) for sample in seen.bound[0]] == [5, 2, 5, 2]
+    assert mx.array_equal(seen.bound[0][3], NULL[:2])
+    assert seen.masks[0] is not None
+    assert mx.array_equal(seen.masks[0], mx.concatenate([x_mask, x_mask]))
+    assert seen.indices == [3]
+
+
+def test_sequential_is_two_calls_of_half_the_size() -> None:
+    seen = Recorder()
+    guided(seen.bind, TEXT, null_text, 4.0, sequential=True)(latents(), T, step())
+    assert seen.batches == [2, 2]
+    assert [[len(s) for s in bound] for bound in seen.bound] == [[5, 2], [5, 2]]
+    assert seen.indices == [3, 3]
+
+
+def test_scale_one_never_asks_for_the_null_text() -> None:
+    def never(length: int) -> mx.array:
+        raise AssertionError("the half without prompt has no weight")
+
+    seen = Recorder()
+    v = guided(seen.bind, TEXT, never, 1.0)(latents(), T, step())
+    assert seen.batches == [2]
+    close = guided(Recorder().bind, TEXT, null_text, 1.0 + 1e-6)(latents(), T, step())
+    assert mx.allclose(v, close, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("mask", [None, mx.array([[True, False, True], [True, True, True]])])
+def test_batched_equals_sequential_on_the_real_network(mask: mx.array | None) -> None:
+    """Prompts of different lengths, so that one call has to mask what two calls need not."""
+    config = STDiT3Config.from_dict(
+        {"hidden_size": 24, "num_heads": 2, "depth": 2, "caption_channels": 6}
+    )
+    model = STDiT3(config)
+    filled = {k: 0.3 * latents(i, p.shape) for i, (k, p) in enumerate(_parameters(model))}
+    model.load_weights(list(filled.items()))
+
+    def bind(text: Sequence[mx.array]) -> Network:
+        conditions = model.prepare(text, SHAPE[1:4], height=16, width=16, fps=24)
+        return lambda z, t, x_mask, index: model(z, t, conditions, x_mask)
+
+    batched = guided(bind, TEXT, model.null_text, 7.0)(latents(), T, step(mask))
+    sequential = guided(bind, TEXT, model.null_text, 7.0, sequential=True)
+    difference = mx.abs(batched - sequential(latents(), T, step(mask))).max()
+    assert float(difference / mx.std(batched)) <= 1e-5
+
+
+def _parameters(model: STDiT3) -> list[tuple[str, mx.array]]:
+    flat = tree_flatten(model.parameters())
+    assert isinstance(flat, list)
+    return flat

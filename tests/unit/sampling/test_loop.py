@@ -1,0 +1,206 @@
+"""The denoising loop: frames that are given, leaps, foresight, and parts that can be exchanged."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlx_sora.sampling.base import Field, Run, Step
+from mlx_sora.sampling.loop import Conditioning, StepResult, denoise
+from mlx_sora.sampling.noise import Noise
+from mlx_sora.sampling.rflow import RFlow, add_noise
+from tests.unit.sampling.flows import SHAPE, Curved, Straight, latents, times
+
+BATCH, FRAMES = SHAPE[:2]
+
+
+def run(mask: mx.array | None = None, steps: int = 8) -> list[StepResult]:
+    """The curved flow, with a frame mask or without."""
+    given = None if mask is None else Conditioning(mask, Noise([7, 8], SHAPE[1:]))
+    return list(denoise(Curved(), latents(), times(steps), RFlow(), conditioning=given))
+
+
+def test_same_request_same_bytes() -> None:
+    mask = mx.array([[0.0, 0.5, 1.0], [1.0, 0.3, 0.0]])
+    first = run(mask)
+    mx.random.normal((3,))  # the global random state is none of the loop's business
+    again = run(mask)
+    for a, b in zip(first, again, strict=True):
+        assert np.array(a.z).tobytes() == np.array(b.z).tobytes()
+
+
+def test_all_frames_masked_in_is_no_mask() -> None:
+    for masked, plain in zip(run(mx.ones((BATCH, FRAMES))), run(), strict=True):
+        assert mx.array_equal(masked.z, plain.z)
+        assert mx.array_equal(masked.v, plain.v)
+
+
+def test_given_frames_stay_byte_for_byte() -> None:
+    start, results = latents(), run(mx.array([[0.0, 1.0, 0.0]]))
+    assert mx.array_equal(results[-1].z[:, ::2], start[:, ::2])
+    assert not mx.array_equal(results[-1].z[:, 1], start[:, 1])
+
+
+def test_a_frame_between_waits_for_its_level_and_gets_noise_once() -> None:
+    asked: list[int] = []
+    draws = Noise([7, 8], SHAPE[1:])
+
+    def noise(index: int) -> mx.array:
+        asked.append(index)
+        return draws(index)
+
+    mask = mx.array([[0.5, 1.0, 0.0], [0.125, 1.0, 0.5]])
+    given = Conditioning(mask, noise)
+    results = list(denoise(Curved(), latents(), times(8), RFlow(), conditioning=given))
+    # Times 1000, 875, ... 125: level 500 is reached at step 4, level 125 at step 7.
+    assert asked == [4, 7]
+    start = latents()
+    for index in range(4):
+        assert mx.array_equal(results[index].z[0, 0], start[0, 0])
+    level = add_noise(start, draws(4), mx.full((BATCH,), 500.0))
+    assert mx.allclose(results[4].z_in[0, 0], level[0, 0], atol=1e-6)
+    assert mx.array_equal(results[4].z_in[1, 0], start[1, 0])
+    assert mx.array_equal(results[5].z_in, results[4].z)
+
+
+def test_the_velocity_is_told_which_frames_move() -> None:
+    flow = Straight(latents(1))
+    mask = mx.array([[0.0, 0.5, 1.0]])
+    list(
+        denoise(
+            flow,
+            latents(),
+            times(4),
+            RFlow(),
+            conditioning=Conditioning(mask, Noise([1, 2], SHAPE[1:])),
+        )
+    )
+    seen = [None if m is None else m.astype(mx.int32).tolist() for m in flow.masks]
+    late, early = [[0, 1, 1]] * BATCH, [[0, 0, 1]] * BATCH
+    assert seen == [early, early, late, late]
+
+
+@dataclass
+class LeapAt:
+    """Leaps at step `index`; keeps what it was shown."""
+
+    index: int
+    seen: list[tuple[int, float]] = field(default_factory=list)
+    runs: list[Run] = field(default_factory=list)
+
+    def start(self, run: Run, /) -> LeapAt:
+        self.runs.append(run)
+        return self
+
+    def leaps(self, step: Step, z: mx.array, v: mx.array, /) -> bool:
+        self.seen.append((step.index, float(step.t[0])))
+        return step.index == self.index
+
+
+def test_a_leap_goes_straight_to_zero_and_ends_the_run() -> None:
+    policy, flow = LeapAt(2), Curved()
+    results = list(denoise(flow, latents(), times(8), RFlow(), policy=policy))
+    assert [r.leapt for r in results] == [False, False, True]
+    assert flow.calls == 3
+    assert policy.seen == [(0, 1000.0), (1, 875.0), (2, 750.0)]
+    assert [r.steps for r in policy.runs] == [8]
+    last = results[-1]
+    assert mx.allclose(last.z, last.z_in + 0.75 * last.v, atol=1e-6)
+    assert mx.array_equal(last.z, last.x0)
+    for plain, leaping in zip(run(), results[:2], strict=False):
+        assert mx.array_equal(plain.z, leaping.z)
+
+
+def test_a_leap_leaves_given_frames_alone() -> None:
+    given = Conditioning(mx.array([[0.0, 1.0, 1.0]]), Noise([1, 2], SHAPE[1:]))
+    *_, last = denoise(Curved(), latents(), times(8), RFlow(), policy=LeapAt(3), conditioning=given)
+    assert mx.array_equal(last.z[:, 0], latents()[:, 0])
+
+
+def test_x0_foresees_the_end_and_not_the_noise() -> None:
+    flow = Straight(latents(1))
+    for result in denoise(flow, latents(), times(6), RFlow()):
+        assert mx.allclose(result.x0, flow.end, atol=1e-5)
+
+
+def test_x0_shows_given_frames_as_they_are() -> None:
+    for result in run(mx.array([[0.0, 1.0, 1.0]])):
+        assert mx.array_equal(result.x0[:, 0], latents()[:, 0])
+
+
+def test_nothing_is_computed_ahead_of_what_is_asked_for() -> None:
+    flow = Curved()
+    steps = denoise(flow, latents(), times(8), RFlow())
+    assert flow.calls == 0
+    for expected in (1, 2, 3):
+        next(steps)
+        assert flow.calls == expected
+
+
+def test_results_say_where_they_are() -> None:
+    results = run(steps=4)
+    assert [r.t for r in results] == [1000.0, 750.0, 500.0, 250.0]
+    assert [(r.step.index, r.step.total) for r in results] == [(i, 4) for i in range(4)]
+    assert all(r.seconds > 0 for r in results)
+    assert mx.array_equal(results[1].z_in, results[0].z)
+
+
+def test_rising_times_lead_back() -> None:
+    """The way from noise to the end and back, at small steps."""
+    *_, there = denoise(Curved(), latents(), times(400), RFlow())
+    *_, back = denoise(Curved(), there.z, times(400)[::-1], RFlow())
+    assert mx.allclose(back.z, latents(), atol=0.01)
+
+
+class Midpoint(RFlow):
+    """Two evaluations a step: what a sampler with stages asks of the loop."""
+
+    def step(self, field: Field, z: mx.array, v: mx.array, step: Step, /) -> mx.array:
+        middle = (step.t + step.t_next) / 2
+        return z + field(z + v * step.dt / 2, middle) * step.dt
+
+
+class TwoStepRun:
+    """Adams-Bashforth of order 2 on uniform times: what a sampler with history asks of it."""
+
+    def __init__(self) -> None:
+        self.last: mx.array | None = None
+
+    def step(self, field: Field, z: mx.array, v: mx.array, step: Step, /) -> mx.array:
+        last, self.last = self.last, v
+        if last is None or step.fresh is not None:
+            return z + v * step.dt
+        return z + (1.5 * v - 0.5 * last) * step.dt
+
+
+class TwoStep(RFlow):
+    def start(self, run: Run, /) -> TwoStepRun:  # type: ignore[override]
+        return TwoStepRun()
+
+
+@pytest.mark.parametrize("sampler", [Midpoint(), TwoStep()], ids=["stages", "history"])
+def test_other_methods_fit_the_protocol(sampler: RFlow) -> None:
+    def error(steps: int) -> float:
+        *_, last = denoise(Curved(), latents(), times(steps), sampler)
+        return float(mx.abs(last.z - Curved.end(latents())).max())
+
+    assert math.log(error(40) / error(160), 4) > 1.85
+
+
+def test_stages_see_given_frames_at_rest() -> None:
+    """Whatever a method tries in the middle of a step, frames that do not move are as they were."""
+    start, seen = latents(), list[mx.array]()
+
+    def flow(z: mx.array, t: mx.array, step: Step, /) -> mx.array:
+        seen.append(z)
+        return z + 1.0
+
+    given = Conditioning(mx.array([[0.0, 1.0, 1.0]]), Noise([1, 2], SHAPE[1:]))
+    list(denoise(flow, start, times(3), Midpoint(), conditioning=given))
+    assert len(seen) == 6
+    for z in seen:
+        assert mx.array_equal(z[:, 0], start[:, 0])

@@ -1,0 +1,132 @@
+"""What holds for every sampler of the registry, and what holds for rectified flow."""
+
+from __future__ import annotations
+
+import math
+
+import mlx.core as mx
+import pytest
+
+from mlx_sora import request
+from mlx_sora.errors import UsageError
+from mlx_sora.geometry import aspect_ratios, image_size
+from mlx_sora.sampling import SAMPLERS
+from mlx_sora.sampling.loop import denoise
+from mlx_sora.sampling.rflow import RFlow, add_noise
+from tests.unit.sampling.flows import Curved, Straight, latents, times
+
+#: Order of convergence that each sampler promises.
+ORDERS = {"rflow": 1}
+
+
+def outcome(name: str, steps: int) -> mx.array:
+    """Where the curved flow ends by `steps` steps."""
+    *_, last = denoise(Curved(), latents(), times(steps), SAMPLERS[name])
+    return last.z
+
+
+def error(name: str, steps: int) -> float:
+    return float(mx.abs(outcome(name, steps) - Curved.end(latents())).max())
+
+
+def test_registry_holds_what_a_request_can_name() -> None:
+    assert tuple(SAMPLERS) == request.SAMPLERS
+    assert set(ORDERS) == set(SAMPLERS)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_order_of_convergence(name: str) -> None:
+    coarse, fine = error(name, 16), error(name, 64)
+    assert math.log(coarse / fine, 4) == pytest.approx(ORDERS[name], abs=0.1)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_evaluations_are_as_declared(name: str) -> None:
+    flow = Curved()
+    results = list(denoise(flow, latents(), times(5), SAMPLERS[name]))
+    assert [result.step.index for result in results] == [0, 1, 2, 3, 4]
+    assert flow.calls == 5 * SAMPLERS[name].evaluations
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("steps", [1, 2, 7])
+def test_a_straight_flow_is_exact_in_any_number_of_steps(name: str, steps: int) -> None:
+    flow = Straight(latents(1))
+    schedule = SAMPLERS[name].timesteps(steps, height=64, width=64, num_frames=51)
+    *_, last = denoise(flow, latents(), schedule, SAMPLERS[name])
+    assert mx.allclose(last.z, flow.end, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_runs_do_not_disturb_each_other(name: str) -> None:
+    """One sampler object, two runs at once, step by step in turn."""
+    alone = outcome(name, 6)
+    first = denoise(Curved(), latents(), times(6), SAMPLERS[name])
+    other = denoise(Curved(), latents(5), times(6), SAMPLERS[name])
+    pairs = list(zip(first, other, strict=True))
+    assert mx.array_equal(pairs[-1][0].z, alone)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("resolution", ["144p", "240p", "720p"])
+@pytest.mark.parametrize("frames", [1, 17, 51, 408])
+def test_times_fall_from_noise_to_zero(name: str, resolution: str, frames: int) -> None:
+    """Never above 1000, where float32 rounding would put some image sizes."""
+    for ratio in aspect_ratios():
+        width, height = image_size(resolution, ratio)
+        schedule = SAMPLERS[name].timesteps(30, height=height, width=width, num_frames=frames)
+        assert schedule.shape == (31, 1)
+        assert schedule.dtype == mx.float32
+        assert 1000.0 - 1e-3 <= float(schedule[0]) <= 1000.0
+        assert float(schedule[-1]) == 0.0
+        assert mx.all(schedule[1:] < schedule[:-1]).item()
+
+
+def test_some_size_needs_the_limit_at_1000() -> None:
+    sizes = [image_size("144p", ratio) for ratio in aspect_ratios()]
+    ratios = [mx.sqrt(mx.array(float(w)) * h / 512**2) for w, h in sizes]
+    assert max(float(r / (1.0 + (r - 1.0)) * 1000.0) for r in ratios) > 1000.0
+
+
+def test_each_sample_has_the_times_of_its_own_size() -> None:
+    heights, widths, frames = [64.0, 240.0], [64.0, 426.0], [17.0, 102.0]
+    both = RFlow().timesteps(
+        12, height=mx.array(heights), width=mx.array(widths), num_frames=mx.array(frames)
+    )
+    assert both.shape == (13, 2)
+    for i in range(2):
+        one = RFlow().timesteps(12, height=heights[i], width=widths[i], num_frames=frames[i])
+        assert mx.array_equal(both[:, i : i + 1], one)
+    assert mx.all(both[1:-1, 1] > both[1:-1, 0]).item(), "the larger video stays longer in noise"
+
+
+def test_unshifted_times_are_uniform_whatever_the_size() -> None:
+    schedule = RFlow(shifted=False).timesteps(4, height=720, width=1280, num_frames=51)
+    assert schedule[:, 0].tolist() == [1000.0, 750.0, 500.0, 250.0, 0.0]
+
+
+def test_rounding_goes_to_even_and_before_the_shift() -> None:
+    schedule = RFlow(rounded=True, shifted=False).timesteps(16, height=512, width=512, num_frames=1)
+    assert schedule[:3, 0].tolist() == [1000.0, 938.0, 875.0]
+    assert float(schedule[15, 0]) == 62.0  # 62.5
+
+
+@pytest.mark.parametrize("frames", [2, 16])
+def test_short_clips_have_no_schedule(frames: int) -> None:
+    with pytest.raises(UsageError, match="2 to 16 frames"):
+        RFlow().timesteps(30, height=240, width=426, num_frames=frames)
+
+
+@pytest.mark.parametrize("steps", [0, -3])
+def test_no_steps_no_schedule(steps: int) -> None:
+    with pytest.raises(UsageError, match="at least 1 step"):
+        RFlow().timesteps(steps, height=240, width=426, num_frames=17)
+
+
+def test_noise_at_both_ends_and_between() -> None:
+    x, noise = latents(), latents(1)
+    assert mx.array_equal(add_noise(x, noise, mx.array([0.0, 0.0])), x)
+    assert mx.array_equal(add_noise(x, noise, mx.array([1000.0, 1000.0])), noise)
+    mixed = add_noise(x, noise, mx.array([250.0, 500.0]))
+    assert mx.allclose(mixed[0], 0.75 * x[0] + 0.25 * noise[0], atol=1e-6)
+    assert mx.allclose(mixed[1], 0.5 * x[1] + 0.5 * noise[1], atol=1e-6)
