@@ -1,13 +1,14 @@
 """Strict, lazy checkpoints: one safetensors file, or shards with an index.
 
-Opening reads headers only. `fill` puts the tensors into a module and accepts nothing but an exact
-match of names, shapes and types; the data is read when MLX first evaluates a parameter.
+Opening reads headers only. `match` holds them against a module and accepts nothing but an exact fit
+of names, shapes and types; `fill` then puts the tensors in, whose data is read when MLX first
+evaluates a parameter.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -17,8 +18,18 @@ from mlx import nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_sora.errors import WeightsError
-from mlx_sora.loading.safetensors import FIX, FLOATS, TensorInfo, read_header, read_rows
-from mlx_sora.models.keys import KeyMap, Parameter
+from mlx_sora.loading.safetensors import (
+    FIX,
+    FLOATS,
+    TensorInfo,
+    load_tensors,
+    read_header,
+    read_rows,
+)
+from mlx_sora.models.keys import KeyMap, Parameter, Shape
+
+#: What messages call the place of tensors that come from no file.
+IN_MEMORY = "the given weights"
 
 
 @dataclass(frozen=True)
@@ -57,12 +68,7 @@ class Checkpoint:
             by_file.setdefault(self.tensors[key].file, []).append(key)
         out: dict[str, mx.array] = {}
         for file, names in by_file.items():
-            try:
-                arrays = mx.load(str(file), format="safetensors")
-            except RuntimeError as error:
-                raise WeightsError(f"MLX cannot load {file}: {error}", FIX) from error
-            assert isinstance(arrays, dict)
-            out.update((name, arrays[name]) for name in names)
+            out |= load_tensors(file, {name: self.tensors[name] for name in names})
         return out
 
     def rows(self, key: str, rows: Sequence[int]) -> mx.array:
@@ -132,6 +138,59 @@ def _read_index(index: Path) -> dict[str, TensorInfo]:
     return {key: headers[name][key] for key, name in files.items()}
 
 
+@dataclass(frozen=True)
+class Entry:
+    """Checkpoint tensor `key` and the parameter it fills."""
+
+    key: str
+    parameter: Parameter
+
+
+def match(
+    module: nn.Module,
+    checkpoint: Checkpoint | Mapping[str, mx.array],
+    keys: KeyMap,
+    without: Sequence[str] = (),
+) -> list[Entry]:
+    """Which tensor fills which parameter of `module`: nothing missing, nothing left over.
+
+    Looks at names, shapes and types only. without: keys that the caller reads by another way (an
+    embedding table, by rows). Raises WeightsError naming file, key, expected and found.
+    """
+    parameters: list[tuple[str, mx.array]] = tree_flatten(module.parameters())  # type: ignore[assignment]
+    wanted = {path: tuple(value.shape) for path, value in parameters}
+    where = str(checkpoint.path) if isinstance(checkpoint, Checkpoint) else IN_MEMORY
+    entries: dict[str, Entry] = {}
+    for found in _found(checkpoint):
+        place = None if found.key in without else keys.place(found.key, found.shape)
+        if place is None:
+            continue
+        _check(found, place, wanted)
+        if place.path in entries:
+            raise WeightsError(f"{where}: {found.key} is a second copy of {place.path}.", FIX)
+        entries[place.path] = Entry(found.key, place)
+    missing = [path for path in wanted if path not in entries and path not in keys.optional]
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        shape = list(wanted[missing[0]])
+        raise WeightsError(f"{where}: missing tensor {missing[0]} {shape}{more}.", FIX)
+    return list(entries.values())
+
+
+def put(
+    module: nn.Module,
+    arrays: Mapping[str, mx.array],
+    entries: Iterable[Entry],
+    dtype: mx.Dtype | None = None,
+) -> None:
+    """Give the parameters that `entries` name their tensors, cast to `dtype`; both stay lazy."""
+    values = []
+    for entry in entries:
+        value = entry.parameter.convert(arrays[entry.key])
+        values.append((entry.parameter.path, value if dtype is None else value.astype(dtype)))
+    module.update(tree_unflatten(values))
+
+
 def fill(
     module: nn.Module,
     checkpoint: Checkpoint | Mapping[str, mx.array],
@@ -140,55 +199,54 @@ def fill(
     dtype: mx.Dtype | None = None,
     without: Sequence[str] = (),
 ) -> None:
-    """Give every parameter of `module` its tensor; nothing missing, nothing left over.
+    """Give every parameter of `module` its tensor, after `match` has found all of them fitting.
 
     checkpoint: from disk (stays lazy), or a dict of arrays.
     dtype: cast floating parameters to it as they are read; None keeps the stored type.
-    without: checkpoint keys that the caller reads by another way (an embedding table, by rows).
-    Raises WeightsError naming file, key, expected and found.
     """
+    entries = match(module, checkpoint, keys, without)
     if isinstance(checkpoint, Checkpoint):
-        arrays = checkpoint.load(key for key in checkpoint.tensors if key not in without)
-        files = {key: str(info.file) for key, info in checkpoint.tensors.items()}
-        where = str(checkpoint.path)
+        put(module, checkpoint.load(entry.key for entry in entries), entries, dtype)
     else:
-        arrays = {key: value for key, value in checkpoint.items() if key not in without}
-        where, files = "the given weights", {}
-    parameters: list[tuple[str, mx.array]] = tree_flatten(module.parameters())  # type: ignore[assignment]
-    wanted = {path: tuple(value.shape) for path, value in parameters}
-    values: dict[str, mx.array] = {}
-    for key, array in arrays.items():
-        place = keys.place(key, array.shape)
-        if place is None:
-            continue
-        _check(files.get(key, where), key, array, place, wanted)
-        if place.path in values:
-            raise WeightsError(f"{where}: {key} is a second copy of {place.path}.", FIX)
-        value = place.convert(array)
-        values[place.path] = value if dtype is None else value.astype(dtype)
-    missing = [path for path in wanted if path not in values and path not in keys.optional]
-    if missing:
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        shape = list(wanted[missing[0]])
-        raise WeightsError(f"{where}: missing tensor {missing[0]} {shape}{more}.", FIX)
-    module.update(tree_unflatten(list(values.items())))
+        put(module, checkpoint, entries, dtype)
 
 
-def _check(
-    file: str, key: str, array: mx.array, place: Parameter, wanted: Mapping[str, tuple[int, ...]]
-) -> None:
-    """Raise WeightsError unless `array` may fill `place` of a module that wants `wanted`."""
+@dataclass(frozen=True)
+class _Found:
+    """One stored tensor: file (or where else), name, shape, type."""
+
+    where: str
+    key: str
+    shape: Shape
+    dtype: str
+
+
+def _found(checkpoint: Checkpoint | Mapping[str, mx.array]) -> Iterator[_Found]:
+    if isinstance(checkpoint, Checkpoint):
+        for key, info in checkpoint.tensors.items():
+            yield _Found(str(info.file), key, info.shape, info.dtype)
+        return
+    codes = {dtype: code for code, (_, dtype) in FLOATS.items()}
+    for key, array in checkpoint.items():
+        yield _Found(IN_MEMORY, key, array.shape, codes.get(array.dtype, str(array.dtype)))
+
+
+def _check(found: _Found, place: Parameter, wanted: Mapping[str, Shape]) -> None:
+    """Raise WeightsError unless the tensor `found` may fill `place` of a module with `wanted`."""
     if place.path not in wanted:
         raise WeightsError(
-            f"{file}: unexpected tensor {key} {list(array.shape)}.",
+            f"{found.where}: unexpected tensor {found.key} {list(found.shape)}.",
             "The file is of another model or of another configuration.",
         )
     if place.shape != wanted[place.path]:
+        expected = list(wanted[place.path])
         raise WeightsError(
-            f"{file}: {key} has shape {list(place.shape)}, expected {list(wanted[place.path])}.",
+            f"{found.where}: {found.key} has shape {list(place.shape)}, expected {expected}.",
             "The file and its config.json do not belong together.",
         )
-    if array.dtype not in [dtype for _, dtype in FLOATS.values()]:
+    if found.dtype not in FLOATS:
         raise WeightsError(
-            f"{file}: {key} has type {array.dtype}, expected one of {', '.join(FLOATS)}.", FIX
+            f"{found.where}: {found.key} has type {found.dtype}, "
+            f"expected one of {', '.join(FLOATS)}.",
+            FIX,
         )

@@ -1,4 +1,8 @@
-"""Building each network of a model folder and filling it, lazily and strictly."""
+"""Building each network of a model folder and filling it, lazily and strictly.
+
+`load_*` fills all of a network. `stream_*` fills all but its blocks, whose weights come one block
+at a time from the `BlockSource` that is returned beside it.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,7 @@ from functools import partial
 import mlx.core as mx
 
 from mlx_sora.errors import WeightsError
+from mlx_sora.loading.blocks import BlockSource, split_blocks
 from mlx_sora.loading.checkpoint import Checkpoint, fill
 from mlx_sora.loading.model_folder import ModelFolder
 from mlx_sora.models import stdit3, t5
@@ -22,6 +27,30 @@ def load_text_encoder(model: ModelFolder, dtype: mx.Dtype) -> tuple[t5.T5Encoder
 
     The table of T5-XXL is 0.5 GB in float32, of which a prompt needs a few hundred kB.
     """
+    network, checkpoint = _text_encoder(model)
+    fill(network, checkpoint, t5.KEYS, dtype=dtype, without=[t5.TABLE])
+    return network, partial(checkpoint.rows, t5.TABLE)
+
+
+def stream_text_encoder(
+    model: ModelFolder, dtype: mx.Dtype
+) -> tuple[t5.T5Encoder, ReadRows, BlockSource[t5.T5Block]]:
+    """As `load_text_encoder`, the blocks from a source."""
+    network, checkpoint = _text_encoder(model)
+    source = split_blocks(
+        "text encoder",
+        network,
+        {(f"encoder.block.{i}.",): block for i, block in enumerate(network.encoder.block)},
+        checkpoint,
+        t5.KEYS,
+        dtype=dtype,
+        without=[t5.TABLE],
+    )
+    return network, partial(checkpoint.rows, t5.TABLE), source
+
+
+def _text_encoder(model: ModelFolder) -> tuple[t5.T5Encoder, Checkpoint]:
+    """T5 without weights, and its checkpoint, which has the table that `network` lacks."""
     config = t5.T5Config.from_dict(model.config("text_encoder"))
     checkpoint = Checkpoint.open(model.text_encoder)
     table = checkpoint.tensors.get(t5.TABLE)
@@ -32,16 +61,36 @@ def load_text_encoder(model: ModelFolder, dtype: mx.Dtype) -> tuple[t5.T5Encoder
             f"{model.text_encoder}: {t5.TABLE} is {found}, expected {list(expected)}.",
             "The file and its config.json do not belong together.",
         )
-    network = t5.T5Encoder(config, table=False)
-    fill(network, checkpoint, t5.KEYS, dtype=dtype, without=[t5.TABLE])
-    return network, partial(checkpoint.rows, t5.TABLE)
+    return t5.T5Encoder(config, table=False), checkpoint
 
 
 def load_transformer(model: ModelFolder, dtype: mx.Dtype) -> stdit3.STDiT3:
     """The denoising network."""
-    network = stdit3.STDiT3(stdit3.STDiT3Config.from_dict(model.config("transformer")))
-    fill(network, Checkpoint.open(model.transformer), stdit3.KEYS, dtype=dtype)
+    network, checkpoint = _transformer(model, dtype)
+    fill(network, checkpoint, stdit3.KEYS, dtype=dtype)
     return network
+
+
+def stream_transformer(
+    model: ModelFolder, dtype: mx.Dtype
+) -> tuple[stdit3.STDiT3, BlockSource[stdit3.BlockPair]]:
+    """The denoising network, its pairs of spatial and temporal blocks from a source."""
+    network, checkpoint = _transformer(model, dtype)
+    pairs = zip(network.spatial_blocks, network.temporal_blocks, strict=True)
+    source = split_blocks(
+        "transformer",
+        network,
+        {(f"spatial_blocks.{i}.", f"temporal_blocks.{i}."): p for i, p in enumerate(pairs)},
+        checkpoint,
+        stdit3.KEYS,
+        dtype=dtype,
+    )
+    return network, source
+
+
+def _transformer(model: ModelFolder, dtype: mx.Dtype) -> tuple[stdit3.STDiT3, Checkpoint]:
+    config = stdit3.STDiT3Config.from_dict(model.config("transformer"))
+    return stdit3.STDiT3(config, dtype), Checkpoint.open(model.transformer)
 
 
 def load_vae(model: ModelFolder, parts: Sequence[str] = ("decoder",)) -> VideoVAE:

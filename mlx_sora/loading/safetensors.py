@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -90,6 +90,30 @@ def _tensor_info(path: Path, size: int, base: int, key: str, row: Any) -> Tensor
             f"{path} is truncated: {key} ends at byte {base + end}, the file at {size}.", FIX
         )
     return TensorInfo(path, dtype, shape, base + begin, expected)
+
+
+def load_tensors(
+    file: Path, tensors: Mapping[str, TensorInfo], stream: mx.Stream | None = None
+) -> dict[str, mx.array]:
+    """The named tensors of one file as lazy arrays: bytes are read at their first evaluation.
+
+    stream: where the reading runs; None is the calling thread's own. Raises WeightsError when the
+    file is gone or no longer is what its header said.
+    """
+    try:
+        arrays = mx.load(str(file), format="safetensors", stream=stream)
+    except RuntimeError as error:
+        raise WeightsError(f"MLX cannot load {file}: {error}", FIX) from error
+    assert isinstance(arrays, dict)
+    for key, info in tensors.items():
+        array = arrays.get(key)
+        if array is None or array.shape != info.shape or not _same_type(array, info):
+            raise WeightsError(f"{file} has changed since it was opened (see {key}).", "Try again.")
+    return {key: arrays[key] for key in tensors}
+
+
+def _same_type(array: mx.array, info: TensorInfo) -> bool:
+    return info.dtype not in FLOATS or array.dtype == FLOATS[info.dtype][1]
 
 
 def read_rows(info: TensorInfo, rows: Sequence[int]) -> mx.array:

@@ -109,7 +109,7 @@ def test_dtype_cast() -> None:
         ({"a.bias": None}, ["missing tensor a.bias", "[2]"]),
         ({"b.bias": mx.zeros(2)}, ["unexpected tensor b.bias", "[2]"]),
         ({"a.bias": mx.zeros(3)}, ["a.bias", "shape [3]", "expected [2]"]),
-        ({"a.bias": mx.zeros(2, dtype=mx.int32)}, ["a.bias", "int32", "F32"]),
+        ({"a.bias": mx.zeros(2, dtype=mx.int32)}, ["a.bias", "I32", "F32"]),
     ],
     ids=["missing", "extra", "misshaped", "mistyped"],
 )

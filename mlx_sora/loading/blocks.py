@@ -1,0 +1,188 @@
+"""A network's weights block by block: what belongs to each, checked before any of it is read.
+
+The network stands there without its blocks' weights. `BlockSource` reads those of one block, in
+whatever thread asks, puts them into the network, and takes them away again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+from pathlib import Path
+from typing import Generic, Protocol, TypeVar
+
+import mlx.core as mx
+from mlx import nn
+from mlx.utils import tree_unflatten
+
+from mlx_sora.errors import WeightsError
+from mlx_sora.loading.checkpoint import Checkpoint, Entry, match, put
+from mlx_sora.loading.safetensors import FIX, FLOATS, TensorInfo, load_tensors
+from mlx_sora.models.keys import KeyMap
+
+Block = TypeVar("Block")
+
+#: Size and time of change of a file.
+Stamp = tuple[int, int]
+
+
+class Reader(Protocol):
+    """How the tensors of a block come from a file; `safetensors.load_tensors` is the plain one."""
+
+    def __call__(
+        self, file: Path, tensors: Mapping[str, TensorInfo], stream: mx.Stream | None
+    ) -> dict[str, mx.array]:
+        """The named tensors, lazy on `stream` or evaluated, in a dict of the caller's own.
+
+        Raises WeightsError, OSError or RuntimeError.
+        """
+
+
+@dataclass(frozen=True)
+class BlockSource(Generic[Block]):
+    """The blocks of `network`, which hold no weights until `put` brings them.
+
+    name: of the network, for messages. blocks: what a provider hands out. entries: the tensors of
+    each block. dtype: what they are cast to as they are read. stamps: the files as first seen.
+    """
+
+    name: str
+    network: nn.Module
+    blocks: Sequence[Block]
+    entries: Sequence[Sequence[Entry]]
+    tensors: Mapping[str, TensorInfo]
+    dtype: mx.Dtype
+    stamps: Mapping[Path, Stamp]
+    read: Reader = load_tensors
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    @cached_property
+    def nbytes(self) -> tuple[int, ...]:
+        """Bytes of each block in memory."""
+        return tuple(
+            sum(prod(entry.parameter.shape) for entry in block) * self.dtype.size
+            for block in self.entries
+        )
+
+    @cached_property
+    def stored_bytes(self) -> tuple[int, ...]:
+        """Bytes of each block on disk."""
+        return tuple(
+            sum(self.tensors[entry.key].nbytes for entry in block) for block in self.entries
+        )
+
+    @cached_property
+    def loading_bytes(self) -> int:
+        """The most memory that loading one block takes: itself, and one tensor as it is stored."""
+        cast = [
+            info.nbytes
+            for block in self.entries
+            for info in (self.tensors[entry.key] for entry in block)
+            if FLOATS[info.dtype][1] != self.dtype
+        ]
+        return max(self.nbytes) + max(cast, default=0)
+
+    def load(self, index: int, stream: mx.Stream | None = None) -> dict[str, mx.array]:
+        """Weights of block `index` by parameter path, cast and evaluated in the calling thread.
+
+        stream: a CPU stream to work on; None is the thread's own. Raises WeightsError that names
+        the block and the file.
+        """
+        files: dict[Path, list[Entry]] = {}
+        for entry in self.entries[index]:
+            files.setdefault(self.tensors[entry.key].file, []).append(entry)
+        weights: dict[str, mx.array] = {}
+        for file, entries in files.items():
+            try:
+                weights |= self._load_from(file, entries, stream)
+            except WeightsError as error:
+                raise WeightsError(self._fault(index, error.message), error.fix) from error
+            except (OSError, RuntimeError) as error:
+                raise WeightsError(
+                    self._fault(index, f"cannot read {file}: {error}"), FIX
+                ) from error
+        return weights
+
+    def put(self, index: int, weights: Mapping[str, mx.array]) -> None:
+        """Give block `index` its weights."""
+        assert len(weights) == len(self.entries[index])
+        self.network.update(tree_unflatten(list(weights.items())))
+
+    def clear(self, index: int) -> None:
+        """Take the weights of block `index` away.
+
+        Its parameters become empty arrays, so that using it before the next `put` is an error and
+        never a silent result.
+        """
+        empty = mx.array([], dtype=self.dtype)
+        paths = [entry.parameter.path for entry in self.entries[index]]
+        self.network.update(tree_unflatten([(path, empty) for path in paths]))
+
+    def _fault(self, index: int, message: str) -> str:
+        return f"Block {index} of the {self.name}: {message}"
+
+    def _load_from(
+        self, file: Path, entries: Sequence[Entry], stream: mx.Stream | None
+    ) -> dict[str, mx.array]:
+        if _stamp(file) != self.stamps[file]:
+            raise WeightsError(f"{file} has changed since it was opened.", "Try again.")
+        arrays = self.read(file, {e.key: self.tensors[e.key] for e in entries}, stream)
+        casting = any(array.dtype != self.dtype for array in arrays.values())
+        weights: dict[str, mx.array] = {}
+        for entry in entries:
+            array = entry.parameter.convert(arrays.pop(entry.key)).astype(self.dtype, stream=stream)
+            weights[entry.parameter.path] = array
+            if casting:  # one after the other, so that only one is in memory in both types
+                mx.eval(array)
+        mx.eval(weights)
+        return weights
+
+
+def split_blocks(
+    name: str,
+    network: nn.Module,
+    blocks: Mapping[tuple[str, ...], Block],
+    checkpoint: Checkpoint,
+    keys: KeyMap,
+    *,
+    dtype: mx.Dtype,
+    without: Sequence[str] = (),
+) -> BlockSource[Block]:
+    """Fill all of `network` but its `blocks`, and return where those come from.
+
+    blocks: for the prefixes of a block's parameter paths, what a provider hands out for it, in
+    order. The whole network is matched first, as `fill` would; `without` as there.
+    """
+    owner = {prefix: i for i, prefixes in enumerate(blocks) for prefix in prefixes}
+    parts: list[list[Entry]] = [[] for _ in blocks]
+    rest: list[Entry] = []
+    for entry in match(network, checkpoint, keys, without):
+        path = entry.parameter.path
+        found = next((i for prefix, i in owner.items() if path.startswith(prefix)), None)
+        (rest if found is None else parts[found]).append(entry)
+    put(network, checkpoint.load(entry.key for entry in rest), rest, dtype)
+    files = {checkpoint.tensors[entry.key].file for part in parts for entry in part}
+    source = BlockSource(
+        name=name,
+        network=network,
+        blocks=tuple(blocks.values()),
+        entries=tuple(tuple(part) for part in parts),
+        tensors=checkpoint.tensors,
+        dtype=dtype,
+        stamps={file: _stamp(file) for file in files},
+    )
+    for index in range(len(source)):
+        source.clear(index)
+    return source
+
+
+def _stamp(file: Path) -> Stamp:
+    try:
+        status = file.stat()
+    except OSError as error:
+        raise WeightsError(f"cannot read {file}: {error.strerror}.", FIX) from error
+    return status.st_size, status.st_mtime_ns

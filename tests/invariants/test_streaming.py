@@ -1,0 +1,138 @@
+"""Streamed equals resident, bit for bit, for every network, at every residency."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+
+from mlx_sora.accel.cidl import BlockStream
+from mlx_sora.loading.model_folder import ModelFolder
+from mlx_sora.loading.networks import (
+    load_text_encoder,
+    load_transformer,
+    stream_text_encoder,
+    stream_transformer,
+)
+from mlx_sora.models.context import TokenPolicy
+from mlx_sora.runtime.residency import Reading, Residency
+from tests.unit.accel import nets
+
+PREFETCH = pytest.mark.parametrize("prefetch", [True, False], ids=["prefetch", "serial"])
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> ModelFolder:
+    root = tmp_path_factory.mktemp("model")
+    nets.t5_model(root)
+    return nets.stdit_model(root)
+
+
+@pytest.fixture(scope="module")
+def states(model: ModelFolder) -> mx.array:
+    return nets.t5_states(load_text_encoder(model, mx.float32)[0])
+
+
+@PREFETCH
+@pytest.mark.parametrize("resident", range(nets.T5.num_layers + 2))
+def test_t5(model: ModelFolder, states: mx.array, resident: int, prefetch: bool) -> None:
+    network, _, source = stream_text_encoder(model, mx.float32)
+    with BlockStream(source, resident, cyclic=True, prefetch=prefetch) as blocks:
+        for _ in range(3):
+            assert mx.array_equal(nets.t5_states(network, blocks), states)
+    assert mx.abs(states).max() > 0.1
+
+
+def test_t5_embedding_rows_come_along(model: ModelFolder) -> None:
+    _, whole = load_text_encoder(model, mx.float32)
+    _, rows, _ = stream_text_encoder(model, mx.float32)
+    assert mx.array_equal(rows([3, 0, 39]), whole([3, 0, 39]))
+
+
+CASES: dict[str, tuple[TokenPolicy | None, bool]] = {
+    "plain": (None, False),
+    "merged": (nets.MergedPairs(), False),
+    "merged, x_mask": (nets.MergedPairs(), True),
+}
+
+
+@pytest.fixture(scope="module")
+def predictions(model: ModelFolder) -> dict[str, list[mx.array]]:
+    whole = load_transformer(model, mx.float32)
+    return {
+        name: list(nets.steps(whole, None, tokens, masked=masked))
+        for name, (tokens, masked) in CASES.items()
+    }
+
+
+@PREFETCH
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("resident", range(nets.STDIT.depth + 1))
+def test_stdit3(
+    model: ModelFolder,
+    predictions: dict[str, list[mx.array]],
+    resident: int,
+    case: str,
+    prefetch: bool,
+) -> None:
+    tokens, masked = CASES[case]
+    network, source = stream_transformer(model, mx.float32)
+    with BlockStream(source, resident, cyclic=True, prefetch=prefetch) as blocks:
+        found = list(nets.steps(network, blocks, tokens, masked=masked))
+    assert len(found) == 2
+    for a, b in zip(found, predictions[case], strict=True):
+        assert mx.array_equal(a, b)
+        assert 0.1 < mx.abs(a).max() < 1e4
+
+
+def test_the_cases_differ(predictions: dict[str, list[mx.array]]) -> None:
+    plain, merged, masked = (predictions[name][0] for name in CASES)
+    assert not mx.allclose(plain, merged)
+    assert not mx.allclose(merged, masked)
+
+
+@pytest.mark.parametrize("kept", [0, 1, 2, nets.STDIT.depth])
+def test_stdit3_with_measured_residency_that_is_reconsidered(model: ModelFolder, kept: int) -> None:
+    expected = list(nets.steps(load_transformer(model, mx.float32), count=4))
+    network, source = stream_transformer(model, mx.float32)
+    work, size = 1000, max(source.nbytes)
+    room = kept * size + (0 if kept == len(source) else size + source.loading_bytes)
+    policy = Residency(
+        work + room,
+        read=lambda: Reading(active=0, peak=work + size, outside=0),
+        reset=lambda: None,
+    )
+    found = []
+    with BlockStream(source, policy, cyclic=True) as blocks:
+        for step, out in enumerate(nets.steps(network, blocks, count=4)):
+            found.append(out)
+            assert len(blocks.resident) == kept
+            if step == 1:
+                policy.budget = 2 * size + work
+                kept = 0
+                blocks.reconsider()
+    assert all(mx.array_equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
+@pytest.mark.parametrize("stored", [mx.float32, mx.float16, mx.bfloat16])
+def test_types_are_cast_as_in_whole_networks(
+    tmp_path: Path, stored: mx.Dtype, dtype: mx.Dtype
+) -> None:
+    model = nets.stdit_model(tmp_path, dtype=stored)
+    (expected,) = nets.steps(load_transformer(model, dtype), count=1)
+    network, source = stream_transformer(model, dtype)
+    with BlockStream(source, 1) as blocks:
+        (found,) = nets.steps(network, blocks, count=1)
+    assert mx.array_equal(found, expected)
+
+
+def test_two_streams_at_once(model: ModelFolder, predictions: dict[str, list[mx.array]]) -> None:
+    """Two runs of one process, step by step in turn, with different work and residencies."""
+    (first, source), (second, other) = (stream_transformer(model, mx.float32) for _ in range(2))
+    with BlockStream(source, 1, cyclic=True) as a, BlockStream(other, 3, cyclic=True) as b:
+        runs = zip(nets.steps(first, a, nets.MergedPairs()), nets.steps(second, b), strict=True)
+        for step, (x, y) in enumerate(runs):
+            assert mx.array_equal(x, predictions["merged"][step])
+            assert mx.array_equal(y, predictions["plain"][step])
