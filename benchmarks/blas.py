@@ -7,32 +7,22 @@ Exits with 1 below 0.8 of numpy's median.
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
 import sys
-import time
-from collections.abc import Callable
-from pathlib import Path
+from typing import Any
 
-import mlx_sora  # noqa: F401  (first: it puts the fast BLAS in place)
+from common import alternate, arguments, write_json
+
+import mlx_sora  # noqa: F401  (before mlx.core: it puts the fast BLAS in place)
 
 ROWS, INNER, COLUMNS = 5760, 1152, 4608
 GOAL = 0.8
 
 
-def seconds(work: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
-
-
-def measure(runs: int) -> dict[str, object]:
+def measure(runs: int) -> dict[str, Any]:
     """GF/s of both, medians over `runs` alternating products; `ratio` = MLX / numpy, run by run."""
     import mlx.core as mx
     import numpy as np
-
-    from mlx_sora.runtime.device import describe
 
     mx.set_cache_limit(1 << 30)
     rng = np.random.default_rng(0)
@@ -41,7 +31,7 @@ def measure(runs: int) -> dict[str, object]:
     x, y = mx.array(a), mx.array(b)
     mx.eval(x, y, x @ y)
     error = float(np.abs(np.array(x @ y) - a @ b).max())
-    times = [(seconds(lambda: mx.eval(x @ y)), seconds(lambda: a @ b)) for _ in range(runs)]
+    times = alternate(runs, lambda: mx.eval(x @ y), lambda: a @ b)
     flops = 2e-9 * ROWS * INNER * COLUMNS
     return {
         "product": [ROWS, INNER, COLUMNS],
@@ -50,15 +40,11 @@ def measure(runs: int) -> dict[str, object]:
         "numpy_gflops": flops / statistics.median(n for _, n in times),
         "ratio": statistics.median(n / m for m, n in times),
         "max_difference": error,
-        "machine": describe(),
     }
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--runs", type=int, default=15)
-    parser.add_argument("--json", type=Path, help="also write the figures here")
-    options = parser.parse_args()
+    options = arguments(__doc__, runs=15)
     result = measure(options.runs)
     print(
         "MLX {mlx_gflops:.0f} GF/s, numpy {numpy_gflops:.0f} GF/s, ratio {ratio:.2f}".format(
@@ -66,8 +52,8 @@ def main() -> int:
         )
     )
     if options.json:
-        options.json.write_text(json.dumps(result, indent=2) + "\n")
-    return 0 if float(str(result["ratio"])) >= GOAL else 1
+        write_json(options.json, result)
+    return 0 if result["ratio"] >= GOAL else 1
 
 
 if __name__ == "__main__":

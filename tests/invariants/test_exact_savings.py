@@ -25,6 +25,8 @@ from mlx_sora.loading.networks import load_text_encoder
 from mlx_sora.models import conv, ops, stdit3, t5
 from mlx_sora.models.stdit3 import Conditions, STDiT3, STDiT3Config
 from mlx_sora.models.t5 import T5Config, T5Encoder
+from mlx_sora.text.encoder import TextEncoder
+from mlx_sora.text.tokenizer import Encoding, Tokenizer
 
 #: Largest difference allowed, in standard deviations of the result.
 SAME = 1e-5
@@ -88,6 +90,32 @@ def test_t5_needs_no_padding(length: int) -> None:
     padded, mask = padded_ids(ids)
     reference = encoder(encoder.embed(padded), mask)
     assert difference(encoder(encoder.embed(ids)), reference[:, :length]) <= SAME
+
+
+def test_the_text_encoder_pads_nothing() -> None:
+    """What T5 is given for a prompt is its tokens, and no mask."""
+    ids = token_ids(9)
+    given: list[tuple[int, ...]] = []
+
+    class Watched(T5Encoder):
+        def __call__(self, embeds: mx.array, *others: Any) -> mx.array:
+            given.append(embeds.shape)
+            return super().__call__(embeds, *others)
+
+    class OneEncoding(Tokenizer):
+        def __init__(self) -> None:
+            """Without a model file."""
+
+        def encode(self, text: str, max_length: int = PADDED) -> Encoding:
+            return Encoding(tuple(int(i) for i in ids[0]))
+
+    encoder = randomised(Watched(T5))
+    rows = encoder.shared.weight
+    text = TextEncoder(encoder, lambda at: rows[mx.array(list(at))], OneEncoding(), mx.float32)
+    states = text.encode("a prompt").states
+    assert given == [(1, 9, T5.d_model)]
+    padded, mask = padded_ids(ids)
+    assert difference(states, encoder(encoder.embed(padded), mask)[0, :9]) <= SAME
 
 
 @pytest.mark.parametrize("length", [1, 9, 140])
@@ -213,10 +241,10 @@ def test_only_the_rows_asked_for_are_read(
     text_encoder: ModelFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, rows = load_text_encoder(text_encoder, mx.float32)
-    requested: list[int] = []
+    requested: list[int | None] = []
 
     class Watched(io.FileIO):
-        def read(self, size: int = -1) -> bytes:
+        def read(self, size: int | None = -1) -> bytes:
             requested.append(size)
             return super().read(size)
 
