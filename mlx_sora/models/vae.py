@@ -9,7 +9,7 @@ does not grow with the clip.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -158,12 +158,19 @@ class VideoVAE(nn.Module):
         return mx.stack(samples)
 
     def decode_chunks(
-        self, z: mx.array, num_frames: int, micro_batch: int | None = None
+        self,
+        z: mx.array,
+        num_frames: int,
+        micro_batch: int | None = None,
+        *,
+        in_turn: bool = False,
     ) -> Iterator[mx.array]:
         """Decode one sample chunk by chunk: yields frames [<= 17, H, W, 3], evaluated, in float32.
 
         z [1, T, h, w, C]. micro_batch: frames per spatial pass (default: the config's); it changes
-        memory only. Raises UsageError, before any work, if z does not hold num_frames frames.
+        memory only. in_turn: the temporal VAE decodes all chunks first and is given up, so that
+        lazily loaded weights of both are never in memory at once; this VAE is then used up.
+        Raises UsageError, before any work, if z does not hold num_frames frames.
         """
         plan = self.chunks(num_frames)
         latents = plan[-1].latent + plan[-1].latents
@@ -172,17 +179,27 @@ class VideoVAE(nn.Module):
                 f"{num_frames} frames are 1 x {latents} latents, not {z.shape[0]} x {z.shape[1]}.",
                 "Decode one sample at a time, with the number of frames it was made for.",
             )
-        return self._decode_plan(z, plan, micro_batch or self.config.micro_batch_size)
+        parts: Iterable[mx.array] = (self._decode_time(z, chunk) for chunk in plan)
+        size = micro_batch or self.config.micro_batch_size
+        return self._decode_space(parts, size, in_turn)
 
-    def _decode_plan(
-        self, z: mx.array, plan: Sequence[Chunk], micro_batch: int | None
+    def _decode_time(self, z: mx.array, chunk: Chunk) -> mx.array:
+        """Latents of a chunk's frames for the spatial VAE, [frames, h, w, C], evaluated."""
+        part = z[:, chunk.latent : chunk.latent + chunk.latents].astype(mx.float32)
+        part = part * self.scale + self.shift
+        frames = self.temporal_vae.decode(part, chunk.frames)[0] / LATENT_FACTOR
+        # Evaluated here, so that no later graph keeps the temporal network's activations.
+        mx.eval(frames)
+        return frames
+
+    def _decode_space(
+        self, parts: Iterable[mx.array], micro_batch: int | None, in_turn: bool
     ) -> Iterator[mx.array]:
-        for chunk in plan:
-            part = z[:, chunk.latent : chunk.latent + chunk.latents].astype(mx.float32)
-            part = part * self.scale + self.shift
-            frames = self.temporal_vae.decode(part, chunk.frames)[0] / LATENT_FACTOR
-            # Evaluated here, so that no later graph keeps the temporal network's activations.
-            mx.eval(frames)
+        if in_turn:
+            parts = list(parts)
+            del self["temporal_vae"]
+            mx.clear_cache()
+        for frames in parts:
             yield _in_batches(self.spatial_vae.decode, frames, micro_batch)
 
     def encode(

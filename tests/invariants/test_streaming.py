@@ -6,8 +6,11 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
+from mlx import nn
+from mlx.utils import tree_flatten
 
 from mlx_sora.accel.cidl import BlockStream
+from mlx_sora.loading.checkpoint import Checkpoint, fill
 from mlx_sora.loading.model_folder import ModelFolder
 from mlx_sora.loading.networks import (
     load_text_encoder,
@@ -16,6 +19,11 @@ from mlx_sora.loading.networks import (
     stream_transformer,
 )
 from mlx_sora.models.context import TokenPolicy
+from mlx_sora.models.keys import KeyMap
+from mlx_sora.models.vae import VAEConfig, VideoVAE
+from mlx_sora.models.vae_spatial import SpatialVAEConfig
+from mlx_sora.models.vae_temporal import TemporalVAEConfig
+from mlx_sora.runtime.memory import release
 from mlx_sora.runtime.residency import Reading, Residency
 from tests.unit.accel import nets
 
@@ -136,3 +144,41 @@ def test_two_streams_at_once(model: ModelFolder, predictions: dict[str, list[mx.
         for step, (x, y) in enumerate(runs):
             assert mx.array_equal(x, predictions["merged"][step])
             assert mx.array_equal(y, predictions["plain"][step])
+
+
+def lazy_vae(root: Path) -> tuple[VideoVAE, VideoVAE]:
+    """The same random decoder twice, its weights (0.7 MB temporal) still on disk."""
+    config = VAEConfig(
+        spatial=SpatialVAEConfig(block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4),
+        temporal=TemporalVAEConfig(
+            filters=16, num_res_blocks=1, channel_multipliers=(1, 1, 2, 2), num_groups=4
+        ),
+    )
+    first, second = (VideoVAE(config, ("decoder",)) for _ in range(2))
+    mx.save_safetensors(str(root / "model.safetensors"), nets.random_weights(first, 6))
+    for network in (first, second):
+        fill(network, Checkpoint.open(root), KeyMap())
+    return first, second
+
+
+def test_vae_networks_in_turn(tmp_path: Path) -> None:
+    whole, vae = lazy_vae(tmp_path)
+    z = mx.random.normal((1, 10, 2, 3, 4), key=mx.random.key(7))
+    expected = list(whole.decode_chunks(z, 34))
+    spatial = parameter_bytes(vae.spatial_vae)
+    temporal = parameter_bytes(vae.temporal_vae)
+    release()
+    before = mx.get_active_memory()
+    chunks = vae.decode_chunks(z, 34, in_turn=True)
+    found = [next(chunks)]
+    held = mx.get_active_memory() - before - found[0].nbytes
+    assert spatial <= held < spatial + temporal // 2
+    found += chunks
+    assert len(found) == 2
+    assert all(mx.array_equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert found[0].shape == (17, 4, 6, 3)
+
+
+def parameter_bytes(network: nn.Module) -> int:
+    leaves: list[tuple[str, mx.array]] = tree_flatten(network.parameters())  # type: ignore[assignment]
+    return sum(value.nbytes for _, value in leaves)
