@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
+from mlx_sora.accel import Accelerations
+from mlx_sora.accel.base import Job
 from mlx_sora.errors import NumericsError, UsageError
 from mlx_sora.loading.checkpoint import Checkpoint
 from mlx_sora.loading.model_folder import BUNDLED, PUBLISHED, ModelFolder, find_model
@@ -27,6 +29,7 @@ from mlx_sora.runtime.device import default_dtype, describe
 from mlx_sora.runtime.events import (
     Event,
     Finished,
+    Noted,
     PreviewReady,
     StageProgress,
     StageStarted,
@@ -38,7 +41,7 @@ from mlx_sora.sampling import SAMPLERS
 from mlx_sora.sampling.guidance import Network, guided
 from mlx_sora.sampling.loop import denoise
 from mlx_sora.sampling.noise import Noise
-from mlx_sora.settings import Settings, settle
+from mlx_sora.settings import settle
 from mlx_sora.text.encoder import TextEncoder, TextStates
 from mlx_sora.text.prompt import Scores, prepare_prompt
 from mlx_sora.text.tokenizer import Tokenizer
@@ -120,9 +123,11 @@ class Pipeline:
             )
         dtype = default_dtype(requested=self.dtype if request.dtype == "auto" else request.dtype)
         settings, warnings = settle(request, self.model)
+        geometry, sampler = settings.geometry, SAMPLERS[settings.sampler]
+        job = Job(settings.steps, sampler.evaluations, geometry.latent[0])
+        accelerations = Accelerations(settings.accelerations, job)
         output = None
         if request.output is not None:
-            geometry = settings.geometry
             output = output_path(
                 request.output,
                 prompt=request.prompt,
@@ -137,7 +142,8 @@ class Pipeline:
                 size=geometry.decoded,
                 fps=settings.fps,
             )
-        return Run(request, settings, dtype, output, warnings)
+        warnings += accelerations.warnings
+        return Run(request, settings, dtype, output, accelerations, warnings)
 
     def _events(self, run: Run) -> Generator[Event, None, None]:
         with memory_scope():
@@ -182,7 +188,7 @@ class Pipeline:
         settings, geometry = run.settings, run.settings.geometry
         network = load_transformer(self.model, run.dtype)
         velocity = guided(
-            partial(_bind, network, settings),
+            partial(_bind, network, run),
             [text],
             network.null_text,
             settings.guidance,
@@ -195,12 +201,14 @@ class Pipeline:
         )
         z = Noise([settings.seed], (*geometry.latent, network.config.in_channels)).initial()
         every = run.request.preview_every
-        for done in denoise(velocity, z, times, sampler):
+        for done in denoise(velocity, z, times, sampler, policy=run.accelerations.policy):
             z, index = done.z, done.step.index
             _check_finite(z, index)
+            run.accelerations.watch(done)
             yield StepFinished(index, done.step.total, done.t, done.seconds, z)
             if every and (index + 1) % every == 0:
                 yield PreviewReady(index, self._preview(run, done.x0))
+        yield from (Noted(summary) for summary in run.accelerations.summaries())
         return z
 
     def _preview(self, run: Run, x0: mx.array) -> np.ndarray:
@@ -244,9 +252,9 @@ class Pipeline:
         )
 
 
-def _bind(network: STDiT3, settings: Settings, text: Sequence[mx.array]) -> Network:
-    """The network for the video of `settings` under one text [n, C] per sample."""
-    geometry = settings.geometry
+def _bind(network: STDiT3, run: Run, text: Sequence[mx.array]) -> Network:
+    """The network for the video of `run` under one text [n, C] per sample."""
+    settings, geometry = run.settings, run.settings.geometry
     conditions = network.prepare(
         text,
         geometry.latent,
@@ -254,7 +262,11 @@ def _bind(network: STDiT3, settings: Settings, text: Sequence[mx.array]) -> Netw
         width=geometry.size.width,
         fps=settings.conditioning_fps,
     )
-    return lambda z, t, x_mask, index: network(z, t, conditions, x_mask)
+
+    def velocity(z: mx.array, t: mx.array, x_mask: mx.array | None, index: int) -> mx.array:
+        return network(z, t, conditions, x_mask, run.accelerations.context(index))
+
+    return velocity
 
 
 def _check_finite(z: mx.array, index: int) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 
 from mlx_sora.errors import UsageError
 from mlx_sora.geometry import Size, parse_frames, resolve_size
+from mlx_sora.modes import Mode, Modes, Number
 
 SAMPLERS = ("rflow",)
 DTYPES = ("auto", "float32", "bfloat16")
@@ -26,6 +27,25 @@ MODELS = ("shapes", "opensora-1.2")
 MAX_SEED = 2**63 - 1
 MAX_STEPS = 1000
 MAX_FPS = 240.0
+
+#: When to leap to the end: after so many steps, at a flow time, once the velocity holds its
+#: direction, or by the rule in On-device Sora's code.
+LPL = Modes(
+    Mode("off"),
+    Mode("fixed", {"steps": Number(0, MAX_STEPS, whole=True)}),
+    Mode("t", {"time": Number(0, 1000)}),
+    Mode(
+        "adaptive",
+        {
+            "patience": Number(1, MAX_STEPS, 3, whole=True),
+            "tolerance": Number(0, 2, 1e-4),
+            "minimum": Number(0, 1, 0.5),
+        },
+    ),
+    Mode("reference"),
+)
+#: In how many of the first steps frames are merged.
+TDTM = Modes(Mode("off"), Mode("all"), Mode("", {"steps": Number(1, MAX_STEPS, whole=True)}))
 
 
 def as_bool(value: Any) -> bool:
@@ -204,6 +224,22 @@ class GenerationRequest:
         "--camera",
         "camera motion added to the prompt, such as 'pan left'",
         metavar="TEXT",
+    )
+    lpl: str | None = _option(
+        None,
+        LPL,
+        "--lpl",
+        f"leap over the last steps: {LPL.forms}; t is flow time, 1000 to 0",
+        metavar="MODE",
+        group="acceleration",
+    )
+    tdtm: int | str | None = _option(
+        None,
+        TDTM,
+        "--tdtm",
+        f"merge pairs of frames around attention in the first steps: {TDTM.forms}",
+        metavar="STEPS",
+        group="acceleration",
     )
     dtype: str = _option(
         "auto", as_text, "--dtype", "number format of the networks", choices=DTYPES

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
+from mlx_sora.accel import Accelerations
 from mlx_sora.request import GenerationRequest
 from mlx_sora.runtime.events import StageFinished
 from mlx_sora.runtime.memory import StageMeter
@@ -23,14 +24,15 @@ if TYPE_CHECKING:
 class Run:
     """State of one generation.
 
-    output: where the video goes, None to keep its frames. seconds, memory: per finished stage, wall
-    seconds and peak of the resident set in bytes.
+    output: where the video goes, None to keep its frames. accelerations: what is at work in this
+    run. seconds, memory: per finished stage, wall seconds and peak of the resident set in bytes.
     """
 
     request: GenerationRequest
     settings: Settings
     dtype: mx.Dtype
     output: Path | None
+    accelerations: Accelerations
     warnings: list[str]
     seconds: dict[str, float] = field(default_factory=dict)
     memory: dict[str, int] = field(default_factory=dict)
@@ -45,13 +47,14 @@ class Run:
 
     def record(self) -> dict[str, Any]:
         """The metadata of the video, as far as the run has come."""
-        return build_metadata(
+        record = build_metadata(
             self.request,
             self.settings.to_dict(),
             warnings=self.warnings,
             seconds=self.seconds,
             peak_memory=self.memory,
         )
+        return record | {"accelerations": self.accelerations.record()}
 
     def video(self, path: Path | None, frames: np.ndarray | None) -> Video:
         """The result, once all stages are over."""

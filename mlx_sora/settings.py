@@ -6,9 +6,11 @@ not taken literally comes back as a warning, which the progress line and the met
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from mlx_sora.accel import ACCELERATIONS, OFF
 from mlx_sora.geometry import Geometry, Size, parse_frames, plan_geometry, resolve_size
 from mlx_sora.loading.model_folder import ModelFolder
 from mlx_sora.request import GenerationRequest
@@ -19,7 +21,10 @@ IMAGE_FPS = 120.0
 
 @dataclass(frozen=True)
 class Settings:
-    """Every option decided. geometry: sizes and latent shape; fps: of the finished file."""
+    """Every option decided. geometry: sizes and latent shape; fps: of the finished file.
+
+    accelerations: name to mode, those that are off too.
+    """
 
     model: str
     seed: int
@@ -31,6 +36,7 @@ class Settings:
     aesthetic: float | None
     motion: float | None
     camera: str | None
+    accelerations: Mapping[str, str]
 
     @property
     def conditioning_fps(self) -> float:
@@ -39,7 +45,8 @@ class Settings:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values for the metadata."""
-        record = asdict(self)
+        record = asdict(self) | dict(self.accelerations)
+        del record["accelerations"]
         geometry = record.pop("geometry")
         width, height = geometry["size"]
         return record | {"width": width, "height": height, "num_frames": geometry["num_frames"]}
@@ -83,5 +90,6 @@ def settle(request: GenerationRequest, model: ModelFolder) -> tuple[Settings, li
         aesthetic=chosen("aesthetic"),
         motion=request.motion,
         camera=request.camera,
+        accelerations={name: getattr(request, name) or OFF for name in ACCELERATIONS},
     )
     return settings, warnings

@@ -6,6 +6,7 @@ fill stays plain, so that techniques compose without knowing of each other.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +24,7 @@ class Job:
     frames: int
 
 
-class Acceleration:
+class Acceleration(ABC):
     """A technique at work in one run, and its account of it. By itself it changes nothing.
 
     warnings: what the user should know before the run, because it is not taken literally.
@@ -40,13 +41,14 @@ class Acceleration:
         """The tokens that attend in step `step`."""
         return None
 
+    @abstractmethod
     def watch(self, result: StepResult) -> None:
-        """A step was made."""
+        """Look at a step that was made."""
 
+    @abstractmethod
     def record(self) -> dict[str, Any]:
         """What it did, for the metadata: plain JSON values."""
-        raise NotImplementedError
 
+    @abstractmethod
     def summary(self) -> str:
         """What it did, in a line for the user."""
-        raise NotImplementedError

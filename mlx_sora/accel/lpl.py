@@ -14,17 +14,24 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import mlx.core as mx
 
 from mlx_sora.accel.base import Acceleration, Job
 from mlx_sora.modes import Chosen
-from mlx_sora.sampling.base import Decision, Run, Step, StepPolicy
+from mlx_sora.sampling.base import NOISE_TIME, Decision, Run, Step, StepPolicy
 from mlx_sora.sampling.loop import StepResult
 
 #: Norms below this count as this, so that a velocity of zero has similarity 0 to any other.
 TINY = 1e-8
+
+
+class Rule(StepPolicy, Protocol):
+    """Says when to leap."""
+
+    def earliest(self, steps: int, /) -> int:
+        """The first of `steps` steps that can be the leap, by index; known without running."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +39,9 @@ class FixedLeap:
     """Leap after `steps` ordinary steps: steps + 1 evaluations with a first-order sampler."""
 
     steps: int
+
+    def earliest(self, steps: int, /) -> int:
+        return self.steps
 
     def start(self, run: Run, /) -> Decision:
         return _WhenReady(run, lambda step: step.index >= self.steps)
@@ -42,6 +52,9 @@ class TimedLeap:
     """Leap from the first step that begins at flow time `time` or later (t falls from 1000)."""
 
     time: float
+
+    def earliest(self, steps: int, /) -> int:
+        return 0
 
     def start(self, run: Run, /) -> Decision:
         return _WhenReady(run, lambda step: bool((step.t <= self.time).all().item()))
@@ -87,6 +100,9 @@ class AdaptiveLeap:
     tolerance: float = 1e-4
     minimum: float = 0.5
 
+    def earliest(self, steps: int, /) -> int:
+        return max(1, math.ceil(self.minimum * steps) - 1) + self.patience
+
     def start(self, run: Run, /) -> SimilarVelocities:
         return SimilarVelocities(self, run)
 
@@ -114,12 +130,18 @@ class SimilarVelocities:
         self.similarities.append(values)
         if step.index + 1 < self._minimum * step.total:
             return False
-        # A frame that has just begun to move makes two velocities incomparable.
-        unsettled = waiting(self._run, step, begun=True)
-        for sample, value in enumerate(values):
-            if not unsettled[sample] and self._patience[sample].runs_out(value):
+        for sample, unsettled in enumerate(self._unsettled(step)):
+            if not unsettled and self._patience[sample].runs_out(values[sample]):
                 self._ready[sample] = True
         return all(self._ready)
+
+    def _unsettled(self, step: Step) -> list[bool]:
+        """Samples of which more frames will move, so that similarities do not compare yet."""
+        late = waiting(self._run, step)
+        if step.fresh is None:
+            return late
+        fresh: list[bool] = step.fresh.any(axis=1).tolist()  # type: ignore[assignment]
+        return [a or b for a, b in zip(late, fresh, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -133,6 +155,9 @@ class ReferenceLeap:
     patience: int = 3
     tolerance: float = 1e-3
     minimum: int = 14
+
+    def earliest(self, steps: int, /) -> int:
+        return max(1, self.minimum) + self.patience - 1
 
     def start(self, run: Run, /) -> SimilarRows:
         return SimilarRows(self)
@@ -152,6 +177,106 @@ class SimilarRows:
         previous, self._previous = self._previous, rows
         if previous is None:
             return False
-        value = float(_cosine(*(x[..., None] for x in _products(rows, previous))).mean().item())
+        dot, own, other = (
+            (a * b).sum(axis=1) for a, b in ((rows, previous), (rows, rows), (previous, previous))
+        )
+        value = float(_cosine(dot, own, other).mean().item())  # type: ignore[arg-type]
         self.similarities.append(value)
         return step.index >= self._minimum and self.patience.runs_out(value)
+
+
+def similarity(v: mx.array, previous: mx.array, step: Step) -> list[float]:
+    """Cosine between two velocities [B, T, H, W, C] of each sample, over frames that move in both.
+
+    `previous` is of the step before `step`.
+    """
+    pairs = ((v, previous), (v, v), (previous, previous))
+    # In stages, as one long float32 sum would lose digits that the tolerance needs.
+    products = [(a * b).sum(axis=(3, 4)).sum(axis=2) for a, b in pairs]
+    if step.x_mask is not None:
+        moving = step.x_mask if step.fresh is None else step.x_mask & ~step.fresh
+        products = [mx.where(moving, product, 0.0) for product in products]
+    values: list[float] = _cosine(*(p.sum(axis=1) for p in products)).tolist()  # type: ignore[assignment]
+    return values
+
+
+def waiting(run: Run, step: Step) -> list[bool]:
+    """Whether, of each sample, a frame that is held in `step` will move in a later one."""
+    if run.mask is None or step.x_mask is None:
+        return [False] * int(run.times.shape[1])
+    moves_at_last = run.mask * NOISE_TIME >= run.times[-2][:, None]
+    late: list[bool] = (moves_at_last & ~step.x_mask).any(axis=1).tolist()  # type: ignore[assignment]
+    return late
+
+
+def _cosine(dot: mx.array, a: mx.array, b: mx.array) -> mx.array:
+    """From the products of two vectors with each other and with themselves."""
+    return dot / (mx.maximum(mx.sqrt(a), TINY) * mx.maximum(mx.sqrt(b), TINY))
+
+
+class Leap(Acceleration, StepPolicy):
+    """A rule at work in the pipeline, and what came of it."""
+
+    def __init__(self, rule: Rule, mode: str, job: Job) -> None:
+        """mode: how the option spells the rule."""
+        self._rule, self._job = rule, job
+        self._decision: Decision | None = None
+        self._end: StepResult | None = None
+        if self._saved(rule.earliest(job.steps)) <= 0:
+            self.warnings = (f"--lpl {mode} can save nothing in {job.steps} steps.",)
+
+    @property
+    def policy(self) -> StepPolicy:
+        return self
+
+    def start(self, run: Run, /) -> Decision:
+        self._decision = self._rule.start(run)
+        return self._decision
+
+    def watch(self, result: StepResult) -> None:
+        if result.leapt:
+            self._end = result
+
+    def record(self) -> dict[str, Any]:
+        """leapt: whether; then steps before it, flow time t, and the evaluations it saved."""
+        record: dict[str, Any] = {"leapt": self._end is not None}
+        if self._end is not None:
+            record["after_steps"] = self._end.step.index
+            record["t"] = round(self._end.t, 3)
+            record["evaluations_saved"] = self._saved(self._end.step.index)
+        values = getattr(self._decision, "similarities", [])
+        if values:
+            record["similarities"] = [_rounded(value) for value in values]
+        return record
+
+    def summary(self) -> str:
+        if self._end is None:
+            return f"lpl: no leap in {self._job.steps} steps"
+        return (
+            f"lpl: leapt to the end from t = {self._end.t:.0f}, after {self._end.step.index} of "
+            f"{self._job.steps} steps; {self._saved(self._end.step.index)} evaluations saved"
+        )
+
+    def _saved(self, index: int) -> int:
+        """Evaluations that a leap in step `index` leaves out; it takes one itself."""
+        return (self._job.steps - index) * self._job.evaluations - 1
+
+
+def _rounded(value: float | list[float]) -> float | list[float]:
+    return [round(v, 6) for v in value] if isinstance(value, list) else round(value, 6)
+
+
+def start(mode: Chosen, job: Job) -> Leap:
+    """What the option --lpl asks for, unless it is off."""
+    return Leap(_rule(mode), mode.text, job)
+
+
+def _rule(mode: Chosen) -> Rule:
+    values = mode.values
+    if mode.name == "fixed":
+        return FixedLeap(int(values["steps"]))
+    if mode.name == "t":
+        return TimedLeap(values["time"])
+    if mode.name == "adaptive":
+        return AdaptiveLeap(int(values["patience"]), values["tolerance"], values["minimum"])
+    return ReferenceLeap()

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 from mlx_sora.runtime.events import (
     Event,
     Finished,
+    Noted,
     PreviewReady,
     StageFinished,
     StageProgress,
@@ -64,6 +65,8 @@ class BarRenderer:
             self._stages.append(event)
         elif isinstance(event, Warned):
             self.note(f"warning: {event.message}")
+        elif isinstance(event, Noted):
+            self.note(event.message)
         elif isinstance(event, Finished):
             self.close()
             self.note("\n".join(summary(self._stages)))

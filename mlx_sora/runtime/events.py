@@ -72,6 +72,13 @@ class Warned:
 
 
 @dataclass(frozen=True)
+class Noted:
+    """Something worth a line that is no warning, such as what an acceleration did."""
+
+    message: str
+
+
+@dataclass(frozen=True)
 class Finished:
     """The run is over; `video` holds the path or the frames."""
 
@@ -79,5 +86,12 @@ class Finished:
 
 
 Event = (
-    StageStarted | StageProgress | StepFinished | PreviewReady | StageFinished | Warned | Finished
+    StageStarted
+    | StageProgress
+    | StepFinished
+    | PreviewReady
+    | StageFinished
+    | Warned
+    | Noted
+    | Finished
 )

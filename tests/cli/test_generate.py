@@ -60,8 +60,9 @@ def test_summary_has_seconds_and_peaks_per_stage(
 def test_every_flag_reaches_its_field(folder: Path, pipeline: FakePipeline) -> None:
     words = (
         "generate --prompt p --model shapes --seed 5 --steps 4 --cfg-scale 3 --sampler rflow "
+        "--sequential-guidance "
         "--resolution 144p --aspect-ratio 1:1 --frames 34 --fps 12 --aesthetic 6 --motion 2 "
-        "--camera pan --dtype float32 -o out.gif --overwrite --no-embed-metadata --metadata"
+        "--camera pan --lpl fixed:2 --tdtm 3 --dtype float32 -o out.gif --overwrite --no-embed-metadata --metadata"
     )
     assert main(words.split()) == 0
     expected = {
@@ -70,6 +71,7 @@ def test_every_flag_reaches_its_field(folder: Path, pipeline: FakePipeline) -> N
         "seed": 5,
         "steps": 4,
         "guidance": 3.0,
+        "sequential_guidance": True,
         "resolution": "144p",
         "aspect_ratio": "1:1",
         "num_frames": 34,
@@ -77,6 +79,8 @@ def test_every_flag_reaches_its_field(folder: Path, pipeline: FakePipeline) -> N
         "aesthetic": 6.0,
         "motion": 2.0,
         "camera": "pan",
+        "lpl": "fixed:2",
+        "tdtm": "3",
         "dtype": "float32",
         "output": "out.gif",
         "overwrite": True,

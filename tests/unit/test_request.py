@@ -24,6 +24,8 @@ FULL = {
     "aesthetic": 6.0,
     "motion": 4.0,
     "camera": "pan left",
+    "lpl": "adaptive:patience=2,tolerance=0.001,minimum=0.25",
+    "tdtm": "15",
     "dtype": "float32",
     "output": "x.mp4",
     "overwrite": True,
@@ -78,6 +80,10 @@ def test_values_are_brought_to_their_type() -> None:
         ("sampler", "euler"),
         ("dtype", "float16"),
         ("camera", 3),
+        ("lpl", "never"),
+        ("lpl", True),
+        ("tdtm", 0),
+        ("tdtm", 2.5),
     ],
 )
 def test_wrong_types_and_choices_name_the_option(name: str, value: object) -> None:

@@ -1,0 +1,139 @@
+"""Options that take one of several modes: `off`, `fixed:15`, `adaptive:patience=5,minimum=0.6`.
+
+A mode is a name, perhaps with numbers after a colon: first those that have to be given, bare, then
+any of those with a default, by name, separated by commas. A mode without a name is its numbers.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Number:
+    """A number that a mode takes, from low to high. default: None means it has to be given."""
+
+    low: float
+    high: float
+    default: float | None = None
+    whole: bool = False
+
+
+@dataclass(frozen=True)
+class Mode:
+    """One mode and its numbers, those without a default first."""
+
+    name: str
+    numbers: Mapping[str, Number] = field(default_factory=dict)
+
+    @property
+    def form(self) -> str:
+        """How to write it, such as fixed:STEPS or adaptive[:patience=3,tolerance=0.0001]."""
+        bare = [name.upper() for name, number in self.numbers.items() if number.default is None]
+        named = [
+            f"{name}={_text(number.default)}"
+            for name, number in self.numbers.items()
+            if number.default is not None
+        ]
+        text = _joined(self.name, bare)
+        if not named:
+            return text
+        return f"{text}[{',' if bare else ':'}{','.join(named)}]"
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A mode as it was asked for: every number has its value."""
+
+    name: str
+    values: Mapping[str, float]
+    text: str
+
+
+class Modes:
+    """The modes of one option. Called with text (or a bare number), gives the full spelling."""
+
+    def __init__(self, *modes: Mode) -> None:
+        self._modes = {mode.name: mode for mode in modes}
+
+    @property
+    def forms(self) -> str:
+        """All ways to write a value, for messages."""
+        *first, last = [mode.form for mode in self._modes.values()]
+        return f"{', '.join(first)} or {last}" if first else last
+
+    def __call__(self, value: Any) -> str:
+        """The value with every number spelt out; raises ValueError that names what is expected."""
+        return self.read(value).text
+
+    def read(self, value: Any) -> Chosen:
+        """The mode that a value means; raises ValueError as a call does."""
+        if isinstance(value, bool) or not isinstance(value, (str, numbers.Real)):
+            raise ValueError(self.forms)
+        text = str(value).strip().lower()
+        name, colon, rest = text.partition(":")
+        if not name or name not in self._modes:
+            name, colon, rest = "", ":", text
+        if name not in self._modes:
+            raise ValueError(self.forms)
+        mode = self._modes[name]
+        try:
+            values = _read_numbers(mode, rest.split(",") if colon else [])
+        except ValueError as error:
+            raise ValueError(f"{mode.form if name else self.forms}{error}") from None
+        return Chosen(name, values, _joined(name, _spelt(mode, values)))
+
+
+def _read_numbers(mode: Mode, given: list[str]) -> dict[str, float]:
+    """Every number of `mode`: as given, or its default. Raises ValueError with what more to say."""
+    values: dict[str, float] = {}
+    bare = [name for name, number in mode.numbers.items() if number.default is None]
+    for item in given:
+        key, named, text = item.partition("=")
+        if not named:
+            key, text = (bare[0] if bare else ""), item
+        key = key.strip()
+        if key not in mode.numbers or key in values:
+            raise ValueError("")
+        if key in bare:
+            bare.remove(key)
+        values[key] = _read_number(mode.numbers[key], key, text)
+    if bare:
+        raise ValueError("")
+    defaults = {name: number.default for name, number in mode.numbers.items()}
+    filled = {name: values.get(name, default) for name, default in defaults.items()}
+    return {name: value for name, value in filled.items() if value is not None}
+
+
+def _read_number(number: Number, name: str, text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not number.low <= value <= number.high or (number.whole and value != int(value)):
+        kind = "a whole number" if number.whole else "a number"
+        label = name if number.default is not None else name.upper()
+        bounds = f"{_text(number.low)} to {_text(number.high)}"
+        raise ValueError(f", with {kind} from {bounds} as {label}")
+    return value
+
+
+def _spelt(mode: Mode, values: Mapping[str, float]) -> list[str]:
+    """The numbers as they are written, bare ones first."""
+    return [
+        _text(values[name]) if number.default is None else f"{name}={_text(values[name])}"
+        for name, number in mode.numbers.items()
+    ]
+
+
+def _joined(name: str, numbers: list[str]) -> str:
+    return (":" if name and numbers else "").join([name, ",".join(numbers)])
+
+
+def _text(value: float) -> str:
+    """The shortest text that reads back as this number."""
+    return str(int(value)) if value == int(value) else repr(value)
