@@ -2,9 +2,10 @@
 
     python -m tests.parity.make_golden FULL_FOLDER
 
-The subset keeps one case of every behaviour, drops the longest clip of the VAE pipeline, and stores
-weights that two cases share once (`weights_from` in the configuration names the file). Tables and
-manifests are copied whole. Unknown tensors never change: what is kept is kept bit for bit.
+The subset keeps one case of every behaviour, drops the longest clip of the VAE pipeline, cuts token
+merging down to the first block pair (whose outputs the case holds), and stores weights that two
+cases share once (`weights_from` in the configuration names the file). Tables and manifests are
+copied whole. Unknown tensors never change: what is kept is kept bit for bit.
 """
 
 from __future__ import annotations
@@ -28,11 +29,21 @@ CASES = (
     "rflow_sample_mask",
     "vae_pipeline_decode",
     "vae_pipeline_encode",
+    "lpl_synth",
+    "lpl_script",
+    "tdtm_T15",
 )
 TABLES = ("text_*.json", "tokens*.json", "rflow_timesteps.json", "manifest_*.json")
 #: Case -> case whose weights it shares.
 SHARED = {"vae_pipeline_encode": "vae_pipeline_decode"}
 DROPPED = ("in.f51.", "out.f51.")
+#: Case -> what the blocks behind the first pair, which are left out, hold or lead to.
+SHALLOW = {
+    "tdtm_T15": (
+        *("weights.spatial_blocks.1.", "weights.temporal_blocks.1."),
+        *("out.merged.spatial.1", "out.merged.temporal.1", "out.plain"),
+    )
+}
 
 
 def trim(source: Path, target: Path) -> None:
@@ -41,6 +52,10 @@ def trim(source: Path, target: Path) -> None:
     with safe_open(source, framework="numpy") as f:
         config = json.loads(f.metadata()["config"])
         keys = [key for key in f.keys() if not key.startswith(DROPPED)]  # noqa: SIM118
+        if source.stem in SHALLOW:
+            dropped = SHALLOW[source.stem]
+            keys = [key for key in keys if key != "out.merged" and not key.startswith(dropped)]
+            config["constructor"]["depth"] = 1
         if donor:
             keys = [key for key in keys if not key.startswith("weights.")]
             config["weights_from"] = f"{donor}.safetensors"
