@@ -62,7 +62,8 @@ def test_every_flag_reaches_its_field(folder: Path, pipeline: FakePipeline) -> N
         "generate --prompt p --model shapes --seed 5 --steps 4 --cfg-scale 3 --sampler rflow "
         "--sequential-guidance "
         "--resolution 144p --aspect-ratio 1:1 --frames 34 --fps 12 --aesthetic 6 --motion 2 "
-        "--camera pan --lpl fixed:2 --tdtm 3 --dtype float32 -o out.gif --overwrite --no-embed-metadata --metadata"
+        "--camera pan --lpl fixed:2 --tdtm 3 --dtype float32 -o out.gif --overwrite "
+        "--no-embed-metadata --metadata"
     )
     assert main(words.split()) == 0
     expected = {

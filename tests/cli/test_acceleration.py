@@ -1,0 +1,50 @@
+"""Accelerations on the command line: mistakes are one line, and what was done is shown."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from mlx_sora.cli.main import main
+from mlx_sora.cli.render import BarRenderer, JsonRenderer, QuietRenderer
+from mlx_sora.runtime.events import Noted
+from tests.cli.fakes import FakePipeline
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("--lpl fixe:3", "off, fixed:STEPS, t:TIME, adaptive[:patience=3,tolerance=0.0001"),
+        ("--lpl fixed", "fixed:STEPS"),
+        ("--lpl t:1001", "a number from 0 to 1000 as TIME"),
+        ("--lpl adaptive:minimum=2", "a number from 0 to 1 as minimum"),
+        ("--lpl adaptive:tolerence=2", "tolerance=0.0001"),
+        ("--tdtm most", "off, all or STEPS"),
+        ("--tdtm -1", "--tdtm"),
+    ],
+)
+def test_wrong_modes_are_told_the_valid_ones(
+    folder: Path,
+    pipeline: FakePipeline,
+    capsys: pytest.CaptureFixture[str],
+    words: str,
+    says: str,
+) -> None:
+    assert main(["generate", "-p", "a", *words.split()]) == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1, message
+    assert says in message
+    assert pipeline.requests == []
+    assert list(folder.iterdir()) == []
+
+
+def test_what_was_done_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    event = Noted("lpl: leapt")
+    BarRenderer().handle(event)
+    JsonRenderer().handle(event)
+    QuietRenderer().handle(event)
+    captured = capsys.readouterr()
+    assert captured.err == "lpl: leapt\n"
+    assert json.loads(captured.out) == {"event": "noted", "message": "lpl: leapt"}

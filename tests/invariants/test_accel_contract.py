@@ -1,0 +1,141 @@
+"""What every acceleration promises: off changes nothing, on is repeatable, combinable and recorded.
+
+A technique that is new in the registry is tested from here once its modes are listed in EXAMPLES.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mlx_sora import GenerationRequest, Pipeline, Video
+from mlx_sora.accel import ACCELERATIONS, OFF
+from mlx_sora.runtime.events import Event, Finished, Noted, StageFinished, StepFinished
+from mlx_sora.video.metadata import read_metadata, replay_options
+
+#: Modes of each technique to run with, in STEPS steps; the first also in pairs.
+EXAMPLES = {
+    "lpl": ("fixed:2", "t:500", "adaptive:patience=1,tolerance=2", "reference"),
+    "tdtm": ("2", "all"),
+}
+STEPS = 5
+SMALL = {"prompt": "a red circle", "seed": 3, "steps": STEPS, "num_frames": 17}
+SMALL |= {"width": 32, "height": 32}
+
+EACH = [(name, mode) for name, modes in EXAMPLES.items() for mode in modes]
+PAIRS = [{a: EXAMPLES[a][0], b: EXAMPLES[b][0]} for a, b in combinations(EXAMPLES, 2)]
+
+
+@pytest.fixture(scope="module")
+def pipe() -> Pipeline:
+    return Pipeline.from_pretrained("shapes")
+
+
+@pytest.fixture(scope="module")
+def exact(pipe: Pipeline) -> list[bytes]:
+    return latents(pipe)
+
+
+def latents(pipe: Pipeline, **modes: object) -> list[bytes]:
+    """The latents after each step, all that decoding depends on."""
+    run = pipe.stream(GenerationRequest.from_dict({**SMALL, **modes}))
+    found = []
+    for event in run:
+        if isinstance(event, StepFinished):
+            found.append(np.array(event.latents).tobytes())
+        if isinstance(event, StageFinished) and event.stage == "denoise":
+            break
+    run.close()
+    return found
+
+
+def finished(pipe: Pipeline, **modes: object) -> list[Event]:
+    return list(pipe.stream(GenerationRequest.from_dict({**SMALL, **modes})))
+
+
+def video(run: list[Event]) -> Video:
+    last = run[-1]
+    assert isinstance(last, Finished)
+    return last.video
+
+
+def test_every_technique_is_tested() -> None:
+    assert EXAMPLES.keys() == ACCELERATIONS.keys()
+
+
+@pytest.mark.parametrize("name", ACCELERATIONS)
+def test_off_is_exact_bit_for_bit(pipe: Pipeline, exact: list[bytes], name: str) -> None:
+    assert latents(pipe, **{name: OFF}) == exact
+
+
+def test_off_is_recorded_as_off(pipe: Pipeline) -> None:
+    plain, off = video(finished(pipe)), video(finished(pipe, **dict.fromkeys(ACCELERATIONS, OFF)))
+    assert np.array_equal(plain.frames, off.frames)
+    for made in (plain, off):
+        assert made.metadata["accelerations"] == {}
+        assert all(made.metadata["settings"][name] == OFF for name in ACCELERATIONS)
+
+
+@pytest.mark.parametrize(("name", "mode"), EACH)
+def test_on_is_deterministic_and_leaves_no_trace(
+    pipe: Pipeline, exact: list[bytes], name: str, mode: str
+) -> None:
+    first = latents(pipe, **{name: mode})
+    assert latents(Pipeline.from_pretrained("shapes"), **{name: mode}) == first
+    assert latents(pipe) == exact
+
+
+@pytest.mark.parametrize(("name", "mode"), EACH)
+def test_on_is_recorded(pipe: Pipeline, name: str, mode: str) -> None:
+    run = finished(pipe, **{name: mode})
+    record = video(run).metadata
+    assert list(record["accelerations"]) == [name]
+    assert record["settings"][name] == ACCELERATIONS[name][0](mode)
+    notes = [event.message for event in run if isinstance(event, Noted)]
+    assert [note.split(":")[0] for note in notes] == [name]
+
+
+@pytest.mark.parametrize("modes", PAIRS, ids=str)
+def test_pairs_compose(pipe: Pipeline, exact: list[bytes], modes: Mapping[str, str]) -> None:
+    together = latents(pipe, **modes)
+    assert latents(pipe, **dict(reversed(modes.items()))) == together
+    for name in modes:
+        others = {key: mode for key, mode in modes.items() if key != name}
+        if latents(pipe, **{name: modes[name]}) != exact:
+            assert latents(pipe, **others) != together, f"{name} has no effect in {modes}"
+
+
+def test_a_leap_never_touches_what_comes_before_it(pipe: Pipeline) -> None:
+    """Leaping after merged steps: as merging alone up to the leap, bit for bit."""
+    merging, both = latents(pipe, tdtm="1"), latents(pipe, tdtm="1", lpl="fixed:3")
+    assert len(both) == 4
+    assert both[:3] == merging[:3]
+    assert both[3] != merging[3]
+
+
+def test_what_was_done_is_in_the_record(pipe: Pipeline) -> None:
+    run = finished(pipe, lpl="fixed:2", tdtm="all")
+    t = [event.t for event in run if isinstance(event, StepFinished)][-1]
+    assert video(run).metadata["accelerations"] == {
+        "lpl": {
+            "leapt": True,
+            "after_steps": 2,
+            "t": round(t, 3),
+            "evaluations_saved": STEPS - 3,
+        },
+        "tdtm": {"merged_steps": 3, "frames": 5, "attending": 2},
+    }
+
+
+def test_a_file_replays_its_accelerations(pipe: Pipeline, tmp_path: Path) -> None:
+    modes = {"lpl": "adaptive:patience=1,tolerance=2", "tdtm": 2}
+    made = pipe(**{**SMALL, **modes}, output=str(tmp_path / "a.mp4"))  # type: ignore[arg-type]
+    options = replay_options(read_metadata(tmp_path / "a.mp4")) | {"model": None}
+    assert options["lpl"] == "adaptive:patience=1,tolerance=2,minimum=0.5"
+    again = video(finished(pipe, **options))
+    assert again.metadata["accelerations"] == made.metadata["accelerations"]
+    assert np.array_equal(again.frames, video(finished(pipe, **modes)).frames)

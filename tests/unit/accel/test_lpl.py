@@ -1,0 +1,339 @@
+"""Leaps: when each rule says so, with masks, batches and every sampler, and the account of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlx_sora.accel import lpl
+from mlx_sora.accel.base import Job
+from mlx_sora.accel.lpl import AdaptiveLeap, FixedLeap, Leap, ReferenceLeap, Rule, TimedLeap
+from mlx_sora.request import LPL
+from mlx_sora.sampling import SAMPLERS
+from mlx_sora.sampling.base import Field, Run, Sampler, Step
+from mlx_sora.sampling.loop import Conditioning, StepResult, denoise
+from mlx_sora.sampling.noise import Noise
+from mlx_sora.sampling.rflow import RFlow
+from tests.unit.sampling.flows import Curved, Straight, latents, times
+
+SHAPE = (1, 3, 4, 4, 4)
+
+
+class Midpoint(RFlow):
+    """A second-order sampler: two evaluations per step."""
+
+    @property
+    def evaluations(self) -> int:
+        return 2
+
+    def step(self, field: Field, z: mx.array, v: mx.array, step: Step, /) -> mx.array:
+        middle = (step.t + step.t_next) / 2
+        return z + field(z + v * step.dt / 2, middle) * step.dt
+
+
+EVERY_SAMPLER: dict[str, Sampler] = {**SAMPLERS, "two evaluations": Midpoint()}
+
+
+def leap_of(results: Sequence[StepResult]) -> int | None:
+    """The index of the step that was the leap."""
+    assert not any(result.leapt for result in results[:-1])
+    return results[-1].step.index if results[-1].leapt else None
+
+
+@dataclass
+class Turning:
+    """Velocities of every sample turned by phi[step, sample] in the plane of two latents.
+
+    noisy: frames whose velocity is random instead.
+    """
+
+    phi: np.ndarray
+    noisy: tuple[int, ...] = ()
+
+    def __call__(self, z: mx.array, t: mx.array, step: Step, /) -> mx.array:
+        angle = mx.array(self.phi[step.index], mx.float32).reshape(-1, 1, 1, 1, 1)
+        a = mx.zeros(z.shape)
+        a[..., 0] = 1.0
+        b = mx.zeros(z.shape)
+        b[..., 1] = 1.0
+        v = mx.cos(angle) * a + mx.sin(angle) * b
+        if self.noisy:
+            noise = 9 * mx.random.normal(z.shape, key=mx.random.key(step.index))
+            v[:, list(self.noisy)] = noise[:, list(self.noisy)]
+        return v
+
+
+def turning(cosines: np.ndarray) -> Turning:
+    """Velocities whose successive cosines are `cosines` [steps - 1, B]."""
+    angles = np.arccos(np.clip(cosines, -1, 1))
+    return Turning(np.concatenate([np.zeros((1, angles.shape[1])), np.cumsum(angles, axis=0)]))
+
+
+def run(
+    flow: Turning, rule: Rule, steps: int, given: Conditioning | None = None
+) -> list[StepResult]:
+    z = mx.zeros((flow.phi.shape[1], *SHAPE[1:]))
+    return list(denoise(flow, z, times(steps), RFlow(), policy=rule, conditioning=given))
+
+
+def by_the_text(cosines: Sequence[float], rule: AdaptiveLeap, steps: int) -> int | None:
+    """The paper's rule for one sample, written plainly. cosines[k - 1] is that of step k."""
+    best, failures = -math.inf, 0
+    for index in range(1, steps):
+        if index + 1 < rule.minimum * steps:
+            continue
+        if cosines[index - 1] > best + rule.tolerance:
+            best, failures = cosines[index - 1], 0
+        else:
+            failures += 1
+        if failures == rule.patience:
+            return index
+    return None
+
+
+@pytest.mark.parametrize("name", EVERY_SAMPLER)
+@pytest.mark.parametrize("steps", [0, 1, 5, 7])
+def test_fixed(name: str, steps: int) -> None:
+    flow, sampler = Curved(), EVERY_SAMPLER[name]
+    results = list(denoise(flow, latents(), times(8), sampler, policy=FixedLeap(steps)))
+    plain = list(denoise(Curved(), latents(), times(8), sampler))
+    assert leap_of(results) == steps
+    assert flow.calls == steps * sampler.evaluations + 1
+    for leaping, ordinary in zip(results[:-1], plain, strict=False):
+        assert mx.array_equal(leaping.z, ordinary.z)
+    last = results[-1]
+    assert mx.allclose(last.z, last.z_in + last.v * last.t / 1000, rtol=0, atol=1e-6)
+
+
+def test_fixed_beyond_the_end_never_leaps() -> None:
+    results = list(denoise(Curved(), latents(), times(8), RFlow(), policy=FixedLeap(8)))
+    plain = list(denoise(Curved(), latents(), times(8), RFlow()))
+    assert leap_of(results) is None
+    assert mx.array_equal(results[-1].z, plain[-1].z)
+
+
+@pytest.mark.parametrize("name", EVERY_SAMPLER)
+@pytest.mark.parametrize("steps", [10, 30])
+@pytest.mark.parametrize("frames", [17, 102])
+def test_a_time_is_the_same_for_every_schedule(name: str, steps: int, frames: int) -> None:
+    schedule = EVERY_SAMPLER[name].timesteps(steps, height=720, width=1280, num_frames=frames)
+    flow = Straight(latents(1))
+    *_, last = denoise(flow, latents(), schedule, EVERY_SAMPLER[name], policy=TimedLeap(660))
+    assert last.leapt
+    assert last.t <= 660 < float(schedule[last.step.index - 1, 0])
+    assert mx.allclose(last.z, flow.end, rtol=0, atol=1e-5)
+
+
+def test_a_time_is_awaited_by_all_samples() -> None:
+    own = mx.array([[1000.0, 1000.0], [600.0, 900.0], [300.0, 700.0], [100.0, 400.0], [0.0, 0.0]])
+    results = list(denoise(Curved(), latents(), own, RFlow(), policy=TimedLeap(700)))
+    assert leap_of(results) == 2
+
+
+RULES = (
+    AdaptiveLeap(),
+    AdaptiveLeap(patience=1),
+    AdaptiveLeap(patience=5, tolerance=0.01),
+    AdaptiveLeap(minimum=0.0),
+    AdaptiveLeap(minimum=0.9, patience=2),
+    AdaptiveLeap(tolerance=0.0, minimum=0.34),
+)
+
+
+@pytest.mark.parametrize("rule", RULES, ids=str)
+@pytest.mark.parametrize("seed", range(6))
+def test_adaptive_is_the_text_of_the_paper(rule: AdaptiveLeap, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    rising = np.linspace(0.6, 0.95, 19) if seed % 2 else 0.8
+    cosines = rising + 0.04 * rng.uniform(-1, 1, 19)
+    results = run(turning(cosines[:, None]), rule, 20)
+    assert leap_of(results) == by_the_text(cosines.tolist(), rule, 20)
+
+
+@pytest.mark.parametrize("rule", [*RULES, FixedLeap(3), ReferenceLeap(), ReferenceLeap(minimum=0)])
+def test_nothing_leaps_before_the_earliest(rule: Rule) -> None:
+    """And with velocities that never change, the adaptive rules leap just then."""
+    for steps in (1, 2, 7, 20, 30):
+        leap = leap_of(run(turning(np.ones((steps - 1, 1))), rule, steps))
+        earliest = rule.earliest(steps)
+        if isinstance(rule, ReferenceLeap):
+            earliest += 1  # its first cosine is better than the 0 it begins with
+        assert leap == (earliest if earliest < steps else None)
+
+
+def test_rising_similarity_is_waited_for() -> None:
+    cosines = np.linspace(0.5, 0.99, 29)[:, None]
+    assert leap_of(run(turning(cosines), AdaptiveLeap(), 30)) is None
+    assert leap_of(run(turning(cosines), AdaptiveLeap(tolerance=0.1), 30)) is not None
+
+
+def test_the_whole_tensor_counts() -> None:
+    """The reference looks at one frame of one channel; here that part alone is steady."""
+    rng = np.random.default_rng(1)
+    angles = np.arccos(np.linspace(0.3, 0.999, 29))
+
+    def velocity(z: mx.array, t: mx.array, step: Step, /) -> mx.array:
+        angle = float(angles[: step.index].sum())
+        v = mx.zeros(z.shape)
+        v[:, 1:, ..., 0], v[:, 1:, ..., 1] = math.cos(angle), math.sin(angle)
+        v[:, 0, ..., 0] = 1e-3
+        return v
+
+    z = mx.array(rng.standard_normal(SHAPE), mx.float32)
+    for rule, leap in ((AdaptiveLeap(), None), (ReferenceLeap(), 17)):
+        assert leap_of(list(denoise(velocity, z, times(30), RFlow(), policy=rule))) == leap
+
+
+def test_cosines_are_exact_for_large_latents() -> None:
+    shape = (2, 15, 30, 53, 4)
+    a, b = (mx.random.normal(shape, key=mx.random.key(i)) + 1.0 for i in range(2))
+    step = Step(1, 30, mx.array([900.0] * 2), mx.array([800.0] * 2))
+    for sample, value in enumerate(lpl.similarity(a, b, step)):
+        x, y = (np.array(v[sample], np.float64).ravel() for v in (a, b))
+        assert value == pytest.approx(x @ y / np.linalg.norm(x) / np.linalg.norm(y), abs=1e-6)
+
+
+def test_a_velocity_of_zero_is_no_accident() -> None:
+    """Nothing moves any more, so there is nothing to wait for."""
+
+    def still(z: mx.array, t: mx.array, step: Step, /) -> mx.array:
+        return mx.zeros(z.shape)
+
+    for rule, leap in ((AdaptiveLeap(), 17), (ReferenceLeap(), 16)):
+        results = list(denoise(still, latents(), times(30), RFlow(), policy=rule))
+        assert leap_of(results) == leap
+
+
+def test_a_batch_leaps_when_its_last_sample_would() -> None:
+    rng = np.random.default_rng(5)
+    rule = AdaptiveLeap(patience=2, tolerance=1e-3, minimum=0.3)
+    found: list[list[int]] = []
+    for _ in range(20):
+        cosines = 0.8 + 0.1 * rng.uniform(-1, 1, (19, 3))
+        alone = [leap_of(run(turning(cosines[:, [i]]), rule, 20)) for i in range(3)]
+        together = leap_of(run(turning(cosines), rule, 20))
+        leaps = [leap for leap in alone if leap is not None]
+        assert together == (max(leaps) if len(leaps) == 3 else None)
+        found.append(leaps)
+    assert any(len(leaps) == 3 and min(leaps) < max(leaps) for leaps in found)
+
+
+def test_samples_are_judged_by_themselves() -> None:
+    cosines = np.random.default_rng(6).uniform(0.5, 1, (9, 2))
+    rule = AdaptiveLeap(patience=9)
+    together = rule.start(Run(mx.zeros((11, 2))))
+    flow = turning(cosines)
+    for index in range(10):
+        step = Step(index, 10, mx.array([900.0] * 2), mx.array([800.0] * 2))
+        together.leaps(step, mx.zeros(0), flow(mx.zeros((2, *SHAPE[1:])), step.t, step))
+    assert np.allclose(together.similarities, cosines, rtol=0, atol=1e-5)
+
+
+def given(*mask: float) -> Conditioning:
+    return Conditioning(mx.array([mask]), Noise([3], SHAPE[1:]))
+
+
+def test_held_frames_do_not_count() -> None:
+    flow = turning(np.linspace(0.5, 0.99, 29)[:, None])
+    flow.noisy = (0, 2)
+    steady = turning(np.ones((29, 1)))
+    steady.noisy = (0, 2)
+    assert leap_of(run(flow, AdaptiveLeap(), 30, given(0.0, 1.0, 0.0))) is None
+    assert leap_of(run(steady, AdaptiveLeap(), 30, given(0.0, 1.0, 0.0))) == 17
+    assert leap_of(run(steady, AdaptiveLeap(), 30, given(1.0, 1.0, 0.0))) != 17
+
+
+@pytest.mark.parametrize(
+    ("rule", "alone", "waiting"),
+    [
+        (FixedLeap(3), 3, 12),
+        (TimedLeap(900), 2, 12),
+        # The frame begins in step 12; two velocities compare from step 13, and one try is left.
+        (AdaptiveLeap(patience=1, minimum=0.2), 4, 14),
+    ],
+    ids=str,
+)
+def test_no_leap_over_a_frame_that_waits(rule: Rule, alone: int, waiting: int) -> None:
+    """Strength 0.4 on a uniform schedule of 20 steps: the frame begins to move at t = 400."""
+    flow = turning(np.ones((19, 1)))
+    assert leap_of(run(flow, rule, 20, given(1.0, 1.0, 0.0))) == alone
+    results = run(flow, rule, 20, given(1.0, 0.4, 0.0))
+    assert leap_of(results) == waiting
+    assert not mx.array_equal(results[-1].z[:, 1], mx.zeros(SHAPE)[:, 1])
+    assert mx.array_equal(results[-1].z[:, 2], mx.zeros(SHAPE)[:, 2])
+
+
+def test_a_frame_that_would_never_move_is_not_waited_for() -> None:
+    flow = turning(np.ones((19, 1)))
+    assert leap_of(run(flow, FixedLeap(3), 20, given(1.0, 0.04, 0.0))) == 3
+
+
+def test_a_clip_of_given_frames_only() -> None:
+    flow = turning(np.ones((19, 1)))
+    for rule in (FixedLeap(3), TimedLeap(500), AdaptiveLeap()):
+        results = run(flow, rule, 20, given(0.0, 0.0, 0.0))
+        assert results[-1].leapt
+        assert mx.array_equal(results[-1].z, mx.zeros(SHAPE))
+
+
+@pytest.mark.parametrize("rule", [FixedLeap(3), TimedLeap(700), AdaptiveLeap(), ReferenceLeap()])
+def test_runs_of_one_rule_do_not_disturb_each_other(rule: Rule) -> None:
+    def one(seed: int) -> Iterator[StepResult]:
+        return denoise(Curved(), latents(seed), times(30), RFlow(), policy=rule)
+
+    alone = list(one(1))
+    for result, first, _ in zip(alone, one(1), one(2), strict=True):
+        assert (result.leapt, result.t) == (first.leapt, first.t)
+        assert mx.array_equal(result.z, first.z)
+
+
+@pytest.mark.parametrize("name", EVERY_SAMPLER)
+def test_the_record_says_where_and_what_was_saved(name: str) -> None:
+    sampler, flow = EVERY_SAMPLER[name], Curved()
+    part = lpl.start(LPL.read("fixed:3"), Job(8, sampler.evaluations, 3))
+    assert part.warnings == ()
+    for result in denoise(flow, latents(), times(8), sampler, policy=part.policy):
+        part.watch(result)
+    saved = 8 * sampler.evaluations - flow.calls
+    record = {"leapt": True, "after_steps": 3, "t": 625.0, "evaluations_saved": saved}
+    assert part.record() == record
+    assert part.summary() == (
+        f"lpl: leapt to the end from t = 625, after 3 of 8 steps; {saved} evaluations saved"
+    )
+
+
+def test_the_record_keeps_similarities_and_runs_without_a_leap() -> None:
+    part = lpl.start(LPL.read("adaptive:patience=9"), Job(8, 1, 3))
+    results = list(denoise(Curved(), latents(), times(8), RFlow(), policy=part.policy))
+    for result in results:
+        part.watch(result)
+    record = part.record()
+    assert record["leapt"] is False
+    assert len(record["similarities"]) == 7
+    assert record["similarities"][0] == pytest.approx([1.0, 1.0])
+    assert part.summary() == "lpl: no leap in 8 steps"
+
+
+@pytest.mark.parametrize(
+    ("mode", "steps", "useless"),
+    [
+        ("fixed:7", 8, True),
+        ("fixed:6", 8, False),
+        ("fixed:15", 10, True),
+        ("adaptive", 8, False),
+        ("adaptive", 7, True),
+        ("adaptive:patience=29", 30, True),
+        ("reference", 17, True),
+        ("reference", 18, False),
+        ("t:0", 8, False),
+    ],
+)
+def test_a_leap_that_can_save_nothing_is_said(mode: str, steps: int, useless: bool) -> None:
+    part: Leap = lpl.start(LPL.read(mode), Job(steps, 1, 3))
+    expected = f"--lpl {LPL(mode)} can save nothing in {steps} steps."
+    assert part.warnings == ((expected,) if useless else ())
