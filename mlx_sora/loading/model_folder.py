@@ -118,10 +118,10 @@ def find_model(model: str | Path | None = None) -> ModelFolder:
     if str(model) in (BUNDLED, PUBLISHED):
         path = root / str(model)
         if not path.is_dir():
-            raise WeightsError(
-                f"{model} is not in {root}.",
-                f"Put it there, set {WEIGHTS_VARIABLE}, or give the path of a model folder.",
-            )
+            fix = f"Set {WEIGHTS_VARIABLE}, or give the path of a model folder."
+            if path.name == PUBLISHED:
+                fix = f"Get it: python -m mlx_sora download {PUBLISHED}"
+            raise WeightsError(f"{model} is not in {root}.", fix)
         return ModelFolder.open(path)
     return ModelFolder.open(model)
 
@@ -153,4 +153,6 @@ def _read_index(path: Path) -> tuple[str, Defaults]:
     ):
         raise WeightsError(f"{index}: 'defaults' must map option names to numbers.", "Correct it.")
     known = {key: value for key, value in given.items() if key in types}
-    return str(content.get("name", path.name)), replace(Defaults(), **known)
+    # Score phrases and the frame warning are about Open-Sora's training, unless the index says so.
+    own = Defaults(aesthetic=None, warn_below_frames=0)
+    return str(content.get("name", path.name)), replace(own, **known)

@@ -38,9 +38,10 @@ def test_a_folder_without_index_gets_the_published_defaults(tmp_path: Path) -> N
 
 
 def test_index_names_the_model_and_its_defaults(tmp_path: Path) -> None:
-    index = {"name": "tiny", "defaults": {"steps": 7, "aesthetic": None, "unknown": 1}}
+    index = {"name": "tiny", "defaults": {"steps": 7, "fps": 12, "unknown": 1}}
     model = ModelFolder.open(make_model(tmp_path, index))
-    assert (model.name, model.defaults.steps, model.defaults.aesthetic) == ("tiny", 7, None)
+    assert model.name == "tiny"
+    assert model.defaults == Defaults(steps=7, fps=12, aesthetic=None, warn_below_frames=0)
 
 
 @pytest.mark.parametrize("index", [[], {"defaults": {"steps": "7"}}, {"defaults": 3}])
