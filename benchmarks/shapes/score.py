@@ -1,6 +1,7 @@
-"""Scores a shapes model on the held-out prompts: `python -m benchmarks.shapes.score --model PATH`.
+"""Scores a shapes model on the held-out prompts: `python -m benchmarks.shapes.score`.
 
-Anything that turns a prompt and a seed into frames can be scored, through `score_generator`.
+Runs the engine's own pipeline, one seed per prompt. Anything else that turns a prompt and a seed
+into frames can be scored too, through `score_generator`.
 """
 
 from __future__ import annotations
@@ -10,11 +11,13 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from benchmarks.shapes import world
 from benchmarks.shapes.scorer import Reading, read_video, score
+from mlx_sora import Pipeline
 
 Generate = Callable[[str, int], np.ndarray]
 
@@ -31,44 +34,31 @@ def score_generator(
     return score(readings, truths), readings
 
 
-def torch_generator(
-    model: Path, frames: int = world.CHUNK, steps: int = 30, guidance: float | None = None
-) -> Generate:
-    """The shipped model through the PyTorch reference models."""
-    import torch
-
-    from benchmarks.shapes import export, sample
-    from benchmarks.shapes.captions import Tokenizer
-
-    t5, dit, vae = (
-        export.read_text_encoder(model),
-        export.read_transformer(model),
-        export.read_vae(model),
-    )
-    tokenizer = Tokenizer(model / "tokenizer" / "spiece.model")
-    strength = export.read_guidance(model) if guidance is None else guidance
+def pipeline_generator(model: str | Path, **options: Any) -> Generate:
+    """The engine; options: fields of GenerationRequest."""
+    pipe = Pipeline.from_pretrained(model)
 
     def generate(prompt: str, seed: int) -> np.ndarray:
-        with torch.no_grad():
-            text = t5(*tokenizer.batch([prompt]))[0]
-        noise = sample.seeded_noise(seed, frames)[None]
-        z = sample.sample_latents(dit, [text], noise, steps, strength, frames)
-        return sample.decode_frames(vae, z, frames)[0]
+        frames = pipe(prompt, seed=seed, **options).frames
+        assert frames is not None, "no output was asked for"
+        return frames
 
     return generate
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--frames", type=int, default=world.CHUNK)
+    parser.add_argument("--model", default="shapes", help="name or folder")
+    parser.add_argument("--num-frames", type=int, default=world.CHUNK)
     parser.add_argument("--steps", type=int, default=30)
-    parser.add_argument("--guidance", type=float, default=None)
-    parser.add_argument("--limit", type=int, default=None, help="score only the first N prompts")
-    options = parser.parse_args()
+    parser.add_argument("--guidance", type=float, help="default: the model's")
+    parser.add_argument("--limit", type=int, help="score only the first N prompts")
+    asked = parser.parse_args()
     started = time.monotonic()
-    generate = torch_generator(options.model, options.frames, options.steps, options.guidance)
-    table, _ = score_generator(generate, options.limit)
+    generate = pipeline_generator(
+        asked.model, num_frames=asked.num_frames, steps=asked.steps, guidance=asked.guidance
+    )
+    table, _ = score_generator(generate, asked.limit)
     table["seconds"] = round(time.monotonic() - started, 1)
     print(json.dumps(table, indent=2))
 
