@@ -115,7 +115,7 @@ def _write_text_encoder(folder: Path, c: T5Config, weights: dict[str, Tensor]) -
     places = {}
     for number, group in enumerate(groups, start=1):
         name = f"model-{number:05d}-of-{SHARDS:05d}.safetensors"
-        save_file(group, folder / name, metadata={"format": "pt"})
+        _save(group, folder / name)
         places |= dict.fromkeys(group, name)
     size = sum(v.numel() * v.element_size() for v in half.values())
     index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(places.items()))}
@@ -124,7 +124,7 @@ def _write_text_encoder(folder: Path, c: T5Config, weights: dict[str, Tensor]) -
 
 def _write_part(folder: Path, config: dict[str, Any], weights: dict[str, Tensor]) -> None:
     _write_json(folder / "config.json", config)
-    save_file(_to_half(weights), folder / "model.safetensors", metadata={"format": "pt"})
+    _save(_to_half(weights), folder / "model.safetensors")
 
 
 def _to_half(weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -184,3 +184,9 @@ def _fill(model: Any, weights: dict[str, Tensor]) -> Any:
     model.load_state_dict({k: v.float() for k, v in weights.items()}, strict=True)
     assert isinstance(model, nn.Module)
     return model.eval()
+
+
+def _save(weights: dict[str, Tensor], path: Path) -> None:
+    """safetensors writes through a private temporary file; the result is for everyone to read."""
+    save_file(weights, path, metadata={"format": "pt"})
+    path.chmod(0o644)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -98,16 +99,17 @@ class LatentSet:
             self.data[chunks] = indices.numpy(), z
 
     @torch.no_grad()
-    def grow(self) -> None:
-        """Encode one more block of the length that is furthest behind its target."""
+    def grow(self, rank: int, size: int, wait: Callable[[], None]) -> None:
+        """Encode one more block per member, of the length that is furthest behind its target."""
         have = {k: len(self.data[k][0]) if k in self.data else 0 for k in COUNTS}
         chunks = min(COUNTS, key=lambda k: have[k] / COUNTS[k])
-        if have[chunks] < COUNTS[chunks]:
-            part = have[chunks] // BLOCK
-            torch.save(
-                _encode_block(self.vae, self.choices, chunks, part),
-                _block_path(self.folder, chunks, part),
-            )
+        if have[chunks] >= COUNTS[chunks]:
+            return
+        first = have[chunks] // BLOCK
+        block = _encode_block(self.vae, self.choices, chunks, first + rank)
+        torch.save(block, _block_path(self.folder, chunks, first + rank))
+        wait()
+        for part in range(first, first + size):
             self._add(chunks, *load_block(_block_path(self.folder, chunks, part)))
 
     def batch(self, chunks: int, count: int, rng: np.random.Generator) -> tuple[np.ndarray, Tensor]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from benchmarks.shapes import world
@@ -14,7 +16,7 @@ from benchmarks.shapes.latents import LatentSet
 from benchmarks.shapes.run_state import Average, RunState, schedule, set_rate
 from benchmarks.shapes.torch_stdit import STDiT3, STDiTConfig
 
-BATCH, GROW_EVERY = 64, 100
+BATCH, GROW_EVERY, SAVE_EVERY = 32, 300, 1000
 SIZE = (float(world.SIZE), float(world.SIZE), float(world.FPS))
 MUON_RATE, ADAM_FACTOR = 4e-3, 0.5
 
@@ -23,6 +25,31 @@ def new_transformer() -> STDiT3:
     """The bundled model's transformer with fresh weights."""
     torch.manual_seed(20)
     return STDiT3(STDiTConfig())
+
+
+@dataclass(frozen=True)
+class Team:
+    """Processes that share a batch: on few cores, one thread each beats threads in one."""
+
+    rank: int = 0
+    size: int = 1
+
+    def average_gradients(self, model: STDiT3) -> None:
+        """Replace every gradient by its mean over the team."""
+        if self.size == 1:
+            return
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        flat = torch.cat([g.flatten() for g in gradients])
+        dist.all_reduce(flat)
+        flat /= self.size
+        parts = flat.split([g.numel() for g in gradients])
+        for gradient, part in zip(gradients, parts, strict=True):
+            gradient.copy_(part.view_as(gradient))
+
+    def wait(self) -> None:
+        """Return when all are here."""
+        if self.size > 1:
+            dist.barrier()
 
 
 class Optimizers:
@@ -95,11 +122,11 @@ def drop_text(model: STDiT3, text: tuple[Tensor, Tensor]) -> tuple[Tensor, Tenso
     return torch.where(torch.rand(len(y), 1, 1) < 0.1, null, y), mask
 
 
-def pick_chunks(step: int, total: int, rng: np.random.Generator) -> int:
+def pick_chunks(step: int, total: int) -> int:
     """Clip length of a batch: one chunk at first, longer clips in the last two thirds."""
     if step < total // 3:
         return 1
-    return int(rng.choice([1, 2, 3], p=[0.7, 0.15, 0.15]))
+    return int(np.random.default_rng((11, step)).choice([1, 2, 3], p=[0.7, 0.15, 0.15]))
 
 
 def train_dit(
@@ -107,31 +134,34 @@ def train_dit(
     bank: CaptionBank,
     total: int,
     on_save: Callable[[Average, RunState], None],
-    every: int = 1000,
+    team: Team,
 ) -> None:
     """Train for `total` steps; writes the phase `dit` and calls `on_save` every so many steps."""
     model = new_transformer()
-    optimizers, average = Optimizers(model), Average(model, 0.999)
+    optimizers, average = Optimizers(model), Average(model, 0.998)
     parts = {"dit": model, "optimizers": optimizers, "average": average}
     run = RunState(data.folder, "dit", parts, seed=8)
+    # Every member draws its own videos, captions and noise.
+    run.rng = np.random.default_rng((8, team.rank, run.step))
+    torch.manual_seed(8 + team.rank + 1000 * run.step)
     losses: list[float] = []
     while run.step < total:
-        chunks = pick_chunks(run.step, total, run.rng)
-        indices, z = data.batch(chunks, BATCH // chunks, run.rng)
+        chunks = pick_chunks(run.step, total)
+        indices, z = data.batch(chunks, max(1, BATCH // team.size // chunks), run.rng)
         text = drop_text(model, bank.batch(indices, run.rng))
         keep = random_frame_masks(len(z), z.shape[2], run.rng)
-        with torch.autocast("cpu", torch.bfloat16):
-            loss = flow_loss(model, z, text, keep)
+        loss = flow_loss(model, z, text, keep)
         loss.backward()
+        team.average_gradients(model)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizers.step(schedule(run.step, total, MUON_RATE, warm=100))
         run.step += 1
         average.update(model, run.step)
         losses.append(loss.item())
-        if run.step % 100 == 0:
+        if run.step % 100 == 0 and team.rank == 0:
             run.log(loss=float(np.mean(losses[-100:])))
         if run.step % GROW_EVERY == 0:
-            data.grow()
-        if run.step % every == 0 or run.step == total:
+            data.grow(team.rank, team.size, team.wait)
+        if (run.step % SAVE_EVERY == 0 or run.step == total) and team.rank == 0:
             run.save()
             on_save(average, run)
