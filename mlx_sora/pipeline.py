@@ -43,7 +43,6 @@ from mlx_sora.sampling.loop import denoise
 from mlx_sora.sampling.noise import Noise
 from mlx_sora.settings import settle
 from mlx_sora.text.encoder import TextEncoder, TextStates
-from mlx_sora.text.prompt import Scores, prepare_prompt
 from mlx_sora.text.tokenizer import Tokenizer
 from mlx_sora.video import Video
 from mlx_sora.video.frames import KeptFrames, to_uint8
@@ -157,10 +156,7 @@ class Pipeline:
         """Text states of the prompt, [n, D]; T5 is gone when this ends."""
         yield StageStarted("encode", 1)
         with StageMeter("encode") as meter:
-            settings = run.settings
-            scores = Scores(settings.aesthetic, settings.motion, settings.camera)
-            prompt = prepare_prompt(run.request.prompt, scores).text()
-            text = self._text_states(prompt, run.dtype)
+            text = self._text_states(run.settings.text, run.dtype)
             release()
         for warning in text.warnings:
             run.warnings.append(warning)

@@ -11,22 +11,30 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from mlx_sora.accel import ACCELERATIONS, OFF
-from mlx_sora.geometry import Geometry, Size, parse_frames, plan_geometry, resolve_size
+from mlx_sora.errors import UsageError
+from mlx_sora.geometry import (
+    IMAGE_FPS,
+    Geometry,
+    Size,
+    parse_frames,
+    plan_geometry,
+    resolve_size,
+)
 from mlx_sora.loading.model_folder import ModelFolder
 from mlx_sora.request import GenerationRequest
-
-#: What the transformer is told as fps of a single image, whatever was asked (Open-Sora 1.2).
-IMAGE_FPS = 120.0
+from mlx_sora.text import prompt as syntax
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Every option decided. geometry: sizes and latent shape; fps: of the finished file.
+    """Every option decided.
 
-    accelerations: name to mode, those that are off too.
+    text: the prompt as the text encoder gets it, scored and cleaned. geometry: sizes and latent
+    shape. fps: of the finished file. accelerations: name to mode, those that are off too.
     """
 
     model: str
+    text: str
     seed: int
     steps: int
     guidance: float
@@ -79,17 +87,40 @@ def settle(request: GenerationRequest, model: ModelFolder) -> tuple[Settings, li
         value = getattr(request, name)
         return getattr(defaults, name) if value is None else value
 
+    scores = syntax.Scores(chosen("aesthetic"), request.motion, request.camera)
+    text, remarks = _text(request.prompt, scores)
     settings = Settings(
         model=model.name,
+        text=text,
         seed=request.seed,
         steps=chosen("steps"),
         guidance=chosen("guidance"),
         sampler=request.sampler,
         geometry=geometry,
         fps=chosen("fps"),
-        aesthetic=chosen("aesthetic"),
+        aesthetic=scores.aesthetic,
         motion=request.motion,
         camera=request.camera,
         accelerations={name: getattr(request, name) or OFF for name in ACCELERATIONS},
     )
-    return settings, warnings
+    return settings, warnings + remarks
+
+
+def _text(prompt: str, scores: syntax.Scores) -> tuple[str, list[str]]:
+    """Text for the encoder, and what of the prompt it leaves out.
+
+    Raises UsageError for settings inside the prompt: they ask for conditioning on images.
+    """
+    read = syntax.prepare_prompt(prompt, scores)
+    if read.settings != syntax.Settings():
+        raise UsageError(
+            "The prompt asks for conditioning on images or videos, which cannot be done yet.",
+            "Remove the braces and what is in them.",
+        )
+    warnings = []
+    if len(read.scenes) > 1:
+        warnings.append(f"The prompt has {len(read.scenes)} scenes; only the first is made.")
+    text = read.text()
+    if not syntax.prepare_prompt(prompt).text():
+        warnings.append("Nothing is left of the prompt after cleaning; the model gets no subject.")
+    return text, warnings

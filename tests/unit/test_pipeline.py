@@ -167,6 +167,8 @@ def test_a_long_prompt_is_cut_with_a_warning(pipe: Pipeline) -> None:
     "options",
     [
         {"prompt": "  "},
+        {"prompt": PROMPT + '{"reference_path": "a.png", "mask_strategy": "0"}'},
+        {"prompt": PROMPT + "{"},
         {"num_frames": 9},
         {"num_frames": 0},
         {"width": 64},
@@ -253,6 +255,23 @@ def test_missing_parts_are_named_before_any_work(copy_of_model: Path) -> None:
     (copy_of_model / "tokenizer" / "spiece.model").unlink()
     with pytest.raises(WeightsError, match="spiece"):
         Pipeline.from_pretrained(copy_of_model)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "says"),
+    [
+        (f"|0|{PROMPT}|1|a blue square", "only the first"),
+        ("https://example.com", "Nothing is left"),
+    ],
+)
+def test_what_a_prompt_loses_is_said(pipe: Pipeline, prompt: str, says: str) -> None:
+    made = pipe(prompt, seed=1, steps=1, num_frames=1)
+    assert any(says in warning for warning in made.warnings)
+
+
+def test_the_text_that_was_encoded_is_recorded(pipe: Pipeline) -> None:
+    made = pipe("A <b>Red</b> Circle", steps=1, num_frames=1, aesthetic=6.5)
+    assert made.metadata["settings"]["text"] == "a red circle aesthetic score: 6.5."
 
 
 def test_warnings_are_events_too(pipe: Pipeline) -> None:
