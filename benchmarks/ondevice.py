@@ -1,0 +1,336 @@
+"""What leaping (LPL) and merging (TDTM) save, and what they cost in quality, like for like.
+
+    python -m benchmarks.ondevice [--prompts 24] [--frames 17] [--json FILE] [--plot FILE]
+    python -m benchmarks.ondevice --full-size [--runs 3]
+
+The first runs the bundled model on held-out prompts, one seed each, every row on the same ones and
+in turn. Speeds are medians of ratios to exact, prompt by prompt: of the steps, and of the whole
+denoising stage, which also reads the weights. PSNR and SSIM compare with the exact video of the
+same seed; adherence is the share of videos that show all that was asked. Needs
+`pip install -e ".[bench]"`. The second times one block pair of STDiT3-XL/2 with random weights in a
+guided step at 240p and 51 frames, merged and not, and derives what the steps of a run gain.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.common import RESULTS, alternate, markdown, transient_bytes, write_json
+from benchmarks.shapes import world
+from benchmarks.shapes.scorer import Reading, read_video, score
+from mlx_sora import GenerationRequest, Pipeline
+from mlx_sora.runtime.events import Finished, StageFinished, StepFinished
+
+EXACT = "exact"
+
+#: Latent frames, height and width of 51 frames at 240p, and tokens of a usual prompt.
+FULL_GRID, FULL_SIZE, PROMPT_TOKENS = (15, 30, 53), (240, 426), 20
+
+
+def rows_for(steps: int) -> dict[str, dict[str, str]]:
+    """Row → options of the request; halves of the run as in the paper (15 of 30)."""
+    half = steps // 2
+    return {
+        EXACT: {},
+        f"LPL, fixed {half}": {"lpl": f"fixed:{half}"},
+        "LPL, t 660": {"lpl": "t:660"},
+        "LPL, adaptive": {"lpl": "adaptive"},
+        f"TDTM, first {half}": {"tdtm": str(half)},
+        "TDTM, all": {"tdtm": "all"},
+        f"LPL, fixed {half} + TDTM, first {half}": {"lpl": f"fixed:{half}", "tdtm": str(half)},
+        f"LPL, adaptive + TDTM, first {half}": {"lpl": "adaptive", "tdtm": str(half)},
+    }
+
+
+@dataclass
+class Made:
+    """One video and what it cost: seconds of its steps and of the stage, MLX's peak in bytes."""
+
+    frames: np.ndarray
+    evaluations: int
+    seconds: float
+    stage_seconds: float
+    memory: int
+
+
+@dataclass
+class Tally:
+    """What is gathered of one row, a value per prompt."""
+
+    evaluations: list[int] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    stage_seconds: list[float] = field(default_factory=list)
+    ratios: list[float] = field(default_factory=list)
+    stage_ratios: list[float] = field(default_factory=list)
+    memory: list[int] = field(default_factory=list)
+    errors: list[float] = field(default_factory=list)
+    ssim: list[float] = field(default_factory=list)
+    motion: list[float] = field(default_factory=list)
+    travel: list[float] = field(default_factory=list)
+    readings: list[Reading] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of the table. psnr: dB over all frames together, None where they are the same.
+
+    seconds: medians, of the steps and of the denoising stage. speed: median ratios to exact.
+    memory: peak bytes. motion: mean change from frame to frame, travel: from the first to the last
+    quarter of the clip, both in 8-bit levels. adherence: share of videos by attribute, and of those
+    right in all.
+    """
+
+    row: str
+    options: Mapping[str, str]
+    evaluations: float
+    seconds: float
+    stage_seconds: float
+    speed: float
+    stage_speed: float
+    memory: int
+    psnr: float | None
+    ssim: float
+    motion: float
+    travel: float
+    adherence: Mapping[str, float]
+
+
+def make(pipe: Pipeline, request: GenerationRequest) -> Made:
+    """One video, with the denoising stage's cost."""
+    steps, cost = list[float](), None
+    for event in pipe.stream(request):
+        if isinstance(event, StepFinished):
+            steps.append(event.seconds)
+        elif isinstance(event, StageFinished) and event.stage == "denoise":
+            cost = event
+        elif isinstance(event, Finished):
+            assert cost is not None
+            assert event.video.frames is not None
+            # One evaluation per step: rflow, and a leap takes one too.
+            frames = event.video.frames
+            return Made(frames, len(steps), sum(steps), cost.seconds, cost.peak_memory)
+    raise AssertionError("a run ends with Finished")
+
+
+def gather(options: argparse.Namespace) -> dict[str, Tally]:
+    """Every row on every prompt; the order of the rows turns, so that none is always first."""
+    pipe = Pipeline.from_pretrained(options.model)
+    rows = rows_for(options.steps)
+    tallies = {name: Tally() for name in rows}
+    names = list(rows)
+    for seed, truth in enumerate(world.split()[1][: options.prompts]):
+        common = {"prompt": world.caption(truth), "seed": seed, "steps": options.steps}
+        common |= {"num_frames": options.frames, "sampler": "rflow"}
+        made: dict[str, Made] = {}
+        if seed == 0:
+            make(pipe, GenerationRequest.from_dict(common))
+        for name in names[seed % len(names) :] + names[: seed % len(names)]:
+            made[name] = make(pipe, GenerationRequest.from_dict(common | rows[name]))
+        for name, tally in tallies.items():
+            add(tally, made[name], made[EXACT])
+        print(f"{seed + 1} of {options.prompts} prompts", flush=True)
+    return tallies
+
+
+def add(tally: Tally, made: Made, exact: Made) -> None:
+    """Measure one video of a row against the exact one."""
+    from skimage.metrics import structural_similarity
+
+    video, reference = made.frames.astype(np.float64), exact.frames.astype(np.float64)
+    quarter = max(1, len(video) // 4)
+    tally.evaluations.append(made.evaluations)
+    tally.seconds.append(made.seconds)
+    tally.stage_seconds.append(made.stage_seconds)
+    tally.ratios.append(exact.seconds / made.seconds)
+    tally.stage_ratios.append(exact.stage_seconds / made.stage_seconds)
+    tally.memory.append(made.memory)
+    tally.errors.append(float(np.mean((video - reference) ** 2)))
+    pairs = zip(exact.frames, made.frames, strict=True)
+    tally.ssim.append(
+        float(np.mean([structural_similarity(a, b, channel_axis=-1) for a, b in pairs]))
+    )
+    tally.motion.append(float(np.abs(np.diff(video, axis=0)).mean()))
+    ends = video[-quarter:].mean(axis=0) - video[:quarter].mean(axis=0)
+    tally.travel.append(float(np.abs(ends).mean()))
+    tally.readings.append(read_video(made.frames))
+
+
+def table(tallies: Mapping[str, Tally], options: argparse.Namespace) -> list[Row]:
+    truths = world.split()[1][: options.prompts]
+    modes = rows_for(options.steps)
+    return [
+        Row(
+            row=name,
+            options=modes[name],
+            evaluations=statistics.mean(tally.evaluations),
+            seconds=statistics.median(tally.seconds),
+            stage_seconds=statistics.median(tally.stage_seconds),
+            speed=statistics.median(tally.ratios),
+            stage_speed=statistics.median(tally.stage_ratios),
+            memory=max(tally.memory),
+            psnr=psnr(statistics.mean(tally.errors)),
+            ssim=statistics.mean(tally.ssim),
+            motion=statistics.mean(tally.motion),
+            travel=statistics.mean(tally.travel),
+            adherence=score(tally.readings, truths),
+        )
+        for name, tally in tallies.items()
+    ]
+
+
+def psnr(error: float) -> float | None:
+    """Decibels of a mean squared error in 8-bit levels; None for no error at all."""
+    return 10 * math.log10(255**2 / error) if error > 0 else None
+
+
+def show(rows: list[Row]) -> str:
+    headings = ["", "evaluations", "s", "speed", "stage s", "speed", "peak MB", "PSNR", "SSIM"]
+    headings += ["motion", "travel", "all right", "motion right"]
+    exact = next(row for row in rows if row.row == EXACT)
+    return markdown(
+        headings,
+        [
+            [
+                row.row,
+                f"{row.evaluations:.1f}",
+                f"{row.seconds:.2f}",
+                f"{row.speed:.2f}×",
+                f"{row.stage_seconds:.2f}",
+                f"{row.stage_speed:.2f}×",
+                f"{row.memory / 1e6:.0f}",
+                "–" if row.psnr is None else f"{row.psnr:.1f}",
+                f"{row.ssim:.3f}",
+                f"{row.motion / exact.motion:.0%}",
+                f"{row.travel / exact.travel:.0%}",
+                f"{row.adherence['all']:.0%}",
+                f"{row.adherence['motion']:.0%}",
+            ]
+            for row in rows
+        ],
+    )
+
+
+def plot(rows: list[Row], path: Path) -> None:
+    """Quality against speed: PSNR to exact, and adherence."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    for row in rows:
+        if row.psnr is not None:
+            left.plot(row.speed, row.psnr, "o", label=row.row)
+        right.plot(row.speed, 100 * row.adherence["all"], "o", label=row.row)
+    left.set(xlabel="speed of the steps, × exact", ylabel="PSNR to exact, dB")
+    right.set(xlabel="speed of the steps, × exact", ylabel="videos right in all, %")
+    right.legend(fontsize=7)
+    figure.savefig(path, dpi=130)
+
+
+@dataclass(frozen=True)
+class FullSize:
+    """One block pair of STDiT3-XL/2 in a guided step; speeds are what a run of 30 steps gains.
+
+    Embedders and the final layer, which are below 1 % of a step, are left out.
+    """
+
+    seconds_plain: float
+    seconds_merged: float
+    ratio: float
+    bytes_plain: int
+    bytes_merged: int
+    speed_first_15: float
+    speed_all: float
+
+
+def full_size(runs: int) -> FullSize:
+    """Time the pair with all frames and with pairs of frames, alternating."""
+    import mlx.core as mx
+
+    from mlx_sora.accel.tdtm import PairedFrames
+    from mlx_sora.models.context import AllTokens, TokenPolicy
+    from mlx_sora.models.stdit3 import STDiT3, STDiT3Config
+    from mlx_sora.runtime.memory import memory_scope
+
+    config = STDiT3Config(depth=1)
+    network = STDiT3(config)
+    text = mx.random.normal((2, PROMPT_TOKENS, config.hidden_size))
+    tokens = -(-FULL_GRID[1] // 2) * -(-FULL_GRID[2] // 2)
+    x = mx.random.normal((2, FULL_GRID[0], tokens, config.hidden_size))
+    modulation = mx.random.normal((2, 1, 6, config.hidden_size))
+    pair = (network.spatial_blocks[0], network.temporal_blocks[0])
+    states = [block.cross_attn.keys_values(text) for block in pair]
+    mx.eval(network.parameters(), x, modulation, states)
+
+    def step(policy: TokenPolicy) -> None:
+        h = x
+        for block, state in zip(pair, states, strict=True):
+            h = block(h, modulation, state, None, network.rope, policy)
+            mx.eval(h)
+
+    def plain() -> None:
+        step(AllTokens())
+
+    def merged() -> None:
+        step(PairedFrames())
+
+    with memory_scope():
+        peaks = transient_bytes(plain), transient_bytes(merged)
+        times = alternate(runs, plain, merged)
+    ratio = statistics.median(a / b for a, b in times)
+    return FullSize(
+        statistics.median(a for a, _ in times),
+        statistics.median(b for _, b in times),
+        ratio,
+        *peaks,
+        speed_first_15=30 / (15 / ratio + 15),
+        speed_all=ratio,
+    )
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model", default="shapes")
+    parser.add_argument("--prompts", type=int, default=24, help="how many; default 24, at most 96")
+    parser.add_argument("--frames", type=int, default=world.CHUNK)
+    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--json", type=Path, default=None, help="also write the figures here")
+    parser.add_argument("--plot", type=Path, default=None, help="also draw quality against speed")
+    parser.add_argument("--full-size", action="store_true", help="time one block pair of XL/2")
+    parser.add_argument("--runs", type=int, default=3, help="of --full-size")
+    return parser.parse_args()
+
+
+def lines_of(result: FullSize) -> Iterator[str]:
+    yield f"one block pair, plain {result.seconds_plain:.2f} s, merged {result.seconds_merged:.2f}"
+    yield f"transient {result.bytes_plain / 1e6:.0f} MB, merged {result.bytes_merged / 1e6:.0f} MB"
+    yield f"30 steps: first 15 merged {result.speed_first_15:.2f}×, all {result.speed_all:.2f}×"
+
+
+def main() -> None:
+    options = arguments()
+    if options.full_size:
+        result = full_size(options.runs)
+        print("\n".join(lines_of(result)))
+        target = options.json or RESULTS / "ondevice_full_size.json"
+        write_json(target, {"runs": options.runs, **asdict(result)})
+        return
+    rows = table(gather(options), options)
+    print(show(rows))
+    setting = {name: getattr(options, name) for name in ("model", "prompts", "frames", "steps")}
+    target = options.json or RESULTS / "ondevice.json"
+    write_json(target, {**setting, "rows": [asdict(row) for row in rows]})
+    if options.plot:
+        plot(rows, options.plot)
+
+
+if __name__ == "__main__":
+    main()
