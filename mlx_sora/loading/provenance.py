@@ -1,0 +1,130 @@
+"""Where a model's files came from: one JSON file inside the model folder, written when it is whole.
+
+{"format": 1, "model": "opensora-1.2", "written_by": "mlx_sora 0.1.0", "written_at": "...",
+ "endpoint": "...",
+ "files": {"vae/config.json": {"repo": "...", "revision": "<commit>", "name": "config.json",
+                               "bytes": 1234, "sha256": "..."}}}
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from mlx_sora import __version__
+from mlx_sora.errors import WeightsError
+
+FILE = "provenance.json"
+FORMAT = 1
+
+_BLOCK = 1 << 22
+_FIX = "Move the folder away and get the model again."
+
+
+@dataclass(frozen=True)
+class FileOrigin:
+    """One file: hub repository, commit, name in the repository, bytes and checksum."""
+
+    repo: str
+    revision: str
+    name: str
+    bytes: int
+    sha256: str
+
+    @property
+    def folder(self) -> str:
+        """Folder in the repository; "" is its root."""
+        return "" if "/" not in self.name else self.name.rpartition("/")[0]
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Origin of every file of a model, by its path in the model folder."""
+
+    model: str
+    endpoint: str
+    files: Mapping[str, FileOrigin]
+
+    def write(self, folder: Path) -> None:
+        """Put it into `folder`."""
+        content = {
+            "format": FORMAT,
+            "model": self.model,
+            "written_by": f"mlx_sora {__version__}",
+            "written_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "endpoint": self.endpoint,
+            "files": {path: asdict(origin) for path, origin in sorted(self.files.items())},
+        }
+        (folder / FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def read(cls, folder: Path) -> Provenance | None:
+        """That of a model folder, or None where there is none. Raises WeightsError if damaged."""
+        path = folder / FILE
+        try:
+            content: Any = json.loads(path.read_text(encoding="utf-8"))
+            files = {str(name): FileOrigin(**row) for name, row in content["files"].items()}
+            model, endpoint = str(content["model"]), str(content["endpoint"])
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise WeightsError(f"Cannot read {path}: {error.strerror}.", "Check rights.") from error
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise WeightsError(f"{path} is damaged.", _FIX) from error
+        for name, origin in files.items():
+            pure = PurePosixPath(name)
+            if pure.is_absolute() or ".." in pure.parts or type(origin.bytes) is not int:
+                raise WeightsError(f"{path} is damaged: see {name!r}.", _FIX)
+        return cls(model, endpoint, files)
+
+    def missized(self, folder: Path) -> list[str]:
+        """Paths whose file is absent from `folder` or has another size. Reads no content."""
+        return [name for name, origin in self.files.items() if _size(folder / name) != origin.bytes]
+
+    def altered(self, folder: Path, watch: Callable[[str, int, int], None]) -> list[str]:
+        """Paths whose content is not the recorded one; reads every file that has the right size.
+
+        watch: told path, bytes read and bytes in all.
+        """
+        wrong = self.missized(folder)
+        for name, origin in self.files.items():
+            if name in wrong:
+                continue
+
+            def read(done: int, name: str = name, total: int = origin.bytes) -> None:
+                watch(name, done, total)
+
+            if sha256(folder / name, read) != origin.sha256:
+                wrong.append(name)
+        return sorted(wrong)
+
+
+def sha256(path: Path, watch: Callable[[int], None] | None = None) -> str:
+    """Checksum of a file, in hexadecimal. watch: told the bytes read so far."""
+    return _digest(path, hashlib.sha256(), watch)
+
+
+def git_sha1(path: Path) -> str:
+    """Name that git gives to a file's content: how the hub identifies files outside LFS."""
+    start = b"blob %d\0" % path.stat().st_size
+    return _digest(path, hashlib.sha1(start, usedforsecurity=False), None)
+
+
+def _digest(path: Path, digest: Any, watch: Callable[[int], None] | None) -> str:
+    done = 0
+    with path.open("rb") as f:
+        while block := f.read(_BLOCK):
+            digest.update(block)
+            done += len(block)
+            if watch is not None:
+                watch(done)
+    return str(digest.hexdigest())
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else -1
