@@ -123,6 +123,8 @@ class BlockStream(Generic[Block]):
         self._ahead.clear()
         if loader is not None:
             loader.close()
+        if self._policy is not None:
+            self._policy.end()
         for index in tuple(self._held):
             self._drop(index)
 

@@ -45,13 +45,15 @@ class BlockSource(Generic[Block]):
     """The blocks of `network`, which hold no weights until `put` brings them.
 
     name: of the network, for messages. blocks: what a provider hands out. entries: the tensors of
-    each block. dtype: what they are cast to as they are read. stamps: the files as first seen.
+    each block; rest: those of the network that are in no block. dtype: what they are cast to as
+    they are read. stamps: the files as first seen.
     """
 
     name: str
     network: nn.Module
     blocks: Sequence[Block]
     entries: Sequence[Sequence[Entry]]
+    rest: Sequence[Entry]
     tensors: Mapping[str, TensorInfo]
     dtype: mx.Dtype
     stamps: Mapping[Path, Stamp]
@@ -63,17 +65,22 @@ class BlockSource(Generic[Block]):
     @cached_property
     def nbytes(self) -> tuple[int, ...]:
         """Bytes of each block in memory."""
-        return tuple(
-            sum(prod(entry.parameter.shape) for entry in block) * self.dtype.size
-            for block in self.entries
-        )
+        return tuple(self._bytes(block) for block in self.entries)
+
+    @cached_property
+    def rest_bytes(self) -> int:
+        """Bytes in memory of what is in no block."""
+        return self._bytes(self.rest)
 
     @cached_property
     def stored_bytes(self) -> tuple[int, ...]:
         """Bytes of each block on disk."""
-        return tuple(
-            sum(self.tensors[entry.key].nbytes for entry in block) for block in self.entries
-        )
+        return tuple(self._stored(block) for block in self.entries)
+
+    @cached_property
+    def stored_rest(self) -> int:
+        """Bytes on disk of what is in no block."""
+        return self._stored(self.rest)
 
     @cached_property
     def loading_bytes(self) -> int:
@@ -121,6 +128,12 @@ class BlockSource(Generic[Block]):
         empty = mx.array([], dtype=self.dtype)
         paths = [entry.parameter.path for entry in self.entries[index]]
         self.network.update(tree_unflatten([(path, empty) for path in paths]))
+
+    def _bytes(self, entries: Sequence[Entry]) -> int:
+        return sum(prod(entry.parameter.shape) for entry in entries) * self.dtype.size
+
+    def _stored(self, entries: Sequence[Entry]) -> int:
+        return sum(self.tensors[entry.key].nbytes for entry in entries)
 
     def _fault(self, index: int, message: str) -> str:
         return f"Block {index} of the {self.name}: {message}"
@@ -171,6 +184,7 @@ def split_blocks(
         network=network,
         blocks=tuple(blocks.values()),
         entries=tuple(tuple(part) for part in parts),
+        rest=tuple(rest),
         tensors=checkpoint.tensors,
         dtype=dtype,
         stamps={file: _stamp(file) for file in files},

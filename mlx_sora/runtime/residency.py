@@ -79,8 +79,10 @@ class Residency:
     """Decides what stays by measuring the first two blocks of a pass, each alone in memory.
 
     The first shows the peak; the second also what a block leaves behind (its text keys and values),
-    which the others will too. budget: bytes the whole process may use. cache_limit: MLX's, counted
-    in full. reserve: bytes to leave for what comes later and cannot be measured here.
+    which the others will too. While it measures, MLX's scheduler waits for each operation, so that
+    the peak is what the work needs and not how far MLX allocates ahead.
+    budget: bytes the whole process may use. cache_limit: MLX's, counted in full. reserve: bytes to
+    leave for what comes later and cannot be measured here.
     """
 
     def __init__(
@@ -91,18 +93,21 @@ class Residency:
         reserve: int = 0,
         read: Callable[[], Reading] = read_memory,
         reset: Callable[[], None] = mx.reset_peak_memory,
+        limit: Callable[[int], int] = mx.set_memory_limit,
     ) -> None:
         self.budget = budget - cache_limit - reserve
         #: Largest peak of MLX's memory so far: measuring resets MLX's own record of it.
         self.peak = 0
-        self._read, self._reset = read, reset
+        self._read, self._reset, self._limit = read, reset, limit
         self._first: Reading | None = None
+        self._limit_before: int | None = None
 
     def begin(self) -> None:
         """A pass to be measured starts; no block is in memory."""
         self.peak = max(self.peak, self._read().peak)
         self._reset()
         self._first = None
+        self._limit_before = self._limit(0)
 
     def measured(self, index: int, blocks: Blocks) -> Room | None:
         """Block `index` (0, then 1) has computed and is in memory still: the decision, if ready."""
@@ -112,7 +117,14 @@ class Residency:
         if index == 0 and count > 1:
             self._first = reading
             return None
+        self.end()
         growth = max(0, reading.active - self._first.active) if self._first else 0
         work = reading.peak - min(blocks.nbytes[: index + 1])
         to_come = growth * (count - index - 1)
         return choose(self.budget - work - to_come - reading.outside, blocks)
+
+    def end(self) -> None:
+        """Nothing more to measure now: MLX schedules as before."""
+        if self._limit_before is not None:
+            self._limit(self._limit_before)
+            self._limit_before = None

@@ -23,13 +23,19 @@ STDIT = STDiT3Config(
 GRID = (4, 5, 6)
 
 
+def leaves(network: nn.Module) -> dict[str, mx.array]:
+    """Parameters of `network` under their paths."""
+    flat: list[tuple[str, mx.array]] = tree_flatten(network.parameters())  # type: ignore[assignment]
+    return dict(flat)
+
+
 def random_weights(network: nn.Module, seed: int) -> dict[str, mx.array]:
     """Parameters of `network` under their paths, drawn small."""
-    flat: list[tuple[str, mx.array]] = tree_flatten(network.parameters())  # type: ignore[assignment]
+    flat = leaves(network)
     keys = mx.random.split(mx.random.key(seed), len(flat))
     return {
         path: 0.3 * mx.random.normal(value.shape, key=key)
-        for (path, value), key in zip(flat, keys, strict=True)
+        for (path, value), key in zip(flat.items(), keys, strict=True)
     }
 
 

@@ -94,6 +94,23 @@ def test_the_largest_peak_is_remembered() -> None:
     assert residency.peak == 5000
 
 
+def test_mlx_is_held_back_only_while_measuring() -> None:
+    limits = [777]
+
+    def limit(count: int) -> int:
+        limits.append(count)
+        return limits[-2]
+
+    left = [Reading(0, 0, 0), Reading(1, 10, 0), Reading(1, 11, 0)] * 2
+    residency = Residency(1, read=lambda: left.pop(0), reset=lambda: None, limit=limit)
+    decide(residency)
+    assert limits == [777, 0, 777]
+    residency.begin()
+    residency.end()
+    residency.end()
+    assert limits == [777, 0, 777, 0, 777]
+
+
 def test_reading_this_process() -> None:
     reading = read_memory()
     assert reading.peak >= reading.active >= 0

@@ -1,0 +1,54 @@
+"""What the planner has to know of a model folder: configurations, and sizes from the headers."""
+
+from __future__ import annotations
+
+from math import prod
+from typing import Any
+
+import mlx.core as mx
+from mlx import nn
+from mlx.utils import tree_flatten
+
+from mlx_sora.loading.blocks import BlockSource
+from mlx_sora.loading.checkpoint import Checkpoint, match
+from mlx_sora.loading.model_folder import ModelFolder
+from mlx_sora.loading.networks import stream_text_encoder, stream_transformer
+from mlx_sora.models.vae import VAEConfig, VideoVAE, keys_for
+from mlx_sora.runtime.planner import Model, Weights
+
+
+def model_sizes(model: ModelFolder, dtype: mx.Dtype) -> Model:
+    """Sizes of `model` with weights in `dtype`, its VAE in float32. Reads headers only.
+
+    Raises WeightsError for a checkpoint that does not fit its configuration.
+    """
+    text, _, text_blocks = stream_text_encoder(model, dtype)
+    transformer, transformer_blocks = stream_transformer(model, dtype)
+    config = VAEConfig.from_dict(model.config("vae"))
+    vae, checkpoint = VideoVAE(config, ("decoder",)), Checkpoint.open(model.vae)
+    entries = match(vae, checkpoint, keys_for(("decoder",)))
+    return Model(
+        text=text.config,
+        transformer=transformer.config,
+        vae=config,
+        text_weights=_weights(text_blocks),
+        transformer_weights=_weights(transformer_blocks),
+        temporal=_float32_bytes(vae.temporal_vae),
+        spatial=_float32_bytes(vae.spatial_vae),
+        vae_stored=sum(checkpoint.tensors[entry.key].nbytes for entry in entries),
+    )
+
+
+def _weights(source: BlockSource[Any]) -> Weights:
+    return Weights(
+        blocks=source.nbytes,
+        loading=source.loading_bytes,
+        rest=source.rest_bytes,
+        stored_blocks=sum(source.stored_bytes),
+        stored_rest=source.stored_rest,
+    )
+
+
+def _float32_bytes(network: nn.Module) -> int:
+    leaves: list[tuple[str, mx.array]] = tree_flatten(network.parameters())  # type: ignore[assignment]
+    return sum(prod(value.shape) for _, value in leaves) * mx.float32.size

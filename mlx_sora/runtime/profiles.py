@@ -1,0 +1,56 @@
+"""Memory that one application may use on devices people have, and budgets as people write them."""
+
+from __future__ import annotations
+
+import re
+
+from mlx_sora.errors import UsageError
+
+_GIB = 1 << 30
+
+#: Bytes that one application may use, by device.
+PROFILES: dict[str, int] = {
+    # Of 8 GB: On-device Sora, arXiv 2502.04363.
+    "iphone-15-pro": 3_300_000_000,
+    # With the entitlement for increased memory: MacRumors, 17 September 2021. iPadOS 26.4 is said
+    # to allow 3 GB of the 8 only (developer.apple.com/forums/thread/826325).
+    "ipad-8gb": 6_000_000_000,
+    "ipad-16gb": 12_000_000_000,
+    # Metal's recommendedMaxWorkingSetSize, two thirds of the memory: 10922.67 MiB of 16 GB,
+    # 21845.34 of 32 (ollama issue 434); 8 and 24 GB by the same rule.
+    "mac-8gb": 8 * _GIB * 2 // 3,
+    "mac-16gb": 16 * _GIB * 2 // 3,
+    "mac-24gb": 24 * _GIB * 2 // 3,
+    "mac-32gb": 32 * _GIB * 2 // 3,
+    # Above 36 GB three quarters: 49152.00 MiB of 64 GB (llama.cpp issue 1870).
+    "mac-64gb": 64 * _GIB * 3 // 4,
+}
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
+_UNITS |= {"KI": 1 << 10, "MI": 1 << 20, "GI": _GIB}
+
+
+def profile(name: str) -> int:
+    """Bytes that a device of PROFILES leaves to one application. Raises UsageError."""
+    if name not in PROFILES:
+        raise UsageError(f"Unknown device profile {name!r}.", f"Choose one of: {_names()}.")
+    return PROFILES[name]
+
+
+def _names() -> str:
+    return ", ".join(PROFILES)
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes of `3.3GB`, `800 MiB` or `2000000000`; GB is 10^9, GiB 2^30. Raises UsageError."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*((?:[KMG]I?)?)B?\s*", text, re.IGNORECASE)
+    if match is None or float(match[1]) <= 0:
+        raise UsageError(f"{text!r} is no amount of memory.", "Write it as 3.3GB or 800MB.")
+    return int(float(match[1]) * _UNITS[match[2].upper()])
+
+
+def show_bytes(count: int) -> str:
+    """`3.30 GB` or `812 MB`, rounded up so that the number shown would do."""
+    if count >= 10**9:
+        return f"{-(-count // 10**7) / 100:.2f} GB"
+    return f"{-(-count // 10**6)} MB"
