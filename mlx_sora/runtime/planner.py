@@ -116,8 +116,9 @@ class Machine:
 class StagePlan:
     """One stage. peak: of the process; read, cache_limit and memory_limit (MLX's): bytes.
 
-    resident of `blocks` blocks stay; prefetch: others are loaded ahead. micro_batch: frames per
-    spatial pass; in_turn: the temporal decoder leaves memory before the spatial one comes.
+    resident of `blocks` blocks stay; prefetch: others are loaded ahead; reserve: bytes that the
+    first pass does not show (see `Residency`). micro_batch: frames per spatial pass; in_turn: the
+    temporal decoder leaves memory before the spatial one comes.
     """
 
     stage: str
@@ -129,6 +130,7 @@ class StagePlan:
     blocks: int = 0
     resident: int = 0
     prefetch: bool = False
+    reserve: int = 0
     micro_batch: int | None = None
     in_turn: bool = False
 
@@ -194,7 +196,9 @@ def within(stage: StagePlan) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class _Blocks:
-    """Encoding or denoising. fixed: all but blocks, activations and cache."""
+    """Encoding or denoising. fixed: all but blocks, activations and cache; reserve: of it, what is
+    not there yet after the first pass.
+    """
 
     stage: str
     fixed: int
@@ -202,6 +206,7 @@ class _Blocks:
     weights: Weights
     passes: int
     flops: int
+    reserve: int = 0
 
     @property
     def least(self) -> int:
@@ -239,6 +244,7 @@ class _Blocks:
             blocks=count,
             resident=kept.resident,
             prefetch=kept.prefetch and kept.resident < count,
+            reserve=self.reserve,
         )
 
 
@@ -326,6 +332,8 @@ def _denoising(model: Model, job: Job, mode: Mode) -> _Blocks:
         work=transformer_work(config, grid, mode),
         weights=model.transformer_weights,
         passes=job.passes,
+        # The pass without prompt has keys and values of its own.
+        reserve=keys_values(config, grid, mode) if job.guided and job.sequential else 0,
         flops=flops.preparation_flops(config, everyone)
         + (job.evaluations - job.merged) * plain
         + job.merged * merged,

@@ -130,6 +130,9 @@ def test_sequential_guidance_takes_half_the_activations_and_twice_the_reading() 
     assert alone.resident > both.resident
     streamed = make_plan(XL, job(sequential=True), CPU, streamed=True).stage("denoise")
     assert streamed.read == 74 * MB + 60 * 28 * 170 * MB
+    # Text keys and values of the pass without prompt: 28 pairs of blocks, 60 tokens, in float32.
+    assert alone.reserve == 28 * 2 * 2 * 60 * 1152 * 4
+    assert both.reserve == 0
 
 
 def test_without_a_budget_all_stays_or_nothing() -> None:
