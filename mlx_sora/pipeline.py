@@ -18,14 +18,18 @@ import mlx.core as mx
 
 from mlx_sora.accel import Accelerations
 from mlx_sora.accel.base import Job
+from mlx_sora.accel.cidl import BlockStream
 from mlx_sora.errors import NumericsError, UsageError
+from mlx_sora.lifetimes import Lifetimes
 from mlx_sora.loading.checkpoint import Checkpoint
 from mlx_sora.loading.model_folder import BUNDLED, PUBLISHED, ModelFolder, find_model
-from mlx_sora.loading.networks import load_text_encoder, load_transformer, load_vae
-from mlx_sora.models.stdit3 import STDiT3
+from mlx_sora.loading.networks import load_vae
+from mlx_sora.loading.sizes import model_sizes
+from mlx_sora.models.ops import on_gpu
+from mlx_sora.models.stdit3 import BlockPair, STDiT3
 from mlx_sora.request import GenerationRequest
 from mlx_sora.run import Run
-from mlx_sora.runtime.device import default_dtype, describe
+from mlx_sora.runtime.device import default_dtype, describe, total_memory
 from mlx_sora.runtime.events import (
     Event,
     Finished,
@@ -36,13 +40,15 @@ from mlx_sora.runtime.events import (
     StepFinished,
     Warned,
 )
-from mlx_sora.runtime.memory import StageMeter, memory_scope, release
+from mlx_sora.runtime.memory import StageMeter, default_cache_limit
+from mlx_sora.runtime.planner import Job as Work
+from mlx_sora.runtime.planner import Machine, Plan, make_plan
 from mlx_sora.sampling import SAMPLERS
 from mlx_sora.sampling.guidance import Network, guided
 from mlx_sora.sampling.loop import denoise
 from mlx_sora.sampling.noise import Noise
-from mlx_sora.settings import settle
-from mlx_sora.text.encoder import TextEncoder, TextStates
+from mlx_sora.settings import Settings, settle
+from mlx_sora.text.encoder import TextEncoder
 from mlx_sora.text.tokenizer import Tokenizer
 from mlx_sora.video import Video
 from mlx_sora.video.frames import KeptFrames, to_uint8
@@ -94,6 +100,14 @@ class Pipeline:
         request.validate()
         return self._events(self._prepare(request.with_seed()))
 
+    def plan(self, request: GenerationRequest) -> Plan:
+        """What the run would need, stage by stage, without running it; reads headers only.
+
+        Raises what `stream` would raise, MemoryBudgetError with the smallest budget included.
+        """
+        request.validate()
+        return self._prepare(request.with_seed()).plan
+
     def info(self) -> dict[str, Any]:
         """Model, parameters and bytes of each part, device and versions; plain JSON values."""
         parts: dict[str, Any] = {}
@@ -142,22 +156,50 @@ class Pipeline:
                 fps=settings.fps,
             )
         warnings += accelerations.warnings
-        return Run(request, settings, dtype, output, accelerations, warnings)
+        tokenizer = Tokenizer.load(self.model.tokenizer)
+        length = len(tokenizer.encode(settings.text).ids)
+        plan = self._plan(request, settings, dtype, accelerations, length)
+        return Run(request, settings, dtype, output, accelerations, tokenizer, plan, warnings)
+
+    def _plan(
+        self,
+        request: GenerationRequest,
+        settings: Settings,
+        dtype: mx.Dtype,
+        accelerations: Accelerations,
+        text_tokens: int,
+    ) -> Plan:
+        """Memory, reading and work per stage. Reads headers only; raises MemoryBudgetError."""
+        per_step = SAMPLERS[settings.sampler].evaluations
+        work = Work(
+            geometry=settings.geometry,
+            text_tokens=text_tokens,
+            evaluations=settings.steps * per_step,
+            merged=sum(map(accelerations.merges, range(settings.steps))) * per_step,
+            guided=settings.guidance != 1,
+            sequential=request.sequential_guidance,
+        )
+        machine = Machine(on_gpu(), default_cache_limit() or total_memory(), dtype.size)
+        sizes = model_sizes(self.model, dtype)
+        return make_plan(sizes, work, machine, settings.memory_budget, streamed=request.ci_dl)
 
     def _events(self, run: Run) -> Generator[Event, None, None]:
-        with memory_scope():
-            yield from (Warned(warning) for warning in run.warnings)
-            text = yield from self._encode(run)
-            latents = yield from self._denoise(run, text)
-            del text
-            yield Finished((yield from self._decode(run, latents)))
+        yield from (Warned(warning) for warning in run.warnings)
+        text = yield from self._encode(run)
+        latents = yield from self._denoise(run, text)
+        del text
+        yield Finished((yield from self._decode(run, latents)))
 
     def _encode(self, run: Run) -> Generator[Event, None, mx.array]:
         """Text states of the prompt, [n, D]; T5 is gone when this ends."""
         yield StageStarted("encode", 1)
-        with StageMeter("encode") as meter:
-            text = self._text_states(run.settings.text, run.dtype)
-            release()
+        plan, lifetimes = run.plan.stage("encode"), self._lifetimes(run)
+        with StageMeter("encode") as meter, lifetimes.stage(plan):
+            with lifetimes.text_encoder(plan) as (network, rows, blocks):
+                encoder = TextEncoder(network, rows, run.tokenizer, run.dtype, blocks)
+                text = encoder.encode(run.settings.text)
+                run.note_stream("encode", blocks)
+            del network, rows, blocks, encoder
         for warning in text.warnings:
             run.warnings.append(warning)
             yield Warned(warning)
@@ -165,26 +207,29 @@ class Pipeline:
         yield run.close_stage(meter)
         return text.states
 
-    def _text_states(self, prompt: str, dtype: mx.Dtype) -> TextStates:
-        network, rows = load_text_encoder(self.model, dtype)
-        tokenizer = Tokenizer.load(self.model.tokenizer)
-        return TextEncoder(network, rows, tokenizer, dtype).encode(prompt)
+    def _lifetimes(self, run: Run) -> Lifetimes:
+        budget = run.settings.memory_budget
+        return Lifetimes(self.model, run.dtype, budget, run.request.ci_dl or budget is not None)
 
     def _denoise(self, run: Run, text: mx.array) -> Generator[Event, None, mx.array]:
         """Latents of the video, [1, T, H, W, C]; the transformer is gone when this ends."""
         yield StageStarted("denoise", run.settings.steps)
-        with StageMeter("denoise") as meter:
-            latents = yield from self._steps(run, text)
-            release()
+        plan, lifetimes = run.plan.stage("denoise"), self._lifetimes(run)
+        with StageMeter("denoise") as meter, lifetimes.stage(plan):
+            with lifetimes.transformer(plan) as (network, blocks):
+                latents = yield from self._steps(run, text, network, blocks)
+                run.note_stream("denoise", blocks)
+            del network, blocks
         yield run.close_stage(meter)
         return latents
 
-    def _steps(self, run: Run, text: mx.array) -> Generator[Event, None, mx.array]:
+    def _steps(
+        self, run: Run, text: mx.array, network: STDiT3, blocks: BlockStream[BlockPair] | None
+    ) -> Generator[Event, None, mx.array]:
         """One event per step; the finished latents at the end."""
         settings, geometry = run.settings, run.settings.geometry
-        network = load_transformer(self.model, run.dtype)
         velocity = guided(
-            partial(_bind, network, run),
+            partial(_bind, network, run, blocks),
             [text],
             network.null_text,
             settings.guidance,
@@ -201,6 +246,9 @@ class Pipeline:
             z, index = done.z, done.step.index
             _check_finite(z, index)
             run.accelerations.watch(done)
+            merges = run.accelerations.merges
+            if blocks is not None and merges(index) != merges(index + 1):
+                blocks.reconsider()
             yield StepFinished(index, done.step.total, done.t, done.seconds, z)
             if every and (index + 1) % every == 0:
                 yield PreviewReady(index, self._preview(run, done.x0))
@@ -216,16 +264,17 @@ class Pipeline:
 
     def _decode(self, run: Run, latents: mx.array) -> Generator[Event, None, Video]:
         """Latents to the finished video, 17 frames at a time straight into the file."""
-        frames = run.settings.geometry.num_frames
+        frames, plan = run.settings.geometry.num_frames, run.plan.stage("decode")
         yield StageStarted("decode", frames)
         with self._writer(run) as writer:
-            with StageMeter("decode") as meter:
+            with StageMeter("decode") as meter, self._lifetimes(run).stage(plan):
                 vae = load_vae(self.model)
-                for chunk in vae.decode_chunks(latents, frames):
+                chunks = vae.decode_chunks(latents, frames, plan.micro_batch, in_turn=plan.in_turn)
+                del vae
+                for chunk in chunks:
                     writer.write(to_uint8(chunk))
                     yield StageProgress("decode", writer.num_frames, frames)
-                del vae
-                release()
+                del chunks, chunk
             finished = run.close_stage(meter)
             if run.request.embed_metadata:
                 writer.metadata = run.record()
@@ -248,7 +297,9 @@ class Pipeline:
         )
 
 
-def _bind(network: STDiT3, run: Run, text: Sequence[mx.array]) -> Network:
+def _bind(
+    network: STDiT3, run: Run, blocks: BlockStream[BlockPair] | None, text: Sequence[mx.array]
+) -> Network:
     """The network for the video of `run` under one text [n, C] per sample."""
     settings, geometry = run.settings, run.settings.geometry
     conditions = network.prepare(
@@ -260,7 +311,7 @@ def _bind(network: STDiT3, run: Run, text: Sequence[mx.array]) -> Network:
     )
 
     def velocity(z: mx.array, t: mx.array, x_mask: mx.array | None, index: int) -> mx.array:
-        return network(z, t, conditions, x_mask, run.accelerations.context(index))
+        return network(z, t, conditions, x_mask, run.accelerations.context(index, blocks))
 
     return velocity
 

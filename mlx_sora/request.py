@@ -244,6 +244,32 @@ class GenerationRequest:
     dtype: str = _option(
         "auto", as_text, "--dtype", "number format of the networks", choices=DTYPES
     )
+    memory_budget: str | None = _option(
+        None,
+        as_text,
+        "--memory-budget",
+        "bytes the whole process may use, such as 3.3GB; streams and micro-batches to stay in it",
+        metavar="BYTES",
+        replay=False,
+        group="memory",
+    )
+    device_profile: str | None = _option(
+        None,
+        as_text,
+        "--device-profile",
+        "the budget of a device, such as iphone-15-pro, ipad-8gb, mac-16gb",
+        metavar="NAME",
+        replay=False,
+        group="memory",
+    )
+    ci_dl: bool = _option(
+        False,
+        as_bool,
+        "--ci-dl",
+        "read each block from disk while the one before computes; a budget turns it on",
+        replay=False,
+        group="memory",
+    )
     output: str | None = _option(
         None,
         as_path,
@@ -341,7 +367,7 @@ ANY_SIZE = Size(512, 512)
 #: Fields that are never None, whatever is asked.
 REQUIRED = (
     *("prompt", "sequential_guidance", "sampler", "dtype"),
-    *("overwrite", "embed_metadata", "metadata"),
+    *("ci_dl", "overwrite", "embed_metadata", "metadata"),
 )
 
 

@@ -9,10 +9,13 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 
 from mlx_sora.accel import Accelerations
+from mlx_sora.accel.cidl import BlockStream
 from mlx_sora.request import GenerationRequest
 from mlx_sora.runtime.events import StageFinished
 from mlx_sora.runtime.memory import StageMeter
+from mlx_sora.runtime.planner import Plan
 from mlx_sora.settings import Settings
+from mlx_sora.text.tokenizer import Tokenizer
 from mlx_sora.video import Video
 from mlx_sora.video.metadata import build_metadata
 
@@ -25,7 +28,8 @@ class Run:
     """State of one generation.
 
     output: where the video goes, None to keep its frames. accelerations: what is at work in this
-    run. seconds, memory: per finished stage, wall seconds and peak of the resident set in bytes.
+    run. plan: memory and reading, stage by stage. streamed: what streams of blocks have read, by
+    stage. seconds, memory: per finished stage, wall seconds and peak of the resident set in bytes.
     """
 
     request: GenerationRequest
@@ -33,9 +37,23 @@ class Run:
     dtype: mx.Dtype
     output: Path | None
     accelerations: Accelerations
+    tokenizer: Tokenizer
+    plan: Plan
     warnings: list[str]
+    streamed: dict[str, dict[str, Any]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     memory: dict[str, int] = field(default_factory=dict)
+
+    def note_stream(self, stage: str, stream: BlockStream[Any] | None) -> None:
+        """Record what a stream of blocks did in `stage`; None where all blocks were in memory."""
+        if stream is not None:
+            self.streamed[stage] = {
+                "blocks": len(stream.source),
+                "resident": len(stream.resident),
+                "loads": stream.stats.loads,
+                "bytes_read": stream.stats.nbytes,
+                "seconds_waited": round(stream.stats.wait_seconds, 3),
+            }
 
     def close_stage(self, meter: StageMeter) -> StageFinished:
         """Record what a stage cost, and the event that tells it."""
@@ -54,7 +72,10 @@ class Run:
             seconds=self.seconds,
             peak_memory=self.memory,
         )
-        return record | {"accelerations": self.accelerations.record()}
+        done = self.accelerations.record()
+        if self.streamed:
+            done["ci_dl"] = self.streamed
+        return record | {"accelerations": done}
 
     def video(self, path: Path | None, frames: np.ndarray | None) -> Video:
         """The result, once all stages are over."""

@@ -22,6 +22,7 @@ from mlx_sora.geometry import (
 )
 from mlx_sora.loading.model_folder import ModelFolder
 from mlx_sora.request import GenerationRequest
+from mlx_sora.runtime.profiles import parse_bytes, profile
 from mlx_sora.text import prompt as syntax
 
 
@@ -31,6 +32,7 @@ class Settings:
 
     text: the prompt as the text encoder gets it, scored and cleaned. geometry: sizes and latent
     shape. fps: of the finished file. accelerations: name to mode, those that are off too.
+    memory_budget: bytes of the whole process, if it is bounded.
     """
 
     model: str
@@ -45,6 +47,7 @@ class Settings:
     motion: float | None
     camera: str | None
     accelerations: Mapping[str, str]
+    memory_budget: int | None
 
     @property
     def conditioning_fps(self) -> float:
@@ -102,6 +105,7 @@ def settle(request: GenerationRequest, model: ModelFolder) -> tuple[Settings, li
         motion=request.motion,
         camera=request.camera,
         accelerations={name: getattr(request, name) or OFF for name in ACCELERATIONS},
+        memory_budget=_budget(request),
     )
     return settings, warnings + remarks
 
@@ -124,3 +128,12 @@ def _text(prompt: str, scores: syntax.Scores) -> tuple[str, list[str]]:
     if not syntax.prepare_prompt(prompt).text():
         warnings.append("Nothing is left of the prompt after cleaning; the model gets no subject.")
     return text, warnings
+
+
+def _budget(request: GenerationRequest) -> int | None:
+    """Bytes the process may use. Raises UsageError for unknown amounts and profiles, and both."""
+    if request.memory_budget is not None and request.device_profile is not None:
+        raise UsageError("--memory-budget and --device-profile exclude each other.", "Give one.")
+    if request.device_profile is not None:
+        return profile(request.device_profile)
+    return None if request.memory_budget is None else parse_bytes(request.memory_budget)

@@ -59,6 +59,10 @@ class Accelerations:
         assert len(tokens) <= 1, "two techniques want to merge tokens"
         return Context(blocks, tokens[0]) if tokens else Context(blocks)
 
+    def merges(self, step: int) -> bool:
+        """Whether fewer tokens than all attend in step `step`: such steps need less memory."""
+        return any(part.tokens(step) is not None for part in self._active.values())
+
     def watch(self, result: StepResult) -> None:
         """Show every technique a step that was made."""
         for part in self._active.values():

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from mlx_sora.models.t5 import T5Encoder
+from mlx_sora.models.context import BlockProvider
+from mlx_sora.models.t5 import T5Block, T5Encoder
 from mlx_sora.text.tokenizer import MAX_LENGTH, Tokenizer
 
 log = logging.getLogger(__name__)
@@ -27,7 +28,10 @@ class TextStates:
 
 
 class TextEncoder:
-    """T5 with its tokenizer; `rows` reads embedding rows [n, D] for token ids."""
+    """T5 with its tokenizer; `rows` reads embedding rows [n, D] for token ids.
+
+    blocks: where T5's blocks come from; None means that they are in memory.
+    """
 
     def __init__(
         self,
@@ -35,18 +39,20 @@ class TextEncoder:
         rows: Callable[[Sequence[int]], mx.array],
         tokenizer: Tokenizer,
         dtype: mx.Dtype,
+        blocks: BlockProvider[T5Block] | None = None,
     ) -> None:
         self._network = network
         self._rows = rows
         self._tokenizer = tokenizer
         self._dtype = dtype
+        self._blocks = blocks
 
     def encode(self, text: str, max_length: int = MAX_LENGTH) -> TextStates:
         """Text states of one cleaned prompt, evaluated; prompts beyond `max_length` are cut."""
         encoding = self._tokenizer.encode(text, max_length)
         log.debug("prompt has %d tokens", len(encoding.ids))
         embeddings = self._rows(encoding.ids)[None].astype(self._dtype)
-        states = self._network(embeddings)[0]
+        states = self._network(embeddings, blocks=self._blocks)[0]
         mx.eval(states)
         if not encoding.num_cut:
             return TextStates(states)

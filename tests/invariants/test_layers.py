@@ -15,7 +15,7 @@ LAYERS = (
     ("models", "runtime"),
     ("loading", "sampling", "text", "video"),
     ("accel",),
-    ("settings", "run"),
+    ("settings", "run", "lifetimes"),
     ("pipeline",),
     ("cli", "__main__"),
 )
