@@ -11,11 +11,11 @@ from torch import Tensor
 
 from benchmarks.shapes import world
 from benchmarks.shapes.torch_vae import VideoVAE
-from benchmarks.shapes.train_vae import new_vae, psnr, to_unit
+from benchmarks.shapes.train_vae import new_vae, psnr, random_frame, to_unit
 
 # Videos per number of 17-frame chunks; the first ones are encoded before training begins.
 COUNTS = {1: 12000, 2: 1500, 3: 1250}
-FIRST, BLOCK = 3000, 250
+FIRST, BLOCK, IMAGES = 3000, 250, 2000
 
 
 def averaged_vae(folder: Path) -> VideoVAE:
@@ -71,6 +71,17 @@ def _encode_block(
     return torch.tensor(indices), torch.stack(rows)
 
 
+@torch.no_grad()
+def _encode_images(vae: VideoVAE, choices: list[world.Attributes]) -> tuple[Tensor, Tensor]:
+    """(combination numbers [N], raw latents [N, 4, 1, 8, 8]) of single frames of random videos."""
+    rng = np.random.default_rng((6, 0))
+    indices, rows = torch.from_numpy(rng.integers(len(choices), size=IMAGES)), []
+    for part in indices.split(IMAGES // 50):
+        images = np.concatenate([random_frame(rng, [choices[i]]) for i in part.tolist()])
+        rows.append(vae.encode(to_unit(images)[:, :, None]))
+    return indices, torch.cat(rows)
+
+
 def load_block(path: Path) -> tuple[Tensor, Tensor]:
     """(combination numbers, raw latents in float32) of one cache file."""
     indices, latents = torch.load(path, weights_only=True)
@@ -78,7 +89,7 @@ def load_block(path: Path) -> tuple[Tensor, Tensor]:
 
 
 class LatentSet:
-    """Normalised latents by number of chunks; grows up to `COUNTS`."""
+    """Normalised latents by number of chunks, 0 for single images; grows up to `COUNTS`."""
 
     def __init__(self, folder: Path, choices: list[world.Attributes]) -> None:
         self.folder, self.choices = folder, choices
@@ -89,6 +100,7 @@ class LatentSet:
         for chunks in COUNTS:
             for path in sorted(folder.glob(f"latents_{chunks}_*.pt")):
                 self._add(chunks, *load_block(path))
+        self._add(0, *_encode_images(self.vae, choices))
 
     def _add(self, chunks: int, indices: Tensor, z: Tensor) -> None:
         z = (z - self.shift[None]) / self.scale[None]
@@ -113,7 +125,7 @@ class LatentSet:
             self._add(chunks, *load_block(_block_path(self.folder, chunks, part)))
 
     def batch(self, chunks: int, count: int, rng: np.random.Generator) -> tuple[np.ndarray, Tensor]:
-        """(combination numbers [count], latents [count, 4, 5 * chunks, 8, 8])."""
+        """(combination numbers [count], latents [count, 4, T, 8, 8])."""
         indices, z = self.data[chunks]
         rows = rng.integers(len(indices), size=count)
         return indices[rows], z[torch.from_numpy(rows)]

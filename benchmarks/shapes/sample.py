@@ -12,7 +12,7 @@ from benchmarks.shapes import world
 from benchmarks.shapes.torch_stdit import STDiT3
 from benchmarks.shapes.torch_vae import VideoVAE
 
-SIZE = (float(world.SIZE), float(world.SIZE), float(world.FPS))
+IMAGE_FPS = 120.0
 
 
 def timesteps(steps: int, frames: int) -> list[float]:
@@ -41,9 +41,10 @@ def sample_latents(
         y[i + len(texts), : len(text)] = model.y_embedder.y_embedding[: len(text)]
         mask[i, : len(text)] = mask[i + len(texts), : len(text)] = True
     times, z = timesteps(steps, frames), noise
+    size = (float(world.SIZE), float(world.SIZE), IMAGE_FPS if frames == 1 else float(world.FPS))
     for now, after in zip(times, [*times[1:], 0.0], strict=True):
         t = torch.full((len(y),), now * 1000)
-        v = model(torch.cat([z, z]), t, (y, mask), SIZE)[:, : z.shape[1]]
+        v = model(torch.cat([z, z]), t, (y, mask), size)[:, : z.shape[1]]
         conditional, unconditional = v.chunk(2)
         z = z + (unconditional + guidance * (conditional - unconditional)) * (now - after)
     return z

@@ -18,7 +18,7 @@ from benchmarks.shapes import captions, export, latents, sample, train_dit, trai
 from benchmarks.shapes.run_state import Average, RunState
 from benchmarks.shapes.scorer import read_video, score
 
-GUIDANCE = 4.0
+GUIDANCE = 2.0
 
 
 class Recipe:

@@ -17,7 +17,7 @@ from benchmarks.shapes.run_state import Average, RunState, schedule, set_rate
 from benchmarks.shapes.torch_stdit import STDiT3, STDiTConfig
 
 BATCH, GROW_EVERY, SAVE_EVERY = 32, 300, 1000
-SIZE = (float(world.SIZE), float(world.SIZE), float(world.FPS))
+IMAGE_FPS = 120.0
 MUON_RATE, ADAM_FACTOR = 4e-3, 0.5
 
 
@@ -91,6 +91,8 @@ def random_times(count: int) -> Tensor:
 def random_frame_masks(count: int, frames: int, rng: np.random.Generator) -> Tensor:
     """[count, frames], true where a frame is generated; a quarter of the rows keep some frames."""
     mask = np.ones((count, frames), bool)
+    if frames == 1:
+        return torch.from_numpy(mask)
     for row in mask[rng.random(count) < 0.25]:
         kind, length = rng.integers(4), int(rng.integers(1, max(2, frames // 2 + 1)))
         if kind == 0:
@@ -110,7 +112,9 @@ def flow_loss(model: STDiT3, z: Tensor, text: tuple[Tensor, Tensor], keep: Tenso
     t, noise = random_times(len(z)), torch.randn_like(z)
     level = torch.where(keep, t[:, None], 0.0)[:, None, :, None, None]
     x = (1 - level) * z + level * noise
-    v = model(x, t * 1000, text, SIZE, keep)[:, : z.shape[1]]
+    fps = IMAGE_FPS if z.shape[2] == 1 else float(world.FPS)
+    v = model(x, t * 1000, text, (float(world.SIZE), float(world.SIZE), fps), keep)
+    v = v[:, : z.shape[1]]
     error = (v - (z - noise)).square().mean((1, 3, 4))
     return (error * keep).sum() / keep.sum()
 
@@ -123,10 +127,10 @@ def drop_text(model: STDiT3, text: tuple[Tensor, Tensor]) -> tuple[Tensor, Tenso
 
 
 def pick_chunks(step: int, total: int) -> int:
-    """Clip length of a batch: one chunk at first, longer clips in the last two thirds."""
+    """Clip length of a batch: one chunk at first, also longer clips and images (0) later."""
     if step < total // 3:
         return 1
-    return int(np.random.default_rng((11, step)).choice([1, 2, 3], p=[0.7, 0.15, 0.15]))
+    return int(np.random.default_rng((11, step)).choice([0, 1, 2, 3], p=[0.1, 0.64, 0.13, 0.13]))
 
 
 def train_dit(
@@ -147,7 +151,7 @@ def train_dit(
     losses: list[float] = []
     while run.step < total:
         chunks = pick_chunks(run.step, total)
-        indices, z = data.batch(chunks, max(1, BATCH // team.size // chunks), run.rng)
+        indices, z = data.batch(chunks, max(1, BATCH // team.size // max(1, chunks)), run.rng)
         text = drop_text(model, bank.batch(indices, run.rng))
         keep = random_frame_masks(len(z), z.shape[2], run.rng)
         loss = flow_loss(model, z, text, keep)
