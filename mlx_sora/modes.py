@@ -2,6 +2,7 @@
 
 A mode is a name, perhaps with numbers after a colon: first those that have to be given, bare, then
 any of those with a default, by name, separated by commas. A mode without a name is its numbers.
+At the end: the modes of each acceleration.
 """
 
 from __future__ import annotations
@@ -11,6 +12,9 @@ import numbers
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+#: More denoising steps than this are likelier a typing error than a wish.
+MAX_STEPS = 1000
 
 
 @dataclass(frozen=True)
@@ -137,3 +141,23 @@ def _joined(name: str, numbers: list[str]) -> str:
 def _text(value: float) -> str:
     """The shortest text that reads back as this number."""
     return str(int(value)) if value == int(value) else repr(value)
+
+
+#: When to leap to the end: after so many steps, at a flow time, once the velocity holds its
+#: direction, or by the rule in On-device Sora's code.
+LPL = Modes(
+    Mode("off"),
+    Mode("fixed", {"steps": Number(0, MAX_STEPS, whole=True)}),
+    Mode("t", {"time": Number(0, 1000)}),
+    Mode(
+        "adaptive",
+        {
+            "patience": Number(1, MAX_STEPS, 3, whole=True),
+            "tolerance": Number(0, 2, 1e-4),
+            "minimum": Number(0, 1, 0.5),
+        },
+    ),
+    Mode("reference"),
+)
+#: In how many of the first steps frames are merged.
+TDTM = Modes(Mode("off"), Mode("all"), Mode("", {"steps": Number(1, MAX_STEPS, whole=True)}))

@@ -17,7 +17,7 @@ from typing import Any
 
 from mlx_sora.errors import UsageError
 from mlx_sora.geometry import Size, parse_frames, resolve_size
-from mlx_sora.modes import Mode, Modes, Number
+from mlx_sora.modes import LPL, MAX_STEPS, TDTM
 
 SAMPLERS = ("rflow",)
 DTYPES = ("auto", "float32", "bfloat16")
@@ -25,27 +25,7 @@ MODELS = ("shapes", "opensora-1.2")
 
 #: Largest values that still mean something; beyond them a typing error is likelier than a wish.
 MAX_SEED = 2**63 - 1
-MAX_STEPS = 1000
 MAX_FPS = 240.0
-
-#: When to leap to the end: after so many steps, at a flow time, once the velocity holds its
-#: direction, or by the rule in On-device Sora's code.
-LPL = Modes(
-    Mode("off"),
-    Mode("fixed", {"steps": Number(0, MAX_STEPS, whole=True)}),
-    Mode("t", {"time": Number(0, 1000)}),
-    Mode(
-        "adaptive",
-        {
-            "patience": Number(1, MAX_STEPS, 3, whole=True),
-            "tolerance": Number(0, 2, 1e-4),
-            "minimum": Number(0, 1, 0.5),
-        },
-    ),
-    Mode("reference"),
-)
-#: In how many of the first steps frames are merged.
-TDTM = Modes(Mode("off"), Mode("all"), Mode("", {"steps": Number(1, MAX_STEPS, whole=True)}))
 
 
 def as_bool(value: Any) -> bool:

@@ -1,7 +1,7 @@
 """Accelerations: techniques that a request can ask for by name, composed for one run.
 
-A new one is one file here that fills a seam, one line in ACCELERATIONS, and its field in
-`mlx_sora.request`. Nothing else knows which there are.
+A new one is one file here that fills a seam, one line in ACCELERATIONS, its modes in
+`mlx_sora.modes` and its field in `mlx_sora.request`. Nothing else knows which there are.
 """
 
 from __future__ import annotations
@@ -13,8 +13,7 @@ from mlx_sora.accel import lpl, tdtm
 from mlx_sora.accel.base import Acceleration, Job
 from mlx_sora.models.context import BlockProvider, Context
 from mlx_sora.models.stdit3 import BlockPair
-from mlx_sora.modes import Chosen, Modes
-from mlx_sora.request import LPL, TDTM
+from mlx_sora.modes import LPL, TDTM, Chosen, Modes
 from mlx_sora.sampling.base import AllSteps, StepPolicy
 from mlx_sora.sampling.loop import StepResult
 
