@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import json
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlx_sora.cli.flags import add_request_flags, build_requests, explicit_options
-from mlx_sora.cli.render import BarRenderer, JsonRenderer, QuietRenderer, Renderer
+from mlx_sora.cli.render import (
+    BarRenderer,
+    JsonRenderer,
+    QuietRenderer,
+    Renderer,
+    plan_table,
+)
 from mlx_sora.errors import UsageError
 from mlx_sora.geometry import parse_frames
 from mlx_sora.request import GenerationRequest
@@ -18,6 +26,7 @@ from mlx_sora.video.output import DEFAULT_OUTPUT, check_output, fill_template, o
 
 if TYPE_CHECKING:
     from mlx_sora.pipeline import Pipeline
+    from mlx_sora.runtime.planner import Plan
 
 
 def add_parser(commands: Any) -> None:
@@ -34,6 +43,11 @@ def add_parser(commands: Any) -> None:
         "-C",
         metavar="FILE",
         help="replay the request inside a video, an image or a JSON file; flags given override it",
+    )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print what each stage would need (peak memory, bytes read, FLOPs) and stop",
     )
     add_output_flags(parser)
     parser.set_defaults(run=run)
@@ -59,6 +73,9 @@ def run(args: argparse.Namespace) -> int:
         notice = environment_notice()
         if notice:
             renderer.note(notice)
+        if args.dry_run:
+            show_plans([pipeline.plan(request) for request in requests], args.json_events)
+            return 0
         for request in requests:
             renderer.note(f"seed {request.seed}")
             # Closing, not collecting, ends an interrupted run and removes its partial file.
@@ -68,6 +85,12 @@ def run(args: argparse.Namespace) -> int:
     finally:
         renderer.close()
     return 0
+
+
+def show_plans(plans: Sequence[Plan], as_json: bool) -> None:
+    """What each run would need, on stdout."""
+    for plan in plans:
+        print(json.dumps(plan.to_dict()) if as_json else "\n".join(plan_table(plan)))
 
 
 def plan_requests(args: argparse.Namespace) -> list[GenerationRequest]:

@@ -8,7 +8,7 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from mlx_sora.runtime.events import (
     Event,
@@ -21,6 +21,9 @@ from mlx_sora.runtime.events import (
     StepFinished,
     Warned,
 )
+
+if TYPE_CHECKING:
+    from mlx_sora.runtime.planner import Plan
 
 #: Seconds between redraws: lively on a terminal, sparse in a log file.
 _REDRAW_TERMINAL, _REDRAW_LOG = 0.1, 10.0
@@ -164,6 +167,23 @@ def summary(stages: list[StageFinished]) -> Iterator[str]:
             max(item.peak_memory for item in stages),
             max(item.peak_rss for item in stages),
         )
+
+
+def plan_table(plan: Plan) -> Iterator[str]:
+    """Lines that show a plan: what each stage needs, and the smallest budget that would do."""
+    yield f"{'stage':<9}{'peak':>11}{'read':>11}{'TFLOP':>9}{'resident blocks':>17}  frames at once"
+    for stage in plan.stages:
+        blocks = f"{stage.resident} of {stage.blocks}" if stage.blocks else "-"
+        frames = "-" if stage.micro_batch is None else str(stage.micro_batch)
+        yield (
+            f"{stage.stage:<9}{human_bytes(stage.peak):>11}{human_bytes(stage.read):>11}"
+            f"{stage.flops / 1e12:>9.3g}{blocks:>17}  {frames}"
+        )
+    budget = "no budget" if plan.budget is None else f"budget {human_bytes(plan.budget)}"
+    yield (
+        f"{budget}; the process peaks at {human_bytes(plan.peak)}; "
+        f"the smallest budget that would do is {human_bytes(plan.smallest)}"
+    )
 
 
 def print_result(event: Finished) -> None:

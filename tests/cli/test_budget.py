@@ -1,0 +1,109 @@
+"""Memory budgets end to end: planned, kept, or refused; streaming blocks changes nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mlx_sora import GenerationRequest, MemoryBudgetError, Pipeline, UsageError
+from mlx_sora.runtime.profiles import PROFILES, parse_bytes
+
+PROMPT = "a red circle moving right on a black background"
+COMMAND = [sys.executable, "-m", "mlx_sora", "generate", "-p", PROMPT, "--steps", "3"]
+
+
+@pytest.fixture(scope="module")
+def pipe() -> Pipeline:
+    return Pipeline.from_pretrained("shapes")
+
+
+def peak_of(words: list[str], folder: Path) -> int:
+    """Bytes of the largest resident set of one command, which must succeed."""
+    process = subprocess.Popen(words, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    assert process.stderr is not None
+    errors = process.stderr.read().decode()
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    assert process.returncode == 0, errors
+    return usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def smallest(pipe: Pipeline, **options: object) -> int:
+    return pipe.plan(GenerationRequest.from_dict({"prompt": PROMPT, **options})).smallest
+
+
+@pytest.mark.parametrize("frames", [1, 17, 51])
+def test_the_process_stays_within_the_smallest_budget(
+    pipe: Pipeline, tmp_path: Path, frames: int
+) -> None:
+    budget = smallest(pipe, num_frames=frames, steps=3)
+    words = [*COMMAND, "--num-frames", str(frames), "--memory-budget", str(budget)]
+    assert peak_of(words, tmp_path) <= budget
+
+
+def test_a_budget_too_small_names_one_that_does(pipe: Pipeline, tmp_path: Path) -> None:
+    words = [*COMMAND, "-o", "a.mp4", "--memory-budget", "100MB"]
+    result = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert result.returncode == 3
+    assert not list(tmp_path.iterdir())
+    found = re.search(r"--memory-budget (\S+)", result.stderr.splitlines()[-1])
+    assert found
+    named = parse_bytes(found[1])
+    pipe.plan(GenerationRequest(PROMPT, steps=3, memory_budget=str(named)))
+    with pytest.raises(MemoryBudgetError):
+        pipe.plan(GenerationRequest(PROMPT, steps=3, memory_budget=str(smallest(pipe) - 1)))
+
+
+@pytest.mark.parametrize("more", [{}, {"tdtm": "2"}, {"lpl": "fixed:2"}], ids=str)
+def test_streamed_equals_resident_bit_for_bit(pipe: Pipeline, more: dict[str, str]) -> None:
+    plain = pipe(PROMPT, seed=1, steps=4, **more)
+    streamed = pipe(PROMPT, seed=1, steps=4, ci_dl=True, **more)
+    # In turn or together, the two decoders see the same numbers.
+    assert np.array_equal(streamed.frames, plain.frames)
+    record = streamed.metadata["accelerations"]["ci_dl"]
+    assert record["encode"]["loads"] == record["encode"]["blocks"]
+    assert record["denoise"]["loads"] > record["denoise"]["blocks"]
+    assert "ci_dl" not in plain.metadata["accelerations"]
+
+
+def test_a_budget_changes_no_more_than_rounding(pipe: Pipeline) -> None:
+    plain = pipe(PROMPT, seed=1, steps=4)
+    tight = pipe(PROMPT, seed=1, steps=4, memory_budget=str(smallest(pipe)))
+    assert np.abs(tight.frames.astype(int) - plain.frames.astype(int)).max() <= 1
+
+
+def test_dry_run_prints_the_plan_and_stops(tmp_path: Path) -> None:
+    words = [*COMMAND, "--dry-run"]
+    result = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert result.returncode == 0
+    assert [line.split()[0] for line in result.stdout.splitlines()][1:4] == [
+        *("encode", "denoise", "decode")
+    ]
+    assert not list(tmp_path.iterdir())
+    words = [*words, "--json-events", "--device-profile", "iphone-15-pro"]
+    result = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)
+    plan = json.loads(result.stdout.splitlines()[-1])
+    assert plan["budget"] == PROFILES["iphone-15-pro"]
+    assert max(stage["peak"] for stage in plan["stages"]) <= plan["budget"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"memory_budget": "3 parsecs"},
+        {"memory_budget": "0"},
+        {"device_profile": "toaster"},
+        {"memory_budget": "1GB", "device_profile": "mac-8gb"},
+    ],
+    ids=str,
+)
+def test_bad_budgets(pipe: Pipeline, options: dict[str, str]) -> None:
+    with pytest.raises(UsageError):
+        pipe.plan(GenerationRequest.from_dict({"prompt": PROMPT, **options}))
