@@ -1,0 +1,290 @@
+"""Checking a model folder: what is wrong with it, and the command that mends it.
+
+From cheap to thorough: parts, configurations, names and shapes against the networks, parts against
+each other; then, unless in a hurry, checksums, values and one block of each network. A part that
+fails one check is spared the later ones, which would only repeat it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from shlex import quote
+
+from mlx import nn
+
+from mlx_sora.errors import MlxSoraError, WeightsError
+from mlx_sora.loading.checkpoint import Checkpoint, match
+from mlx_sora.loading.download import STAGING
+from mlx_sora.loading.model_folder import (
+    BUNDLED,
+    PUBLISHED,
+    Defaults,
+    ModelFolder,
+    missing_parts,
+    weights_root,
+)
+from mlx_sora.loading.provenance import FILE, Provenance
+from mlx_sora.loading.trial import Values, scan, try_text_encoder, try_transformer, try_vae
+from mlx_sora.models import stdit3, t5, vae
+from mlx_sora.models.keys import KeyMap
+from mlx_sora.runtime.device import blas_notice, describe, total_memory
+from mlx_sora.text.tokenizer import Tokenizer
+
+PARTS = ("text_encoder", "transformer", "vae")
+_TRIALS = {"text_encoder": try_text_encoder, "transformer": try_transformer, "vae": try_vae}
+
+#: Told action, path, bytes done and bytes in all while files are read.
+Watch = Callable[[str, str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the report. level: ok, note, warning or error; fix: the command that mends it."""
+
+    level: str
+    subject: str
+    message: str
+    fix: str = ""
+
+
+@dataclass
+class Examination:
+    """One examination of the model folder `path`; `failed` gathers the parts with an error."""
+
+    path: Path
+    quick: bool
+    watch: Watch
+    failed: set[str] = field(default_factory=set)
+
+    def findings(self) -> Iterator[Finding]:
+        """Everything there is to say, in order."""
+        absent = list(self._presence())
+        yield from absent
+        if not self.path.is_dir():
+            return
+        yield from self._fits()
+        yield from self._together()
+        yield from self._provenance()
+        if not self.quick:
+            yield from self._values()
+            yield from self._trials()
+
+    def _error(self, part: str, message: str) -> Finding:
+        self.failed.add(part)
+        return Finding("error", part, message, mending(self.path))
+
+    def _presence(self) -> Iterator[Finding]:
+        if not self.path.is_dir():
+            yield self._error("folder", f"there is no model folder at {self.path}.")
+            staging = self.path.parent / STAGING
+            if self.path.name == PUBLISHED and staging.is_dir():
+                yield Finding("note", "folder", "an interrupted download is there to continue.")
+            return
+        absent = missing_parts(self.path)
+        for name in absent:
+            yield self._error(name.split("/")[0], f"{name} is missing.")
+        if not absent:
+            yield Finding("ok", "folder", f"all parts are in {self.path}.")
+
+    def _fits(self) -> Iterator[Finding]:
+        """Configuration, file headers, names, shapes and types; no weight is read."""
+        for part in PARTS:
+            if part in self.failed:
+                continue
+            try:
+                checkpoint = Checkpoint.open(self.path / part)
+                network, keys, without = _unfilled(self._folder(), part)
+                match(network, checkpoint, keys, without)
+                if part == "text_encoder":
+                    _check_table(checkpoint, self._folder())
+            except MlxSoraError as error:
+                yield self._error(part, error.message)
+                continue
+            types = Counter(info.dtype for info in checkpoint.tensors.values())
+            kinds = ", ".join(f"{n} {dtype}" for dtype, n in types.most_common())
+            size = f"{checkpoint.num_parameters:,} values, {checkpoint.nbytes / 1e6:,.1f} MB"
+            yield Finding("ok", part, f"fits its configuration: {kinds} tensors, {size}.")
+
+    def _together(self) -> Iterator[Finding]:
+        """Whether the parts are of one model."""
+        if "tokenizer" not in self.failed:
+            try:
+                vocabulary = Tokenizer.load(self.path / "tokenizer" / "spiece.model").vocab_size
+            except MlxSoraError as error:
+                yield self._error("tokenizer", error.message)
+            else:
+                yield Finding("ok", "tokenizer", f"loads, {vocabulary} ids.")
+        if self.failed & {*PARTS, "tokenizer"}:
+            return
+        model = self._folder()
+        text = t5.T5Config.from_dict(model.config("text_encoder"))
+        video = stdit3.STDiT3Config.from_dict(model.config("transformer"))
+        latent = vae.VAEConfig.from_dict(model.config("vae"))
+        pairs = [
+            ("tokenizer ids", vocabulary, "rows of the text encoder", text.vocab_size),
+            ("text encoder channels", text.d_model, "caption channels", video.caption_channels),
+            ("VAE channels", latent.temporal.embed_dim, "latent channels", video.in_channels),
+        ]
+        for index, (name, found, other, wanted) in enumerate(pairs):
+            if found > wanted or (index > 0 and found != wanted):
+                message = f"parts of different models: {found} {name}, {wanted} {other}."
+                yield self._error("folder", message)
+
+    def _provenance(self) -> Iterator[Finding]:
+        """Files against what was recorded when they came: sizes, and checksums if not quick."""
+        try:
+            provenance = Provenance.read(self.path)
+        except WeightsError as error:
+            yield self._error("files", error.message)
+            return
+        if provenance is None:
+            yield Finding("note", "files", f"no {FILE}, so there are no checksums to compare.")
+            return
+        missized = provenance.missized(self.path)
+        for name in missized:
+            yield self._error(name.split("/")[0], f"{name} is not of the recorded size.")
+        altered: list[str] = []
+        if not self.quick:
+            altered = provenance.altered(
+                self.path, lambda name, done, total: self.watch("check", name, done, total)
+            )
+        for name in altered:
+            if name not in missized:
+                message = f"{name} has another checksum than the file that was downloaded."
+                yield self._error(name.split("/")[0], message)
+        if not missized and not altered:
+            what = "sizes" if self.quick else "sizes and checksums"
+            origin = ", ".join(sorted({o.repo for o in provenance.files.values()}))
+            yield Finding("ok", "files", f"{what} as recorded, from {origin}.")
+
+    def _values(self) -> Iterator[Finding]:
+        """NaN, Inf and tensors of zeros, tensor by tensor."""
+        for part in PARTS:
+            if part in self.failed:
+                continue
+            checkpoint = Checkpoint.open(self.path / part)
+            total, done, found = checkpoint.nbytes, 0, False
+            for key, info in checkpoint.tensors.items():
+
+                def read(n: int, before: int = done, part: str = part, total: int = total) -> None:
+                    self.watch("scan", part, before + n, total)
+
+                values = scan(info, read)
+                done += info.nbytes
+                if values.nan or values.inf:
+                    found = True
+                    yield self._error(part, f"{key} in {info.file.name}: {_count(values)}.")
+                elif values.empty and len(info.shape) > 1:
+                    message = f"{key} in {info.file.name} is all zeros, which is unusual."
+                    yield Finding("warning", part, message)
+            if not found:
+                yield Finding("ok", part, "no NaN or Inf.")
+
+    def _trials(self) -> Iterator[Finding]:
+        """A forward pass through one block of each network."""
+        for part in PARTS:
+            if part in self.failed:
+                continue
+            try:
+                _TRIALS[part](self._folder())
+            except MlxSoraError as error:
+                yield self._error(part, f"was tried out: {error.message}")
+            except (RuntimeError, ValueError, ArithmeticError) as error:
+                reason = " ".join(str(error).split())[:200]
+                yield self._error(part, f"was tried out, but config.json misleads: {reason}")
+            else:
+                yield Finding("ok", part, "was tried out: one block gives finite, varied output.")
+
+    def _folder(self) -> ModelFolder:
+        return ModelFolder(self.path, self.path.name, Defaults())
+
+
+def examine(path: Path, *, quick: bool = False, watch: Watch | None = None) -> Iterator[Finding]:
+    """What there is to say about the model folder `path` and the machine, as it is found out.
+
+    quick: read configurations and headers only. watch: told how far reading is.
+    """
+    yield from Examination(path, quick, watch or (lambda *_: None)).findings()
+    yield from machine(path)
+
+
+def machine(path: Path) -> Iterator[Finding]:
+    """Where a model would run, and whether its largest part fits into memory."""
+    facts = describe()
+    names = f"{facts['device']} ({facts['backend']}), {facts['dtype']}"
+    blas = f", matrix products by {facts['blas']}" if facts["backend"] == "cpu" else ""
+    memory = total_memory()
+    yield Finding("ok", "machine", f"{names}{blas}, {memory / 1e9:.1f} GB of memory.")
+    notice = blas_notice()
+    if notice:
+        yield Finding("warning", "machine", notice)
+    largest = 0
+    for part in PARTS:
+        with suppress(MlxSoraError):
+            largest = max(largest, Checkpoint.open(path / part).num_parameters)
+    needed = largest * (2 if facts["dtype"] == "bfloat16" else 4)
+    if needed > memory:
+        message = f"the largest part needs {needed / 1e9:.1f} GB as {facts['dtype']}."
+        yield Finding("warning", "machine", message)
+
+
+def find_folder(model: str | None) -> Path:
+    """The folder that `model` means, there or not; `find_model` refuses what is broken."""
+    root = weights_root()
+    if model is None:
+        return root / (PUBLISHED if (root / PUBLISHED).is_dir() else BUNDLED)
+    return root / model if model in (BUNDLED, PUBLISHED) else Path(model).expanduser()
+
+
+def mending(path: Path) -> str:
+    """The command that makes the model in `path` whole again."""
+    place = path.resolve()
+    if place == (weights_root() / BUNDLED).resolve():
+        return f"git checkout -- weights/{BUNDLED}"
+    if place != (weights_root() / PUBLISHED).resolve():
+        again = "copy the folder again from where it came."
+        return again if path.exists() else f"give {BUNDLED}, {PUBLISHED} or a folder's path."
+    command = f"python -m mlx_sora download {PUBLISHED}"
+    if not path.exists():
+        return command
+    try:
+        known = Provenance.read(path)
+    except WeightsError:
+        known = None
+    if known is not None:
+        return f"{command} --check"
+    return f"mv {quote(str(path))} {quote(str(path) + '.old')} && {command}"
+
+
+def _unfilled(model: ModelFolder, part: str) -> tuple[nn.Module, KeyMap, list[str]]:
+    """The network of `part` without weights, its key map, and keys that are read another way."""
+    config = model.config(part)
+    try:
+        if part == "text_encoder":
+            encoder = t5.T5Encoder(t5.T5Config.from_dict(config), table=False)
+            return encoder, t5.KEYS, [t5.TABLE]
+        if part == "transformer":
+            return stdit3.STDiT3(stdit3.STDiT3Config.from_dict(config)), stdit3.KEYS, []
+        return vae.VideoVAE(vae.VAEConfig.from_dict(config)), vae.KEYS, []
+    except (TypeError, ValueError, AttributeError, ZeroDivisionError, IndexError) as error:
+        raise WeightsError(f"{part}/config.json describes no network: {error}.") from error
+
+
+def _check_table(checkpoint: Checkpoint, model: ModelFolder) -> None:
+    """Raise WeightsError unless the token table is there with the shape of the configuration."""
+    config = t5.T5Config.from_dict(model.config("text_encoder"))
+    table = checkpoint.tensors.get(t5.TABLE)
+    expected = (config.vocab_size, config.d_model)
+    if table is None or table.shape != expected:
+        found = "missing" if table is None else f"of shape {json.dumps(table.shape)}"
+        raise WeightsError(f"{t5.TABLE} is {found}, expected {list(expected)}.")
+
+
+def _count(values: Values) -> str:
+    found = [(values.nan, "NaN"), (values.inf, "Inf")]
+    return " and ".join(f"{n} {name}" for n, name in found if n)
