@@ -63,6 +63,7 @@ def test_every_flag_reaches_its_field(folder: Path, pipeline: FakePipeline) -> N
         "--sequential-guidance "
         "--resolution 144p --aspect-ratio 1:1 --frames 34 --fps 12 --aesthetic 6 --motion 2 "
         "--camera pan --lpl fixed:2 --tdtm 3 --dtype float32 -o out.gif --overwrite "
+        "--memory-budget 2GB --device-profile mac-8gb --ci-dl "
         "--no-embed-metadata --metadata"
     )
     assert main(words.split()) == 0
@@ -83,6 +84,9 @@ def test_every_flag_reaches_its_field(folder: Path, pipeline: FakePipeline) -> N
         "lpl": "fixed:2",
         "tdtm": "3",
         "dtype": "float32",
+        "memory_budget": "2GB",
+        "device_profile": "mac-8gb",
+        "ci_dl": True,
         "output": "out.gif",
         "overwrite": True,
         "embed_metadata": False,
