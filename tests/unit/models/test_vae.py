@@ -203,7 +203,7 @@ def test_smaller_micro_batches_need_less_memory(vae: VideoVAE) -> None:
         mx.reset_peak_memory()
         mx.eval(vae.decode(z, 17, micro_batch=size))
         peaks.append(mx.get_peak_memory())
-    assert peaks[0] < 0.5 * peaks[1]
+    assert peaks[0] < 0.6 * peaks[1]
 
 
 def test_encoding_draws_the_same_noise_from_the_same_key(vae: VideoVAE) -> None:

@@ -41,7 +41,7 @@ def test_record_holds_request_settings_versions_and_costs() -> None:
     assert record["warnings"] == ["w"]
     assert record["seconds"] == {"encode": 1.235}
     assert record["peak_memory"] == {"encode": 5}
-    assert {"mlx_sora", "python", "mlx", "av"} <= record["versions"].keys()
+    assert {"mlx-sora", "python", "mlx", "av"} <= record["versions"].keys()
     assert json.loads(json.dumps(record)) == record
 
 
