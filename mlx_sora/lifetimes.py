@@ -75,5 +75,10 @@ class Lifetimes:
         """A stream for many passes; within a budget, what stays is decided by measuring."""
         if self.budget is None:
             return BlockStream(source, plan.resident, cyclic=True, prefetch=plan.prefetch)
-        residency = Residency(self.budget, cache_limit=plan.cache_limit, reserve=plan.reserve)
+        residency = Residency(
+            self.budget,
+            cache_limit=plan.cache_limit,
+            reserve=plan.reserve,
+            throttled=plan.throttled,
+        )
         return BlockStream(source, residency, cyclic=True)

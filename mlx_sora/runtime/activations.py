@@ -14,8 +14,7 @@ from mlx_sora.models.stdit3_blocks import STDiT3Config
 from mlx_sora.models.t5 import T5Config
 from mlx_sora.models.vae import VAEConfig, chunk_plan
 from mlx_sora.runtime.flops import Grid
-
-FLOAT = 4
+from mlx_sora.runtime.plan import FLOAT
 
 
 @dataclass(frozen=True)

@@ -79,10 +79,9 @@ class Residency:
     """Decides what stays by measuring the first two blocks of a pass, each alone in memory.
 
     The first shows the peak; the second also what a block leaves behind (its text keys and values),
-    which the others will too. While it measures, MLX's scheduler waits for each operation, so that
-    the peak is what the work needs and not how far MLX allocates ahead.
-    budget: bytes the whole process may use. cache_limit: MLX's, counted in full. reserve: bytes to
-    leave for what comes later and cannot be measured here.
+    which the others will too. budget: bytes the whole process may use. cache_limit: MLX's, counted
+    in full. reserve: bytes to leave for what comes later and cannot be measured here. throttled:
+    MLX will be held back (see `planner.within`), so it is while measuring.
     """
 
     def __init__(
@@ -91,6 +90,7 @@ class Residency:
         *,
         cache_limit: int = 0,
         reserve: int = 0,
+        throttled: bool = False,
         read: Callable[[], Reading] = read_memory,
         reset: Callable[[], None] = mx.reset_peak_memory,
         limit: Callable[[int], int] = mx.set_memory_limit,
@@ -100,6 +100,7 @@ class Residency:
         self.peak = 0
         self._read, self._reset, self._limit = read, reset, limit
         self._first: Reading | None = None
+        self._throttled = throttled
         self._limit_before: int | None = None
 
     def begin(self) -> None:
@@ -107,7 +108,8 @@ class Residency:
         self.peak = max(self.peak, self._read().peak)
         self._reset()
         self._first = None
-        self._limit_before = self._limit(0)
+        if self._throttled:
+            self._limit_before = self._limit(0)
 
     def measured(self, index: int, blocks: Blocks) -> Room | None:
         """Block `index` (0, then 1) has computed and is in memory still: the decision, if ready."""

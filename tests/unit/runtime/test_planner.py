@@ -123,9 +123,18 @@ def test_refusal_points_to_sequential_guidance_where_that_helps() -> None:
     assert "--sequential-guidance" not in error.value.fix
 
 
+def test_mlx_is_held_back_only_where_it_has_to_be() -> None:
+    held_back = [
+        [stage.throttled for stage in make_plan(XL, job(), CPU, int(budget * GB)).stages]
+        for budget in (1.3, 1.5, 2, 3.3)
+    ]
+    assert held_back == [[True] * 3, [True] * 3, [False] * 3, [False] * 3]
+    assert not any(stage.throttled for stage in make_plan(XL, job(), CPU).stages)
+
+
 def test_sequential_guidance_takes_half_the_activations_and_twice_the_reading() -> None:
-    both = make_plan(XL, job(), CPU, int(1.5 * GB)).stage("denoise")
-    alone = make_plan(XL, job(sequential=True), CPU, int(1.5 * GB)).stage("denoise")
+    both = make_plan(XL, job(), CPU, int(3.3 * GB)).stage("denoise")
+    alone = make_plan(XL, job(sequential=True), CPU, int(3.3 * GB)).stage("denoise")
     assert alone.flops == both.flops
     assert alone.resident > both.resident
     streamed = make_plan(XL, job(sequential=True), CPU, streamed=True).stage("denoise")

@@ -102,12 +102,20 @@ def test_mlx_is_held_back_only_while_measuring() -> None:
         return limits[-2]
 
     left = [Reading(0, 0, 0), Reading(1, 10, 0), Reading(1, 11, 0)] * 2
-    residency = Residency(1, read=lambda: left.pop(0), reset=lambda: None, limit=limit)
+
+    def make(*, throttled: bool) -> Residency:
+        return Residency(
+            1, throttled=throttled, read=lambda: left.pop(0), reset=lambda: None, limit=limit
+        )
+
+    residency = make(throttled=True)
     decide(residency)
     assert limits == [777, 0, 777]
     residency.begin()
     residency.end()
     residency.end()
+    assert limits == [777, 0, 777, 0, 777]
+    make(throttled=False).begin()
     assert limits == [777, 0, 777, 0, 777]
 
 

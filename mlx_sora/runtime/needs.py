@@ -1,0 +1,220 @@
+"""What each stage needs, and the best plan for it within a budget. Bytes; peaks of the process."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from mlx_sora.models.vae import chunk_plan
+from mlx_sora.runtime import flops
+from mlx_sora.runtime.activations import (
+    Mode,
+    keys_values,
+    spatial_work,
+    temporal_work,
+    text_encoder_work,
+    transformer_work,
+)
+from mlx_sora.runtime.flops import Grid
+from mlx_sora.runtime.plan import FLOAT, Job, Machine, Model, StagePlan, Weights
+from mlx_sora.runtime.residency import Blocks, Room, choose
+
+#: Of the process, not MLX's: interpreter, libraries, what their allocators hold back.
+OUTSIDE = 160 << 20
+
+#: A video encoder's own memory: fixed, and per pixel of a frame (x264, measured).
+ENCODER, ENCODER_PER_PIXEL = 64 << 20, 260
+
+#: The least that MLX may keep of freed buffers; below, every activation is a system call.
+MIN_CACHE = 32 << 20
+
+
+@dataclass(frozen=True)
+class BlocksNeed:
+    """Encoding or denoising. fixed: all but blocks, activations and cache; reserve: of it, what is
+    not there yet after the first pass.
+    """
+
+    stage: str
+    fixed: int
+    work: int
+    weights: Weights
+    passes: int
+    flops: int
+    throttled: bool
+    reserve: int = 0
+
+    @property
+    def least(self) -> int:
+        return self.fixed + self.work + MIN_CACHE + self.weights.loading
+
+    @property
+    def easy(self) -> int:
+        """With loading ahead."""
+        return self.least + max(self.weights.blocks)
+
+    def fit(self, budget: int, machine: Machine) -> StagePlan:
+        """The plan within `budget`, of which what is left over goes to blocks and cache alike."""
+        weights, size = self.weights, max(self.weights.blocks)
+        room = budget - self.fixed - self.work
+        cache = _cache(room - size - weights.loading, self.work, machine)
+        kept = choose(room - cache, Blocks(weights.blocks, weights.loading))
+        if self.passes == 1:  # what stays is never used again
+            kept = replace(kept, resident=0)
+        return self._plan(kept, cache)
+
+    def unbounded(self, machine: Machine, streamed: bool) -> StagePlan:
+        """The plan without a budget."""
+        kept = 0 if streamed else len(self.weights.blocks)
+        return self._plan(Room(kept, prefetch=streamed), min(machine.cache, self.work))
+
+    def _plan(self, kept: Room, cache: int) -> StagePlan:
+        weights, size, count = self.weights, max(self.weights.blocks), len(self.weights.blocks)
+        held = kept.resident * size
+        if kept.resident < count:
+            held += weights.loading + (size if kept.prefetch else 0)
+        again = weights.stored_blocks * (count - kept.resident) // count
+        mlx = self.fixed - OUTSIDE + held + self.work
+        return StagePlan(
+            stage=self.stage,
+            peak=OUTSIDE + mlx + cache,
+            read=weights.stored + (self.passes - 1) * again,
+            flops=self.flops,
+            cache_limit=cache,
+            memory_limit=mlx - (self.work // 2 if self.throttled else 0),
+            throttled=self.throttled,
+            blocks=count,
+            resident=kept.resident,
+            prefetch=kept.prefetch and kept.resident < count,
+            reserve=self.reserve,
+        )
+
+
+@dataclass(frozen=True)
+class DecodingNeed:
+    """Decoding. fixed: not MLX's; weights: of the temporal and the spatial decoder; temporal:
+    activations of the one; spatial: of the other, by number of frames at a time.
+    """
+
+    fixed: int
+    weights: tuple[int, int]
+    temporal: int
+    spatial: Mapping[int, int]
+    read: int
+    flops: int
+    throttled: bool
+    stage: str = "decode"
+
+    @property
+    def least(self) -> int:
+        return self.fixed + MIN_CACHE + self._in_turn(min(self.spatial))
+
+    @property
+    def easy(self) -> int:
+        """As good as it gets: more frames at a time are no faster."""
+        return self.least
+
+    def fit(self, budget: int, machine: Machine) -> StagePlan:
+        """The plan within `budget`: as many frames at a time as there is room for."""
+        room = budget - self.fixed
+        frames = max(n for n in self.spatial if n == 1 or self._in_turn(n) + MIN_CACHE <= room)
+        held, work = self._in_turn(frames), max(self.temporal, self.spatial[frames])
+        return self._plan(frames, held, _cache(room - held, work, machine), in_turn=True)
+
+    def unbounded(self, machine: Machine, streamed: bool) -> StagePlan:
+        """The plan without a budget."""
+        frames = max(self.spatial)
+        work = max(self.temporal, self.spatial[frames])
+        held = self._in_turn(frames) if streamed else sum(self.weights) + work
+        return self._plan(frames, held, min(machine.cache, work), in_turn=streamed)
+
+    def _in_turn(self, frames: int) -> int:
+        temporal, spatial = self.weights
+        return max(temporal + self.temporal, spatial + self.spatial[frames])
+
+    def _plan(self, frames: int, held: int, cache: int, *, in_turn: bool) -> StagePlan:
+        ahead = min(self.temporal, self.spatial[frames]) // 2 if self.throttled else 0
+        return StagePlan(
+            stage=self.stage,
+            peak=self.fixed + held + cache,
+            read=self.read,
+            flops=self.flops,
+            cache_limit=cache,
+            memory_limit=held - ahead,
+            throttled=self.throttled,
+            micro_batch=frames,
+            in_turn=in_turn,
+        )
+
+
+def _cache(spare: int, work: int, machine: Machine) -> int:
+    """Share of the `spare` bytes for freed buffers: half, but no more than activations can use."""
+    most = max(MIN_CACHE, min(machine.cache, work))
+    return min(most, max(MIN_CACHE, spare // 2))
+
+
+#: Of a stage.
+Need = BlocksNeed | DecodingNeed
+
+
+def find_needs(model: Model, job: Job, machine: Machine, *, throttled: bool) -> tuple[Need, ...]:
+    """What encoding, denoising and decoding need, with MLX held back or not."""
+    mode = Mode(machine.gpu, throttled, machine.itemsize)
+    return _encoding(model, job, mode), _denoising(model, job, mode), _decoding(model, job, mode)
+
+
+def _encoding(model: Model, job: Job, mode: Mode) -> BlocksNeed:
+    return BlocksNeed(
+        stage="encode",
+        fixed=OUTSIDE + model.text_weights.rest,
+        work=text_encoder_work(model.text, job.text_tokens, mode),
+        weights=model.text_weights,
+        passes=1,
+        throttled=mode.throttled,
+        flops=flops.text_encoder_flops(model.text, job.text_tokens),
+    )
+
+
+def _denoising(model: Model, job: Job, mode: Mode) -> BlocksNeed:
+    config, guided = model.transformer, 2 if job.guided else 1
+    grid = Grid.of(config, job.geometry.latent, job.batch, job.text_tokens)
+    everyone = replace(grid, batch=guided)
+    plain, merged = (flops.transformer_flops(config, everyone, merged=m) for m in (False, True))
+    return BlocksNeed(
+        stage="denoise",
+        fixed=OUTSIDE + model.transformer_weights.rest + keys_values(config, everyone, mode),
+        work=transformer_work(config, grid, mode),
+        weights=model.transformer_weights,
+        passes=job.passes,
+        throttled=mode.throttled,
+        # The pass without prompt has keys and values of its own.
+        reserve=keys_values(config, grid, mode) if job.guided and job.sequential else 0,
+        flops=flops.preparation_flops(config, everyone)
+        + (job.evaluations - job.merged) * plain
+        + job.merged * merged,
+    )
+
+
+def _decoding(model: Model, job: Job, mode: Mode) -> DecodingNeed:
+    config, (width, height) = model.vae, job.geometry.decoded
+    _, rows, columns = job.geometry.latent
+    chunks = chunk_plan(job.geometry.num_frames, config.micro_frame_size, config.temporal.factor)
+    longest = max(chunk.frames for chunk in chunks)
+    # A chunk's frames in float32: in batches, put together, and on their way to the file.
+    frames = 3 * longest * FLOAT * 3 * width * height
+    most = min(config.micro_batch_size or longest, longest)
+    sizes = {most >> i for i in range(most.bit_length())}
+    operations = sum(
+        flops.temporal_decoder_flops(config.temporal, chunk.latents, rows, columns)
+        + chunk.frames * flops.spatial_decoder_flops(config.spatial, rows, columns)
+        for chunk in chunks
+    )
+    return DecodingNeed(
+        fixed=OUTSIDE + ENCODER + ENCODER_PER_PIXEL * width * height,
+        weights=(model.temporal, model.spatial),
+        temporal=temporal_work(config, job.geometry.num_frames, rows, columns, mode),
+        spatial={n: frames + spatial_work(config, height, width, n, mode) for n in sizes},
+        read=model.vae_stored,
+        throttled=mode.throttled,
+        flops=operations,
+    )

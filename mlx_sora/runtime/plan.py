@@ -1,0 +1,129 @@
+"""What a plan is made of: sizes of a model, one run, a machine; and the plan itself. Bytes."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from mlx_sora.geometry import Geometry
+from mlx_sora.models.stdit3_blocks import STDiT3Config
+from mlx_sora.models.t5 import T5Config
+from mlx_sora.models.vae import VAEConfig
+
+#: Bytes of a float32.
+FLOAT = 4
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Bytes of a network. blocks: each in memory; loading: the most that loading one takes; rest:
+    all else in memory; stored: blocks, and all else, on disk.
+    """
+
+    blocks: tuple[int, ...]
+    loading: int
+    rest: int
+    stored_blocks: int
+    stored_rest: int
+
+    @property
+    def total(self) -> int:
+        return sum(self.blocks) + self.rest
+
+    @property
+    def stored(self) -> int:
+        return self.stored_blocks + self.stored_rest
+
+
+@dataclass(frozen=True)
+class Model:
+    """Configurations and sizes. temporal, spatial: of the decoders; vae_stored: both, on disk."""
+
+    text: T5Config
+    transformer: STDiT3Config
+    vae: VAEConfig
+    text_weights: Weights
+    transformer_weights: Weights
+    temporal: int
+    spatial: int
+    vae_stored: int
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run. evaluations: velocities that are computed; merged: of them, with merged tokens.
+
+    guided: with and without prompt, in one pass or (sequential) in two.
+    """
+
+    geometry: Geometry
+    text_tokens: int
+    evaluations: int
+    merged: int = 0
+    guided: bool = True
+    sequential: bool = False
+
+    @property
+    def batch(self) -> int:
+        return 2 if self.guided and not self.sequential else 1
+
+    @property
+    def passes(self) -> int:
+        return self.evaluations * (2 if self.guided and self.sequential else 1)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """gpu: where MLX computes; cache: the most it may keep of freed buffers without a budget;
+    itemsize: bytes of a weight in memory.
+    """
+
+    gpu: bool
+    cache: int
+    itemsize: int = FLOAT
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One stage. peak: of the process; read, cache_limit and memory_limit (MLX's): bytes.
+
+    throttled: MLX is held to the memory that one operation after the other needs. resident of
+    `blocks` blocks stay; prefetch: others are loaded ahead; reserve: bytes that the first pass
+    does not show (see `Residency`). micro_batch: frames per spatial pass; in_turn: the temporal
+    decoder leaves memory before the spatial one comes.
+    """
+
+    stage: str
+    peak: int
+    read: int
+    flops: int
+    cache_limit: int
+    memory_limit: int
+    throttled: bool
+    blocks: int = 0
+    resident: int = 0
+    prefetch: bool = False
+    reserve: int = 0
+    micro_batch: int | None = None
+    in_turn: bool = False
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a run will go. smallest: the budget below which it would be refused."""
+
+    stages: tuple[StagePlan, ...]
+    budget: int | None
+    smallest: int
+
+    @property
+    def peak(self) -> int:
+        return max(stage.peak for stage in self.stages)
+
+    def stage(self, name: str) -> StagePlan:
+        """The plan of stage `name`."""
+        return next(stage for stage in self.stages if stage.stage == name)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return asdict(self) | {"peak": self.peak}
