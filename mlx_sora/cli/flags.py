@@ -11,7 +11,8 @@ from dataclasses import fields
 from typing import Any, NoReturn
 
 from mlx_sora.errors import UsageError
-from mlx_sora.request import GenerationRequest, Option, options
+from mlx_sora.options import Option
+from mlx_sora.request import GenerationRequest, options
 
 #: Asking for one of these drops the other set from a replayed record.
 _NAMED_SIZE, _PIXELS = {"resolution", "aspect_ratio"}, {"width", "height"}

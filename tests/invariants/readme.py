@@ -6,7 +6,8 @@ import re
 from dataclasses import fields
 from pathlib import Path
 
-from mlx_sora.request import GenerationRequest, Option, options
+from mlx_sora.options import Option
+from mlx_sora.request import GenerationRequest, options
 
 README = Path(__file__).parents[2] / "README.md"
 _BLOCK = re.compile(r"(<!-- options: .*? -->\n).*?(<!-- /options -->)", re.DOTALL)

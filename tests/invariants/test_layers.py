@@ -11,7 +11,7 @@ from tests.invariants.source import Source, sources
 
 #: From low to high; a module may import its own layer and those before it.
 LAYERS = (
-    ("errors", "request", "modes", "geometry"),
+    ("errors", "request", "options", "modes", "geometry"),
     ("models", "runtime"),
     ("loading", "sampling", "text", "video"),
     ("accel",),
