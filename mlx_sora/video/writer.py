@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import logging
-import os
-from collections.abc import Iterator, Mapping
-from itertools import count
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -20,6 +18,7 @@ from mlx_sora.video.output import (
     is_sequence,
     sidecar_path,
 )
+from mlx_sora.video.publish import free_names, partial_name, publish, published
 
 if TYPE_CHECKING:
     import numpy as np
@@ -124,7 +123,7 @@ class FileWriter(VideoWriter):
         overwrite: bool,
     ) -> None:
         super().__init__(path, size, fps, metadata, overwrite)
-        self._partial = _partial_name(path)
+        self._partial = partial_name(path)
         self._encoder: Encoder
         kind = path.suffix.lower().removeprefix(".")
         if kind == "mp4":
@@ -139,7 +138,7 @@ class FileWriter(VideoWriter):
 
     def _finish(self) -> None:
         self._encoder.save(self._partial, self._record())
-        self.path = _publish(self._partial, self.path, self.overwrite)
+        self.path = publish(self._partial, self.path, self.overwrite)
 
     def _discard(self) -> None:
         self._encoder.close()
@@ -167,7 +166,7 @@ class SequenceWriter(VideoWriter):
         self._first: np.ndarray | None = None
 
     def _add(self, frame: np.ndarray) -> None:
-        partial = _partial_name(self.path)
+        partial = partial_name(self.path)
         self._partials.append(partial)
         if self.num_frames == 0:
             self._first = frame.copy()  # saved last, when its metadata is known
@@ -179,7 +178,7 @@ class SequenceWriter(VideoWriter):
         save_png(self._first, self._partials[0], self._record())
         taken = existing_files(self.path)
         if taken and not self.overwrite:
-            self.path = next(p for p in _free_names(self.path) if not existing_files(p))
+            self.path = next(p for p in free_names(self.path) if not existing_files(p))
             logger.warning("%s appeared meanwhile; writing %s", taken[0], self.path)
         targets = [frame_path(self.path, i) for i in range(self.num_frames)]
         for partial, target in zip(self._partials, targets, strict=True):
@@ -200,14 +199,10 @@ def write_sidecar(path: str | Path, record: Mapping[str, Any], overwrite: bool =
     """Write `record` as JSON beside the video `path`, whole or not at all; its path."""
     import json
 
-    target = sidecar_path(Path(path))
-    partial = _partial_name(target)
-    try:
+    with published(sidecar_path(Path(path)), overwrite) as file:
         text = json.dumps(record, ensure_ascii=False, indent=2) + "\n"
-        partial.write_text(text, encoding="utf-8")
-        return _publish(partial, target, overwrite)
-    finally:
-        partial.unlink(missing_ok=True)
+        file.partial.write_text(text, encoding="utf-8")
+    return file.path
 
 
 def save_frames(
@@ -223,39 +218,3 @@ def save_frames(
     with open_writer(path, width, height, fps, metadata, overwrite) as writer:
         writer.write(frames)
     return writer.path
-
-
-def _partial_name(path: Path) -> Path:
-    """A hidden name in the same folder, so that renaming is atomic."""
-    return path.with_name(f".{os.urandom(6).hex()}.partial")
-
-
-def _free_names(path: Path) -> Iterator[Path]:
-    return (path.with_name(f"{path.stem}-{i}{path.suffix}") for i in count(1))
-
-
-def _publish(partial: Path, path: Path, overwrite: bool) -> Path:
-    """Rename `partial` to `path`; if a file appeared there meanwhile, to a free name beside it."""
-    if overwrite:
-        partial.replace(path)
-        return path
-    target, others = path, _free_names(path)
-    while not _move_unless_taken(partial, target):
-        target = next(others)
-    if target != path:
-        logger.warning("%s appeared meanwhile; wrote %s", path, target)
-    return target
-
-
-def _move_unless_taken(partial: Path, target: Path) -> bool:
-    try:
-        os.link(partial, target)
-    except FileExistsError:
-        return False
-    except OSError:  # a file system without hard links
-        if target.exists():
-            return False
-        partial.replace(target)
-        return True
-    partial.unlink()
-    return True

@@ -1,0 +1,69 @@
+"""A file appears under its name whole or not at all, and takes the place of none unasked."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class PublishedFile:
+    """partial: where to write; path: where the file is to be, and is once the block has ended."""
+
+    partial: Path
+    path: Path
+
+
+@contextmanager
+def published(path: Path, overwrite: bool = False) -> Iterator[PublishedFile]:
+    """A file to write in the block; after an error nothing is left of it."""
+    file = PublishedFile(partial_name(path), path)
+    try:
+        yield file
+        file.path = publish(file.partial, path, overwrite)
+    finally:
+        file.partial.unlink(missing_ok=True)
+
+
+def partial_name(path: Path) -> Path:
+    """A hidden name in the same folder, so that renaming is atomic."""
+    return path.with_name(f".{os.urandom(6).hex()}.partial")
+
+
+def free_names(path: Path) -> Iterator[Path]:
+    """Names beside `path` to fall back on."""
+    return (path.with_name(f"{path.stem}-{i}{path.suffix}") for i in count(1))
+
+
+def publish(partial: Path, path: Path, overwrite: bool) -> Path:
+    """Rename `partial` to `path`; if a file appeared there meanwhile, to a free name beside it."""
+    if overwrite:
+        partial.replace(path)
+        return path
+    target, others = path, free_names(path)
+    while not _move_unless_taken(partial, target):
+        target = next(others)
+    if target != path:
+        logger.warning("%s appeared meanwhile; wrote %s", path, target)
+    return target
+
+
+def _move_unless_taken(partial: Path, target: Path) -> bool:
+    try:
+        os.link(partial, target)
+    except FileExistsError:
+        return False
+    except OSError:  # a file system without hard links
+        if target.exists():
+            return False
+        partial.replace(target)
+        return True
+    partial.unlink()
+    return True
