@@ -17,7 +17,7 @@ from mlx_sora.geometry import Size, parse_frames, resolve_size
 from mlx_sora.modes import LPL, MAX_STEPS, TDTM
 from mlx_sora.options import Option, as_bool, as_float, as_frames, as_int, as_path, as_text
 
-SAMPLERS = ("rflow",)
+SAMPLERS = ("rflow", "midpoint", "ab2")
 DTYPES = ("auto", "float32", "bfloat16")
 MODELS = ("shapes", "opensora-1.2")
 
@@ -72,7 +72,11 @@ class GenerationRequest:
         "evaluate prompt and no-prompt one after the other: the same video in less memory",
     )
     sampler: str = _option(
-        "rflow", as_text, "--sampler", "how the flow is followed", choices=SAMPLERS
+        "rflow",
+        as_text,
+        "--sampler",
+        "how the flow is followed; midpoint evaluates the network twice per step",
+        choices=SAMPLERS,
     )
     resolution: str | None = _option(
         None,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from mlx_sora.errors import UsageError
-from mlx_sora.sampling.base import NOISE_TIME, Field, Run, Step
+from mlx_sora.sampling.base import NOISE_TIME, Field, Run, Step, Stepper
 
 #: Area in pixels at which a single image's times are not shifted.
 BASE_AREA = 512 * 512
@@ -80,7 +80,7 @@ class RFlow:
             mx.eval(t)
         return t
 
-    def start(self, run: Run, /) -> RFlow:
+    def start(self, run: Run, /) -> Stepper:
         """The sampler itself: a straight line needs no history."""
         return self
 

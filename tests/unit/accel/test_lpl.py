@@ -15,28 +15,13 @@ from mlx_sora.accel.base import Job
 from mlx_sora.accel.lpl import AdaptiveLeap, FixedLeap, Leap, ReferenceLeap, Rule, TimedLeap
 from mlx_sora.modes import LPL
 from mlx_sora.sampling import SAMPLERS
-from mlx_sora.sampling.base import Field, Run, Sampler, Step
+from mlx_sora.sampling.base import Run, Step
 from mlx_sora.sampling.loop import Conditioning, StepResult, denoise
 from mlx_sora.sampling.noise import Noise
 from mlx_sora.sampling.rflow import RFlow
 from tests.unit.sampling.flows import Curved, Straight, latents, times
 
 SHAPE = (1, 3, 4, 4, 4)
-
-
-class Midpoint(RFlow):
-    """A second-order sampler: two evaluations per step."""
-
-    @property
-    def evaluations(self) -> int:
-        return 2
-
-    def step(self, field: Field, z: mx.array, v: mx.array, step: Step, /) -> mx.array:
-        middle = (step.t + step.t_next) / 2
-        return z + field(z + v * step.dt / 2, middle) * step.dt
-
-
-EVERY_SAMPLER: dict[str, Sampler] = {**SAMPLERS, "two evaluations": Midpoint()}
 
 
 def leap_of(results: Sequence[StepResult]) -> int | None:
@@ -96,10 +81,10 @@ def by_the_text(cosines: Sequence[float], rule: AdaptiveLeap, steps: int) -> int
     return None
 
 
-@pytest.mark.parametrize("name", EVERY_SAMPLER)
+@pytest.mark.parametrize("name", SAMPLERS)
 @pytest.mark.parametrize("steps", [0, 1, 5, 7])
 def test_fixed(name: str, steps: int) -> None:
-    flow, sampler = Curved(), EVERY_SAMPLER[name]
+    flow, sampler = Curved(), SAMPLERS[name]
     results = list(denoise(flow, latents(), times(8), sampler, policy=FixedLeap(steps)))
     plain = list(denoise(Curved(), latents(), times(8), sampler))
     assert leap_of(results) == steps
@@ -117,13 +102,13 @@ def test_fixed_beyond_the_end_never_leaps() -> None:
     assert mx.array_equal(results[-1].z, plain[-1].z)
 
 
-@pytest.mark.parametrize("name", EVERY_SAMPLER)
+@pytest.mark.parametrize("name", SAMPLERS)
 @pytest.mark.parametrize("steps", [10, 30])
 @pytest.mark.parametrize("frames", [17, 102])
 def test_a_time_is_the_same_for_every_schedule(name: str, steps: int, frames: int) -> None:
-    schedule = EVERY_SAMPLER[name].timesteps(steps, height=720, width=1280, num_frames=frames)
+    schedule = SAMPLERS[name].timesteps(steps, height=720, width=1280, num_frames=frames)
     flow = Straight(latents(1))
-    *_, last = denoise(flow, latents(), schedule, EVERY_SAMPLER[name], policy=TimedLeap(660))
+    *_, last = denoise(flow, latents(), schedule, SAMPLERS[name], policy=TimedLeap(660))
     assert last.leapt
     assert last.t <= 660 < float(schedule[last.step.index - 1, 0])
     assert mx.allclose(last.z, flow.end, rtol=0, atol=1e-5)
@@ -292,9 +277,9 @@ def test_runs_of_one_rule_do_not_disturb_each_other(rule: Rule) -> None:
         assert mx.array_equal(result.z, first.z)
 
 
-@pytest.mark.parametrize("name", EVERY_SAMPLER)
+@pytest.mark.parametrize("name", SAMPLERS)
 def test_the_record_says_where_and_what_was_saved(name: str) -> None:
-    sampler, flow = EVERY_SAMPLER[name], Curved()
+    sampler, flow = SAMPLERS[name], Curved()
     part = lpl.start(LPL.read("fixed:3"), Job(8, sampler.evaluations, 3))
     assert part.warnings == ()
     for result in denoise(flow, latents(), times(8), sampler, policy=part.policy):

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 
 import mlx.core as mx
 import numpy as np
-import pytest
 
-from mlx_sora.sampling.base import Field, Run, Step
+from mlx_sora.sampling.base import Run, Step
 from mlx_sora.sampling.loop import Conditioning, StepResult, denoise
+from mlx_sora.sampling.midpoint import Midpoint
 from mlx_sora.sampling.noise import Noise
 from mlx_sora.sampling.rflow import RFlow, add_noise
 from tests.unit.sampling.flows import SHAPE, Curved, Straight, latents, times
@@ -154,41 +153,6 @@ def test_rising_times_lead_back() -> None:
     *_, there = denoise(Curved(), latents(), times(400), RFlow())
     *_, back = denoise(Curved(), there.z, times(400)[::-1], RFlow())
     assert mx.allclose(back.z, latents(), atol=0.01)
-
-
-class Midpoint(RFlow):
-    """Two evaluations a step: what a sampler with stages asks of the loop."""
-
-    def step(self, field: Field, z: mx.array, v: mx.array, step: Step, /) -> mx.array:
-        middle = (step.t + step.t_next) / 2
-        return z + field(z + v * step.dt / 2, middle) * step.dt
-
-
-class TwoStepRun:
-    """Adams-Bashforth of order 2 on uniform times: what a sampler with history asks of it."""
-
-    def __init__(self) -> None:
-        self.last: mx.array | None = None
-
-    def step(self, field: Field, z: mx.array, v: mx.array, step: Step, /) -> mx.array:
-        last, self.last = self.last, v
-        if last is None or step.fresh is not None:
-            return z + v * step.dt
-        return z + (1.5 * v - 0.5 * last) * step.dt
-
-
-class TwoStep(RFlow):
-    def start(self, run: Run, /) -> TwoStepRun:  # type: ignore[override]
-        return TwoStepRun()
-
-
-@pytest.mark.parametrize("sampler", [Midpoint(), TwoStep()], ids=["stages", "history"])
-def test_other_methods_fit_the_protocol(sampler: RFlow) -> None:
-    def error(steps: int) -> float:
-        *_, last = denoise(Curved(), latents(), times(steps), sampler)
-        return float(mx.abs(last.z - Curved.end(latents())).max())
-
-    assert math.log(error(40) / error(160), 4) > 1.85
 
 
 def test_stages_see_given_frames_at_rest() -> None:

@@ -1,0 +1,70 @@
+"""What every sampler promises in the pipeline: it goes with every technique, and is recorded."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from mlx_sora import GenerationRequest, Pipeline, Video
+from mlx_sora.runtime.events import Finished, StepFinished
+from mlx_sora.sampling import SAMPLERS
+
+STEPS = 4
+SMALL = {"prompt": "a red circle", "seed": 3, "steps": STEPS, "num_frames": 17}
+SMALL |= {"width": 32, "height": 32}
+
+
+@pytest.fixture(scope="module")
+def pipe() -> Pipeline:
+    return Pipeline.from_pretrained("shapes")
+
+
+def made(pipe: Pipeline, sampler: str, **options: object) -> tuple[list[np.ndarray], Video]:
+    """The latents after each step, and the video."""
+    request = GenerationRequest.from_dict({**SMALL, "sampler": sampler, **options})
+    latents = []
+    for event in pipe.stream(request):
+        if isinstance(event, StepFinished):
+            latents.append(np.array(event.latents))
+        elif isinstance(event, Finished):
+            return latents, event.video
+    raise AssertionError("a run ends with Finished")
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_every_way_to_run_it_agrees(pipe: Pipeline, sampler: str) -> None:
+    plain, video = made(pipe, sampler)
+    assert video.metadata["settings"]["sampler"] == sampler
+    streamed, _ = made(pipe, sampler, ci_dl=True)
+    for a, b in zip(plain, streamed, strict=True):
+        assert np.array_equal(a, b)
+    apart, _ = made(pipe, sampler, sequential_guidance=True)
+    assert np.abs(apart[-1] - plain[-1]).max() < 1e-3
+    assert len(made(pipe, sampler, guidance=1.0)[0]) == STEPS
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_a_leap_counts_what_it_saves(pipe: Pipeline, sampler: str) -> None:
+    plain, leaping = made(pipe, sampler)[0], made(pipe, sampler, lpl="fixed:2")
+    for a, b in zip(plain[:2], leaping[0][:2], strict=True):
+        assert np.array_equal(a, b)
+    evaluations = SAMPLERS[sampler].evaluations
+    assert leaping[1].metadata["accelerations"]["lpl"]["evaluations_saved"] == 2 * evaluations - 1
+
+
+def test_all_stages_of_a_merged_step_are_merged(pipe: Pipeline) -> None:
+    """The plan counts on it: two evaluations in each of the merged steps."""
+    request = {**SMALL, "sampler": "midpoint"}
+    work = [
+        pipe.plan(GenerationRequest.from_dict({**request, "tdtm": tdtm})).stage("denoise").flops
+        for tdtm in ("off", "1", "2")
+    ]
+    assert work[0] - work[1] == pytest.approx(work[1] - work[2])
+    merged, video = made(pipe, "midpoint", tdtm="1")
+    assert video.metadata["accelerations"]["tdtm"]["merged_steps"] == 1
+    assert not np.array_equal(merged[0], made(pipe, "midpoint")[0][0])
+
+
+def test_samplers_differ(pipe: Pipeline) -> None:
+    ends = [made(pipe, sampler)[0][-1] for sampler in SAMPLERS]
+    assert all(np.abs(a - ends[0]).max() > 1e-3 for a in ends[1:])
