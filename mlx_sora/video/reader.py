@@ -1,0 +1,303 @@
+"""Reads pictures and videos: uint8 RGB, upright, and brought to size as Open-Sora 1.2 does it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice, pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mlx_sora.errors import UsageError
+from mlx_sora.geometry import Size
+
+if TYPE_CHECKING:
+    import numpy as np
+
+VIDEO_SUFFIXES = (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".gif")
+
+#: Intervals between frames may differ from the usual one by this share; more is another rate.
+JITTER = 0.5
+
+
+@dataclass(frozen=True)
+class Footage:
+    """Frames uint8 [F, H, W, 3] and how many of them a second shows."""
+
+    frames: np.ndarray
+    fps: float
+
+
+@dataclass(frozen=True)
+class VideoInfo:
+    """What a video file holds, as shown: upright size, number of frames, frames per second."""
+
+    size: Size
+    num_frames: int
+    fps: float
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How a picture fills a size: scaled, then cut to `size` in the middle."""
+
+    source: Size
+    scaled: Size
+    size: Size
+
+    @classmethod
+    def of(cls, source: Size, size: Size) -> Fit:
+        """Scaled by the factor that just covers `size`; mirrors ResizeCrop of Open-Sora 1.2."""
+        across, down = size.width / source.width, size.height / source.height
+        if down > across:
+            scaled = Size(round(source.width * down), size.height)
+        else:
+            scaled = Size(size.width, round(source.height * across))
+        return cls(source, scaled, size)
+
+    def __str__(self) -> str:
+        """What happens, such as "400x300, scaled to 320x240, cropped to 320x180"."""
+        parts = [str(self.source)]
+        if self.scaled != self.source:
+            parts.append(f"scaled to {self.scaled}")
+        if self.size != self.scaled:
+            parts.append(f"cropped to {self.size}")
+        return ", ".join(parts) if len(parts) > 1 else f"{self.source}, as it is"
+
+
+def is_video(path: str | Path) -> bool:
+    """Whether the file's name is that of a video."""
+    return Path(path).suffix.lower() in VIDEO_SUFFIXES
+
+
+def image_size(path: str | Path) -> Size:
+    """Upright size of a picture, from its header. Raises UsageError."""
+    with _opened_image(path) as image:
+        turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
+        width, height = image.size
+        return Size(height, width) if turned else Size(width, height)
+
+
+def read_image(path: str | Path, size: Size | None = None) -> np.ndarray:
+    """A picture as uint8 [H, W, 3], filled into `size` if there is one.
+
+    Turned as its EXIF orientation says; transparency lies on black; 16 bits become 8. Raises
+    UsageError for a file that is missing, no picture, or damaged.
+    """
+    import numpy as np
+    from PIL import ImageOps
+
+    with _opened_image(path) as image:
+        try:
+            picture: Any = _as_rgb(ImageOps.exif_transpose(image), Path(path))
+        except UsageError:
+            raise
+        except Exception as error:  # damaged files fail in many ways inside the library
+            raise _damaged(path, error) from None
+    if size is not None:
+        picture = _fill_image(picture, Fit.of(Size(*picture.size), size))
+    pixels: np.ndarray = np.array(picture)
+    return pixels
+
+
+def probe_video(path: str | Path) -> VideoInfo:
+    """Size, frames and rate of a video, from its index: nothing is decoded.
+
+    Raises UsageError for a file that is missing, no video, damaged, without frames, or whose frames
+    follow each other at varying intervals.
+    """
+    with _opened_video(path) as (container, stream):
+        try:
+            times = sorted(
+                packet.pts * packet.time_base
+                for packet in container.demux(stream)
+                if packet.pts is not None and packet.size
+            )
+        except Exception as error:
+            raise _damaged(path, error) from None
+        context = stream.codec_context
+        size, rate = Size(context.width, context.height), stream.average_rate
+    if not times or min(size) < 1:
+        raise UsageError(f"{path} holds no frames.", "Give a video with at least one.")
+    if len(times) > 1:
+        rate = _constant_rate(path, [float(b - a) for a, b in pairwise(times)])
+    first = next(_decoded(path))
+    return VideoInfo(Size(first.shape[1], first.shape[0]), len(times), float(rate or 1))
+
+
+def read_video(
+    path: str | Path,
+    max_frames: int | None = None,
+    *,
+    start: int = 0,
+    size: Size | None = None,
+) -> Footage:
+    """Frames `start` up to `start + max_frames` of a video, or up to its end.
+
+    size: each frame is filled into it as soon as it is decoded. Raises UsageError as `probe_video`
+    does, and where there is no frame in that range.
+    """
+    import numpy as np
+
+    info = probe_video(path)
+    stop = None if max_frames is None else start + max_frames
+    picked = islice(_decoded(path), start, stop)
+    frames = [frame if size is None else resize_and_crop(frame[None], size)[0] for frame in picked]
+    if not frames:
+        raise UsageError(
+            f"{path} has {info.num_frames} frames, none from number {start} on.",
+            "Ask for frames that it has.",
+        )
+    return Footage(np.stack(frames), info.fps)
+
+
+def resize_and_crop(frames: np.ndarray, size: Size) -> np.ndarray:
+    """Frames uint8 [F, H, W, 3] filled into `size`: [F, height, width, 3].
+
+    Bilinear between the four nearest pixels, without smoothing, as Open-Sora resizes videos.
+    """
+    import numpy as np
+
+    _, height, width, _ = frames.shape
+    fit = Fit.of(Size(width, height), size)
+    if fit.scaled == fit.source:
+        scaled = frames
+    else:
+        rows = _taps(height, fit.scaled.height)
+        columns = _taps(width, fit.scaled.width)
+        scaled = np.stack([_bilinear(frame, rows, columns) for frame in frames])
+    left, top = (fit.scaled.width - size.width) // 2, (fit.scaled.height - size.height) // 2
+    cut: np.ndarray = scaled[:, top : top + size.height, left : left + size.width]
+    return cut
+
+
+def upright(frame: Any) -> np.ndarray:
+    """Pixels of a PyAV frame, turned as its file wants them shown."""
+    import numpy as np
+
+    pixels: Any = frame.to_ndarray(format="rgb24")
+    turned: np.ndarray = np.rot90(pixels, round(frame.rotation / 90))
+    return turned
+
+
+def _taps(length: int, target: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """For each of `target` pixels: the two source pixels around it and the weight of the second."""
+    import numpy as np
+
+    centre = (np.arange(target) + 0.5) * (length / target) - 0.5
+    centre = np.maximum(centre, 0)
+    low = np.minimum(centre.astype(np.int64), length - 1)
+    return low, np.minimum(low + 1, length - 1), (centre - low).astype(np.float32)
+
+
+def _bilinear(frame: np.ndarray, rows: Any, columns: Any) -> np.ndarray:
+    import numpy as np
+
+    (top, bottom, down), (left, right, across) = rows, columns
+    down, across = down[:, None, None], across[:, None]
+    lines = frame[top] * (1 - down) + frame[bottom] * down
+    pixels: np.ndarray = lines[:, left] * (1 - across) + lines[:, right] * across
+    return np.rint(pixels).astype(np.uint8)
+
+
+def _fill_image(image: Any, fit: Fit) -> Any:
+    """A Pillow image scaled (bicubic) and cut, as Open-Sora does with pictures."""
+    from PIL import Image
+
+    if fit.scaled != fit.source:
+        image = image.resize(fit.scaled, Image.Resampling.BICUBIC)
+    # Python's own rounding, to even: what the reference uses for pictures, not for videos.
+    left = round((fit.scaled.width - fit.size.width) / 2)
+    top = round((fit.scaled.height - fit.size.height) / 2)
+    return image.crop((left, top, left + fit.size.width, top + fit.size.height))
+
+
+def _as_rgb(image: Any, path: Path) -> Any:
+    """A Pillow image of any mode as RGB of 8 bits."""
+    import numpy as np
+    from PIL import Image
+
+    if image.mode == "F":
+        raise UsageError(
+            f"{path} holds floating-point pixels, whose range is unknown.", "Save it as 8-bit PNG."
+        )
+    if image.mode.startswith("I"):
+        values = np.asarray(image).astype(np.float32) / 257
+        image = Image.fromarray(np.rint(np.clip(values, 0, 255)).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        black = Image.new("RGBA", image.size, (0, 0, 0, 255))
+        image = Image.alpha_composite(black, image)
+    return image.convert("RGB")
+
+
+@contextmanager
+def _opened_image(path: str | Path) -> Iterator[Any]:
+    from PIL import Image
+
+    _check_file(path)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            image = Image.open(path)
+    except Exception as error:
+        raise _damaged(path, error) from None
+    with image:
+        yield image
+
+
+@contextmanager
+def _opened_video(path: str | Path) -> Iterator[tuple[Any, Any]]:
+    """The container and its first video stream."""
+    import av
+
+    _check_file(path)
+    try:
+        container: Any = av.open(str(path))
+    except Exception as error:
+        raise _damaged(path, error) from None
+    with container:
+        if not container.streams.video:
+            raise UsageError(f"{path} has no video in it.", "Give a video file.")
+        yield container, container.streams.video[0]
+
+
+def _decoded(path: str | Path) -> Iterator[np.ndarray]:
+    """Frames one by one, upright. Raises UsageError for damage, and where there is none."""
+    with _opened_video(path) as (container, stream):
+        found = False
+        try:
+            for frame in container.decode(stream):
+                found = True
+                yield upright(frame)
+        except GeneratorExit:
+            raise
+        except Exception as error:
+            raise _damaged(path, error) from None
+        if not found:
+            raise UsageError(f"{path} holds no frames.", "Give a video with at least one.")
+
+
+def _constant_rate(path: str | Path, intervals: list[float]) -> float:
+    """Frames per second; raises UsageError where the intervals are not alike."""
+    usual = sorted(intervals)[len(intervals) // 2]
+    if usual <= 0 or any(abs(each - usual) > JITTER * usual for each in intervals):
+        shortest, longest = min(intervals), max(intervals)
+        raise UsageError(
+            f"{path} has a variable frame rate: its frames last {1000 * shortest:.0f} to "
+            f"{1000 * longest:.0f} ms.",
+            "Make the rate constant first, such as with ffmpeg -i IN -r 24 OUT.mp4.",
+        )
+    return len(intervals) / sum(intervals)
+
+
+def _check_file(path: str | Path) -> None:
+    if not Path(path).is_file():
+        raise UsageError(f"No such file: {path}.", "Give the path of a picture or a video.")
+
+
+def _damaged(path: str | Path, error: Exception) -> UsageError:
+    reason = (str(error).splitlines() or [type(error).__name__])[0][:120].rstrip(".")
+    return UsageError(f"Cannot read {path}: {reason}.", "Is it a picture or video, and whole?")
