@@ -198,8 +198,8 @@ def _bilinear(frame: np.ndarray, rows: Any, columns: Any) -> np.ndarray:
     (top, bottom, down), (left, right, across) = rows, columns
     down, across = down[:, None, None], across[:, None]
     lines = frame[top] * (1 - down) + frame[bottom] * down
-    pixels: np.ndarray = lines[:, left] * (1 - across) + lines[:, right] * across
-    return np.rint(pixels).astype(np.uint8)
+    pixels: np.ndarray = np.rint(lines[:, left] * (1 - across) + lines[:, right] * across)
+    return pixels.astype(np.uint8)
 
 
 def _fill_image(image: Any, fit: Fit) -> Any:
