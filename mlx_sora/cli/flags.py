@@ -6,7 +6,7 @@ import argparse
 import difflib
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import fields
 from typing import Any, NoReturn
 
@@ -30,7 +30,8 @@ class Parser(argparse.ArgumentParser):
     def _hint(self, message: str) -> str:
         wrong = re.match(r"unrecognized arguments: (-[^\s=]+)", message)
         if wrong:
-            flags = self._all_flags()
+            # What is spelt well belongs to another command.
+            flags = [flag for flag in self._all_flags() if flag != wrong[1]]
             near = difflib.get_close_matches(wrong[1], flags, n=1, cutoff=0.7)
             if near:
                 return f"Did you mean {near[0]}?"
@@ -42,16 +43,19 @@ class Parser(argparse.ArgumentParser):
         for action in self._actions:
             if isinstance(action, argparse._SubParsersAction):
                 for parser in action.choices.values():
-                    found += parser._option_string_actions
+                    found += parser._all_flags()
         return found
 
 
-def add_request_flags(parser: argparse.ArgumentParser) -> None:
-    """One flag per field. A flag that is not given leaves no trace in the namespace."""
+def add_request_flags(parser: argparse.ArgumentParser, without: Collection[str] = ()) -> None:
+    """One flag per field, but for those in `without`.
+
+    A flag that is not given leaves no trace in the namespace.
+    """
     groups: dict[str, Any] = {}
     defaults = {f.name: f.default for f in fields(GenerationRequest)}
     for name, option in options().items():
-        if not option.flags:
+        if not option.flags or name in without:
             continue
         if option.group not in groups:
             groups[option.group] = parser.add_argument_group(option.group)
@@ -67,6 +71,18 @@ def explicit_options(args: argparse.Namespace) -> dict[str, Any]:
             raise UsageError("--prompt - reads standard input, which is a terminal.", "Pipe it in.")
         typed["prompt"] = _read_stdin()
     return typed
+
+
+def as_words(values: Mapping[str, Any]) -> list[str]:
+    """The flags that `explicit_options` would read these values from."""
+    words = []
+    for name, value in values.items():
+        flag = options()[name].flags[0]
+        if isinstance(value, bool):
+            words.append(flag if value else f"--no-{flag.removeprefix('--')}")
+        else:
+            words.append(f"{flag}={value}")
+    return words
 
 
 def build_requests(

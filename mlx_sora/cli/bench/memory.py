@@ -1,0 +1,162 @@
+"""`bench memory`: seconds and peak memory of one request within several budgets."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mlx_sora.cli.bench.child import PEAK, Measured, measure
+from mlx_sora.cli.bench.files import Files
+from mlx_sora.cli.bench.memory_chart import draw_memory
+from mlx_sora.cli.flags import add_request_flags, as_words, explicit_options
+from mlx_sora.cli.generate import load_pipeline
+from mlx_sora.errors import MemoryBudgetError
+from mlx_sora.request import GenerationRequest
+from mlx_sora.runtime.events import STAGES
+from mlx_sora.runtime.profiles import parse_bytes, show_bytes
+
+if TYPE_CHECKING:
+    from mlx_sora.pipeline import Pipeline
+
+#: Options of `generate` that the bench decides itself.
+DECIDED = (
+    *("seed", "memory_budget", "device_profile", "ci_dl"),
+    *("output", "overwrite", "embed_metadata", "metadata"),
+)
+PROMPT = "a red circle moving right on a black background"
+
+HEADING = (
+    f"{'budget':<10}{'seconds':>9}{'encode':>9}{'denoise':>9}{'decode':>9}"
+    f"{'peak':>10}{'used':>7}{'peak MLX':>10}{'resident':>10}{'streamed':>10}"
+)
+
+#: Budgets from the smallest to what all resident needs, where none are given.
+SPREAD = 5
+
+
+@dataclass(frozen=True)
+class Row:
+    """One budget in bytes, None for all resident. Measured, or `reason` says why not."""
+
+    budget: int | None
+    measured: Measured | None = None
+    reason: str = ""
+
+
+def add_parser(benches: Any) -> None:
+    """Register the bench."""
+    parser = benches.add_parser(
+        "memory",
+        help="seconds and peak memory within several memory budgets",
+        description="Run one request without a memory budget and within several, each time in a "
+        "process of its own. The videos are thrown away. What is left open is the model's default.",
+    )
+    group = parser.add_argument_group("bench")
+    group.add_argument(
+        "--budgets",
+        type=parse_budgets,
+        metavar="BYTES,…",
+        help="such as 2GB,3.3GB,8GB; default: five, from the smallest that is possible to what all "
+        "resident needs",
+    )
+    group.add_argument(
+        *("--output", "-o"),
+        dest="folder",
+        metavar="FOLDER",
+        default="bench",
+        help="where memory.json and memory.png go; default: bench",
+    )
+    group.add_argument(
+        "--overwrite", dest="replacing", action="store_true", help="replace existing results"
+    )
+    group.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    add_request_flags(parser, DECIDED)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure without a budget and within each, print a row each, then write the results."""
+    options = {"prompt": PROMPT, **explicit_options(args), "seed": 0}
+    request = GenerationRequest.from_dict(options)
+    request.validate()
+    files = Files(Path(args.folder), "memory", args.replacing)
+    files.check()
+    pipeline = load_pipeline(request.model, request.dtype)
+    plan = pipeline.plan(request)
+    rows = []
+    print(HEADING, flush=True)
+    for budget in (None, *(args.budgets or spread(plan.smallest, plan.peak))):
+        row = measure_row(pipeline, request, budget)
+        print(line(row), flush=True)
+        rows.append(row)
+    result = record(pipeline, request, rows)
+    files.write(result, partial(draw_memory, result))
+    return 0
+
+
+def parse_budgets(text: str) -> list[int]:
+    """Bytes of `2GB,3.3GB`, from small to large, each once. Raises UsageError."""
+    return sorted({parse_bytes(word) for word in text.split(",")})
+
+
+def spread(smallest: int, peak: int) -> list[int]:
+    """Budgets from the smallest to the peak of all resident, in even ratios, of whole MB."""
+    ratio = max(1.0, peak / smallest)
+    steps = (smallest * ratio ** (i / (SPREAD - 1)) for i in range(SPREAD))
+    return sorted({-(-int(step) // 10**6) * 10**6 for step in steps})
+
+
+def measure_row(pipeline: Pipeline, request: GenerationRequest, budget: int | None) -> Row:
+    """Run within `budget`, or say why that is not possible. Raises ChildFailed."""
+    from mlx_sora.runtime.device import total_memory
+
+    if budget is not None:
+        request = replace(request, memory_budget=str(budget))
+    try:
+        needed = pipeline.plan(request).peak
+    except MemoryBudgetError:
+        smallest = show_bytes(pipeline.plan(replace(request, memory_budget=None)).smallest)
+        return Row(budget, reason=f"refused. The smallest budget that would do is {smallest}.")
+    if needed > total_memory():
+        has = show_bytes(total_memory())
+        return Row(
+            budget, reason=f"not run. It needs {show_bytes(needed)}, this machine has {has}."
+        )
+    return Row(budget, measure(as_words(request.to_dict())))
+
+
+def line(row: Row) -> str:
+    """The row as a line of the table."""
+    name = "none" if row.budget is None else show_bytes(row.budget)
+    found = row.measured
+    if found is None:
+        return f"{name:<10}  {row.reason}"
+    used = "-" if row.budget is None else f"{found.peak / row.budget:.0%}"
+    denoising = found.stream.get("denoise")
+    resident = f"{denoising['resident']} of {denoising['blocks']}" if denoising else "all"
+    read = sum(stage["bytes_read"] for stage in found.stream.values())
+    streamed = show_bytes(read) if denoising else "-"
+    stages = "".join(f"{found.stages[name]:>9.2f}" for name in STAGES)
+    return (
+        f"{name:<10}{found.seconds:>9.2f}{stages}{show_bytes(found.peak):>10}{used:>7}"
+        f"{show_bytes(found.mlx_peak):>10}{resident:>10}{streamed:>10}"
+    )
+
+
+def record(pipeline: Pipeline, request: GenerationRequest, rows: Sequence[Row]) -> dict[str, Any]:
+    """All of it as plain JSON values, with the settings and the machine."""
+    from mlx_sora.runtime.device import describe
+    from mlx_sora.settings import settle
+
+    plan = pipeline.plan(request)
+    return {
+        "settings": settle(request, pipeline.model)[0].to_dict(),
+        "plan": {"peak": plan.peak, "smallest": plan.smallest},
+        "peak_is": PEAK,
+        "rows": [asdict(row) for row in rows],
+        "machine": describe(),
+    }

@@ -1,0 +1,257 @@
+"""`bench memory`: real processes where that is what is tested, made-up figures elsewhere."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from mlx_sora import GenerationRequest, Pipeline
+from mlx_sora.cli.bench import child, files, memory
+from mlx_sora.cli.bench.child import ChildFailed, Measured, measure
+from mlx_sora.cli.bench.memory_chart import draw_memory
+from mlx_sora.cli.flags import add_request_flags, as_words, explicit_options
+from mlx_sora.cli.main import main
+from mlx_sora.errors import UsageError
+
+COMMAND = [sys.executable, "-m", "mlx_sora", "bench", "memory"]
+BENCH = ["bench", "memory", "--model", "shapes"]
+IMAGE = ["--num-frames", "1", "--steps", "2", "--width", "32", "--height", "32"]
+MB = 10**6
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[Sequence[str]]:
+    """Generations and pictures take no time; which flags were asked for."""
+    asked: list[Sequence[str]] = []
+
+    def measured(words: Sequence[str]) -> Measured:
+        asked.append(words)
+        stages = {"encode": 0.5, "denoise": 2.0, "decode": 1.0}
+        stream = {"denoise": {"resident": 1, "blocks": 4, "bytes_read": 5 * MB}}
+        budgeted = any("--memory-budget" in word for word in words)
+        return Measured(3.5, 4.0, 150 * MB, 20 * MB, stages, stream if budgeted else {})
+
+    monkeypatch.setattr(memory, "measure", measured)
+    monkeypatch.setattr(memory, "draw_memory", lambda result, path: path.write_bytes(b"a picture"))
+    return asked
+
+
+def smallest() -> int:
+    return Pipeline.from_pretrained("shapes").plan(GenerationRequest("a")).smallest
+
+
+def test_measured_in_processes_of_their_own(folder: Path) -> None:
+    budget = 400 * MB
+    words = ["--budgets", "100MB,400MB", *IMAGE, "-o", "results/here"]
+    run = subprocess.run([*COMMAND, *words], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    table = run.stdout.splitlines()
+    assert [row.split()[0] for row in table] == [
+        *("budget", "none", "100", "400", "results/here/memory.json", "results/here/memory.png")
+    ]
+    assert "refused" in table[2]
+    result = json.loads((folder / "results/here/memory.json").read_text())
+    free, refused, bounded = result["rows"]
+    assert refused["measured"] is None
+    assert [row["budget"] for row in (free, refused, bounded)] == [None, 100 * MB, budget]
+    assert 50 * MB < bounded["measured"]["peak"] <= budget
+    assert set(bounded["measured"]["stages"]) == {"encode", "denoise", "decode"}
+    assert 0 < bounded["measured"]["seconds"] < bounded["measured"]["wall"]
+    assert bounded["measured"]["stream"]["denoise"]["blocks"] == 4
+    assert free["measured"]["stream"] == {}
+    assert 0 < free["measured"]["mlx_peak"] < free["measured"]["peak"]
+    assert (result["settings"]["steps"], result["settings"]["width"]) == (2, 32)
+    with Image.open(folder / "results/here/memory.png") as image:
+        assert image.format == "PNG"
+        assert len(image.convert("RGB").getcolors(1 << 20)) > 20
+    assert sorted(path.name for path in folder.rglob("*.*")) == ["memory.json", "memory.png"]
+
+
+def test_default_budgets_span_what_is_possible(
+    folder: Path, asked: list[Sequence[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*BENCH, "--steps", "3", "--tdtm", "2", "--sequential-guidance"]) == 0
+    budgets = [word.split("=")[1] for words in asked for word in words if "memory-bud" in word]
+    assert len(asked) == 1 + len(budgets)
+    assert len(budgets) == memory.SPREAD
+    assert all({"--steps=3", "--tdtm=2", "--sequential-guidance"} <= set(words) for words in asked)
+    row = capsys.readouterr().out.splitlines()[2]
+    assert row.split()[2:6] == ["3.50", "0.50", "2.00", "1.00"]
+    assert row.endswith("1 of 4      5 MB")
+
+
+def test_spread() -> None:
+    assert memory.spread(281_400_000, 315_000_000) == [n * MB for n in (282, 290, 298, 307, 315)]
+    assert memory.spread(10**9, 16 * 10**9) == [n * 10**9 for n in (1, 2, 4, 8, 16)]
+    assert memory.spread(300 * MB, 200 * MB) == [300 * MB]
+
+
+def test_the_smallest_budget_is_measured_and_one_below_is_refused(
+    folder: Path, asked: list[Sequence[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    least = smallest()
+    assert main([*BENCH, "--budgets", f"{least},{least - 1},{least}"]) == 0
+    rows = json.loads((folder / "bench/memory.json").read_text())["rows"]
+    assert [row["measured"] is None for row in rows] == [False, True, False]
+    assert f"smallest budget that would do is {-(-least // MB)} MB" in rows[1]["reason"]
+    assert "refused" in capsys.readouterr().out
+
+
+def test_what_the_machine_cannot_hold_is_not_tried(
+    folder: Path, asked: list[Sequence[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    least = smallest()
+    monkeypatch.setattr("mlx_sora.runtime.device.total_memory", lambda: least)
+    assert main([*BENCH, "--budgets", str(least)]) == 0
+    result = json.loads((folder / "bench/memory.json").read_text())
+    free, bounded = result["rows"]
+    assert free["measured"] is None
+    assert "not run" in free["reason"]
+    assert bounded["measured"] is not None
+    assert len(asked) == 1
+    draw_memory(result, folder / "picture")
+    assert (folder / "picture").read_bytes().startswith(b"\x89PNG")
+
+
+def test_without_matplotlib_there_is_all_but_the_picture(
+    folder: Path,
+    asked: list[Sequence[str]],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(files, "find_spec", lambda name: None)
+    assert main([*BENCH, "--budgets", "1GB"]) == 0
+    captured = capsys.readouterr()
+    assert 'pip install "mlx_sora[bench]"' in captured.err
+    assert captured.err.count("\n") == 1
+    assert captured.out.splitlines()[1].startswith("none")
+    assert [path.name for path in (folder / "bench").iterdir()] == ["memory.json"]
+
+
+def test_results_are_replaced_only_when_asked(
+    folder: Path, asked: list[Sequence[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "bench").mkdir()
+    for name in ("memory.json", "memory.png"):
+        (folder / "bench" / name).write_text("precious")
+        assert main([*BENCH, "--budgets", "1GB"]) == 2
+        assert "--overwrite" in capsys.readouterr().err
+        assert (folder / "bench" / name).read_text() == "precious"
+    assert asked == []
+    assert main([*BENCH, "--budgets", "1GB", "--overwrite"]) == 0
+    assert json.loads((folder / "bench/memory.json").read_text())["rows"]
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--budgets", "3 parsecs"], "3.3GB"),
+        (["--budgets", "1GB,,2GB"], "no amount"),
+        (["--memory-budget", "1GB"], "unrecognized arguments: --memory-budget 1GB. See"),
+        (["--budgetss", "1GB"], "--budgets"),
+        (["--num-frames", "5"], "17"),
+        (["-o", "file/below"], "no folder"),
+    ],
+    ids=str,
+)
+def test_mistakes_are_one_line(
+    folder: Path,
+    asked: list[Sequence[str]],
+    capsys: pytest.CaptureFixture[str],
+    words: list[str],
+    says: str,
+) -> None:
+    (folder / "file").touch()
+    assert main([*BENCH, *words]) == 2
+    captured = capsys.readouterr()
+    assert says in captured.err
+    assert captured.err.count("\n") == 1
+    assert asked == []
+    assert [path.name for path in folder.iterdir()] == ["file"]
+
+
+def test_a_bench_must_be_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench"]) == 2
+    assert main(["bench", "memory2"]) == 2
+    assert "memory" in capsys.readouterr().err
+
+
+def test_a_failing_generation_fails_the_bench_with_its_code(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(ChildFailed, match=r"gone.*") as error:
+        measure(["-p", "a", "--model", "gone"])
+    assert error.value.exit_code == 4
+
+    def failing(words: Sequence[str]) -> Measured:
+        raise error.value
+
+    monkeypatch.setattr(memory, "measure", failing)
+    assert main([*BENCH, "--budgets", "1GB"]) == 4
+    assert "gone" in capsys.readouterr().err
+    assert list(folder.iterdir()) == []
+
+
+def test_what_ends_a_child_without_a_word() -> None:
+    assert "signal 9" in child._failure(-9, "", "").message
+    assert child._failure(1, "", "some\nlast line\n").message == "last line"
+
+
+def test_an_interrupt_ends_the_child(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[subprocess.Popen[str]] = []
+    real = subprocess.Popen
+
+    def popen(*words: object, **more: object) -> subprocess.Popen[str]:
+        started.append(real(*words, **more))  # type: ignore[call-overload]
+        return started[0]
+
+    def interrupt(*words: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(subprocess, "Popen", popen)
+    monkeypatch.setattr(child._Watch, "take", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        measure(["-p", "a", "--model", "shapes", "--steps", "1000"])
+    assert started[0].returncode == 130
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda n: n.name)
+def test_an_interrupt_leaves_nothing(folder: Path, number: signal.Signals) -> None:
+    words = [*COMMAND, "--steps", "1000", "--budgets", "1GB"]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    process.stdout.readline()  # the heading: the first child is about to start
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert errors.splitlines()[-1] == "error: interrupted."
+    assert list(folder.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"prompt": "--a 'b' =c"},
+        {"prompt": "a", "steps": 3, "guidance": 2.5, "sequential_guidance": True},
+        {"prompt": "a", "embed_metadata": False, "num_frames": "2s", "aspect_ratio": "16:9"},
+    ],
+    ids=str,
+)
+def test_flags_are_read_back_as_they_were(options: dict[str, object]) -> None:
+    parser = argparse.ArgumentParser()
+    add_request_flags(parser)
+    assert explicit_options(parser.parse_args(as_words(options))) == options
+
+
+def test_parse_budgets() -> None:
+    assert memory.parse_budgets("3.3GB,2GB,2000MB") == [2 * 10**9, 3_300_000_000]
+    with pytest.raises(UsageError):
+        memory.parse_budgets("")
