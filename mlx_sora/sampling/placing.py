@@ -31,7 +31,7 @@ def resolve(
     frames: int,
     unit: int | None = None,
 ) -> list[Span]:
-    """The placements of loop `loop`, for references of `lengths` latent frames and a clip of `frames`.
+    """The placements of one loop; references have `lengths` latent frames, the clip has `frames`.
 
     Negative starts count from the end; unit: starts move to its multiples (see `align`). What
     reaches beyond either end is cut off. Raises UsageError for a reference that does not exist, and
