@@ -1,16 +1,24 @@
-"""The options table of the README, from `GenerationRequest`. As a module, writes it in place."""
+"""Tables of the README that follow from the package. As a module, writes them in place."""
 
 from __future__ import annotations
 
 import re
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
+from mlx_sora.errors import MemoryBudgetError
+from mlx_sora.geometry import Size, plan_geometry
 from mlx_sora.options import Option
 from mlx_sora.request import GenerationRequest, options
+from mlx_sora.runtime.estimate import DEVICES, Device, Estimate, estimate
+from mlx_sora.runtime.plan import Job, Model
+from mlx_sora.runtime.shapes import shape_sizes
 
 README = Path(__file__).parents[2] / "README.md"
-_BLOCK = re.compile(r"(<!-- options: .*? -->\n).*?(<!-- /options -->)", re.DOTALL)
+_BLOCK = re.compile(r"(<!-- (\w+): .*? -->\n).*?(<!-- /\2 -->)", re.DOTALL)
+
+#: What is estimated: 240p at 16:9, a prompt of 60 tokens, 30 steps, weights in bfloat16.
+_SIZE, _LENGTHS, _TOKENS, _STEPS, _ITEMSIZE = Size(426, 240), (51, 102), 60, 30, 2
 
 
 def _flags(option: Option, default: object) -> str:
@@ -36,10 +44,41 @@ def options_table() -> str:
     return "\n".join(rows) + "\n"
 
 
-def with_table(text: str) -> str:
-    """README `text` with the table between its markers renewed."""
-    return _BLOCK.sub(lambda match: match[1] + options_table() + match[2], text)
+def estimates_table() -> str:
+    """Markdown table: one row per class of machines; times of each length, and its peak memory."""
+    model = shape_sizes(_ITEMSIZE)
+    lengths = " | ".join(f"{frames} frames | peak" for frames in _LENGTHS)
+    rows = [f"| machine | {lengths} |", f"|---{'|---|---' * len(_LENGTHS)}|"]
+    for device in DEVICES:
+        cells = [cell for frames in _LENGTHS for cell in _estimate(model, frames, device)]
+        rows.append(f"| {device.name} | {' | '.join(cells)} |")
+    return "\n".join(rows) + "\n"
+
+
+def _estimate(model: Model, frames: int, device: Device) -> tuple[str, str]:
+    """Time and peak; an asterisk where guidance has to take two passes."""
+    job, mark = Job(plan_geometry(_SIZE, frames), _TOKENS, _STEPS), ""
+    try:
+        found = estimate(model, job, device, _ITEMSIZE)
+    except MemoryBudgetError:
+        found, mark = estimate(model, replace(job, sequential=True), device, _ITEMSIZE), " \\*"
+    return _duration(found) + mark, f"{found.plan.peak / 1e9:.1f} GB"
+
+
+def _duration(found: Estimate) -> str:
+    """No more digits than an estimate bears."""
+    if found.total < 100:
+        return f"{round(found.total / 10) * 10} s"
+    return f"{found.total / 60:.0f} min"
+
+
+TABLES = {"options": options_table, "estimates": estimates_table}
+
+
+def with_tables(text: str) -> str:
+    """README `text` with the tables between their markers renewed."""
+    return _BLOCK.sub(lambda match: match[1] + TABLES[match[2]]() + match[3], text)
 
 
 if __name__ == "__main__":
-    README.write_text(with_table(README.read_text(encoding="utf-8")), encoding="utf-8")
+    README.write_text(with_tables(README.read_text(encoding="utf-8")), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Every command and program in the README works, and its table of options is the real one."""
+"""Every command and program in the README works, and its tables are the real ones."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.invariants.readme import README, with_table
+from tests.invariants.readme import README, TABLES, with_tables
 
 TEXT = README.read_text(encoding="utf-8")
 SETUP = (
@@ -62,8 +62,13 @@ def test_program(program: str, folder: Path) -> None:
     run([sys.executable, "-c", program], folder)
 
 
-def test_the_options_table_is_in_step() -> None:
-    assert with_table(TEXT) == TEXT, "run: python -m tests.invariants.readme"
+def test_the_tables_are_in_step() -> None:
+    assert with_tables(TEXT) == TEXT, "run: python -m tests.invariants.readme"
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_each_table_has_its_place(name: str) -> None:
+    assert TEXT.count(f"<!-- {name}: ") == TEXT.count(f"<!-- /{name} -->") == 1
 
 
 def test_links_into_the_repository_exist() -> None:
