@@ -12,7 +12,7 @@ from dataclasses import replace
 import mlx.core as mx
 
 from mlx_sora.errors import MemoryBudgetError
-from mlx_sora.runtime.memory import memory_scope
+from mlx_sora.runtime.memory import memory_scope, returned_at_once
 from mlx_sora.runtime.needs import MIN_CACHE, OUTSIDE, Need, find_needs
 from mlx_sora.runtime.plan import Job, Machine, Model, Plan, StagePlan, Weights
 from mlx_sora.runtime.profiles import show_bytes
@@ -59,12 +59,12 @@ def make_plan(
 
 @contextmanager
 def within(stage: StagePlan) -> Iterator[None]:
-    """Run a stage under the limits of its plan.
+    """Run a stage under the limits of its plan, without holes in the heap.
 
     Left alone, MLX's scheduler allocates for operations far ahead of the one that runs, which
     nearly doubles the peak. Where that does not fit it is held back, which keeps a core busy.
     """
-    with memory_scope(stage.cache_limit):
+    with memory_scope(stage.cache_limit), returned_at_once():
         previous = mx.set_memory_limit(stage.memory_limit)
         try:
             yield

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import gc
+import platform
+import subprocess
+import sys
 import time
 
 import mlx.core as mx
@@ -114,3 +117,39 @@ def test_without_a_current_value_the_record_stands_in(monkeypatch: pytest.Monkey
         busy(1, 0.0)
     assert meter.usage is not None
     assert meter.usage.peak_rss == memory.max_rss()
+
+
+HOLES = """
+import ctypes, sys
+from contextlib import nullcontext
+from mlx_sora.runtime.memory import current_rss, returned_at_once
+
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+libc.memset.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t]
+
+def allocate(size):
+    pointer = libc.malloc(size)
+    libc.memset(pointer, 1, size)
+    return pointer
+
+libc.free(allocate(30 << 20))  # from here on, glibc takes such sizes from the heap
+with returned_at_once() if sys.argv[1] == "scope" else nullcontext():
+    blocks = [allocate(4 << 20) for _ in range(32)]
+    before = current_rss()
+    for block in blocks[:-1]:
+        libc.free(block)
+    print(before - current_rss())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
+def test_freed_memory_returns_to_the_system_at_once() -> None:
+    def returned(how: str) -> int:
+        done = subprocess.run(
+            [sys.executable, "-c", HOLES, how], capture_output=True, text=True, check=True
+        )
+        return int(done.stdout)
+
+    assert returned("plain") < 16 << 20, "glibc no longer keeps holes: the scope may go"
+    assert returned("scope") > 120 << 20

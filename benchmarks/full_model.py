@@ -1,0 +1,114 @@
+"""Writes a model folder of the published shapes with random weights: T5-XXL, STDiT3-XL/2, VAE v1.2.
+
+    python -m benchmarks.full_model FOLDER [--dtype bfloat16]
+
+12 GB in bfloat16, 24 in float32. Time, memory and reading are those of the published model; what it
+makes is noise. Rotary frequencies, norms and the latent statistics are plain, so that nothing
+overflows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from collections.abc import Mapping
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+ROOT = Path(__file__).resolve().parents[1]
+SHAPES = ROOT / "tests" / "parity" / "golden"
+TOKENIZER = ROOT / "weights" / "shapes" / "tokenizer"
+
+CONFIGS: Mapping[str, Mapping[str, Any]] = {
+    "transformer": {
+        "model_type": "STDiT3",
+        "depth": 28,
+        "hidden_size": 1152,
+        "num_heads": 16,
+        "caption_channels": 4096,
+        "model_max_length": 300,
+        "pred_sigma": True,
+        "qk_norm": True,
+        "patch_size": [1, 2, 2],
+    },
+    "vae": {
+        "model_type": "VideoAutoencoderPipeline",
+        "vae_2d": {"type": "VideoAutoencoderKL", "micro_batch_size": 4},
+        "vae_temporal": {"type": "VAE_Temporal_SD", "from_pretrained": None},
+        "micro_frame_size": 17,
+        "shift": [0.0, 0.0, 0.0, 0.0],
+        "scale": [1.0, 1.0, 1.0, 1.0],
+    },
+    "text_encoder": {"d_model": 4096, "d_ff": 10240, "num_layers": 24, "vocab_size": 32128},
+}
+MANIFESTS = {"transformer": "stdit3_xl2", "vae": "vae_v1_2", "text_encoder": "t5_xxl"}
+
+#: Tensors up to this many bytes go together into one file, as the hub's own shards do.
+SHARD = 4 << 30
+
+
+def random_tensor(key: str, shape: tuple[int, ...], dtype: mx.Dtype, noise: mx.array) -> mx.array:
+    """Weights that keep activations near one: deviation 1/√inputs; norms 1, biases 0."""
+    if key in ("scale", "shift"):
+        return mx.full(shape, 1.0 if key == "scale" else 0.0, dtype)
+    if key == "rope.freqs":
+        return (10000.0 ** -(mx.arange(shape[0]) / shape[0])).astype(dtype)
+    if len(shape) == 1:
+        return mx.full(shape, 0.0 if key.endswith("bias") else 1.0, dtype)
+    count, inputs = prod(shape), prod(shape[1:])
+    repeats = -(-count // noise.size)
+    drawn = mx.concatenate([noise] * repeats)[:count] if repeats > 1 else noise[:count]
+    return (drawn.reshape(shape) * inputs**-0.5).astype(dtype)
+
+
+def write_part(folder: Path, part: str, dtype: mx.Dtype) -> None:
+    """One network: config.json, shards and their index."""
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(CONFIGS[part]))
+    manifest = json.loads((SHAPES / f"manifest_{MANIFESTS[part]}.json").read_text())
+    noise = mx.random.normal((1 << 24,), key=mx.random.key(0))
+    shards: list[dict[str, mx.array]] = [{}]
+    weight_map, held = {}, 0
+    for key, (shape, _) in manifest.items():
+        tensor = random_tensor(key, tuple(shape), dtype, noise)
+        if held + tensor.nbytes > SHARD and held:
+            _save(folder, shards[-1], len(shards))
+            shards, held = [*shards[:-1], {}, {}], 0
+        shards[-1][key] = tensor
+        weight_map[key] = _name(len(shards))
+        held += tensor.nbytes
+    _save(folder, shards[-1], len(shards))
+    index = {"metadata": {}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def _name(number: int) -> str:
+    return f"model-{number:05}.safetensors"
+
+
+def _save(folder: Path, shard: dict[str, mx.array], number: int) -> None:
+    mx.save_safetensors(str(folder / _name(number)), shard)
+    mx.clear_cache()
+
+
+def write_model(folder: Path, dtype: mx.Dtype = mx.bfloat16) -> None:
+    """All parts, and the tokenizer of the bundled model, which is the real one."""
+    for part in CONFIGS:
+        write_part(folder / part, part, dtype)
+    shutil.copytree(TOKENIZER, folder / "tokenizer")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
+    options = parser.parse_args()
+    write_model(options.folder, getattr(mx, options.dtype))
+
+
+if __name__ == "__main__":
+    main()
