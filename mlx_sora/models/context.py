@@ -67,9 +67,20 @@ class AllTokens:
         return x
 
 
+class ValuePolicy(Protocol):
+    """What attention within frames hands out for its values, block by block."""
+
+    def values(self, v: mx.array, block: int) -> mx.array:
+        """v [B · T, heads, S, head size] of spatial block `block`, or what stands for it."""
+
+
 @dataclass(frozen=True)
 class Context(Generic[Block]):
-    """What one run puts into the seams. blocks: None means the network's own, resident."""
+    """What one run puts into the seams. blocks: None means the network's own, resident.
+
+    values: None leaves every attention its own.
+    """
 
     blocks: BlockProvider[Block] | None = None
     tokens: TokenPolicy = field(default_factory=AllTokens)
+    values: ValuePolicy | None = None

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import mlx.core as mx
 from mlx import nn
@@ -169,8 +170,14 @@ class STDiT3(nn.Module):
             if index not in conditions.keys_values:
                 first, second = (block.cross_attn.keys_values(conditions.text) for block in pair)
                 conditions.keys_values[index] = (first, second)
-            for block, text in zip(pair, conditions.keys_values[index], strict=True):
-                x = block(x, modulation, text, conditions.text_mask, self.rope, context.tokens)
+            values = context.values
+            # Bound to the block's number; blocks along time keep their values.
+            own = None if values is None else partial(values.values, block=index)
+            rest = (conditions.text_mask, self.rope, context.tokens)
+            for block, text, exchange in zip(
+                pair, conditions.keys_values[index], (own, None), strict=True
+            ):
+                x = block(x, modulation, text, *rest, exchange)
             blocks.done(index, x)
         return x
 

@@ -7,7 +7,7 @@ residual stream is float32 [B, T, S, C]; matrix products run in the network's ow
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,9 @@ from mlx_sora.models.ops import attention, gelu_tanh, in_pieces, silu
 #: Width of the sinusoids that times and frame rates become, and their longest period.
 FREQUENCIES = 256
 MAX_PERIOD = 10000.0
+
+#: What attention is to use in place of its values, [B', heads, L, head size] as they are.
+Exchange = Callable[[mx.array], mx.array]
 
 #: Text keys and values of one attention, each [B, heads, L, head size].
 KeysValues = tuple[mx.array, mx.array]
@@ -208,7 +211,7 @@ class SelfAttention(nn.Module):
             self.q_norm = nn.RMSNorm(config.head_dim, eps=1e-6)
             self.k_norm = nn.RMSNorm(config.head_dim, eps=1e-6)
 
-    def __call__(self, x: mx.array, rope: Rope) -> mx.array:
+    def __call__(self, x: mx.array, rope: Rope, exchange: Exchange | None = None) -> mx.array:
         """[B, T, S, C] to [B, T, S, C]; rope serves temporal attention only."""
         batch, frames, tokens, channels = x.shape
         outer, inner = (tokens, frames) if self.temporal else (frames, tokens)
@@ -219,6 +222,8 @@ class SelfAttention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         if self.temporal and frames > 1:
             q, k = rope(q), rope(k)
+        if exchange is not None:
+            v = exchange(v)
         out = attention(q, k, v, scale=q.shape[-1] ** -0.5)
         out = out.reshape(batch, outer, self.heads, inner, -1)
         out = out.transpose((0, 3, 1, 2, 4) if self.temporal else (0, 1, 3, 2, 4))
@@ -277,13 +282,17 @@ class STDiT3Block(nn.Module):
         mask: mx.array | None,
         rope: Rope,
         tokens: TokenPolicy,
+        exchange: Exchange | None = None,
     ) -> mx.array:
-        """x [B, T, S, C], modulation float32 [B, 1 or T, 6, C] to x [B, T, S, C]."""
+        """x [B, T, S, C], modulation float32 [B, 1 or T, 6, C] to x [B, T, S, C].
+
+        exchange: of the self-attention's values.
+        """
         frames = x.shape[1]
         table = self.scale_shift_table.astype(mx.float32) + modulation
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = mx.split(table, 6, axis=2)
         h = tokens.merge(modulate(self.norm1(x), shift, scale).astype(self.dtype))
-        x = x + gate * tokens.unmerge(self.attn(h, rope), frames)
+        x = x + gate * tokens.unmerge(self.attn(h, rope, exchange), frames)
         h = tokens.merge(x.astype(self.dtype))
         x = x + tokens.unmerge(self.cross_attn(h, text, mask), frames)
         h = modulate(self.norm2(x), mlp_shift, mlp_scale).astype(self.dtype)
