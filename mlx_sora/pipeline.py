@@ -170,8 +170,21 @@ class Pipeline:
         text_tokens: int,
     ) -> Plan:
         """Memory, reading and work per stage. Reads headers only; raises MemoryBudgetError."""
+        work = self._work(request, settings, accelerations, text_tokens)
+        machine = Machine(on_gpu(), default_cache_limit() or total_memory(), dtype.size)
+        sizes = model_sizes(self.model, dtype)
+        return make_plan(sizes, work, machine, settings.memory_budget, streamed=request.ci_dl)
+
+    def _work(
+        self,
+        request: GenerationRequest,
+        settings: Settings,
+        accelerations: Accelerations,
+        text_tokens: int,
+    ) -> Work:
+        """What the run is about, as far as memory and work go."""
         per_step = SAMPLERS[settings.sampler].evaluations
-        work = Work(
+        return Work(
             geometry=settings.geometry,
             text_tokens=text_tokens,
             evaluations=settings.steps * per_step,
@@ -179,9 +192,6 @@ class Pipeline:
             guided=settings.guidance != 1,
             sequential=request.sequential_guidance,
         )
-        machine = Machine(on_gpu(), default_cache_limit() or total_memory(), dtype.size)
-        sizes = model_sizes(self.model, dtype)
-        return make_plan(sizes, work, machine, settings.memory_budget, streamed=request.ci_dl)
 
     def _events(self, run: Run) -> Generator[Event, None, None]:
         yield from (Warned(warning) for warning in run.warnings)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from mlx_sora.models.stdit3_blocks import STDiT3Config
 from mlx_sora.models.vae import chunk_plan
 from mlx_sora.runtime import flops
 from mlx_sora.runtime.activations import (
@@ -179,20 +180,36 @@ def _denoising(model: Model, job: Job, mode: Mode) -> BlocksNeed:
     config, guided = model.transformer, 2 if job.guided else 1
     grid = Grid.of(config, job.geometry.latent, job.batch, job.text_tokens)
     everyone = replace(grid, batch=guided)
-    plain, merged = (flops.transformer_flops(config, everyone, merged=m) for m in (False, True))
+    groups = [everyone, replace(grid, batch=1)] if job.inverts else [everyone]
+    plain, merged = (
+        sum(flops.transformer_flops(config, group, merged=m) for group in groups)
+        for m in (False, True)
+    )
     return BlocksNeed(
         stage="denoise",
-        fixed=OUTSIDE + model.transformer_weights.rest + keys_values(config, everyone, mode),
+        fixed=OUTSIDE
+        + model.transformer_weights.rest
+        + keys_values(config, everyone, mode)
+        + job.kept,
         work=transformer_work(config, grid, mode),
         weights=model.transformer_weights,
         passes=job.passes,
         throttled=mode.throttled,
-        # The pass without prompt has keys and values of its own.
-        reserve=keys_values(config, grid, mode) if job.guided and job.sequential else 0,
-        flops=flops.preparation_flops(config, everyone)
+        reserve=_later(config, grid, job, mode),
+        flops=sum(flops.preparation_flops(config, group) for group in groups)
         + (job.evaluations - job.merged) * plain
         + job.merged * merged,
     )
+
+
+def _later(config: STDiT3Config, grid: Grid, job: Job, mode: Mode) -> int:
+    """Bytes that denoising holds, but not after its first pass."""
+    if job.inverts:  # that pass has no guidance and has kept the values of one evaluation at most
+        first, last = replace(grid, batch=1), replace(grid, batch=2 if job.guided else 1)
+        wider = transformer_work(config, grid, mode) - transformer_work(config, first, mode)
+        return job.kept + keys_values(config, last, mode) + wider
+    # The pass without prompt has keys and values of its own.
+    return keys_values(config, grid, mode) if job.guided and job.sequential else 0
 
 
 def _decoding(model: Model, job: Job, mode: Mode) -> DecodingNeed:

@@ -53,7 +53,8 @@ class Model:
 class Job:
     """One run. evaluations: velocities that are computed; merged: of them, with merged tokens.
 
-    guided: with and without prompt, in one pass or (sequential) in two.
+    guided: with and without prompt, in one pass or (sequential) in two. inverts: as many before
+    them, without guidance, that lead from a video to its noise; kept: bytes that these leave.
     """
 
     geometry: Geometry
@@ -62,6 +63,8 @@ class Job:
     merged: int = 0
     guided: bool = True
     sequential: bool = False
+    inverts: bool = False
+    kept: int = 0
 
     @property
     def batch(self) -> int:
@@ -69,7 +72,8 @@ class Job:
 
     @property
     def passes(self) -> int:
-        return self.evaluations * (2 if self.guided and self.sequential else 1)
+        each = (2 if self.guided and self.sequential else 1) + self.inverts
+        return self.evaluations * each
 
 
 @dataclass(frozen=True)

@@ -190,3 +190,23 @@ def test_limits_hold_within_a_stage_and_are_given_back() -> None:
     with pytest.raises(KeyError, match=str(stage.memory_limit)), within(stage):
         raise KeyError(mx.get_memory_limit())
     assert mx.set_memory_limit(before) == 12 * GB
+
+
+def test_inversion_doubles_the_evaluations_but_not_the_guided_ones() -> None:
+    plain, both = (make_plan(XL, job(inverts=i), CPU).stage("denoise") for i in (False, True))
+    unguided = make_plan(XL, job(guided=False), CPU).stage("denoise")
+    assert both.flops == plain.flops + unguided.flops
+    assert job(inverts=True).passes == 60
+    assert job(inverts=True, sequential=True).passes == 90
+
+
+def test_kept_values_need_their_room() -> None:
+    budget, kept = 4 * GB, GB
+    plain, keeping = (
+        make_plan(XL, job(inverts=True, kept=n), CPU, budget).stage("denoise") for n in (0, kept)
+    )
+    assert keeping.peak <= budget
+    assert keeping.resident < plain.resident
+    assert keeping.reserve == plain.reserve + kept
+    with pytest.raises(MemoryBudgetError):
+        make_plan(XL, job(inverts=True, kept=budget), CPU, budget)
