@@ -8,7 +8,7 @@ that stops listening ends the run and leaves no file behind.
 from __future__ import annotations
 
 import logging
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -25,6 +25,7 @@ from mlx_sora.loading.checkpoint import Checkpoint
 from mlx_sora.loading.model_folder import BUNDLED, PUBLISHED, ModelFolder, find_model
 from mlx_sora.loading.networks import load_vae
 from mlx_sora.loading.sizes import model_sizes
+from mlx_sora.models.context import Context
 from mlx_sora.models.ops import on_gpu
 from mlx_sora.models.stdit3 import BlockPair, STDiT3
 from mlx_sora.request import GenerationRequest
@@ -239,7 +240,7 @@ class Pipeline:
         """One event per step; the finished latents at the end."""
         settings, geometry = run.settings, run.settings.geometry
         velocity = guided(
-            partial(_bind, network, run, blocks),
+            partial(bound, network, run, lambda i, t: run.accelerations.context(i, blocks)),
             [text],
             network.null_text,
             settings.guidance,
@@ -254,7 +255,7 @@ class Pipeline:
         every = run.request.preview_every
         for done in denoise(velocity, z, times, sampler, policy=run.accelerations.policy):
             z, index = done.z, done.step.index
-            _check_finite(z, index)
+            check_finite(z, index)
             run.accelerations.watch(done)
             merges = run.accelerations.merges
             if blocks is not None and merges(index) != merges(index + 1):
@@ -307,10 +308,16 @@ class Pipeline:
         )
 
 
-def _bind(
-    network: STDiT3, run: Run, blocks: BlockStream[BlockPair] | None, text: Sequence[mx.array]
+def bound(
+    network: STDiT3,
+    run: Run,
+    context: Callable[[int, mx.array], Context[BlockPair]],
+    text: Sequence[mx.array],
 ) -> Network:
-    """The network for the video of `run` under one text [n, C] per sample."""
+    """The network for the video of `run` under one text [n, C] per sample.
+
+    context: what fills the network's seams in a step (by index) at flow times t [B].
+    """
     settings, geometry = run.settings, run.settings.geometry
     conditions = network.prepare(
         text,
@@ -321,12 +328,13 @@ def _bind(
     )
 
     def velocity(z: mx.array, t: mx.array, x_mask: mx.array | None, index: int) -> mx.array:
-        return network(z, t, conditions, x_mask, run.accelerations.context(index, blocks))
+        return network(z, t, conditions, x_mask, context(index, t))
 
     return velocity
 
 
-def _check_finite(z: mx.array, index: int) -> None:
+def check_finite(z: mx.array, index: int) -> None:
+    """Raise NumericsError where latents have left the numbers after step `index`."""
     if not mx.isfinite(z).all().item():
         raise NumericsError(
             f"NaN or Inf in the latents after denoising step {index + 1}.",

@@ -30,6 +30,7 @@ class Run:
     output: where the video goes, None to keep its frames. accelerations: what is at work in this
     run. plan: memory and reading, stage by stage. streamed: what streams of blocks have read, by
     stage. seconds, memory: per finished stage, wall seconds and peak of the resident set in bytes.
+    more: what else the metadata tell, for a task of its own.
     """
 
     request: GenerationRequest
@@ -43,6 +44,7 @@ class Run:
     streamed: dict[str, dict[str, Any]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     memory: dict[str, int] = field(default_factory=dict)
+    more: dict[str, Any] = field(default_factory=dict)
 
     def note_stream(self, stage: str, stream: BlockStream[Any] | None) -> None:
         """Record what a stream of blocks did in `stage`; None where all blocks were in memory."""
@@ -75,7 +77,7 @@ class Run:
         done = self.accelerations.record()
         if self.streamed:
             done["ci_dl"] = self.streamed
-        return record | {"accelerations": done}
+        return record | {"accelerations": done} | self.more
 
     def video(self, path: Path | None, frames: np.ndarray | None) -> Video:
         """The result, once all stages are over."""
