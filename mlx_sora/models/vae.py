@@ -230,6 +230,40 @@ class VideoVAE(nn.Module):
             mx.eval(parts[-1])
         return (mx.concatenate(parts, axis=1) - self.shift) / self.scale
 
+    def encode_chunks(
+        self,
+        chunks: Iterable[mx.array],
+        micro_batch: int | None = None,
+        *,
+        in_turn: bool = False,
+    ) -> Iterator[mx.array]:
+        """Encode chunks of one or of several clips, each by itself, to the posteriors' means.
+
+        chunks: frames [<= 17, H, W, 3] in [-1, 1], taken one at a time; yields [1, t, h, w, C],
+        evaluated. micro_batch, in_turn: as in `decode_chunks`, the spatial VAE leaving first.
+        """
+        size = micro_batch or self.config.micro_batch_size
+        parts = (self._encode_space(chunk, size) for chunk in chunks)
+        if in_turn:
+            kept = list(parts)
+            del self["spatial_vae"]
+            mx.clear_cache()
+            return map(self._encode_time, kept)
+        return map(self._encode_time, parts)
+
+    def _encode_space(self, frames: mx.array, micro_batch: int | None) -> mx.array:
+        """Frames of a chunk to what the temporal VAE encodes, [f, h, w, C], evaluated."""
+        moments = _in_batches(self.spatial_vae.encode, frames.astype(mx.float32), micro_batch)
+        z = Posterior.of(moments).mean * LATENT_FACTOR
+        mx.eval(z)
+        return z
+
+    def _encode_time(self, z: mx.array) -> mx.array:
+        mean = Posterior.of(self.temporal_vae.encode(z[None])).mean
+        out = (mean - self.shift) / self.scale
+        mx.eval(out)
+        return out
+
     def draw_noise(self, shape: Sequence[int], key: mx.array) -> EncodeNoise:
         """The normal draws for encoding frames of `shape` [B, F, H, W, 3]; same key, same bytes."""
         b, f, h, w = shape[:4]

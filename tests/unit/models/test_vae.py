@@ -346,3 +346,15 @@ def test_spatial_attention_sees_the_whole_image() -> None:
     corner = mx.zeros_like(z)
     corner[0, 7, 7] = 1.0
     assert mx.abs(vae.decode(z + corner) - vae.decode(z))[0, 0, 0].max().item() > 0
+
+
+@pytest.mark.parametrize("in_turn", [False, True])
+def test_chunks_are_encoded_as_the_clip_is(in_turn: bool) -> None:
+    vae = small_vae()
+    clip = normal(3, 1, 42, 16, 24, 3)
+    whole = vae.encode(clip)
+    pieces = [clip[0, chunk.frame : chunk.frame + chunk.frames] for chunk in vae.chunks(42)]
+    parts = list(vae.encode_chunks(iter(pieces), 3, in_turn=in_turn))
+    assert [part.shape[1] for part in parts] == [5, 5, 2]
+    assert difference(mx.concatenate(parts, axis=1), whole) <= SAME
+    assert ("spatial_vae" in vae) != in_turn
