@@ -6,7 +6,7 @@ import argparse
 import sys
 from typing import Any
 
-from mlx_sora.cli.download import Bars
+from mlx_sora.cli.bars import Bars
 from mlx_sora.errors import WeightsError
 
 _MARKS = {"ok": "ok", "note": "note", "warning": "WARNING", "error": "ERROR"}

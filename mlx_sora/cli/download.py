@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from typing import TYPE_CHECKING, Any
 
+from mlx_sora.cli.bars import Bars
+from mlx_sora.cli.convert import add_quantize, tell
 from mlx_sora.cli.render import human_bytes
 from mlx_sora.errors import UsageError
 
 if TYPE_CHECKING:
-    from mlx_sora.loading.download import Progress
+    from mlx_sora.loading.download import Outcome
 
 #: Also `mlx_sora.loading.model_folder.PUBLISHED`, which is not imported for the sake of --help.
 MODEL = "opensora-1.2"
 
 _EPILOG = """\
+--quantize keeps the download beside the quantised model, opensora-1.2-8bit or -4bit, which is
+converted again from it without the network; --remove-original removes it.
 Parts are transformer, vae, text_encoder and tokenizer. $MLX_SORA_SOURCE_TRANSFORMER and so on name
 sources as --source does; $MLX_SORA_WEIGHTS names the folder of models, $HF_ENDPOINT the server,
 $HF_TOKEN a login. An interrupted download continues when the command is given again.
@@ -40,6 +43,12 @@ def add_parser(commands: Any) -> None:
         help="take a part from elsewhere: PART=[REPO][@REVISION][:FOLDER]; may be repeated",
     )
     parser.add_argument("--endpoint", metavar="URL", help="server to ask instead of the hub")
+    add_quantize(parser)
+    parser.add_argument(
+        "--remove-original",
+        action="store_true",
+        help="with --quantize: remove the download once the quantised model is whole",
+    )
     parser.add_argument(
         "--check",
         action="store_true",
@@ -57,69 +66,46 @@ def run(args: argparse.Namespace) -> int:
             f"{args.model!r} cannot be downloaded.",
             f"{MODEL} can; shapes is bundled, any other model is a folder of yours.",
         )
+    if args.remove_original and args.quantize is None:
+        raise UsageError("--remove-original goes with --quantize.", "Add --quantize 8 or 4.")
     from mlx_sora.loading.download import download
     from mlx_sora.loading.hub import Hub
     from mlx_sora.loading.model_folder import weights_root
+    from mlx_sora.loading.obtain import download_quantized
     from mlx_sora.loading.sources import choose_endpoint, choose_sources
 
     sources, hub = choose_sources(args.source), Hub(choose_endpoint(args.endpoint))
-    bars = Bars(quiet=args.quiet)
+    bars, obtained = Bars(quiet=args.quiet), None
+    outcome: Outcome | None
     try:
-        outcome = download(weights_root(), sources, hub, bars.show, check=args.check)
+        if args.quantize is None:
+            outcome = download(weights_root(), sources, hub, bars.show, check=args.check)
+        else:
+            obtained = download_quantized(
+                weights_root(),
+                sources,
+                hub,
+                bars.show,
+                args.quantize,
+                check=args.check,
+                remove_original=args.remove_original,
+            )
+            outcome = obtained.downloaded
     except KeyboardInterrupt:
         bars.close()
         bars.note("What has arrived is kept; the same command continues.")
         raise
     finally:
         bars.close()
-    if outcome.changed:
+    if outcome is not None and outcome.changed:
         bars.note(f"{human_bytes(outcome.fetched)} fetched, everything verified")
     else:
         bars.note("already here" + (", all checksums fit" if args.check else ""))
-    print(outcome.path)
+    path = None if outcome is None else outcome.path
+    if obtained is not None:
+        path = obtained.converted.path
+        tell(bars, obtained.converted)
+        if obtained.removed:
+            bars.note("the download is removed")
+    print(path)
     return 0
-
-
-class Bars:
-    """One bar per file on stderr."""
-
-    def __init__(self, quiet: bool) -> None:
-        self._quiet = quiet
-        self._bar: Any = None
-        self._shown: tuple[str, str] | None = None
-
-    def note(self, text: str) -> None:
-        """A line beside the bars."""
-        if not self._quiet:
-            print(text, file=sys.stderr)
-
-    def show(self, progress: Progress) -> None:
-        """Draw what the download reports."""
-        if self._quiet:
-            return
-        if self._shown != (progress.action, progress.path):
-            self.close()
-            self._shown = (progress.action, progress.path)
-            self._bar = self._open(progress)
-        self._bar.update(progress.done - self._bar.n)
-
-    def close(self) -> None:
-        """End the bar on the screen."""
-        if self._bar is not None:
-            self._bar.close()
-        self._bar = self._shown = None
-
-    def _open(self, progress: Progress) -> Any:
-        from tqdm import tqdm
-
-        return tqdm(
-            total=progress.total,
-            # What was there before counts as done, not as speed.
-            initial=progress.done if progress.action == "fetch" else 0,
-            desc=f"{progress.action} {progress.path}",
-            unit="B",
-            unit_scale=True,
-            file=sys.stderr,
-            mininterval=0.1 if sys.stderr.isatty() else 10.0,
-            dynamic_ncols=True,
-        )

@@ -19,7 +19,7 @@ from mlx.utils import tree_unflatten
 
 from mlx_sora.errors import WeightsError
 from mlx_sora.loading.checkpoint import Checkpoint, Entry, match, put
-from mlx_sora.loading.safetensors import FIX, FLOATS, TensorInfo, load_tensors
+from mlx_sora.loading.safetensors import FIX, FLOATS, TensorInfo, load_tensors, loaded_dtype
 from mlx_sora.models.keys import KeyMap
 
 Block = TypeVar("Block")
@@ -45,7 +45,7 @@ class BlockSource(Generic[Block]):
     """The blocks of `network`, which hold no weights until `put` brings them.
 
     name: of the network, for messages. blocks: what a provider hands out. entries: the tensors of
-    each block; rest: those of the network that are in no block. dtype: what they are cast to as
+    each block; rest: those of the network that are in no block. dtype: what floats are cast to as
     they are read. stamps: the files as first seen.
     """
 
@@ -89,7 +89,7 @@ class BlockSource(Generic[Block]):
             info.nbytes
             for block in self.entries
             for info in (self.tensors[entry.key] for entry in block)
-            if FLOATS[info.dtype][1] != self.dtype
+            if info.dtype in FLOATS and FLOATS[info.dtype][1] != self.dtype
         ]
         return max(self.nbytes) + max(cast, default=0)
 
@@ -130,7 +130,11 @@ class BlockSource(Generic[Block]):
         self.network.update(tree_unflatten([(path, empty) for path in paths]))
 
     def _bytes(self, entries: Sequence[Entry]) -> int:
-        return sum(prod(entry.parameter.shape) for entry in entries) * self.dtype.size
+        return sum(
+            prod(entry.parameter.shape)
+            * loaded_dtype(self.tensors[entry.key].dtype, self.dtype).size
+            for entry in entries
+        )
 
     def _stored(self, entries: Sequence[Entry]) -> int:
         return sum(self.tensors[entry.key].nbytes for entry in entries)
@@ -144,10 +148,12 @@ class BlockSource(Generic[Block]):
         if _stamp(file) != self.stamps[file]:
             raise WeightsError(f"{file} has changed since it was opened.", "Try again.")
         arrays = self.read(file, {e.key: self.tensors[e.key] for e in entries}, stream)
-        casting = any(array.dtype != self.dtype for array in arrays.values())
+        types = {key: loaded_dtype(self.tensors[key].dtype, self.dtype) for key in arrays}
+        casting = any(array.dtype != types[key] for key, array in arrays.items())
         weights: dict[str, mx.array] = {}
         for entry in entries:
-            array = entry.parameter.convert(arrays.pop(entry.key)).astype(self.dtype, stream=stream)
+            array = entry.parameter.convert(arrays.pop(entry.key))
+            array = array.astype(types[entry.key], stream=stream)
             weights[entry.parameter.path] = array
             if casting:  # one after the other, so that only one is in memory in both types
                 mx.eval(array)

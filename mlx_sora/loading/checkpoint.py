@@ -21,6 +21,7 @@ from mlx_sora.errors import WeightsError
 from mlx_sora.loading.safetensors import (
     FIX,
     FLOATS,
+    PACKED,
     TensorInfo,
     load_tensors,
     read_header,
@@ -158,7 +159,7 @@ def match(
     embedding table, by rows). Raises WeightsError naming file, key, expected and found.
     """
     parameters: list[tuple[str, mx.array]] = tree_flatten(module.parameters())  # type: ignore[assignment]
-    wanted = {path: tuple(value.shape) for path, value in parameters}
+    wanted = {path: (tuple(value.shape), value.dtype) for path, value in parameters}
     where = str(checkpoint.path) if isinstance(checkpoint, Checkpoint) else IN_MEMORY
     entries: dict[str, Entry] = {}
     for found in _found(checkpoint):
@@ -172,7 +173,7 @@ def match(
     missing = [path for path in wanted if path not in entries and path not in keys.optional]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        shape = list(wanted[missing[0]])
+        shape = list(wanted[missing[0]][0])
         raise WeightsError(f"{where}: missing tensor {missing[0]} {shape}{more}.", FIX)
     return list(entries.values())
 
@@ -183,11 +184,13 @@ def put(
     entries: Iterable[Entry],
     dtype: mx.Dtype | None = None,
 ) -> None:
-    """Give the parameters that `entries` name their tensors, cast to `dtype`; both stay lazy."""
+    """Give the parameters that `entries` name their tensors, floats cast to `dtype`; all lazy."""
     values = []
     for entry in entries:
         value = entry.parameter.convert(arrays[entry.key])
-        values.append((entry.parameter.path, value if dtype is None else value.astype(dtype)))
+        if dtype is not None and mx.issubdtype(value.dtype, mx.floating):
+            value = value.astype(dtype)
+        values.append((entry.parameter.path, value))
     module.update(tree_unflatten(values))
 
 
@@ -226,27 +229,27 @@ def _found(checkpoint: Checkpoint | Mapping[str, mx.array]) -> Iterator[_Found]:
         for key, info in checkpoint.tensors.items():
             yield _Found(str(info.file), key, info.shape, info.dtype)
         return
-    codes = {dtype: code for code, (_, dtype) in FLOATS.items()}
+    codes = {dtype: code for code, (_, dtype) in FLOATS.items()} | {mx.uint32: PACKED}
     for key, array in checkpoint.items():
         yield _Found(IN_MEMORY, key, array.shape, codes.get(array.dtype, str(array.dtype)))
 
 
-def _check(found: _Found, place: Parameter, wanted: Mapping[str, Shape]) -> None:
+def _check(found: _Found, place: Parameter, wanted: Mapping[str, tuple[Shape, mx.Dtype]]) -> None:
     """Raise WeightsError unless the tensor `found` may fill `place` of a module with `wanted`."""
     if place.path not in wanted:
         raise WeightsError(
             f"{found.where}: unexpected tensor {found.key} {list(found.shape)}.",
             "The file is of another model or of another configuration.",
         )
-    if place.shape != wanted[place.path]:
-        expected = list(wanted[place.path])
+    shape, dtype = wanted[place.path]
+    if place.shape != shape:
         raise WeightsError(
-            f"{found.where}: {found.key} has shape {list(place.shape)}, expected {expected}.",
+            f"{found.where}: {found.key} has shape {list(place.shape)}, expected {list(shape)}.",
             "The file and its config.json do not belong together.",
         )
-    if found.dtype not in FLOATS:
+    types = [PACKED] if dtype == mx.uint32 else list(FLOATS)
+    if found.dtype not in types:
         raise WeightsError(
-            f"{found.where}: {found.key} has type {found.dtype}, "
-            f"expected one of {', '.join(FLOATS)}.",
+            f"{found.where}: {found.key} has type {found.dtype}, expected {' or '.join(types)}.",
             FIX,
         )

@@ -7,7 +7,6 @@ fails one check is spared the later ones, which would only repeat it.
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -15,10 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from shlex import quote
 
-from mlx import nn
-
 from mlx_sora.errors import MlxSoraError, WeightsError
-from mlx_sora.loading.checkpoint import Checkpoint, match
+from mlx_sora.loading.checkpoint import Checkpoint
 from mlx_sora.loading.download import STAGING
 from mlx_sora.loading.model_folder import (
     BUNDLED,
@@ -28,10 +25,10 @@ from mlx_sora.loading.model_folder import (
     missing_parts,
     weights_root,
 )
+from mlx_sora.loading.networks import match_part
 from mlx_sora.loading.provenance import FILE, Provenance
 from mlx_sora.loading.trial import Values, scan, try_text_encoder, try_transformer, try_vae
 from mlx_sora.models import stdit3, t5, vae
-from mlx_sora.models.keys import KeyMap
 from mlx_sora.runtime.device import blas_notice, describe, total_memory
 from mlx_sora.text.tokenizer import Tokenizer
 
@@ -98,10 +95,7 @@ class Examination:
                 continue
             try:
                 checkpoint = Checkpoint.open(self.path / part)
-                network, keys, without = _unfilled(self._folder(), part)
-                match(network, checkpoint, keys, without)
-                if part == "text_encoder":
-                    _check_table(checkpoint, self._folder())
+                match_part(self._folder(), part, checkpoint)
             except MlxSoraError as error:
                 yield self._error(part, error.message)
                 continue
@@ -259,30 +253,6 @@ def mending(path: Path) -> str:
     if known is not None:
         return f"{command} --check"
     return f"mv {quote(str(path))} {quote(str(path) + '.old')} && {command}"
-
-
-def _unfilled(model: ModelFolder, part: str) -> tuple[nn.Module, KeyMap, list[str]]:
-    """The network of `part` without weights, its key map, and keys that are read another way."""
-    config = model.config(part)
-    try:
-        if part == "text_encoder":
-            encoder = t5.T5Encoder(t5.T5Config.from_dict(config), table=False)
-            return encoder, t5.KEYS, [t5.TABLE]
-        if part == "transformer":
-            return stdit3.STDiT3(stdit3.STDiT3Config.from_dict(config)), stdit3.KEYS, []
-        return vae.VideoVAE(vae.VAEConfig.from_dict(config)), vae.KEYS, []
-    except (TypeError, ValueError, AttributeError, ZeroDivisionError, IndexError) as error:
-        raise WeightsError(f"{part}/config.json describes no network: {error}.") from error
-
-
-def _check_table(checkpoint: Checkpoint, model: ModelFolder) -> None:
-    """Raise WeightsError unless the token table is there with the shape of the configuration."""
-    config = t5.T5Config.from_dict(model.config("text_encoder"))
-    table = checkpoint.tensors.get(t5.TABLE)
-    expected = (config.vocab_size, config.d_model)
-    if table is None or table.shape != expected:
-        found = "missing" if table is None else f"of shape {json.dumps(table.shape)}"
-        raise WeightsError(f"{t5.TABLE} is {found}, expected {list(expected)}.")
 
 
 def _count(values: Values) -> str:

@@ -7,18 +7,26 @@ interrupted download is never taken for a model, and the next one continues it.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 from mlx_sora.errors import WeightsError
 from mlx_sora.loading.checkpoint import Checkpoint
+from mlx_sora.loading.folders import (
+    filesystem,
+    is_free,
+    only_one,
+    refuse_strangers,
+    require_space,
+    swap_in,
+    sync,
+)
 from mlx_sora.loading.hub import Hub, RemoteFile
 from mlx_sora.loading.model_folder import PUBLISHED, WEIGHTS_VARIABLE, missing_parts
 from mlx_sora.loading.provenance import FILE, FileOrigin, Provenance
@@ -26,10 +34,9 @@ from mlx_sora.loading.sources import Source
 
 #: Hidden, and never a name that `--model` knows.
 STAGING = f".{PUBLISHED}.download"
-REPLACED = f".{PUBLISHED}.replaced"
 
-#: Bytes to leave free on the disk.
-MARGIN = 64_000_000
+_FIX = f"Check rights and space, or set {WEIGHTS_VARIABLE} to another folder."
+_SPACE = f"Make room, or set {WEIGHTS_VARIABLE} to a folder on another disk."
 
 
 @dataclass(frozen=True)
@@ -62,30 +69,35 @@ def download(
     report: Report,
     *,
     check: bool = False,
+    spare: float = 0.0,
 ) -> Outcome:
     """Make `root`/opensora-1.2 the model that `sources` name, fetching only what is not there.
 
     A model that is there is left alone when it is of these sources and each file has its size;
     check: when its checksums fit as well. Else it is replaced at once, when the new one is whole.
+    spare: what else must fit on the disk, as a share of all files.
     Raises WeightsError for everything that the network, the server or the disk may do.
     """
-    with _filesystem(root), _only_one(root):
+    with filesystem(root, _FIX), only_one(root, "download"):
         target = (root / PUBLISHED).resolve()
-        present = _present(target)
+        present = model_at(target)
         if present is not None:
-            sources = [_pin(source, present) for source in sources]
+            sources = [pin(source, present) for source in sources]
             damaged = (
                 present.altered(target, partial(_tell, report, "check"))
                 if check
                 else present.missized(target)
             )
-            if not damaged and all(_covers(present, source) for source in sources):
+            if not damaged and all(covers(present, source) for source in sources):
                 return Outcome(target, 0, False)
-            _refuse_strangers(target, present)
+            refuse_strangers(target, {*present.files, FILE})
         files = [file for source in sources for file in hub.files(source)]
         staging = _staging(target.parent, files)
         checksums = _gather(files, staging, target, report)
-        _check_space(target.parent, staging, [f for f in files if f.path not in checksums])
+        missing = _missing_bytes(staging, [f for f in files if f.path not in checksums])
+        if missing:
+            missing += int(spare * sum(file.size for file in files))
+        require_space(target.parent, missing, "fetched", _SPACE)
         fetched = 0
         for file in files:
             if file.path not in checksums:
@@ -96,41 +108,13 @@ def download(
             f.path: FileOrigin(f.repo, f.revision, f.name, f.size, checksums[f.path]) for f in files
         }
         Provenance(PUBLISHED, hub.address, origins).write(staging)
-        _publish(staging, target)
+        swap_in(staging, target)
         return Outcome(target, fetched, True)
 
 
-@contextmanager
-def _filesystem(root: Path) -> Iterator[None]:
-    """Say what the disk refused inside, in one line."""
-    try:
-        yield
-    except OSError as error:
-        raise WeightsError(
-            f"Cannot use {error.filename or root}: {error.strerror or error}.",
-            f"Check rights and space, or set {WEIGHTS_VARIABLE} to another folder.",
-        ) from error
-
-
-@contextmanager
-def _only_one(root: Path) -> Iterator[None]:
-    """Hold `root` against other downloads; the system lets go when the process ends."""
-    root.mkdir(parents=True, exist_ok=True)
-    handle = os.open(root, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            message = f"Another download into {root} is running."
-            raise WeightsError(message, "Wait for it, or end it.") from error
-        yield
-    finally:
-        os.close(handle)
-
-
-def _present(target: Path) -> Provenance | None:
+def model_at(target: Path) -> Provenance | None:
     """Provenance of the model that is there; None where nothing is."""
-    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+    if is_free(target):
         return None
     found = Provenance.read(target) if target.is_dir() else None
     if found is None or found.model != PUBLISHED:
@@ -141,7 +125,7 @@ def _present(target: Path) -> Provenance | None:
     return found
 
 
-def _pin(source: Source, present: Provenance) -> Source:
+def pin(source: Source, present: Provenance) -> Source:
     """The commit that is there, where none is asked for: a repair does not update."""
     commits = {o.revision for o in _origins(present, source.part) if o.repo == source.repo}
     if source.revision is None and len(commits) == 1:
@@ -149,7 +133,7 @@ def _pin(source: Source, present: Provenance) -> Source:
     return source
 
 
-def _covers(present: Provenance, source: Source) -> bool:
+def covers(present: Provenance, source: Source) -> bool:
     """Whether the part that is there is just what `source` names."""
     wanted = (source.repo, source.folder, source.revision)
     found = {(o.repo, o.folder, o.revision) for o in _origins(present, source.part)}
@@ -158,18 +142,6 @@ def _covers(present: Provenance, source: Source) -> bool:
 
 def _origins(present: Provenance, part: str) -> list[FileOrigin]:
     return [origin for path, origin in present.files.items() if path.startswith(f"{part}/")]
-
-
-def _refuse_strangers(target: Path, present: Provenance) -> None:
-    """A folder about to be replaced may hold nothing but what came with the model."""
-    known = {*present.files, FILE}
-    for path in sorted(target.rglob("*")):
-        name = path.relative_to(target).as_posix()
-        if not path.is_dir() and not path.name.startswith(".") and name not in known:
-            raise WeightsError(
-                f"{target} is to be replaced, but holds {name}, which is not of the download.",
-                "Move that file elsewhere.",
-            )
 
 
 def _staging(root: Path, files: Sequence[RemoteFile]) -> Path:
@@ -220,17 +192,11 @@ def _link(old: Path, place: Path) -> bool:
     return place.is_file()
 
 
-def _check_space(root: Path, staging: Path, files: Sequence[RemoteFile]) -> None:
-    """Raise WeightsError before anything is fetched that would not fit."""
-    parts = [(file, _part(staging, file)) for file in files]
-    have = sum(part.stat().st_size for _, part in parts if part.is_file())
-    needed = sum(file.size for file in files) - have
-    free = shutil.disk_usage(root).free
-    if files and needed + MARGIN > free:
-        raise WeightsError(
-            f"{needed / 1e9:.1f} GB are to be fetched, {root} has {free / 1e9:.1f} GB free.",
-            f"Make room, or set {WEIGHTS_VARIABLE} to a folder on another disk.",
-        )
+def _missing_bytes(staging: Path, files: Sequence[RemoteFile]) -> int:
+    """Bytes of `files` that are still to be fetched."""
+    parts = [_part(staging, file) for file in files]
+    have = sum(part.stat().st_size for part in parts if part.is_file())
+    return sum(file.size for file in files) - have
 
 
 def _fetch(hub: Hub, file: RemoteFile, staging: Path, report: Report) -> tuple[str, int]:
@@ -245,8 +211,7 @@ def _fetch(hub: Hub, file: RemoteFile, staging: Path, report: Report) -> tuple[s
             f"{file.name} of {file.repo} arrived with another checksum than the server states.",
             "It is deleted; run the command again, or try another --endpoint.",
         )
-    with part.open("rb") as f:
-        os.fsync(f.fileno())
+    sync(part)
     os.replace(part, staging / file.path)
     return found, file.size - min(before, file.size)
 
@@ -268,21 +233,6 @@ def _check_model(staging: Path, hub: Hub) -> None:
             f"What {hub.address} serves is no model: {reason}",
             "Name other repositories with --source, or try another --endpoint.",
         ) from error
-
-
-def _publish(staging: Path, target: Path) -> None:
-    """Put the finished folder under the model's name; whatever was there goes."""
-    old = target.parent / REPLACED
-    shutil.rmtree(old, ignore_errors=True)
-    if target.exists():
-        os.rename(target, old)
-    os.rename(staging, target)
-    handle = os.open(target.parent, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _watch(report: Report, action: str, file: RemoteFile, done: int) -> None:

@@ -21,6 +21,12 @@ from mlx_sora.errors import WeightsError
 PUBLISHED = "opensora-1.2"
 BUNDLED = "shapes"
 
+#: What `download --quantize` makes of the published model, by bits per weight.
+QUANTIZED = {8: f"{PUBLISHED}-8bit", 4: f"{PUBLISHED}-4bit"}
+
+#: Models that have a name, the ones to take without a choice first.
+NAMES = (PUBLISHED, *QUANTIZED.values(), BUNDLED)
+
 #: Environment variable that names another folder of models than the one beside the package.
 WEIGHTS_VARIABLE = "MLX_SORA_WEIGHTS"
 
@@ -109,21 +115,29 @@ def weights_root() -> Path:
 def find_model(model: str | Path | None = None) -> ModelFolder:
     """The model that `--model` means: a known name, a path, or by default the best one present.
 
-    Without a choice: the published model when it was downloaded, else the bundled one.
+    Without a choice: the published model when it was downloaded, quantised if only that is there,
+    else the bundled one.
     Raises WeightsError when it is not there or not complete.
     """
     root = weights_root()
     if model is None:
-        return ModelFolder.open(root / (BUNDLED if missing_parts(root / PUBLISHED) else PUBLISHED))
-    if str(model) in (BUNDLED, PUBLISHED):
+        whole = (name for name in NAMES if not missing_parts(root / name))
+        return ModelFolder.open(root / next(whole, BUNDLED))
+    if str(model) in NAMES:
         path = root / str(model)
         if not path.is_dir():
             fix = f"Set {WEIGHTS_VARIABLE}, or give the path of a model folder."
-            if path.name == PUBLISHED:
-                fix = f"Get it: python -m mlx_sora download {PUBLISHED}"
+            if path.name != BUNDLED:
+                fix = f"Get it: {download_command(path.name)}"
             raise WeightsError(f"{model} is not in {root}.", fix)
         return ModelFolder.open(path)
     return ModelFolder.open(model)
+
+
+def download_command(name: str) -> str:
+    """The command that gets the model `name`, the published one or what is made of it."""
+    bits = [bits for bits, quantized in QUANTIZED.items() if quantized == name]
+    return f"python -m mlx_sora download {PUBLISHED}" + (f" --quantize {bits[0]}" if bits else "")
 
 
 def _read_json(path: Path) -> dict[str, Any]:

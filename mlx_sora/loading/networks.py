@@ -10,12 +10,15 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 import mlx.core as mx
+from mlx import nn
 
 from mlx_sora.errors import WeightsError
 from mlx_sora.loading.blocks import BlockSource, split_blocks
-from mlx_sora.loading.checkpoint import Checkpoint, fill
+from mlx_sora.loading.checkpoint import Checkpoint, Entry, fill, match
 from mlx_sora.loading.model_folder import ModelFolder
-from mlx_sora.models import stdit3, t5
+from mlx_sora.loading.quantize import Quantization, prepare, quantizable
+from mlx_sora.models import stdit3, t5, vae
+from mlx_sora.models.keys import KeyMap
 from mlx_sora.models.vae import VAEConfig, VideoVAE, keys_for
 
 #: Token ids to rows of the embedding table, [len(ids), D].
@@ -51,17 +54,24 @@ def stream_text_encoder(
 
 def _text_encoder(model: ModelFolder) -> tuple[t5.T5Encoder, Checkpoint]:
     """T5 without weights, and its checkpoint, which has the table that `network` lacks."""
-    config = t5.T5Config.from_dict(model.config("text_encoder"))
+    values = model.config("text_encoder")
+    network = t5.T5Encoder(t5.T5Config.from_dict(values), table=False)
+    prepare(network, values)
     checkpoint = Checkpoint.open(model.text_encoder)
+    _check_table(checkpoint, network.config)
+    return network, checkpoint
+
+
+def _check_table(checkpoint: Checkpoint, config: t5.T5Config) -> None:
+    """Raise WeightsError unless the token table is there with the shape of the configuration."""
     table = checkpoint.tensors.get(t5.TABLE)
     expected = (config.vocab_size, config.d_model)
     if table is None or table.shape != expected:
         found = "missing" if table is None else f"of shape {list(table.shape)}"
         raise WeightsError(
-            f"{model.text_encoder}: {t5.TABLE} is {found}, expected {list(expected)}.",
+            f"{checkpoint.path}: {t5.TABLE} is {found}, expected {list(expected)}.",
             "The file and its config.json do not belong together.",
         )
-    return t5.T5Encoder(config, table=False), checkpoint
 
 
 def load_transformer(model: ModelFolder, dtype: mx.Dtype) -> stdit3.STDiT3:
@@ -89,8 +99,10 @@ def stream_transformer(
 
 
 def _transformer(model: ModelFolder, dtype: mx.Dtype) -> tuple[stdit3.STDiT3, Checkpoint]:
-    config = stdit3.STDiT3Config.from_dict(model.config("transformer"))
-    return stdit3.STDiT3(config, dtype), Checkpoint.open(model.transformer)
+    values = model.config("transformer")
+    network = stdit3.STDiT3(stdit3.STDiT3Config.from_dict(values), dtype)
+    prepare(network, values)
+    return network, Checkpoint.open(model.transformer)
 
 
 def load_vae(model: ModelFolder, parts: Sequence[str] = ("decoder",)) -> VideoVAE:
@@ -98,3 +110,35 @@ def load_vae(model: ModelFolder, parts: Sequence[str] = ("decoder",)) -> VideoVA
     network = VideoVAE(VAEConfig.from_dict(model.config("vae")), parts)
     fill(network, Checkpoint.open(model.vae), keys_for(parts), dtype=mx.float32)
     return network
+
+
+def match_part(model: ModelFolder, part: str, checkpoint: Checkpoint) -> list[Entry]:
+    """Which tensor of `part` fills what, all of the network; T5's table comes as one of them.
+
+    Reads config.json only. Raises WeightsError for a configuration that describes no network, and
+    for a checkpoint that is not of it.
+    """
+    network, keys = _unfilled(model, part)
+    return match(network, checkpoint, keys)
+
+
+def quantizable_layers(model: ModelFolder, part: str, quantization: Quantization) -> list[str]:
+    """Paths of the layers of `part` that are to be quantised; reads config.json only."""
+    return list(quantizable(_unfilled(model, part)[0], quantization))
+
+
+def _unfilled(model: ModelFolder, part: str) -> tuple[nn.Module, KeyMap]:
+    """The whole network of `part` without weights, and its key map."""
+    values = model.config(part)
+    network: nn.Module
+    try:
+        if part == "text_encoder":
+            network, keys = t5.T5Encoder(t5.T5Config.from_dict(values)), t5.KEYS
+        elif part == "transformer":
+            network, keys = stdit3.STDiT3(stdit3.STDiT3Config.from_dict(values)), stdit3.KEYS
+        else:
+            network, keys = vae.VideoVAE(VAEConfig.from_dict(values)), vae.KEYS
+    except (TypeError, ValueError, AttributeError, ZeroDivisionError, IndexError) as error:
+        raise WeightsError(f"{part}/config.json describes no network: {error}.") from error
+    prepare(network, values)
+    return network, keys

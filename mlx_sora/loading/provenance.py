@@ -2,8 +2,12 @@
 
 {"format": 1, "model": "opensora-1.2", "written_by": "mlx_sora 0.1.0", "written_at": "...",
  "endpoint": "...",
+ "conversion": {"source": "...", "bits": 8, "dtype": null, "fingerprint": "<sha256>"},
  "files": {"vae/config.json": {"repo": "...", "revision": "<commit>", "name": "config.json",
                                "bytes": 1234, "sha256": "..."}}}
+
+conversion: only of folders that `convert` wrote; bytes and sha256 are those of the file here, repo
+and revision those of the part that it was made from.
 """
 
 from __future__ import annotations
@@ -11,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -44,11 +48,15 @@ class FileOrigin:
 
 @dataclass(frozen=True)
 class Provenance:
-    """Origin of every file of a model, by its path in the model folder."""
+    """Origin of every file of a model, by its path in the model folder.
+
+    conversion: how it was made from another folder; empty for what came from a hub.
+    """
 
     model: str
     endpoint: str
     files: Mapping[str, FileOrigin]
+    conversion: Mapping[str, Any] = field(default_factory=dict)
 
     def write(self, folder: Path) -> None:
         """Put it into `folder`."""
@@ -58,6 +66,7 @@ class Provenance:
             "written_by": f"mlx_sora {__version__}",
             "written_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "endpoint": self.endpoint,
+            **({"conversion": dict(self.conversion)} if self.conversion else {}),
             "files": {path: asdict(origin) for path, origin in sorted(self.files.items())},
         }
         (folder / FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
@@ -70,6 +79,7 @@ class Provenance:
             content: Any = json.loads(path.read_text(encoding="utf-8"))
             files = {str(name): FileOrigin(**row) for name, row in content["files"].items()}
             model, endpoint = str(content["model"]), str(content["endpoint"])
+            conversion = dict(content.get("conversion", {}))
         except FileNotFoundError:
             return None
         except OSError as error:
@@ -80,7 +90,7 @@ class Provenance:
             pure = PurePosixPath(name)
             if pure.is_absolute() or ".." in pure.parts or type(origin.bytes) is not int:
                 raise WeightsError(f"{path} is damaged: see {name!r}.", _FIX)
-        return cls(model, endpoint, files)
+        return cls(model, endpoint, files, conversion)
 
     def missized(self, folder: Path) -> list[str]:
         """Paths whose file is absent from `folder` or has another size. Reads no content."""

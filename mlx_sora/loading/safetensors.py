@@ -25,6 +25,10 @@ FLOATS: dict[str, tuple[int, mx.Dtype]] = {
     "F16": (2, mx.float16),
     "BF16": (2, mx.bfloat16),
 }
+
+#: Type of the words that quantised weights are packed into.
+PACKED = "U32"
+
 _SIZES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4} | dict.fromkeys(
     ("F16", "BF16", "I16", "U16"), 2
 )
@@ -112,8 +116,15 @@ def load_tensors(
     return {key: arrays[key] for key in tensors}
 
 
+def loaded_dtype(stored: str, dtype: mx.Dtype) -> mx.Dtype:
+    """Type in memory of a tensor `stored` so, where floats are cast to `dtype`: words are not."""
+    return mx.uint32 if stored == PACKED else dtype
+
+
 def _same_type(array: mx.array, info: TensorInfo) -> bool:
-    return info.dtype not in FLOATS or array.dtype == FLOATS[info.dtype][1]
+    if info.dtype in FLOATS:
+        return bool(array.dtype == FLOATS[info.dtype][1])
+    return info.dtype != PACKED or array.dtype == mx.uint32
 
 
 def read_rows(info: TensorInfo, rows: Sequence[int]) -> mx.array:

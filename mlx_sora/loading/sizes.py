@@ -13,6 +13,7 @@ from mlx_sora.loading.blocks import BlockSource
 from mlx_sora.loading.checkpoint import Checkpoint, match
 from mlx_sora.loading.model_folder import ModelFolder
 from mlx_sora.loading.networks import stream_text_encoder, stream_transformer
+from mlx_sora.loading.quantize import dense_bytes
 from mlx_sora.models.vae import VAEConfig, VideoVAE, keys_for
 from mlx_sora.runtime.planner import Model, Weights
 
@@ -46,6 +47,7 @@ def _weights(source: BlockSource[Any]) -> Weights:
         rest=source.rest_bytes,
         stored_blocks=sum(source.stored_bytes),
         stored_rest=source.stored_rest,
+        dense=max(dense_bytes(source.network, source.dtype).values(), default=0),
     )
 
 

@@ -17,6 +17,7 @@ from mlx import nn
 from mlx_sora.models.config import read_config, require
 from mlx_sora.models.context import TokenPolicy
 from mlx_sora.models.ops import attention, gelu_tanh, in_pieces, silu
+from mlx_sora.models.quantized import for_pieces
 
 #: Width of the sinusoids that times and frame rates become, and their longest period.
 FREQUENCIES = 256
@@ -144,11 +145,8 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(hidden, out)
 
     def __call__(self, x: mx.array) -> mx.array:
-        return in_pieces(self._rows, x, row_bytes=4 * self.hidden)
-
-    def _rows(self, x: mx.array) -> mx.array:
-        out: mx.array = self.fc2(gelu_tanh(self.fc1(x)))
-        return out
+        fc1, fc2 = for_pieces(self.fc1, x), for_pieces(self.fc2, x)
+        return in_pieces(lambda rows: fc2(gelu_tanh(fc1(rows))), x, row_bytes=4 * self.hidden)
 
 
 class CaptionEmbedder(nn.Module):

@@ -52,6 +52,11 @@ def transformer_work(config: STDiT3Config, grid: Grid, mode: Mode) -> int:
     return int(factor * stream + mode.pick(4, 8) * PIECE)
 
 
+def dense_work(largest: int, mode: Mode) -> int:
+    """Layers that are dequantised for their use: two at a time, free ones four."""
+    return 0 if mode.gpu else int(mode.pick(2, 4) * largest)
+
+
 def keys_values(config: STDiT3Config, grid: Grid, mode: Mode) -> int:
     """Text keys and values of all blocks, which stay for the run."""
     each = mode.itemsize * grid.batch * grid.text * config.hidden_size

@@ -10,6 +10,7 @@ from mlx_sora.models.vae import chunk_plan
 from mlx_sora.runtime import flops
 from mlx_sora.runtime.activations import (
     Mode,
+    dense_work,
     keys_values,
     spatial_work,
     temporal_work,
@@ -168,7 +169,8 @@ def _encoding(model: Model, job: Job, mode: Mode) -> BlocksNeed:
     return BlocksNeed(
         stage="encode",
         fixed=OUTSIDE + model.text_weights.rest,
-        work=text_encoder_work(model.text, job.text_tokens, mode),
+        work=text_encoder_work(model.text, job.text_tokens, mode)
+        + dense_work(model.text_weights.dense, mode),
         weights=model.text_weights,
         passes=1,
         throttled=mode.throttled,
@@ -191,7 +193,8 @@ def _denoising(model: Model, job: Job, mode: Mode) -> BlocksNeed:
         + model.transformer_weights.rest
         + keys_values(config, everyone, mode)
         + job.kept,
-        work=transformer_work(config, grid, mode),
+        work=transformer_work(config, grid, mode)
+        + dense_work(model.transformer_weights.dense, mode),
         weights=model.transformer_weights,
         passes=job.passes,
         throttled=mode.throttled,

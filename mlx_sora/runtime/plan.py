@@ -17,7 +17,8 @@ FLOAT = 4
 @dataclass(frozen=True)
 class Weights:
     """Bytes of a network. blocks: each in memory; loading: the most that loading one takes; rest:
-    all else in memory; stored: blocks, and all else, on disk.
+    all else in memory; stored: blocks, and all else, on disk; dense: the largest quantised layer
+    once dequantised.
     """
 
     blocks: tuple[int, ...]
@@ -25,6 +26,7 @@ class Weights:
     rest: int
     stored_blocks: int
     stored_rest: int
+    dense: int = 0
 
     @property
     def total(self) -> int:

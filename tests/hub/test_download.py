@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from mlx_sora.errors import WeightsError
-from mlx_sora.loading.download import REPLACED, STAGING, Progress
+from mlx_sora.loading.download import STAGING, Progress
+from mlx_sora.loading.folders import replaced
 from mlx_sora.loading.model_folder import PUBLISHED, find_model
 from mlx_sora.loading.networks import load_text_encoder, load_transformer, load_vae
 from mlx_sora.loading.provenance import Provenance, sha256
@@ -216,7 +217,7 @@ def test_a_failed_replacement_leaves_the_old_model(get: Get, hub: FakeHub, root:
         get("vae=@v2")
     assert {name: (folder / name).read_bytes() for name in names(folder)} == before
     assert not get().changed
-    assert not (root / REPLACED).exists()
+    assert not replaced(root / PUBLISHED).exists()
 
 
 def test_another_repository_and_folder(get: Get, hub: FakeHub) -> None:

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from mlx_sora.errors import WeightsError
-from mlx_sora.loading import download as module
 from mlx_sora.loading.download import STAGING, Progress, download
+from mlx_sora.loading.folders import MARGIN
 from mlx_sora.loading.hub import ATTEMPTS, Hub
 from mlx_sora.loading.model_folder import PUBLISHED, WEIGHTS_VARIABLE
 from mlx_sora.loading.sources import choose_sources
@@ -174,7 +174,7 @@ def test_space_counts_what_is_there(
     with pytest.raises(KeyboardInterrupt):
         get(report=interrupt)
     total = sum(len(d) for repo in repositories().values() for d in repo.values())
-    free = module.MARGIN + total - len(content()) - 6 * CHUNK
+    free = MARGIN + total - len(content()) - 6 * CHUNK
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9, 9, free))
     assert get().changed
 

@@ -1,0 +1,98 @@
+"""`convert`: a model folder in another type, quantised, with a file per streamed block."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mlx_sora.cli.bars import Bars
+from mlx_sora.cli.render import human_bytes
+
+if TYPE_CHECKING:
+    from mlx_sora.loading.convert import Converted
+
+_EPILOG = """\
+Quantised are the linear layers in the blocks of T5 and STDiT, in groups of 64 weights; other
+float32 matrices of both then become bfloat16, unless --dtype is given. The VAE is never changed.
+An interrupted conversion continues when the command is given again.
+"""
+
+
+def add_parser(commands: Any) -> None:
+    """Register the command."""
+    parser = commands.add_parser(
+        "convert",
+        help="write a model folder in another type, quantised, a file per block",
+        description="Write a model folder again: one file per block that is streamed, in another "
+        "type, with quantised weights.",
+        epilog=_EPILOG,
+    )
+    parser.add_argument("source", metavar="SRC", help="shapes, opensora-1.2 or a folder")
+    parser.add_argument("target", metavar="DST", type=Path, help="the folder to write")
+    add_quantize(parser)
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        help="of T5 and STDiT; default: as stored, or 16 bits with --quantize",
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace a model that is there already"
+    )
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="compare the checksums of a conversion that is there, and repeat it if it is damaged",
+    )
+    parser.add_argument("--quiet", action="store_true", help="print nothing but the path")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser.set_defaults(run=run)
+
+
+def add_quantize(parser: argparse.ArgumentParser) -> None:
+    """The flag that `download` has, too."""
+    parser.add_argument(
+        "--quantize",
+        "-q",
+        type=int,
+        choices=(4, 8),
+        metavar="BITS",
+        help="bits per weight of T5's and STDiT's linear layers: 4 or 8",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Convert and print where the new model is."""
+    from mlx_sora.loading.convert import convert
+    from mlx_sora.loading.download import Progress
+    from mlx_sora.loading.layout import Choice
+    from mlx_sora.loading.model_folder import find_model
+
+    bars = Bars(quiet=args.quiet)
+    try:
+        made = convert(
+            find_model(args.source),
+            args.target,
+            Choice(args.quantize, args.dtype),
+            overwrite=args.overwrite,
+            check=args.check,
+            watch=lambda *facts: bars.show(Progress(*facts)),
+        )
+    except KeyboardInterrupt:
+        bars.close()
+        bars.note("What is finished is kept; the same command continues.")
+        raise
+    finally:
+        bars.close()
+    tell(bars, made)
+    print(made.path)
+    return 0
+
+
+def tell(bars: Bars, made: Converted) -> None:
+    """What became of the conversion, in a line."""
+    if not made.changed:
+        bars.note("already converted")
+        return
+    kept = f", {made.kept} files of an earlier attempt kept" if made.kept else ""
+    bars.note(f"{human_bytes(made.nbytes)} written{kept}")

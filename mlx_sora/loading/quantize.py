@@ -1,0 +1,124 @@
+"""Affine quantisation of a network's linear layers: which they are, and how their weights change.
+
+Quantised are the linear layers inside T5's and STDiT's blocks, nothing else: embedders, norms,
+time modulation, final layer, scale-shift tables and the VAE keep their values. config.json says so
+as in other MLX models: {"quantization": {"bits": 8, "group_size": 64}}.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import mlx.core as mx
+from mlx import nn
+from mlx.utils import tree_unflatten
+
+from mlx_sora.errors import WeightsError
+from mlx_sora.models.config import FIX
+from mlx_sora.models.keys import Shape
+from mlx_sora.models.quantized import WORD, QuantizedLinear
+
+#: Where config.json tells of it.
+KEY = "quantization"
+
+BITS = (4, 8)
+GROUP = 64
+
+#: Start of the parameter paths of a network's blocks, and the block's number.
+BLOCK = re.compile(r"(?:encoder\.block|spatial_blocks|temporal_blocks)\.(\d+)\.")
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """bits of a weight's code; group_size: weights in a row that share scale and bias."""
+
+    bits: int
+    group_size: int = GROUP
+
+    @classmethod
+    def read(cls, config: Mapping[str, Any]) -> Quantization | None:
+        """What a config.json says, None for a network that is not quantised.
+
+        Raises WeightsError for a kind that this package does not write.
+        """
+        if config.get(KEY) is None:
+            return None
+        values = config[KEY]
+        for bits in BITS:
+            if values == cls(bits).to_dict():
+                return cls(bits)
+        raise WeightsError(f"{KEY} cannot be {values!r} in a model's config.json.", FIX)
+
+    def to_dict(self) -> dict[str, int]:
+        """For config.json."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        return f"{self.bits} bits in groups of {self.group_size}"
+
+    def shapes(self, shape: Shape) -> dict[str, Shape]:
+        """Shapes of what the weight [outputs, inputs] of a layer becomes, by parameter name."""
+        outputs, inputs = shape
+        groups = (outputs, inputs // self.group_size)
+        packed = (outputs, inputs * self.bits // WORD)
+        return {"weight": packed, "scales": groups, "biases": groups}
+
+    def quantize(self, weight: mx.array, dtype: mx.Dtype | None = None) -> dict[str, mx.array]:
+        """The weight [outputs, inputs] of a layer as arrays by parameter name.
+
+        dtype: of scales and biases; None is the 16-bit type that holds these scales best: float16
+        is eight times finer, but not for the smallest numbers.
+        """
+        packed, scales, biases = mx.quantize(
+            weight.astype(mx.float32), group_size=self.group_size, bits=self.bits
+        )
+        if dtype is None:
+            dtype = min((mx.float16, mx.bfloat16), key=lambda kind: _rounding(scales, biases, kind))
+        return {"weight": packed, "scales": scales.astype(dtype), "biases": biases.astype(dtype)}
+
+
+def _rounding(scales: mx.array, biases: mx.array, kind: mx.Dtype) -> float:
+    """Squared error that storing scales and biases in `kind` adds to the largest codes."""
+    error = scales.astype(kind).astype(mx.float32) - scales
+    shift = biases.astype(kind).astype(mx.float32) - biases
+    total: mx.array = (mx.square(255 * error) + mx.square(shift)).sum()
+    return float(total.item())  # type: ignore[arg-type]
+
+
+def quantizable(network: nn.Module, quantization: Quantization) -> dict[str, nn.Linear]:
+    """The layers of `network` that are to be quantised, by path.
+
+    Those whose inputs do not divide into whole groups are left out (STDiT3-3B has such).
+    """
+    return {
+        path: layer
+        for path, layer in network.named_modules()
+        if isinstance(layer, nn.Linear)
+        and BLOCK.match(path)
+        and layer.weight.shape[1] % quantization.group_size == 0
+    }
+
+
+def prepare(network: nn.Module, config: Mapping[str, Any]) -> None:
+    """Replace layers of an unfilled `network` by quantised ones where its config.json says so."""
+    quantization = Quantization.read(config)
+    if quantization is None:
+        return
+    replaced = []
+    for path, layer in quantizable(network, quantization).items():
+        outputs, inputs = layer.weight.shape
+        new = QuantizedLinear(inputs, outputs, bias="bias" in layer, **quantization.to_dict())
+        replaced.append((path, new))
+    network.update_modules(tree_unflatten(replaced))
+
+
+def dense_bytes(network: nn.Module, dtype: mx.Dtype) -> dict[str, int]:
+    """Bytes of each quantised layer's weights once dequantised to `dtype`, by path."""
+    return {
+        path: layer.dense_size * dtype.size
+        for path, layer in network.named_modules()
+        if isinstance(layer, QuantizedLinear)
+    }

@@ -1,0 +1,73 @@
+"""Linear layers whose weights stay quantised in memory.
+
+On a GPU, MLX's kernel multiplies with them as they are. On its CPU backend that kernel is forty
+times slower than a plain product, so there the weights are dequantised for each use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import mlx.core as mx
+from mlx import nn
+
+from mlx_sora.models.ops import on_gpu
+
+#: Bits of the words that quantised weights are packed into.
+WORD = 32
+
+
+class QuantizedLinear(nn.Module):
+    """x Wᵀ + bias with affine quantised W; parameters are named as in MLX's own quantised layers.
+
+    weight uint32 [outputs, inputs · bits / 32], scales and biases [outputs, inputs / group_size]:
+    W = scale · code + bias per group. bias [outputs], or none.
+    """
+
+    def __init__(
+        self, inputs: int, outputs: int, *, bias: bool, bits: int, group_size: int
+    ) -> None:
+        super().__init__()
+        self.bits, self.group_size = bits, group_size
+        self.dense_size = outputs * inputs
+        self.weight = mx.zeros((outputs, inputs * bits // WORD), mx.uint32)
+        self.scales = mx.zeros((outputs, inputs // group_size))
+        self.biases = mx.zeros((outputs, inputs // group_size))
+        if bias:
+            self.bias = mx.zeros((outputs,))
+
+    def dense(self, x: mx.array) -> mx.array:
+        """W [outputs, inputs], in the type of the scales, for the product with `x`."""
+        # Not before x is there: left to itself, MLX begins with the weights of a whole block.
+        return mx.dequantize(
+            mx.depends(self.weight, x),
+            self.scales,
+            self.biases,
+            group_size=self.group_size,
+            bits=self.bits,
+        )
+
+    def __call__(self, x: mx.array) -> mx.array:
+        if not on_gpu():
+            return self._multiply(self.dense(x), x)
+        out = mx.quantized_matmul(
+            x,
+            self.weight,
+            self.scales,
+            self.biases,
+            transpose=True,
+            group_size=self.group_size,
+            bits=self.bits,
+        )
+        return out + self.bias if "bias" in self else out
+
+    def _multiply(self, weight: mx.array, x: mx.array) -> mx.array:
+        return mx.addmm(self.bias, x, weight.T) if "bias" in self else x @ weight.T
+
+
+def for_pieces(linear: nn.Module, x: mx.array) -> Callable[[mx.array], mx.array]:
+    """`linear` for several calls, after `x`: what has to be dequantised is so only once."""
+    if isinstance(linear, QuantizedLinear) and not on_gpu():
+        return partial(linear._multiply, linear.dense(x))
+    return linear

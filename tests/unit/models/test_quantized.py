@@ -1,0 +1,48 @@
+"""Quantised layers against plain ones with the same, dequantised weights."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import pytest
+from mlx import nn
+
+from mlx_sora.models.quantized import QuantizedLinear, for_pieces
+
+
+def pair(bits: int, bias: bool) -> tuple[QuantizedLinear, nn.Linear]:
+    """A quantised layer, and the plain one that it stands for."""
+    plain = nn.Linear(128, 24, bias=bias)
+    layer = QuantizedLinear(128, 24, bias=bias, bits=bits, group_size=64)
+    weight, scales, biases = mx.quantize(mx.random.normal((24, 128)), group_size=64, bits=bits)
+    assert layer.weight.shape == weight.shape
+    assert layer.scales.shape == scales.shape
+    assert layer.weight.dtype == weight.dtype
+    layer.update({"weight": weight, "scales": scales, "biases": biases})
+    plain.weight = mx.dequantize(weight, scales, biases, group_size=64, bits=bits)
+    if bias:
+        layer.bias = plain.bias = mx.random.normal((24,))
+    return layer, plain
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bias", [True, False])
+def test_as_the_plain_layer(bits: int, bias: bool) -> None:
+    layer, plain = pair(bits, bias)
+    x = mx.random.normal((2, 5, 128))
+    assert mx.array_equal(layer(x), plain(x)).item()
+    assert mx.array_equal(for_pieces(layer, x)(x), plain(x)).item()
+    assert layer.dense_size == plain.weight.size
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_kernel_of_gpus_agrees(bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, plain = pair(8, bias)
+    x = mx.random.normal((3, 128))
+    monkeypatch.setattr("mlx_sora.models.quantized.on_gpu", lambda: True)
+    assert for_pieces(layer, x) is layer
+    assert mx.allclose(layer(x), plain(x), rtol=1e-4, atol=1e-4).item()
+
+
+def test_a_plain_layer_serves_pieces_as_it_is() -> None:
+    layer = nn.Linear(4, 4)
+    assert for_pieces(layer, mx.zeros((1, 4))) is layer
