@@ -21,7 +21,7 @@ from mlx_sora.accel.base import Job
 from mlx_sora.accel.cidl import BlockStream
 from mlx_sora.errors import NumericsError, UsageError
 from mlx_sora.lifetimes import Lifetimes
-from mlx_sora.loading.checkpoint import Checkpoint
+from mlx_sora.loading.facts import describe_model, quantized_parts
 from mlx_sora.loading.model_folder import BUNDLED, PUBLISHED, ModelFolder, find_model
 from mlx_sora.loading.networks import load_vae
 from mlx_sora.loading.sizes import model_sizes
@@ -58,6 +58,8 @@ from mlx_sora.video.writer import VideoWriter, open_writer, write_sidecar
 
 if TYPE_CHECKING:
     import numpy as np
+
+    from mlx_sora.edit_request import EditRequest
 
 log = logging.getLogger(__name__)
 
@@ -101,6 +103,31 @@ class Pipeline:
         request.validate()
         return self._events(self._prepare(request.with_seed()))
 
+    def edit(self, video: str | Path, **options: Any) -> Video:
+        """Change what a video shows: `source_prompt` says what that is, `prompt` what it shall be.
+
+        options: those of EditRequest, such as inject_steps, and fields of GenerationRequest that an
+        edit shares (steps, guidance, sampler, output, ...). A picture is a video of one frame.
+        """
+        from mlx_sora.edit_request import EditRequest as Request
+
+        for event in self.stream_edit(Request.of(video, options)):
+            if isinstance(event, Finished):
+                return event.video
+        raise AssertionError("an edit ends with Finished or with an error")
+
+    def stream_edit(self, edit: EditRequest) -> Generator[Event, None, None]:
+        """Events of one edit, as `stream` has those of a generation."""
+        from mlx_sora.editing import Editing
+
+        return Editing(self, edit).events()
+
+    def plan_edit(self, edit: EditRequest) -> Plan:
+        """What an edit would need, as `plan` says it of a generation."""
+        from mlx_sora.editing import Editing
+
+        return Editing(self, edit).needs()
+
     def plan(self, request: GenerationRequest) -> Plan:
         """What the run would need, stage by stage, without running it; reads headers only.
 
@@ -110,20 +137,11 @@ class Pipeline:
         return self._prepare(request.with_seed()).plan
 
     def info(self) -> dict[str, Any]:
-        """Model, parameters and bytes of each part, device and versions; plain JSON values."""
-        parts: dict[str, Any] = {}
-        for name in ("text_encoder", "transformer", "vae"):
-            checkpoint = Checkpoint.open(self.model.path / name)
-            parts[name] = {
-                "parameters": checkpoint.num_parameters,
-                "bytes": checkpoint.nbytes,
-            }
+        """Model, its parts, origin and quick checks, device and versions; plain JSON values."""
         return {
             "model": self.model.name,
             "path": str(self.model.path),
-            "parameters": sum(part["parameters"] for part in parts.values()),
-            "bytes": sum(part["bytes"] for part in parts.values()),
-            "parts": parts,
+            **describe_model(self.model),
             "defaults": asdict(self.model.defaults),
             "machine": describe(),
         }

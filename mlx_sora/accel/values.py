@@ -41,6 +41,10 @@ class KeptValues:
         """How many were kept."""
         return len(self._kept)
 
+    def clear(self) -> None:
+        """Let go of everything."""
+        self._kept.clear()
+
     def keep(self, t: float) -> ValuePolicy:
         """Keeps the values of the evaluation at flow time t, and changes nothing."""
         return _Keep(self._kept.setdefault(t, {}))

@@ -75,6 +75,11 @@ def replay_options(record: Mapping[str, Any], source: str | Path = "the record")
     settings = record.get("settings", {})
     if not isinstance(request, dict) or not isinstance(settings, dict):
         raise UsageError(f"{source} holds no request of mlx_sora.", "Give a file it wrote.")
+    if "edit" in record:
+        raise UsageError(
+            f"{source} is an edit, which a prompt alone cannot repeat.",
+            "Edit its source again with mlx_sora edit.",
+        )
     known = options()
     unknown = [str(name)[:40] for name in request if name not in known]
     if unknown:

@@ -11,12 +11,12 @@ from tests.invariants.source import Source, sources
 
 #: From low to high; a module may import its own layer and those before it.
 LAYERS = (
-    ("errors", "request", "options", "modes", "geometry"),
+    ("errors", "request", "edit_request", "options", "modes", "geometry"),
     ("models", "runtime"),
     ("loading", "sampling", "text", "video"),
     ("accel",),
     ("settings", "run", "lifetimes"),
-    ("pipeline",),
+    ("pipeline", "editing"),
     ("cli", "__main__"),
 )
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
