@@ -65,11 +65,14 @@ def random_tensor(key: str, shape: tuple[int, ...], dtype: mx.Dtype, noise: mx.a
     return (drawn.reshape(shape) * inputs**-0.5).astype(dtype)
 
 
-def write_part(folder: Path, part: str, dtype: mx.Dtype) -> None:
-    """One network: config.json, shards and their index."""
+def write_part(folder: Path, part: str, dtype: mx.Dtype, depth: int | None = None) -> None:
+    """One network: config.json, shards and their index. depth: of the transformer, if not all."""
     folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps(CONFIGS[part]))
+    config = {**CONFIGS[part]} if depth is None else {**CONFIGS[part], "depth": depth}
+    (folder / "config.json").write_text(json.dumps(config))
     manifest = json.loads((SHAPES / f"manifest_{MANIFESTS[part]}.json").read_text())
+    if depth is not None:
+        manifest = {key: row for key, row in manifest.items() if _number(key) < depth}
     noise = mx.random.normal((1 << 24,), key=mx.random.key(0))
     shards: list[dict[str, mx.array]] = [{}]
     weight_map, held = {}, 0
@@ -84,6 +87,12 @@ def write_part(folder: Path, part: str, dtype: mx.Dtype) -> None:
     _save(folder, shards[-1], len(shards))
     index = {"metadata": {}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def _number(key: str) -> int:
+    """Of the block that a tensor of the transformer belongs to; -1 for the rest."""
+    stem, _, rest = key.partition("_blocks.")
+    return int(rest.split(".")[0]) if stem in ("spatial", "temporal") else -1
 
 
 def _name(number: int) -> str:

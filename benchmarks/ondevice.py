@@ -1,14 +1,12 @@
-"""What leaping (LPL) and merging (TDTM) save, and what they cost in quality, like for like.
+"""What On-device Sora's techniques (LPL, TDTM, CI-DL) save and cost in quality, like for like.
 
     python -m benchmarks.ondevice [--prompts 24] [--frames 17] [--json FILE] [--plot FILE]
-    python -m benchmarks.ondevice --full-size [--runs 3]
 
-The first runs the bundled model on held-out prompts, one seed each, every row on the same ones and
-in turn. Speeds are medians of ratios to exact, prompt by prompt: of the steps, and of the whole
-denoising stage, which also reads the weights. PSNR and SSIM compare with the exact video of the
-same seed; adherence is the share of videos that show all that was asked. Needs
-`pip install -e ".[bench]"`. The second times one block pair of STDiT3-XL/2 with random weights in a
-guided step at 240p and 51 frames, merged and not, and derives what the steps of a run gain.
+Runs the bundled model on held-out prompts, one seed each, every row on the same ones and in turn.
+Speeds are medians of ratios to exact, prompt by prompt: of the steps, and of the whole denoising
+stage, which also reads the weights. PSNR and SSIM compare with the exact video of the same seed;
+adherence is the share of videos that show all that was asked. Needs `pip install -e ".[bench]"`.
+`benchmarks/ondevice_full.py` has the same rows at the size of the published model.
 """
 
 from __future__ import annotations
@@ -16,27 +14,41 @@ from __future__ import annotations
 import argparse
 import math
 import statistics
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from benchmarks.common import RESULTS, alternate, markdown, transient_bytes, write_json
+from benchmarks.common import RESULTS, markdown, write_json
 from benchmarks.shapes import world
 from benchmarks.shapes.scorer import Reading, read_video, score
 from mlx_sora import GenerationRequest, Pipeline
 from mlx_sora.runtime.events import Finished, StageFinished, StepFinished
+from mlx_sora.runtime.plan import Plan
 
 EXACT = "exact"
 
-#: Latent frames, height and width of 51 frames at 240p, and tokens of a usual prompt.
-FULL_GRID, FULL_SIZE, PROMPT_TOKENS = (15, 30, 53), (240, 426), 20
+#: Row of streaming without loading ahead, which no option of a request asks for.
+ON_DEMAND = "CI-DL, on demand"
 
 
-def rows_for(steps: int) -> dict[str, dict[str, str]]:
-    """Row → options of the request; halves of the run as in the paper (15 of 30)."""
+class OnDemand(Pipeline):
+    """Reads each streamed block when its turn comes, never ahead."""
+
+    def _plan(self, *args: Any) -> Plan:
+        plan = super()._plan(*args)
+        return replace(plan, stages=tuple(replace(s, prefetch=False) for s in plan.stages))
+
+
+def rows_for(steps: int, budget: int) -> dict[str, dict[str, Any]]:
+    """Row → options of the request; halves of the run as in the paper (15 of 30).
+
+    budget: bytes that leave room for some of the blocks.
+    """
     half = steps // 2
+    dynamic = {"memory_budget": str(budget)}
     return {
         EXACT: {},
         f"LPL, fixed {half}": {"lpl": f"fixed:{half}"},
@@ -46,6 +58,10 @@ def rows_for(steps: int) -> dict[str, dict[str, str]]:
         "TDTM, all": {"tdtm": "all"},
         f"LPL, fixed {half} + TDTM, first {half}": {"lpl": f"fixed:{half}", "tdtm": str(half)},
         f"LPL, adaptive + TDTM, first {half}": {"lpl": "adaptive", "tdtm": str(half)},
+        ON_DEMAND: {"ci_dl": True},
+        "CI-DL, ahead": {"ci_dl": True},
+        "CI-DL, dynamic": dynamic,
+        "all three": {"lpl": f"fixed:{half}", "tdtm": str(half), **dynamic},
     }
 
 
@@ -88,7 +104,7 @@ class Row:
     """
 
     row: str
-    options: Mapping[str, str]
+    options: Mapping[str, Any]
     evaluations: float
     seconds: float
     stage_seconds: float
@@ -100,6 +116,14 @@ class Row:
     motion: float
     travel: float
     adherence: Mapping[str, float]
+
+
+def tight_budget(options: argparse.Namespace) -> int:
+    """Bytes between the smallest possible and what all resident needs."""
+    pipe = Pipeline.from_pretrained(options.model)
+    request = GenerationRequest(prompt="a", num_frames=options.frames, steps=options.steps)
+    plan = pipe.plan(request)
+    return (plan.smallest + plan.stage("denoise").peak) // 2
 
 
 def make(pipe: Pipeline, request: GenerationRequest) -> Made:
@@ -122,7 +146,8 @@ def make(pipe: Pipeline, request: GenerationRequest) -> Made:
 def gather(options: argparse.Namespace) -> dict[str, Tally]:
     """Every row on every prompt; the order of the rows turns, so that none is always first."""
     pipe = Pipeline.from_pretrained(options.model)
-    rows = rows_for(options.steps)
+    pipes = {ON_DEMAND: OnDemand.from_pretrained(options.model)}
+    rows = rows_for(options.steps, options.budget)
     tallies = {name: Tally() for name in rows}
     names = list(rows)
     for seed, truth in enumerate(world.split()[1][: options.prompts]):
@@ -132,7 +157,9 @@ def gather(options: argparse.Namespace) -> dict[str, Tally]:
         if seed == 0:
             make(pipe, GenerationRequest.from_dict(common))
         for name in names[seed % len(names) :] + names[: seed % len(names)]:
-            made[name] = make(pipe, GenerationRequest.from_dict(common | rows[name]))
+            made[name] = make(
+                pipes.get(name, pipe), GenerationRequest.from_dict(common | rows[name])
+            )
         for name, tally in tallies.items():
             add(tally, made[name], made[EXACT])
         print(f"{seed + 1} of {options.prompts} prompts", flush=True)
@@ -164,7 +191,7 @@ def add(tally: Tally, made: Made, exact: Made) -> None:
 
 def table(tallies: Mapping[str, Tally], options: argparse.Namespace) -> list[Row]:
     truths = world.split()[1][: options.prompts]
-    modes = rows_for(options.steps)
+    modes = rows_for(options.steps, options.budget)
     return [
         Row(
             row=name,
@@ -235,97 +262,26 @@ def plot(rows: list[Row], path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
-@dataclass(frozen=True)
-class FullSize:
-    """One block pair of STDiT3-XL/2 in a guided step; speeds are what a run of 30 steps gains.
-
-    Embedders and the final layer, which are below 1 % of a step, are left out.
-    """
-
-    seconds_plain: float
-    seconds_merged: float
-    ratio: float
-    bytes_plain: int
-    bytes_merged: int
-    speed_first_15: float
-    speed_all: float
-
-
-def full_size(runs: int) -> FullSize:
-    """Time the pair with all frames and with pairs of frames, alternating."""
-    import mlx.core as mx
-
-    from mlx_sora.accel.tdtm import PairedFrames
-    from mlx_sora.models.context import AllTokens, TokenPolicy
-    from mlx_sora.models.stdit3 import STDiT3, STDiT3Config
-    from mlx_sora.runtime.memory import memory_scope
-
-    config = STDiT3Config(depth=1)
-    network = STDiT3(config)
-    text = mx.random.normal((2, PROMPT_TOKENS, config.hidden_size))
-    tokens = -(-FULL_GRID[1] // 2) * -(-FULL_GRID[2] // 2)
-    x = mx.random.normal((2, FULL_GRID[0], tokens, config.hidden_size))
-    modulation = mx.random.normal((2, 1, 6, config.hidden_size))
-    pair = (network.spatial_blocks[0], network.temporal_blocks[0])
-    states = [block.cross_attn.keys_values(text) for block in pair]
-    mx.eval(network.parameters(), x, modulation, states)
-
-    def step(policy: TokenPolicy) -> None:
-        h = x
-        for block, state in zip(pair, states, strict=True):
-            h = block(h, modulation, state, None, network.rope, policy)
-            mx.eval(h)
-
-    def plain() -> None:
-        step(AllTokens())
-
-    def merged() -> None:
-        step(PairedFrames())
-
-    with memory_scope():
-        peaks = transient_bytes(plain), transient_bytes(merged)
-        times = alternate(runs, plain, merged)
-    ratio = statistics.median(a / b for a, b in times)
-    return FullSize(
-        statistics.median(a for a, _ in times),
-        statistics.median(b for _, b in times),
-        ratio,
-        *peaks,
-        speed_first_15=30 / (15 / ratio + 15),
-        speed_all=ratio,
-    )
-
-
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", default="shapes")
     parser.add_argument("--prompts", type=int, default=24, help="how many; default 24, at most 96")
     parser.add_argument("--frames", type=int, default=world.CHUNK)
     parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--budget", type=int, help="bytes, of the dynamic rows; default: tight")
     parser.add_argument("--json", type=Path, default=None, help="also write the figures here")
     parser.add_argument("--plot", type=Path, default=None, help="also draw quality against speed")
-    parser.add_argument("--full-size", action="store_true", help="time one block pair of XL/2")
-    parser.add_argument("--runs", type=int, default=3, help="of --full-size")
     return parser.parse_args()
-
-
-def lines_of(result: FullSize) -> Iterator[str]:
-    yield f"one block pair, plain {result.seconds_plain:.2f} s, merged {result.seconds_merged:.2f}"
-    yield f"transient {result.bytes_plain / 1e6:.0f} MB, merged {result.bytes_merged / 1e6:.0f} MB"
-    yield f"30 steps: first 15 merged {result.speed_first_15:.2f}×, all {result.speed_all:.2f}×"
 
 
 def main() -> None:
     options = arguments()
-    if options.full_size:
-        result = full_size(options.runs)
-        print("\n".join(lines_of(result)))
-        target = options.json or RESULTS / "ondevice_full_size.json"
-        write_json(target, {"runs": options.runs, **asdict(result)})
-        return
+    if options.budget is None:
+        options.budget = tight_budget(options)
     rows = table(gather(options), options)
     print(show(rows))
-    setting = {name: getattr(options, name) for name in ("model", "prompts", "frames", "steps")}
+    names = ("model", "prompts", "frames", "steps", "budget")
+    setting = {name: getattr(options, name) for name in names}
     target = options.json or RESULTS / "ondevice.json"
     write_json(target, {**setting, "rows": [asdict(row) for row in rows]})
     if options.plot:
