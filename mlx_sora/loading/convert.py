@@ -33,7 +33,6 @@ from mlx_sora.loading.folders import (
 )
 from mlx_sora.loading.layout import (
     INDEX,
-    PARTS,
     Choice,
     Shard,
     index_text,
@@ -41,7 +40,7 @@ from mlx_sora.loading.layout import (
     small_files,
     source_files,
 )
-from mlx_sora.loading.model_folder import ModelFolder
+from mlx_sora.loading.model_folder import PARTS, ModelFolder
 from mlx_sora.loading.networks import match_part
 from mlx_sora.loading.provenance import FILE, FileOrigin, Provenance, sha256
 from mlx_sora.loading.quantize import GROUP
@@ -243,12 +242,14 @@ def staging_of(target: Path) -> Path:
 
 
 def _record(model: ModelFolder, choice: Choice, files: Sequence[Path]) -> dict[str, Any]:
-    """What makes a conversion the same: options, version, and the source as it is now."""
+    """What makes a conversion the same: options, version, the source as it is and its origin."""
     stamps = [
         (str(file.relative_to(model.path)), file.stat().st_size, file.stat().st_mtime_ns)
         for file in files
     ]
-    fingerprint = hashlib.sha256(json.dumps(stamps).encode()).hexdigest()
+    known = _known_source(model.path)
+    origins = sorted((p, o.repo, o.revision) for p, o in known.files.items()) if known else []
+    fingerprint = hashlib.sha256(json.dumps([stamps, origins]).encode()).hexdigest()
     quantization = choice.quantization
     return {
         "source": str(model.path.resolve()),

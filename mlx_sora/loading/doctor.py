@@ -11,28 +11,36 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 from shlex import quote
 
+import mlx.core as mx
+
 from mlx_sora.errors import MlxSoraError, WeightsError
 from mlx_sora.loading.checkpoint import Checkpoint
+from mlx_sora.loading.convert import staging_of
 from mlx_sora.loading.download import STAGING
 from mlx_sora.loading.model_folder import (
     BUNDLED,
+    NAMES,
+    PARTS,
     PUBLISHED,
     Defaults,
     ModelFolder,
+    download_command,
     missing_parts,
     weights_root,
 )
 from mlx_sora.loading.networks import match_part
 from mlx_sora.loading.provenance import FILE, Provenance
+from mlx_sora.loading.quantize import Quantization, count_parameters
+from mlx_sora.loading.safetensors import loaded_dtype
 from mlx_sora.loading.trial import Values, scan, try_text_encoder, try_transformer, try_vae
 from mlx_sora.models import stdit3, t5, vae
 from mlx_sora.runtime.device import blas_notice, describe, total_memory
 from mlx_sora.text.tokenizer import Tokenizer
 
-PARTS = ("text_encoder", "transformer", "vae")
 _TRIALS = {"text_encoder": try_text_encoder, "transformer": try_transformer, "vae": try_vae}
 
 #: Told action, path, bytes done and bytes in all while files are read.
@@ -55,7 +63,7 @@ class Examination:
 
     path: Path
     quick: bool
-    watch: Watch
+    watch: Watch = field(default=lambda *_: None)
     failed: set[str] = field(default_factory=set)
 
     def findings(self) -> Iterator[Finding]:
@@ -81,6 +89,8 @@ class Examination:
             staging = self.path.parent / STAGING
             if self.path.name == PUBLISHED and staging.is_dir():
                 yield Finding("note", "folder", "an interrupted download is there to continue.")
+            if staging_of(self.path).is_dir():
+                yield Finding("note", "folder", "an interrupted conversion is there to continue.")
             return
         absent = missing_parts(self.path)
         for name in absent:
@@ -96,13 +106,16 @@ class Examination:
             try:
                 checkpoint = Checkpoint.open(self.path / part)
                 match_part(self._folder(), part, checkpoint)
+                quantization = Quantization.read(self._folder().config(part))
             except MlxSoraError as error:
                 yield self._error(part, error.message)
                 continue
             types = Counter(info.dtype for info in checkpoint.tensors.values())
             kinds = ", ".join(f"{n} {dtype}" for dtype, n in types.most_common())
-            size = f"{checkpoint.num_parameters:,} values, {checkpoint.nbytes / 1e6:,.1f} MB"
-            yield Finding("ok", part, f"fits its configuration: {kinds} tensors, {size}.")
+            values = count_parameters(checkpoint, quantization)
+            size = f"{values:,} values, {checkpoint.nbytes / 1e6:,.1f} MB"
+            how = "" if quantization is None else f", quantised to {quantization}"
+            yield Finding("ok", part, f"fits its configuration: {kinds} tensors, {size}{how}.")
 
     def _together(self) -> Iterator[Finding]:
         """Whether the parts are of one model."""
@@ -149,7 +162,7 @@ class Examination:
             )
         for name in altered:
             if name not in missized:
-                message = f"{name} has another checksum than the file that was downloaded."
+                message = f"{name} has another checksum than was recorded."
                 yield self._error(name.split("/")[0], message)
         if not missized and not altered:
             what = "sizes" if self.quick else "sizes and checksums"
@@ -217,11 +230,12 @@ def machine(path: Path) -> Iterator[Finding]:
     notice = blas_notice()
     if notice:
         yield Finding("warning", "machine", notice)
-    largest = 0
+    needed, dtype = 0, getattr(mx, str(facts["dtype"]))
     for part in PARTS:
         with suppress(MlxSoraError):
-            largest = max(largest, Checkpoint.open(path / part).num_parameters)
-    needed = largest * (2 if facts["dtype"] == "bfloat16" else 4)
+            tensors = Checkpoint.open(path / part).tensors.values()
+            sizes = (prod(i.shape) * loaded_dtype(i.dtype, dtype).size for i in tensors)
+            needed = max(needed, sum(sizes))
     if needed > memory:
         message = f"the largest part needs {needed / 1e9:.1f} GB as {facts['dtype']}."
         yield Finding("warning", "machine", message)
@@ -231,28 +245,42 @@ def find_folder(model: str | None) -> Path:
     """The folder that `model` means, there or not; `find_model` refuses what is broken."""
     root = weights_root()
     if model is None:
-        return root / (PUBLISHED if (root / PUBLISHED).is_dir() else BUNDLED)
-    return root / model if model in (BUNDLED, PUBLISHED) else Path(model).expanduser()
+        return root / next((name for name in NAMES if (root / name).is_dir()), BUNDLED)
+    return root / model if model in NAMES else Path(model).expanduser()
 
 
 def mending(path: Path) -> str:
     """The command that makes the model in `path` whole again."""
-    place = path.resolve()
-    if place == (weights_root() / BUNDLED).resolve():
+    place, root = path.resolve(), weights_root()
+    name = next((name for name in NAMES if place == (root / name).resolve()), None)
+    if name == BUNDLED:
         return f"git checkout -- weights/{BUNDLED}"
-    if place != (weights_root() / PUBLISHED).resolve():
-        again = "copy the folder again from where it came."
-        return again if path.exists() else f"give {BUNDLED}, {PUBLISHED} or a folder's path."
-    command = f"python -m mlx_sora download {PUBLISHED}"
-    if not path.exists():
-        return command
     try:
         known = Provenance.read(path)
     except WeightsError:
         known = None
+    if name in (None, PUBLISHED) and known is not None and known.conversion:
+        return _conversion_command(known, path)
+    if name is None:
+        again = "copy the folder again from where it came."
+        return again if path.exists() else f"give {', '.join(NAMES)} or a folder's path."
+    command = download_command(name)
+    if not path.exists():
+        return command
     if known is not None:
         return f"{command} --check"
     return f"mv {quote(str(path))} {quote(str(path) + '.old')} && {command}"
+
+
+def _conversion_command(known: Provenance, path: Path) -> str:
+    """How a conversion is repeated, if the model that it was made from is still there."""
+    source, dtype = str(known.conversion["source"]), known.conversion["dtype"]
+    if not Path(source).is_dir():
+        return f"convert {source} again, which is not there any more."
+    command = f"python -m mlx_sora convert {quote(source)} {quote(str(path))}"
+    quantization = known.conversion["quantization"]
+    command += f" --quantize {quantization['bits']}" if quantization else ""
+    return command + (f" --dtype {dtype}" if dtype else "") + " --check --overwrite"
 
 
 def _count(values: Values) -> str:

@@ -16,12 +16,11 @@ import mlx.core as mx
 
 from mlx_sora.errors import UsageError
 from mlx_sora.loading.checkpoint import Checkpoint
-from mlx_sora.loading.model_folder import ModelFolder
+from mlx_sora.loading.model_folder import PARTS, ModelFolder
 from mlx_sora.loading.networks import match_part, quantizable_layers
 from mlx_sora.loading.quantize import BLOCK, KEY, Quantization
 from mlx_sora.loading.safetensors import FLOATS, TensorInfo
 
-PARTS = ("text_encoder", "transformer", "vae")
 INDEX = "model.safetensors.index.json"
 
 #: Halves of the VAE's two networks: files of their own, as each is used without the others.

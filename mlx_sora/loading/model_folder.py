@@ -27,6 +27,9 @@ QUANTIZED = {8: f"{PUBLISHED}-8bit", 4: f"{PUBLISHED}-4bit"}
 #: Models that have a name, the ones to take without a choice first.
 NAMES = (PUBLISHED, *QUANTIZED.values(), BUNDLED)
 
+#: Parts with a configuration and weights.
+PARTS = ("text_encoder", "transformer", "vae")
+
 #: Environment variable that names another folder of models than the one beside the package.
 WEIGHTS_VARIABLE = "MLX_SORA_WEIGHTS"
 
@@ -97,12 +100,10 @@ class ModelFolder:
 
 def missing_parts(path: Path) -> list[str]:
     """Parts of the model folder layout that `path` lacks, as relative names."""
-    needed = [f"{part}/config.json" for part in ("transformer", "vae", "text_encoder")]
+    needed = [f"{part}/config.json" for part in PARTS]
     absent = [name for name in [*needed, "tokenizer/spiece.model"] if not (path / name).is_file()]
     return absent + [
-        f"{part}/*.safetensors"
-        for part in ("transformer", "vae", "text_encoder")
-        if not any((path / part).glob("*.safetensors"))
+        f"{part}/*.safetensors" for part in PARTS if not any((path / part).glob("*.safetensors"))
     ]
 
 

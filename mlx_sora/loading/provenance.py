@@ -80,6 +80,8 @@ class Provenance:
             files = {str(name): FileOrigin(**row) for name, row in content["files"].items()}
             model, endpoint = str(content["model"]), str(content["endpoint"])
             conversion = dict(content.get("conversion", {}))
+            if conversion:  # each of these is read later
+                _ = [conversion[name] for name in ("source", "dtype", "quantization")]
         except FileNotFoundError:
             return None
         except OSError as error:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from math import prod
 from typing import Any
 
 import mlx.core as mx
@@ -17,6 +18,8 @@ from mlx import nn
 from mlx.utils import tree_unflatten
 
 from mlx_sora.errors import WeightsError
+from mlx_sora.loading.checkpoint import Checkpoint
+from mlx_sora.loading.safetensors import PACKED
 from mlx_sora.models.config import FIX
 from mlx_sora.models.keys import Shape
 from mlx_sora.models.quantized import WORD, QuantizedLinear
@@ -122,3 +125,13 @@ def dense_bytes(network: nn.Module, dtype: mx.Dtype) -> dict[str, int]:
         for path, layer in network.named_modules()
         if isinstance(layer, QuantizedLinear)
     }
+
+
+def count_parameters(checkpoint: Checkpoint, quantization: Quantization | None) -> int:
+    """Numbers that the tensors stand for: a packed word for several, scales and biases for none."""
+    total = checkpoint.num_parameters
+    if quantization is None:
+        return total
+    words = sum(prod(i.shape) for i in checkpoint.tensors.values() if i.dtype == PACKED)
+    codes = words * WORD // quantization.bits
+    return total - words + codes - 2 * codes // quantization.group_size

@@ -291,9 +291,7 @@ def test_files_against_their_provenance(model: Path) -> None:
     content = file.read_bytes()
     file.write_bytes(content[:-4] + b"\0\0\0\0")
     (message,) = errors(model)
-    assert message == (
-        "vae: vae/model.safetensors has another checksum than the file that was downloaded."
-    )
+    assert message == ("vae: vae/model.safetensors has another checksum than was recorded.")
     assert errors(model, quick=True) == []
     reconfigure(model / "transformer/config.json", extra=1)
     assert errors(model, quick=True) == [
@@ -355,7 +353,7 @@ def test_what_mends_what(model: Path, tmp_path: Path, monkeypatch: pytest.Monkey
     published = root / PUBLISHED
     assert mending(published) == get
     assert mending(root / BUNDLED) == f"git checkout -- weights/{BUNDLED}"
-    assert "give shapes" in mending(tmp_path / "gone")
+    assert "shapes or a folder" in mending(tmp_path / "gone")
     assert "copy" in mending(model)
     root.mkdir()
     model.rename(published)
@@ -367,3 +365,20 @@ def test_what_mends_what(model: Path, tmp_path: Path, monkeypatch: pytest.Monkey
 def test_an_interrupted_download_is_noted(tmp_path: Path) -> None:
     (tmp_path / STAGING).mkdir()
     assert any("interrupted" in f.message for f in examine(tmp_path / PUBLISHED))
+
+
+def test_what_mends_a_conversion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = tmp_path / "weights"
+    monkeypatch.setenv(WEIGHTS_VARIABLE, str(root))
+    get = f"python -m mlx_sora download {PUBLISHED} --quantize 8"
+    assert mending(root / f"{PUBLISHED}-8bit") == get
+    record = {"source": str(tmp_path), "dtype": "bfloat16", "quantization": {"bits": 4}}
+    for folder in (tmp_path / "mine", root / PUBLISHED, root / f"{PUBLISHED}-8bit"):
+        folder.mkdir(parents=True)
+        Provenance(PUBLISHED, "", {}, record).write(folder)
+    command = f"python -m mlx_sora convert {tmp_path} {{}} --quantize 4 --dtype bfloat16"
+    for folder in (tmp_path / "mine", root / PUBLISHED):
+        assert mending(folder) == command.format(folder) + " --check --overwrite"
+    assert mending(root / f"{PUBLISHED}-8bit") == f"{get} --check"
+    Provenance(PUBLISHED, "", {}, record | {"source": "/gone"}).write(tmp_path / "mine")
+    assert "/gone again" in mending(tmp_path / "mine")

@@ -1,0 +1,118 @@
+"""`convert` from the outside, on the bundled model: written, checked, described and used."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from mlx_sora.cli.main import main
+from mlx_sora.loading.convert import staging_of
+from mlx_sora.video.metadata import read_metadata
+
+GENERATE = ["generate", "--steps", "2", "--num-frames", "1", "--seed", "3", "--quiet", "-p"]
+
+
+def test_convert_and_use(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["convert", "shapes", "small", "-q", "8"]) == 0
+    captured = capsys.readouterr()
+    assert captured.out == f"{folder / 'small'}\n"
+    assert "convert transformer" in captured.err
+    assert captured.err.endswith("MB written\n")
+    assert main(["convert", "shapes", "small", "-q", "8"]) == 0
+    assert capsys.readouterr().err == "already converted\n"
+
+    assert main(["info", "--model", "small"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("quantization: 8 bits in groups of 64") == 2
+    assert "converted from: " in out
+    assert "sizes as recorded, from shapes." in out
+    assert main(["info", "--model", "small", "--json"]) == 0
+    small = json.loads(capsys.readouterr().out)
+    assert main(["info", "--model", "shapes", "--json"]) == 0
+    plain = json.loads(capsys.readouterr().out)
+    assert small["parameters"] == plain["parameters"]
+    assert small["parts"]["transformer"]["bytes"] < 0.65 * plain["parts"]["transformer"]["bytes"]
+    assert {word.partition(" ")[0] for word in small["checks"].values()} <= {
+        "all",
+        "fits",
+        "loads,",
+        "sizes",
+    }
+
+    for name, words in (
+        ("whole", []),
+        ("streamed", ["--ci-dl"]),
+        ("small", ["--memory-budget", "1GB"]),
+    ):
+        words += ["--model", "small", "-o", f"{name}.png"]
+        assert main([*GENERATE, "a red circle", *words]) == 0
+    assert (folder / "whole.png").stat().st_size > 0
+    kind = {"bits": 8, "group_size": 64}
+    record = read_metadata("streamed.png")
+    assert record["quantization"] == {"text_encoder": kind, "transformer": kind}
+    from PIL import Image
+
+    pictures = [Image.open(f"{name}.png").tobytes() for name in ("whole", "streamed", "small")]
+    assert pictures[0] == pictures[1] == pictures[2]
+
+
+def test_the_named_command_mends_a_conversion(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["convert", "shapes", "small", "-q", "4", "--dtype", "float32", "--quiet"]) == 0
+    assert capsys.readouterr().err == ""
+    file = folder / "small/transformer/model-00002-of-00005.safetensors"
+    content = file.read_bytes()
+    file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert main(["doctor", "small"]) == 4
+    (line,) = [x for x in capsys.readouterr().out.splitlines() if x.startswith("ERROR")]
+    command = line.partition("Mend it: python -m mlx_sora ")[2]
+    assert main(command.split()) == 0
+    assert file.read_bytes() == content
+    capsys.readouterr()
+    assert main(["doctor", "small", "--quick"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "says"),
+    [
+        (["shapes"], 2, "DST"),
+        (["shapes", "x", "-q", "5"], 2, "--quantize"),
+        (["nowhere", "x"], 4, "No model folder"),
+        (["shapes", "taken", "-q", "8"], 2, "--overwrite"),
+        (["shapes", "taken/file/x"], 4, "Cannot use"),
+        (["opensora-1.2-8bit", "x"], 4, "download opensora-1.2 --quantize 8"),
+    ],
+)
+def test_mistakes_are_one_line(
+    folder: Path, words: list[str], code: int, says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "taken").mkdir()
+    (folder / "taken" / "file").write_text("mine")
+    assert main(["convert", *words]) == code
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    (line,) = captured.err.strip().splitlines()
+    assert line.startswith("error: ")
+    assert says in line
+    assert (folder / "taken" / "file").read_text() == "mine"
+
+
+def test_an_interruption_says_how_to_go_on(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("mlx_sora.loading.convert.index_text", interrupt)
+        assert main(["convert", "shapes", "small", "-q", "8"]) == 130
+    assert "the same command continues" in capsys.readouterr().err
+    assert staging_of(folder / "small").is_dir()
+    assert main(["doctor", "small", "--quick"]) == 4
+    assert "interrupted conversion" in capsys.readouterr().out
+    assert main(["convert", "shapes", "small", "-q", "8"]) == 0
+    assert "13 files of an earlier attempt kept" in capsys.readouterr().err
+    assert [path.name for path in folder.iterdir()] == ["small"]
