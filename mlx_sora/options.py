@@ -6,9 +6,11 @@ import math
 import numbers
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
+
+from mlx_sora.geometry import MICRO_FRAME_SIZE
 
 
 def as_bool(value: Any) -> bool:
@@ -70,6 +72,83 @@ def as_frames(value: Any) -> int | str:
     return as_int(value)
 
 
+class Picture(NamedTuple):
+    """A picture that frame `frame` shows (negative: from the end).
+
+    strength: 1 keeps it as it is; below, it is denoised anew from that much of it.
+    """
+
+    path: str
+    frame: int = 0
+    strength: float = 1.0
+
+
+class Neighbour(NamedTuple):
+    """A video before or after the one to be made, which takes over `frames` of its frames.
+
+    frames: the last of a video before, the first of one after. strength: as in Picture.
+    """
+
+    path: str
+    side: str = "before"
+    frames: int = MICRO_FRAME_SIZE
+    strength: float = 1.0
+
+
+def as_pictures(value: Any) -> tuple[Picture, ...]:
+    """Pictures, each a path or (path, frame, strength); a frame may also be "first" or "last"."""
+    expected = "paths, each perhaps with a frame (a number, first or last) and a strength (0 to 1)"
+
+    def read(path: Any, frame: Any = 0, strength: Any = 1.0) -> Picture:
+        named = {"first": 0, "last": -1}.get(frame) if isinstance(frame, str) else None
+        number = as_int(frame) if named is None else named
+        return Picture(as_path(path), number, _as_strength(strength))
+
+    return _each(value, read, expected)
+
+
+def as_neighbours(value: Any) -> tuple[Neighbour, ...]:
+    """Videos, each a path or (path, before or after, frames, strength)."""
+    expected = "paths, each perhaps with before or after, frames to use and a strength (0 to 1)"
+
+    def read(
+        path: Any, side: Any = "before", frames: Any = MICRO_FRAME_SIZE, strength: Any = 1.0
+    ) -> Neighbour:
+        count = as_int(frames)
+        if side not in ("before", "after") or count < 1:
+            raise ValueError
+        return Neighbour(as_path(path), side, count, _as_strength(strength))
+
+    return _each(value, read, expected)
+
+
+def as_paths(value: Any) -> tuple[str, ...]:
+    """Paths in a list, or joined by semicolons as Open-Sora writes them."""
+    if isinstance(value, str):
+        value = value.split(";") if value else ()
+    return _each(value, as_path, "paths, in a list or joined by ;")
+
+
+def _as_strength(value: Any) -> float:
+    strength = as_float(value)
+    if not 0 < strength <= 1:
+        raise ValueError
+    return strength
+
+
+def _each(value: Any, read: Callable[..., Any], expected: str) -> tuple[Any, ...]:
+    """`read` of every item of a list; an item is a path, or a list that begins with one."""
+    items = [value] if isinstance(value, (str, os.PathLike)) else value
+    if not isinstance(items, Iterable):
+        raise ValueError(expected)
+    try:
+        return tuple(
+            read(item) if isinstance(item, (str, os.PathLike)) else read(*item) for item in items
+        )
+    except (ValueError, TypeError):
+        raise ValueError(expected) from None
+
+
 @dataclass(frozen=True)
 class Option:
     """How one field is offered to the user.
@@ -78,7 +157,7 @@ class Option:
     parse: text or value to the field's type; raises ValueError that names what is expected.
     choices: the valid values, when they can be listed.
     replay: whether `--config-from-metadata` takes it over from a recorded request.
-    group: heading in the help.
+    group: heading in the help. many: the flag can be repeated, each time with several words.
     """
 
     help: str
@@ -88,3 +167,4 @@ class Option:
     metavar: str = ""
     replay: bool = True
     group: str = "generation"
+    many: bool = False

@@ -13,9 +13,22 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from mlx_sora.errors import UsageError
-from mlx_sora.geometry import Size, parse_frames, resolve_size
+from mlx_sora.geometry import MICRO_FRAME_SIZE, Size, parse_frames, resolve_size
 from mlx_sora.modes import LPL, MAX_STEPS, TDTM
-from mlx_sora.options import Option, as_bool, as_float, as_frames, as_int, as_path, as_text
+from mlx_sora.options import (
+    Neighbour,
+    Option,
+    Picture,
+    as_bool,
+    as_float,
+    as_frames,
+    as_int,
+    as_neighbours,
+    as_path,
+    as_paths,
+    as_pictures,
+    as_text,
+)
 
 SAMPLERS = ("rflow", "midpoint", "ab2")
 DTYPES = ("auto", "float32", "bfloat16")
@@ -24,6 +37,7 @@ MODELS = ("shapes", "opensora-1.2")
 #: Largest values that still mean something; beyond them a typing error is likelier than a wish.
 MAX_SEED = 2**63 - 1
 MAX_FPS = 240.0
+MAX_LOOPS = 1000
 
 
 def _option(default: Any, parse: Callable[[Any], Any], flags: str, help: str, **more: Any) -> Any:
@@ -64,6 +78,13 @@ class GenerationRequest:
         "--guidance --cfg-scale",
         "how strongly the prompt is followed; 1 turns guidance off and halves the work",
         metavar="SCALE",
+    )
+    negative_prompt: str | None = _option(
+        None,
+        as_text,
+        "--negative-prompt",
+        "what to steer away from; default: the empty prompt that the model has learned",
+        metavar="TEXT",
     )
     sequential_guidance: bool = _option(
         False,
@@ -127,6 +148,60 @@ class GenerationRequest:
         "--camera",
         "camera motion added to the prompt, such as 'pan left'",
         metavar="TEXT",
+    )
+    images: tuple[Picture, ...] = _option(
+        (),
+        as_pictures,
+        "--image",
+        "a picture that FRAME shows: a number, negative from the end, first (default) or last; "
+        "below STRENGTH 1 it is made anew from that much of it; can be repeated",
+        metavar="PATH [FRAME [STRENGTH]]",
+        group="conditioning",
+        many=True,
+    )
+    videos: tuple[Neighbour, ...] = _option(
+        (),
+        as_neighbours,
+        "--video",
+        "a video that goes on: the new one begins with its last FRAMES (17), or with SIDE after "
+        "(default before) ends with its first; one of each connects two; can be repeated",
+        metavar="PATH [SIDE [FRAMES [STRENGTH]]]",
+        group="conditioning",
+        many=True,
+    )
+    mask_strategy: str | None = _option(
+        None,
+        as_text,
+        "",
+        "Open-Sora's notation of what is taken from `references`, in latent frames",
+        group="conditioning",
+    )
+    references: tuple[str, ...] = _option(
+        (), as_paths, "", "pictures and videos of `mask_strategy`", group="conditioning"
+    )
+    loop: int = _option(
+        1,
+        as_int,
+        "--loop",
+        "clips of --num-frames in a row, each going on where the one before ends",
+        metavar="N",
+        group="conditioning",
+    )
+    condition_frames: int = _option(
+        MICRO_FRAME_SIZE,
+        as_int,
+        "--condition-frames",
+        "with --loop: frames that a clip takes over from the one before, a multiple of 17",
+        metavar="N",
+        group="conditioning",
+    )
+    condition_edit: float = _option(
+        0.0,
+        as_float,
+        "--condition-edit",
+        "with --loop: how much of them is made anew, 0 to 1",
+        metavar="RATIO",
+        group="conditioning",
     )
     lpl: str | None = _option(
         None,
@@ -253,6 +328,8 @@ class GenerationRequest:
         _check_range("guidance", self.guidance, 0, 100)
         _check_range("preview_every", self.preview_every, 1, MAX_STEPS)
         _check_range("fps", self.fps, 0.1, MAX_FPS)
+        _check_range("loop", self.loop, 1, MAX_LOOPS)
+        _check_range("condition_edit", self.condition_edit, 0, 1)
         resolve_size(
             ANY_SIZE,
             resolution=self.resolution,
@@ -270,6 +347,7 @@ ANY_SIZE = Size(512, 512)
 #: Fields that are never None, whatever is asked.
 REQUIRED = (
     *("prompt", "sequential_guidance", "sampler", "dtype"),
+    *("images", "videos", "references", "loop", "condition_frames", "condition_edit"),
     *("ci_dl", "overwrite", "embed_metadata", "metadata"),
 )
 

@@ -29,7 +29,8 @@ class Run:
 
     output: where the video goes, None to keep its frames. accelerations: what is at work in this
     run. plan: memory and reading, stage by stage. streamed: what streams of blocks have read, by
-    stage. seconds, memory: per finished stage, wall seconds and peak of the resident set in bytes.
+    stage. seconds, memory: per stage, wall seconds and peak of the resident set in bytes, over all
+    clips. clips: what accelerations did in the clips before the present one.
     more: what else the metadata tell, for a task of its own.
     """
 
@@ -45,25 +46,37 @@ class Run:
     seconds: dict[str, float] = field(default_factory=dict)
     memory: dict[str, int] = field(default_factory=dict)
     more: dict[str, Any] = field(default_factory=dict)
+    clips: list[dict[str, Any]] = field(default_factory=list)
+
+    def begin_clip(self, clip: int) -> None:
+        """Accelerations at work in one clip know nothing of the next."""
+        if clip:
+            self.clips.append(self.accelerations.record())
+            self.accelerations = self.accelerations.anew()
 
     def note_stream(self, stage: str, stream: BlockStream[Any] | None) -> None:
         """Record what a stream of blocks did in `stage`; None where all blocks were in memory."""
         if stream is not None:
+            before = self.streamed.get(stage, {})
+            done = {
+                "loads": stream.stats.loads,
+                "bytes_read": stream.stats.nbytes,
+                "seconds_waited": stream.stats.wait_seconds,
+            }
             self.streamed[stage] = {
                 "blocks": len(stream.source),
                 "resident": len(stream.resident),
-                "loads": stream.stats.loads,
-                "bytes_read": stream.stats.nbytes,
-                "seconds_waited": round(stream.stats.wait_seconds, 3),
+                **{name: round(value + before.get(name, 0), 3) for name, value in done.items()},
             }
 
-    def close_stage(self, meter: StageMeter) -> StageFinished:
-        """Record what a stage cost, and the event that tells it."""
+    def close_stage(self, meter: StageMeter, runs: int = 1) -> StageFinished:
+        """Record what a stage cost, and the event that tells it. runs: how many shared it."""
         usage = meter.usage
         assert usage is not None, "the meter's block has ended"
-        self.seconds[usage.stage] = usage.seconds
-        self.memory[usage.stage] = usage.peak_rss
-        return StageFinished(usage.stage, usage.seconds, usage.peak_memory, usage.peak_rss)
+        seconds, stage = usage.seconds / runs, usage.stage
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds
+        self.memory[stage] = max(self.memory.get(stage, 0), usage.peak_rss)
+        return StageFinished(stage, usage.seconds, usage.peak_memory, usage.peak_rss)
 
     def record(self) -> dict[str, Any]:
         """The metadata of the video, as far as the run has come."""
@@ -74,7 +87,9 @@ class Run:
             seconds=self.seconds,
             peak_memory=self.memory,
         )
-        done = self.accelerations.record()
+        done: dict[str, Any] = self.accelerations.record()
+        if self.clips:
+            done = {name: [*(clip[name] for clip in self.clips), done[name]] for name in done}
         if self.streamed:
             done["ci_dl"] = self.streamed
         return record | {"accelerations": done} | self.more
@@ -87,7 +102,7 @@ class Run:
             request=self.request,
             width=size.width,
             height=size.height,
-            num_frames=self.settings.geometry.num_frames,
+            num_frames=self.settings.clips.total,
             fps=self.settings.fps,
             seed=self.settings.seed,
             warnings=tuple(self.warnings),

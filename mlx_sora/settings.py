@@ -6,11 +6,12 @@ not taken literally comes back as a warning, which the progress line and the met
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
 from typing import Any
 
 from mlx_sora.accel import ACCELERATIONS, OFF
+from mlx_sora.clips import Clips
 from mlx_sora.errors import UsageError
 from mlx_sora.geometry import (
     IMAGE_FPS,
@@ -21,27 +22,32 @@ from mlx_sora.geometry import (
     resolve_size,
 )
 from mlx_sora.loading.model_folder import ModelFolder
+from mlx_sora.media import Media, plan_media
 from mlx_sora.request import GenerationRequest
 from mlx_sora.runtime.profiles import parse_bytes, profile
 from mlx_sora.text import prompt as syntax
+from mlx_sora.text.cleaning import preprocess
 
 
 @dataclass(frozen=True)
 class Settings:
     """Every option decided.
 
-    text: the prompt as the text encoder gets it, scored and cleaned. geometry: sizes and latent
-    shape. fps: of the finished file. accelerations: name to mode, those that are off too.
+    texts: the prompt as the text encoder gets it, scored and cleaned, for each clip. negative: the
+    same of the negative prompt. geometry: sizes and latent shape of a clip. media: what is given of
+    the clips. fps: of the finished file. accelerations: name to mode, those that are off too.
     memory_budget: bytes of the whole process, if it is bounded.
     """
 
     model: str
-    text: str
+    texts: tuple[str, ...]
+    negative: str | None
     seed: int
     steps: int
     guidance: float
     sampler: str
     geometry: Geometry
+    media: Media
     fps: float
     aesthetic: float | None
     motion: float | None
@@ -50,17 +56,40 @@ class Settings:
     memory_budget: int | None
 
     @property
+    def text(self) -> str:
+        """Text of the first clip."""
+        return self.texts[0]
+
+    @property
+    def clips(self) -> Clips:
+        """The clips that the video consists of."""
+        return self.media.clips
+
+    @property
+    def all_texts(self) -> list[str]:
+        """Every text to encode, once."""
+        negative = [] if self.negative is None else [self.negative]
+        return list(dict.fromkeys([*self.texts, *negative]))
+
+    @property
     def conditioning_fps(self) -> float:
         """The fps that the transformer is conditioned on."""
         return IMAGE_FPS if self.geometry.num_frames == 1 else self.fps
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values for the metadata."""
-        record = asdict(self) | dict(self.accelerations)
-        del record["accelerations"]
-        geometry = record.pop("geometry")
-        width, height = geometry["size"]
-        return record | {"width": width, "height": height, "num_frames": geometry["num_frames"]}
+        left_out = {"texts", "negative", "geometry", "media", "accelerations"}
+        record = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in left_out}
+        record |= {"text": self.text, **self.accelerations}
+        width, height = self.geometry.size
+        record |= {"width": width, "height": height, "num_frames": self.geometry.num_frames}
+        if len(set(self.texts)) > 1:
+            record["scenes"] = list(self.texts)
+        if self.negative is not None:
+            record["negative_text"] = self.negative
+        if self.media.sources:
+            record["media"] = self.media.record()
+        return record
 
 
 def settle(request: GenerationRequest, model: ModelFolder) -> tuple[Settings, list[str]]:
@@ -90,16 +119,21 @@ def settle(request: GenerationRequest, model: ModelFolder) -> tuple[Settings, li
         value = getattr(request, name)
         return getattr(defaults, name) if value is None else value
 
+    clips = Clips(geometry.num_frames, request.loop, request.condition_frames)
+    clips.check()
     scores = syntax.Scores(chosen("aesthetic"), request.motion, request.camera)
-    text, remarks = _text(request.prompt, scores)
+    prompt = syntax.prepare_prompt(request.prompt, scores)
+    media = plan_media(request, prompt.settings, clips, size, chosen("fps"))
     settings = Settings(
         model=model.name,
-        text=text,
+        texts=tuple(map(prompt.text, range(clips.count))),
+        negative=None if request.negative_prompt is None else preprocess(request.negative_prompt),
         seed=request.seed,
         steps=chosen("steps"),
         guidance=chosen("guidance"),
         sampler=request.sampler,
         geometry=geometry,
+        media=media,
         fps=chosen("fps"),
         aesthetic=scores.aesthetic,
         motion=request.motion,
@@ -107,27 +141,23 @@ def settle(request: GenerationRequest, model: ModelFolder) -> tuple[Settings, li
         accelerations={name: getattr(request, name) or OFF for name in ACCELERATIONS},
         memory_budget=_budget(request),
     )
-    return settings, warnings + remarks
+    warnings += [*media.warnings, *_lost(request, prompt, settings)]
+    return settings, warnings
 
 
-def _text(prompt: str, scores: syntax.Scores) -> tuple[str, list[str]]:
-    """Text for the encoder, and what of the prompt it leaves out.
-
-    Raises UsageError for settings inside the prompt: they ask for conditioning on images.
-    """
-    read = syntax.prepare_prompt(prompt, scores)
-    if read.settings != syntax.Settings():
-        raise UsageError(
-            "The prompt asks for conditioning on images or videos, which cannot be done yet.",
-            "Remove the braces and what is in them.",
-        )
-    warnings = []
-    if len(read.scenes) > 1:
-        warnings.append(f"The prompt has {len(read.scenes)} scenes; only the first is made.")
-    text = read.text()
-    if not syntax.prepare_prompt(prompt).text():
-        warnings.append("Nothing is left of the prompt after cleaning; the model gets no subject.")
-    return text, warnings
+def _lost(request: GenerationRequest, prompt: syntax.Prompt, settings: Settings) -> Iterable[str]:
+    """What of the prompts has no effect."""
+    made = settings.clips.count
+    unmade = [scene for scene in prompt.scenes if scene.start >= made]
+    if unmade:
+        count = len(prompt.scenes)
+        kept = count - len(unmade)
+        only = "only the first is" if kept == 1 else f"only the first {kept} are"
+        yield f"The prompt has {count} scenes; {only} made, for want of --loop."
+    if not syntax.prepare_prompt(request.prompt).text():
+        yield "Nothing is left of the prompt after cleaning; the model gets no subject."
+    if settings.negative is not None and settings.guidance == 1:
+        yield "--negative-prompt has no effect without guidance."
 
 
 def _budget(request: GenerationRequest) -> int | None:

@@ -31,11 +31,16 @@ class Accelerations:
 
     def __init__(self, modes: Mapping[str, str], job: Job) -> None:
         """modes: field of the request to its value; those left out are off."""
+        self._modes, self._job = dict(modes), job
         self._active: dict[str, Acceleration] = {}
         for name, (read, start) in ACCELERATIONS.items():
             mode = read.read(modes.get(name, OFF))
             if mode.name != OFF:
                 self._active[name] = start(mode, job)
+
+    def anew(self) -> Accelerations:
+        """The same techniques for another run of the same kind, with nothing known of this one."""
+        return Accelerations(self._modes, self._job)
 
     @property
     def warnings(self) -> list[str]:

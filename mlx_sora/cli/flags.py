@@ -80,6 +80,8 @@ def as_words(values: Mapping[str, Any]) -> list[str]:
         flag = options()[name].flags[0]
         if isinstance(value, bool):
             words.append(flag if value else f"--no-{flag.removeprefix('--')}")
+        elif options()[name].many:
+            words += [word for item in value for word in (flag, *map(str, item))]
         else:
             words.append(f"{flag}={value}")
     return words
@@ -114,6 +116,11 @@ def _add_flag(group: Any, name: str, option: Option, default: Any) -> None:
             group.add_argument(*off, action="store_false", **common)
         else:
             group.add_argument(*option.flags, action="store_true", **common)
+        return
+    if option.many:
+        first, rest = option.metavar.split(" ", 1)
+        more = {"nargs": "+", "action": "append", "metavar": (first, rest[1:-1])}
+        group.add_argument(*option.flags, **more, **common)
         return
     if name == "seed":
         common |= {"nargs": "+", "help": text + "; several make several videos"}

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 #: Seconds between redraws: lively on a terminal, sparse in a log file.
 _REDRAW_TERMINAL, _REDRAW_LOG = 0.1, 10.0
 
-UNITS = {"encode": "prompt", "denoise": "step", "decode": "frame"}
+UNITS = {"encode": "prompt", "read": "chunk", "denoise": "step", "decode": "frame"}
 
 
 class Renderer(Protocol):

@@ -18,26 +18,36 @@ from mlx_sora.models.vae import VAEConfig, VideoVAE, keys_for
 from mlx_sora.runtime.planner import Model, Weights
 
 
-def model_sizes(model: ModelFolder, dtype: mx.Dtype) -> Model:
+def model_sizes(model: ModelFolder, dtype: mx.Dtype, *, encoders: bool = False) -> Model:
     """Sizes of `model` with weights in `dtype`, its VAE in float32. Reads headers only.
+
+    encoders: also those of the VAE's encoders.
 
     Raises WeightsError for a checkpoint that does not fit its configuration.
     """
     text, _, text_blocks = stream_text_encoder(model, dtype)
     transformer, transformer_blocks = stream_transformer(model, dtype)
     config = VAEConfig.from_dict(model.config("vae"))
-    vae, checkpoint = VideoVAE(config, ("decoder",)), Checkpoint.open(model.vae)
-    entries = match(vae, checkpoint, keys_for(("decoder",)))
+    temporal, spatial, stored = _vae_half(model, config, "decoder")
     return Model(
         text=text.config,
         transformer=transformer.config,
         vae=config,
         text_weights=_weights(text_blocks),
         transformer_weights=_weights(transformer_blocks),
-        temporal=_float32_bytes(vae.temporal_vae),
-        spatial=_float32_bytes(vae.spatial_vae),
-        vae_stored=sum(checkpoint.tensors[entry.key].nbytes for entry in entries),
+        temporal=temporal,
+        spatial=spatial,
+        vae_stored=stored,
+        encoders=_vae_half(model, config, "encoder") if encoders else (0, 0, 0),
     )
+
+
+def _vae_half(model: ModelFolder, config: VAEConfig, half: str) -> tuple[int, int, int]:
+    """Bytes of the temporal and of the spatial encoder or decoder, and of both on disk."""
+    vae, checkpoint = VideoVAE(config, (half,)), Checkpoint.open(model.vae)
+    entries = match(vae, checkpoint, keys_for((half,)))
+    stored = sum(checkpoint.tensors[entry.key].nbytes for entry in entries)
+    return _float32_bytes(vae.temporal_vae), _float32_bytes(vae.spatial_vae), stored
 
 
 def _weights(source: BlockSource[Any]) -> Weights:

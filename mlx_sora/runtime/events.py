@@ -11,7 +11,8 @@ if TYPE_CHECKING:
 
     from mlx_sora.video import Video
 
-#: Stage names in order: text encoding, denoising, decoding (the writer runs inside decoding).
+#: Stage names in order: text encoding, denoising, decoding (the writer runs inside decoding). Media
+#: are encoded in a stage "read" before denoising; clips are denoised and decoded in turn.
 STAGES = ("encode", "denoise", "decode")
 
 

@@ -81,6 +81,24 @@ def spatial_decoder_flops(config: SpatialVAEConfig, height: int, width: int) -> 
     return 2 * (total + 9 * area * channels * config.out_channels)
 
 
+def spatial_encoder_flops(config: SpatialVAEConfig, height: int, width: int) -> int:
+    """The image encoder on one frame of `height` x `width` pixels."""
+    widths = config.block_out_channels
+    area, channels = height * width, widths[0]
+    total = 9 * area * config.in_channels * channels
+    for level, width_out in enumerate(widths):
+        for _ in range(config.layers_per_block):
+            total += _residual(area, channels, width_out, 9)
+            channels = width_out
+        if level < len(widths) - 1:
+            area //= 4
+            total += 9 * area * channels**2
+    total += 2 * _residual(area, channels, channels, 9)
+    total += area * (4 * channels**2 + 2 * area * channels)
+    moments = 2 * config.latent_channels
+    return 2 * (total + area * (9 * channels * moments + moments**2))
+
+
 def temporal_decoder_flops(config: TemporalVAEConfig, latents: int, height: int, width: int) -> int:
     """The temporal decoder on one chunk of `latents` latents of `height` x `width`."""
     widths, area = config.widths, latents * height * width
@@ -95,6 +113,23 @@ def temporal_decoder_flops(config: TemporalVAEConfig, latents: int, height: int,
             total += 27 * area * channels * 2 * channels
             area *= 2
     return 2 * (total + 27 * area * channels * config.in_out_channels)
+
+
+def temporal_encoder_flops(config: TemporalVAEConfig, frames: int, height: int, width: int) -> int:
+    """The temporal encoder on one chunk of `frames` frames of `height` x `width` latents."""
+    latents = config.latent_frames(frames)
+    area, channels = latents * config.factor * height * width, config.filters
+    total = 27 * area * config.in_out_channels * channels
+    for level, width_out in enumerate(config.widths):
+        for _ in range(config.num_res_blocks):
+            total += _residual(area, channels, width_out, 27)
+            channels = width_out
+        if level < len(config.temporal_downsample) and config.temporal_downsample[level]:
+            area //= 2
+            total += 27 * area * channels**2
+    total += config.num_res_blocks * _residual(area, channels, channels, 27)
+    moments = 2 * config.latent_embed_dim
+    return 2 * (total + area * moments * (channels + 2 * config.embed_dim))
 
 
 def _residual(area: int, inputs: int, outputs: int, taps: int) -> int:

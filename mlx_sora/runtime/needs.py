@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from mlx_sora.models.stdit3_blocks import STDiT3Config
-from mlx_sora.models.vae import chunk_plan
+from mlx_sora.models.vae import VAEConfig, chunk_plan
 from mlx_sora.runtime import flops
 from mlx_sora.runtime.activations import (
     Mode,
@@ -17,8 +17,9 @@ from mlx_sora.runtime.activations import (
     text_encoder_work,
     transformer_work,
 )
+from mlx_sora.runtime.encoding import spatial_encoder_work, temporal_encoder_work
 from mlx_sora.runtime.flops import Grid
-from mlx_sora.runtime.plan import FLOAT, Job, Machine, Model, StagePlan, Weights
+from mlx_sora.runtime.plan import FLOAT, Job, Machine, Model, Reading, StagePlan, Weights
 from mlx_sora.runtime.residency import Blocks, Room, choose
 
 #: Of the process, not MLX's: interpreter, libraries, what their allocators hold back.
@@ -26,6 +27,9 @@ OUTSIDE = 160 << 20
 
 #: A video encoder's own memory: fixed, and per pixel of a frame (x264, measured).
 ENCODER, ENCODER_PER_PIXEL = 64 << 20, 260
+
+#: A video decoder's memory per pixel of a frame: some twenty frames of reference in yuv420p.
+READER_PER_PIXEL = 36
 
 #: The least that MLX may keep of freed buffers; below, every activation is a system call.
 MIN_CACHE = 32 << 20
@@ -94,8 +98,8 @@ class BlocksNeed:
 
 @dataclass(frozen=True)
 class DecodingNeed:
-    """Decoding. fixed: not MLX's; weights: of the temporal and the spatial decoder; temporal:
-    activations of the one; spatial: of the other, by number of frames at a time.
+    """Decoding, or encoding media (stage read). fixed: not MLX's; weights: of the temporal and the
+    spatial half; temporal: activations of the one; spatial: of the other, by frames at a time.
     """
 
     fixed: int
@@ -160,9 +164,15 @@ Need = BlocksNeed | DecodingNeed
 
 
 def find_needs(model: Model, job: Job, machine: Machine, *, throttled: bool) -> tuple[Need, ...]:
-    """What encoding, denoising and decoding need, with MLX held back or not."""
+    """What encoding, reading media, denoising and decoding need, with MLX held back or not."""
     mode = Mode(machine.gpu, throttled, machine.itemsize)
-    return _encoding(model, job, mode), _denoising(model, job, mode), _decoding(model, job, mode)
+    reading = () if job.reading is None else (_reading(model, job, job.reading, mode),)
+    return (
+        _encoding(model, job, mode),
+        *reading,
+        _denoising(model, job, mode),
+        _decoding(model, job, mode),
+    )
 
 
 def _encoding(model: Model, job: Job, mode: Mode) -> BlocksNeed:
@@ -175,6 +185,31 @@ def _encoding(model: Model, job: Job, mode: Mode) -> BlocksNeed:
         passes=1,
         throttled=mode.throttled,
         flops=flops.text_encoder_flops(model.text, job.text_tokens),
+    )
+
+
+def _reading(model: Model, job: Job, media: Reading, mode: Mode) -> DecodingNeed:
+    """Reading and encoding media, the spatial encoder before the temporal one."""
+    config, (width, height) = model.vae, job.geometry.size
+    _, rows, columns = job.geometry.latent
+    temporal, spatial, stored = model.encoders
+    frames = 3 * media.longest * FLOAT * 3 * width * height
+    return DecodingNeed(
+        stage="read",
+        fixed=OUTSIDE + ENCODER + READER_PER_PIXEL * media.pixels,
+        weights=(temporal, spatial),
+        temporal=temporal_encoder_work(config, media.longest, rows, columns, mode),
+        spatial={
+            n: frames + spatial_encoder_work(config, height, width, n, mode)
+            for n in _batches(config, media.longest)
+        },
+        read=stored,
+        throttled=mode.throttled,
+        flops=media.chunks
+        * (
+            flops.temporal_encoder_flops(config.temporal, media.longest, rows, columns)
+            + media.longest * flops.spatial_encoder_flops(config.spatial, height, width)
+        ),
     )
 
 
@@ -192,7 +227,8 @@ def _denoising(model: Model, job: Job, mode: Mode) -> BlocksNeed:
         fixed=OUTSIDE
         + model.transformer_weights.rest
         + keys_values(config, everyone, mode)
-        + job.kept,
+        + job.kept
+        + (_writer(job) if job.clips > 1 else 0),
         work=transformer_work(config, grid, mode)
         + dense_work(model.transformer_weights.dense, mode),
         weights=model.transformer_weights,
@@ -222,19 +258,32 @@ def _decoding(model: Model, job: Job, mode: Mode) -> DecodingNeed:
     longest = max(chunk.frames for chunk in chunks)
     # A chunk's frames in float32: in batches, put together, and on their way to the file.
     frames = 3 * longest * FLOAT * 3 * width * height
-    most = min(config.micro_batch_size or longest, longest)
-    sizes = {most >> i for i in range(most.bit_length())}
     operations = sum(
         flops.temporal_decoder_flops(config.temporal, chunk.latents, rows, columns)
         + chunk.frames * flops.spatial_decoder_flops(config.spatial, rows, columns)
         for chunk in chunks
     )
     return DecodingNeed(
-        fixed=OUTSIDE + ENCODER + ENCODER_PER_PIXEL * width * height,
+        fixed=OUTSIDE + _writer(job),
         weights=(model.temporal, model.spatial),
         temporal=temporal_work(config, job.geometry.num_frames, rows, columns, mode),
-        spatial={n: frames + spatial_work(config, height, width, n, mode) for n in sizes},
+        spatial={
+            n: frames + spatial_work(config, height, width, n, mode)
+            for n in _batches(config, longest)
+        },
         read=model.vae_stored,
         throttled=mode.throttled,
         flops=operations,
     )
+
+
+def _writer(job: Job) -> int:
+    """Bytes of the video encoder while a file is open."""
+    width, height = job.geometry.decoded
+    return ENCODER + ENCODER_PER_PIXEL * width * height
+
+
+def _batches(config: VAEConfig, longest: int) -> set[int]:
+    """Numbers of frames that the spatial VAE may take at a time: the config's, and halves of it."""
+    most = min(config.micro_batch_size or longest, longest)
+    return {most >> i for i in range(most.bit_length())}

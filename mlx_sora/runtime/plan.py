@@ -39,7 +39,10 @@ class Weights:
 
 @dataclass(frozen=True)
 class Model:
-    """Configurations and sizes. temporal, spatial: of the decoders; vae_stored: both, on disk."""
+    """Configurations and sizes. temporal, spatial: of the decoders; vae_stored: both, on disk.
+
+    encoders: temporal, spatial and both on disk, of the encoders; only where media are given.
+    """
 
     text: T5Config
     transformer: STDiT3Config
@@ -49,6 +52,16 @@ class Model:
     temporal: int
     spatial: int
     vae_stored: int
+    encoders: tuple[int, int, int] = (0, 0, 0)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Media to encode: chunks, frames of the longest, pixels of the largest source frame."""
+
+    chunks: int
+    longest: int
+    pixels: int
 
 
 @dataclass(frozen=True)
@@ -57,6 +70,7 @@ class Job:
 
     guided: with and without prompt, in one pass or (sequential) in two. inverts: as many before
     them, without guidance, that lead from a video to its noise; kept: bytes that these leave.
+    clips: how often all this is done, each time but the first with `shared` frames taken over.
     """
 
     geometry: Geometry
@@ -67,6 +81,9 @@ class Job:
     sequential: bool = False
     inverts: bool = False
     kept: int = 0
+    reading: Reading | None = None
+    clips: int = 1
+    shared: int = 0
 
     @property
     def batch(self) -> int:

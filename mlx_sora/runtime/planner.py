@@ -5,7 +5,7 @@ Pure functions of shapes, configurations and the sizes in checkpoint headers.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -14,7 +14,7 @@ import mlx.core as mx
 from mlx_sora.errors import MemoryBudgetError
 from mlx_sora.runtime.memory import memory_scope, returned_at_once
 from mlx_sora.runtime.needs import MIN_CACHE, OUTSIDE, Need, find_needs
-from mlx_sora.runtime.plan import Job, Machine, Model, Plan, StagePlan, Weights
+from mlx_sora.runtime.plan import Job, Machine, Model, Plan, Reading, StagePlan, Weights
 from mlx_sora.runtime.profiles import show_bytes
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "Machine",
     "Model",
     "Plan",
+    "Reading",
     "StagePlan",
     "Weights",
     "make_plan",
@@ -47,14 +48,28 @@ def make_plan(
     smallest = _smallest(model, job, machine)
     free = find_needs(model, job, machine, throttled=False)
     if budget is None:
-        return Plan(tuple(need.unbounded(machine, streamed) for need in free), None, smallest)
+        stages = [need.unbounded(machine, streamed) for need in free]
+        return Plan(_repeated(stages, job), None, smallest)
     stages = []
     for index, tight in enumerate(find_needs(model, job, machine, throttled=True)):
         if tight.least > budget:
             raise _refusal(tight, budget, model, job, machine)
         need = free[index] if free[index].easy <= budget else tight
         stages.append(need.fit(budget, machine))
-    return Plan(tuple(stages), budget, smallest)
+    return Plan(_repeated(stages, job), budget, smallest)
+
+
+def _repeated(stages: Sequence[StagePlan], job: Job) -> tuple[StagePlan, ...]:
+    """The stages with the reading and the work of all clips: each reads the weights again."""
+    frames, clips = job.geometry.num_frames, job.clips
+    new = frames + (clips - 1) * (frames - job.shared)
+    work = {"denoise": clips, "decode": new / frames}
+    return tuple(
+        replace(stage, read=stage.read * clips, flops=int(stage.flops * work[stage.stage]))
+        if stage.stage in work
+        else stage
+        for stage in stages
+    )
 
 
 @contextmanager

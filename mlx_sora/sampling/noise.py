@@ -15,11 +15,13 @@ import mlx.core as mx
 class Noise:
     """Standard normal draws float32 [B, *shape], one seed (0 .. 2^64 - 1) per sample.
 
-    shape: T, H, W, C of one sample's latents.
+    shape: T, H, W, C of one sample's latents. clip: a number that gives a video of several clips
+    noise of their own.
     """
 
     seeds: Sequence[int]
     shape: Sequence[int]
+    clip: int = 0
 
     def initial(self) -> mx.array:
         """The latents that a run begins with."""
@@ -31,6 +33,6 @@ class Noise:
 
     def _draw(self, number: int) -> mx.array:
         # Changing one word of a counter-based generator's key gives an independent stream.
-        word = mx.array([0, number], mx.uint32)
+        word = mx.array([self.clip, number], mx.uint32)
         streams = [mx.random.split(mx.random.key(seed))[0] ^ word for seed in self.seeds]
         return mx.stack([mx.random.normal(self.shape, key=key) for key in streams])

@@ -11,11 +11,11 @@ from tests.invariants.source import Source, sources
 
 #: From low to high; a module may import its own layer and those before it.
 LAYERS = (
-    ("errors", "request", "edit_request", "options", "modes", "geometry"),
+    ("errors", "request", "edit_request", "options", "modes", "geometry", "clips"),
     ("models", "runtime"),
     ("loading", "sampling", "text", "video"),
     ("accel",),
-    ("settings", "run", "lifetimes"),
+    ("media", "given", "settings", "run", "lifetimes", "stages"),
     ("pipeline", "editing"),
     ("cli", "__main__"),
 )

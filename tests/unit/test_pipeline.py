@@ -219,7 +219,7 @@ def test_existing_output_survives_refusal_and_failure(
     def interrupt(*args: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("mlx_sora.pipeline.to_uint8", interrupt)
+    monkeypatch.setattr("mlx_sora.stages.to_uint8", interrupt)
     with pytest.raises(KeyboardInterrupt):
         pipe(PROMPT, steps=1, output=output, overwrite=True)
     assert [file.name for file in tmp_path.iterdir()] == ["a.mp4"]

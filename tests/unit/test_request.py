@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,14 @@ FULL = {
     "aspect_ratio": "1:1",
     "num_frames": "2s",
     "fps": 12.0,
+    "negative_prompt": "blurry",
+    "images": (("a.png", 0, 1.0), ("b.png", -1, 0.5)),
+    "videos": (("a.mp4", "after", 34, 1.0),),
+    "mask_strategy": "0,0,0,0,1,0.5",
+    "references": ("a.png", "b.mp4"),
+    "loop": 2,
+    "condition_frames": 34,
+    "condition_edit": 0.25,
     "aesthetic": 6.0,
     "motion": 4.0,
     "camera": "pan left",
@@ -40,6 +49,32 @@ def test_round_trip() -> None:
     request.validate()
     assert request.to_dict() == FULL
     assert GenerationRequest.from_dict(request.to_dict()) == request
+
+
+@pytest.mark.parametrize(
+    ("images", "expected"),
+    [
+        ("a.png", [("a.png", 0, 1.0)]),
+        (Path("a.png"), [("a.png", 0, 1.0)]),
+        (["a.png", ("b.png", "last"), ["c.png", "-3", "0.5"]], None),
+        ([["a.png", "first", 1]], [("a.png", 0, 1.0)]),
+    ],
+    ids=str,
+)
+def test_pictures_are_paths_with_or_without_more(images: object, expected: object) -> None:
+    if expected is None:
+        expected = [("a.png", 0, 1.0), ("b.png", -1, 1.0), ("c.png", -3, 0.5)]
+    assert list(GenerationRequest(images=images).images) == expected  # type: ignore[arg-type]
+
+
+def test_references_are_a_list_or_joined() -> None:
+    assert GenerationRequest(references="a.png;b.mp4").references == ("a.png", "b.mp4")  # type: ignore[arg-type]
+    assert GenerationRequest(references=["a.png"]).references == ("a.png",)  # type: ignore[arg-type]
+
+
+def test_a_request_with_media_is_plain_json() -> None:
+    text = json.dumps(GenerationRequest.from_dict(FULL).to_dict())
+    assert GenerationRequest.from_dict(json.loads(text)) == GenerationRequest.from_dict(FULL)
 
 
 def test_a_plain_request_records_only_its_prompt() -> None:
@@ -71,6 +106,15 @@ def test_values_are_brought_to_their_type() -> None:
         ("guidance", "inf"),
         ("guidance", 10**400),
         ("fps", False),
+        ("images", 5),
+        ("images", [["a.png", "middle"]]),
+        ("images", [["a.png", 0, 1.5]]),
+        ("images", [["a.png", 0, 0]]),
+        ("images", [["a.png", 0, 1, 2]]),
+        ("images", [[]]),
+        ("videos", [["a.mp4", "beside"]]),
+        ("videos", [["a.mp4", "after", 0]]),
+        ("references", [3]),
         ("overwrite", 1),
         ("overwrite", "yes"),
         ("output", ""),
@@ -189,4 +233,5 @@ def test_flags_are_unique_and_the_first_follows_from_the_name() -> None:
     flags = [flag for option in options().values() for flag in option.flags]
     assert len(flags) == len(set(flags))
     for name, option in options().items():
-        assert not option.flags or option.flags[0] == "--" + name.replace("_", "-")
+        single = name.removesuffix("s") if option.many else name
+        assert not option.flags or option.flags[0] == "--" + single.replace("_", "-")

@@ -1,0 +1,60 @@
+"""A long video in clips: each but the first begins with the last frames of the one before it.
+
+Frames are counted over the whole video; those that two clips share are shown once, as the earlier
+clip made them, so that n clips of F frames with c shared make F + (n - 1)(F - c).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mlx_sora.errors import UsageError
+from mlx_sora.geometry import MICRO_FRAME_SIZE, latent_frames
+
+
+@dataclass(frozen=True)
+class Clips:
+    """`count` clips of `num_frames` frames, neighbours sharing `shared`."""
+
+    num_frames: int
+    count: int = 1
+    shared: int = MICRO_FRAME_SIZE
+
+    def check(self) -> None:
+        """Raise UsageError where clips cannot be joined without a gap."""
+        if self.count == 1:
+            return
+        for name, frames in (
+            ("--condition-frames", self.shared),
+            ("--num-frames", self.num_frames),
+        ):
+            if frames % MICRO_FRAME_SIZE or frames < MICRO_FRAME_SIZE:
+                raise UsageError(
+                    f"With --loop, {name} {frames} is not in whole chunks of the VAE.",
+                    f"Give a multiple of {MICRO_FRAME_SIZE}.",
+                )
+        if self.shared >= self.num_frames:
+            raise UsageError(
+                f"Clips of {self.num_frames} frames that share {self.shared} add nothing.",
+                "Raise --num-frames, or lower --condition-frames.",
+            )
+
+    @property
+    def total(self) -> int:
+        """Frames of the whole video."""
+        return self.num_frames + (self.count - 1) * (self.num_frames - self.shared)
+
+    @property
+    def shared_latents(self) -> int:
+        """Latent frames that two neighbours share."""
+        return latent_frames(self.shared)
+
+    def skipped(self, clip: int) -> int:
+        """Frames at the beginning of clip `clip` that the one before has shown."""
+        return self.shared if clip else 0
+
+    def locate(self, frame: int) -> tuple[int, int]:
+        """Clip that makes frame `frame` of the video, and the frame's number in that clip."""
+        step = self.num_frames - self.shared
+        clip = 0 if frame < self.num_frames else 1 + (frame - self.num_frames) // step
+        return clip, frame - clip * step

@@ -1,0 +1,225 @@
+"""The stages of a run on one model: encode text, read media, denoise, decode.
+
+Each builds its network, uses it and lets it go before the next one begins. A stage is a generator
+of events whose value is what it made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Mapping, MutableMapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING
+
+import mlx.core as mx
+
+from mlx_sora.accel.cidl import BlockStream
+from mlx_sora.errors import NumericsError
+from mlx_sora.geometry import latent_frames
+from mlx_sora.given import Given, tasks
+from mlx_sora.lifetimes import Lifetimes
+from mlx_sora.loading.model_folder import ModelFolder
+from mlx_sora.loading.networks import load_vae
+from mlx_sora.models.context import Context
+from mlx_sora.models.stdit3 import BlockPair, STDiT3
+from mlx_sora.models.stdit3_blocks import STDiT3Config
+from mlx_sora.run import Run
+from mlx_sora.runtime.events import (
+    Event,
+    Noted,
+    PreviewReady,
+    StageProgress,
+    StageStarted,
+    StepFinished,
+    Warned,
+)
+from mlx_sora.runtime.memory import StageMeter
+from mlx_sora.sampling import SAMPLERS
+from mlx_sora.sampling.guidance import Network, guided
+from mlx_sora.sampling.loop import denoise
+from mlx_sora.sampling.noise import Noise
+from mlx_sora.text.encoder import TextEncoder
+from mlx_sora.video.frames import KeptFrames, to_uint8
+from mlx_sora.video.writer import VideoWriter
+
+if TYPE_CHECKING:
+    import numpy as np
+
+#: Prepared text to its states [n, D].
+Texts = Mapping[str, mx.array]
+
+
+class Stages:
+    """What a pipeline does with a run, one stage at a time."""
+
+    model: ModelFolder
+
+    def _lifetimes(self, run: Run) -> Lifetimes:
+        budget = run.settings.memory_budget
+        return Lifetimes(self.model, run.dtype, budget, run.request.ci_dl or budget is not None)
+
+    def _encode(
+        self, runs: Sequence[Run], texts: MutableMapping[str, mx.array]
+    ) -> Generator[Event, None, None]:
+        """Put the states of all texts of `runs` into `texts`; T5 is gone when this ends.
+
+        The runs have the same number format and memory limits.
+        """
+        wanted = list(dict.fromkeys(text for run in runs for text in run.settings.all_texts))
+        yield StageStarted("encode", len(wanted))
+        run = max(runs, key=lambda run: run.plan.stage("encode").peak)
+        plan, lifetimes = run.plan.stage("encode"), self._lifetimes(run)
+        warnings: dict[str, tuple[str, ...]] = {}
+        with StageMeter("encode") as meter, lifetimes.stage(plan):
+            with lifetimes.text_encoder(plan) as (network, rows, blocks):
+                encoder = TextEncoder(network, rows, run.tokenizer, run.dtype, blocks)
+                for done, text in enumerate(wanted, start=1):
+                    encoded = encoder.encode(text)
+                    texts[text], warnings[text] = encoded.states, encoded.warnings
+                    yield StageProgress("encode", done, len(wanted))
+                for each in runs:
+                    each.note_stream("encode", blocks)
+            del network, rows, blocks, encoder, encoded
+        for each in runs:
+            found = [line for text in each.settings.all_texts for line in warnings[text]]
+            each.warnings += found
+            yield from map(Warned, found)
+            finished = each.close_stage(meter, len(runs))
+        yield finished
+
+    def _read(self, run: Run) -> Generator[Event, None, Given]:
+        """Latents of the media that a run is given; the VAE's encoder is gone when this ends."""
+        settings = run.settings
+        channels = STDiT3Config.from_dict(self.model.config("transformer")).in_channels
+        given = Given(settings.media, settings.geometry.latent, channels)
+        todo = tasks(settings.media, settings.geometry.size)
+        if not todo:
+            return given
+        yield from map(Noted, settings.media.notes)
+        yield StageStarted("read", len(todo))
+        plan = run.plan.stage("read")
+        with StageMeter("read") as meter, self._lifetimes(run).stage(plan):
+            vae = load_vae(self.model, ("encoder",))
+            pixels = (mx.array(task.read()).astype(mx.float32) / 127.5 - 1 for task in todo)
+            encoded = vae.encode_chunks(pixels, plan.micro_batch, in_turn=plan.in_turn)
+            del vae
+            for done, (task, latents) in enumerate(zip(todo, encoded, strict=True), start=1):
+                given.fill(task, latents)
+                yield StageProgress("read", done, len(todo))
+            del pixels, encoded, latents
+        yield run.close_stage(meter)
+        return given
+
+    def _denoise(
+        self, run: Run, texts: Texts, clip: int, given: Given
+    ) -> Generator[Event, None, mx.array]:
+        """Latents of a clip, [1, T, H, W, C]; the transformer is gone when this ends."""
+        run.begin_clip(clip)
+        yield StageStarted("denoise", run.settings.steps)
+        plan, lifetimes = run.plan.stage("denoise"), self._lifetimes(run)
+        with StageMeter("denoise") as meter, lifetimes.stage(plan):
+            with lifetimes.transformer(plan) as (network, blocks):
+                latents = yield from self._steps(run, texts, clip, given, (network, blocks))
+                run.note_stream("denoise", blocks)
+            del network, blocks
+        yield run.close_stage(meter)
+        return latents
+
+    def _steps(
+        self,
+        run: Run,
+        texts: Texts,
+        clip: int,
+        given: Given,
+        transformer: tuple[STDiT3, BlockStream[BlockPair] | None],
+    ) -> Generator[Event, None, mx.array]:
+        """One event per step; the finished latents at the end."""
+        settings, geometry, (network, blocks) = run.settings, run.settings.geometry, transformer
+        negative = None if settings.negative is None else texts[settings.negative]
+        velocity = guided(
+            partial(bound, network, run, lambda i, t: run.accelerations.context(i, blocks)),
+            [texts[settings.texts[clip]]],
+            network.null_text if negative is None else lambda n: negative,
+            settings.guidance,
+            sequential=run.request.sequential_guidance,
+        )
+        sampler = SAMPLERS[settings.sampler]
+        width, height = geometry.size
+        times = sampler.timesteps(
+            settings.steps, height=height, width=width, num_frames=geometry.num_frames
+        )
+        noise = Noise([settings.seed], (*geometry.latent, network.config.in_channels), clip)
+        z, conditioning = given.begin(clip, noise)
+        policy, every = run.accelerations.policy, run.request.preview_every
+        for done in denoise(velocity, z, times, sampler, policy=policy, conditioning=conditioning):
+            z, index = done.z, done.step.index
+            check_finite(z, index)
+            run.accelerations.watch(done)
+            merges = run.accelerations.merges
+            if blocks is not None and merges(index) != merges(index + 1):
+                blocks.reconsider()
+            yield StepFinished(index, done.step.total, done.t, done.seconds, z)
+            if every and (index + 1) % every == 0:
+                yield PreviewReady(index, self._preview(run, done.x0))
+        yield from map(Noted, run.accelerations.summaries())
+        return z
+
+    def _preview(self, run: Run, x0: mx.array) -> np.ndarray:
+        """The clip as foreseen in the middle of denoising: uint8 [F, H, W, 3]."""
+        vae, kept = load_vae(self.model), KeptFrames()
+        for chunk in vae.decode_chunks(x0, run.settings.geometry.num_frames):
+            kept.write(to_uint8(chunk))
+        return kept.frames
+
+    def _decode_clip(
+        self, run: Run, clip: int, latents: mx.array, writer: VideoWriter | KeptFrames
+    ) -> Generator[Event, None, None]:
+        """A clip's new frames, 17 at a time straight into the file; then the decoder is gone."""
+        clips, plan = run.settings.clips, run.plan.stage("decode")
+        skipped = clips.skipped(clip)
+        frames, before = clips.num_frames - skipped, writer.num_frames
+        yield StageStarted("decode", frames)
+        with StageMeter("decode") as meter, self._lifetimes(run).stage(plan):
+            vae = load_vae(self.model)
+            # Chunks do not see each other: what the clip before has shown need not be decoded.
+            new = latents[:, latent_frames(skipped) :]
+            chunks = vae.decode_chunks(new, frames, plan.micro_batch, in_turn=plan.in_turn)
+            del vae
+            for chunk in chunks:
+                writer.write(to_uint8(chunk))
+                yield StageProgress("decode", writer.num_frames - before, frames)
+            del chunks, chunk
+        yield run.close_stage(meter)
+
+
+def bound(
+    network: STDiT3,
+    run: Run,
+    context: Callable[[int, mx.array], Context[BlockPair]],
+    text: Sequence[mx.array],
+) -> Network:
+    """The network for the video of `run` under one text [n, C] per sample.
+
+    context: what fills the network's seams in a step (by index) at flow times t [B].
+    """
+    settings, geometry = run.settings, run.settings.geometry
+    conditions = network.prepare(
+        text,
+        geometry.latent,
+        height=geometry.size.height,
+        width=geometry.size.width,
+        fps=settings.conditioning_fps,
+    )
+
+    def velocity(z: mx.array, t: mx.array, x_mask: mx.array | None, index: int) -> mx.array:
+        return network(z, t, conditions, x_mask, context(index, t))
+
+    return velocity
+
+
+def check_finite(z: mx.array, index: int) -> None:
+    """Raise NumericsError where latents have left the numbers after step `index`."""
+    if not mx.isfinite(z).all().item():
+        raise NumericsError(
+            f"NaN or Inf in the latents after denoising step {index + 1}.",
+            "Try --dtype float32; if it stays, the weights may be damaged.",
+        )
