@@ -20,10 +20,10 @@ SAMPLER = "midpoint"
 
 #: Options of a generation that mean the same in an edit; the others have no place there.
 SHARED = (
-    *("prompt", "model", "steps", "guidance", "sequential_guidance", "sampler"),
+    *("prompt", "negative_prompt", "model", "steps", "guidance", "sequential_guidance", "sampler"),
     *("resolution", "aspect_ratio", "width", "height", "num_frames", "fps"),
     *("aesthetic", "motion", "camera", "lpl", "tdtm", "dtype"),
-    *("memory_budget", "device_profile", "ci_dl"),
+    *("quantize", "memory_budget", "device_profile", "ci_dl"),
     *("output", "overwrite", "embed_metadata", "metadata"),
 )
 

@@ -9,6 +9,7 @@ values of the inversion (`accel/values.py`), which holds the layout.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator
 from dataclasses import replace
 from functools import partial
@@ -26,7 +27,8 @@ from mlx_sora.loading.networks import load_vae
 from mlx_sora.models.context import Context
 from mlx_sora.models.stdit3 import BlockPair, STDiT3
 from mlx_sora.models.stdit3_blocks import STDiT3Config
-from mlx_sora.pipeline import Pipeline, bound, check_finite
+from mlx_sora.models.vae import Chunk, VAEConfig, chunk_plan
+from mlx_sora.pipeline import Pipeline
 from mlx_sora.request import GenerationRequest
 from mlx_sora.run import Run
 from mlx_sora.runtime.device import default_dtype
@@ -41,13 +43,13 @@ from mlx_sora.runtime.events import (
 )
 from mlx_sora.runtime.memory import StageMeter
 from mlx_sora.runtime.planner import Job as Work
-from mlx_sora.runtime.planner import Plan
+from mlx_sora.runtime.planner import Plan, Reading
 from mlx_sora.runtime.profiles import show_bytes
 from mlx_sora.sampling import SAMPLERS
 from mlx_sora.sampling.guidance import guided
 from mlx_sora.sampling.loop import StepResult, denoise
 from mlx_sora.settings import Settings, settle
-from mlx_sora.text.encoder import TextEncoder
+from mlx_sora.stages import Texts, bound, check_finite
 from mlx_sora.text.tokenizer import Tokenizer
 from mlx_sora.video.reader import Fit, image_size, is_video, probe_video, read_image, read_video
 
@@ -106,72 +108,60 @@ class Editing(Pipeline):
         dtype = default_dtype(requested=self.dtype if request.dtype == "auto" else request.dtype)
         kept = self._injected * SAMPLERS[settings.sampler].evaluations
         source = Tokenizer.load(self.model.tokenizer).encode(self._source_text)
+        chunks = self._chunks(settings)
         return replace(
             work,
             text_tokens=max(text_tokens, len(source.ids)),
             inverts=True,
             kept=kept_bytes(config, settings.geometry.latent, kept, dtype.size),
+            reading=Reading(len(chunks), chunks[0].frames, math.prod(self._size)),
         )
+
+    def _chunks(self, settings: Settings) -> list[Chunk]:
+        """Pieces of the video that are encoded one after the other."""
+        config = VAEConfig.from_dict(self.model.config("vae"))
+        frames = settings.geometry.num_frames
+        return chunk_plan(frames, config.micro_frame_size, config.temporal.factor)
 
     def _events(self, run: Run) -> Generator[Event, None, None]:
         yield from (Warned(warning) for warning in run.warnings)
-        source, target = yield from self._encode_texts(run)
+        texts: dict[str, mx.array] = {}
+        yield from self._encode([run], texts, also=[self._source_text])
         latents = yield from self._encode_video(run)
         yield StageStarted("denoise", 2 * run.settings.steps)
         plan, lifetimes = run.plan.stage("denoise"), self._lifetimes(run)
         with StageMeter("denoise") as meter, lifetimes.stage(plan):
             with lifetimes.transformer(plan) as (network, blocks):
                 way = _Way(run, network, blocks, self._injected)
-                latents = yield from way.back(latents, source)
-                latents = yield from way.forth(latents, target)
+                latents = yield from way.back(latents, texts[self._source_text])
+                latents = yield from way.forth(latents, texts)
                 run.note_stream("denoise", blocks)
             del network, blocks, way
         yield run.close_stage(meter)
         yield Finished((yield from self._decode(run, latents)))
 
-    def _encode_texts(self, run: Run) -> Generator[Event, None, list[mx.array]]:
-        """Text states of the source's prompt and of the new one, [n, D] each."""
-        prompts = (self._source_text, run.settings.text)
-        yield StageStarted("encode", len(prompts))
-        plan, lifetimes = run.plan.stage("encode"), self._lifetimes(run)
-        texts = []
-        with StageMeter("encode") as meter, lifetimes.stage(plan):
-            with lifetimes.text_encoder(plan) as (network, rows, blocks):
-                encoder = TextEncoder(network, rows, run.tokenizer, run.dtype, blocks)
-                for done, prompt in enumerate(prompts, start=1):
-                    text = encoder.encode(prompt)
-                    texts.append(text.states)
-                    run.warnings += text.warnings
-                    yield from (Warned(warning) for warning in text.warnings)
-                    yield StageProgress("encode", done, len(prompts))
-                run.note_stream("encode", blocks)
-            del network, rows, blocks, encoder
-        yield run.close_stage(meter)
-        return texts
-
     def _encode_video(self, run: Run) -> Generator[Event, None, mx.array]:
         """Latents of the source, [1, T, h, w, C], chunk by chunk."""
-        count, plan = run.settings.geometry.num_frames, run.plan.stage("decode")
-        frames = _frames(self._edit.video, count, run.settings.geometry.decoded)
-        yield StageStarted("read", count)
+        chunks, plan = self._chunks(run.settings), run.plan.stage("read")
+        frames = _frames(
+            self._edit.video, run.settings.geometry.num_frames, run.settings.geometry.decoded
+        )
+        yield StageStarted("read", len(chunks))
+        parts = []
         with StageMeter("read") as meter, self._lifetimes(run).stage(plan):
-            vae = load_vae(self.model, ("encoder",))
-            plan_of_chunks = vae.chunks(count)
             pixels = (
                 mx.array(frames[c.frame : c.frame + c.frames]).astype(mx.float32) / 127.5 - 1
-                for c in plan_of_chunks
+                for c in chunks
             )
+            vae = load_vae(self.model, ("encoder",))
             encoded = vae.encode_chunks(pixels, plan.micro_batch, in_turn=plan.in_turn)
             del vae
-            parts = []
-            for chunk, part in zip(plan_of_chunks, encoded, strict=True):
+            for part in encoded:
                 parts.append(part)
-                yield StageProgress("read", chunk.frame + chunk.frames, count)
-            latents = mx.concatenate(parts, axis=1)
-            mx.eval(latents)
-            del encoded, parts, part
+                yield StageProgress("read", len(parts), len(chunks))
+            del encoded, pixels
         yield run.close_stage(meter)
-        return latents
+        return mx.concatenate(parts, axis=1)
 
 
 class _Way:
@@ -226,9 +216,11 @@ class _Way:
             )
         return z
 
-    def forth(self, z: mx.array, text: mx.array) -> Generator[Event, None, mx.array]:
-        """The latents that the noise z leads to under `text`."""
+    def forth(self, z: mx.array, texts: Texts) -> Generator[Event, None, mx.array]:
+        """The latents that the noise z leads to under the new prompt."""
         run, accelerations = self._run, self._run.accelerations
+        settings = run.settings
+        negative = None if settings.negative is None else texts[settings.negative]
 
         def context(index: int, t: mx.array) -> Context[BlockPair]:
             plain = accelerations.context(index, self._blocks)
@@ -237,9 +229,9 @@ class _Way:
 
         velocity = guided(
             partial(bound, self._network, run, context),
-            [text],
-            self._network.null_text,
-            run.settings.guidance,
+            [texts[settings.text]],
+            self._network.null_text if negative is None else lambda n: negative,
+            settings.guidance,
             sequential=run.request.sequential_guidance,
         )
         if self._blocks is not None:

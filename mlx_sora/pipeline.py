@@ -33,7 +33,7 @@ from mlx_sora.runtime.planner import Job as Work
 from mlx_sora.runtime.planner import Machine, Plan, Reading, make_plan
 from mlx_sora.sampling import SAMPLERS
 from mlx_sora.settings import Settings, settle
-from mlx_sora.stages import Stages, Texts, bound, check_finite
+from mlx_sora.stages import Stages, Texts
 from mlx_sora.text.tokenizer import Tokenizer
 from mlx_sora.video import Video
 from mlx_sora.video.frames import KeptFrames
@@ -42,8 +42,6 @@ from mlx_sora.video.writer import VideoWriter, open_writer, write_sidecar
 
 if TYPE_CHECKING:
     from mlx_sora.edit_request import EditRequest
-
-__all__ = ["Pipeline", "bound", "check_finite"]
 
 log = logging.getLogger(__name__)
 

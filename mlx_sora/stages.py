@@ -58,13 +58,13 @@ class Stages:
         return Lifetimes(self.model, run.dtype, budget, run.request.ci_dl or budget is not None)
 
     def _encode(
-        self, runs: Sequence[Run], texts: MutableMapping[str, mx.array]
+        self, runs: Sequence[Run], texts: MutableMapping[str, mx.array], also: Sequence[str] = ()
     ) -> Generator[Event, None, None]:
         """Put the states of all texts of `runs` into `texts`; T5 is gone when this ends.
 
-        The runs have the same number format and memory limits.
+        The runs have the same number format and memory limits. also: further texts of each run.
         """
-        wanted = list(dict.fromkeys(text for run in runs for text in run.settings.all_texts))
+        wanted = {text: None for run in runs for text in (*run.settings.all_texts, *also)}
         yield StageStarted("encode", len(wanted))
         run = max(runs, key=lambda run: run.plan.stage("encode").peak)
         plan, lifetimes = run.plan.stage("encode"), self._lifetimes(run)
@@ -80,7 +80,7 @@ class Stages:
                     each.note_stream("encode", blocks)
             del network, rows, blocks, encoder, encoded
         for each in runs:
-            found = [line for text in each.settings.all_texts for line in warnings[text]]
+            found = [line for text in (*each.settings.all_texts, *also) for line in warnings[text]]
             each.warnings += found
             yield from map(Warned, found)
             finished = each.close_stage(meter, len(runs))

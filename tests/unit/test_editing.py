@@ -126,11 +126,20 @@ def test_what_is_kept_is_planned_and_told(pipe: Pipeline, clip: Path) -> None:
     run = events(pipe, clip, inject_steps=2)
     notes = [event.message for event in run if isinstance(event, Noted)]
     assert "4 evaluations" in notes[0]
+    assert pipe.plan_edit(EditRequest.of(clip, SMALL)).stage("read").flops > 0
     # 5 latent frames of 2 x 2 tokens, 128 channels, 4 blocks, float32.
     assert peak(2) - peak(0) == 4 * 4 * (5 * 2 * 2) * 128 * 4
     plain = pipe.plan(GenerationRequest(prompt=TARGET, steps=3, width=32, height=32))
     edit = EditRequest.of(clip, {**SMALL, "sampler": "rflow", "guidance": 2.0})
     assert pipe.plan_edit(edit).stage("denoise").flops > plain.stage("denoise").flops
+
+
+def test_a_negative_prompt_counts_on_the_way_forth(pipe: Pipeline, clip: Path) -> None:
+    plain, negative = (
+        latents(events(pipe, clip, negative_prompt=text)) for text in (None, "a green circle")
+    )
+    assert mx.array_equal(plain[2], negative[2])
+    assert not mx.array_equal(plain[3], negative[3])
 
 
 def test_techniques_work_on_the_way_forth(pipe: Pipeline, clip: Path) -> None:
