@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import mlx.core as mx
 
@@ -17,8 +18,9 @@ import mlx.core as mx
 #: in cache, and the transient memory no longer grows with the size of the video.
 PIECE = 8 << 20
 
-#: Fewer queries at a time than this would starve the matrix product.
+#: Fewer queries, or rows of a network's layer, at a time than this would starve the matrix product.
 MIN_QUERIES = 64
+MIN_ROWS = 1024
 
 
 def on_gpu() -> bool:
@@ -29,8 +31,7 @@ def on_gpu() -> bool:
 #: 2^r on [-1/2, 1/2], r^0 to r^5: minimax under the constraint that e^0 is exactly 1; error 1e-7.
 _EXP2 = (1.0, 0.693146978, 0.240222421, 0.0555073375, 0.00967151313, 0.00132647271)
 
-#: Added to a float32 of up to 22 bits, it leaves the nearest integer + 127 in the lowest bits.
-_ROUND_AND_BIAS = 1.5 * 2**23 + 127
+_LOG2_E = 1.0 / math.log(2.0)
 
 
 def exp(x: mx.array) -> mx.array:
@@ -40,27 +41,111 @@ def exp(x: mx.array) -> mx.array:
     """
     if on_gpu() or x.dtype != mx.float32:
         return mx.exp(x)
-    t = mx.clip(x * (1.0 / math.log(2.0)), -125.0, 125.0)
-    # Constant as far as gradients go: the whole slope is in the polynomial.
-    biased = mx.stop_gradient(t + _ROUND_AND_BIAS)
-    r = t - (biased - _ROUND_AND_BIAS)
-    p = mx.array(_EXP2[-1])
-    for c in _EXP2[-2::-1]:
-        p = p * r + c
-    # 2^n: the lowest bits of the biased integer, shifted into a float's exponent.
-    return p * mx.view(mx.view(biased, mx.int32) << 23, mx.float32)
+    return _product(*_power(_clipped(x)))
+
+
+# Compiled chains of elementwise operations: a few passes over memory instead of one for each. MLX
+# fuses at most about ten operations and no `view`, hence the parts. Without a C++ compiler MLX runs
+# them one by one. On CPU only float32 comes in; on GPUs it is the type inside, whatever comes in.
+
+
+@mx.compile
+def _clipped(x: mx.array) -> mx.array:
+    """x in powers of two, as `_power` takes it."""
+    return mx.clip(x * _LOG2_E, -125.0, 125.0)
+
+
+@mx.compile
+def _split(t: mx.array, same: mx.array) -> tuple[mx.array, mx.array]:
+    """t less its nearest integer, and the bits of two to that integer. same: t, a constant."""
+    exponent = (same + 126.5).astype(mx.int32)
+    return t - (exponent.astype(mx.float32) - 126.0), (exponent + 1) << 23
+
+
+def _power(t: mx.array) -> tuple[mx.array, mx.array]:
+    """r in [-1/2, 1/2] and p with 2^t = 2^r · p, for t in [-125, 125]; the slope is all in r."""
+    r, bits = _split(t, mx.stop_gradient(t))
+    return r, mx.view(bits, mx.float32)
+
+
+def _polynomial(r: mx.array) -> mx.array:
+    """2^r, by pairs of terms: fewer operations wait for each other."""
+    a, b, c, d, e, f = _EXP2
+    square = r * r
+    return ((f * r + e) * square + (d * r + c)) * square + (b * r + a)
+
+
+@mx.compile
+def _product(r: mx.array, power: mx.array) -> mx.array:
+    return _polynomial(r) * power
+
+
+@mx.compile
+def _logistic(x: mx.array, r: mx.array, power: mx.array) -> mx.array:
+    """x · sigmoid(-log(2^r · power))."""
+    return x / (1.0 + _polynomial(r) * power)
+
+
+@mx.compile
+def _difference(x: mx.array, top: mx.array) -> mx.array:
+    return mx.maximum((x - top) * _LOG2_E, -125.0)
+
+
+@mx.compile
+def _silu_power(x: mx.array) -> mx.array:
+    return mx.clip(x * -_LOG2_E, -125.0, 125.0)
+
+
+@mx.compile
+def _gelu_power(x: mx.array) -> mx.array:
+    c = -2.0 * math.sqrt(2.0 / math.pi) * _LOG2_E
+    return mx.clip(x * (c + (c * 0.044715) * (x * x)), -125.0, 125.0)
+
+
+@partial(mx.compile, shapeless=True)
+def _silu_gpu(x: mx.array) -> mx.array:
+    wide = x.astype(mx.float32)
+    return (wide * mx.sigmoid(wide)).astype(x.dtype)
+
+
+@partial(mx.compile, shapeless=True)
+def _gelu_tanh_gpu(x: mx.array) -> mx.array:
+    wide = x.astype(mx.float32)
+    c = 2.0 * math.sqrt(2.0 / math.pi)
+    u = wide * (c + (c * 0.044715) * (wide * wide))
+    return (wide * mx.sigmoid(u)).astype(x.dtype)
+
+
+@partial(mx.compile, shapeless=True)
+def modulate(x: mx.array, shift: mx.array, scale: mx.array) -> mx.array:
+    """x (1 + scale) + shift."""
+    return x * (1 + scale) + shift
+
+
+@partial(mx.compile, shapeless=True)
+def add_gated(x: mx.array, gate: mx.array, y: mx.array) -> mx.array:
+    """x + gate · y, in the type that they promote to."""
+    return x + gate * y
 
 
 def silu(x: mx.array) -> mx.array:
     """x · sigmoid(x)."""
-    return x * mx.sigmoid(x) if on_gpu() else x / (1.0 + exp(-x))
+    if on_gpu():
+        return _silu_gpu(x)
+    return in_pieces(_silu_rows, x, row_bytes=16 * x.shape[-1])
+
+
+def _silu_rows(x: mx.array) -> mx.array:
+    wide = x.astype(mx.float32)
+    return _logistic(wide, *_power(_silu_power(wide))).astype(x.dtype)
 
 
 def gelu_tanh(x: mx.array) -> mx.array:
     """Tanh-approximated GELU: 0.5x(1 + tanh u) = x·sigmoid(2u), u = sqrt(2/pi)(x + 0.044715x³)."""
-    c = -2.0 * math.sqrt(2.0 / math.pi)
-    u = x * (c + (c * 0.044715) * (x * x))
-    return x / (1.0 + exp(u))
+    if on_gpu():
+        return _gelu_tanh_gpu(x)
+    wide = x.astype(mx.float32)
+    return _logistic(wide, *_power(_gelu_power(wide))).astype(x.dtype)
 
 
 def in_pieces(function: Callable[[mx.array], mx.array], x: mx.array, row_bytes: int) -> mx.array:
@@ -68,8 +153,8 @@ def in_pieces(function: Callable[[mx.array], mx.array], x: mx.array, row_bytes: 
 
     row_bytes: what one row takes inside `function`. On CPU it runs on PIECE bytes at a time.
     """
-    rows = max(1, PIECE // row_bytes)
     flat = x.reshape(-1, x.shape[-1])
+    rows = _even(flat.shape[0], max(MIN_ROWS, PIECE // row_bytes))
     if on_gpu() or flat.shape[0] <= rows:
         return function(x)
     done: list[mx.array] = []
@@ -93,7 +178,7 @@ def attention(
     if batch * length * query_bytes <= PIECE:
         return _attend(q, k, v, scale, mask)
     samples = max(1, PIECE // (length * query_bytes))
-    queries = min(length, max(MIN_QUERIES, PIECE // query_bytes))
+    queries = _even(length, max(MIN_QUERIES, PIECE // query_bytes))
     done: list[mx.array] = []
     for b in range(0, batch, samples):
         some = slice(b, b + samples)
@@ -103,6 +188,11 @@ def attention(
             row.append(_attend(part, k[some], v[some], scale, _part(mask, some, i, queries)))
         done.append(row[0] if len(row) == 1 else mx.concatenate(row, axis=2))
     return mx.concatenate(done)
+
+
+def _even(total: int, most: int) -> int:
+    """Size of a piece of `total`, at most `most`, so that all pieces are about equal."""
+    return -(-total // -(-total // most))
 
 
 def _after(done: list[mx.array], x: mx.array) -> mx.array:
@@ -128,6 +218,6 @@ def _attend(q: mx.array, k: mx.array, v: mx.array, scale: float, mask: mx.array 
         else:
             scores = scores + mask
     scores = scores.astype(mx.float32)
-    weights = exp(scores - scores.max(axis=-1, keepdims=True))
+    weights = _product(*_power(_difference(scores, scores.max(axis=-1, keepdims=True))))
     # Normalising the output instead of the weights is one pass over [L, d], not [L, M].
     return ((weights @ v) / weights.sum(axis=-1, keepdims=True)).astype(q.dtype)

@@ -16,7 +16,7 @@ from mlx import nn
 
 from mlx_sora.models.config import read_config, require
 from mlx_sora.models.context import TokenPolicy
-from mlx_sora.models.ops import attention, gelu_tanh, in_pieces, silu
+from mlx_sora.models.ops import add_gated, attention, gelu_tanh, in_pieces, modulate, silu
 from mlx_sora.models.quantized import for_pieces
 
 #: Width of the sinusoids that times and frame rates become, and their longest period.
@@ -107,11 +107,6 @@ def position_embedding(rows: int, columns: int, channels: int, scale: float) -> 
     column = mx.broadcast_to(encode(columns)[None], shape)
     row = mx.broadcast_to(encode(rows)[:, None], shape)
     return mx.concatenate([column, row], axis=-1).reshape(rows * columns, channels)
-
-
-def modulate(x: mx.array, shift: mx.array, scale: mx.array) -> mx.array:
-    """x (1 + scale) + shift."""
-    return x * (1 + scale) + shift
 
 
 class SiLU(nn.Module):
@@ -290,11 +285,11 @@ class STDiT3Block(nn.Module):
         table = self.scale_shift_table.astype(mx.float32) + modulation
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = mx.split(table, 6, axis=2)
         h = tokens.merge(modulate(self.norm1(x), shift, scale).astype(self.dtype))
-        x = x + gate * tokens.unmerge(self.attn(h, rope, exchange), frames)
+        x = add_gated(x, gate, tokens.unmerge(self.attn(h, rope, exchange), frames))
         h = tokens.merge(x.astype(self.dtype))
         x = x + tokens.unmerge(self.cross_attn(h, text, mask), frames)
         h = modulate(self.norm2(x), mlp_shift, mlp_scale).astype(self.dtype)
-        return x + mlp_gate * self.mlp(h)
+        return add_gated(x, mlp_gate, self.mlp(h))
 
 
 class FinalLayer(nn.Module):

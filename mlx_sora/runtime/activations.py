@@ -9,12 +9,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mlx_sora.models.ops import PIECE
+from mlx_sora.models.ops import MIN_ROWS, PIECE
 from mlx_sora.models.stdit3_blocks import STDiT3Config
 from mlx_sora.models.t5 import T5Config
 from mlx_sora.models.vae import VAEConfig, chunk_plan
 from mlx_sora.runtime.flops import Grid
 from mlx_sora.runtime.plan import FLOAT
+
+#: What a compiled chain holds besides a VAE's tensors, while those are too small to be cut.
+CHAIN = PIECE // 2
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,8 @@ def transformer_work(config: STDiT3Config, grid: Grid, mode: Mode) -> int:
     factor = 1 + mode.pick(8.1, 17.5)
     if mode.gpu:
         factor += 5 * config.mlp_ratio * mode.itemsize / FLOAT
-    return int(factor * stream + mode.pick(4, 8) * PIECE)
+    piece = max(PIECE, FLOAT * MIN_ROWS * int(config.hidden_size * config.mlp_ratio))
+    return int(factor * stream + mode.pick(4, 8) * piece)
 
 
 def dense_work(largest: int, mode: Mode) -> int:
@@ -68,7 +72,8 @@ def spatial_work(config: VAEConfig, height: int, width: int, frames: int, mode: 
     widths = config.spatial.block_out_channels
     widest = max(widths[:2])  # the second width comes enlarged into the last block
     kernel = FLOAT * 9 * max(widths) ** 2
-    return int(mode.pick(6, 12) * FLOAT * frames * height * width * widest) + 2 * kernel
+    tensor = FLOAT * frames * height * width * widest
+    return int(mode.pick(6, 12) * tensor + mode.pick(0, CHAIN)) + 2 * kernel
 
 
 def temporal_work(config: VAEConfig, num_frames: int, height: int, width: int, mode: Mode) -> int:
@@ -83,5 +88,5 @@ def temporal_work(config: VAEConfig, num_frames: int, height: int, width: int, m
     small = (height + 3) * (width + 1) > 1.25 * height * width
     kernel = FLOAT * 27 * 2 * max(temporal.widths) ** 2
     if small:  # MLX's own convolution, 27 taps side by side
-        return 2 * kernel + 37 * tensor
-    return int(mode.pick(7, 13.5) * tensor) + kernel
+        return 2 * kernel + 37 * tensor + int(mode.pick(0, CHAIN))
+    return int(mode.pick(7, 13.5) * tensor + mode.pick(0, CHAIN)) + kernel

@@ -60,7 +60,7 @@ def test_attention_never_holds_all_logits(monkeypatch: pytest.MonkeyPatch) -> No
     mx.reset_peak_memory()
     mx.eval(ops.attention(q, q, q, 1.0))
     assert logits == 36 * ops.PIECE
-    assert mx.get_peak_memory() - before < 14 * ops.PIECE
+    assert mx.get_peak_memory() - before < 20 * ops.PIECE
 
 
 @pytest.mark.parametrize("piece", [1, 100, 1 << 20])
