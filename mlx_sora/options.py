@@ -44,6 +44,14 @@ def as_float(value: Any) -> float:
     return number
 
 
+def as_bits(value: Any) -> int:
+    """Bits of a quantised weight."""
+    bits = as_int(value)
+    if bits not in (4, 8):
+        raise ValueError("4 or 8")
+    return bits
+
+
 def as_text(value: Any) -> str:
     """A string that can be written as UTF-8."""
     if not isinstance(value, str):

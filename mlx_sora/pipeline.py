@@ -22,6 +22,7 @@ from mlx_sora.errors import UsageError
 from mlx_sora.given import tasks
 from mlx_sora.loading.facts import describe_model, quantization_record
 from mlx_sora.loading.model_folder import BUNDLED, PUBLISHED, ModelFolder, find_model
+from mlx_sora.loading.quantizing import quantized_while_loading
 from mlx_sora.loading.sizes import model_sizes
 from mlx_sora.models.ops import on_gpu
 from mlx_sora.request import GenerationRequest
@@ -162,7 +163,7 @@ class Pipeline(Stages):
         length = max(len(tokenizer.encode(text).ids) for text in settings.all_texts)
         plan = self._plan(request, settings, dtype, accelerations, length)
         run = Run(request, settings, dtype, output, accelerations, tokenizer, plan, warnings)
-        run.more |= quantization_record(self.model)
+        run.more |= quantization_record(quantized_while_loading(self.model, request.quantize))
         return run
 
     def _plan(
@@ -176,7 +177,8 @@ class Pipeline(Stages):
         """Memory, reading and work per stage. Reads headers only; raises MemoryBudgetError."""
         work = self._work(request, settings, accelerations, text_tokens)
         machine = Machine(on_gpu(), default_cache_limit() or total_memory(), dtype.size)
-        sizes = model_sizes(self.model, dtype, encoders=work.reading is not None)
+        model = quantized_while_loading(self.model, request.quantize)
+        sizes = model_sizes(model, dtype, encoders=work.reading is not None)
         return make_plan(sizes, work, machine, settings.memory_budget, streamed=request.ci_dl)
 
     def _work(

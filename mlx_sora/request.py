@@ -19,6 +19,7 @@ from mlx_sora.options import (
     Neighbour,
     Option,
     Picture,
+    as_bits,
     as_bool,
     as_float,
     as_frames,
@@ -61,7 +62,8 @@ class GenerationRequest:
         None,
         as_path,
         "--model",
-        "shapes, opensora-1.2 or a folder; default: opensora-1.2 when downloaded, else shapes",
+        "shapes, opensora-1.2 (-8bit, -4bit) or a folder; default: opensora-1.2 when downloaded, "
+        "else shapes",
         metavar="MODEL",
     )
     seed: int | None = _option(
@@ -221,6 +223,14 @@ class GenerationRequest:
     )
     dtype: str = _option(
         "auto", as_text, "--dtype", "number format of the networks", choices=DTYPES
+    )
+    quantize: int | None = _option(
+        None,
+        as_bits,
+        "--quantize -q",
+        "bits per weight while loading, 4 or 8: less memory; convert once to read less, too",
+        metavar="BITS",
+        group="memory",
     )
     memory_budget: str | None = _option(
         None,

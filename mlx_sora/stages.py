@@ -19,6 +19,7 @@ from mlx_sora.given import Given, tasks
 from mlx_sora.lifetimes import Lifetimes
 from mlx_sora.loading.model_folder import ModelFolder
 from mlx_sora.loading.networks import load_vae
+from mlx_sora.loading.quantizing import quantized_while_loading
 from mlx_sora.models.context import Context
 from mlx_sora.models.stdit3 import BlockPair, STDiT3
 from mlx_sora.models.stdit3_blocks import STDiT3Config
@@ -55,7 +56,8 @@ class Stages:
 
     def _lifetimes(self, run: Run) -> Lifetimes:
         budget = run.settings.memory_budget
-        return Lifetimes(self.model, run.dtype, budget, run.request.ci_dl or budget is not None)
+        model = quantized_while_loading(self.model, run.request.quantize)
+        return Lifetimes(model, run.dtype, budget, run.request.ci_dl or budget is not None)
 
     def _encode(
         self, runs: Sequence[Run], texts: MutableMapping[str, mx.array], also: Sequence[str] = ()

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 from pathlib import Path
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, TypeVar
 
 import mlx.core as mx
 from mlx import nn
@@ -19,25 +19,20 @@ from mlx.utils import tree_unflatten
 
 from mlx_sora.errors import WeightsError
 from mlx_sora.loading.checkpoint import Checkpoint, Entry, match, put
-from mlx_sora.loading.safetensors import FIX, FLOATS, TensorInfo, load_tensors, loaded_dtype
+from mlx_sora.loading.safetensors import (
+    FIX,
+    FLOATS,
+    Reader,
+    TensorInfo,
+    load_tensors,
+    loaded_dtype,
+)
 from mlx_sora.models.keys import KeyMap
 
 Block = TypeVar("Block")
 
 #: Size and time of change of a file.
 Stamp = tuple[int, int]
-
-
-class Reader(Protocol):
-    """How the tensors of a block come from a file; `safetensors.load_tensors` is the plain one."""
-
-    def __call__(
-        self, file: Path, tensors: Mapping[str, TensorInfo], stream: mx.Stream | None
-    ) -> dict[str, mx.array]:
-        """The named tensors, lazy on `stream` or evaluated, in a dict of the caller's own.
-
-        Raises WeightsError, OSError or RuntimeError.
-        """
 
 
 @dataclass(frozen=True)
@@ -85,13 +80,8 @@ class BlockSource(Generic[Block]):
     @cached_property
     def loading_bytes(self) -> int:
         """The most memory that loading one block takes: itself, and one tensor as it is stored."""
-        cast = [
-            info.nbytes
-            for block in self.entries
-            for info in (self.tensors[entry.key] for entry in block)
-            if info.dtype in FLOATS and FLOATS[info.dtype][1] != self.dtype
-        ]
-        return max(self.nbytes) + max(cast, default=0)
+        infos = [self.tensors[entry.key] for block in self.entries for entry in block]
+        return max(self.nbytes) + max(self._transient(info) for info in infos)
 
     def load(self, index: int, stream: mx.Stream | None = None) -> dict[str, mx.array]:
         """Weights of block `index` by parameter path, cast and evaluated in the calling thread.
@@ -128,6 +118,13 @@ class BlockSource(Generic[Block]):
         empty = mx.array([], dtype=self.dtype)
         paths = [entry.parameter.path for entry in self.entries[index]]
         self.network.update(tree_unflatten([(path, empty) for path in paths]))
+
+    def _transient(self, info: TensorInfo) -> int:
+        """Bytes of a tensor as it is read, where that is not what stays."""
+        if info.dtype in FLOATS:
+            return info.nbytes if FLOATS[info.dtype][1] != self.dtype else 0
+        # What is quantised on the way is read whole, and a copy of it may become float32.
+        return 3 * info.nbytes if info.nbytes > prod(info.shape) * mx.uint32.size else 0
 
     def _bytes(self, entries: Sequence[Entry]) -> int:
         return sum(
@@ -193,6 +190,7 @@ def split_blocks(
         rest=tuple(rest),
         tensors=checkpoint.tensors,
         dtype=dtype,
+        read=checkpoint.read,
         stamps={file: _stamp(file) for file in files},
     )
     for index in range(len(source)):

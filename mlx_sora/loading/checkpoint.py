@@ -22,6 +22,7 @@ from mlx_sora.loading.safetensors import (
     FIX,
     FLOATS,
     PACKED,
+    Reader,
     TensorInfo,
     load_tensors,
     read_header,
@@ -35,10 +36,14 @@ IN_MEMORY = "the given weights"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Named tensors on disk; `path` is what the user pointed at (file or folder)."""
+    """Named tensors on disk; `path` is what the user pointed at (file or folder).
+
+    read: how they come from a file.
+    """
 
     path: Path
     tensors: Mapping[str, TensorInfo]
+    read: Reader = load_tensors
 
     @classmethod
     def open(cls, path: str | Path) -> Checkpoint:
@@ -63,13 +68,13 @@ class Checkpoint:
         return sum(prod(info.shape) for info in self.tensors.values())
 
     def load(self, keys: Iterable[str]) -> dict[str, mx.array]:
-        """The named tensors as lazy arrays: bytes are read at their first evaluation."""
+        """The named tensors, unless `read` is another one lazy: read at their first evaluation."""
         by_file: dict[Path, list[str]] = {}
         for key in keys:
             by_file.setdefault(self.tensors[key].file, []).append(key)
         out: dict[str, mx.array] = {}
         for file, names in by_file.items():
-            out |= load_tensors(file, {name: self.tensors[name] for name in names})
+            out |= self.read(file, {name: self.tensors[name] for name in names})
         return out
 
     def rows(self, key: str, rows: Sequence[int]) -> mx.array:

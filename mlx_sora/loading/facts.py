@@ -19,6 +19,8 @@ def quantization_record(model: ModelFolder) -> dict[str, Any]:
     Raises WeightsError for a config.json that cannot be read.
     """
     found = {part: Quantization.read(model.config(part)) for part in PARTS}
+    if model.bits is not None:
+        found |= dict.fromkeys(("text_encoder", "transformer"), Quantization(model.bits))
     parts = {part: kind.to_dict() for part, kind in found.items() if kind is not None}
     return {"quantization": parts} if parts else {}
 

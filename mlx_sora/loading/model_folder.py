@@ -53,11 +53,12 @@ class Defaults:
 
 @dataclass(frozen=True)
 class ModelFolder:
-    """A complete model on disk."""
+    """A complete model on disk. bits: to quantise its weights to while they are loaded, if any."""
 
     path: Path
     name: str
     defaults: Defaults
+    bits: int | None = None
 
     @property
     def transformer(self) -> Path:

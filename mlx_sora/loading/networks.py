@@ -6,8 +6,9 @@ at a time from the `BlockSource` that is returned beside it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import mlx.core as mx
 from mlx import nn
@@ -17,8 +18,10 @@ from mlx_sora.loading.blocks import BlockSource, split_blocks
 from mlx_sora.loading.checkpoint import Checkpoint, Entry, fill, match
 from mlx_sora.loading.model_folder import ModelFolder
 from mlx_sora.loading.quantize import Quantization, prepare, quantizable
+from mlx_sora.loading.quantizing import quantizing
 from mlx_sora.models import stdit3, t5, vae
 from mlx_sora.models.keys import KeyMap
+from mlx_sora.models.precision import KEEP
 from mlx_sora.models.vae import VAEConfig, VideoVAE, keys_for
 
 #: Token ids to rows of the embedding table, [len(ids), D].
@@ -56,10 +59,9 @@ def _text_encoder(model: ModelFolder) -> tuple[t5.T5Encoder, Checkpoint]:
     """T5 without weights, and its checkpoint, which has the table that `network` lacks."""
     values = model.config("text_encoder")
     network = t5.T5Encoder(t5.T5Config.from_dict(values), table=False)
-    prepare(network, values)
     checkpoint = Checkpoint.open(model.text_encoder)
     _check_table(checkpoint, network.config)
-    return network, checkpoint
+    return network, _quantised(model, network, values, checkpoint)
 
 
 def _check_table(checkpoint: Checkpoint, config: t5.T5Config) -> None:
@@ -101,14 +103,25 @@ def stream_transformer(
 def _transformer(model: ModelFolder, dtype: mx.Dtype) -> tuple[stdit3.STDiT3, Checkpoint]:
     values = model.config("transformer")
     network = stdit3.STDiT3(stdit3.STDiT3Config.from_dict(values), dtype)
-    prepare(network, values)
-    return network, Checkpoint.open(model.transformer)
+    return network, _quantised(model, network, values, Checkpoint.open(model.transformer))
+
+
+def _quantised(
+    model: ModelFolder, network: nn.Module, config: Mapping[str, Any], checkpoint: Checkpoint
+) -> Checkpoint:
+    """`checkpoint` for `network`, both quantised if the files are or `model` is to be."""
+    quantization = Quantization.read(config)
+    if quantization is None and model.bits is not None:
+        quantization = Quantization(model.bits)
+        checkpoint = quantizing(checkpoint, network, quantization)
+    prepare(network, quantization)
+    return checkpoint
 
 
 def load_vae(model: ModelFolder, parts: Sequence[str] = ("decoder",)) -> VideoVAE:
-    """The VAE, or the halves of it that are needed; always float32, as the reference keeps it."""
+    """The VAE, or the halves of it that are needed; always in `KEEP.vae`'s type, float32."""
     network = VideoVAE(VAEConfig.from_dict(model.config("vae")), parts)
-    fill(network, Checkpoint.open(model.vae), keys_for(parts), dtype=mx.float32)
+    fill(network, Checkpoint.open(model.vae), keys_for(parts), dtype=KEEP.vae)
     return network
 
 
@@ -140,5 +153,5 @@ def _unfilled(model: ModelFolder, part: str) -> tuple[nn.Module, KeyMap]:
             network, keys = vae.VideoVAE(VAEConfig.from_dict(values)), vae.KEYS
     except (TypeError, ValueError, AttributeError, ZeroDivisionError, IndexError) as error:
         raise WeightsError(f"{part}/config.json describes no network: {error}.") from error
-    prepare(network, values)
+    prepare(network, Quantization.read(values))
     return network, keys

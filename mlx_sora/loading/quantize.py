@@ -69,18 +69,26 @@ class Quantization:
         packed = (outputs, inputs * self.bits // WORD)
         return {"weight": packed, "scales": groups, "biases": groups}
 
-    def quantize(self, weight: mx.array, dtype: mx.Dtype | None = None) -> dict[str, mx.array]:
+    def quantize(
+        self, weight: mx.array, dtype: mx.Dtype | None = None, stream: mx.Stream | None = None
+    ) -> dict[str, mx.array]:
         """The weight [outputs, inputs] of a layer as arrays by parameter name.
 
         dtype: of scales and biases; None is the 16-bit type that holds these scales best: float16
-        is eight times finer, but not for the smallest numbers.
+        is eight times finer, but not for the smallest numbers. stream: where the work is done.
         """
         packed, scales, biases = mx.quantize(
-            weight.astype(mx.float32), group_size=self.group_size, bits=self.bits
+            weight.astype(mx.float32, stream=stream),
+            group_size=self.group_size,
+            bits=self.bits,
+            stream=stream,
         )
         if dtype is None:
             dtype = min((mx.float16, mx.bfloat16), key=lambda kind: _rounding(scales, biases, kind))
-        return {"weight": packed, "scales": scales.astype(dtype), "biases": biases.astype(dtype)}
+        floats = {"scales": scales, "biases": biases}
+        return {"weight": packed} | {
+            name: value.astype(dtype, stream=stream) for name, value in floats.items()
+        }
 
 
 def _rounding(scales: mx.array, biases: mx.array, kind: mx.Dtype) -> float:
@@ -105,9 +113,8 @@ def quantizable(network: nn.Module, quantization: Quantization) -> dict[str, nn.
     }
 
 
-def prepare(network: nn.Module, config: Mapping[str, Any]) -> None:
-    """Replace layers of an unfilled `network` by quantised ones where its config.json says so."""
-    quantization = Quantization.read(config)
+def prepare(network: nn.Module, quantization: Quantization | None) -> None:
+    """Replace layers of an unfilled `network` by quantised ones."""
     if quantization is None:
         return
     replaced = []

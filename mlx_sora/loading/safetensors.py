@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import mlx.core as mx
 
@@ -114,6 +114,18 @@ def load_tensors(
         if array is None or array.shape != info.shape or not _same_type(array, info):
             raise WeightsError(f"{file} has changed since it was opened (see {key}).", "Try again.")
     return {key: arrays[key] for key in tensors}
+
+
+class Reader(Protocol):
+    """How the tensors of a block come from a file; `load_tensors` is the plain one."""
+
+    def __call__(
+        self, file: Path, tensors: Mapping[str, TensorInfo], stream: mx.Stream | None = None
+    ) -> dict[str, mx.array]:
+        """The named tensors, lazy on `stream` or evaluated, in a dict of the caller's own.
+
+        Raises WeightsError, OSError or RuntimeError.
+        """
 
 
 def loaded_dtype(stored: str, dtype: mx.Dtype) -> mx.Dtype:

@@ -16,7 +16,7 @@ from mlx_sora.errors import MlxSoraError
 from mlx_sora.loading.checkpoint import Checkpoint, fill
 from mlx_sora.loading.model_folder import ModelFolder
 from mlx_sora.loading.networks import load_vae
-from mlx_sora.loading.quantize import prepare
+from mlx_sora.loading.quantize import Quantization, prepare
 from mlx_sora.loading.safetensors import TensorInfo
 from mlx_sora.models import stdit3, t5
 from mlx_sora.runtime.memory import memory_scope
@@ -82,7 +82,7 @@ def try_text_encoder(model: ModelFolder) -> None:
     checkpoint = first_block(Checkpoint.open(model.text_encoder))
     with memory_scope():
         network = t5.T5Encoder(config, table=False)
-        prepare(network, values)
+        prepare(network, Quantization.read(values))
         fill(network, checkpoint, t5.KEYS, dtype=mx.float32, without=[t5.TABLE])
         ids = range(min(8, config.vocab_size))
         embeddings = checkpoint.rows(t5.TABLE, ids).astype(mx.float32)
@@ -95,7 +95,7 @@ def try_transformer(model: ModelFolder) -> None:
     config = replace(stdit3.STDiT3Config.from_dict(values), depth=1)
     with memory_scope():
         network = stdit3.STDiT3(config)
-        prepare(network, values)
+        prepare(network, Quantization.read(values))
         checkpoint = first_block(Checkpoint.open(model.transformer))
         fill(network, checkpoint, stdit3.KEYS, dtype=mx.float32)
         text = _noise(4, config.caption_channels)

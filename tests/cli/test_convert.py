@@ -58,6 +58,26 @@ def test_convert_and_use(folder: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert pictures[0] == pictures[1] == pictures[2]
 
 
+def test_quantised_while_loading(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    kind = {"bits": 8, "group_size": 64}
+    for name, words in (("whole", []), ("streamed", ["--ci-dl"])):
+        assert main([*GENERATE, "a red circle", "-q", "8", "-o", f"{name}.png", *words]) == 0
+        record = read_metadata(f"{name}.png")
+        assert record["quantization"] == {"text_encoder": kind, "transformer": kind}
+        assert record["request"]["quantize"] == 8
+    from PIL import Image
+
+    pictures = [Image.open(f"{name}.png").tobytes() for name in ("whole", "streamed")]
+    assert pictures[0] == pictures[1]
+    capsys.readouterr()
+    assert main([*GENERATE, "a red circle", "-o", "plain.png"]) == 0
+    assert Image.open("plain.png").tobytes() != pictures[0]
+    assert "quantization" not in read_metadata("plain.png")
+    assert main(["convert", "shapes", "small", "-q", "8", "--quiet"]) == 0
+    assert main([*GENERATE, "a", "--model", "small", "-q", "4", "-o", "no.png"]) == 2
+    assert "quantised to 8 bits" in capsys.readouterr().err
+
+
 def test_the_named_command_mends_a_conversion(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

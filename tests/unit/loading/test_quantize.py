@@ -10,7 +10,7 @@ import pytest
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_sora.accel.cidl import BlockStream
-from mlx_sora.errors import WeightsError
+from mlx_sora.errors import UsageError, WeightsError
 from mlx_sora.loading.convert import convert
 from mlx_sora.loading.layout import Choice
 from mlx_sora.loading.model_folder import ModelFolder
@@ -21,10 +21,12 @@ from mlx_sora.loading.networks import (
     stream_transformer,
 )
 from mlx_sora.loading.quantize import Quantization, prepare, quantizable
+from mlx_sora.loading.quantizing import quantized_while_loading
 from mlx_sora.loading.sizes import model_sizes
 from mlx_sora.models.quantized import QuantizedLinear
 from mlx_sora.models.stdit3 import STDiT3, STDiT3Config
 from mlx_sora.models.t5 import T5Encoder
+from mlx_sora.runtime.memory import release
 from tests.unit.accel import nets
 from tests.unit.loading.converting import STDIT, T5, write_model
 
@@ -135,7 +137,7 @@ def test_sizes(model: ModelFolder) -> None:
 
 def test_files_and_config_must_agree(model: ModelFolder, tmp_path: Path) -> None:
     plain = T5Encoder(T5, table=False)
-    prepare(plain, {})
+    prepare(plain, Quantization.read({}))
     assert not any(isinstance(layer, QuantizedLinear) for layer in plain.modules())
     broken = ModelFolder(tmp_path, "test", model.defaults)
     (tmp_path / "transformer").mkdir()
@@ -148,3 +150,50 @@ def test_files_and_config_must_agree(model: ModelFolder, tmp_path: Path) -> None
         config.write_text(text.replace(old, new))
         with pytest.raises(WeightsError, match="blocks"):
             load_transformer(broken, mx.float32)
+
+
+def plain_model(tmp_path: Path, bits: int | None, dtype: mx.Dtype = mx.float32) -> ModelFolder:
+    """The model before it is converted, to be quantised while it is loaded."""
+    return quantized_while_loading(write_model(tmp_path, dtype), bits)
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.float16])
+def test_quantised_while_loading_as_if_converted(tmp_path: Path, dtype: mx.Dtype) -> None:
+    plain = plain_model(tmp_path / "plain", 8, dtype)
+    converted = ModelFolder.open(convert(plain, tmp_path / "q8", Choice(8, "float32")).path)
+    expected = list(nets.steps(load_transformer(converted, mx.float32)))
+    whole = nets.steps(load_transformer(plain, mx.float32))
+    network, source = stream_transformer(plain, mx.float32)
+    with BlockStream(source, 1, cyclic=True) as blocks:
+        for streamed, found, out in zip(nets.steps(network, blocks), whole, expected, strict=True):
+            assert mx.array_equal(streamed, out).item()
+            assert mx.array_equal(found, out).item()
+    text, _ = load_text_encoder(plain, mx.float32)
+    other, _ = load_text_encoder(converted, mx.float32)
+    assert mx.array_equal(nets.t5_states(text), nets.t5_states(other)).item()
+
+
+def test_memory_of_quantising_while_loading(tmp_path: Path) -> None:
+    """What stays is counted as quantised; reading a block takes no more than planned."""
+    plain = plain_model(tmp_path, 8, mx.float16)
+    _, source = stream_transformer(plain, mx.float32)
+    _, whole = stream_transformer(replace(plain, bits=None), mx.float32)
+    assert source.nbytes[0] < 0.35 * whole.nbytes[0]
+    assert source.stored_bytes == whole.stored_bytes
+    release()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    weights = source.load(0)
+    assert mx.get_active_memory() - before >= source.nbytes[0]
+    assert mx.get_peak_memory() - before <= source.loading_bytes + (1 << 14)
+    del weights
+
+
+def test_bits_that_are_not_those_of_the_folder(model: ModelFolder, tmp_path: Path) -> None:
+    assert quantized_while_loading(model, None) == model
+    assert quantized_while_loading(model, 8) == model
+    with pytest.raises(UsageError, match="8 bits in groups of 64, which --quantize cannot change"):
+        quantized_while_loading(model, 4)
+    nets.t5_model(tmp_path, replace(nets.T5, d_ff=32))
+    with pytest.raises(UsageError, match="can be quantised"):
+        load_text_encoder(ModelFolder(tmp_path, "small", model.defaults, bits=8), mx.float32)
