@@ -14,6 +14,7 @@ from mlx_sora.loading.checkpoint import Checkpoint, match
 from mlx_sora.loading.model_folder import ModelFolder
 from mlx_sora.loading.networks import stream_text_encoder, stream_transformer
 from mlx_sora.loading.quantize import dense_bytes
+from mlx_sora.models.precision import KEEP
 from mlx_sora.models.vae import VAEConfig, VideoVAE, keys_for
 from mlx_sora.runtime.planner import Model, Weights
 
@@ -63,4 +64,4 @@ def _weights(source: BlockSource[Any]) -> Weights:
 
 def _float32_bytes(network: nn.Module) -> int:
     leaves: list[tuple[str, mx.array]] = tree_flatten(network.parameters())  # type: ignore[assignment]
-    return sum(prod(value.shape) for _, value in leaves) * mx.float32.size
+    return sum(prod(value.shape) for _, value in leaves) * KEEP.vae.size

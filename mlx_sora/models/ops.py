@@ -14,6 +14,8 @@ from functools import partial
 
 import mlx.core as mx
 
+from mlx_sora.models.precision import KEEP
+
 #: On CPU, chains of elementwise operations run on about this many bytes at a time: the pieces stay
 #: in cache, and the transient memory no longer grows with the size of the video.
 PIECE = 8 << 20
@@ -104,13 +106,13 @@ def _gelu_power(x: mx.array) -> mx.array:
 
 @partial(mx.compile, shapeless=True)
 def _silu_gpu(x: mx.array) -> mx.array:
-    wide = x.astype(mx.float32)
+    wide = x.astype(KEEP.activation)
     return (wide * mx.sigmoid(wide)).astype(x.dtype)
 
 
 @partial(mx.compile, shapeless=True)
 def _gelu_tanh_gpu(x: mx.array) -> mx.array:
-    wide = x.astype(mx.float32)
+    wide = x.astype(KEEP.activation)
     c = 2.0 * math.sqrt(2.0 / math.pi)
     u = wide * (c + (c * 0.044715) * (wide * wide))
     return (wide * mx.sigmoid(u)).astype(x.dtype)
@@ -136,7 +138,7 @@ def silu(x: mx.array) -> mx.array:
 
 
 def _silu_rows(x: mx.array) -> mx.array:
-    wide = x.astype(mx.float32)
+    wide = x.astype(KEEP.activation)
     return _logistic(wide, *_power(_silu_power(wide))).astype(x.dtype)
 
 
@@ -144,7 +146,7 @@ def gelu_tanh(x: mx.array) -> mx.array:
     """Tanh-approximated GELU: 0.5x(1 + tanh u) = x·sigmoid(2u), u = sqrt(2/pi)(x + 0.044715x³)."""
     if on_gpu():
         return _gelu_tanh_gpu(x)
-    wide = x.astype(mx.float32)
+    wide = x.astype(KEEP.activation)
     return _logistic(wide, *_power(_gelu_power(wide))).astype(x.dtype)
 
 
@@ -217,7 +219,7 @@ def _attend(q: mx.array, k: mx.array, v: mx.array, scale: float, mask: mx.array 
             scores = mx.where(mask, scores, mx.array(-1e30, scores.dtype))
         else:
             scores = scores + mask
-    scores = scores.astype(mx.float32)
+    scores = scores.astype(KEEP.statistics)
     weights = _product(*_power(_difference(scores, scores.max(axis=-1, keepdims=True))))
     # Normalising the output instead of the weights is one pass over [L, d], not [L, M].
     return ((weights @ v) / weights.sum(axis=-1, keepdims=True)).astype(q.dtype)

@@ -19,6 +19,7 @@ from mlx import nn
 from mlx_sora.errors import UsageError
 from mlx_sora.models.context import Context, ResidentBlocks
 from mlx_sora.models.keys import CONV3D, KeyMap, Rule
+from mlx_sora.models.precision import KEEP
 from mlx_sora.models.stdit3_blocks import (
     CaptionEmbedder,
     FinalLayer,
@@ -115,7 +116,7 @@ class STDiT3(nn.Module):
             self.config.hidden_size,
             side / self.config.input_sq_size,
         )
-        rates = mx.array(fps, mx.float32).reshape(-1)
+        rates = mx.array(fps, KEEP.times).reshape(-1)
         rates = mx.tile(rates, len(text) // rates.size)
         fps_embedding = self.fps_embedder(rates, self.dtype)
         still = self.t_embedder(mx.zeros(len(text)), self.dtype) + fps_embedding
@@ -146,10 +147,10 @@ class STDiT3(nn.Module):
             x_mask = x_mask.astype(mx.bool_)
             still = _six(conditions.still[1])
             modulation = mx.where(x_mask[:, :, None, None], modulation, still)
-        x = self.x_embedder(z.astype(self.dtype)).astype(mx.float32) + conditions.position
+        x = self.x_embedder(z.astype(self.dtype)).astype(KEEP.residual) + conditions.position
         x = self._blocks(x, modulation, conditions, context)
         out = self.final_layer(x, embedding, conditions.still[0], x_mask, self.dtype)
-        return self._unpatchify(out.astype(mx.float32), z.shape[1:4])
+        return self._unpatchify(out.astype(KEEP.residual), z.shape[1:4])
 
     def _modulation(self, embedding: mx.array) -> mx.array:
         for layer in self.t_block:
@@ -193,7 +194,7 @@ class STDiT3(nn.Module):
 
 def _six(modulation: mx.array) -> mx.array:
     """[B, 6C] to float32 [B, 1, 6, C]."""
-    return modulation.astype(mx.float32).reshape(modulation.shape[0], 1, 6, -1)
+    return modulation.astype(KEEP.modulation).reshape(modulation.shape[0], 1, 6, -1)
 
 
 def _padded(packed: mx.array, lengths: Sequence[int]) -> tuple[mx.array, mx.array | None]:

@@ -17,6 +17,7 @@ from mlx import nn
 from mlx_sora.models.config import read_config, require
 from mlx_sora.models.context import TokenPolicy
 from mlx_sora.models.ops import add_gated, attention, gelu_tanh, in_pieces, modulate, silu
+from mlx_sora.models.precision import KEEP
 from mlx_sora.models.quantized import for_pieces
 
 #: Width of the sinusoids that times and frame rates become, and their longest period.
@@ -83,8 +84,8 @@ class STDiT3Config:
 def sinusoids(values: mx.array) -> mx.array:
     """Cosines, then sines, of float32 values [B]: [B, FREQUENCIES]."""
     half = FREQUENCIES // 2
-    steps = mx.arange(half, dtype=mx.float32)
-    angles = values.astype(mx.float32)[:, None] * mx.exp(steps * (-math.log(MAX_PERIOD) / half))
+    steps = mx.arange(half, dtype=KEEP.times)
+    angles = values.astype(KEEP.times)[:, None] * mx.exp(steps * (-math.log(MAX_PERIOD) / half))
     return mx.concatenate([mx.cos(angles), mx.sin(angles)], axis=-1)
 
 
@@ -95,11 +96,11 @@ def position_embedding(rows: int, columns: int, channels: int, scale: float) -> 
     scale: image side over the training side, so that larger images get finer coordinates.
     """
     base = round(math.sqrt(rows * columns))
-    exponents = mx.arange(0, channels // 2, 2, dtype=mx.float32) / (channels // 2)
+    exponents = mx.arange(0, channels // 2, 2, dtype=KEEP.times) / (channels // 2)
     frequencies = 1.0 / mx.power(mx.array(MAX_PERIOD), exponents)
 
     def encode(count: int) -> mx.array:
-        at = mx.arange(count, dtype=mx.float32) / scale * (base / count)
+        at = mx.arange(count, dtype=KEEP.times) / scale * (base / count)
         angles = at[:, None] * frequencies
         return mx.concatenate([mx.sin(angles), mx.cos(angles)], axis=-1)
 
@@ -184,7 +185,7 @@ class Rope(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         """Rotate interleaved pairs of x [..., T, head size] by position 0..T-1."""
-        periods = 1.0 / self.freqs.astype(mx.float32)
+        periods = 1.0 / self.freqs.astype(KEEP.times)
         return mx.fast.rope(
             x, x.shape[-1], traditional=True, base=None, scale=1.0, offset=0, freqs=periods
         )
@@ -282,7 +283,7 @@ class STDiT3Block(nn.Module):
         exchange: of the self-attention's values.
         """
         frames = x.shape[1]
-        table = self.scale_shift_table.astype(mx.float32) + modulation
+        table = self.scale_shift_table.astype(KEEP.modulation) + modulation
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = mx.split(table, 6, axis=2)
         h = tokens.merge(modulate(self.norm1(x), shift, scale).astype(self.dtype))
         x = add_gated(x, gate, tokens.unmerge(self.attn(h, rope, exchange), frames))
@@ -305,7 +306,7 @@ class FinalLayer(nn.Module):
 
     def modulated(self, x: mx.array, t: mx.array) -> mx.array:
         """Normalised x [B, T, S, C], shifted and scaled by the time embedding t [B, C]."""
-        table = self.scale_shift_table.astype(mx.float32) + t.astype(mx.float32)[:, None]
+        table = self.scale_shift_table.astype(KEEP.modulation) + t.astype(KEEP.modulation)[:, None]
         shift, scale = mx.split(table[:, None], 2, axis=2)
         return modulate(self.norm_final(x), shift, scale)
 

@@ -19,6 +19,7 @@ from mlx_sora.models.config import read_config, require
 from mlx_sora.models.context import BlockProvider, ResidentBlocks
 from mlx_sora.models.keys import KeyMap, Rule
 from mlx_sora.models.ops import attention, gelu_tanh
+from mlx_sora.models.precision import KEEP, check_text_encoder
 
 #: Bias of padded keys: far below any logit, far from overflowing when added to one.
 MASKED = -1e30
@@ -99,7 +100,7 @@ class SelfAttention(nn.Module):
 
     def position_bias(self, length: int) -> mx.array:
         """Bias of every head for `length` tokens: float32 [1, heads, L, L]."""
-        table = self.relative_attention_bias.weight.astype(mx.float32)
+        table = self.relative_attention_bias.weight.astype(KEEP.statistics)
         buckets = position_buckets(length, table.shape[0], self.max_distance)
         return table.T[:, buckets][None]
 
@@ -201,7 +202,11 @@ class T5Encoder(nn.Module):
         mask: mx.array | None = None,
         blocks: BlockProvider[T5Block] | None = None,
     ) -> Iterator[mx.array]:
-        """The residual stream [B, L, D] after each block, before the final norm."""
+        """The residual stream [B, L, D] after each block, before the final norm.
+
+        Raises UsageError for embeddings in float16, in which T5 overflows.
+        """
+        check_text_encoder(embeds.dtype)
         if blocks is None:
             blocks = ResidentBlocks(self.encoder.block)
         x = embeds

@@ -10,6 +10,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from mlx_sora.errors import UsageError
+from mlx_sora.models.precision import check_text_encoder
 from mlx_sora.runtime import blas
 from mlx_sora.runtime.versions import versions
 
@@ -23,6 +24,8 @@ def default_dtype(device: mx.Device | None = None, requested: str = "auto") -> m
     auto: bfloat16 on GPUs, float32 on CPUs. bfloat16 on a Linux CPU is refused with a UsageError:
     MLX multiplies it there without BLAS, about 18 times slower than float32. So are unknown names.
     """
+    if requested == "float16":
+        check_text_encoder(mx.float16)
     if requested not in DTYPES:
         raise UsageError(f"Unknown dtype {requested!r}.", f"Choose one of: {', '.join(DTYPES)}.")
     on_cpu = (device or mx.default_device()) == mx.Device(mx.cpu)

@@ -42,6 +42,11 @@ def test_bfloat16_on_a_cpu_is_refused_on_linux_only(
 
 def test_unknown_dtype_lists_the_valid_ones() -> None:
     with pytest.raises(UsageError, match="auto, float32, bfloat16"):
+        device.default_dtype(CPU, "float8")
+
+
+def test_float16_is_refused_for_t5() -> None:
+    with pytest.raises(UsageError, match="T5 cannot run in float16"):
         device.default_dtype(CPU, "float16")
 
 
