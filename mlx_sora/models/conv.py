@@ -8,7 +8,7 @@ Dimension letters: N images, T frames, H height, W width, I input channels, O ou
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import mlx.core as mx
 from mlx import nn
@@ -17,6 +17,9 @@ from mlx_sora.models import ops
 
 #: A tap: which source, row and column of the padded window, kernel slice [O, I].
 Tap = tuple[int, int, int, mx.array]
+
+#: Mean and variance of each sample's groups, repeated over their channels: [N, 1, .., 1, C] each.
+Moments = tuple[mx.array, mx.array]
 
 #: Values of one output block of the shifted form: 2 MiB in float32, about one core's L2 cache.
 BLOCK_VALUES = 1 << 19
@@ -213,6 +216,13 @@ def group_norm(x: mx.array, weight: mx.array, bias: mx.array, groups: int, eps: 
     return (centred * gain + bias).astype(x.dtype)
 
 
+def group_moments(x: mx.array, groups: int) -> Moments:
+    """Mean and variance that `group_norm` normalises x [N, .., C] with."""
+    mean = _group_mean(x, groups)
+    centred = x.astype(mx.float32) - mean
+    return mean, _group_mean(centred * centred, groups)
+
+
 def _group_mean(x: mx.array, groups: int) -> mx.array:
     """Mean of each group, repeated over its channels: [N, 1, .., 1, C] in float32."""
     n, c = x.shape[0], x.shape[-1]
@@ -225,16 +235,24 @@ def _group_mean(x: mx.array, groups: int) -> mx.array:
 
 
 class GroupNorm(nn.Module):
-    """`group_norm` with its gain and bias."""
+    """`group_norm` with its gain and bias.
+
+    moments: where mean and variance come from, if not from the input alone.
+    """
 
     def __init__(self, channels: int, groups: int, eps: float) -> None:
         super().__init__()
         self.groups, self.eps = groups, eps
+        self.moments: Callable[[mx.array, int], Moments] | None = None
         self.weight = mx.ones((channels,))
         self.bias = mx.zeros((channels,))
 
     def __call__(self, x: mx.array) -> mx.array:
-        return group_norm(x, self.weight, self.bias, self.groups, self.eps)
+        if self.moments is None:
+            return group_norm(x, self.weight, self.bias, self.groups, self.eps)
+        mean, variance = self.moments(x, self.groups)
+        gain = mx.rsqrt(variance + self.eps) * self.weight
+        return ((x.astype(mx.float32) - mean) * gain + self.bias).astype(x.dtype)
 
 
 class Conv2d(nn.Module):

@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -21,6 +22,7 @@ from mlx_sora.models import vae_spatial, vae_temporal
 from mlx_sora.models.keys import KeyMap, Rule
 from mlx_sora.models.vae_spatial import PARTS, SpatialVAE, SpatialVAEConfig
 from mlx_sora.models.vae_temporal import TemporalVAE, TemporalVAEConfig
+from mlx_sora.models.vae_tiles import decode_tiled
 
 #: Between the two VAEs; hard-coded in Open-Sora 1.2, whatever the spatial VAE's own config says.
 LATENT_FACTOR = 0.18215
@@ -164,12 +166,14 @@ class VideoVAE(nn.Module):
         micro_batch: int | None = None,
         *,
         in_turn: bool = False,
+        tiles: int = 1,
     ) -> Iterator[mx.array]:
         """Decode one sample chunk by chunk: yields frames [<= 17, H, W, 3], evaluated, in float32.
 
         z [1, T, h, w, C]. micro_batch: frames per spatial pass (default: the config's); it changes
         memory only. in_turn: the temporal VAE decodes all chunks first and is given up, so that
-        lazily loaded weights of both are never in memory at once; this VAE is then used up.
+        lazily loaded weights of both are never in memory at once; this VAE is then used up. tiles:
+        pictures are decoded in tiles x tiles parts, approximately (models/vae_tiles.py).
         Raises UsageError, before any work, if z does not hold num_frames frames.
         """
         plan = self.chunks(num_frames)
@@ -181,7 +185,7 @@ class VideoVAE(nn.Module):
             )
         parts: Iterable[mx.array] = (self._decode_time(z, chunk) for chunk in plan)
         size = micro_batch or self.config.micro_batch_size
-        return self._decode_space(parts, size, in_turn)
+        return self._decode_space(parts, partial(decode_tiled, tiles=tiles), size, in_turn)
 
     def _decode_time(self, z: mx.array, chunk: Chunk) -> mx.array:
         """Latents of a chunk's frames for the spatial VAE, [frames, h, w, C], evaluated."""
@@ -193,14 +197,18 @@ class VideoVAE(nn.Module):
         return frames
 
     def _decode_space(
-        self, parts: Iterable[mx.array], micro_batch: int | None, in_turn: bool
+        self,
+        parts: Iterable[mx.array],
+        decode: Callable[[SpatialVAE, mx.array], mx.array],
+        micro_batch: int | None,
+        in_turn: bool,
     ) -> Iterator[mx.array]:
         if in_turn:
             parts = list(parts)
             del self["temporal_vae"]
             mx.clear_cache()
         for frames in parts:
-            yield _in_batches(self.spatial_vae.decode, frames, micro_batch)
+            yield _in_batches(partial(decode, self.spatial_vae), frames, micro_batch)
 
     def encode(
         self,

@@ -172,8 +172,15 @@ class Decoder(nn.Module):
         self.conv_out = Conv2d(widths[-1], config.out_channels)
 
     def __call__(self, z: mx.array) -> mx.array:
-        x = self.mid_block(self.conv_in(z))
-        for block in self.up_blocks:
+        return self.finish(self.begin(z))
+
+    def begin(self, z: mx.array) -> mx.array:
+        """The part whose activations are small: attention, and up to the first doubling."""
+        return self.up_blocks[0](self.mid_block(self.conv_in(z)))
+
+    def finish(self, x: mx.array) -> mx.array:
+        """What follows `begin`; nothing but its norms looks further than a few pixels."""
+        for block in self.up_blocks[1:]:
             x = block(x)
         return self.conv_out(ops.silu(self.conv_norm_out(x)))
 
