@@ -22,7 +22,7 @@ SAMPLER = "midpoint"
 SHARED = (
     *("prompt", "negative_prompt", "model", "steps", "guidance", "sequential_guidance", "sampler"),
     *("resolution", "aspect_ratio", "width", "height", "num_frames", "fps"),
-    *("aesthetic", "motion", "camera", "lpl", "tdtm", "dtype"),
+    *("aesthetic", "motion", "camera", "lpl", "tdtm", "dtype", "quantize"),
     *("quantize", "memory_budget", "device_profile", "ci_dl"),
     *("output", "overwrite", "embed_metadata", "metadata"),
 )

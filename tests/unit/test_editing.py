@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from mlx_sora import Pipeline, Video
-from mlx_sora.edit_request import INJECT_STEPS, EditRequest
+from mlx_sora.edit_request import INJECT_STEPS, SHARED, EditRequest
 from mlx_sora.errors import MemoryBudgetError, UsageError
 from mlx_sora.loading.networks import load_vae
-from mlx_sora.request import GenerationRequest
+from mlx_sora.request import GenerationRequest, options
 from mlx_sora.runtime.events import Event, Finished, Noted, StepFinished, Warned
 from mlx_sora.video.frames import to_uint8
 from mlx_sora.video.metadata import read_metadata, replay_options
@@ -43,8 +43,8 @@ def edited(pipe: Pipeline, clip: Path) -> Video:
     return pipe.edit(clip, **SMALL)
 
 
-def events(pipe: Pipeline, clip: Path, **options: object) -> list[Event]:
-    return list(pipe.stream_edit(EditRequest.of(clip, {**SMALL, **options})))
+def events(pipe: Pipeline, clip: Path, **asked: object) -> list[Event]:
+    return list(pipe.stream_edit(EditRequest.of(clip, {**SMALL, **asked})))
 
 
 def latents(run: list[Event]) -> list[mx.array]:
@@ -179,7 +179,7 @@ def test_an_edit_is_not_replayed_as_a_generation(
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("asked", "said"),
     [
         ({"source_prompt": " "}, "source prompt is empty"),
         ({"prompt": ""}, "prompt is empty"),
@@ -192,10 +192,10 @@ def test_an_edit_is_not_replayed_as_a_generation(
     ],
 )
 def test_what_cannot_be_asked(
-    pipe: Pipeline, clip: Path, options: Mapping[str, object], said: str
+    pipe: Pipeline, clip: Path, asked: Mapping[str, object], said: str
 ) -> None:
     with pytest.raises(UsageError, match=said):
-        pipe.stream_edit(EditRequest.of(clip, {**SMALL, **options}))
+        pipe.stream_edit(EditRequest.of(clip, {**SMALL, **asked}))
 
 
 def test_a_request_made_by_hand_is_checked_too(pipe: Pipeline, clip: Path) -> None:
@@ -204,6 +204,12 @@ def test_a_request_made_by_hand_is_checked_too(pipe: Pipeline, clip: Path) -> No
         pipe.stream_edit(edit)
     with pytest.raises(UsageError, match="source_prompt is missing"):
         EditRequest.of(clip, {"prompt": TARGET})
+
+
+def test_an_edit_shares_options_that_there_are() -> None:
+    assert set(SHARED) <= set(options())
+    left_out = {"seed", "images", "videos", "mask_strategy", "references", "loop"}
+    assert left_out.isdisjoint(SHARED)
 
 
 def test_what_cannot_be_edited(pipe: Pipeline, tmp_path: Path) -> None:
