@@ -8,7 +8,7 @@ that stops listening ends the run and leaves no file behind.
 from __future__ import annotations
 
 import logging
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -85,6 +85,16 @@ class Pipeline(Stages):
         """
         request.validate()
         return self._events(self._prepare(request.with_seed()))
+
+    def stream_all(self, requests: Sequence[GenerationRequest]) -> Generator[Event, None, None]:
+        """Events of several requests: `Finished` or `RequestFailed` for each of them.
+
+        All text is encoded before the first video is made; a request that fails, even before any
+        work, leaves the others alone.
+        """
+        from mlx_sora.batch import Batch
+
+        return Batch(self, requests).events()
 
     def edit(self, video: str | Path, **options: Any) -> Video:
         """Change what a video shows: `source_prompt` says what that is, `prompt` what it shall be.

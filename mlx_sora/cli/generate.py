@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlx_sora.cli.flags import add_request_flags, build_requests, explicit_options
+from mlx_sora.cli.prompt_file import Batch, read_batch
 from mlx_sora.cli.render import (
     BarRenderer,
     JsonRenderer,
@@ -21,6 +23,7 @@ from mlx_sora.cli.render import (
 from mlx_sora.errors import UsageError
 from mlx_sora.geometry import parse_frames
 from mlx_sora.request import GenerationRequest
+from mlx_sora.runtime.events import RequestFailed
 from mlx_sora.video.metadata import read_metadata, replay_options
 from mlx_sora.video.output import DEFAULT_OUTPUT, check_output, fill_template, output_path
 
@@ -45,6 +48,12 @@ def add_parser(commands: Any) -> None:
         help="replay the request inside a video, an image or a JSON file; flags given override it",
     )
     parser.add_argument(
+        "--prompt-file",
+        metavar="FILE",
+        help="many videos: a prompt a line, or (.jsonl) an object of options, such as "
+        '{"prompt": "...", "seed": 3}; what is there already is skipped',
+    )
+    parser.add_argument(
         "--dry-run",
         action="store_true",
         help="print what each stage would need (peak memory, bytes read, FLOPs) and stop",
@@ -65,25 +74,46 @@ def add_output_flags(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Make every video asked for, one after the other."""
-    requests = plan_requests(args)
+    batch = plan_requests(args)
     renderer = choose_renderer(args)
     try:
-        first = requests[0]
-        pipeline = load_pipeline(first.model, first.dtype)
-        notice = environment_notice()
-        if notice:
-            renderer.note(notice)
-        if args.dry_run:
-            show_plans([pipeline.plan(request) for request in requests], args.json_events)
-            return 0
-        for request in requests:
-            renderer.note(f"seed {request.seed}")
-            # Closing, not collecting, ends an interrupted run and removes its partial file.
-            with closing(pipeline.stream(request)) as events:
-                for event in events:
-                    renderer.handle(event)
+        for path in batch.finished:
+            renderer.note(f"{path} is there already")
+        if batch.requests:
+            first = batch.requests[0]
+            pipeline = load_pipeline(first.model, first.dtype)
+            notice = environment_notice()
+            if notice:
+                renderer.note(notice)
+            if args.dry_run:
+                show_plans([pipeline.plan(each) for each in batch.requests], args.json_events)
+                return 0
+            make(pipeline, batch, renderer)
     finally:
         renderer.close()
+    return report(batch)
+
+
+def make(pipeline: Pipeline, batch: Batch, renderer: Renderer) -> None:
+    """Make all videos of a batch; notes what fails, where there are several."""
+    alone = len(batch.requests) == 1 and batch.unit == "video"
+    if alone:
+        renderer.note(f"seed {batch.requests[0].seed}")
+    stream = pipeline.stream(batch.requests[0]) if alone else pipeline.stream_all(batch.requests)
+    # Closing, not collecting, ends an interrupted run and removes its partial file.
+    with closing(stream) as events:
+        for event in events:
+            if isinstance(event, RequestFailed):
+                batch.failures[batch.number(event.index)] = event.error
+            renderer.handle(event)
+
+
+def report(batch: Batch) -> int:
+    """Say what failed, a line each; the exit code."""
+    for number, error in sorted(batch.failures.items()):
+        print(f"error: {batch.unit} {number}: {error}".replace("\n", "\\n"), file=sys.stderr)
+    if batch.failures:
+        return next(iter(batch.failures.values())).exit_code
     return 0
 
 
@@ -93,21 +123,27 @@ def show_plans(plans: Sequence[Plan], as_json: bool) -> None:
         print(json.dumps(plan.to_dict()) if as_json else "\n".join(plan_table(plan)))
 
 
-def plan_requests(args: argparse.Namespace) -> list[GenerationRequest]:
+def plan_requests(args: argparse.Namespace) -> Batch:
     """The requests that the flags mean, checked as far as that goes without a model."""
     recorded = None
     if args.config_from_metadata is not None:
         source = args.config_from_metadata
         recorded = replay_options(read_metadata(source), source)
-    requests = build_requests(explicit_options(args), recorded)
-    placed = [_place(request, index) for index, request in enumerate(requests)]
-    outputs = [str(request.output) for request in placed]
+    typed = explicit_options(args)
+    if args.prompt_file is not None:
+        if "prompt" in typed:
+            raise UsageError("--prompt and --prompt-file exclude each other.", "Give one.")
+        batch = read_batch(args.prompt_file, typed, recorded)
+    else:
+        requests = build_requests(typed, recorded)
+        batch = Batch([_place(request, index) for index, request in enumerate(requests)])
+    outputs = [str(request.output) for request in batch.requests]
     if len(set(outputs)) < len(outputs):
         raise UsageError(
             f"{len(outputs)} videos would go to one file, {outputs[0]}.",
             "Put {seed} or {index} into --output, and give each seed once.",
         )
-    return placed
+    return batch
 
 
 def choose_renderer(args: argparse.Namespace) -> Renderer:

@@ -15,6 +15,8 @@ from mlx_sora.runtime.events import (
     Finished,
     Noted,
     PreviewReady,
+    RequestFailed,
+    RequestStarted,
     StageFinished,
     StageProgress,
     StageStarted,
@@ -70,6 +72,11 @@ class BarRenderer:
             self.note(f"warning: {event.message}")
         elif isinstance(event, Noted):
             self.note(event.message)
+        elif isinstance(event, RequestStarted):
+            place = f"{event.index + 1} of {event.total}"
+            self.note(f"{place}, seed {event.seed}: {event.prompt}")
+        elif isinstance(event, RequestFailed):
+            self.close()
         elif isinstance(event, Finished):
             self.close()
             self.note("\n".join(summary(self._stages)))
@@ -146,6 +153,9 @@ def event_record(event: Event) -> dict[str, Any]:
         record["warnings"] = list(video.warnings)
         record["seconds"], record["peak_memory"] = dict(video.timings), dict(video.memory)
         return record
+    if isinstance(event, RequestFailed):
+        failure = {"message": str(event.error), "exit_code": event.error.exit_code}
+        return record | {"index": event.index} | failure
     left_out = {"latents", "frames"}
     if isinstance(event, PreviewReady):
         record["shape"] = list(event.frames.shape)
@@ -158,14 +168,13 @@ def event_record(event: Event) -> dict[str, Any]:
 def summary(stages: list[StageFinished]) -> Iterator[str]:
     """Lines of the closing table: seconds and peaks per stage, and over the run."""
     yield f"{'stage':<9}{'seconds':>9}{'peak MLX':>12}{'peak process':>14}"
-    for item in stages:
-        yield _row(item.stage, item.seconds, item.peak_memory, item.peak_rss)
-    if stages:
+    groups = {name: [s for s in stages if s.stage == name] for name in [s.stage for s in stages]}
+    for name, group in (groups | {"total": stages} if stages else groups).items():
         yield _row(
-            "total",
-            sum(item.seconds for item in stages),
-            max(item.peak_memory for item in stages),
-            max(item.peak_rss for item in stages),
+            name,
+            sum(item.seconds for item in group),
+            max(item.peak_memory for item in group),
+            max(item.peak_rss for item in group),
         )
 
 

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     import mlx.core as mx
     import numpy as np
 
+    from mlx_sora.errors import MlxSoraError
     from mlx_sora.video import Video
 
 #: Stage names in order: text encoding, denoising, decoding (the writer runs inside decoding). Media
@@ -80,6 +81,24 @@ class Noted:
 
 
 @dataclass(frozen=True)
+class RequestStarted:
+    """Of several requests, number `index` of `total` (from 0) begins; its text is encoded."""
+
+    index: int
+    total: int
+    prompt: str
+    seed: int
+
+
+@dataclass(frozen=True)
+class RequestFailed:
+    """Of several requests, number `index` (from 0) failed; the others go on."""
+
+    index: int
+    error: MlxSoraError
+
+
+@dataclass(frozen=True)
 class Finished:
     """The run is over; `video` holds the path or the frames."""
 
@@ -94,5 +113,7 @@ Event = (
     | StageFinished
     | Warned
     | Noted
+    | RequestStarted
+    | RequestFailed
     | Finished
 )

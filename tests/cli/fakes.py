@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
+from mlx_sora.errors import MlxSoraError
 from mlx_sora.request import GenerationRequest
 from mlx_sora.runtime.events import (
     Event,
     Finished,
     PreviewReady,
+    RequestFailed,
+    RequestStarted,
     StageFinished,
     StageProgress,
     StageStarted,
@@ -52,6 +55,14 @@ class FakePipeline:
         self.requests.append(request)
         self.runs.append(self._run(request))
         return self.runs[-1]
+
+    def stream_all(self, requests: Sequence[GenerationRequest]) -> Iterator[Event]:
+        for index, request in enumerate(requests):
+            yield RequestStarted(index, len(requests), request.prompt, request.seed or 0)
+            try:
+                yield from self.stream(request)
+            except MlxSoraError as error:
+                yield RequestFailed(index, error)
 
     def _run(self, request: GenerationRequest) -> Iterator[Event]:
         yield StageStarted("encode", 1)

@@ -64,6 +64,8 @@ def test_every_flag_reaches_its_field(folder: Path, pipeline: FakePipeline) -> N
         "--resolution 144p --aspect-ratio 1:1 --frames 34 --fps 12 --aesthetic 6 --motion 2 "
         "--camera pan --lpl fixed:2 --tdtm 3 --dtype float32 -o out.gif --overwrite "
         "--memory-budget 2GB --device-profile mac-8gb --ci-dl "
+        "--image a.png --image b.png -1 0.5 --video c.mp4 after 34 --negative-prompt n "
+        "--loop 2 --condition-frames 34 --condition-edit 0.5 "
         "--no-embed-metadata --metadata"
     )
     assert main(words.split()) == 0
@@ -87,6 +89,12 @@ def test_every_flag_reaches_its_field(folder: Path, pipeline: FakePipeline) -> N
         "memory_budget": "2GB",
         "device_profile": "mac-8gb",
         "ci_dl": True,
+        "images": (("a.png", 0, 1.0), ("b.png", -1, 0.5)),
+        "videos": (("c.mp4", "after", 34, 1.0),),
+        "negative_prompt": "n",
+        "loop": 2,
+        "condition_frames": 34,
+        "condition_edit": 0.5,
         "output": "out.gif",
         "overwrite": True,
         "embed_metadata": False,
@@ -98,7 +106,8 @@ def test_every_flag_reaches_its_field(folder: Path, pipeline: FakePipeline) -> N
     assert main(words.split()) == 0
     sized = pipeline.requests[1]
     assert (sized.width, sized.height, sized.num_frames) == (64, 32, 1)
-    covered = {*expected, "sampler", "width", "height", "preview_every"}
+    python_only = {"preview_every", "mask_strategy", "references"}
+    covered = {*expected, *python_only, "sampler", "width", "height"}
     assert covered == set(options())
 
 

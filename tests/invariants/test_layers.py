@@ -16,7 +16,7 @@ LAYERS = (
     ("loading", "sampling", "text", "video"),
     ("accel",),
     ("media", "given", "settings", "run", "lifetimes", "stages"),
-    ("pipeline", "editing"),
+    ("pipeline", "editing", "batch"),
     ("cli", "__main__"),
 )
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}

@@ -1,0 +1,122 @@
+"""Several requests in a row: all text is encoded before T5 leaves memory, then video by video.
+
+What fails in one request is told and leaves the others alone. Encoded text waits on disk, so that
+memory does not grow with the number of requests.
+"""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections import defaultdict
+from collections.abc import Generator, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from pathlib import Path
+
+import mlx.core as mx
+
+from mlx_sora.errors import MlxSoraError, UsageError
+from mlx_sora.pipeline import Pipeline
+from mlx_sora.request import GenerationRequest
+from mlx_sora.run import Run
+from mlx_sora.runtime.events import Event, RequestFailed, RequestStarted, Warned
+from mlx_sora.runtime.memory import release
+
+log = logging.getLogger(__name__)
+
+
+class Batch(Pipeline):
+    """Many requests with the model of a pipeline."""
+
+    def __init__(self, pipeline: Pipeline, requests: Sequence[GenerationRequest]) -> None:
+        super().__init__(pipeline.model, pipeline.dtype)
+        self._requests = requests
+
+    def events(self) -> Generator[Event, None, None]:
+        """Events of all requests: `Finished` or `RequestFailed` for each of them."""
+        runs: dict[int, Run] = {}
+        for index, request in enumerate(self._requests):
+            try:
+                runs[index] = self._begin(request, runs.values())
+            except Exception as error:
+                yield RequestFailed(index, as_known(error))
+        with tempfile.TemporaryDirectory(prefix="mlx_sora-") as folder:
+            texts: dict[int, _TextsOnDisk] = {}
+            for number, group in enumerate(_alike(runs)):
+                store = _TextsOnDisk(Path(folder), f"{number}-")
+                yield from self._encode([runs[index] for index in group], store)
+                texts |= dict.fromkeys(group, store)
+            for index in list(runs):
+                yield from self._make_one(index, runs.pop(index), texts[index])
+
+    def _make_one(self, index: int, run: Run, texts: _TextsOnDisk) -> Generator[Event, None, None]:
+        prompt, seed = run.request.prompt, run.settings.seed
+        yield RequestStarted(index, len(self._requests), prompt, seed)
+        try:
+            yield from map(Warned, run.warnings)
+            yield from self._make(run, texts.of(run))
+        except Exception as error:
+            failure = as_known(error)
+        else:
+            return
+        release()
+        yield RequestFailed(index, failure)
+
+    def _begin(self, request: GenerationRequest, others: Iterable[Run]) -> Run:
+        """The run of a request. Raises UsageError where another goes to the same file."""
+        request.validate()
+        run = self._prepare(request.with_seed())
+        if run.output is not None and any(run.output == other.output for other in others):
+            raise UsageError(
+                f"Two videos would go to one file, {run.output}.",
+                "Put {seed} or {index} into the output.",
+            )
+        return run
+
+
+class _TextsOnDisk(MutableMapping[str, mx.array]):
+    """Texts and their states [n, D], each in a file of `folder` whose name begins with `prefix`."""
+
+    def __init__(self, folder: Path, prefix: str) -> None:
+        self._folder, self._prefix = folder, prefix
+        self._files: dict[str, Path] = {}
+
+    def of(self, run: Run) -> dict[str, mx.array]:
+        """The states that a run needs, in memory."""
+        return {text: self[text] for text in run.settings.all_texts}
+
+    def __getitem__(self, text: str) -> mx.array:
+        states: mx.array = mx.load(str(self._files[text]))["states"]  # type: ignore[call-overload, assignment]
+        mx.eval(states)
+        return states
+
+    def __setitem__(self, text: str, states: mx.array) -> None:
+        name = f"{self._prefix}{len(self._files)}.safetensors"
+        file = self._files.setdefault(text, self._folder / name)
+        mx.save_safetensors(str(file), {"states": states})
+
+    def __delitem__(self, text: str) -> None:
+        self._files.pop(text).unlink()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+
+def as_known(error: Exception) -> MlxSoraError:
+    """An error as one of ours, without the frames that it came from: they hold networks."""
+    log.debug("a request failed", exc_info=error)
+    if isinstance(error, MlxSoraError):
+        return type(error)(error.message, error.fix)
+    reason = " ".join(str(error).split())[:300]
+    return MlxSoraError(f"{type(error).__name__}: {reason}")
+
+
+def _alike(runs: Mapping[int, Run]) -> list[list[int]]:
+    """Numbers of runs that T5 can serve together: of one number format, bits and memory limit."""
+    groups: dict[object, list[int]] = defaultdict(list)
+    for index, run in runs.items():
+        weights = (run.dtype, run.request.quantize)
+        groups[weights, run.settings.memory_budget, run.request.ci_dl].append(index)
+    return list(groups.values())

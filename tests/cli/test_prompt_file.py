@@ -1,0 +1,130 @@
+"""`generate --prompt-file`: many videos of one file, and of several seeds."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from mlx_sora.cli.main import main
+from mlx_sora.errors import MemoryBudgetError
+from mlx_sora.video.metadata import read_metadata
+from tests.cli.fakes import FakePipeline
+
+COMMAND = ["generate", "--prompt-file"]
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if path.suffix in (".mp4", ".png"))
+
+
+def write(folder: Path, *lines: object, name: str = "many.jsonl") -> str:
+    texts = [line if isinstance(line, str) else json.dumps(line) for line in lines]
+    (folder / name).write_text("\n".join(texts) + "\n", encoding="utf-8")
+    return name
+
+
+def test_a_prompt_a_line(folder: Path, pipeline: FakePipeline) -> None:
+    name = write(folder, "a cat", "", "# no prompt", '  a {"b"}  ', name="many.txt")
+    assert main([*COMMAND, name, "--steps", "3"]) == 0
+    assert files(folder) == ["0000-a-cat.mp4", "0001-a-b.mp4"]
+    assert [(r.prompt, r.steps) for r in pipeline.requests] == [("a cat", 3), ('a {"b"}', 3)]
+
+
+def test_any_option_a_line(folder: Path, pipeline: FakePipeline) -> None:
+    one = {"prompt": "a", "seed": [4, 5], "num_frames": 1}
+    two = {"prompt": "b", "seed": 6, "steps": 9, "output": "own-{seed}.mp4", "images": ["a.png"]}
+    assert main([*COMMAND, write(folder, one, two), "--steps", "3"]) == 0
+    assert files(folder) == ["0000-a-4.png", "0001-a-5.png", "own-6.mp4"]
+    assert [r.steps for r in pipeline.requests] == [3, 3, 9]
+    assert pipeline.requests[2].images == (("a.png", 0, 1.0),)
+
+
+def test_what_is_there_is_skipped(
+    folder: Path, pipeline: FakePipeline, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = write(folder, {"prompt": "a"}, {"prompt": "b"})
+    assert main([*COMMAND, name]) == 0
+    (folder / "0000-a.mp4").unlink()
+    capsys.readouterr()
+    assert main([*COMMAND, name]) == 0
+    assert [request.prompt for request in pipeline.requests] == ["a", "b", "a"]
+    assert "0001-b.mp4 is there already" in capsys.readouterr().err
+    assert main([*COMMAND, name]) == 0
+    assert len(pipeline.requests) == 3
+    assert main([*COMMAND, name, "--overwrite"]) == 0
+    assert len(pipeline.requests) == 5
+
+
+def test_a_file_of_another_prompt_is_no_finished_output(
+    folder: Path, pipeline: FakePipeline, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main([*COMMAND, write(folder, {"prompt": "a", "output": "x.mp4"})])
+    assert main([*COMMAND, write(folder, {"prompt": "b", "output": "x.mp4"})]) == 2
+    assert "another prompt" in capsys.readouterr().err
+    assert read_metadata(folder / "x.mp4")["request"]["prompt"] == "a"
+
+
+def test_failures_are_told_at_the_end(
+    folder: Path, pipeline: FakePipeline, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = ["{", {"prompt": "a", "stesp": 3}, {"prompt": " "}, {"prompt": "b"}, "[]"]
+    assert main([*COMMAND, write(folder, *lines)]) == 2
+    errors = capsys.readouterr().err.splitlines()[-4:]
+    assert [line.split(":")[1].strip() for line in errors] == [
+        "line 1",
+        "line 2",
+        "line 3",
+        "line 5",
+    ]
+    assert "Did you mean steps?" in errors[1]
+    assert files(folder) == ["0003-b.mp4"]
+
+
+def test_a_failing_run_has_its_line_and_code(
+    folder: Path, pipeline: FakePipeline, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pipeline.failure = MemoryBudgetError("too much.", "Use less.")
+    assert main([*COMMAND, write(folder, {"prompt": "a"}, {"prompt": "b"}), "--quiet"]) == 3
+    assert capsys.readouterr().err.splitlines()[-2:] == [
+        "error: line 1: too much. Use less.",
+        "error: line 2: too much. Use less.",
+    ]
+    assert files(folder) == []
+
+
+def test_several_seeds_fail_apart(
+    folder: Path, pipeline: FakePipeline, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pipeline.failure = MemoryBudgetError("too much.", "Use less.")
+    assert main(["generate", "-p", "a", "-s", "1", "2", "--json-events"]) == 3
+    captured = capsys.readouterr()
+    failed = [json.loads(line) for line in captured.out.splitlines() if "request_failed" in line]
+    assert [event["index"] for event in failed] == [0, 1]
+    assert captured.err.splitlines()[-1].startswith("error: video 2: too much.")
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["none.txt"], "Cannot read none.txt"),
+        (["empty.txt"], "holds no prompt"),
+        (["one.txt", "-p", "a"], "exclude each other"),
+        (["two.txt", "-o", "same.mp4"], "would go to one file"),
+        (["one.txt", "-o", "{nothing}.mp4"], "Cannot fill in"),
+    ],
+)
+def test_files_that_cannot_be(
+    folder: Path,
+    pipeline: FakePipeline,
+    capsys: pytest.CaptureFixture[str],
+    words: list[str],
+    says: str,
+) -> None:
+    write(folder, "", name="empty.txt")
+    write(folder, "a", name="one.txt")
+    write(folder, "a", "b", name="two.txt")
+    assert main([*COMMAND, *words]) == 2
+    assert says in capsys.readouterr().err
+    assert pipeline.requests == []
