@@ -8,7 +8,7 @@ each, in turn. PSNR compares with the plain video of the same seed; adherence is
 that show all that was asked. A layer's error is that of its output for random input, relative to
 the output; a network's that of its output for real input. Needs `pip install -e ".[bench]"`.
 The second writes a model of the published shapes with random weights into FOLDER (12 GB in
-bfloat16, and 8 GB converted; both are removed), and converts that. Exits with 1 if a bar is missed.
+bfloat16, 7 GB converted; removed unless --keep) and converts that. Exits with 1 if a bar is missed.
 """
 
 from __future__ import annotations
@@ -210,7 +210,7 @@ def show(rows: list[Row], errors: Mapping[str, Any]) -> str:
     )
 
 
-def full_size(folder: Path) -> tuple[dict[str, Any], bool]:
+def full_size(folder: Path, keep: bool) -> tuple[dict[str, Any], bool]:
     """Convert a model of the published shapes to 8 bits: bytes, memory and seconds."""
     source, target = folder / "random", folder / "8bit"
     folder.mkdir(parents=True, exist_ok=True)
@@ -237,7 +237,7 @@ def full_size(folder: Path) -> tuple[dict[str, Any], bool]:
             "seconds": meter.usage.seconds,
         }
     finally:
-        for made in (source, target):
+        for made in () if keep else (source, target):
             shutil.rmtree(made, ignore_errors=True)
     met = all(result["stored"][part] <= most for part, most in MOST.items())
     return result, met and result["peak_memory"] <= 2 * block
@@ -254,6 +254,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--frames", type=int, default=world.CHUNK)
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--full-size", type=Path, metavar="FOLDER", help="a model as published")
+    parser.add_argument("--keep", action="store_true", help="leave the full-size models there")
     parser.add_argument("--json", type=Path, default=RESULTS / "quantized.json")
     return parser.parse_args()
 
@@ -261,10 +262,11 @@ def arguments() -> argparse.Namespace:
 def main() -> int:
     """One of the studies; the other's figures in the file stay."""
     options = arguments()
-    name = "full_size" if options.full_size else "shapes"
-    result, met = full_size(options.full_size) if options.full_size else shapes(options)
     if options.full_size:
+        name, (result, met) = "full_size", full_size(options.full_size, options.keep)
         print(json.dumps(result, indent=2))
+    else:
+        name, (result, met) = "shapes", shapes(options)
     known = json.loads(options.json.read_text()) if options.json.is_file() else {}
     known.pop("machine", None)
     write_json(options.json, {**known, name: result})

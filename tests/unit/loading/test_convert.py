@@ -15,6 +15,7 @@ from mlx_sora.errors import UsageError, WeightsError
 from mlx_sora.loading.checkpoint import Checkpoint
 from mlx_sora.loading.convert import JOURNAL, Watch, convert, staging_of
 from mlx_sora.loading.doctor import examine
+from mlx_sora.loading.folders import only_one
 from mlx_sora.loading.layout import PARTS, Choice, plan_part
 from mlx_sora.loading.model_folder import ModelFolder
 from mlx_sora.loading.networks import stream_text_encoder, stream_transformer
@@ -252,13 +253,21 @@ def test_a_full_disk_is_noticed_first(
     assert not list(tmp_path.rglob("*.safetensors"))
 
 
+def test_two_at_once(model: ModelFolder, tmp_path: Path) -> None:
+    target = tmp_path / "made"
+    running = pytest.raises(WeightsError, match="Another conversion into .* is running")
+    with only_one(staging_of(target), "conversion"), running:
+        convert(model, target, Choice(8))
+    assert convert(model, target, Choice(8)).changed
+
+
 @pytest.mark.parametrize("layers", [3, 12])
 def test_memory_is_that_of_two_blocks(tmp_path: Path, layers: int) -> None:
     """Whatever the number of blocks: what is written of one, and a tensor as it was."""
     root = tmp_path / "large"
     write_model(root)
     shutil.rmtree(root / "text_encoder")
-    config = replace(T5, d_model=512, d_ff=1024, num_layers=layers)
+    config = replace(T5, d_model=256, d_ff=1024, num_layers=layers)
     nets.t5_model(root, config)
     model = ModelFolder.open(root)
     block = max(stream_text_encoder(model, mx.float32)[2].nbytes)
