@@ -21,6 +21,8 @@ FRAMES_PER_CELL = 4
 #: What the model is told for a single image, whatever frame rate was asked for.
 IMAGE_FPS = 120
 MIN_SIDE, MAX_SIDE = 16, 8192
+#: Tiles in a row that pictures can be decoded in: with more, what is not tiled needs the most.
+MAX_TILES = 4
 MAX_FRAMES = 4096
 
 #: What `--resolution` takes: the range Open-Sora 1.2 was trained on.

@@ -18,9 +18,6 @@ import mlx.core as mx
 from mlx_sora.models.conv import GroupNorm, Moments, group_moments
 from mlx_sora.models.vae_spatial import SpatialVAE
 
-#: More tiles in a row save nothing: the first level, which is not cut, then needs the most.
-MAX_TILES = 4
-
 #: Share of a tile that it has in common with the next.
 OVERLAP = 0.25
 

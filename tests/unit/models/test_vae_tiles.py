@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mlx_sora.geometry import MAX_TILES
 from mlx_sora.loading.model_folder import find_model
 from mlx_sora.loading.networks import load_vae
 from mlx_sora.models import vae_tiles
@@ -18,7 +19,7 @@ from mlx_sora.models.conv import GroupNorm, group_moments, upsample2x
 from mlx_sora.models.vae import VAEConfig, VideoVAE
 from mlx_sora.models.vae_spatial import SpatialVAE, SpatialVAEConfig
 from mlx_sora.models.vae_temporal import TemporalVAEConfig
-from mlx_sora.models.vae_tiles import MAX_TILES, decode_tiled, moments_of, tile_side, tile_spans
+from mlx_sora.models.vae_tiles import decode_tiled, moments_of, tile_side, tile_spans
 from tests.unit.accel import nets
 
 TILES = range(2, MAX_TILES + 1)
