@@ -9,91 +9,29 @@ tests/invariants/test_exact_savings.py is the proof, this is the price list.
 
 from __future__ import annotations
 
-import statistics
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
-from common import RESULTS, alternate, arguments, markdown, transient_bytes, write_json
+from studies import Study, evaluated, normal, report
 
 import mlx_sora  # noqa: F401  (before mlx.core: it puts the fast BLAS in place)
 
 import mlx.core as mx  # isort: skip
 
 from mlx_sora.loading.checkpoint import Checkpoint
-from mlx_sora.models import conv, ops, t5
+from mlx_sora.models import conv, t5
 from mlx_sora.models.stdit3 import Conditions, STDiT3, STDiT3Config
 from mlx_sora.models.stdit3_blocks import position_embedding
-from mlx_sora.runtime.memory import memory_scope, release
+from mlx_sora.runtime.memory import release
 
 #: Tokens of a usual prompt, what the reference pads it to, and steps of a usual run.
 PROMPT, PADDED, STEPS = 20, 300, 30
 
 #: Latent frames, height and width of the small video: 2 x 64 tokens.
 GRID = (2, 16, 16)
-
-#: Largest difference of results, in standard deviations.
-SAME = 1e-5
-
-
-@dataclass(frozen=True)
-class Study:
-    """The same result twice: `without` the saving and with it (`lean`), both evaluated arrays."""
-
-    saving: str
-    geometry: str
-    without: Callable[[], mx.array]
-    lean: Callable[[], mx.array]
-
-
-@dataclass(frozen=True)
-class Row:
-    """Medians of a study. Ratios are without / with: of seconds, run by run, with quartiles.
-
-    difference: of the two results, in standard deviations; 0 by construction where the saving is to
-    do the same once instead of often. bytes: MLX's transient memory.
-    """
-
-    saving: str
-    geometry: str
-    seconds_without: float
-    seconds_with: float
-    ratio: float
-    ratio_quartiles: tuple[float, float]
-    bytes_without: int
-    bytes_with: int
-    difference: float
-
-
-def normal(*shape: int) -> mx.array:
-    return evaluated(mx.random.normal(shape, key=mx.random.key(len(shape))))
-
-
-def evaluated(x: mx.array) -> mx.array:
-    mx.eval(x)
-    return x
-
-
-def measure(study: Study, runs: int) -> Row:
-    a, b = study.without(), study.lean()  # also warms up
-    difference = float(mx.abs(a - b).max() / mx.std(a))
-    del a, b
-    peaks = transient_bytes(study.without), transient_bytes(study.lean)
-    times = alternate(runs, study.without, study.lean)
-    ratios = [without / lean for without, lean in times]
-    low, _, high = statistics.quantiles(ratios, n=4)
-    return Row(
-        study.saving,
-        study.geometry,
-        statistics.median(without for without, _ in times),
-        statistics.median(lean for _, lean in times),
-        statistics.median(ratios),
-        (low, high),
-        *peaks,
-        difference,
-    )
 
 
 def text_encoder() -> Iterator[Study]:
@@ -235,13 +173,6 @@ def convolution() -> Iterator[Study]:
         return evaluated(mx.concatenate(samples))
 
     yield Study("conv3d by sample, time padded beforehand", geometry, batched, one_by_one)
-    if not ops.on_gpu():
-        yield Study(
-            "conv3d by sample and in shifted rows, as on CPUs",
-            geometry,
-            batched,
-            lambda: evaluated(conv.causal_conv3d(x, weight)),
-        )
 
 
 def studies() -> Iterator[Study]:
@@ -251,41 +182,5 @@ def studies() -> Iterator[Study]:
         release()
 
 
-def show(rows: list[Row]) -> str:
-    headings = [
-        "saving",
-        "geometry",
-        "ms without",
-        "with",
-        "ratio (quartiles)",
-        "MiB without",
-        "with",
-    ]
-    return markdown(
-        headings,
-        [
-            [
-                row.saving,
-                row.geometry,
-                f"{1e3 * row.seconds_without:.3g}",
-                f"{1e3 * row.seconds_with:.3g}",
-                "{:.3g} ({:.3g}–{:.3g})".format(row.ratio, *row.ratio_quartiles),
-                f"{row.bytes_without / 2**20:.3g}",
-                f"{row.bytes_with / 2**20:.3g}",
-            ]
-            for row in rows
-        ],
-    )
-
-
-def main() -> int:
-    options = arguments(__doc__, runs=9, json_file=RESULTS / "savings.json")
-    with memory_scope():
-        rows = [measure(study, options.runs) for study in studies()]
-    print(show(rows))
-    write_json(options.json, {"runs": options.runs, "rows": [asdict(row) for row in rows]})
-    return 0 if all(row.difference <= SAME for row in rows) else 1
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(report(__doc__, "savings.json", studies))

@@ -20,7 +20,9 @@ from mlx_sora.runtime.flops import (
     Grid,
     preparation_flops,
     spatial_decoder_flops,
+    spatial_encoder_flops,
     temporal_decoder_flops,
+    temporal_encoder_flops,
     text_encoder_flops,
     transformer_flops,
 )
@@ -90,7 +92,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
         monkeypatch.setattr(conv, name, run)
 
-    for name in ("conv2d", "upsample_conv2d", "causal_conv3d"):
+    for name in ("conv2d", "downsample2d", "upsample_conv2d", "causal_conv3d"):
         watch(name)
     pointwise = conv.Pointwise.__call__
 
@@ -110,6 +112,15 @@ def test_spatial_decoder(counted: list[int], widths: tuple[int, ...]) -> None:
     assert spatial_decoder_flops(config, 4, 6) == 2 * (sum(counted) + attention)
 
 
+@pytest.mark.parametrize("widths", [(8, 16, 16), (8, 8), (8, 16, 8, 24)])
+def test_spatial_encoder(counted: list[int], widths: tuple[int, ...]) -> None:
+    config = SpatialVAEConfig(block_out_channels=widths, layers_per_block=1, norm_num_groups=4)
+    height, width = 4 * config.factor, 6 * config.factor
+    SpatialVAE(config, ("encoder",)).encode(mx.zeros((1, height, width, 3)))
+    attention = 2 * 24 * 24 * widths[-1]
+    assert spatial_encoder_flops(config, height, width) == 2 * (sum(counted) + attention)
+
+
 @pytest.mark.parametrize("doubled", [(False, True, True), (True, False, True)])
 def test_temporal_decoder(counted: list[int], doubled: tuple[bool, ...]) -> None:
     config = TemporalVAEConfig(
@@ -121,3 +132,16 @@ def test_temporal_decoder(counted: list[int], doubled: tuple[bool, ...]) -> None
     )
     TemporalVAE(config, ("decoder",)).decode(mx.zeros((1, 2, 4, 5, 4)), 8)
     assert temporal_decoder_flops(config, 2, 4, 5) == 2 * sum(counted)
+
+
+@pytest.mark.parametrize("halved", [(False, True, True), (True, False, True)])
+def test_temporal_encoder(counted: list[int], halved: tuple[bool, ...]) -> None:
+    config = TemporalVAEConfig(
+        filters=4,
+        num_res_blocks=2,
+        channel_multipliers=(1, 2, 2, 4),
+        temporal_downsample=halved,
+        num_groups=4,
+    )
+    TemporalVAE(config, ("encoder",)).encode(mx.zeros((1, 7, 4, 5, 4)))
+    assert temporal_encoder_flops(config, 7, 4, 5) == 2 * sum(counted)
