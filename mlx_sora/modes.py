@@ -1,8 +1,8 @@
 """Options that take one of several modes: `off`, `fixed:15`, `adaptive:patience=5,minimum=0.6`.
 
 A mode is a name, perhaps with numbers after a colon: first those that have to be given, bare, then
-any of those with a default, by name, separated by commas. A mode without a name is its numbers.
-At the end: the modes of each acceleration.
+any of those with a default, by name, separated by commas; texts, such as paths, likewise by name.
+A mode without a name is its numbers. At the end: the modes of each acceleration.
 """
 
 from __future__ import annotations
@@ -29,10 +29,11 @@ class Number:
 
 @dataclass(frozen=True)
 class Mode:
-    """One mode and its numbers, those without a default first."""
+    """One mode and its numbers, those without a default first. texts: empty unless given."""
 
     name: str
     numbers: Mapping[str, Number] = field(default_factory=dict)
+    texts: tuple[str, ...] = ()
 
     @property
     def form(self) -> str:
@@ -42,7 +43,7 @@ class Mode:
             f"{name}={_text(number.default)}"
             for name, number in self.numbers.items()
             if number.default is not None
-        ]
+        ] + [f"{name}={name.upper()}" for name in self.texts]
         text = _joined(self.name, bare)
         if not named:
             return text
@@ -51,11 +52,12 @@ class Mode:
 
 @dataclass(frozen=True)
 class Chosen:
-    """A mode as it was asked for: every number has its value."""
+    """A mode as it was asked for: every number and text has its value."""
 
     name: str
     values: Mapping[str, float]
     text: str
+    texts: Mapping[str, str] = field(default_factory=dict)
 
 
 class Modes:
@@ -78,18 +80,35 @@ class Modes:
         """The mode that a value means; raises ValueError as a call does."""
         if isinstance(value, bool) or not isinstance(value, (str, numbers.Real)):
             raise ValueError(self.forms)
-        text = str(value).strip().lower()
+        text = str(value).strip()
         name, colon, rest = text.partition(":")
+        name = name.lower()
         if not name or name not in self._modes:
             name, colon, rest = "", ":", text
         if name not in self._modes:
             raise ValueError(self.forms)
         mode = self._modes[name]
         try:
-            values = _read_numbers(mode, rest.split(",") if colon else [])
+            texts, others = _read_texts(mode, rest.split(",") if colon else [])
+            values = _read_numbers(mode, others)
         except ValueError as error:
             raise ValueError(f"{mode.form if name else self.forms}{error}") from None
-        return Chosen(name, values, _joined(name, _spelt(mode, values)))
+        spelt = _spelt(mode, values) + [f"{key}={text}" for key, text in texts.items() if text]
+        return Chosen(name, values, _joined(name, spelt), texts)
+
+
+def _read_texts(mode: Mode, given: list[str]) -> tuple[dict[str, str], list[str]]:
+    """Every text of `mode`, empty where none is given, and what else is given."""
+    texts, rest = dict.fromkeys(mode.texts, ""), []
+    for item in given:
+        key, _, text = (part.strip() for part in item.partition("="))
+        if key.lower() not in texts:
+            rest.append(item)
+        elif not text or texts[key.lower()]:
+            raise ValueError("")
+        else:
+            texts[key.lower()] = text
+    return texts, rest
 
 
 def _read_numbers(mode: Mode, given: list[str]) -> dict[str, float]:
@@ -100,7 +119,7 @@ def _read_numbers(mode: Mode, given: list[str]) -> dict[str, float]:
         key, named, text = item.partition("=")
         if not named:
             key, text = (bare[0] if bare else ""), item
-        key = key.strip()
+        key = key.strip().lower()
         if key not in mode.numbers or key in values:
             raise ValueError("")
         if key in bare:
@@ -161,3 +180,43 @@ LPL = Modes(
 )
 #: In how many of the first steps frames are merged.
 TDTM = Modes(Mode("off"), Mode("all"), Mode("", {"steps": Number(1, MAX_STEPS, whole=True)}))
+
+#: Tokens' sum of all blocks as it was (0), or on the line through the last two (1).
+_ORDER = Number(0, 1, 0, whole=True)
+
+#: In which steps the blocks run: the first few and then every EACH-th; those that were searched
+#: for this model; or once the tokens have moved far enough.
+STEP_CACHE = Modes(
+    Mode("off"),
+    Mode(
+        "every",
+        {
+            "each": Number(1, MAX_STEPS, whole=True),
+            "warmup": Number(1, MAX_STEPS, 6, whole=True),
+            "order": _ORDER,
+        },
+    ),
+    Mode("table", {"computed": Number(1, MAX_STEPS, whole=True), "order": _ORDER}, ("file",)),
+    Mode(
+        "online",
+        {
+            "threshold": Number(0, 100, 0.15),
+            "warmup": Number(1, MAX_STEPS, 5, whole=True),
+            "order": _ORDER,
+        },
+    ),
+)
+#: From which part of the run on guidance is whole in every EACH-th step only.
+GUIDANCE_CACHE = Modes(
+    Mode("off"),
+    Mode(
+        "every",
+        {
+            "each": Number(1, MAX_STEPS, whole=True),
+            "after": Number(0, 1, 0.333),
+            "boost": Number(0, 10, 1),
+        },
+    ),
+)
+#: Flow times between which there is guidance.
+GUIDANCE_INTERVAL = Modes(Mode("off"), Mode("", {"low": Number(0, 1000), "high": Number(0, 1000)}))

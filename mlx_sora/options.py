@@ -7,10 +7,12 @@ import numbers
 import os
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from mlx_sora.errors import UsageError
 from mlx_sora.geometry import MICRO_FRAME_SIZE
+from mlx_sora.modes import Modes
 
 
 def as_bool(value: Any) -> bool:
@@ -137,42 +139,7 @@ def as_paths(value: Any) -> tuple[str, ...]:
     return _each(value, as_path, "paths, in a list or joined by ;")
 
 
-def _as_strength(value: Any) -> float:
-    strength = as_float(value)
-    if not 0 < strength <= 1:
-        raise ValueError
-    return strength
-
-
-def _each(value: Any, read: Callable[..., Any], expected: str) -> tuple[Any, ...]:
-    """`read` of every item of a list; an item is a path, or a list that begins with one."""
-    items = [value] if isinstance(value, (str, os.PathLike)) else value
-    if not isinstance(items, Iterable):
-        raise ValueError(expected)
-    try:
-        return tuple(
-            read(item) if isinstance(item, (str, os.PathLike)) else read(*item) for item in items
-        )
-    except (ValueError, TypeError):
-        raise ValueError(expected) from None
-
-
-@dataclass(frozen=True)
-class Option:
-    """How one field is offered to the user.
-
-    flags: names on the command line, the primary one first; empty means Python only.
-    parse: text or value to the field's type; raises ValueError that names what is expected.
-    choices: the valid values, when they can be listed.
-    replay: whether `--config-from-metadata` takes it over from a recorded request.
-    group: heading in the help. many: the flag can be repeated, each time with several words.
-    """
-
-    help: str
-    flags: tuple[str, ...]
-    parse: Callable[[Any], Any]
-    choices: tuple[str, ...] = ()
-    metavar: str = ""
-    replay: bool = True
-    group: str = "generation"
-    many: bool = False
+def technique(modes: Modes, flag: str, help: str, metavar: str = "MODE") -> Any:
+    """The field of an acceleration, whose modes are told in its help where {forms} stands."""
+    text = help.format(forms=modes.forms)
+    return option(None, modes, flag, text, metavar=metavar, group="acceleration")

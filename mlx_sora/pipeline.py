@@ -8,6 +8,7 @@ that stops listening ends the run and leaves no file behind.
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Generator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -25,13 +26,14 @@ from mlx_sora.loading.model_folder import BUNDLED, PUBLISHED, ModelFolder, find_
 from mlx_sora.loading.quantizing import quantized_while_loading
 from mlx_sora.loading.sizes import model_sizes
 from mlx_sora.models.ops import on_gpu
+from mlx_sora.presets import filled
 from mlx_sora.request import GenerationRequest
 from mlx_sora.run import Run
 from mlx_sora.runtime.device import default_dtype, describe, total_memory
 from mlx_sora.runtime.events import Event, Finished, Warned
 from mlx_sora.runtime.memory import default_cache_limit
 from mlx_sora.runtime.planner import Job as Work
-from mlx_sora.runtime.planner import Machine, Plan, Reading, make_plan
+from mlx_sora.runtime.planner import Kind, Machine, Plan, Reading, make_plan
 from mlx_sora.sampling import SAMPLERS
 from mlx_sora.settings import Settings, settle
 from mlx_sora.stages import Stages, Texts
@@ -141,6 +143,7 @@ class Pipeline(Stages):
 
     def _prepare(self, request: GenerationRequest) -> Run:
         """Decide everything that can be decided without weights; raises UsageError."""
+        request = filled(request)
         if request.model is not None and find_model(request.model).path != self.model.path:
             raise UsageError(
                 f"This pipeline holds {self.model.name}, the request asks for {request.model}.",
@@ -148,10 +151,9 @@ class Pipeline(Stages):
             )
         dtype = default_dtype(requested=self.dtype if request.dtype == "auto" else request.dtype)
         settings, warnings = settle(request, self.model)
-        geometry, sampler = settings.geometry, SAMPLERS[settings.sampler]
+        geometry = settings.geometry
         frames = settings.clips.total
-        job = Job(settings.steps, sampler.evaluations, geometry.latent[0])
-        accelerations = Accelerations(settings.accelerations, job)
+        accelerations = Accelerations(settings.accelerations, self._job(settings))
         output = None
         if request.output is not None:
             output = output_path(
@@ -175,6 +177,22 @@ class Pipeline(Stages):
         run = Run(request, settings, dtype, output, accelerations, tokenizer, plan, warnings)
         run.more |= quantization_record(quantized_while_loading(self.model, request.quantize))
         return run
+
+    def _job(self, settings: Settings) -> Job:
+        """The run as accelerations see it."""
+        geometry, sampler = settings.geometry, SAMPLERS[settings.sampler]
+        width, height = geometry.size
+        frames = geometry.num_frames
+        times = sampler.timesteps(settings.steps, height=height, width=width, num_frames=frames)
+        return Job(
+            steps=settings.steps,
+            evaluations=sampler.evaluations,
+            frames=geometry.latent[0],
+            guided=settings.guidance != 1,
+            times=tuple(float(t) for t in times[:-1, 0]),
+            model=self.model.path,
+            size=(width, height, frames),
+        )
 
     def _plan(
         self,
@@ -204,7 +222,8 @@ class Pipeline(Stages):
             geometry=settings.geometry,
             text_tokens=text_tokens,
             evaluations=settings.steps * per_step,
-            merged=sum(map(accelerations.merges, range(settings.steps))) * per_step,
+            spared=_spared(accelerations, settings.steps, per_step),
+            streams=accelerations.tensors,
             guided=settings.guidance != 1,
             sequential=request.sequential_guidance,
             reading=_reading(settings),
@@ -273,3 +292,18 @@ def _reading(settings: Settings) -> Reading | None:
         return None
     pixels = max(source.size.width * source.size.height for source in settings.media.sources)
     return Reading(len(todo), max(task.frames for task in todo), pixels)
+
+
+def _spared(
+    accelerations: Accelerations, steps: int, per_step: int
+) -> tuple[tuple[Kind, int], ...]:
+    """Evaluations that leave something out, by kind, as far as that is known before the run."""
+    kinds = Counter(
+        Kind(
+            merged=accelerations.merges(step),
+            alone=step in accelerations.alone,
+            skipped=step in accelerations.skipped,
+        )
+        for step in range(steps)
+    )
+    return tuple((kind, count * per_step) for kind, count in kinds.items() if kind != Kind())

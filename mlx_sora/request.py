@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from mlx_sora.errors import UsageError
 from mlx_sora.geometry import MICRO_FRAME_SIZE, Size, parse_frames, resolve_size
-from mlx_sora.modes import LPL, MAX_STEPS, TDTM
+from mlx_sora.modes import GUIDANCE_CACHE, GUIDANCE_INTERVAL, LPL, MAX_STEPS, STEP_CACHE, TDTM
 from mlx_sora.options import (
     Neighbour,
     Option,
@@ -29,7 +29,10 @@ from mlx_sora.options import (
     as_paths,
     as_pictures,
     as_text,
+    option,
+    technique,
 )
+from mlx_sora.presets import PRESET_HELP, PRESETS
 
 SAMPLERS = ("rflow", "midpoint", "ab2")
 DTYPES = ("auto", "float32", "bfloat16")
@@ -41,12 +44,6 @@ MAX_FPS = 240.0
 MAX_LOOPS = 1000
 
 
-def _option(default: Any, parse: Callable[[Any], Any], flags: str, help: str, **more: Any) -> Any:
-    """A dataclass field that carries its `Option`; `flags` are separated by blanks."""
-    option = Option(help=help, flags=tuple(flags.split()), parse=parse, **more)
-    return field(default=default, metadata={"option": option})
-
-
 @dataclass(frozen=True)
 class GenerationRequest:
     """One video or image. `None` means the model's default; `seed=None` draws one.
@@ -55,10 +52,10 @@ class GenerationRequest:
     `validate()` checks what they mean.
     """
 
-    prompt: str = _option(
+    prompt: str = option(
         "", as_text, "--prompt -p", "what to show; - reads it from stdin", metavar="TEXT"
     )
-    model: str | None = _option(
+    model: str | None = option(
         None,
         as_path,
         "--model",
@@ -66,42 +63,42 @@ class GenerationRequest:
         "else shapes",
         metavar="MODEL",
     )
-    seed: int | None = _option(
+    seed: int | None = option(
         None,
         as_int,
         "--seed -s",
         "start of the random numbers; default: drawn, printed and recorded",
         metavar="N",
     )
-    steps: int | None = _option(None, as_int, "--steps", "denoising steps", metavar="N")
-    guidance: float | None = _option(
+    steps: int | None = option(None, as_int, "--steps", "denoising steps", metavar="N")
+    guidance: float | None = option(
         None,
         as_float,
         "--guidance --cfg-scale",
         "how strongly the prompt is followed; 1 turns guidance off and halves the work",
         metavar="SCALE",
     )
-    negative_prompt: str | None = _option(
+    negative_prompt: str | None = option(
         None,
         as_text,
         "--negative-prompt",
         "what to steer away from; default: the empty prompt that the model has learned",
         metavar="TEXT",
     )
-    sequential_guidance: bool = _option(
+    sequential_guidance: bool = option(
         False,
         as_bool,
         "--sequential-guidance",
         "evaluate prompt and no-prompt one after the other: the same video in less memory",
     )
-    sampler: str = _option(
+    sampler: str = option(
         "rflow",
         as_text,
         "--sampler",
         "how the flow is followed; midpoint evaluates the network twice per step",
         choices=SAMPLERS,
     )
-    resolution: str | None = _option(
+    resolution: str | None = option(
         None,
         as_text,
         "--resolution",
@@ -109,16 +106,16 @@ class GenerationRequest:
         metavar="NAME",
         group="size",
     )
-    aspect_ratio: str | None = _option(
+    aspect_ratio: str | None = option(
         None, as_text, "--aspect-ratio", "width:height, such as 16:9", metavar="W:H", group="size"
     )
-    width: int | None = _option(
+    width: int | None = option(
         None, as_int, "--width", "pixels; give --height too", metavar="N", group="size"
     )
-    height: int | None = _option(
+    height: int | None = option(
         None, as_int, "--height", "pixels; give --width too", metavar="N", group="size"
     )
-    num_frames: int | str | None = _option(
+    num_frames: int | str | None = option(
         None,
         as_frames,
         "--num-frames --frames",
@@ -126,7 +123,7 @@ class GenerationRequest:
         metavar="N",
         group="size",
     )
-    fps: float | None = _option(
+    fps: float | None = option(
         None,
         as_float,
         "--fps",
@@ -134,24 +131,24 @@ class GenerationRequest:
         metavar="N",
         group="size",
     )
-    aesthetic: float | None = _option(
+    aesthetic: float | None = option(
         None,
         as_float,
         "--aesthetic",
         "aesthetic score added to the prompt, such as 6.5",
         metavar="SCORE",
     )
-    motion: float | None = _option(
+    motion: float | None = option(
         None, as_float, "--motion", "motion score added to the prompt, such as 10", metavar="SCORE"
     )
-    camera: str | None = _option(
+    camera: str | None = option(
         None,
         as_text,
         "--camera",
         "camera motion added to the prompt, such as 'pan left'",
         metavar="TEXT",
     )
-    images: tuple[Picture, ...] = _option(
+    images: tuple[Picture, ...] = option(
         (),
         as_pictures,
         "--image",
@@ -161,7 +158,7 @@ class GenerationRequest:
         group="conditioning",
         many=True,
     )
-    videos: tuple[Neighbour, ...] = _option(
+    videos: tuple[Neighbour, ...] = option(
         (),
         as_neighbours,
         "--video",
@@ -171,17 +168,17 @@ class GenerationRequest:
         group="conditioning",
         many=True,
     )
-    mask_strategy: str | None = _option(
+    mask_strategy: str | None = option(
         None,
         as_text,
         "",
         "Open-Sora's notation of what is taken from `references`, in latent frames",
         group="conditioning",
     )
-    references: tuple[str, ...] = _option(
+    references: tuple[str, ...] = option(
         (), as_paths, "", "pictures and videos of `mask_strategy`", group="conditioning"
     )
-    loop: int = _option(
+    loop: int = option(
         1,
         as_int,
         "--loop",
@@ -189,7 +186,7 @@ class GenerationRequest:
         metavar="N",
         group="conditioning",
     )
-    condition_frames: int = _option(
+    condition_frames: int = option(
         MICRO_FRAME_SIZE,
         as_int,
         "--condition-frames",
@@ -197,7 +194,7 @@ class GenerationRequest:
         metavar="N",
         group="conditioning",
     )
-    condition_edit: float = _option(
+    condition_edit: float = option(
         0.0,
         as_float,
         "--condition-edit",
@@ -205,26 +202,42 @@ class GenerationRequest:
         metavar="RATIO",
         group="conditioning",
     )
-    lpl: str | None = _option(
+    preset: str | None = option(
         None,
-        LPL,
-        "--lpl",
-        f"leap over the last steps: {LPL.forms}; t is flow time, 1000 to 0",
-        metavar="MODE",
+        as_text,
+        "--preset",
+        PRESET_HELP,
+        choices=tuple(PRESETS),
         group="acceleration",
     )
-    tdtm: int | str | None = _option(
-        None,
+    lpl: str | None = technique(
+        LPL, "--lpl", "leap over the last steps: {forms}; t is flow time, 1000 to 0"
+    )
+    tdtm: int | str | None = technique(
         TDTM,
         "--tdtm",
-        f"merge pairs of frames around attention in the first steps: {TDTM.forms}",
-        metavar="STEPS",
-        group="acceleration",
+        "merge pairs of frames around attention in the first steps: {forms}",
+        "STEPS",
     )
-    dtype: str = _option(
-        "auto", as_text, "--dtype", "number format of the networks", choices=DTYPES
+    step_cache: str | None = technique(
+        STEP_CACHE,
+        "--step-cache",
+        "run the blocks in some steps only, and add what they added last in the others: {forms}; "
+        "tables are made by calibrate; order 1 goes on along a line instead",
     )
-    quantize: int | None = _option(
+    guidance_interval: str | None = technique(
+        GUIDANCE_INTERVAL,
+        "--guidance-interval",
+        "guidance only between two flow times: {forms}",
+        "TIMES",
+    )
+    guidance_cache: str | None = technique(
+        GUIDANCE_CACHE,
+        "--guidance-cache",
+        "after a part of the run, evaluate without prompt in every EACH-th step only: {forms}",
+    )
+    dtype: str = option("auto", as_text, "--dtype", "number format of the networks", choices=DTYPES)
+    quantize: int | None = option(
         None,
         as_bits,
         "--quantize -q",
@@ -232,7 +245,7 @@ class GenerationRequest:
         metavar="BITS",
         group="memory",
     )
-    memory_budget: str | None = _option(
+    memory_budget: str | None = option(
         None,
         as_text,
         "--memory-budget",
@@ -241,7 +254,7 @@ class GenerationRequest:
         replay=False,
         group="memory",
     )
-    device_profile: str | None = _option(
+    device_profile: str | None = option(
         None,
         as_text,
         "--device-profile",
@@ -250,7 +263,7 @@ class GenerationRequest:
         replay=False,
         group="memory",
     )
-    ci_dl: bool = _option(
+    ci_dl: bool = option(
         False,
         as_bool,
         "--ci-dl",
@@ -258,7 +271,7 @@ class GenerationRequest:
         replay=False,
         group="memory",
     )
-    output: str | None = _option(
+    output: str | None = option(
         None,
         as_path,
         "--output -o",
@@ -268,10 +281,10 @@ class GenerationRequest:
         replay=False,
         group="output",
     )
-    overwrite: bool = _option(
+    overwrite: bool = option(
         False, as_bool, "--overwrite", "replace an existing output", replay=False, group="output"
     )
-    embed_metadata: bool = _option(
+    embed_metadata: bool = option(
         True,
         as_bool,
         "--embed-metadata",
@@ -279,7 +292,7 @@ class GenerationRequest:
         replay=False,
         group="output",
     )
-    metadata: bool = _option(
+    metadata: bool = option(
         False,
         as_bool,
         "--metadata",
@@ -287,7 +300,7 @@ class GenerationRequest:
         replay=False,
         group="output",
     )
-    preview_every: int | None = _option(
+    preview_every: int | None = option(
         None,
         as_int,
         "",
@@ -297,10 +310,10 @@ class GenerationRequest:
     )
 
     def __post_init__(self) -> None:
-        for name, option in options().items():
+        for name, spec in options().items():
             value = getattr(self, name)
             if value is not None:
-                object.__setattr__(self, name, _parse(name, option, value))
+                object.__setattr__(self, name, spec.read(value, label(name)))
             elif name in REQUIRED:
                 raise UsageError(f"{name} is missing.", f"Give {label(name)}.")
 
@@ -376,17 +389,6 @@ def label(name: str) -> str:
     """How an error names an option: its first flag, or the keyword where it has none."""
     flags = options()[name].flags
     return flags[0] if flags else name
-
-
-def _parse(name: str, option: Option, value: Any) -> Any:
-    try:
-        parsed = option.parse(value)
-    except ValueError as error:
-        raise UsageError(f"{label(name)} must be {error}, not {str(value)[:80]!r}.") from None
-    if option.choices and parsed not in option.choices:
-        valid = ", ".join(option.choices)
-        raise UsageError(f"unknown {label(name)} {str(parsed)[:80]!r}.", f"Valid: {valid}.")
-    return parsed
 
 
 def _check_range(name: str, value: float | None, low: float, high: float) -> None:

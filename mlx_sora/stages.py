@@ -7,6 +7,7 @@ of events whose value is what it made.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping, MutableMapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -35,7 +36,7 @@ from mlx_sora.runtime.events import (
 )
 from mlx_sora.runtime.memory import StageMeter
 from mlx_sora.sampling import SAMPLERS
-from mlx_sora.sampling.guidance import Network, guided
+from mlx_sora.sampling.guidance import Network, Part, guided
 from mlx_sora.sampling.loop import denoise
 from mlx_sora.sampling.noise import Noise
 from mlx_sora.text.encoder import TextEncoder
@@ -143,6 +144,7 @@ class Stages:
             network.null_text if negative is None else lambda n: negative,
             settings.guidance,
             sequential=run.request.sequential_guidance,
+            policy=run.accelerations.guidance,
         )
         sampler = SAMPLERS[settings.sampler]
         width, height = geometry.size
@@ -198,10 +200,12 @@ def bound(
     run: Run,
     context: Callable[[int, mx.array], Context[BlockPair]],
     text: Sequence[mx.array],
+    part: Part,
 ) -> Network:
-    """The network for the video of `run` under one text [n, C] per sample.
+    """The network for the video of `run` under one text [n, C] per sample, those of `part`.
 
-    context: what fills the network's seams in a step (by index) at flow times t [B].
+    context: what fills the network's seams in a step (by index) at flow times t [B], but for the
+    one around all blocks.
     """
     settings, geometry = run.settings, run.settings.geometry
     conditions = network.prepare(
@@ -213,7 +217,8 @@ def bound(
     )
 
     def velocity(z: mx.array, t: mx.array, x_mask: mx.array | None, index: int) -> mx.array:
-        return network(z, t, conditions, x_mask, context(index, t))
+        seams = replace(context(index, t), stack=run.accelerations.stack(index, part))
+        return network(z, t, conditions, x_mask, seams)
 
     return velocity
 

@@ -7,20 +7,36 @@ A new one is one file here that fills a seam, one line in ACCELERATIONS, its mod
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
-from mlx_sora.accel import lpl, tdtm
+import mlx.core as mx
+
+from mlx_sora.accel import guidance_cache, guidance_interval, lpl, step_cache, tdtm
 from mlx_sora.accel.base import Acceleration, Job
-from mlx_sora.models.context import BlockProvider, Context
+from mlx_sora.models.context import BlockProvider, Context, StackPolicy
 from mlx_sora.models.stdit3 import BlockPair
-from mlx_sora.modes import LPL, TDTM, Chosen, Modes
-from mlx_sora.sampling.base import AllSteps, StepPolicy
+from mlx_sora.modes import (
+    GUIDANCE_CACHE,
+    GUIDANCE_INTERVAL,
+    LPL,
+    STEP_CACHE,
+    TDTM,
+    Chosen,
+    Modes,
+)
+from mlx_sora.sampling.base import AllSteps, Step, StepPolicy
+from mlx_sora.sampling.guidance import GuidancePolicy, Halves, Part
 from mlx_sora.sampling.loop import StepResult
 
-#: Field of the request: its modes, and what starts the technique in a mode other than off.
+#: Field of the request: its modes, and what starts the technique in a mode other than off. Each
+#: knows which steps those before it leave out.
 ACCELERATIONS: dict[str, tuple[Modes, Callable[[Chosen, Job], Acceleration]]] = {
     "lpl": (LPL, lpl.start),
     "tdtm": (TDTM, tdtm.start),
+    "step_cache": (STEP_CACHE, step_cache.start),
+    "guidance_interval": (GUIDANCE_INTERVAL, guidance_interval.start),
+    "guidance_cache": (GUIDANCE_CACHE, guidance_cache.start),
 }
 
 OFF = "off"
@@ -36,7 +52,10 @@ class Accelerations:
         for name, (read, start) in ACCELERATIONS.items():
             mode = read.read(modes.get(name, OFF))
             if mode.name != OFF:
-                self._active[name] = start(mode, job)
+                part = self._active[name] = start(mode, job)
+                job = replace(job, skipped=job.skipped | part.skipped, alone=job.alone | part.alone)
+        #: Steps in which no block runs, and only the half with prompt, as far as that is known.
+        self.skipped, self.alone = job.skipped, job.alone
 
     def anew(self) -> Accelerations:
         """The same techniques for another run of the same kind, with nothing known of this one."""
@@ -53,6 +72,25 @@ class Accelerations:
         policies = [part.policy for part in self._active.values() if part.policy is not None]
         assert len(policies) <= 1, "two techniques want to end the run"
         return policies[0] if policies else AllSteps()
+
+    @property
+    def guidance(self) -> GuidancePolicy | None:
+        """What says when the half without prompt is not run."""
+        found = [part.guidance for part in self._active.values()]
+        policies = [policy for policy in found if policy is not None]
+        return _FirstOf(policies) if policies else None
+
+    @property
+    def tensors(self) -> float:
+        """Residual streams of an evaluation that are kept."""
+        return sum(part.tensors for part in self._active.values())
+
+    def stack(self, step: int, part: Part) -> StackPolicy | None:
+        """What stands for the blocks in one call of the network, in step `step`."""
+        found = [each.stack(step, part) for each in self._active.values()]
+        policies = [policy for policy in found if policy is not None]
+        assert len(policies) <= 1, "two techniques want to stand for the blocks"
+        return policies[0] if policies else None
 
     def context(
         self, step: int, blocks: BlockProvider[BlockPair] | None = None
@@ -79,3 +117,21 @@ class Accelerations:
     def summaries(self) -> list[str]:
         """What each technique did, a line each."""
         return [part.summary() for part in self._active.values()]
+
+
+class _FirstOf:
+    """The first of several policies of guidance that has anything to say; all see what is run."""
+
+    def __init__(self, policies: list[GuidancePolicy]) -> None:
+        self._policies = policies
+
+    def instead(self, step: Step, /) -> Callable[[mx.array], mx.array] | None:
+        for policy in self._policies:
+            make = policy.instead(step)
+            if make is not None:
+                return make
+        return None
+
+    def computed(self, step: Step, halves: Halves, /) -> None:
+        for policy in self._policies:
+            policy.computed(step, halves)

@@ -1,44 +1,71 @@
 """What an acceleration is to the pipeline: something that fills a seam in one run.
 
-The seams are those of `sampling/base.py` and `models/context.py`. Whatever a technique does not
-fill stays plain, so that techniques compose without knowing of each other.
+The seams are those of `sampling/base.py`, `sampling/guidance.py` and `models/context.py`. Whatever
+a technique does not fill stays plain, so that techniques compose without knowing of each other.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from mlx_sora.models.context import TokenPolicy
+from mlx_sora.models.context import StackPolicy, TokenPolicy
 from mlx_sora.sampling.base import StepPolicy
+from mlx_sora.sampling.guidance import GuidancePolicy, Part
 from mlx_sora.sampling.loop import StepResult
 
 
 @dataclass(frozen=True)
 class Job:
-    """The run that a technique is asked for: its steps, velocity evaluations per step, and T."""
+    """The run that a technique is asked for: its steps, velocity evaluations per step, and T.
+
+    guided: with and without prompt. times: flow time at the start of each step. model, size: the
+    model's folder, and width, height and frames of the video, for what was measured beforehand.
+    skipped, alone: steps in which other techniques run no block, and only the half with prompt.
+    """
 
     steps: int
     evaluations: int
     frames: int
+    guided: bool = True
+    times: tuple[float, ...] = ()
+    model: Path | None = None
+    size: tuple[int, int, int] = (0, 0, 0)
+    skipped: frozenset[int] = frozenset()
+    alone: frozenset[int] = frozenset()
 
 
 class Acceleration(ABC):
     """A technique at work in one run, and its account of it. By itself it changes nothing.
 
     warnings: what the user should know before the run, because it is not taken literally.
+    skipped, alone: steps in which it has no block run, or only the half with prompt, as far as
+    that is known before the run. tensors: residual streams of an evaluation that it keeps.
     """
 
     warnings: tuple[str, ...] = ()
+    skipped: frozenset[int] = frozenset()
+    alone: frozenset[int] = frozenset()
+    tensors: float = 0
 
     @property
     def policy(self) -> StepPolicy | None:
         """Says when to leap to the end."""
         return None
 
+    @property
+    def guidance(self) -> GuidancePolicy | None:
+        """Says when the half without prompt is not run."""
+        return None
+
     def tokens(self, step: int) -> TokenPolicy | None:
         """The tokens that attend in step `step`."""
+        return None
+
+    def stack(self, step: int, part: Part) -> StackPolicy | None:
+        """What stands for the blocks in one call of the network, in step `step`."""
         return None
 
     @abstractmethod

@@ -12,10 +12,14 @@ from typing import Any, NoReturn
 
 from mlx_sora.errors import UsageError
 from mlx_sora.options import Option
+from mlx_sora.presets import PRESETS
 from mlx_sora.request import GenerationRequest, options
 
 #: Asking for one of these drops the other set from a replayed record.
 _NAMED_SIZE, _PIXELS = {"resolution", "aspect_ratio"}, {"width", "height"}
+
+#: What a preset may have filled in, which another preset replaces.
+_FILLED = {name for preset in PRESETS.values() for name in preset.values}
 
 
 class Parser(argparse.ArgumentParser):
@@ -96,6 +100,8 @@ def build_requests(
         base = {name: value for name, value in base.items() if name not in _PIXELS}
     if typed.keys() & _PIXELS:
         base = {name: value for name, value in base.items() if name not in _NAMED_SIZE}
+    if "preset" in typed:
+        base = {name: value for name, value in base.items() if name not in _FILLED}
     values = base | typed
     seeds = typed.get("seed", [base.get("seed")])
     requests = []

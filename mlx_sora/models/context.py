@@ -74,13 +74,31 @@ class ValuePolicy(Protocol):
         """v [B · T, heads, S, head size] of spatial block `block`, or what stands for it."""
 
 
+class StackPolicy(Protocol):
+    """What all blocks together add to the tokens, where something else knows it well enough.
+
+    For one evaluation of the network: `instead` before the blocks; where it gives nothing, the
+    blocks run, and `computed` is shown the outcome. Else no block is even asked for.
+    """
+
+    def instead(self, x: mx.array, t: mx.array, x_mask: mx.array | None) -> mx.array | None:
+        """What stands for the sum, [B, T, S, C], at tokens x [B, T, S, C] and flow times t [B].
+
+        x_mask [B, T]: false for frames that are at t = 0. None has the blocks run.
+        """
+
+    def computed(self, x: mx.array, out: mx.array) -> None:
+        """The blocks have made `out` of x, still lazy."""
+
+
 @dataclass(frozen=True)
 class Context(Generic[Block]):
     """What one run puts into the seams. blocks: None means the network's own, resident.
 
-    values: None leaves every attention its own.
+    values: None leaves every attention its own. stack: None always runs the blocks.
     """
 
     blocks: BlockProvider[Block] | None = None
     tokens: TokenPolicy = field(default_factory=AllTokens)
     values: ValuePolicy | None = None
+    stack: StackPolicy | None = None

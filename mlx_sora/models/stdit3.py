@@ -148,7 +148,14 @@ class STDiT3(nn.Module):
             still = _six(conditions.still[1])
             modulation = mx.where(x_mask[:, :, None, None], modulation, still)
         x = self.x_embedder(z.astype(self.dtype)).astype(KEEP.residual) + conditions.position
-        x = self._blocks(x, modulation, conditions, context)
+        stack = context.stack
+        known = None if stack is None else stack.instead(x, t, x_mask)
+        if known is None:
+            tokens, x = x, self._blocks(x, modulation, conditions, context)
+            if stack is not None:
+                stack.computed(tokens, x)
+        else:
+            x = x + known
         out = self.final_layer(x, embedding, conditions.still[0], x_mask, self.dtype)
         return self._unpatchify(out.astype(KEEP.residual), z.shape[1:4])
 

@@ -19,7 +19,7 @@ from mlx_sora.runtime.activations import (
 )
 from mlx_sora.runtime.encoding import spatial_encoder_work, temporal_encoder_work
 from mlx_sora.runtime.flops import Grid
-from mlx_sora.runtime.plan import FLOAT, Job, Machine, Model, Reading, StagePlan, Weights
+from mlx_sora.runtime.plan import FLOAT, Job, Kind, Machine, Model, Reading, StagePlan, Weights
 from mlx_sora.runtime.residency import Blocks, Room, choose
 
 #: Of the process, not MLX's: interpreter, libraries, what their allocators hold back.
@@ -99,7 +99,8 @@ class BlocksNeed:
 @dataclass(frozen=True)
 class DecodingNeed:
     """Decoding, or encoding media (stage read). fixed: not MLX's; weights: of the temporal and the
-    spatial half; temporal: activations of the one; spatial: of the other, by frames at a time.
+    spatial half; temporal: activations of the one; spatial: of the other, by frames at a time;
+    queue: all that the temporal decoder makes, kept where it leaves before the other comes.
     """
 
     fixed: int
@@ -110,6 +111,7 @@ class DecodingNeed:
     flops: int
     throttled: bool
     stage: str = "decode"
+    queue: int = 0
 
     @property
     def least(self) -> int:
@@ -136,7 +138,7 @@ class DecodingNeed:
 
     def _in_turn(self, frames: int) -> int:
         temporal, spatial = self.weights
-        return max(temporal + self.temporal, spatial + self.spatial[frames])
+        return self.queue + max(temporal + self.temporal, spatial + self.spatial[frames])
 
     def _plan(self, frames: int, held: int, cache: int, *, in_turn: bool) -> StagePlan:
         ahead = min(self.temporal, self.spatial[frames]) // 2 if self.throttled else 0
@@ -217,17 +219,26 @@ def _denoising(model: Model, job: Job, mode: Mode) -> BlocksNeed:
     config, guided = model.transformer, 2 if job.guided else 1
     grid = Grid.of(config, job.geometry.latent, job.batch, job.text_tokens)
     everyone = replace(grid, batch=guided)
-    groups = [everyone, replace(grid, batch=1)] if job.inverts else [everyone]
-    plain, merged = (
-        sum(flops.transformer_flops(config, group, merged=m) for group in groups)
-        for m in (False, True)
+    one, streams = replace(grid, batch=1), _streams(config, everyone, job)
+    alone = any(kind.alone for kind, _ in job.spared)
+    operations = sum(
+        count * _evaluation(config, one if kind.alone else everyone, kind)
+        for kind, count in job.kinds.items()
     )
+    if job.inverts:
+        # The way back merges tokens in the same steps.
+        operations += sum(
+            count * _evaluation(config, one, Kind(merged=kind.merged))
+            for kind, count in job.kinds.items()
+        )
     return BlocksNeed(
         stage="denoise",
         fixed=OUTSIDE
         + model.transformer_weights.rest
         + keys_values(config, everyone, mode)
+        + alone * keys_values(config, one, mode)
         + job.kept
+        + streams
         + (_writer(job) if job.clips > 1 else 0),
         work=transformer_work(config, grid, mode)
         + dense_work(model.transformer_weights.dense, mode),
@@ -235,10 +246,22 @@ def _denoising(model: Model, job: Job, mode: Mode) -> BlocksNeed:
         passes=job.passes,
         throttled=mode.throttled,
         reserve=_later(config, grid, job, mode),
-        flops=sum(flops.preparation_flops(config, group) for group in groups)
-        + (job.evaluations - job.merged) * plain
-        + job.merged * merged,
+        flops=operations
+        + flops.preparation_flops(config, everyone)
+        + (job.inverts + alone) * flops.preparation_flops(config, one),
     )
+
+
+def _evaluation(config: STDiT3Config, grid: Grid, kind: Kind) -> int:
+    """Operations of one evaluation."""
+    if kind.skipped:
+        config = replace(config, depth=0)
+    return flops.transformer_flops(config, grid, merged=kind.merged)
+
+
+def _streams(config: STDiT3Config, everyone: Grid, job: Job) -> int:
+    """Bytes of the residual streams that are kept."""
+    return int(job.streams * FLOAT * everyone.size * config.hidden_size)
 
 
 def _later(config: STDiT3Config, grid: Grid, job: Job, mode: Mode) -> int:
@@ -247,8 +270,14 @@ def _later(config: STDiT3Config, grid: Grid, job: Job, mode: Mode) -> int:
         first, last = replace(grid, batch=1), replace(grid, batch=2 if job.guided else 1)
         wider = transformer_work(config, grid, mode) - transformer_work(config, first, mode)
         return job.kept + keys_values(config, last, mode) + wider
-    # The pass without prompt has keys and values of its own.
-    return keys_values(config, grid, mode) if job.guided and job.sequential else 0
+    everyone, one = replace(grid, batch=2 if job.guided else 1), replace(grid, batch=1)
+    streams = _streams(config, everyone, job)
+    # The pass without prompt has keys and values of its own, and so has that with prompt alone.
+    if job.guided and job.sequential:
+        streams += keys_values(config, one, mode)
+    if any(kind.alone for kind, _ in job.spared):
+        streams += keys_values(config, one, mode)
+    return streams
 
 
 def _decoding(model: Model, job: Job, mode: Mode) -> DecodingNeed:
@@ -274,6 +303,7 @@ def _decoding(model: Model, job: Job, mode: Mode) -> DecodingNeed:
         read=model.vae_stored,
         throttled=mode.throttled,
         flops=operations,
+        queue=FLOAT * job.geometry.num_frames * rows * columns * config.spatial.latent_channels,
     )
 
 

@@ -65,8 +65,21 @@ class Reading:
 
 
 @dataclass(frozen=True)
+class Kind:
+    """What an evaluation leaves out. merged: tokens of pairs of frames attend as one; alone: the
+    half without prompt is not run; skipped: no block is.
+    """
+
+    merged: bool = False
+    alone: bool = False
+    skipped: bool = False
+
+
+@dataclass(frozen=True)
 class Job:
-    """One run. evaluations: velocities that are computed; merged: of them, with merged tokens.
+    """One run. evaluations: velocities that are computed; spared: of them, those that leave
+    something out, how many of each kind. streams: residual streams of all halves that are kept
+    from one to the next.
 
     guided: with and without prompt, in one pass or (sequential) in two. inverts: as many before
     them, without guidance, that lead from a video to its noise; kept: bytes that these leave.
@@ -76,7 +89,8 @@ class Job:
     geometry: Geometry
     text_tokens: int
     evaluations: int
-    merged: int = 0
+    spared: tuple[tuple[Kind, int], ...] = ()
+    streams: float = 0
     guided: bool = True
     sequential: bool = False
     inverts: bool = False
@@ -90,9 +104,21 @@ class Job:
         return 2 if self.guided and not self.sequential else 1
 
     @property
+    def kinds(self) -> dict[Kind, int]:
+        """Every evaluation, by kind."""
+        rest = self.evaluations - sum(count for _, count in self.spared)
+        return {Kind(): rest, **dict(self.spared)}
+
+    @property
     def passes(self) -> int:
-        each = (2 if self.guided and self.sequential else 1) + self.inverts
-        return self.evaluations * each
+        """Passes through the blocks."""
+        twice = self.guided and self.sequential
+        each = {
+            kind: count * (2 if twice and not kind.alone else 1)
+            for kind, count in self.kinds.items()
+            if not kind.skipped
+        }
+        return sum(each.values()) + self.inverts * self.evaluations
 
 
 @dataclass(frozen=True)

@@ -14,13 +14,14 @@ import mlx.core as mx
 from mlx_sora.errors import MemoryBudgetError
 from mlx_sora.runtime.memory import memory_scope, returned_at_once
 from mlx_sora.runtime.needs import MIN_CACHE, OUTSIDE, Need, find_needs
-from mlx_sora.runtime.plan import Job, Machine, Model, Plan, Reading, StagePlan, Weights
+from mlx_sora.runtime.plan import Job, Kind, Machine, Model, Plan, Reading, StagePlan, Weights
 from mlx_sora.runtime.profiles import show_bytes
 
 __all__ = [
     "MIN_CACHE",
     "OUTSIDE",
     "Job",
+    "Kind",
     "Machine",
     "Model",
     "Plan",

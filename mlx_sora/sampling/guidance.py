@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
 from typing import Protocol
 
 import mlx.core as mx
@@ -22,8 +24,32 @@ class Network(Protocol):
         """
 
 
-#: Binds a network to one text [n, C_text] per sample.
-Bind = Callable[[Sequence[mx.array]], Network]
+@dataclass(frozen=True)
+class Part:
+    """Which samples of an evaluation a call is about: those from `first` on, of `total`.
+
+    Samples with prompt come first, then those without where they are run.
+    """
+
+    first: int
+    total: int
+
+
+#: Binds a network to one text [n, C_text] per sample, for calls about that part of evaluations.
+Bind = Callable[[Sequence[mx.array], Part], Network]
+
+#: Predictions with prompt and without, [B, T, H, W, C] each.
+Halves = tuple[mx.array, mx.array]
+
+
+class GuidancePolicy(Protocol):
+    """Says in which steps the half without prompt is not run, and what stands for it."""
+
+    def instead(self, step: Step, /) -> Callable[[mx.array], mx.array] | None:
+        """Makes that half of the half with prompt [B, T, H, W, C]; None has both run."""
+
+    def computed(self, step: Step, halves: Halves, /) -> None:
+        """Both halves have been run in `step`; they may still be lazy."""
 
 
 def guided(
@@ -33,19 +59,28 @@ def guided(
     scale: float,
     *,
     sequential: bool = False,
+    policy: GuidancePolicy | None = None,
 ) -> Velocity:
     """Guided velocity of samples with `text`, one array [n, C_text] each.
 
     null_text(n) is what stands for no prompt beside a prompt of n tokens. Both halves run in one
     call, [with, without], as in Open-Sora 1.2; sequential: in two, with half the memory. At scale
-    1 the half without prompt has no weight and is not run at all.
+    1 the half without prompt has no weight and is not run at all. policy: spares that half in
+    steps of its choice.
     """
+    count = len(text)
     if scale == 1.0:
-        return _Plain(bind(text))
+        return _Plain(bind(text, Part(0, count)))
     null = [null_text(len(sample)) for sample in text]
-    if sequential:
-        return _Sequential(bind(text), bind(null), scale)
-    return _Batched(bind([*text, *null]), scale)
+    whole, rest = Part(0, 2 * count), Part(count, 2 * count)
+    run = (
+        _Sequential(bind(text, whole), bind(null, rest))
+        if sequential
+        else _Batched(bind([*text, *null], whole))
+    )
+    if policy is None:
+        return _Guided(run, scale)
+    return _Spared(run, scale, policy, lambda: _Plain(bind(text, Part(0, count))))
 
 
 class _Plain:
@@ -57,24 +92,63 @@ class _Plain:
 
 
 class _Batched:
-    def __init__(self, network: Network, scale: float) -> None:
-        self._network, self._scale = network, scale
+    """Both halves in one call."""
 
-    def __call__(self, z: mx.array, t: mx.array, step: Step, /) -> mx.array:
+    def __init__(self, network: Network) -> None:
+        self._network = network
+
+    def __call__(self, z: mx.array, t: mx.array, step: Step, /) -> Halves:
         x_mask = None if step.x_mask is None else mx.tile(step.x_mask, (2, 1))
         both = _velocity(self._network, mx.concatenate([z, z]), mx.tile(t, 2), x_mask, step.index)
-        return _mix(both[: len(z)], both[len(z) :], self._scale)
+        return both[: len(z)], both[len(z) :]
 
 
 class _Sequential:
-    def __init__(self, network: Network, null: Network, scale: float) -> None:
-        self._network, self._null, self._scale = network, null, scale
+    """One half after the other."""
 
-    def __call__(self, z: mx.array, t: mx.array, step: Step, /) -> mx.array:
+    def __init__(self, network: Network, null: Network) -> None:
+        self._network, self._null = network, null
+
+    def __call__(self, z: mx.array, t: mx.array, step: Step, /) -> Halves:
         with_prompt = _velocity(self._network, z, t, step.x_mask, step.index)
         # Evaluated before the other half is built, or both would be in memory together.
         mx.eval(with_prompt)
-        return _mix(with_prompt, _velocity(self._null, z, t, step.x_mask, step.index), self._scale)
+        return with_prompt, _velocity(self._null, z, t, step.x_mask, step.index)
+
+
+class _Guided:
+    """Both halves in every step."""
+
+    def __init__(self, run: _Batched | _Sequential, scale: float) -> None:
+        self._run, self._scale = run, scale
+
+    def __call__(self, z: mx.array, t: mx.array, step: Step, /) -> mx.array:
+        return _mix(self._run(z, t, step), self._scale)
+
+
+class _Spared(_Guided):
+    """Both halves, but for steps in which a policy makes one of the other."""
+
+    def __init__(
+        self,
+        run: _Batched | _Sequential,
+        scale: float,
+        policy: GuidancePolicy,
+        alone: Callable[[], Velocity],
+    ) -> None:
+        super().__init__(run, scale)
+        self._policy = policy
+        self._alone = cache(alone)
+
+    def __call__(self, z: mx.array, t: mx.array, step: Step, /) -> mx.array:
+        make = self._policy.instead(step)
+        if make is None:
+            halves = self._run(z, t, step)
+            self._policy.computed(step, halves)
+        else:
+            with_prompt = self._alone()(z, t, step)
+            halves = with_prompt, make(with_prompt)
+        return _mix(halves, self._scale)
 
 
 def _velocity(
@@ -83,5 +157,6 @@ def _velocity(
     return network(z, t, x_mask, index)[..., : z.shape[-1]]
 
 
-def _mix(with_prompt: mx.array, without: mx.array, scale: float) -> mx.array:
+def _mix(halves: Halves, scale: float) -> mx.array:
+    with_prompt, without = halves
     return without + scale * (with_prompt - without)

@@ -21,6 +21,9 @@ from mlx_sora.video.metadata import read_metadata, replay_options
 EXAMPLES = {
     "lpl": ("fixed:2", "t:500", "adaptive:patience=1,tolerance=2", "reference"),
     "tdtm": ("2", "all"),
+    "step_cache": ("every:2,warmup=1", "every:2,warmup=2,order=1", "online:warmup=2,threshold=9"),
+    "guidance_interval": ("30,900",),
+    "guidance_cache": ("every:3,after=0.2", "every:2,after=0,boost=1.2"),
 }
 STEPS = 5
 SMALL = {"prompt": "a red circle", "seed": 3, "steps": STEPS, "num_frames": 17}

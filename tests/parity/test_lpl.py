@@ -17,7 +17,7 @@ from mlx_sora.loading.checkpoint import fill
 from mlx_sora.models.context import Context
 from mlx_sora.models.stdit3 import KEYS, STDiT3, STDiT3Config, unpadded
 from mlx_sora.sampling.base import Run, Step, StepPolicy, Velocity
-from mlx_sora.sampling.guidance import Network, guided
+from mlx_sora.sampling.guidance import Network, Part, guided
 from mlx_sora.sampling.loop import StepResult, denoise
 from mlx_sora.sampling.rflow import RFlow
 from tests.parity.golden import Case, channels_first, channels_last, relative_error
@@ -145,7 +145,7 @@ def guided_model(case: Case) -> Velocity:
     grid = case["in.z_init"].shape[2:]
     merged = MergedSteps(constructor["merge_steps"], Job(1000, 1, grid[0]))
 
-    def bind(text: Sequence[mx.array]) -> Network:
+    def bind(text: Sequence[mx.array], part: Part) -> Network:
         conditions = model.prepare(
             text,
             grid,

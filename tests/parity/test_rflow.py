@@ -11,7 +11,7 @@ import pytest
 
 from mlx_sora.loading.checkpoint import fill
 from mlx_sora.models.stdit3 import KEYS, STDiT3, STDiT3Config, unpadded
-from mlx_sora.sampling.guidance import Network, guided
+from mlx_sora.sampling.guidance import Network, Part, guided
 from mlx_sora.sampling.loop import Conditioning, StepResult, denoise
 from mlx_sora.sampling.rflow import RFlow, add_noise
 from tests.parity.golden import Case, channels_first, channels_last, relative_error
@@ -76,7 +76,7 @@ def sample(case: Case, *, sequential: bool) -> tuple[list[StepResult], list[mx.a
     fill(model, case.weights, KEYS)
     masks: list[mx.array | None] = []
 
-    def bind(text: Sequence[mx.array]) -> Network:
+    def bind(text: Sequence[mx.array], part: Part) -> Network:
         conditions = model.prepare(
             text,
             case["in.z_init"].shape[2:],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,13 +14,15 @@ from mlx_sora.accel.tdtm import PairedFrames
 from mlx_sora.models.context import AllTokens, ResidentBlocks
 from mlx_sora.request import GenerationRequest, options
 from mlx_sora.sampling.base import AllSteps
+from mlx_sora.sampling.guidance import Part
 
-JOB = Job(steps=6, evaluations=1, frames=5)
+JOB = Job(steps=6, evaluations=1, frames=5, times=(1000.0, 900.0, 800.0, 600.0, 400.0, 200.0))
+WHOLE = Part(0, 2)
 
 
 def test_fields_and_techniques_are_the_same() -> None:
     named = [name for name, option in options().items() if option.group == "acceleration"]
-    assert named == list(ACCELERATIONS)
+    assert named == ["preset", *ACCELERATIONS]
     defaults = {field.name: field.default for field in fields(GenerationRequest)}
     for name, (modes, _) in ACCELERATIONS.items():
         assert options()[name].parse is modes
@@ -32,7 +34,10 @@ def test_fields_and_techniques_are_the_same() -> None:
 def test_off_is_plain(modes: dict[str, str]) -> None:
     parts = Accelerations(modes, JOB)
     assert isinstance(parts.policy, AllSteps)
+    assert (parts.guidance, parts.stack(0, WHOLE), parts.tensors) == (None, None, 0)
+    assert parts.skipped == parts.alone == frozenset()
     context = parts.context(0)
+    assert context.stack is None
     assert isinstance(context.tokens, AllTokens)
     assert context.blocks is None
     assert (parts.record(), parts.summaries(), parts.warnings) == ({}, [], [])
@@ -47,10 +52,47 @@ def test_each_fills_its_own_seam() -> None:
     kinds = [type(merging.context(i).tokens) for i in range(4)]
     assert kinds == [PairedFrames, PairedFrames, AllTokens, AllTokens]
 
+    caching = Accelerations({"step_cache": "every:2,warmup=1"}, JOB)
+    assert caching.stack(0, WHOLE) is not None
+    assert caching.guidance is None
+    assert (caching.skipped, caching.tensors) == ({1, 3, 5}, 1)
+    sparing = Accelerations({"guidance_interval": "300,900"}, JOB)
+    assert sparing.stack(0, WHOLE) is None
+    assert sparing.guidance is not None
+    assert sparing.alone == {0, 5}
+
+
+def test_a_technique_heeds_what_those_before_it_leave_out() -> None:
+    """Full guidance waits for a step with guidance whose blocks run."""
+    alone = {"guidance_cache": "every:2,after=0"}
+    assert Accelerations(alone, JOB).alone == {1, 3, 5}
+    cached = Accelerations(alone | {"step_cache": "every:3,warmup=1"}, JOB)
+    assert cached.skipped == {1, 2, 4, 5}
+    assert cached.alone == {1, 2, 4, 5}
+    within = Accelerations(alone | {"guidance_interval": "300,900"}, JOB)
+    assert within.alone == {0, 5} | {2, 4}
+
+
+def test_without_guidance_there_is_none_to_spare() -> None:
+    modes = {"guidance_interval": "300,900", "guidance_cache": "every:2"}
+    parts = Accelerations(modes, replace(JOB, guided=False))
+    assert parts.alone == frozenset()
+    assert [line.split()[0] for line in parts.warnings] == [
+        "--guidance-interval",
+        "--guidance-cache",
+    ]
+
 
 def test_together_they_report_one_by_one() -> None:
-    parts = Accelerations({"tdtm": "9", "lpl": "fixed:5"}, JOB)
-    assert [warning.split()[0] for warning in parts.warnings] == ["--lpl", "--tdtm"]
+    modes = {"tdtm": "9", "lpl": "fixed:5", "step_cache": "every:9,warmup=9"}
+    parts = Accelerations(modes | {"guidance_interval": "0,1", "guidance_cache": "every:1"}, JOB)
+    assert [warning.split()[0] for warning in parts.warnings] == [
+        "--lpl",
+        "--tdtm",
+        "--step-cache",
+        "--guidance-interval",
+        "--guidance-cache",
+    ]
     for index in range(6):
         step = SimpleNamespace(index=index)
         result: Any = SimpleNamespace(step=step, leapt=index == 5, t=100.0)

@@ -10,7 +10,7 @@ from mlx.utils import tree_flatten
 
 from mlx_sora.models.stdit3 import STDiT3, STDiT3Config
 from mlx_sora.sampling.base import Step
-from mlx_sora.sampling.guidance import Network, guided
+from mlx_sora.sampling.guidance import Network, Part, guided
 from tests.unit.sampling.flows import SHAPE, latents
 
 TEXT = [latents(3, (5, 6)), latents(4, (2, 6))]
@@ -23,12 +23,14 @@ class Recorder:
 
     def __init__(self) -> None:
         self.bound: list[list[mx.array]] = []
+        self.parts: list[Part] = []
         self.batches: list[int] = []
         self.masks: list[mx.array | None] = []
         self.indices: list[int] = []
 
-    def bind(self, text: Sequence[mx.array]) -> Network:
+    def bind(self, text: Sequence[mx.array], part: Part) -> Network:
         self.bound.append(list(text))
+        self.parts.append(part)
         means = mx.stack([sample.mean() for sample in text]).reshape(-1, 1, 1, 1, 1)
 
         def network(z: mx.array, t: mx.array, x_mask: mx.array | None, index: int, /) -> mx.array:
@@ -100,7 +102,7 @@ def test_batched_equals_sequential_on_the_real_network(mask: mx.array | None) ->
     filled = {k: 0.3 * latents(i, p.shape) for i, (k, p) in enumerate(_parameters(model))}
     model.load_weights(list(filled.items()))
 
-    def bind(text: Sequence[mx.array]) -> Network:
+    def bind(text: Sequence[mx.array], part: Part) -> Network:
         conditions = model.prepare(text, SHAPE[1:4], height=16, width=16, fps=24)
         return lambda z, t, x_mask, index: model(z, t, conditions, x_mask)
 

@@ -1,0 +1,119 @@
+"""Schedules of a step cache that were searched on a model's own weights: finding, reading, writing.
+
+A file tells of one model, number of steps and size in which steps the blocks are to run, for every
+number of such steps; `python -m mlx_sora calibrate` makes it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mlx_sora.accel.base import Job
+from mlx_sora.errors import UsageError
+
+#: Folder of a model that holds its schedules.
+FOLDER = "step_cache"
+
+
+@dataclass(frozen=True)
+class Table:
+    """Schedules of one model, number of steps, and size.
+
+    orders: order of the forecast → number of computed steps → these steps, by index. errors: how
+    far each was measured to lead away from the exact path, as a share of its length. about: what it
+    was measured on.
+    """
+
+    steps: int
+    width: int
+    height: int
+    num_frames: int
+    orders: Mapping[str, Mapping[str, Sequence[int]]]
+    errors: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    about: Mapping[str, Any] = field(default_factory=dict)
+
+    def write(self, path: Path) -> None:
+        """As JSON, a schedule a line."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(asdict(self), indent=1)
+        part = path.with_name(f".{path.name}")
+        part.write_text(_compact(text) + "\n", encoding="utf-8")
+        part.replace(path)
+
+
+def table_path(model: Path, steps: int, size: tuple[int, int, int]) -> Path:
+    """Where a model's table for `steps` steps and (width, height, frames) lies."""
+    width, height, frames = size
+    return model / FOLDER / f"{steps}-steps-{width}x{height}-{frames}.json"
+
+
+def read_schedule(computed: int, order: int, job: Job, file: str = "") -> frozenset[int]:
+    """The steps, `computed` of them, in which the blocks run; from `file`, else from the model.
+
+    Raises UsageError where there is no such table or schedule.
+    """
+    assert job.model is not None, "a table is looked for beside a model"
+    path = Path(file) if file else table_path(job.model, job.steps, job.size)
+    table = read_table(path)
+    own, asked = (table.steps, table.width, table.height, table.num_frames), (job.steps, *job.size)
+    if own != asked:
+        raise UsageError(
+            f"{path} is for {_show(own)}, this is {_show(asked)}.", "Make one with calibrate."
+        )
+    schedules = table.orders.get(str(order), {})
+    if str(computed) not in schedules:
+        known = ", ".join(sorted(schedules, key=int)) or "none"
+        raise UsageError(
+            f"{path} has no schedule of {computed} computed steps with order {order}.",
+            f"It has {known}.",
+        )
+    return frozenset(schedules[str(computed)])
+
+
+def read_table(path: Path) -> Table:
+    """A table from its file. Raises UsageError where there is none, or something else."""
+    try:
+        table = Table(**json.loads(path.read_text(encoding="utf-8")))
+        whole = all(isinstance(n, int) for n in (table.steps, table.width, table.height))
+        steps = range(table.steps)
+        fits = whole and all(
+            int(count) == len(set(schedule)) and all(step in steps for step in schedule)
+            for schedules in table.orders.values()
+            for count, schedule in schedules.items()
+        )
+    except FileNotFoundError:
+        raise UsageError(
+            f"There is no table of schedules {path}.",
+            "Make it with: python -m mlx_sora calibrate, or use --step-cache every:3.",
+        ) from None
+    except OSError as error:
+        raise UsageError(f"Cannot read {path}: {error.strerror}.") from None
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        fits = False
+    if not fits:
+        raise UsageError(f"{path} is not a table of schedules.", "Make it anew with calibrate.")
+    return table
+
+
+def _show(key: tuple[int, int, int, int]) -> str:
+    steps, width, height, frames = key
+    return f"{steps} steps at {width}x{height}, {frames} frames"
+
+
+def _compact(text: str) -> str:
+    """JSON with lists of numbers on one line each."""
+    lines: list[str] = []
+    for line in text.splitlines():
+        if lines and (lines[-1].endswith("[") or _in_list(lines[-1])):
+            lines[-1] += ("" if lines[-1].endswith("[") else " ") + line.strip()
+        else:
+            lines.append(line)
+    return "\n".join(lines)
+
+
+def _in_list(line: str) -> bool:
+    return "[" in line and "]" not in line

@@ -1,0 +1,258 @@
+"""Step cache: in some steps the blocks do not run; what they added last time is added again.
+
+What all blocks together add to the tokens changes little from step to step, so one tensor stands
+for all of them (as in MagCache, GCache and EasyCache). Which steps run the blocks is a fixed
+schedule, a table searched on the model itself (`accel/schedules.py`), or decided in the run.
+Instead of the last sum, its line through the last two over flow time can be used (order 1, as in
+TaylorSeer). Dimension letters: B batch, T frames, S tokens per frame, C channels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import mlx.core as mx
+
+from mlx_sora.accel.base import Acceleration, Job
+from mlx_sora.accel.schedules import read_schedule
+from mlx_sora.models.context import StackPolicy
+from mlx_sora.modes import Chosen
+from mlx_sora.sampling.guidance import Part
+from mlx_sora.sampling.loop import StepResult
+
+
+class Rule(Protocol):
+    """Says in which evaluations the last sum will do. Sees the first sample, [1, T, S, C]."""
+
+    #: Steps in which the blocks are known not to run.
+    skipped: frozenset[int]
+
+    #: Tensors [1, T, S, C] that it keeps besides the sums.
+    tensors: int
+
+    def reuses(self, step: int, x: mx.array) -> bool:
+        """Whether tokens x need no blocks; asked once per evaluation."""
+
+    def computed(self, x: mx.array, out: mx.array) -> None:
+        """The blocks have made `out` of x."""
+
+
+class Scheduled:
+    """The blocks run in the steps of a schedule only."""
+
+    tensors = 0
+
+    def __init__(self, computed: frozenset[int], steps: int) -> None:
+        self.skipped = frozenset(range(steps)) - computed
+
+    def reuses(self, step: int, x: mx.array) -> bool:
+        return step in self.skipped
+
+    def computed(self, x: mx.array, out: mx.array) -> None:
+        """Known beforehand."""
+
+
+def every(each: int, warmup: int, steps: int) -> frozenset[int]:
+    """The first `warmup` steps, and from the last of them every `each`-th."""
+    return frozenset(i for i in range(steps) if i < warmup or (i - warmup + 1) % each == 0)
+
+
+class Online:
+    """Decides from how far the tokens have moved; the rule of NaviCache, close to EasyCache's.
+
+    The change of the outcome is foreseen as that of the tokens times the ratio of both, which is
+    followed over the evaluations that are computed. Once what is foreseen adds up to `threshold`
+    of the outcome, the blocks run; in the first `warmup` steps and the last one they always do.
+    """
+
+    skipped: frozenset[int] = frozenset()
+    tensors = 3
+
+    #: Share of a newly measured ratio in the one that is used: NaviCache's filter, once settled.
+    GAIN = 0.618
+
+    def __init__(self, threshold: float, warmup: int, steps: int) -> None:
+        self._threshold, self._warmup, self._last = threshold, warmup, steps - 1
+        self._before: mx.array | None = None
+        self._computed: tuple[mx.array, mx.array] | None = None
+        self._ratio: float | None = None
+        self._level = 1.0
+        self._error = 0.0
+        self._step = 0
+
+    def reuses(self, step: int, x: mx.array) -> bool:
+        before, self._before, self._step = self._before, _own(x), step
+        if before is None or self._ratio is None:
+            return False
+        self._error += self._ratio * _distance(x, before) / self._level
+        return self._warmup <= step < self._last and self._error < self._threshold
+
+    def computed(self, x: mx.array, out: mx.array) -> None:
+        self._error = 0.0
+        last, self._computed = self._computed, (_own(x), _own(out))
+        self._level = max(_size(out), 1e-12)
+        if last is None:
+            return
+        moved = _distance(x, last[0])
+        if moved <= 0:
+            return
+        ratio = _distance(out, last[1]) / moved
+        settled = self._ratio is not None and self._step >= self._warmup
+        gain = self.GAIN if settled else 1.0
+        self._ratio = ratio if self._ratio is None else self._ratio + gain * (ratio - self._ratio)
+
+
+def _own(x: mx.array) -> mx.array:
+    """x evaluated, in memory of its own, where it was a part of another array."""
+    x = mx.contiguous(x)
+    mx.eval(x)
+    return x
+
+
+def _size(x: mx.array) -> float:
+    return float(mx.abs(x).mean().item())  # type: ignore[arg-type]
+
+
+def _distance(a: mx.array, b: mx.array) -> float:
+    return _size(a - b)
+
+
+@dataclass
+class _Kept:
+    """Sums of one sample, [1, T, S, C], with flow time t [1]; the newest last.
+
+    evaluation: number of that in which the newest was made; mask [1, T]: which frames moved in it.
+    """
+
+    sums: list[tuple[mx.array, mx.array]] = field(default_factory=list)
+    evaluation: int = -1
+    mask: mx.array | None = None
+
+    def at(self, t: mx.array) -> mx.array:
+        """The newest sum, or, from two of them, the line through both at flow time t [1]."""
+        newest, own = self.sums[-1]
+        if len(self.sums) == 1:
+            return newest
+        older, other = self.sums[-2]
+        apart = own - other
+        # Evaluations at one time (a step of no length) say nothing about the slope.
+        share = mx.where(apart == 0, 0, (t - own) / mx.where(apart == 0, 1, apart))
+        return newest + (newest - older) * share.reshape(-1, 1, 1, 1)
+
+
+class StepCache(Acceleration):
+    """A rule at work in a run. order: 0 for the last sum, 1 for the line through the last two.
+
+    A sample whose mask has changed since, or whose sum is older than that of the others, has the
+    blocks run whatever the rule says; a batch does as its first sample.
+    """
+
+    def __init__(self, rule: Rule, order: int, job: Job) -> None:
+        self._rule, self._order, self._job = rule, order, job
+        self._kept: dict[int, _Kept] = {}
+        self._evaluations = self._saved = 0
+        self._reuses = False
+        self._computed: dict[int, None] = {}
+        self.skipped = rule.skipped
+        samples = 2 if job.guided else 1
+        self.tensors = order + 1 + rule.tensors / samples
+
+    def stack(self, step: int, part: Part) -> StackPolicy:
+        return _Call(self, step, part)
+
+    def sums(self, call: _Call, x: mx.array) -> mx.array | None:
+        """What stands for the blocks in `call`, or None."""
+        if call.part.first == 0:
+            self._evaluations += 1
+            whole = all(map(self._is_fresh, range(call.part.total)))
+            same = all(self._same_mask(i, call.mask) for i in range(len(x)))
+            # Asked in any case: a rule follows every evaluation.
+            self._reuses = self._rule.reuses(call.step, x[:1]) and whole and same
+            self._saved += self._reuses
+        if self._reuses:
+            rows = range(call.part.first, call.part.first + len(x))
+            found = [self._kept[row].at(call.t[i : i + 1]) for i, row in enumerate(rows)]
+            return found[0] if len(found) == 1 else mx.concatenate(found)
+        self._computed[call.step] = None
+        self._forget(call.part, len(x))
+        return None
+
+    def keep(self, call: _Call, x: mx.array, out: mx.array) -> None:
+        """Take what the blocks added to x in `call`."""
+        if call.part.first == 0:
+            self._rule.computed(x[:1], out[:1])
+        for i in range(len(x)):
+            kept = self._kept.setdefault(call.part.first + i, _Kept())
+            # Evaluated now: left lazy, it would hold the tensors that it is made of.
+            kept.sums.append((_own(out[i : i + 1] - x[i : i + 1]), call.t[i : i + 1]))
+            kept.evaluation = self._evaluations
+            kept.mask = None if call.mask is None else call.mask[i]
+
+    def watch(self, result: StepResult) -> None:
+        """Everything is known from the calls."""
+
+    def record(self) -> dict[str, Any]:
+        """computed: steps in which blocks ran; evaluations made, and of them without blocks."""
+        return {
+            "computed": list(self._computed),
+            "evaluations": self._evaluations,
+            "evaluations_saved": self._saved,
+        }
+
+    def summary(self) -> str:
+        return (
+            f"step_cache: the blocks ran in {self._evaluations - self._saved} of "
+            f"{self._evaluations} evaluations; {self._saved} saved"
+        )
+
+    def _is_fresh(self, row: int) -> bool:
+        kept, first = self._kept.get(row), self._kept.get(0)
+        return kept is not None and first is not None and kept.evaluation == first.evaluation
+
+    def _same_mask(self, row: int, mask: mx.array | None) -> bool:
+        kept = self._kept.get(row)
+        if kept is None or kept.mask is None or mask is None:
+            return kept is not None and kept.mask is None and mask is None
+        return bool((kept.mask == mask[row]).all().item())
+
+    def _forget(self, part: Part, count: int) -> None:
+        """Of samples about to be computed, the sums that will not be needed again."""
+        for row in range(part.first, part.first + count):
+            if row in self._kept:
+                sums = self._kept[row].sums
+                del sums[: len(sums) - self._order]
+
+
+class _Call:
+    """One call of the network; fills the seam StackPolicy."""
+
+    def __init__(self, cache: StepCache, step: int, part: Part) -> None:
+        self._cache, self.step, self.part = cache, step, part
+        self.t, self.mask = mx.zeros(0), None
+
+    t: mx.array
+    mask: mx.array | None
+
+    def instead(self, x: mx.array, t: mx.array, x_mask: mx.array | None) -> mx.array | None:
+        self.t, self.mask = t, x_mask
+        return self._cache.sums(self, x)
+
+    def computed(self, x: mx.array, out: mx.array) -> None:
+        self._cache.keep(self, x, out)
+
+
+def start(mode: Chosen, job: Job) -> StepCache:
+    """What the option --step-cache asks for, unless it is off."""
+    values, order = mode.values, int(mode.values["order"])
+    if mode.name == "online":
+        rule: Rule = Online(values["threshold"], int(values["warmup"]), job.steps)
+        return StepCache(rule, order, job)
+    if mode.name == "every":
+        computed = every(int(values["each"]), int(values["warmup"]), job.steps)
+    else:
+        computed = read_schedule(int(values["computed"]), order, job, mode.texts["file"])
+    cache = StepCache(Scheduled(computed, job.steps), order, job)
+    if not cache.skipped:
+        cache.warnings = (f"--step-cache {mode.text} saves nothing in {job.steps} steps.",)
+    return cache
