@@ -139,6 +139,64 @@ def as_paths(value: Any) -> tuple[str, ...]:
     return _each(value, as_path, "paths, in a list or joined by ;")
 
 
+def _as_strength(value: Any) -> float:
+    strength = as_float(value)
+    if not 0 < strength <= 1:
+        raise ValueError
+    return strength
+
+
+def _each(value: Any, read: Callable[..., Any], expected: str) -> tuple[Any, ...]:
+    """`read` of every item of a list; an item is a path, or a list that begins with one."""
+    items = [value] if isinstance(value, (str, os.PathLike)) else value
+    if not isinstance(items, Iterable):
+        raise ValueError(expected)
+    try:
+        return tuple(
+            read(item) if isinstance(item, (str, os.PathLike)) else read(*item) for item in items
+        )
+    except (ValueError, TypeError):
+        raise ValueError(expected) from None
+
+
+@dataclass(frozen=True)
+class Option:
+    """How one field is offered to the user.
+
+    flags: names on the command line, the primary one first; empty means Python only.
+    parse: text or value to the field's type; raises ValueError that names what is expected.
+    choices: the valid values, when they can be listed.
+    replay: whether `--config-from-metadata` takes it over from a recorded request.
+    group: heading in the help. many: the flag can be repeated, each time with several words.
+    """
+
+    help: str
+    flags: tuple[str, ...]
+    parse: Callable[[Any], Any]
+    choices: tuple[str, ...] = ()
+    metavar: str = ""
+    replay: bool = True
+    group: str = "generation"
+    many: bool = False
+
+    def read(self, value: Any, label: str) -> Any:
+        """A value as the field's type. Raises UsageError, which calls the option `label`."""
+        try:
+            parsed = self.parse(value)
+        except ValueError as error:
+            raise UsageError(f"{label} must be {error}, not {str(value)[:80]!r}.") from None
+        if self.choices and parsed not in self.choices:
+            valid = ", ".join(self.choices)
+            raise UsageError(f"unknown {label} {str(parsed)[:80]!r}.", f"Valid: {valid}.")
+        return parsed
+
+
+def option(default: Any, parse: Callable[[Any], Any], flags: str, help: str, **more: Any) -> Any:
+    """A dataclass field that carries its `Option`; `flags` are separated by blanks."""
+    made = Option(help=help, flags=tuple(flags.split()), parse=parse, **more)
+    return field(default=default, metadata={"option": made})
+
+
 def technique(modes: Modes, flag: str, help: str, metavar: str = "MODE") -> Any:
     """The field of an acceleration, whose modes are told in its help where {forms} stands."""
     text = help.format(forms=modes.forms)
