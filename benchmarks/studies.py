@@ -33,8 +33,9 @@ class Study:
 class Row:
     """Medians of a study. Ratios are without / with: of seconds, run by run, with quartiles.
 
-    ratio_by_processor: of processor seconds, which others on the machine disturb less. difference: of the two results, in standard deviations; 0 by construction where the choice is to
-    do the same once instead of often. bytes: MLX's transient memory.
+    ratio_by_processor: of processor seconds, which others on the machine disturb less.
+    difference: of the two results, in standard deviations; 0 by construction where the choice is
+    to do the same once instead of often. bytes: MLX's transient memory.
     """
 
     choice: str

@@ -14,6 +14,7 @@ import mlx.core as mx
 from mlx import nn
 
 from mlx_sora.models import ops
+from mlx_sora.models.precision import KEEP
 
 #: A tap: which source, row and column of the padded window, kernel slice [O, I].
 Tap = tuple[int, int, int, mx.array]
@@ -210,7 +211,7 @@ def group_norm(x: mx.array, weight: mx.array, bias: mx.array, groups: int, eps: 
     millions of values loses more than the reference's tolerance.
     """
     mean = _group_mean(x, groups)
-    centred = x.astype(mx.float32) - mean
+    centred = x.astype(KEEP.statistics) - mean
     variance = _group_mean(centred * centred, groups)
     gain = mx.rsqrt(variance + eps) * weight
     return (centred * gain + bias).astype(x.dtype)
@@ -219,14 +220,14 @@ def group_norm(x: mx.array, weight: mx.array, bias: mx.array, groups: int, eps: 
 def group_moments(x: mx.array, groups: int) -> Moments:
     """Mean and variance that `group_norm` normalises x [N, .., C] with."""
     mean = _group_mean(x, groups)
-    centred = x.astype(mx.float32) - mean
+    centred = x.astype(KEEP.statistics) - mean
     return mean, _group_mean(centred * centred, groups)
 
 
 def _group_mean(x: mx.array, groups: int) -> mx.array:
     """Mean of each group, repeated over its channels: [N, 1, .., 1, C] in float32."""
     n, c = x.shape[0], x.shape[-1]
-    mean = x.astype(mx.float32)
+    mean = x.astype(KEEP.statistics)
     while mean.ndim > 2:
         mean = mean.mean(axis=-2)
     mean = mean.reshape(n, groups, c // groups).mean(axis=-1, keepdims=True)
@@ -252,7 +253,7 @@ class GroupNorm(nn.Module):
             return group_norm(x, self.weight, self.bias, self.groups, self.eps)
         mean, variance = self.moments(x, self.groups)
         gain = mx.rsqrt(variance + self.eps) * self.weight
-        return ((x.astype(mx.float32) - mean) * gain + self.bias).astype(x.dtype)
+        return ((x.astype(KEEP.statistics) - mean) * gain + self.bias).astype(x.dtype)
 
 
 class Conv2d(nn.Module):

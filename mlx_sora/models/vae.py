@@ -20,6 +20,7 @@ from mlx import nn
 from mlx_sora.errors import UsageError
 from mlx_sora.models import vae_spatial, vae_temporal
 from mlx_sora.models.keys import KeyMap, Rule
+from mlx_sora.models.precision import KEEP
 from mlx_sora.models.vae_spatial import PARTS, SpatialVAE, SpatialVAEConfig
 from mlx_sora.models.vae_temporal import TemporalVAE, TemporalVAEConfig
 from mlx_sora.models.vae_tiles import decode_tiled
@@ -189,7 +190,7 @@ class VideoVAE(nn.Module):
 
     def _decode_time(self, z: mx.array, chunk: Chunk) -> mx.array:
         """Latents of a chunk's frames for the spatial VAE, [frames, h, w, C], evaluated."""
-        part = z[:, chunk.latent : chunk.latent + chunk.latents].astype(mx.float32)
+        part = z[:, chunk.latent : chunk.latent + chunk.latents].astype(KEEP.vae)
         part = part * self.scale + self.shift
         frames = self.temporal_vae.decode(part, chunk.frames)[0] / LATENT_FACTOR
         # Evaluated here, so that no later graph keeps the temporal network's activations.
@@ -225,7 +226,7 @@ class VideoVAE(nn.Module):
         b, f, h, w, _ = x.shape
         if noise is None and key is not None:
             noise = self.draw_noise(x.shape, key)
-        frames = x.astype(mx.float32).reshape(b * f, h, w, -1)
+        frames = x.astype(KEEP.vae).reshape(b * f, h, w, -1)
         micro_batch = micro_batch or self.config.micro_batch_size
         posterior = Posterior.of(_in_batches(self.spatial_vae.encode, frames, micro_batch))
         z = posterior.sample(noise.spatial if noise else None) * LATENT_FACTOR
@@ -261,7 +262,7 @@ class VideoVAE(nn.Module):
 
     def _encode_space(self, frames: mx.array, micro_batch: int | None) -> mx.array:
         """Frames of a chunk to what the temporal VAE encodes, [f, h, w, C], evaluated."""
-        moments = _in_batches(self.spatial_vae.encode, frames.astype(mx.float32), micro_batch)
+        moments = _in_batches(self.spatial_vae.encode, frames.astype(KEEP.vae), micro_batch)
         z = Posterior.of(moments).mean * LATENT_FACTOR
         mx.eval(z)
         return z

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -9,7 +10,7 @@ import pytest
 from mlx.utils import tree_map
 
 from mlx_sora.errors import UsageError
-from mlx_sora.models import ops
+from mlx_sora.models import ops, precision
 from mlx_sora.models.context import AllTokens, Context
 from mlx_sora.models.precision import KEEP
 from mlx_sora.models.stdit3 import STDiT3, STDiT3Config
@@ -89,3 +90,11 @@ def test_t5_refuses_float16() -> None:
     encoder = T5Encoder(T5)
     with pytest.raises(UsageError, match="T5 cannot run in float16"):
         encoder(mx.zeros((1, 3, T5.d_model), mx.float16))
+
+
+def test_networks_ask_the_policy() -> None:
+    """No network decides by itself to widen a value; `ops` alone knows a float's bits."""
+    folder = Path(precision.__file__).parent
+    for file in folder.glob("*.py"):
+        if file.name != "ops.py":
+            assert "astype(mx.float" not in file.read_text(), file.name
