@@ -23,7 +23,7 @@ SHARED = (
     *("prompt", "negative_prompt", "model", "steps", "guidance", "sequential_guidance", "sampler"),
     *("resolution", "aspect_ratio", "width", "height", "num_frames", "fps"),
     *("aesthetic", "motion", "camera", "lpl", "tdtm", "dtype", "quantize"),
-    *("quantize", "memory_budget", "device_profile", "ci_dl"),
+    *("quantize", "memory_budget", "device_profile", "ci_dl", "vae_tiles"),
     *("output", "overwrite", "embed_metadata", "metadata"),
 )
 

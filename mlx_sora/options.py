@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from mlx_sora.errors import UsageError
-from mlx_sora.geometry import MICRO_FRAME_SIZE
+from mlx_sora.geometry import MAX_TILES, MICRO_FRAME_SIZE
 from mlx_sora.modes import Modes
 
 
@@ -201,3 +201,19 @@ def technique(modes: Modes, flag: str, help: str, metavar: str = "MODE") -> Any:
     """The field of an acceleration, whose modes are told in its help where {forms} stands."""
     text = help.format(forms=modes.forms)
     return option(None, modes, flag, text, metavar=metavar, group="acceleration")
+
+
+def tiles() -> Any:
+    """The field of tiled decoding."""
+
+    def parse(value: Any) -> int:
+        count = as_int(value)
+        if not 1 <= count <= MAX_TILES:
+            raise ValueError(f"1 to {MAX_TILES} tiles in a row")
+        return count
+
+    text = (
+        f"decode pictures in N x N blended tiles, 2 to {MAX_TILES}: an approximation, for large "
+        "pictures in little memory; 1 is off"
+    )
+    return option(None, parse, "--vae-tiles", text, metavar="N", group="memory")

@@ -229,6 +229,7 @@ class Pipeline(Stages):
             reading=_reading(settings),
             clips=settings.clips.count,
             shared=settings.clips.shared,
+            tiles=settings.vae_tiles,
         )
 
     def _events(self, run: Run) -> Generator[Event, None, None]:

@@ -31,6 +31,7 @@ from mlx_sora.options import (
     as_text,
     option,
     technique,
+    tiles,
 )
 from mlx_sora.presets import PRESET_HELP, PRESETS
 
@@ -271,6 +272,7 @@ class GenerationRequest:
         replay=False,
         group="memory",
     )
+    vae_tiles: int | None = tiles()
     output: str | None = option(
         None,
         as_path,

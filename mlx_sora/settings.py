@@ -36,7 +36,7 @@ class Settings:
     texts: the prompt as the text encoder gets it, scored and cleaned, for each clip. negative: the
     same of the negative prompt. geometry: sizes and latent shape of a clip. media: what is given of
     the clips. fps: of the finished file. accelerations: name to mode, those that are off too.
-    memory_budget: bytes of the whole process, if it is bounded.
+    memory_budget: bytes of the whole process, if it is bounded. vae_tiles: in a row, 1 for none.
     """
 
     model: str
@@ -54,6 +54,7 @@ class Settings:
     camera: str | None
     accelerations: Mapping[str, str]
     memory_budget: int | None
+    vae_tiles: int
 
     @property
     def text(self) -> str:
@@ -140,6 +141,7 @@ def settle(request: GenerationRequest, model: ModelFolder) -> tuple[Settings, li
         camera=request.camera,
         accelerations={name: getattr(request, name) or OFF for name in ACCELERATIONS},
         memory_budget=_budget(request),
+        vae_tiles=_tiles(request, geometry),
     )
     warnings += [*media.warnings, *_lost(request, prompt, settings)]
     return settings, warnings
@@ -158,6 +160,17 @@ def _lost(request: GenerationRequest, prompt: syntax.Prompt, settings: Settings)
         yield "Nothing is left of the prompt after cleaning; the model gets no subject."
     if settings.negative is not None and settings.guidance == 1:
         yield "--negative-prompt has no effect without guidance."
+
+
+def _tiles(request: GenerationRequest, geometry: Geometry) -> int:
+    """Tiles in a row that pictures are decoded in. Raises UsageError for pictures too small."""
+    tiles = request.vae_tiles or 1
+    if tiles > 1 and min(geometry.latent[1:]) < 2 * tiles:
+        raise UsageError(
+            f"{geometry.decoded} pixels are too few for --vae-tiles {tiles}.",
+            "Leave it out, or make a larger picture.",
+        )
+    return tiles
 
 
 def _budget(request: GenerationRequest) -> int | None:

@@ -169,8 +169,9 @@ class Stages:
 
     def _preview(self, run: Run, x0: mx.array) -> np.ndarray:
         """The clip as foreseen in the middle of denoising: uint8 [F, H, W, 3]."""
-        vae, kept = load_vae(self.model), KeptFrames()
-        for chunk in vae.decode_chunks(x0, run.settings.geometry.num_frames):
+        vae, kept, settings = load_vae(self.model), KeptFrames(), run.settings
+        frames, tiles = settings.geometry.num_frames, settings.vae_tiles
+        for chunk in vae.decode_chunks(x0, frames, tiles=tiles):
             kept.write(to_uint8(chunk))
         return kept.frames
 
@@ -186,7 +187,8 @@ class Stages:
             vae = load_vae(self.model)
             # Chunks do not see each other: what the clip before has shown need not be decoded.
             new = latents[:, latent_frames(skipped) :]
-            chunks = vae.decode_chunks(new, frames, plan.micro_batch, in_turn=plan.in_turn)
+            batch, tiles = plan.micro_batch, run.settings.vae_tiles
+            chunks = vae.decode_chunks(new, frames, batch, in_turn=plan.in_turn, tiles=tiles)
             del vae
             for chunk in chunks:
                 writer.write(to_uint8(chunk))

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from mlx_sora.geometry import Size
 from mlx_sora.models.ops import MIN_ROWS, PIECE
 from mlx_sora.models.stdit3_blocks import STDiT3Config
 from mlx_sora.models.t5 import T5Config
 from mlx_sora.models.vae import VAEConfig, chunk_plan
+from mlx_sora.models.vae_tiles import tile_side
 from mlx_sora.runtime.flops import Grid
 from mlx_sora.runtime.plan import FLOAT
 
@@ -67,13 +69,24 @@ def keys_values(config: STDiT3Config, grid: Grid, mode: Mode) -> int:
     return 2 * 2 * config.depth * each
 
 
-def spatial_work(config: VAEConfig, height: int, width: int, frames: int, mode: Mode) -> int:
-    """The image decoder on `frames` frames of `height` x `width` pixels at once."""
-    widths = config.spatial.block_out_channels
+def spatial_work(config: VAEConfig, size: Size, frames: int, mode: Mode, tiles: int = 1) -> int:
+    """The image decoder on `frames` frames of `size` pixels at once, in `tiles` x `tiles` tiles."""
+    widths, (width, height) = config.spatial.block_out_channels, size
     widest = max(widths[:2])  # the second width comes enlarged into the last block
-    kernel = FLOAT * 9 * max(widths) ** 2
-    tensor = FLOAT * frames * height * width * widest
-    return int(mode.pick(6, 12) * tensor + mode.pick(0, CHAIN)) + 2 * kernel
+    kernel, factor = FLOAT * 9 * max(widths) ** 2, mode.pick(6, 12)
+    work = factor * FLOAT * frames * height * width * widest
+    if tiles == 1:
+        return int(work + mode.pick(0, CHAIN)) + 2 * kernel
+    # The first level whole; then tiles, beside its result and the frames so far.
+    scale = config.spatial.factor // 2
+    rows, columns = height // scale, width // scale
+    first = FLOAT * frames * rows * columns * widths[-1]
+    logits = FLOAT * frames * (rows * columns // 4) ** 2
+    attention = min(mode.pick(3, 4.5) * logits, mode.pick(4, 20) * PIECE)
+    share = tile_side(rows, tiles) * tile_side(columns, tiles) / (rows * columns)
+    beside = first + 2 * FLOAT * frames * height * width * 3
+    most = max(share * work, factor * first, attention + 2 * first)
+    return int(most + mode.pick(0, CHAIN)) + beside + 4 * kernel
 
 
 def temporal_work(config: VAEConfig, num_frames: int, height: int, width: int, mode: Mode) -> int:

@@ -297,7 +297,7 @@ def _decoding(model: Model, job: Job, mode: Mode) -> DecodingNeed:
         weights=(model.temporal, model.spatial),
         temporal=temporal_work(config, job.geometry.num_frames, rows, columns, mode),
         spatial={
-            n: frames + spatial_work(config, height, width, n, mode)
+            n: frames + spatial_work(config, job.geometry.decoded, n, mode, job.tiles)
             for n in _batches(config, longest)
         },
         read=model.vae_stored,

@@ -84,6 +84,7 @@ class Job:
     guided: with and without prompt, in one pass or (sequential) in two. inverts: as many before
     them, without guidance, that lead from a video to its noise; kept: bytes that these leave.
     clips: how often all this is done, each time but the first with `shared` frames taken over.
+    tiles: in a row, that pictures are decoded in.
     """
 
     geometry: Geometry
@@ -98,6 +99,7 @@ class Job:
     reading: Reading | None = None
     clips: int = 1
     shared: int = 0
+    tiles: int = 1
 
     @property
     def batch(self) -> int:

@@ -12,6 +12,7 @@ from dataclasses import replace
 import mlx.core as mx
 
 from mlx_sora.errors import MemoryBudgetError
+from mlx_sora.geometry import MAX_TILES
 from mlx_sora.runtime.memory import memory_scope, returned_at_once
 from mlx_sora.runtime.needs import MIN_CACHE, OUTSIDE, Need, find_needs
 from mlx_sora.runtime.plan import Job, Kind, Machine, Model, Plan, Reading, StagePlan, Weights
@@ -91,18 +92,33 @@ def within(stage: StagePlan) -> Iterator[None]:
 def _refusal(
     need: Need, budget: int, model: Model, job: Job, machine: Machine
 ) -> MemoryBudgetError:
-    """Says which stage does not fit, and what would: another budget, or guidance in two passes."""
+    """Says which stage does not fit, and what would: another budget, or the first way around."""
     smallest = _smallest(model, job, machine)
-    other = _smallest(model, replace(job, sequential=True), machine)
+    ways = {flags: _smallest(model, other, machine) for flags, other in _ways(job)}
     fix = f"Use --memory-budget {_option(smallest)} or more"
-    if other <= budget:
-        fix += ", or --sequential-guidance"
-    elif other < smallest:
-        fix += f" ({_option(other)} with --sequential-guidance)"
+    fitting = [flags for flags, other in ways.items() if other <= budget]
+    least = min(ways, key=lambda flags: ways[flags], default="")
+    if fitting:
+        fix += f", or {fitting[0]}"
+    elif least and ways[least] < smallest:
+        fix += f" ({_option(ways[least])} with {least})"
     return MemoryBudgetError(
         f"Stage {need.stage} needs {show_bytes(need.least)}, the budget is {show_bytes(budget)}.",
         f"{fix}, or make a smaller video.",
     )
+
+
+def _ways(job: Job) -> Iterator[tuple[str, Job]]:
+    """The same video in less memory, by flags, the best pictures first; the last approximate."""
+    apart = replace(job, sequential=True)
+    if job.batch > 1:
+        yield "--sequential-guidance", apart
+    most = min(MAX_TILES, min(job.geometry.latent[1:]) // 2)
+    for tiles in range(job.tiles + 1, most + 1):
+        yield f"--vae-tiles {tiles}", replace(job, tiles=tiles)
+    for tiles in range(job.tiles + 1, most + 1):
+        if job.batch > 1:
+            yield f"--sequential-guidance --vae-tiles {tiles}", replace(apart, tiles=tiles)
 
 
 def _smallest(model: Model, job: Job, machine: Machine) -> int:

@@ -48,6 +48,15 @@ def test_the_process_stays_within_the_smallest_budget(
     assert peak_of(words, tmp_path) <= budget
 
 
+def test_a_clip_four_times_as_long_takes_no_more_memory(tmp_path: Path) -> None:
+    small = ["--steps", "1", "--guidance", "1", "--width", "32", "--height", "32"]
+    short, long = (
+        peak_of([*COMMAND, *small, "--num-frames", str(n), "-o", f"{n}.mp4"], tmp_path)
+        for n in (51, 204)
+    )
+    assert long < 1.05 * short
+
+
 def test_a_budget_too_small_names_one_that_does(pipe: Pipeline, tmp_path: Path) -> None:
     words = [*COMMAND, "-o", "a.mp4", "--memory-budget", "100MB"]
     result = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)

@@ -18,7 +18,6 @@ import pytest
 from mlx_sora.cli.main import main
 from mlx_sora.cli.render import QuietRenderer
 from mlx_sora.errors import MemoryBudgetError, MlxSoraError, WeightsError
-from mlx_sora.request import options
 from mlx_sora.runtime.events import Event, StageProgress
 from mlx_sora.video.metadata import read_metadata
 from mlx_sora.video.writer import write_sidecar
@@ -55,60 +54,6 @@ def test_summary_has_seconds_and_peaks_per_stage(
     assert ["encode", "0.25", "2", "MB", "90", "MB"] in rows
     assert ["decode", "0.75", "2", "MB", "99", "MB"] in rows
     assert ["total", "1.50", "3", "MB", "99", "MB"] in rows
-
-
-def test_every_flag_reaches_its_field(folder: Path, pipeline: FakePipeline) -> None:
-    words = (
-        "generate --prompt p --model shapes --seed 5 --steps 4 --cfg-scale 3 --sampler rflow "
-        "--sequential-guidance "
-        "--resolution 144p --aspect-ratio 1:1 --frames 34 --fps 12 --aesthetic 6 --motion 2 "
-        "--camera pan --lpl fixed:2 --tdtm 3 --dtype float32 -o out.gif --overwrite "
-        "--memory-budget 2GB --device-profile mac-8gb --ci-dl "
-        "--image a.png --image b.png -1 0.5 --video c.mp4 after 34 --negative-prompt n "
-        "--loop 2 --condition-frames 34 --condition-edit 0.5 "
-        "--no-embed-metadata --metadata"
-    )
-    assert main(words.split()) == 0
-    expected = {
-        "prompt": "p",
-        "model": "shapes",
-        "seed": 5,
-        "steps": 4,
-        "guidance": 3.0,
-        "sequential_guidance": True,
-        "resolution": "144p",
-        "aspect_ratio": "1:1",
-        "num_frames": 34,
-        "fps": 12.0,
-        "aesthetic": 6.0,
-        "motion": 2.0,
-        "camera": "pan",
-        "lpl": "fixed:2",
-        "tdtm": "3",
-        "dtype": "float32",
-        "memory_budget": "2GB",
-        "device_profile": "mac-8gb",
-        "ci_dl": True,
-        "images": (("a.png", 0, 1.0), ("b.png", -1, 0.5)),
-        "videos": (("c.mp4", "after", 34, 1.0),),
-        "negative_prompt": "n",
-        "loop": 2,
-        "condition_frames": 34,
-        "condition_edit": 0.5,
-        "output": "out.gif",
-        "overwrite": True,
-        "embed_metadata": False,
-        "metadata": True,
-    }
-    assert pipeline.requests[0].to_dict() == expected
-    assert pipeline.loaded == [("shapes", "float32")]
-    words = "generate -p p --width 64 --height 32 --num-frames 1"
-    assert main(words.split()) == 0
-    sized = pipeline.requests[1]
-    assert (sized.width, sized.height, sized.num_frames) == (64, 32, 1)
-    python_only = {"preview_every", "mask_strategy", "references"}
-    covered = {*expected, *python_only, "sampler", "width", "height"}
-    assert covered == set(options())
 
 
 def test_an_image_becomes_png(folder: Path, pipeline: FakePipeline) -> None:

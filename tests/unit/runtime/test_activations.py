@@ -9,6 +9,7 @@ import pytest
 from mlx import nn
 from mlx.utils import tree_map
 
+from mlx_sora.geometry import Size
 from mlx_sora.models import ops
 from mlx_sora.models.context import Context
 from mlx_sora.models.stdit3 import STDiT3, STDiT3Config
@@ -16,6 +17,7 @@ from mlx_sora.models.t5 import T5Config, T5Encoder
 from mlx_sora.models.vae import VAEConfig, VideoVAE
 from mlx_sora.models.vae_spatial import SpatialVAEConfig
 from mlx_sora.models.vae_temporal import TemporalVAEConfig
+from mlx_sora.models.vae_tiles import decode_tiled
 from mlx_sora.runtime.activations import (
     Mode,
     keys_values,
@@ -107,7 +109,17 @@ def test_spatial_decoder(mode: Mode, frames: int, rows: int, columns: int) -> No
     z = mx.zeros((frames, rows, columns, 4))
     mx.eval(z)
     measured = peak(lambda: network.decode(z))
-    assert close(spatial_work(VAE, 4 * rows, 4 * columns, frames, mode), measured)
+    assert close(spatial_work(VAE, Size(4 * columns, 4 * rows), frames, mode), measured)
+
+
+@pytest.mark.parametrize("tiles", [2, 3])
+def test_spatial_decoder_in_tiles(mode: Mode, tiles: int) -> None:
+    network = VideoVAE(VAE, ("decoder",)).spatial_vae
+    filled(network)
+    z = mx.zeros((1, 24, 32, 4))
+    mx.eval(z)
+    measured = peak(lambda: decode_tiled(network, z, tiles))
+    assert close(spatial_work(VAE, Size(128, 96), 1, mode, tiles), measured, 2)
 
 
 @pytest.mark.parametrize(("frames", "rows", "columns"), [(17, 18, 20), (17, 8, 8), (5, 18, 32)])

@@ -1,0 +1,71 @@
+"""Every flag of `generate` reaches the option that it stands for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mlx_sora.cli.main import main
+from mlx_sora.request import options
+from tests.cli.fakes import FakePipeline
+
+
+def test_every_flag_reaches_its_field(folder: Path, pipeline: FakePipeline) -> None:
+    words = (
+        "generate --prompt p --model shapes --seed 5 --steps 4 --cfg-scale 3 --sampler rflow "
+        "--sequential-guidance "
+        "--resolution 144p --aspect-ratio 1:1 --frames 34 --fps 12 --aesthetic 6 --motion 2 "
+        "--camera pan --lpl fixed:2 --tdtm 3 --dtype float32 --preset fast -q 8 "
+        "-o out.gif --overwrite "
+        "--memory-budget 2GB --device-profile mac-8gb --ci-dl --vae-tiles 2 "
+        "--image a.png --image b.png -1 0.5 --video c.mp4 after 34 --negative-prompt n "
+        "--loop 2 --condition-frames 34 --condition-edit 0.5 "
+        "--step-cache every:2 --guidance-interval 100,900 --guidance-cache every:2 "
+        "--no-embed-metadata --metadata"
+    )
+    assert main(words.split()) == 0
+    expected = {
+        "prompt": "p",
+        "model": "shapes",
+        "seed": 5,
+        "steps": 4,
+        "guidance": 3.0,
+        "sequential_guidance": True,
+        "resolution": "144p",
+        "aspect_ratio": "1:1",
+        "num_frames": 34,
+        "fps": 12.0,
+        "aesthetic": 6.0,
+        "motion": 2.0,
+        "camera": "pan",
+        "lpl": "fixed:2",
+        "tdtm": "3",
+        "dtype": "float32",
+        "memory_budget": "2GB",
+        "device_profile": "mac-8gb",
+        "ci_dl": True,
+        "vae_tiles": 2,
+        "preset": "fast",
+        "quantize": 8,
+        "step_cache": "every:2,warmup=6,order=0",
+        "guidance_interval": "100,900",
+        "guidance_cache": "every:2,after=0.333,boost=1",
+        "images": (("a.png", 0, 1.0), ("b.png", -1, 0.5)),
+        "videos": (("c.mp4", "after", 34, 1.0),),
+        "negative_prompt": "n",
+        "loop": 2,
+        "condition_frames": 34,
+        "condition_edit": 0.5,
+        "output": "out.gif",
+        "overwrite": True,
+        "embed_metadata": False,
+        "metadata": True,
+    }
+    assert pipeline.requests[0].to_dict() == expected
+    assert pipeline.loaded == [("shapes", "float32")]
+    words = "generate -p p --width 64 --height 32 --num-frames 1"
+    assert main(words.split()) == 0
+    sized = pipeline.requests[1]
+    assert (sized.width, sized.height, sized.num_frames) == (64, 32, 1)
+    python_only = {"preview_every", "mask_strategy", "references"}
+    covered = {*expected, *python_only, "sampler", "width", "height"}
+    assert covered == set(options())
