@@ -36,6 +36,14 @@ def tile_spans(length: int, tiles: int) -> list[slice]:
     return [slice(start, start + side) for start in starts]
 
 
+def tiling_cost(rows: int, columns: int, tiles: int) -> float:
+    """Work on the tiles of `rows` x `columns` and on the thinned-out picture, over untiled work."""
+    if tiles == 1:
+        return 1.0
+    covered = tiles**2 * tile_side(rows, tiles) * tile_side(columns, tiles)
+    return covered / (rows * columns) + 1 / tiles**2
+
+
 def decode_tiled(vae: SpatialVAE, z: mx.array, tiles: int) -> mx.array:
     """vae.decode(z), approximately, in `tiles` x `tiles` tiles; exact for one.
 

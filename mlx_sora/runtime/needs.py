@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from mlx_sora.models.stdit3_blocks import STDiT3Config
 from mlx_sora.models.vae import VAEConfig, chunk_plan
+from mlx_sora.models.vae_tiles import tiling_cost
 from mlx_sora.runtime import flops
 from mlx_sora.runtime.activations import (
     Mode,
@@ -287,9 +288,12 @@ def _decoding(model: Model, job: Job, mode: Mode) -> DecodingNeed:
     longest = max(chunk.frames for chunk in chunks)
     # A chunk's frames in float32: in batches, put together, and on their way to the file.
     frames = 3 * longest * FLOAT * 3 * width * height
+    # As if the first level, which is a small part, were in tiles as well.
+    each = tiling_cost(2 * rows, 2 * columns, job.tiles)
+    each *= flops.spatial_decoder_flops(config.spatial, rows, columns)
     operations = sum(
         flops.temporal_decoder_flops(config.temporal, chunk.latents, rows, columns)
-        + chunk.frames * flops.spatial_decoder_flops(config.spatial, rows, columns)
+        + int(chunk.frames * each)
         for chunk in chunks
     )
     return DecodingNeed(

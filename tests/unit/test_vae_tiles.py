@@ -77,28 +77,31 @@ def large(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> Pipeline:
     return pipe
 
 
-def plan_of(pipe: Pipeline, **more: object) -> GenerationRequest:
+def request_of(**more: object) -> GenerationRequest:
     options = {"prompt": PROMPT, "seed": 1, "resolution": "720p", "num_frames": 1}
     return GenerationRequest.from_dict({**options, **more})
 
 
 def test_tiles_need_less_memory_where_it_is_scarce(large: Pipeline) -> None:
-    needs = [large.plan(plan_of(large, vae_tiles=n)).smallest for n in (1, 2, 3, 4)]
+    plans = [large.plan(request_of(vae_tiles=n)) for n in (1, 2, 3, 4)]
+    needs = [plan.smallest for plan in plans]
     assert needs == sorted(needs, reverse=True)
     assert needs[1] < needs[0] / 2
+    work = [plan.stage("decode").flops for plan in plans]
+    assert work[0] < work[1] < 2 * work[0]
 
 
 def test_a_refusal_names_tiles_where_they_would_do_and_never_takes_them(large: Pipeline) -> None:
     with pytest.raises(MemoryBudgetError) as error:
-        large.plan(plan_of(large, memory_budget="3.3GB"))
+        large.plan(request_of(memory_budget="3.3GB"))
     assert "or --vae-tiles 2," in error.value.fix
-    plan = large.plan(plan_of(large, memory_budget="3.3GB", vae_tiles=2))
+    plan = large.plan(request_of(memory_budget="3.3GB", vae_tiles=2))
     assert plan.peak <= 3.3e9
     # Where guidance in two passes does alone, nothing approximate is named.
     with pytest.raises(MemoryBudgetError) as error:
-        large.plan(plan_of(large, resolution="480p", num_frames=204, memory_budget="5.2GB"))
+        large.plan(request_of(resolution="480p", num_frames=204, memory_budget="5.2GB"))
     assert "--vae-tiles" not in error.value.fix
     assert "--sequential-guidance" in error.value.fix
     with pytest.raises(MemoryBudgetError) as error:
-        large.plan(plan_of(large, num_frames=51, memory_budget="3.9GB"))
+        large.plan(request_of(num_frames=51, memory_budget="3.9GB"))
     assert "or --sequential-guidance --vae-tiles 2," in error.value.fix
