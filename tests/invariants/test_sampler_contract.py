@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from mlx_sora import GenerationRequest, Pipeline, Video
 from mlx_sora.runtime.events import Finished, StepFinished
 from mlx_sora.sampling import SAMPLERS
+from mlx_sora.video.writer import save_frames
 
 STEPS = 4
 SMALL = {"prompt": "a red circle", "seed": 3, "steps": STEPS, "num_frames": 17}
@@ -63,6 +66,18 @@ def test_all_stages_of_a_merged_step_are_merged(pipe: Pipeline) -> None:
     merged, video = made(pipe, "midpoint", tdtm="1")
     assert video.metadata["accelerations"]["tdtm"]["merged_steps"] == 1
     assert not np.array_equal(merged[0], made(pipe, "midpoint")[0][0])
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_a_given_frame_stays_and_the_others_see_it(
+    pipe: Pipeline, sampler: str, tmp_path: Path
+) -> None:
+    picture = save_frames(tmp_path / "a.png", np.full((1, 32, 32, 3), 200, np.uint8), 1)
+    given, plain = made(pipe, sampler, images=[str(picture)])[0], made(pipe, sampler)[0]
+    for latents in given:
+        assert np.array_equal(latents[:, 0], given[0][:, 0])
+    assert not np.array_equal(given[-1][:, 0], plain[-1][:, 0])
+    assert np.abs(given[-1][:, 1:] - plain[-1][:, 1:]).max() > 1e-3
 
 
 def test_samplers_differ(pipe: Pipeline) -> None:
