@@ -7,6 +7,7 @@ number of such steps; `python -m mlx_sora calibrate` makes it.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -37,11 +38,13 @@ class Table:
     about: Mapping[str, Any] = field(default_factory=dict)
 
     def write(self, path: Path) -> None:
-        """As JSON, a schedule a line."""
+        """As JSON, whole or not at all."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(asdict(self), indent=1)
+        # Lists of numbers on one line each: they are read by people, too.
+        text = re.sub(r"\n +(\d+,?)(?=\n)", r" \1", json.dumps(asdict(self), indent=1))
+        text = re.sub(r"\[ (.*)\n +\]", r"[\1]", text)
         part = path.with_name(f".{path.name}")
-        part.write_text(_compact(text) + "\n", encoding="utf-8")
+        part.write_text(text + "\n", encoding="utf-8")
         part.replace(path)
 
 
@@ -102,18 +105,3 @@ def read_table(path: Path) -> Table:
 def _show(key: tuple[int, int, int, int]) -> str:
     steps, width, height, frames = key
     return f"{steps} steps at {width}x{height}, {frames} frames"
-
-
-def _compact(text: str) -> str:
-    """JSON with lists of numbers on one line each."""
-    lines: list[str] = []
-    for line in text.splitlines():
-        if lines and (lines[-1].endswith("[") or _in_list(lines[-1])):
-            lines[-1] += ("" if lines[-1].endswith("[") else " ") + line.strip()
-        else:
-            lines.append(line)
-    return "\n".join(lines)
-
-
-def _in_list(line: str) -> bool:
-    return "[" in line and "]" not in line

@@ -14,11 +14,11 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 
 from mlx_sora import __version__
-from mlx_sora.cli import bench, convert, doctor, download, edit, generate, info
+from mlx_sora.cli import bench, calibrate, convert, doctor, download, edit, generate, info
 from mlx_sora.cli.flags import Parser, parse_args
 from mlx_sora.errors import MlxSoraError
 
-COMMANDS = (generate, edit, download, convert, doctor, info, bench)
+COMMANDS = (generate, edit, download, convert, doctor, info, bench, calibrate)
 
 INTERRUPTED = 130
 

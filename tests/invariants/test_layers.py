@@ -16,7 +16,7 @@ LAYERS = (
     ("loading", "sampling", "text", "video"),
     ("accel",),
     ("media", "given", "settings", "run", "lifetimes", "stages"),
-    ("pipeline", "editing", "batch"),
+    ("pipeline", "editing", "batch", "calibration"),
     ("cli", "__main__"),
 )
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}

@@ -1,0 +1,89 @@
+"""`calibrate`: which steps the step cache is to compute, searched on the model itself."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from mlx_sora.cli.bars import Bars
+from mlx_sora.cli.flags import add_request_flags, explicit_options
+from mlx_sora.request import options
+
+#: Options of a request that a table is for, or that finding it needs.
+_OWN = (
+    *("model", "steps", "guidance", "resolution", "aspect_ratio", "width", "height"),
+    *("num_frames", "fps", "dtype", "memory_budget", "device_profile", "ci_dl"),
+)
+
+
+def add_parser(commands: Any) -> None:
+    """Register the command."""
+    parser = commands.add_parser(
+        "calibrate",
+        help="search schedules for --step-cache table:N",
+        description="Search in which steps the blocks of a model are best run, on a few prompts, "
+        "for every number of such steps: one small JSON file per number of steps and size, beside "
+        "the model, which --step-cache table:N reads. Takes little longer than the exact videos.",
+    )
+    parser.add_argument(
+        "--prompt",
+        "-p",
+        action="append",
+        required=True,
+        dest="prompts",
+        metavar="TEXT",
+        help="a prompt to search on; can be repeated, three or more are better than one",
+    )
+    parser.add_argument(
+        "--reach",
+        type=int,
+        default=20,
+        metavar="N",
+        help="steps a sum may stand for, at most (default 20)",
+    )
+    parser.add_argument(
+        "--output",
+        "-o",
+        type=Path,
+        dest="table",
+        metavar="FILE",
+        help="default: in the model's folder",
+    )
+    add_request_flags(parser, without=options().keys() - set(_OWN))
+    parser.add_argument("--quiet", action="store_true", help="print nothing but the path")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Search, write the table, print its path."""
+    from mlx_sora.accel.schedules import table_path
+    from mlx_sora.calibration import calibrate, requests_for
+    from mlx_sora.errors import UsageError
+    from mlx_sora.pipeline import Pipeline
+
+    if not 1 <= args.reach <= 100:
+        raise UsageError(f"--reach {args.reach} is out of range.", "Give 1 to 100.")
+    requests = requests_for(args.prompts, explicit_options(args))
+    for request in requests:
+        request.validate()
+    pipe = Pipeline.from_pretrained(requests[0].model, dtype=requests[0].dtype)
+    bars = Bars(quiet=args.quiet)
+    try:
+        table = calibrate(
+            pipe,
+            requests,
+            args.reach,
+            lambda done: bars.note(f"{done} of {len(requests)} prompts"),
+        )
+    finally:
+        bars.close()
+    size = (table.width, table.height, table.num_frames)
+    path = args.table or table_path(pipe.model.path, table.steps, size)
+    try:
+        table.write(path)
+    except OSError as error:
+        raise UsageError(f"Cannot write {path}: {error.strerror}.", "Give --output FILE.") from None
+    print(path)
+    return 0

@@ -1,0 +1,140 @@
+"""Guidance that spares the half without prompt: when, what stands for it, and how it is counted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import mlx.core as mx
+import pytest
+
+from mlx_sora.accel import Accelerations, guidance_cache, guidance_interval
+from mlx_sora.accel.base import Job
+from mlx_sora.accel.guidance_cache import GuidanceCache, _split
+from mlx_sora.errors import UsageError
+from mlx_sora.modes import GUIDANCE_CACHE, GUIDANCE_INTERVAL
+from mlx_sora.sampling.base import Step
+from mlx_sora.sampling.guidance import guided
+from tests.unit.sampling.flows import latents
+from tests.unit.sampling.test_guidance import NULL, Recorder, null_text
+
+JOB = Job(12, 1, 3, times=tuple(1000.0 - 80 * i for i in range(12)))
+TEXT = [latents(3, (5, 6))]
+Z = latents(0, (1, 3, 4, 6, 2))
+
+
+def cache(text: str, job: Job = JOB) -> GuidanceCache:
+    return guidance_cache.start(GUIDANCE_CACHE.read(text), job)
+
+
+def step(index: int, fresh: mx.array | None = None) -> Step:
+    t = mx.array([1000.0 - 80 * index])
+    return Step(index, 12, t, t - 80.0, None, fresh)
+
+
+@pytest.mark.parametrize(
+    ("text", "full"),
+    [
+        ("every:3", [0, 1, 2, 3, 6, 9]),
+        ("every:5", [0, 1, 2, 3, 8]),
+        ("every:2,after=0.75", [0, 1, 2, 3, 4, 5, 6, 7, 8, 10]),
+        ("every:4,after=0", [0, 4, 8]),
+        ("every:1", [*range(12)]),
+    ],
+)
+def test_the_schedule_is_as_printed(text: str, full: list[int]) -> None:
+    assert sorted(cache(text).alone) == [i for i in range(12) if i not in full]
+
+
+def test_full_steps_are_those_that_run_blocks_and_have_guidance() -> None:
+    part = cache("every:3,after=0", replace(JOB, skipped=frozenset({3, 4, 9})))
+    assert sorted(set(range(12)) - part.alone) == [0, 5, 8, 11]
+    part = cache("every:3,after=0", replace(JOB, alone=frozenset({0, 1, 6})))
+    assert sorted(set(range(12)) - part.alone - {0, 1, 6}) == [2, 5, 8, 11]
+
+
+def run(part: Accelerations, seen: Recorder, sequential: bool = False) -> list[mx.array]:
+    """Guided velocities of all steps; the flow stands still, so that only guidance changes."""
+    velocity = guided(seen.bind, TEXT, null_text, 4.0, sequential=sequential, policy=part.guidance)
+    return [velocity(Z, step(i).t, step(i)) for i in range(12)]
+
+
+@pytest.mark.parametrize("sequential", [False, True])
+def test_the_difference_stands_for_the_half(sequential: bool) -> None:
+    """A made-up network whose halves differ by the same in every step: nothing is lost."""
+    plain, seen = Recorder(), Recorder()
+    exact = run(Accelerations({}, JOB), plain, sequential)
+    part = Accelerations({"guidance_cache": "every:4,after=0"}, JOB)
+    found = run(part, seen, sequential)
+    assert all(mx.allclose(a, b, atol=1e-5) for a, b in zip(exact, found, strict=True))
+    both = [1, 1] if sequential else [2]
+    assert seen.batches == [*both, 1, 1, 1] * 3
+    assert part.record() == {"guidance_cache": {"guided": 12, "halves_saved": 9}}
+    assert "in 3 of 12 evaluations" in part.summaries()[0]
+
+
+def test_low_and_high_frequencies() -> None:
+    x = latents(7, (1, 2, 10, 15, 3))
+    low, high = _split(x)
+    assert mx.allclose(low + high, x, atol=1e-6)
+    flat = mx.ones((1, 1, 10, 10, 1))
+    assert mx.allclose(_split(flat)[0], flat, atol=1e-6)
+    rows = mx.arange(10)[None, None, :, None, None]
+    for waves, is_low in ((1, True), (2, True), (3, False), (5, False)):
+        wave = mx.broadcast_to(mx.cos(2 * mx.pi * waves * rows / 10), flat.shape)
+        part = _split(wave)[0 if is_low else 1]
+        assert mx.allclose(part, wave, atol=1e-5), waves
+
+
+def test_boost_weighs_low_frequencies_first_and_high_ones_last() -> None:
+    part = cache("every:12,after=0,boost=3")
+    with_prompt, without = latents(1, Z.shape), latents(2, Z.shape)
+    low, high = _split(without - with_prompt)
+    assert part.instead(step(0)) is None
+    part.computed(step(0), (with_prompt, without))
+    for index, expected in ((1, 3 * low + high), (8, 3 * low + 3 * high), (11, low + 3 * high)):
+        make = part.instead(step(index))
+        assert make is not None
+        assert mx.allclose(make(with_prompt), with_prompt + expected, atol=1e-5)
+
+
+def test_frames_that_begin_to_move_have_both_halves_run() -> None:
+    part = cache("every:12,after=0")
+    assert part.instead(step(1)) is None  # nothing is known yet
+    part.computed(step(1), (Z, Z))
+    assert part.instead(step(2)) is not None
+    assert part.instead(step(3, mx.array([[True, False, False]]))) is None
+
+
+def test_outside_the_interval_there_is_no_guidance() -> None:
+    part = Accelerations({"guidance_interval": "500,840"}, JOB)
+    assert sorted(set(range(12)) - part.alone) == [2, 3, 4, 5, 6]
+    found, plain = run(part, Recorder()), run(Accelerations({}, JOB), Recorder())
+    alone = guided(Recorder().bind, TEXT, null_text, 1.0)
+    for i in range(12):
+        expected = plain[i] if 2 <= i <= 6 else alone(Z, step(i).t, step(i))
+        assert mx.array_equal(found[i], expected)
+
+
+def test_an_empty_interval_is_refused_and_one_without_steps_warned_of() -> None:
+    with pytest.raises(UsageError, match="lower flow time first"):
+        guidance_interval.start(GUIDANCE_INTERVAL.read("900,200"), JOB)
+    part = guidance_interval.start(GUIDANCE_INTERVAL.read("3,4"), JOB)
+    assert "no step" in part.warnings[0]
+
+
+def test_both_compose_the_interval_first() -> None:
+    modes = {"guidance_interval": "500,840", "guidance_cache": "every:3,after=0"}
+    part, seen = Accelerations(modes, JOB), Recorder()
+    run(part, seen)
+    assert seen.batches == [1, 1, 2, 1, 1, 2, 1, 1, 1, 1, 1, 1]
+
+
+def test_what_the_null_text_is_has_no_part_in_it() -> None:
+    make: Callable[[int], mx.array] = lambda n: NULL[:n]  # noqa: E731
+    policy = Accelerations({"guidance_cache": "every:3,after=0"}, JOB).guidance
+    seen = Recorder()
+    velocity = guided(seen.bind, TEXT, make, 4.0, policy=policy)
+    for i in range(4):
+        velocity(Z, step(i).t, step(i))
+    assert [(p.first, p.total) for p in seen.parts] == [(0, 2), (0, 1)]
