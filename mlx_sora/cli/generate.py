@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import sys
 from collections.abc import Sequence
 from contextlib import closing
@@ -24,12 +25,14 @@ from mlx_sora.errors import UsageError
 from mlx_sora.geometry import parse_frames
 from mlx_sora.request import GenerationRequest
 from mlx_sora.runtime.events import RequestFailed
-from mlx_sora.video.metadata import read_metadata, replay_options
+from mlx_sora.video.metadata import changed_media, read_metadata, replay_options
 from mlx_sora.video.output import DEFAULT_OUTPUT, check_output, fill_template, output_path
 
 if TYPE_CHECKING:
     from mlx_sora.pipeline import Pipeline
     from mlx_sora.runtime.planner import Plan
+
+log = logging.getLogger(__name__)
 
 
 def add_parser(commands: Any) -> None:
@@ -128,7 +131,10 @@ def plan_requests(args: argparse.Namespace) -> Batch:
     recorded = None
     if args.config_from_metadata is not None:
         source = args.config_from_metadata
-        recorded = replay_options(read_metadata(source), source)
+        record = read_metadata(source)
+        recorded = replay_options(record, source)
+        for path in changed_media(record):
+            log.warning("%s is not the file that %s was made with", path, source)
     typed = explicit_options(args)
     if args.prompt_file is not None:
         if "prompt" in typed:

@@ -97,6 +97,21 @@ def replay_options(record: Mapping[str, Any], source: str | Path = "the record")
     return chosen
 
 
+def changed_media(record: Mapping[str, Any]) -> list[str]:
+    """Pictures and videos that the recorded run was given and that have another content now."""
+    from mlx_sora.loading.provenance import sha256
+
+    settings = record.get("settings")
+    media = settings.get("media", []) if isinstance(settings, dict) else []
+    known = [item for item in media if isinstance(item, dict) and "path" in item]
+    return [
+        str(item["path"])
+        for item in known
+        if Path(str(item["path"])).is_file()
+        and sha256(Path(str(item["path"]))) != item.get("sha256")
+    ]
+
+
 def _parse(text: str | None, path: Path) -> dict[str, Any]:
     if not text:
         raise UsageError(f"{path} carries no metadata of mlx_sora.", "Give a file it wrote.")

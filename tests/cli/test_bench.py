@@ -242,6 +242,7 @@ def test_an_interrupt_leaves_nothing(folder: Path, number: signal.Signals) -> No
         {"prompt": "--a 'b' =c"},
         {"prompt": "a", "steps": 3, "guidance": 2.5, "sequential_guidance": True},
         {"prompt": "a", "embed_metadata": False, "num_frames": "2s", "aspect_ratio": "16:9"},
+        {"prompt": "a", "images": [["a.png"], ["b.png", "-1", "0.5"]]},
     ],
     ids=str,
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -12,7 +13,12 @@ from PIL import Image
 from mlx_sora.errors import UsageError
 from mlx_sora.request import GenerationRequest
 from mlx_sora.video import Video
-from mlx_sora.video.metadata import build_metadata, read_metadata, replay_options
+from mlx_sora.video.metadata import (
+    build_metadata,
+    changed_media,
+    read_metadata,
+    replay_options,
+)
 from mlx_sora.video.writer import save_frames
 
 SETTINGS = {
@@ -156,3 +162,14 @@ def test_a_written_video_can_be_copied_but_not_converted(tmp_path: Path) -> None
         video.save(tmp_path / "b.mp4")
     with pytest.raises(UsageError, match="were not kept"):
         video.save(tmp_path / "b.gif")
+
+
+def test_media_that_have_changed_are_named(tmp_path: Path) -> None:
+    same, other = tmp_path / "same.png", tmp_path / "other.png"
+    same.write_bytes(b"a")
+    other.write_bytes(b"b")
+    checksum = hashlib.sha256(b"a").hexdigest()
+    paths = (same, other, tmp_path / "gone.png")
+    media = [{"path": str(path), "sha256": checksum} for path in paths]
+    assert changed_media({"settings": {"media": media}}) == [str(other)]
+    assert changed_media({"settings": {"media": [3]}}) == changed_media({}) == []

@@ -218,6 +218,17 @@ def test_a_folder_and_a_sound_are_no_video(tmp_path: Path) -> None:
         read_video(tmp_path / "c.mp4")
 
 
+@pytest.mark.parametrize("name", ["a.avi", "a.mkv"])
+def test_a_video_without_frames_is_refused(tmp_path: Path, name: str) -> None:
+    with av.open(str(tmp_path / name), "w") as container:
+        stream = container.add_stream("mpeg4", rate=24)
+        stream.width, stream.height, stream.pix_fmt = 32, 16, "yuv420p"  # type: ignore[attr-defined]
+        container.start_encoding()
+    with pytest.raises(UsageError, match=f"{name}.*frames|Cannot read .*{name}") as error:
+        read_video(tmp_path / name)
+    assert "\n" not in str(error.value)
+
+
 def test_a_variable_rate_is_refused_with_its_intervals(tmp_path: Path) -> None:
     path = write_timed(tmp_path / "a.mp4", [0, 4, 8, 12, 40, 44, 48])
     with pytest.raises(UsageError, match="variable frame rate.* 280 ms"):

@@ -1,0 +1,19 @@
+"""A video that goes on, and what came before it: python examples/continue_video.py"""
+
+from mlx_sora import Pipeline
+
+pipe = Pipeline.from_pretrained("shapes")
+prompt = "a green triangle growing on a navy background"
+pipe(prompt, seed=3, steps=10, output="clip.mp4", overwrite=True)
+
+for side, name in (("before", "after-it.mp4"), ("after", "before-it.mp4")):
+    video = pipe(
+        prompt,
+        videos=[("clip.mp4", side)],
+        num_frames=34,
+        seed=4,
+        steps=10,
+        output=name,
+        overwrite=True,
+    )
+    print(f"{video.path}: {video.num_frames} frames, 17 of them from clip.mp4")
