@@ -70,7 +70,7 @@ class Made:
     """One video and what it cost: seconds of its steps and of the stage, MLX's peak in bytes."""
 
     frames: np.ndarray
-    evaluations: int
+    evaluations: float
     seconds: float
     stage_seconds: float
     memory: int
@@ -80,7 +80,7 @@ class Made:
 class Tally:
     """What is gathered of one row, a value per prompt."""
 
-    evaluations: list[int] = field(default_factory=list)
+    evaluations: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
     stage_seconds: list[float] = field(default_factory=list)
     ratios: list[float] = field(default_factory=list)
@@ -189,9 +189,13 @@ def add(tally: Tally, made: Made, exact: Made) -> None:
     tally.readings.append(read_video(made.frames))
 
 
-def table(tallies: Mapping[str, Tally], options: argparse.Namespace) -> list[Row]:
+def table(
+    tallies: Mapping[str, Tally],
+    options: argparse.Namespace,
+    modes: Mapping[str, Mapping[str, Any]],
+) -> list[Row]:
+    """What was gathered of each row, put together. modes: row → options of the request."""
     truths = world.split()[1][: options.prompts]
-    modes = rows_for(options.steps, options.budget)
     return [
         Row(
             row=name,
@@ -252,13 +256,15 @@ def plot(rows: list[Row], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-    for row in rows:
+    colors = mpl.colormaps["tab20"]
+    for index, row in enumerate(rows):
+        mark = {"marker": "os^D"[index % 4], "color": colors(index), "linestyle": "none"}
         if row.psnr is not None:
-            left.plot(row.speed, row.psnr, "o", label=row.row)
-        right.plot(row.speed, 100 * row.adherence["all"], "o", label=row.row)
+            left.plot(row.speed, row.psnr, **mark)
+        right.plot(row.speed, 100 * row.adherence["all"], label=row.row, **mark)
     left.set(xlabel="speed of the steps, × exact", ylabel="PSNR to exact, dB")
     right.set(xlabel="speed of the steps, × exact", ylabel="videos right in all, %")
-    right.legend(fontsize=7)
+    figure.legend(loc="outside right center", fontsize=7)
     figure.savefig(path, dpi=130)
 
 
@@ -278,7 +284,7 @@ def main() -> None:
     options = arguments()
     if options.budget is None:
         options.budget = tight_budget(options)
-    rows = table(gather(options), options)
+    rows = table(gather(options), options, rows_for(options.steps, options.budget))
     print(show(rows))
     names = ("model", "prompts", "frames", "steps", "budget")
     setting = {name: getattr(options, name) for name in names}
