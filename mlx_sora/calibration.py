@@ -180,8 +180,8 @@ def _segments(
     """Error of every segment: how far it leads off, as a share of the whole path's length."""
     length = _rms(sum((made.v * made.step.dt for made in path), mx.zeros(1)))
     for now in range(len(path)):
-        befores = range(max(0, now - reach), now) if order and now else (now,)
-        for before in befores:
+        earlier = range(max(0, now - reach), now) if order and now else (now,)
+        for before in earlier:
             off = mx.zeros_like(path[0].z)
             yield (before, now, now + 1), 0.0
             for then in range(now + 1, min(now + reach, len(path))):

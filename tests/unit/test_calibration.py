@@ -34,9 +34,9 @@ def test_no_schedule_is_better(order: int) -> None:
     steps, errors = 7, curved(7, order)
 
     def cost(way: tuple[int, ...]) -> float:
-        befores = (way[0], *way) if order else way
+        earlier = (way[0], *way) if order else way
         ends = (*way[1:], steps)
-        return sum(errors[key] for key in zip(befores, way, ends, strict=False))
+        return sum(errors[key] for key in zip(earlier, way, ends, strict=False))
 
     found = dict(schedules(errors, steps, order))
     assert list(found) == [*range(1, steps)]
