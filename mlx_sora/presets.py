@@ -27,8 +27,8 @@ _EXACT = dict.fromkeys(("lpl", "tdtm", "step_cache", "guidance_interval", "guida
 
 PRESETS = {
     "exact": Preset(_EXACT, "no approximation"),
-    "balanced": Preset(_EXACT | {"step_cache": "every:3"}, "2x"),
-    "fast": Preset(_EXACT | {"step_cache": "every:6"}, "3.5x"),
+    "balanced": Preset(_EXACT | {"step_cache": "online"}, "2x"),
+    "fast": Preset(_EXACT | {"lpl": "t:220", "step_cache": "every:4,warmup=3"}, "3.5x"),
     "tiny-ram": Preset(
         _EXACT | {"sequential_guidance": True, "ci_dl": True},
         "exact, one block and one half of guidance in memory at a time",

@@ -220,7 +220,7 @@ def _denoising(model: Model, job: Job, mode: Mode) -> BlocksNeed:
     config, guided = model.transformer, 2 if job.guided else 1
     grid = Grid.of(config, job.geometry.latent, job.batch, job.text_tokens)
     everyone = replace(grid, batch=guided)
-    one, streams = replace(grid, batch=1), _streams(config, everyone, job)
+    one, streams = replace(grid, batch=1), int(job.streams * stream_bytes(config, everyone))
     alone = any(kind.alone for kind, _ in job.spared)
     operations = sum(
         count * _evaluation(config, one if kind.alone else everyone, kind)
@@ -260,9 +260,9 @@ def _evaluation(config: STDiT3Config, grid: Grid, kind: Kind) -> int:
     return flops.transformer_flops(config, grid, merged=kind.merged)
 
 
-def _streams(config: STDiT3Config, everyone: Grid, job: Job) -> int:
-    """Bytes of the residual streams that are kept."""
-    return int(job.streams * FLOAT * everyone.size * config.hidden_size)
+def stream_bytes(config: STDiT3Config, grid: Grid) -> int:
+    """The residual stream of all tokens."""
+    return FLOAT * grid.size * config.hidden_size
 
 
 def _later(config: STDiT3Config, grid: Grid, job: Job, mode: Mode) -> int:
@@ -272,7 +272,7 @@ def _later(config: STDiT3Config, grid: Grid, job: Job, mode: Mode) -> int:
         wider = transformer_work(config, grid, mode) - transformer_work(config, first, mode)
         return job.kept + keys_values(config, last, mode) + wider
     everyone, one = replace(grid, batch=2 if job.guided else 1), replace(grid, batch=1)
-    streams = _streams(config, everyone, job)
+    streams = int(job.streams * stream_bytes(config, everyone))
     # The pass without prompt has keys and values of its own, and so has that with prompt alone.
     if job.guided and job.sequential:
         streams += keys_values(config, one, mode)

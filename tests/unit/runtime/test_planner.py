@@ -21,6 +21,7 @@ from mlx_sora.runtime.planner import (
     Machine,
     Model,
     Plan,
+    StagePlan,
     Weights,
     make_plan,
     within,
@@ -162,6 +163,31 @@ def test_merged_steps_cost_less() -> None:
     every = make_plan(XL, job(spared=((Kind(merged=True), 30),)), CPU).stage("denoise").flops
     assert plain - some == pytest.approx(some - every)
     assert 1.2 < plain / every < 1.45
+
+
+def test_what_evaluations_leave_out_is_not_counted() -> None:
+    def stage(*spared: tuple[Kind, int], **more: object) -> StagePlan:
+        return make_plan(XL, job(spared=spared, **more), CPU, streamed=True).stage("denoise")
+
+    skipped, alone = Kind(skipped=True), Kind(alone=True)
+    exact, half = stage(), stage((skipped, 15))
+    blocks = XL.transformer_weights.stored_blocks
+    assert exact.read - half.read == pytest.approx(15 * blocks, rel=0.01)
+    assert 1.98 < exact.flops / half.flops < 2.0
+    spared = stage((alone, 20))
+    assert spared.read == exact.read
+    assert spared.flops == pytest.approx(exact.flops * 40 / 60, rel=0.01)
+    apart = stage((alone, 20), sequential=True)
+    assert stage(sequential=True).read - apart.read == pytest.approx(20 * blocks, rel=0.01)
+
+
+def test_what_a_cache_keeps_is_counted() -> None:
+    plain = make_plan(XL, job(), CPU).stage("denoise")
+    cached = make_plan(XL, job(streams=1.5), CPU).stage("denoise")
+    tensor = 4 * 2 * 15 * (15 * 27) * 1152
+    assert cached.peak - plain.peak == int(1.5 * tensor)
+    assert cached.reserve - plain.reserve == int(1.5 * tensor)
+    assert make_plan(XL, job(streams=1.5), CPU).smallest >= make_plan(XL, job(), CPU).smallest
 
 
 def test_casting_while_loading_takes_more() -> None:
