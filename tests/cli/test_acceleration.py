@@ -23,6 +23,12 @@ from tests.cli.fakes import FakePipeline
         ("--lpl adaptive:tolerence=2", "tolerance=0.0001"),
         ("--tdtm most", "off, all or STEPS"),
         ("--tdtm -1", "--tdtm"),
+        ("--step-cache every", "every:EACH[,warmup=6,order=0]"),
+        ("--step-cache every:3,order=2", "a whole number from 0 to 1 as order"),
+        ("--step-cache table:8,fil=x", "table:COMPUTED[,order=0,file=FILE]"),
+        ("--guidance-cache 5", "every:EACH[,after=0.333,boost=1]"),
+        ("--guidance-interval 200", "off or LOW,HIGH"),
+        ("--preset slow", "'exact', 'balanced', 'fast', 'tiny-ram'"),
     ],
 )
 def test_wrong_modes_are_told_the_valid_ones(

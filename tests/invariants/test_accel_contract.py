@@ -142,3 +142,54 @@ def test_a_file_replays_its_accelerations(pipe: Pipeline, tmp_path: Path) -> Non
     again = video(finished(pipe, **options))
     assert again.metadata["accelerations"] == made.metadata["accelerations"]
     assert np.array_equal(again.frames, video(finished(pipe, **modes)).frames)
+
+
+def test_a_step_without_blocks_reads_none_of_them(pipe: Pipeline) -> None:
+    modes = {"step_cache": "every:3,warmup=1", "guidance_cache": "every:2,after=0"}
+    resident = latents(pipe, **modes)
+    assert latents(pipe, **modes, ci_dl=True) == resident
+    depth = pipe.model.config("transformer")["depth"]
+    read = {}
+    for name, more in (("exact", {}), ("cached", modes)):
+        record = video(finished(pipe, **more, ci_dl=True)).metadata["accelerations"]
+        read[name] = record["ci_dl"]["denoise"]
+    assert (read["exact"]["loads"], read["cached"]["loads"]) == (STEPS * depth, 2 * depth)
+    assert read["cached"]["bytes_read"] / read["exact"]["bytes_read"] == 2 / STEPS
+
+
+@pytest.mark.parametrize("sampler", ["midpoint", "ab2"])
+def test_caches_go_with_every_sampler_and_guidance_in_two_passes(
+    pipe: Pipeline, sampler: str
+) -> None:
+    modes = {"step_cache": "every:2,warmup=1,order=1", "guidance_cache": "every:2,after=0"}
+    common = {**modes, "sampler": sampler, "steps": 3}
+    together = video(finished(pipe, **common))
+    apart = video(finished(pipe, **common, sequential_guidance=True))
+    evaluations = 6 if sampler == "midpoint" else 3
+    done = together.metadata["accelerations"]
+    assert done["step_cache"]["computed"] == [0, 2]
+    assert done["step_cache"]["evaluations"] == evaluations
+    assert done["guidance_cache"] == {"guided": evaluations, "halves_saved": evaluations // 3}
+    assert apart.metadata["accelerations"] == done
+    assert together.frames is not None
+    assert apart.frames is not None
+    assert abs(together.frames.astype(int) - apart.frames).max() <= 1
+
+
+def test_without_guidance_a_step_cache_still_saves(pipe: Pipeline) -> None:
+    made = video(finished(pipe, step_cache="every:2,warmup=1", guidance=1))
+    assert made.metadata["accelerations"]["step_cache"]["evaluations_saved"] == 2
+
+
+def test_given_frames_that_begin_to_move_have_the_blocks_run(
+    pipe: Pipeline, tmp_path: Path
+) -> None:
+    """A picture of strength 0.5 waits for its turn: the step in which it starts is computed."""
+    from PIL import Image
+
+    Image.new("RGB", (32, 32), "red").save(tmp_path / "a.png")
+    given = {"images": [[str(tmp_path / "a.png"), 0, 0.9]], "step_cache": "every:9,warmup=1"}
+    made = video(finished(pipe, **given))
+    computed = made.metadata["accelerations"]["step_cache"]["computed"]
+    assert computed[0] == 0
+    assert len(computed) == 2

@@ -1,0 +1,242 @@
+"""Speed against quality of every acceleration and of combinations, and the front they make.
+
+    python -m benchmarks.pareto [--prompts 24] [--only WORD] [--json FILE] [--plot FILE]
+
+Runs the bundled model on held-out prompts, one seed each, every row on the same ones and in turn.
+Evaluations are counted as the blocks run: both halves of guidance in all blocks are one. Seconds of
+the steps are the processor's, which others on the machine disturb less than a clock; those of the
+stage, which also reads the weights, are a clock's. Speeds are medians of ratios to exact, prompt by
+prompt; PSNR and SSIM compare with the exact video of the same seed; adherence is the share of
+videos that show all that was asked. On the front are the rows that no other beats in both speed and
+PSNR. --redraw measures nothing: it draws the figures of the file again, with today's presets.
+Needs `pip install -e ".[bench]"`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from benchmarks.common import RESULTS, write_json
+from benchmarks.ondevice import EXACT, Made, Row, Tally, add, make, show, table
+from benchmarks.shapes import world
+from mlx_sora import GenerationRequest, Pipeline
+from mlx_sora.accel import ACCELERATIONS, OFF
+from mlx_sora.models.stdit3_blocks import STDiT3Block
+from mlx_sora.presets import PRESETS
+from mlx_sora.sampling import loop
+
+#: Steps of a run, for which the bundled model has a table.
+STEPS = 30
+
+
+#: Technique → modes that are run alone.
+ALONE = {
+    "lpl": ("fixed:15", "fixed:10", "fixed:6", "t:660"),
+    "step_cache": (
+        *("every:3", "every:4", "every:4,order=1", "every:6", "every:6,order=1"),
+        *("every:4,warmup=3", "every:6,warmup=3", "every:6,warmup=3,order=1", "every:10,warmup=3"),
+        *(f"table:{n}" for n in (12, 10, 8, 7, 6, 5, 4)),
+        *(f"table:{n},order=1" for n in (12, 10, 8, 6)),
+        *("online", "online:order=1", "online:threshold=0.35", "online:threshold=0.35,warmup=3"),
+    ),
+    "guidance_cache": ("every:5", "every:5,boost=1.15"),
+    "guidance_interval": ("100,1000", "300,1000", "0,900"),
+}
+TOGETHER: tuple[dict[str, str], ...] = (
+    {"lpl": "fixed:15", "guidance_cache": "every:5"},
+    {"lpl": "t:220", "step_cache": "every:4,warmup=3"},
+    {"lpl": "t:220", "step_cache": "online:threshold=0.35,warmup=3"},
+    {"tdtm": "3", "step_cache": "every:4,warmup=3"},
+    {"step_cache": "every:4", "guidance_cache": "every:5"},
+    {"step_cache": "online", "guidance_cache": "every:5"},
+    {"step_cache": "table:8", "guidance_cache": "every:5,after=0.1"},
+    {"step_cache": "every:4", "guidance_interval": "100,1000"},
+)
+
+
+def rows() -> dict[str, dict[str, Any]]:
+    """Row → options of the request."""
+    alone = [{name: mode} for name, modes in ALONE.items() for mode in modes]
+    presets = [_short(preset.values) for preset in PRESETS.values()]
+    found = {_name(options): options for options in [*alone, *TOGETHER, *presets]}
+    return {EXACT: {}, **{name: options for name, options in found.items() if name}}
+
+
+def _short(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a preset, the techniques that are on: what else it says does not change the video."""
+    return {k: v for k, v in values.items() if k in ACCELERATIONS and v != OFF}
+
+
+def _name(options: Mapping[str, Any]) -> str:
+    return " + ".join(f"{name} {mode}" for name, mode in options.items())
+
+
+@dataclass
+class Counter:
+    """Samples that went through blocks, all blocks of the network."""
+
+    samples: int = 0
+    blocks: int = 0
+
+    def evaluations(self) -> float:
+        """As many as there would be with both halves in every block."""
+        return self.samples / (2 * self.blocks)
+
+
+@contextmanager
+def counted(blocks: int) -> Iterator[Counter]:
+    """Counts what goes through blocks inside."""
+    counter, plain = Counter(blocks=blocks), STDiT3Block.__call__
+
+    def call(self: STDiT3Block, x: Any, *rest: Any) -> Any:
+        counter.samples += len(x)
+        return plain(self, x, *rest)
+
+    STDiT3Block.__call__ = call  # type: ignore[method-assign]
+    try:
+        yield counter
+    finally:
+        STDiT3Block.__call__ = plain  # type: ignore[method-assign]
+
+
+@contextmanager
+def by_processor() -> Iterator[None]:
+    """Steps are timed in processor seconds inside."""
+    clock = loop.time
+    loop.time = SimpleNamespace(perf_counter=clock.process_time)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        loop.time = clock
+
+
+def gather(
+    options: argparse.Namespace, modes: Mapping[str, Mapping[str, Any]]
+) -> Iterator[dict[str, Tally]]:
+    """Every row on every prompt, told after each; the order of the rows turns, for fair times."""
+    pipe = Pipeline.from_pretrained(options.model)
+    blocks = 2 * int(pipe.model.config("transformer")["depth"])
+    tallies, names = {name: Tally() for name in modes}, list(modes)
+    for seed, truth in enumerate(world.split()[1][: options.prompts]):
+        common = {"prompt": world.caption(truth), "seed": seed, "steps": STEPS, "num_frames": 17}
+        made: dict[str, Made] = {}
+        if seed == 0:
+            make(pipe, GenerationRequest.from_dict(common))
+        for name in names[seed % len(names) :] + names[: seed % len(names)]:
+            with by_processor(), counted(blocks) as counter:
+                one = make(pipe, GenerationRequest.from_dict({**common, **modes[name]}))
+            made[name] = replace(one, evaluations=counter.evaluations())
+        for name, tally in tallies.items():
+            add(tally, made[name], made[EXACT])
+        yield tallies
+
+
+def front(found: list[Row]) -> list[str]:
+    """Rows that no other beats in both speed and PSNR; exact first, then by speed."""
+    best, names = float("-inf"), []
+    for row in sorted(found, key=lambda row: -row.speed):
+        if row.psnr is None or row.psnr > best:
+            names.append(row.row)
+            best = float("inf") if row.psnr is None else row.psnr
+    return names[::-1]
+
+
+#: Marks of the plot, by what a row is made of.
+MARKS = {"lpl": "o", "tdtm": "v", "step_cache every": "s", "step_cache table": "*"}
+MARKS |= {"step_cache online": "D", "guidance": "P", "": "x"}
+
+
+def plot(found: list[Row], path: Path) -> None:
+    """PSNR to exact, and adherence, against speed; the front as a line."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 5), layout="constrained")
+    ahead = set(front(found))
+    for kind, mark in MARKS.items():
+        own = [row for row in found if row.psnr is not None and _kind(row.row) == kind]
+        label = kind or "combinations"
+        speeds = [row.speed for row in own]
+        left.plot(speeds, [row.psnr for row in own], mark, ms=6, label=label)
+        right.plot(speeds, [100 * row.adherence["all"] for row in own], mark, ms=6, label=label)
+    line = sorted((row.speed, row.psnr) for row in found if row.row in ahead and row.psnr)
+    left.plot(*zip(*line, strict=True), "-", color="0.6", zorder=0, label="front")
+    for name, preset in PRESETS.items():
+        for row in found:
+            if row.row == _name(_short(preset.values)) and row.psnr is not None:
+                at = (row.speed, row.psnr)
+                left.annotate(name, at, xytext=(6, 6), textcoords="offset points", fontsize=9)
+    left.axhline(30, color="0.8", lw=0.8)
+    left.set(xlabel="speed of the steps, × exact", ylabel="PSNR to exact, dB")
+    right.set(xlabel="speed of the steps, × exact", ylabel="videos right in all, %")
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+    left.legend(fontsize=8)
+    figure.savefig(path, dpi=130)
+
+
+def _kind(name: str) -> str:
+    """Which of MARKS a row has."""
+    return next(
+        (kind for kind in MARKS if kind and " + " not in name and name.startswith(kind)), ""
+    )
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model", default="shapes")
+    parser.add_argument("--prompts", type=int, default=24, help="how many; default 24, at most 96")
+    parser.add_argument("--only", default="", help="rows with one of these words, with commas")
+    parser.add_argument("--json", type=Path, default=RESULTS / "pareto.json")
+    parser.add_argument("--plot", type=Path, default=RESULTS / "pareto.png")
+    parser.add_argument("--redraw", action="store_true", help="draw what is in --json again")
+    return parser.parse_args()
+
+
+def presets() -> dict[str, str]:
+    """Preset → the row that shows what it does."""
+    return {name: _name(_short(preset.values)) or EXACT for name, preset in PRESETS.items()}
+
+
+def redraw(options: argparse.Namespace) -> None:
+    """The plot and the table of a file, as if it had just been measured."""
+    result = json.loads(options.json.read_text(encoding="utf-8"))
+    found = [Row(**row) for row in result["rows"]]
+    result |= {"presets": presets(), "front": front(found)}
+    options.json.write_text(json.dumps(result, indent=2) + "\n")
+    print(show(found))
+    plot(found, options.plot)
+
+
+def main() -> None:
+    options = arguments()
+    if options.redraw:
+        redraw(options)
+        return
+    words, wanted = options.only.split(","), options.prompts
+    modes = {k: v for k, v in rows().items() if k == EXACT or any(w in k for w in words)}
+    setting = {"model": options.model, "frames": 17, "steps": STEPS, "presets": presets()}
+    for done, tallies in enumerate(gather(options, modes), start=1):
+        # Written each time: a long sweep that is broken off has measured something.
+        options.prompts = done
+        found = table(tallies, options, modes)
+        result = {**setting, "prompts": done, "front": front(found)}
+        write_json(options.json, {**result, "rows": [asdict(row) for row in found]})
+        options.prompts = wanted
+        print(f"{done} of {wanted} prompts", flush=True)
+    print(show(found))
+    print("front:", ", ".join(front(found)))
+    plot(found, options.plot)
+
+
+if __name__ == "__main__":
+    main()
