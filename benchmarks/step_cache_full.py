@@ -1,12 +1,12 @@
-"""What the step cache itself costs at the size of the published model: 240p, 51 frames, guided.
+"""What the step cache itself costs at the size of the published model: 144p, 51 frames, guided.
 
     OPENBLAS_NUM_THREADS=1 python -m benchmarks.step_cache_full [--runs 3] [--json FILE]
 
 One random block pair at full width, in float32, stands for all 28. A step's seconds are 28 times
-those of the pair, and what goes around the blocks; the cache's own are those of its calls, beside
-blocks that cost nothing. Memory: what MLX holds more between steps, and at its peak in a step whose
-blocks run, against the planner's figure. Quality cannot be had from random weights;
-`benchmarks/pareto.py` has it.
+those of the pair, and what goes around the blocks; the cache's own are those of its calls, on
+tokens of that size (random ones: an online rule finds none to reuse). Memory: what MLX holds more between steps (of a network without blocks), and at
+its peak in a step whose blocks run, against the planner's figure. Quality cannot be had from random
+weights; `benchmarks/pareto.py` has it.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from mlx_sora.runtime.memory import memory_scope, release
 from mlx_sora.runtime.needs import stream_bytes
 from mlx_sora.sampling.guidance import Part
 
-GRID, HEIGHT, WIDTH, DEPTH, STEPS, BATCH = (15, 30, 53), 240, 426, 28, 30, 2
+GRID, HEIGHT, WIDTH, DEPTH, STEPS, BATCH = (15, 18, 32), 144, 256, 28, 30, 2
 MODES = ("every:3", "every:3,order=1", "online", "online:threshold=0.15,order=1")
 
 
@@ -45,19 +45,19 @@ class Row:
 
     mode: str
     computed_seconds: float
-    cached_seconds: float
+    cached_seconds: float | None
     computed_share: float
-    cached_share: float
+    cached_share: float | None
     kept: int
     peak: int
     planned: int
 
 
 class Steps:
-    """Evaluations of a network of one pair, each at its own flow time."""
+    """Evaluations of a network of `pairs` block pairs, each at its own flow time."""
 
-    def __init__(self) -> None:
-        self.network = STDiT3(replace(STDiT3Config.xl_2(), depth=1))
+    def __init__(self, pairs: int) -> None:
+        self.network = STDiT3(replace(STDiT3Config.xl_2(), depth=pairs))
         self.network.update(tree_map(_random, self.network.parameters()))
         config = self.network.config
         text = mx.random.normal((40, config.caption_channels))
@@ -101,7 +101,7 @@ class _Known(StepCache):
         return mx.zeros((1, 1, 1, 1))
 
 
-def own_seconds(mode: str, shape: tuple[int, ...], runs: int) -> tuple[float, float]:
+def own_seconds(mode: str, shape: tuple[int, ...], runs: int) -> tuple[float, float | None]:
     """Of the cache's calls in a step whose blocks run, and in one in which they do not."""
     cache, computed, cached = cache_of(mode), list[float](), list[float]()
     for step in range(5 + 3 * runs):
@@ -122,7 +122,7 @@ def own_seconds(mode: str, shape: tuple[int, ...], runs: int) -> tuple[float, fl
         reused = cache.record()["evaluations_saved"] > before
         if step > 1:
             (cached if reused else computed).append(took)
-    return statistics.median(computed), statistics.median(cached) if cached else float("nan")
+    return statistics.median(computed), statistics.median(cached) if cached else None
 
 
 def peak_of(work: Callable[[], None]) -> int:
@@ -132,14 +132,16 @@ def peak_of(work: Callable[[], None]) -> int:
     return mx.get_peak_memory()
 
 
-def memory(steps: Steps, mode: str) -> tuple[int, int]:
-    """Bytes that the cache holds after steps with blocks, and more at the peak of one."""
-    plain = peak_of(lambda: steps(3))
+def memory(steps: Steps, bare: Steps, mode: str, plain: int) -> tuple[int, int]:
+    """Bytes that the cache holds after steps with blocks, and more at the peak of one.
+
+    bare: without blocks, to fill the cache; plain: the peak without a cache.
+    """
     release()
     before = mx.get_active_memory()
     cache = cache_of(mode)
     for step in range(3):
-        steps(step, cache)
+        bare(step, cache)
     release()
     kept = mx.get_active_memory() - before
     return kept, peak_of(lambda: steps(3, cache)) - plain
@@ -148,17 +150,20 @@ def memory(steps: Steps, mode: str) -> tuple[int, int]:
 def main() -> None:
     options = arguments(__doc__ or "", 3, RESULTS / "step_cache_full.json")
     with memory_scope():
-        steps = Steps()
-        steps(0)
+        steps, bare = Steps(1), Steps(0)
+        for each in (steps, bare):
+            each(0)
         exact = exact_seconds(steps, options.runs)
+        plain = peak_of(lambda: steps(3))
         rows = []
         tokens = Grid.of(steps.network.config, GRID, BATCH, 40)
         shape = (BATCH, tokens.frames, tokens.tokens, steps.network.config.hidden_size)
         for mode in MODES:
             own = own_seconds(mode, shape, options.runs)
-            kept, peak = memory(steps, mode)
+            kept, peak = memory(steps, bare, mode, plain)
             planned = int(cache_of(mode).tensors * steps.stream)
-            rows.append(Row(mode, *own, own[0] / exact, own[1] / exact, kept, peak, planned))
+            share = None if own[1] is None else own[1] / exact
+            rows.append(Row(mode, *own, own[0] / exact, share, kept, peak, planned))
             print(rows[-1], flush=True)
     print(f"an exact step: {exact:.1f} s")
     print(
@@ -178,8 +183,8 @@ def main() -> None:
                     row.mode,
                     f"{row.computed_seconds:.3f}",
                     f"{row.computed_share:.2%}",
-                    f"{row.cached_seconds:.3f}",
-                    f"{row.cached_share:.2%}",
+                    "–" if row.cached_seconds is None else f"{row.cached_seconds:.3f}",
+                    "–" if row.cached_share is None else f"{row.cached_share:.2%}",
                     *(f"{n / 1e6:.0f}" for n in (row.kept, row.peak, row.planned)),
                 ]
                 for row in rows

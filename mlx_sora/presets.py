@@ -27,8 +27,10 @@ _EXACT = dict.fromkeys(("lpl", "tdtm", "step_cache", "guidance_interval", "guida
 
 PRESETS = {
     "exact": Preset(_EXACT, "no approximation"),
-    "balanced": Preset(_EXACT | {"step_cache": "online"}, "2x"),
-    "fast": Preset(_EXACT | {"lpl": "t:220", "step_cache": "every:4,warmup=3"}, "3.5x"),
+    "balanced": Preset(
+        _EXACT | {"step_cache": "every:4,order=1"}, "2.5x the speed, 58 dB to exact"
+    ),
+    "fast": Preset(_EXACT | {"lpl": "t:220", "step_cache": "every:4,warmup=3"}, "4.6x, 42 dB"),
     "tiny-ram": Preset(
         _EXACT | {"sequential_guidance": True, "ci_dl": True},
         "exact, one block and one half of guidance in memory at a time",
