@@ -4,9 +4,10 @@
 
 One random block pair at full width, in float32, stands for all 28. A step's seconds are 28 times
 those of the pair, and what goes around the blocks; the cache's own are those of its calls, on
-tokens of that size (random ones: an online rule finds none to reuse). Memory: what MLX holds more between steps (of a network without blocks), and at
-its peak in a step whose blocks run, against the planner's figure. Quality cannot be had from random
-weights; `benchmarks/pareto.py` has it.
+tokens of that size (random ones, of which an online rule finds none to reuse). Memory: what MLX
+holds more between steps (of a network without blocks), and at its peak in a step whose blocks run,
+against the planner's figure. Quality cannot be had from random weights; `benchmarks/pareto.py` has
+it.
 """
 
 from __future__ import annotations
