@@ -177,24 +177,27 @@ def test_latents_of_another_length_are_refused_before_any_work(
         vae.decode_chunks(mx.zeros((samples, latents, 2, 2, 4)), 17)
 
 
+def streaming_peak(vae: VideoVAE, chunks: int) -> int:
+    """MLX's peak over decoding so many chunks, beyond the latents; nothing may pile up."""
+    z, left = normal(1, 1, 5 * chunks, 8, 8, 4), set()
+    mx.eval(z)
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    for frames in vae.decode_chunks(z, 17 * chunks, micro_batch=1):
+        assert frames.shape[0] == 17
+        del frames
+        left.add(mx.get_active_memory() - before)
+    assert len(left) == 1
+    return int(mx.get_peak_memory()) - before
+
+
 def test_the_peak_of_streaming_does_not_grow_with_the_clip(vae: VideoVAE) -> None:
-    peaks, left = [], set()
     # Compiled operations leave a few constants the first time.
     list(vae.decode_chunks(normal(1, 1, 5, 8, 8, 4), 17, micro_batch=1))
-    for chunks in (2, 5):
-        z = normal(1, 1, 5 * chunks, 8, 8, 4)
-        mx.eval(z)
-        mx.clear_cache()
-        before = mx.get_active_memory()
-        mx.reset_peak_memory()
-        for frames in vae.decode_chunks(z, 17 * chunks, micro_batch=1):
-            assert frames.shape[0] == 17
-            del frames
-            left.add(mx.get_active_memory() - before)
-        peaks.append(mx.get_peak_memory() - before)
-    # Nothing piles up from chunk to chunk; the peak itself varies by a percent between runs.
-    assert len(left) == 1
-    assert peaks[1] <= 1.05 * peaks[0]
+    # How far MLX's scheduler runs ahead depends on the machine's load: the least of a few counts.
+    short, long = (min(streaming_peak(vae, chunks) for _ in range(4)) for chunks in (2, 5))
+    assert long <= 1.05 * short
 
 
 def test_smaller_micro_batches_need_less_memory(vae: VideoVAE) -> None:
