@@ -9,6 +9,7 @@ from typing import Any
 
 from mlx_sora.cli.flags import add_request_flags, explicit_options
 from mlx_sora.cli.generate import (
+    add_dry_run_flag,
     add_output_flags,
     choose_renderer,
     environment_notice,
@@ -41,11 +42,7 @@ def add_parser(commands: Any) -> None:
         f"holds the layout better and changes less; needs memory (default {INJECT_STEPS})",
     )
     add_request_flags(parser, without=options().keys() - set(SHARED))
-    parser.add_argument(
-        "--dry-run",
-        action="store_true",
-        help="print what each stage would need (peak memory, bytes read, FLOPs) and stop",
-    )
+    add_dry_run_flag(parser)
     add_output_flags(parser)
     parser.set_defaults(run=run)
 

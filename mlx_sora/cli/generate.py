@@ -56,13 +56,18 @@ def add_parser(commands: Any) -> None:
         help="many videos: a prompt a line, or (.jsonl) an object of options, such as "
         '{"prompt": "...", "seed": 3}; what is there already is skipped',
     )
+    add_dry_run_flag(parser)
+    add_output_flags(parser)
+    parser.set_defaults(run=run)
+
+
+def add_dry_run_flag(parser: argparse.ArgumentParser) -> None:
+    """Tell what a run would need instead of running it."""
     parser.add_argument(
         "--dry-run",
         action="store_true",
         help="print what each stage would need (peak memory, bytes read, FLOPs) and stop",
     )
-    add_output_flags(parser)
-    parser.set_defaults(run=run)
 
 
 def add_output_flags(parser: argparse.ArgumentParser) -> None:
