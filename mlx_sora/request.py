@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+from mlx_sora import output_options
 from mlx_sora.errors import UsageError
 from mlx_sora.geometry import MICRO_FRAME_SIZE, Size, parse_frames, resolve_size
 from mlx_sora.modes import GUIDANCE_CACHE, GUIDANCE_INTERVAL, LPL, MAX_STEPS, STEP_CACHE, TDTM
@@ -273,43 +274,11 @@ class GenerationRequest:
         group="memory",
     )
     vae_tiles: int | None = tiles()
-    output: str | None = option(
-        None,
-        as_path,
-        "--output -o",
-        "mp4, gif, webp or png; name_%04d.png or FOLDER/ writes one png per frame; "
-        "{seed} {index} {prompt_slug} are filled in",
-        metavar="FILE",
-        replay=False,
-        group="output",
-    )
-    overwrite: bool = option(
-        False, as_bool, "--overwrite", "replace an existing output", replay=False, group="output"
-    )
-    embed_metadata: bool = option(
-        True,
-        as_bool,
-        "--embed-metadata",
-        "record the request inside the file",
-        replay=False,
-        group="output",
-    )
-    metadata: bool = option(
-        False,
-        as_bool,
-        "--metadata",
-        "also write the record as JSON beside the output",
-        replay=False,
-        group="output",
-    )
-    preview_every: int | None = option(
-        None,
-        as_int,
-        "",
-        "yield a decoded preview of x0 every N steps",
-        replay=False,
-        group="output",
-    )
+    output: str | None = output_options.output()
+    overwrite: bool = output_options.overwrite()
+    embed_metadata: bool = output_options.embed_metadata()
+    metadata: bool = output_options.metadata()
+    preview_every: int | None = output_options.preview_every()
 
     def __post_init__(self) -> None:
         for name, spec in options().items():

@@ -36,8 +36,9 @@ from mlx_sora.runtime.events import (
 )
 from mlx_sora.runtime.memory import StageMeter
 from mlx_sora.sampling import SAMPLERS
+from mlx_sora.sampling.base import Velocity
 from mlx_sora.sampling.guidance import Network, Part, guided
-from mlx_sora.sampling.loop import denoise
+from mlx_sora.sampling.loop import StepResult, denoise
 from mlx_sora.sampling.noise import Noise
 from mlx_sora.text.encoder import TextEncoder
 from mlx_sora.video.frames import KeptFrames, to_uint8
@@ -137,15 +138,7 @@ class Stages:
     ) -> Generator[Event, None, mx.array]:
         """One event per step; the finished latents at the end."""
         settings, geometry, (network, blocks) = run.settings, run.settings.geometry, transformer
-        negative = None if settings.negative is None else texts[settings.negative]
-        velocity = guided(
-            partial(bound, network, run, lambda i, t: run.accelerations.context(i, blocks)),
-            [texts[settings.texts[clip]]],
-            network.null_text if negative is None else lambda n: negative,
-            settings.guidance,
-            sequential=run.request.sequential_guidance,
-            policy=run.accelerations.guidance,
-        )
+        velocity = self._velocity(run, texts, clip, transformer)
         sampler = SAMPLERS[settings.sampler]
         width, height = geometry.size
         times = sampler.timesteps(
@@ -153,19 +146,45 @@ class Stages:
         )
         noise = Noise([settings.seed], (*geometry.latent, network.config.in_channels), clip)
         z, conditioning = given.begin(clip, noise)
-        policy, every = run.accelerations.policy, run.request.preview_every
+        policy = run.accelerations.policy
         for done in denoise(velocity, z, times, sampler, policy=policy, conditioning=conditioning):
-            z, index = done.z, done.step.index
-            check_finite(z, index)
-            run.accelerations.watch(done)
-            merges = run.accelerations.merges
-            if blocks is not None and merges(index) != merges(index + 1):
-                blocks.reconsider()
-            yield StepFinished(index, done.step.total, done.t, done.seconds, z)
-            if every and (index + 1) % every == 0:
-                yield PreviewReady(index, self._preview(run, done.x0))
+            z = done.z
+            yield from self._after(run, done, blocks)
         yield from map(Noted, run.accelerations.summaries())
         return z
+
+    def _velocity(
+        self,
+        run: Run,
+        texts: Texts,
+        clip: int,
+        transformer: tuple[STDiT3, BlockStream[BlockPair] | None],
+    ) -> Velocity:
+        """The guided velocity of a clip."""
+        settings, (network, blocks) = run.settings, transformer
+        negative = None if settings.negative is None else texts[settings.negative]
+        return guided(
+            partial(bound, network, run, lambda i, t: run.accelerations.context(i, blocks)),
+            [texts[settings.texts[clip]]],
+            network.null_text if negative is None else lambda n: negative,
+            settings.guidance,
+            sequential=run.request.sequential_guidance,
+            policy=run.accelerations.guidance,
+        )
+
+    def _after(
+        self, run: Run, done: StepResult, blocks: BlockStream[BlockPair] | None
+    ) -> Generator[Event, None, None]:
+        """What follows every step: checks, accounts, and what is told."""
+        index, every = done.step.index, run.request.preview_every
+        check_finite(done.z, index)
+        run.accelerations.watch(done)
+        merges = run.accelerations.merges
+        if blocks is not None and merges(index) != merges(index + 1):
+            blocks.reconsider()
+        yield StepFinished(index, done.step.total, done.t, done.seconds, done.z)
+        if every and (index + 1) % every == 0:
+            yield PreviewReady(index, self._preview(run, done.x0))
 
     def _preview(self, run: Run, x0: mx.array) -> np.ndarray:
         """The clip as foreseen in the middle of denoising: uint8 [F, H, W, 3]."""

@@ -11,7 +11,17 @@ from tests.invariants.source import Source, sources
 
 #: From low to high; a module may import its own layer and those before it.
 LAYERS = (
-    ("errors", "request", "edit_request", "options", "modes", "presets", "geometry", "clips"),
+    (
+        "errors",
+        "request",
+        "edit_request",
+        "options",
+        "output_options",
+        "modes",
+        "presets",
+        "geometry",
+        "clips",
+    ),
     ("models", "runtime"),
     ("loading", "sampling", "text", "video"),
     ("accel",),

@@ -1,0 +1,42 @@
+"""Options of `GenerationRequest` about what a run writes; none changes what the video shows."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from mlx_sora.options import as_bool, as_int, as_path, option
+
+_option = partial(option, replay=False, group="output")
+
+
+def output() -> Any:
+    """Where the video goes."""
+    return _option(
+        None,
+        as_path,
+        "--output -o",
+        "mp4, gif, webp or png; name_%04d.png or FOLDER/ writes one png per frame; "
+        "{seed} {index} {prompt_slug} are filled in",
+        metavar="FILE",
+    )
+
+
+def overwrite() -> Any:
+    """Whether a file may be replaced."""
+    return _option(False, as_bool, "--overwrite", "replace an existing output")
+
+
+def embed_metadata() -> Any:
+    """Whether the file tells what it was made with."""
+    return _option(True, as_bool, "--embed-metadata", "record the request inside the file")
+
+
+def metadata() -> Any:
+    """Whether a file beside it tells."""
+    return _option(False, as_bool, "--metadata", "also write the record as JSON beside the output")
+
+
+def preview_every() -> Any:
+    """How often x0 is shown."""
+    return _option(None, as_int, "", "yield a decoded preview of x0 every N steps")
