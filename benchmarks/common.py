@@ -51,11 +51,17 @@ def transient_bytes(work: Work) -> int:
     return mx.get_peak_memory() - before
 
 
-def arguments(doc: str, runs: int, json_file: Path | None = None) -> argparse.Namespace:
-    """`--runs` and `--json` of a script with docstring `doc` and these defaults."""
+def arguments(
+    doc: str, runs: int, json_file: Path | None = None, *, depth: int | None = None
+) -> argparse.Namespace:
+    """`--runs`, `--json` and perhaps `--depth` of a script with docstring `doc`; the defaults."""
     parser = argparse.ArgumentParser(description=doc.splitlines()[0])
     parser.add_argument("--runs", type=int, default=runs, help=f"default {runs}")
     parser.add_argument("--json", type=Path, default=json_file, help="also write the figures here")
+    if depth is not None:
+        parser.add_argument(
+            "--depth", type=int, default=depth, help=f"block pairs; default {depth}"
+        )
     return parser.parse_args()
 
 

@@ -12,40 +12,26 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from math import prod
 from pathlib import Path
-from typing import Any
 
-import mlx.core as mx
+import mlx_sora  # noqa: F401  (before mlx.core: it puts the fast BLAS in place)
+
+import mlx.core as mx  # isort: skip
+
+from mlx_sora.loading.model_folder import Defaults, ModelFolder
+from mlx_sora.runtime.memory import memory_scope, release
+from tests.full_size import CONFIGS, MANIFESTS
 
 ROOT = Path(__file__).resolve().parents[1]
 SHAPES = ROOT / "tests" / "parity" / "golden"
 TOKENIZER = ROOT / "weights" / "shapes" / "tokenizer"
 
-CONFIGS: Mapping[str, Mapping[str, Any]] = {
-    "transformer": {
-        "model_type": "STDiT3",
-        "depth": 28,
-        "hidden_size": 1152,
-        "num_heads": 16,
-        "caption_channels": 4096,
-        "model_max_length": 300,
-        "pred_sigma": True,
-        "qk_norm": True,
-        "patch_size": [1, 2, 2],
-    },
-    "vae": {
-        "model_type": "VideoAutoencoderPipeline",
-        "vae_2d": {"type": "VideoAutoencoderKL", "micro_batch_size": 4},
-        "vae_temporal": {"type": "VAE_Temporal_SD", "from_pretrained": None},
-        "micro_frame_size": 17,
-        "shift": [0.0, 0.0, 0.0, 0.0],
-        "scale": [1.0, 1.0, 1.0, 1.0],
-    },
-    "text_encoder": {"d_model": 4096, "d_ff": 10240, "num_layers": 24, "vocab_size": 32128},
-}
-MANIFESTS = {"transformer": "stdit3_xl2", "vae": "vae_v1_2", "text_encoder": "t5_xxl"}
+#: Statistics of the latents that leave random ones as they are.
+PLAIN = {"shift": [0.0] * 4, "scale": [1.0] * 4}
 
 #: Tensors up to this many bytes go together into one file, as the hub's own shards do.
 SHARD = 4 << 30
@@ -68,7 +54,9 @@ def random_tensor(key: str, shape: tuple[int, ...], dtype: mx.Dtype, noise: mx.a
 def write_part(folder: Path, part: str, dtype: mx.Dtype, depth: int | None = None) -> None:
     """One network: config.json, shards and their index. depth: of the transformer, if not all."""
     folder.mkdir(parents=True)
-    config = {**CONFIGS[part]} if depth is None else {**CONFIGS[part], "depth": depth}
+    config = CONFIGS[part] | ({} if depth is None else {"depth": depth})
+    if part == "vae":
+        config |= PLAIN
     (folder / "config.json").write_text(json.dumps(config))
     manifest = json.loads((SHAPES / f"manifest_{MANIFESTS[part]}.json").read_text())
     if depth is not None:
@@ -109,6 +97,15 @@ def write_model(folder: Path, dtype: mx.Dtype = mx.bfloat16) -> None:
     for part in CONFIGS:
         write_part(folder / part, part, dtype)
     shutil.copytree(TOKENIZER, folder / "tokenizer")
+
+
+@contextmanager
+def random_transformer(depth: int) -> Iterator[ModelFolder]:
+    """A folder that holds a transformer of `depth` float32 block pairs and nothing else."""
+    with tempfile.TemporaryDirectory() as folder, memory_scope():
+        write_part(Path(folder, "transformer"), "transformer", mx.float32, depth)
+        release()
+        yield ModelFolder(Path(folder), "random", Defaults())
 
 
 def main() -> None:

@@ -11,27 +11,24 @@ had from random weights; `benchmarks/ondevice.py` has it.
 
 from __future__ import annotations
 
-import argparse
 import statistics
-import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 
 import mlx_sora  # noqa: F401  (before mlx.core: it puts the fast BLAS in place)
 
 import mlx.core as mx  # isort: skip
 
-from benchmarks.common import RESULTS, alternate, markdown, write_json
-from benchmarks.full_model import write_part
+from benchmarks.common import RESULTS, alternate, arguments, markdown, write_json
+from benchmarks.full_model import random_transformer
 from benchmarks.streaming import Passes, Shape, peak_of
 from mlx_sora.accel.cidl import BlockStream
 from mlx_sora.accel.tdtm import PairedFrames
-from mlx_sora.loading.model_folder import Defaults, ModelFolder
+from mlx_sora.loading.model_folder import ModelFolder
 from mlx_sora.loading.networks import load_transformer, stream_transformer
-from mlx_sora.runtime.memory import memory_scope, release
+from mlx_sora.runtime.memory import release
 
 SHAPE: Shape = (15, 30, 53), (240, 426)
 STEPS, DEPTH = 30, 28
@@ -128,15 +125,8 @@ def table(model: ModelFolder, runs: int, depth: int) -> list[Row]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--runs", type=int, default=2, help="default 2")
-    parser.add_argument("--depth", type=int, default=3, help="block pairs; default 3")
-    parser.add_argument("--json", type=Path, default=RESULTS / "ondevice_full.json")
-    options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder, memory_scope():
-        write_part(Path(folder, "transformer"), "transformer", mx.float32, options.depth)
-        release()
-        model = ModelFolder(Path(folder), "random", Defaults())
+    options = arguments(__doc__ or "", 2, RESULTS / "ondevice_full.json", depth=3)
+    with random_transformer(options.depth) as model:
         rows = table(model, options.runs, options.depth)
     print(
         markdown(

@@ -10,9 +10,7 @@ pass without it. Memory is MLX's peak beyond what all configurations hold.
 
 from __future__ import annotations
 
-import argparse
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -24,15 +22,15 @@ import mlx_sora  # noqa: F401  (before mlx.core: it puts the fast BLAS in place)
 
 import mlx.core as mx  # isort: skip
 
-from benchmarks.common import RESULTS, alternate, markdown, write_json
-from benchmarks.full_model import write_part
+from benchmarks.common import RESULTS, alternate, arguments, markdown, write_json
+from benchmarks.full_model import random_transformer
 from mlx_sora.accel.cidl import BlockStream
-from mlx_sora.loading.model_folder import Defaults, ModelFolder
+from mlx_sora.loading.model_folder import ModelFolder
 from mlx_sora.loading.networks import load_transformer, stream_transformer
 from mlx_sora.loading.safetensors import TensorInfo, load_tensors
 from mlx_sora.models.context import AllTokens, Context, TokenPolicy
 from mlx_sora.models.stdit3 import BlockPair, STDiT3
-from mlx_sora.runtime.memory import memory_scope, release
+from mlx_sora.runtime.memory import release
 
 #: Latent frames, height and width; pixels of a frame.
 Shape = tuple[tuple[int, int, int], tuple[int, int]]
@@ -202,15 +200,8 @@ def show(hidden: list[Hidden], cached: list[Cached]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--runs", type=int, default=3, help="default 3")
-    parser.add_argument("--depth", type=int, default=6, help="block pairs; default 6")
-    parser.add_argument("--json", type=Path, default=RESULTS / "streaming.json")
-    options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder, memory_scope():
-        write_part(Path(folder, "transformer"), "transformer", mx.float32, options.depth)
-        release()
-        model = ModelFolder(Path(folder), "random", Defaults())
+    options = arguments(__doc__ or "", 3, RESULTS / "streaming.json", depth=6)
+    with random_transformer(options.depth) as model:
         hidden = [
             measure_hidden(model, name, batch, rate, options.runs)
             for name, batch in (("144p image, guided", 2), ("144p image, unguided", 1))

@@ -6,6 +6,7 @@ import json
 import struct
 from math import prod
 from pathlib import Path
+from typing import Any
 
 from mlx_sora.models.t5 import TABLE
 from tests.conftest import DEFAULT_GOLDEN
@@ -13,7 +14,7 @@ from tests.hub.published import spiece_model
 from tests.parity.golden import Case
 
 #: The keys of the published config.json files that mean something here.
-CONFIGS = {
+CONFIGS: dict[str, dict[str, Any]] = {
     "transformer": {
         "model_type": "STDiT3",
         "depth": 28,
@@ -24,7 +25,6 @@ CONFIGS = {
         "pred_sigma": True,
         "qk_norm": True,
         "patch_size": [1, 2, 2],
-        "torch_dtype": "bfloat16",
     },
     "vae": {
         "model_type": "VideoAutoencoderPipeline",

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_sora.cli.bars import Bars
-from mlx_sora.cli.flags import add_request_flags, explicit_options
+from mlx_sora.cli.flags import add_debug_flag, add_quiet_flag, add_request_flags, explicit_options
 from mlx_sora.request import options
 
 #: Options of a request that a table is for, or that finding it needs.
@@ -51,8 +51,8 @@ def add_parser(commands: Any) -> None:
         help="default: in the model's folder",
     )
     add_request_flags(parser, without=options().keys() - set(_OWN))
-    parser.add_argument("--quiet", action="store_true", help="print nothing but the path")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    add_quiet_flag(parser)
+    add_debug_flag(parser)
     parser.set_defaults(run=run)
 
 

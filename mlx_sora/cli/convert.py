@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlx_sora.cli.bars import Bars
+from mlx_sora.cli.flags import add_debug_flag, add_quiet_flag
 from mlx_sora.cli.render import human_bytes
 
 if TYPE_CHECKING:
@@ -44,8 +45,8 @@ def add_parser(commands: Any) -> None:
         action="store_true",
         help="compare the checksums of a conversion that is there, and repeat it if it is damaged",
     )
-    parser.add_argument("--quiet", action="store_true", help="print nothing but the path")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    add_quiet_flag(parser)
+    add_debug_flag(parser)
     parser.set_defaults(run=run)
 
 

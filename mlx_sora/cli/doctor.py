@@ -7,6 +7,7 @@ import sys
 from typing import Any
 
 from mlx_sora.cli.bars import Bars
+from mlx_sora.cli.flags import add_debug_flag
 from mlx_sora.errors import WeightsError
 
 _MARKS = {"ok": "ok", "note": "note", "warning": "WARNING", "error": "ERROR"}
@@ -27,7 +28,7 @@ def add_parser(commands: Any) -> None:
         help="shapes, opensora-1.2 or a folder; default: opensora-1.2 when downloaded, else shapes",
     )
     parser.add_argument("--quick", action="store_true", help="do not read the weights")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    add_debug_flag(parser)
     parser.set_defaults(run=run)
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlx_sora.cli.bars import Bars
 from mlx_sora.cli.convert import add_quantize, tell
+from mlx_sora.cli.flags import add_debug_flag, add_quiet_flag
 from mlx_sora.cli.render import human_bytes
 from mlx_sora.errors import UsageError
 
@@ -54,8 +55,8 @@ def add_parser(commands: Any) -> None:
         action="store_true",
         help="compare the checksums of what is there, and fetch again what is damaged",
     )
-    parser.add_argument("--quiet", action="store_true", help="print nothing but the path")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    add_quiet_flag(parser)
+    add_debug_flag(parser)
     parser.set_defaults(run=run)
 
 

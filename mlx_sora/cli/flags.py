@@ -51,6 +51,16 @@ class Parser(argparse.ArgumentParser):
         return found
 
 
+def add_quiet_flag(parser: argparse._ActionsContainer) -> None:
+    """Say nothing while working."""
+    parser.add_argument("--quiet", action="store_true", help="print nothing but the path")
+
+
+def add_debug_flag(parser: argparse._ActionsContainer) -> None:
+    """Show where an error comes from; `cli.main` reads it."""
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+
 def add_request_flags(parser: argparse.ArgumentParser, without: Collection[str] = ()) -> None:
     """One flag per field, but for those in `without`.
 

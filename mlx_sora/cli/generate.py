@@ -12,7 +12,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlx_sora.cli.flags import add_request_flags, build_requests, explicit_options
+from mlx_sora.cli.flags import (
+    add_debug_flag,
+    add_quiet_flag,
+    add_request_flags,
+    build_requests,
+    explicit_options,
+)
 from mlx_sora.cli.prompt_file import Batch, read_batch
 from mlx_sora.cli.render import (
     BarRenderer,
@@ -75,9 +81,9 @@ def add_output_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("progress")
     group.add_argument("--json-events", action="store_true", help="progress as JSON lines")
     loudness = group.add_mutually_exclusive_group()
-    loudness.add_argument("--quiet", action="store_true", help="print nothing but the path")
+    add_quiet_flag(loudness)
     loudness.add_argument("--verbose", "-v", action="store_true", help="print what is going on")
-    group.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    add_debug_flag(group)
 
 
 def run(args: argparse.Namespace) -> int:

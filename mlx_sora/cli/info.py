@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from mlx_sora.cli.flags import add_debug_flag
 from mlx_sora.cli.generate import load_pipeline
 from mlx_sora.cli.render import human_bytes
 from mlx_sora.request import DTYPES, options
@@ -20,7 +21,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--model", metavar="MODEL", help=options()["model"].help)
     parser.add_argument("--dtype", choices=DTYPES, default="auto", help=options()["dtype"].help)
     parser.add_argument("--json", action="store_true", help="as one JSON object")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    add_debug_flag(parser)
     parser.set_defaults(run=run)
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from mlx_sora.cli.bench.child import PEAK, Measured, measure
 from mlx_sora.cli.bench.files import Files
 from mlx_sora.cli.bench.memory_chart import draw_memory
-from mlx_sora.cli.flags import add_request_flags, as_words, explicit_options
+from mlx_sora.cli.flags import add_debug_flag, add_request_flags, as_words, explicit_options
 from mlx_sora.cli.generate import load_pipeline
 from mlx_sora.errors import MemoryBudgetError
 from mlx_sora.request import GenerationRequest
@@ -73,7 +73,7 @@ def add_parser(benches: Any) -> None:
     group.add_argument(
         "--overwrite", dest="replacing", action="store_true", help="replace existing results"
     )
-    group.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    add_debug_flag(group)
     add_request_flags(parser, DECIDED)
     parser.set_defaults(run=run)
 
