@@ -25,7 +25,7 @@ from mlx_sora.modes import (
     Chosen,
     Modes,
 )
-from mlx_sora.sampling.base import AllSteps, Step, StepPolicy
+from mlx_sora.sampling.base import AllSteps, State, Step, StepPolicy
 from mlx_sora.sampling.guidance import GuidancePolicy, Halves, Part
 from mlx_sora.sampling.loop import StepResult
 
@@ -109,6 +109,15 @@ class Accelerations:
         """Show every technique a step that was made."""
         for part in self._active.values():
             part.watch(result)
+
+    def state(self) -> State:
+        """What each technique knows after a step, by name."""
+        return {name: part.state() for name, part in self._active.items()}
+
+    def restore(self, state: State) -> None:
+        """Have each technique know what an interrupted run knew."""
+        for name, part in self._active.items():
+            part.restore(state[name])
 
     def record(self) -> dict[str, Any]:
         """What each technique did, by name, for the metadata."""

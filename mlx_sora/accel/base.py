@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_sora.models.context import StackPolicy, TokenPolicy
-from mlx_sora.sampling.base import StepPolicy
+from mlx_sora.sampling.base import State, StepPolicy
 from mlx_sora.sampling.guidance import GuidancePolicy, Part
 from mlx_sora.sampling.loop import StepResult
 
@@ -67,6 +67,17 @@ class Acceleration(ABC):
     def stack(self, step: int, part: Part) -> StackPolicy | None:
         """What stands for the blocks in one call of the network, in step `step`."""
         return None
+
+    def state(self) -> State:
+        """What it knows after a step, so that an interrupted run can go on; see Resumable.
+
+        What a step policy knows is the loop's to keep.
+        """
+        return {}
+
+    def restore(self, state: State, /) -> None:
+        """Know what `state` says."""
+        assert not state, "what knows something has to be able to know it again"
 
     @abstractmethod
     def watch(self, result: StepResult) -> None:

@@ -15,7 +15,7 @@ import mlx.core as mx
 
 from mlx_sora.accel.base import Acceleration, Job
 from mlx_sora.modes import Chosen
-from mlx_sora.sampling.base import Step
+from mlx_sora.sampling.base import State, Step
 from mlx_sora.sampling.guidance import GuidancePolicy, Halves
 from mlx_sora.sampling.loop import StepResult
 
@@ -24,6 +24,8 @@ RADIUS = 1 / 5
 
 #: Shares of the run: low frequencies get the boost until the one, high ones from the other on.
 LOW_UNTIL, HIGH_FROM = 5 / 6, 2 / 3
+
+_HALVES = ("low", "high")
 
 
 class GuidanceCache(Acceleration):
@@ -66,6 +68,15 @@ class GuidanceCache(Acceleration):
 
     def watch(self, result: StepResult) -> None:
         """Everything is known from the evaluations."""
+
+    def state(self) -> State:
+        kept = {} if self._difference is None else dict(zip(_HALVES, self._difference, strict=True))
+        return {"halves": self._halves, "spared": self._spared, "difference": kept}
+
+    def restore(self, state: State, /) -> None:
+        self._halves, self._spared = state["halves"], state["spared"]
+        kept = state["difference"]
+        self._difference = (kept["low"], kept["high"]) if kept else None
 
     def record(self) -> dict[str, Any]:
         """guided: evaluations with guidance; halves_saved: of them, without the second half."""

@@ -14,7 +14,7 @@ import mlx.core as mx
 from mlx_sora.accel.base import Acceleration, Job
 from mlx_sora.errors import UsageError
 from mlx_sora.modes import Chosen
-from mlx_sora.sampling.base import Step
+from mlx_sora.sampling.base import State, Step
 from mlx_sora.sampling.guidance import GuidancePolicy, Halves
 from mlx_sora.sampling.loop import StepResult
 
@@ -46,6 +46,12 @@ class GuidanceInterval(Acceleration):
     def watch(self, result: StepResult) -> None:
         self._made += 1
         self._guided += result.step.index not in self.alone
+
+    def state(self) -> State:
+        return {"made": self._made, "guided": self._guided}
+
+    def restore(self, state: State, /) -> None:
+        self._made, self._guided = state["made"], state["guided"]
 
     def record(self) -> dict[str, Any]:
         """guided_steps, of `steps` that were made."""

@@ -20,7 +20,7 @@ import mlx.core as mx
 
 from mlx_sora.accel.base import Acceleration, Job
 from mlx_sora.modes import Chosen
-from mlx_sora.sampling.base import NOISE_TIME, Decision, Run, Step, StepPolicy
+from mlx_sora.sampling.base import NOISE_TIME, Decision, Run, State, Step, StepPolicy
 from mlx_sora.sampling.loop import StepResult
 
 #: Norms below this count as this, so that a velocity of zero has similarity 0 to any other.
@@ -85,6 +85,13 @@ class Patience:
             self.left -= 1
         return self.left <= 0
 
+    def state(self) -> State:
+        # JSON has no infinity.
+        return {"left": self.left} | ({"best": self.best} if math.isfinite(self.best) else {})
+
+    def restore(self, state: State, /) -> None:
+        self.left, self.best = state["left"], state.get("best", self.best)
+
 
 @dataclass(frozen=True)
 class AdaptiveLeap:
@@ -135,6 +142,20 @@ class SimilarVelocities:
                 self._ready[sample] = True
         return all(self._ready)
 
+    def state(self) -> State:
+        return {
+            "similarities": list(self.similarities),
+            "patience": [each.state() for each in self._patience],
+            "ready": list(self._ready),
+            "previous": self._previous,
+        }
+
+    def restore(self, state: State, /) -> None:
+        self.similarities, self._ready = list(state["similarities"]), list(state["ready"])
+        self._previous = state["previous"]
+        for patience, known in zip(self._patience, state["patience"], strict=True):
+            patience.restore(known)
+
     def _unsettled(self, step: Step) -> list[bool]:
         """Samples of which more frames will move, so that similarities do not compare yet."""
         late = waiting(self._run, step)
@@ -183,6 +204,17 @@ class SimilarRows:
         value = float(_cosine(dot, own, other).mean().item())  # type: ignore[arg-type]
         self.similarities.append(value)
         return step.index >= self._minimum and self.patience.runs_out(value)
+
+    def state(self) -> State:
+        return {
+            "similarities": list(self.similarities),
+            "patience": self.patience.state(),
+            "previous": self._previous,
+        }
+
+    def restore(self, state: State, /) -> None:
+        self.similarities, self._previous = list(state["similarities"]), state["previous"]
+        self.patience.restore(state["patience"])
 
 
 def similarity(v: mx.array, previous: mx.array, step: Step) -> list[float]:

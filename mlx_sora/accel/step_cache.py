@@ -18,6 +18,7 @@ from mlx_sora.accel.base import Acceleration, Job
 from mlx_sora.accel.schedules import read_schedule
 from mlx_sora.models.context import StackPolicy
 from mlx_sora.modes import Chosen
+from mlx_sora.sampling.base import State, restore, state_of
 from mlx_sora.sampling.guidance import Part
 from mlx_sora.sampling.loop import StepResult
 
@@ -102,6 +103,20 @@ class Online:
         gain = self.GAIN if settled else 1.0
         self._ratio = ratio if self._ratio is None else self._ratio + gain * (ratio - self._ratio)
 
+    def state(self) -> State:
+        return {
+            "before": self._before,
+            "computed": None if self._computed is None else list(self._computed),
+            "ratio": self._ratio,
+            "level": self._level,
+            "error": self._error,
+        }
+
+    def restore(self, state: State, /) -> None:
+        self._before, self._ratio = state["before"], state["ratio"]
+        self._level, self._error = state["level"], state["error"]
+        self._computed = None if state["computed"] is None else tuple(state["computed"])
+
 
 def _own(x: mx.array) -> mx.array:
     """x evaluated, in memory of its own, where it was a part of another array."""
@@ -139,6 +154,18 @@ class _Kept:
         # Evaluations at one time (a step of no length) say nothing about the slope.
         share = mx.where(apart == 0, 0, (t - own) / mx.where(apart == 0, 1, apart))
         return newest + (newest - older) * share.reshape(-1, 1, 1, 1)
+
+    def state(self) -> State:
+        return {
+            "sums": [{"sum": total, "t": t} for total, t in self.sums],
+            "evaluation": self.evaluation,
+            "mask": self.mask,
+        }
+
+    @classmethod
+    def of(cls, state: State) -> _Kept:
+        sums = [(item["sum"], item["t"]) for item in state["sums"]]
+        return cls(sums, state["evaluation"], state["mask"])
 
 
 class StepCache(Acceleration):
@@ -191,6 +218,21 @@ class StepCache(Acceleration):
 
     def watch(self, result: StepResult) -> None:
         """Everything is known from the calls."""
+
+    def state(self) -> State:
+        return {
+            "kept": {str(row): kept.state() for row, kept in self._kept.items()},
+            "evaluations": self._evaluations,
+            "saved": self._saved,
+            "computed": list(self._computed),
+            "rule": state_of(self._rule),
+        }
+
+    def restore(self, state: State, /) -> None:
+        self._kept = {int(row): _Kept.of(kept) for row, kept in state["kept"].items()}
+        self._evaluations, self._saved = state["evaluations"], state["saved"]
+        self._computed = dict.fromkeys(state["computed"])
+        restore(self._rule, state["rule"])
 
     def record(self) -> dict[str, Any]:
         """computed: steps in which blocks ran; evaluations made, and of them without blocks."""

@@ -14,6 +14,7 @@ import mlx.core as mx
 from mlx_sora.accel.base import Acceleration, Job
 from mlx_sora.models.context import TokenPolicy
 from mlx_sora.modes import Chosen
+from mlx_sora.sampling.base import State
 from mlx_sora.sampling.loop import StepResult
 
 
@@ -57,6 +58,12 @@ class MergedSteps(Acceleration):
 
     def watch(self, result: StepResult) -> None:
         self._made += result.step.index < self._steps
+
+    def state(self) -> State:
+        return {"made": self._made}
+
+    def restore(self, state: State, /) -> None:
+        self._made = state["made"]
 
     def record(self) -> dict[str, Any]:
         """merged_steps; frames: latent frames; attending: how many attended in those steps."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from mlx_sora.sampling.base import Field, Run, Step, Stepper
+from mlx_sora.sampling.base import Field, Run, State, Step, Stepper
 from mlx_sora.sampling.rflow import RFlow
 
 
@@ -28,6 +28,14 @@ class _TwoSteps:
 
     def __init__(self) -> None:
         self._last: tuple[mx.array, mx.array] | None = None
+
+    def state(self) -> State:
+        if self._last is None:
+            return {}
+        return dict(zip(("v", "dt"), self._last, strict=True))
+
+    def restore(self, state: State, /) -> None:
+        self._last = (state["v"], state["dt"]) if state else None
 
     def step(self, field: Field, z: mx.array, v: mx.array, step: Step, /) -> mx.array:
         """z after one step; an Euler step at first, and for frames that only now begin to move."""

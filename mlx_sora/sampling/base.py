@@ -10,12 +10,40 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import mlx.core as mx
 
 #: Flow time of pure noise.
 NOISE_TIME = 1000.0
+
+#: What is known after a step: arrays and plain JSON values, in dicts (by text) and lists.
+State = dict[str, Any]
+
+
+@runtime_checkable
+class Resumable(Protocol):
+    """A part of a run with a memory: what it knows can be put away, and given to another like it.
+
+    Parts without one need not be Resumable.
+    """
+
+    def state(self) -> State:
+        """What it knows between two steps, in containers of its own."""
+
+    def restore(self, state: State, /) -> None:
+        """Know what `state` says, as if the steps before had been made here."""
+
+
+def state_of(part: object) -> State:
+    """The state of a part; nothing for one without memory."""
+    return part.state() if isinstance(part, Resumable) else {}
+
+
+def restore(part: object, state: State) -> None:
+    """Give a part its state back."""
+    if isinstance(part, Resumable):
+        part.restore(state)
 
 
 @dataclass(frozen=True)

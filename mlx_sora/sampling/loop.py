@@ -11,7 +11,20 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from mlx_sora.sampling.base import NOISE_TIME, AllSteps, Run, Sampler, Step, StepPolicy, Velocity
+from mlx_sora.sampling.base import (
+    NOISE_TIME,
+    AllSteps,
+    Decision,
+    Run,
+    Sampler,
+    State,
+    Step,
+    Stepper,
+    StepPolicy,
+    Velocity,
+    restore,
+    state_of,
+)
 from mlx_sora.sampling.rflow import add_noise
 
 
@@ -30,11 +43,35 @@ class Conditioning:
 
 
 @dataclass(frozen=True)
+class Progress:
+    """Where a run stands: steps made, and `StepResult.state` after the last of them."""
+
+    steps: int
+    state: State
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """What has a memory in a run, maybe."""
+
+    sampler: Stepper
+    policy: Decision
+
+    def state(self) -> State:
+        return {"sampler": state_of(self.sampler), "policy": state_of(self.policy)}
+
+    def restore(self, state: State) -> None:
+        restore(self.sampler, state["sampler"])
+        restore(self.policy, state["policy"])
+
+
+@dataclass(frozen=True)
 class StepResult:
     """One step made; latents [B, T, H, W, C], all evaluated.
 
     z_in: latents that the velocity v was taken at, time step.t. z: latents after the step, at
     step.t_next. leapt: the run ended here by going straight to t = 0. seconds: wall time.
+    state: what sampler and policy know, until the next step is asked for.
     """
 
     step: Step
@@ -43,6 +80,7 @@ class StepResult:
     z: mx.array
     leapt: bool
     seconds: float
+    state: Callable[[], State]
 
     @property
     def t(self) -> float:
@@ -64,17 +102,23 @@ def denoise(
     *,
     policy: StepPolicy | None = None,
     conditioning: Conditioning | None = None,
+    made: Progress | None = None,
 ) -> Iterator[StepResult]:
     """Follow the flow from z [B, T, H, W, C] along `times` [N + 1, B or 1]; yields every step made.
 
     times: from Sampler.timesteps, or any monotonous part of it (rising times invert the flow).
+    made: goes on after the steps that an interrupted run has made, from its z; as it would have.
     The last result's z is the outcome. Nothing is computed ahead of what is asked for.
     """
     times = mx.broadcast_to(times, (times.shape[0], z.shape[0]))
     mask = None if conditioning is None else mx.broadcast_to(conditioning.mask, z.shape[:2])
     run = Run(times, mask)
-    stepper, decision = sampler.start(run), (policy or AllSteps()).start(run)
+    parts = _Parts(sampler.start(run), (policy or AllSteps()).start(run))
+    if made is not None:
+        parts.restore(made.state)
     for step in _steps(run):
+        if made is not None and step.index < made.steps:
+            continue
         began = time.perf_counter()
         still = z
         if conditioning is not None and step.fresh is not None:
@@ -85,14 +129,15 @@ def denoise(
             return velocity(_held(step, z, still), t, step)
 
         z_in, v = z, velocity(z, step.t, step)
-        leapt = decision.leaps(step, z_in, v)
+        leapt = parts.policy.leaps(step, z_in, v)
         if leapt:
             z = z_in + v * (step.t / NOISE_TIME).reshape(-1, 1, 1, 1, 1)
         else:
-            z = stepper.step(field, z_in, v, step)
+            z = parts.sampler.step(field, z_in, v, step)
         z = _held(step, z, still)
         mx.eval(z, v, z_in)
-        yield StepResult(step, z_in, v, z, leapt, time.perf_counter() - began)
+        seconds = time.perf_counter() - began
+        yield StepResult(step, z_in, v, z, leapt, seconds, parts.state)
         if leapt:
             return
 

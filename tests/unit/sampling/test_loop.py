@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import mlx.core as mx
 import numpy as np
+import pytest
 
+from mlx_sora.sampling import SAMPLERS
 from mlx_sora.sampling.base import Run, Step
-from mlx_sora.sampling.loop import Conditioning, StepResult, denoise
+from mlx_sora.sampling.loop import Conditioning, Progress, StepResult, denoise
 from mlx_sora.sampling.midpoint import Midpoint
 from mlx_sora.sampling.noise import Noise
 from mlx_sora.sampling.rflow import RFlow, add_noise
@@ -168,3 +171,29 @@ def test_stages_see_given_frames_at_rest() -> None:
     assert len(seen) == 6
     for z in seen:
         assert mx.array_equal(z[:, 0], start[:, 0])
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_a_run_goes_on_where_another_was_interrupted(sampler: str) -> None:
+    """Whatever the step, also while frames wait and in the step in which they begin to move."""
+    asked: list[int] = []
+    draws = Noise([7, 8], SHAPE[1:])
+
+    def noise(index: int) -> mx.array:
+        asked.append(index)
+        return draws(index)
+
+    def steps(z: mx.array, made: Progress | None = None) -> Iterator[StepResult]:
+        given = Conditioning(mx.array([[0.0, 0.5, 1.0], [1.0, 0.3, 0.0]]), noise)
+        way = times(8), SAMPLERS[sampler]
+        return denoise(Curved(), z, *way, conditioning=given, made=made)
+
+    whole = [(result, result.state()) for result in steps(latents())]
+    for result, state in whole:
+        made = result.step.index + 1
+        asked.clear()
+        rest = list(steps(result.z, Progress(made, state)))
+        assert asked == [index for index in (4, 6) if index >= made]
+        assert len(rest) == 8 - made
+        for again, (once, _) in zip(rest, whole[made:], strict=True):
+            assert mx.array_equal(again.z, once.z)
