@@ -25,6 +25,8 @@ class PairedFrames:
     (which fails for some lengths; here the rule holds for all). A single frame is left alone.
     """
 
+    stride = 2
+
     def merge(self, x: mx.array) -> mx.array:
         """[B, T, S, C] to [B, T // 2, S, C]."""
         batch, frames, tokens, channels = x.shape

@@ -50,6 +50,10 @@ class TokenPolicy(Protocol):
     cross-attention (on the residual stream itself), in spatial and temporal blocks alike.
     """
 
+    @property
+    def stride(self) -> int:
+        """Frames, counted from the first, that become one; those left at the end go with these."""
+
     def merge(self, x: mx.array) -> mx.array:
         """[B, T, S, C] to the tokens that attend, [B, T', S, C]."""
 
@@ -59,6 +63,8 @@ class TokenPolicy(Protocol):
 
 class AllTokens:
     """Every token attends."""
+
+    stride = 1
 
     def merge(self, x: mx.array) -> mx.array:
         return x
@@ -91,14 +97,74 @@ class StackPolicy(Protocol):
         """The blocks have made `out` of x, still lazy."""
 
 
+class Share(Protocol):
+    """What one process computes of an evaluation that several make together.
+
+    b of the B samples; in spatial blocks all tokens of t of their T frames, in temporal blocks all
+    frames at s of the S places of a frame. Every process calls all of this in the same order.
+    """
+
+    @property
+    def rows(self) -> slice:
+        """The b samples."""
+
+    def enter(self, x: mx.array) -> mx.array:
+        """Tokens of all, [B, T, S, C], to those of the first spatial block, [b, t, S, C]."""
+
+    def frames(self, x: mx.array) -> mx.array:
+        """Something per frame, [b, T, ...], to that of the t frames; [b, 1, ...] is for all."""
+
+    def to_space(self, x: mx.array) -> mx.array:
+        """From a spatial to a temporal block: [b, t, S, C] to [b, T, s, C]."""
+
+    def to_frames(self, x: mx.array) -> mx.array:
+        """From a temporal to a spatial block: [b, T, s, C] to [b, t, S, C]."""
+
+    def whole(self, x: mx.array) -> mx.array:
+        """After the last block: [b, T, s, C] to what all have made, [B, T, S, C]."""
+
+
+class Layout(Protocol):
+    """How several processes divide the evaluations of a network among them."""
+
+    def share(self, shape: Sequence[int], stride: int) -> Share:
+        """This process's part of tokens `shape`, (B, T, S); `stride` as in TokenPolicy."""
+
+
+class Whole:
+    """One process makes all of it; fills Layout and Share."""
+
+    rows = slice(None)
+
+    def share(self, shape: Sequence[int], stride: int) -> Whole:
+        return self
+
+    def enter(self, x: mx.array) -> mx.array:
+        return x
+
+    def frames(self, x: mx.array) -> mx.array:
+        return x
+
+    def to_space(self, x: mx.array) -> mx.array:
+        return x
+
+    def to_frames(self, x: mx.array) -> mx.array:
+        return x
+
+    def whole(self, x: mx.array) -> mx.array:
+        return x
+
+
 @dataclass(frozen=True)
 class Context(Generic[Block]):
     """What one run puts into the seams. blocks: None means the network's own, resident.
 
-    values: None leaves every attention its own. stack: None always runs the blocks.
+    values: None leaves every attention its own; in a layout it sees the values of this process's
+    share. stack: None always runs the blocks; it sees the tokens of all.
     """
 
     blocks: BlockProvider[Block] | None = None
     tokens: TokenPolicy = field(default_factory=AllTokens)
     values: ValuePolicy | None = None
     stack: StackPolicy | None = None
+    layout: Layout = field(default_factory=Whole)

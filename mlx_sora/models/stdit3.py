@@ -17,7 +17,7 @@ import mlx.core as mx
 from mlx import nn
 
 from mlx_sora.errors import UsageError
-from mlx_sora.models.context import Context, ResidentBlocks
+from mlx_sora.models.context import Context, ResidentBlocks, Share, Whole
 from mlx_sora.models.keys import CONV3D, KeyMap, Rule
 from mlx_sora.models.precision import KEEP
 from mlx_sora.models.stdit3_blocks import (
@@ -45,7 +45,8 @@ class Conditions:
 
     text [B, L, C] after the text MLP; text_mask boolean [B, 1, 1, L], None when all lengths agree;
     position [S, C]; fps [B, C]; still: embedding [B, C] and modulation [B, 6C] of frames at t = 0
-    (lazy: costs nothing unless a mask asks for it). keys_values fills as blocks are first used.
+    (lazy: costs nothing unless a mask asks for it). keys_values fills as blocks are first used, for
+    the samples of this process's share.
     """
 
     text: mx.array
@@ -150,13 +151,21 @@ class STDiT3(nn.Module):
         x = self.x_embedder(z.astype(self.dtype)).astype(KEEP.residual) + conditions.position
         stack = context.stack
         known = None if stack is None else stack.instead(x, t, x_mask)
-        if known is None:
-            tokens, x = x, self._blocks(x, modulation, conditions, context)
-            if stack is not None:
-                stack.computed(tokens, x)
-        else:
+        share: Share = Whole()
+        if known is not None:
             x = x + known
-        out = self.final_layer(x, embedding, conditions.still[0], x_mask, self.dtype)
+        else:
+            share = context.layout.share(x.shape[:3], context.tokens.stride)
+            tokens, x = x, self._blocks(share.enter(x), modulation, conditions, context, share)
+            if stack is not None:
+                x, share = share.whole(x), Whole()
+                stack.computed(tokens, x)
+        mask = None if x_mask is None else x_mask[share.rows]
+        out = self.final_layer(
+            x, embedding[share.rows], conditions.still[0][share.rows], mask, self.dtype
+        )
+        # Gathered as patches, which are far fewer bytes than tokens.
+        out = share.whole(out)
         return self._unpatchify(out.astype(KEEP.residual), z.shape[1:4])
 
     def _modulation(self, embedding: mx.array) -> mx.array:
@@ -170,22 +179,27 @@ class STDiT3(nn.Module):
         modulation: mx.array,
         conditions: Conditions,
         context: Context[BlockPair],
+        share: Share,
     ) -> mx.array:
+        """Tokens x [b, t, S, C] of a share to [b, T, s, C]; modulation [B, 1 or T, 6, C]."""
+        modulation = modulation[share.rows]
         pairs = list(zip(self.spatial_blocks, self.temporal_blocks, strict=True))
         blocks = context.blocks or ResidentBlocks(pairs)
+        mask = None if conditions.text_mask is None else conditions.text_mask[share.rows]
+        rest = (mask, self.rope, context.tokens)
         for index in range(self.config.depth):
-            pair = blocks.get(index)
+            spatial, temporal = blocks.get(index)
             if index not in conditions.keys_values:
-                first, second = (block.cross_attn.keys_values(conditions.text) for block in pair)
-                conditions.keys_values[index] = (first, second)
+                text = conditions.text[share.rows]
+                both = spatial.cross_attn.keys_values(text), temporal.cross_attn.keys_values(text)
+                conditions.keys_values[index] = both
+            first, second = conditions.keys_values[index]
             values = context.values
             # Bound to the block's number; blocks along time keep their values.
             own = None if values is None else partial(values.values, block=index)
-            rest = (conditions.text_mask, self.rope, context.tokens)
-            for block, text, exchange in zip(
-                pair, conditions.keys_values[index], (own, None), strict=True
-            ):
-                x = block(x, modulation, text, *rest, exchange)
+            x = x if index == 0 else share.to_frames(x)
+            x = spatial(x, share.frames(modulation), first, *rest, own)
+            x = temporal(share.to_space(x), modulation, second, *rest)
             blocks.done(index, x)
         return x
 

@@ -79,6 +79,8 @@ def stdit_model(
 class MergedPairs:
     """Two frames attend as one; an odd last frame alone."""
 
+    stride = 2
+
     def merge(self, x: mx.array) -> mx.array:
         pairs = x.shape[1] // 2
         b, _, s, c = x.shape

@@ -221,6 +221,8 @@ def test_blocks_come_from_the_provider() -> None:
 class EveryOther:
     """Attend on every other frame, and note what was seen."""
 
+    stride = 2
+
     def __init__(self) -> None:
         self.seen: list[tuple[int, ...]] = []
 

@@ -1,0 +1,85 @@
+"""How several processes divide one evaluation of the transformer: by halves, frames and places.
+
+Names as in the field (xDiT, VideoSys): guidance parallel (each half of guidance on its own ranks),
+sequence parallel (spatial attention by frames, temporal attention by places, one exchange between
+them), both at once, and data parallel (whole videos). Pure arithmetic: used by what does it
+(`accel/distributed.py`) and by what foretells it.
+Dimension letters: B batch, T frames, S tokens per frame, C channels.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from mlx_sora.models.stdit3_blocks import STDiT3Config
+from mlx_sora.runtime.flops import Grid
+
+#: Bytes of a number in the residual stream.
+STREAM = 4
+
+
+@dataclass(frozen=True)
+class Division:
+    """`ranks` processes in `halves` groups (1 or 2), each with samples of its own.
+
+    apart: the groups can exchange among themselves; without it everybody hears everything.
+    """
+
+    ranks: int
+    halves: int = 1
+    apart: bool = False
+
+    def of(self, batch: int) -> Division:
+        """As it is for an evaluation of `batch` samples: one that has no halves is for all."""
+        return self if batch % self.halves == 0 else Division(self.ranks)
+
+    @property
+    def parts(self) -> int:
+        """Ranks that divide the tokens of a sample."""
+        return self.ranks // self.halves
+
+    @property
+    def hearing(self) -> int:
+        """Ranks that take part in one exchange between blocks."""
+        return self.parts if self.apart else self.ranks
+
+
+def cut(total: int, parts: int, stride: int = 1) -> list[range]:
+    """`total` frames or places in `parts` runs as even as can be, cut at multiples of `stride`.
+
+    What is left over goes with the last. Where there are fewer than parts, the last run stands
+    for all that follow too.
+    """
+    units = max(1, total // stride)
+    used = min(parts, units)
+    ends = [-(-units * (i + 1) // used) * stride for i in range(used - 1)] + [total]
+    runs = [range(a, b) for a, b in zip([0, *ends[:-1]], ends, strict=True)]
+    return runs + runs[-1:] * (parts - used)
+
+
+def sent_bytes(
+    config: STDiT3Config,
+    grid: Grid,
+    division: Division,
+    *,
+    stride: int = 1,
+    itemsize: int = STREAM,
+    watched: bool = False,
+) -> int:
+    """Bytes that each rank sends in one evaluation whose blocks run.
+
+    In a ring everyone passes on every other's part: a gather of parts of n bytes among r ranks
+    costs (r - 1) n. Parts are padded to the longest. itemsize: of the network's numbers. watched:
+    a cache sees what the blocks made, so that all of it is sent instead of the patches it becomes.
+    """
+    division = division.of(grid.batch)
+    rows, channels = grid.batch // division.halves, config.hidden_size
+    frames = max(map(len, cut(grid.frames, division.parts, stride)))
+    places = max(map(len, cut(grid.tokens, division.parts)))
+    to_space = rows * frames * grid.tokens * channels * STREAM * config.depth
+    to_frames = rows * grid.frames * places * channels * STREAM * (config.depth - 1)
+    patch = math.prod(config.patch_size) * config.out_channels * itemsize
+    out = rows * grid.frames * places * (channels * STREAM if watched else patch)
+    between = (to_space + to_frames) * (division.hearing - 1) if division.parts > 1 else 0
+    return between + out * (division.ranks - 1)

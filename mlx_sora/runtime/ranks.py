@@ -1,0 +1,173 @@
+"""The processes that make a video together: who they are, and what they tell each other.
+
+They are started by `mlx.launch` (or mpirun) and found by MLX's own distributed engine; started
+without, a process is alone and none of it is touched.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_sora import errors
+from mlx_sora.errors import MlxSoraError
+
+#: Variables that a launcher sets, and the backend that they are for.
+_BACKENDS = {
+    "MLX_HOSTFILE": "ring",
+    "MLX_IBV_DEVICES": "jaccl",
+    "NCCL_HOST_IP": "nccl",
+    "OMPI_COMM_WORLD_SIZE": "mpi",
+    "PMI_SIZE": "mpi",
+}
+
+
+class Ranks:
+    """The processes of a run. group: None for one alone, which tells nobody anything.
+
+    Every method has to be called by all of them, in the same order.
+    """
+
+    def __init__(self, group: mx.distributed.Group | None = None) -> None:
+        self._group = group
+        self.rank, self.size = (0, 1) if group is None else (group.rank(), group.size())
+        #: Bytes that this rank has sent, as a ring counts them.
+        self.sent = 0
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the rank that writes files and speaks to the user."""
+        return self.rank == 0
+
+    def gather(self, x: mx.array) -> mx.array:
+        """Arrays of one shape from all, [size, *x.shape], lazy."""
+        if self._group is None:
+            return x[None]
+        self.sent += (self.size - 1) * x.nbytes
+        return mx.distributed.all_gather(x[None], group=self._group)
+
+    def split(self, color: int) -> Ranks | None:
+        """Those of one color among themselves; None where the backend knows no groups."""
+        assert self._group is not None, "there is nobody to part from"
+        try:
+            return Ranks(self._group.split(color))
+        except RuntimeError:
+            return None
+
+    def gather_bytes(self, data: bytes) -> list[bytes]:
+        """What each rank has to say, by rank."""
+        if self._group is None:
+            return [data]
+        lengths: list[int] = self.gather(mx.array(len(data), mx.int64)).tolist()  # type: ignore[assignment]
+        longest = max(lengths)
+        if longest == 0:
+            return [b""] * self.size
+        own = mx.array(memoryview(data.ljust(longest, b"\0")))  # type: ignore[arg-type]
+        found = memoryview(self.gather(own)).tobytes()  # type: ignore[arg-type]
+        return [found[i * longest : i * longest + n] for i, n in enumerate(lengths)]
+
+    def gather_values(self, value: Any) -> list[Any]:
+        """Plain JSON values of all, by rank."""
+        return [json.loads(data) for data in self.gather_bytes(json.dumps(value).encode())]
+
+    def of_first(self, value: Any) -> Any:
+        """A plain JSON value of the first rank; what others give is not looked at."""
+        data = json.dumps(value).encode() if self.first else b""
+        return json.loads(self.gather_bytes(data)[0])
+
+    def arrays_of_first(self, arrays: Mapping[str, mx.array]) -> dict[str, mx.array]:
+        """Arrays of the first rank by name, in its order; others give none."""
+        if self.size == 1:
+            return dict(arrays)
+        kinds = {name: (x.shape, str(x.dtype).split(".")[-1]) for name, x in arrays.items()}
+        found = {}
+        for name, (shape, kind) in self.of_first(kinds).items():
+            own = arrays[name] if self.first else mx.zeros(shape, getattr(mx, kind))
+            found[name] = mx.contiguous(self.gather(own)[0])
+            mx.eval(found[name])
+        return found
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """What fails on one rank in the block, which is about no exchange, fails on all of them.
+
+        All then raise the first rank's error, or else that of the first that has one.
+        """
+        failure: Exception | None = None
+        try:
+            yield
+        except Exception as error:
+            failure = error
+        if self.size > 1:
+            failure = self._agreed(failure)
+        if failure is not None:
+            raise failure
+
+    def _agreed(self, own: Exception | None) -> Exception | None:
+        told = self.gather_values(None if own is None else _told(own))
+        for rank, other in enumerate(told):
+            if other is not None:
+                return own if rank == self.rank else _error(rank, *other)
+        return None
+
+
+def _told(error: Exception) -> tuple[str, str, str]:
+    """Class, message and fix of an error."""
+    if isinstance(error, MlxSoraError):
+        return type(error).__name__, error.message, error.fix
+    return "MlxSoraError", f"{type(error).__name__}: {' '.join(str(error).split())[:300]}", ""
+
+
+def _error(rank: int, kind: str, message: str, fix: str) -> MlxSoraError:
+    """Another rank's error as our own."""
+    made: MlxSoraError = getattr(errors, kind)(f"rank {rank}: {message}" if rank else message, fix)
+    return made
+
+
+def launched() -> str | None:
+    """The backend that connects this process with others; None where it was started alone."""
+    for name, backend in _BACKENDS.items():
+        value = os.environ.get(name, "")
+        if backend == "mpi":
+            if value.isdecimal() and int(value) > 1:
+                return backend
+        elif value and "MLX_RANK" in os.environ and not (backend == "ring" and _is_blank(value)):
+            return backend
+    return None
+
+
+def launched_rank() -> int:
+    """This process's rank by its environment, without a connection; 0 alone."""
+    if launched() is None:
+        return 0
+    names = ("MLX_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
+    return int(next((os.environ[name] for name in names if name in os.environ), 0))
+
+
+def join() -> Ranks:
+    """The ranks that this process was launched with. Raises MlxSoraError where they do not meet."""
+    backend = launched()
+    if backend is None:
+        return Ranks()
+    try:
+        return Ranks(mx.distributed.init(strict=True, backend=backend))
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise MlxSoraError(
+            f"The other ranks cannot be reached: {reason}.",
+            "Check the host file and that every machine can reach the next.",
+        ) from None
+
+
+def _is_blank(path: str) -> bool:
+    """`mlx.launch -n 1` leaves a host file without hosts."""
+    try:
+        return not Path(path).read_text().strip()
+    except OSError:
+        return False

@@ -1,0 +1,62 @@
+"""Ranks over loopback: as mlx.launch starts them, without its parent, which keeps a core busy."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that nobody listens on."""
+    sockets = [socket.socket() for _ in range(count)]
+    try:
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]
+    finally:
+        for each in sockets:
+            each.close()
+
+
+def launch(
+    ranks: int,
+    words: Sequence[str],
+    *,
+    cwd: Path | None = None,
+    timeout: float = 120,
+    variables: Mapping[str, str] | None = None,
+) -> list[subprocess.CompletedProcess[str]]:
+    """Run `python WORDS` on so many ranks; what each came to, by rank."""
+    with tempfile.TemporaryDirectory() as folder:
+        hosts = Path(folder) / "hosts.json"
+        hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in free_ports(ranks)]))
+        env = os.environ | {"PYTHONPATH": str(ROOT), "OPENBLAS_NUM_THREADS": "1"}
+        env |= {"MLX_HOSTFILE": str(hosts), **(variables or {})}
+        running = [
+            subprocess.Popen(
+                [sys.executable, *words],
+                env=env | {"MLX_RANK": str(rank)},
+                cwd=cwd,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for rank in range(ranks)
+        ]
+        try:
+            told = [each.communicate(timeout=timeout) for each in running]
+        finally:
+            for each in running:
+                each.kill()
+    return [
+        subprocess.CompletedProcess(each.args, each.returncode, *said)
+        for each, said in zip(running, told, strict=True)
+    ]
