@@ -114,9 +114,9 @@ def as_known(error: Exception) -> MlxSoraError:
 
 
 def _alike(runs: Mapping[int, Run]) -> list[list[int]]:
-    """Numbers of runs that T5 can serve together: of one number format, bits and memory limit."""
+    """Numbers of runs that T5 can serve together: of one number format, bits, limit and checks."""
     groups: dict[object, list[int]] = defaultdict(list)
     for index, run in runs.items():
-        weights = (run.dtype, run.request.quantize)
+        weights = (run.dtype, run.request.quantize, run.request.health_check)
         groups[weights, run.settings.memory_budget, run.request.ci_dl].append(index)
     return list(groups.values())

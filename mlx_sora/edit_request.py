@@ -24,7 +24,7 @@ SHARED = (
     *("resolution", "aspect_ratio", "width", "height", "num_frames", "fps"),
     *("aesthetic", "motion", "camera", "lpl", "tdtm", "dtype", "quantize"),
     *("quantize", "memory_budget", "device_profile", "ci_dl", "vae_tiles"),
-    *("output", "overwrite", "embed_metadata", "metadata"),
+    *("output", "overwrite", "embed_metadata", "metadata", "health_check"),
 )
 
 

@@ -49,7 +49,7 @@ from mlx_sora.sampling import SAMPLERS
 from mlx_sora.sampling.guidance import guided
 from mlx_sora.sampling.loop import StepResult, denoise
 from mlx_sora.settings import Settings, settle
-from mlx_sora.stages import Texts, bound, check_finite
+from mlx_sora.stages import Texts, bound
 from mlx_sora.text.tokenizer import Tokenizer
 from mlx_sora.video.reader import Fit, image_size, is_video, probe_video, read_image, read_video
 
@@ -157,6 +157,7 @@ class Editing(Pipeline):
             encoded = vae.encode_chunks(pixels, plan.micro_batch, in_turn=plan.in_turn)
             del vae
             for part in encoded:
+                run.health.media(part)
                 parts.append(part)
                 yield StageProgress("read", len(parts), len(chunks))
             del encoded, pixels
@@ -248,7 +249,8 @@ class _Way:
         return z
 
     def _check(self, done: StepResult) -> mx.array:
-        check_finite(done.z, done.step.index)
+        run, total = self._run, done.step.total
+        run.health.latents(done.z, done.step.index, total, given=True)
         return done.z
 
     def _next_is(self, step: int, following: int) -> None:

@@ -37,6 +37,13 @@ def metadata() -> Any:
     return _option(False, as_bool, "--metadata", "also write the record as JSON beside the output")
 
 
+def health_check() -> Any:
+    """Whether what cannot become a video stops the run."""
+    return _option(
+        True, as_bool, "--health-check", "stop at NaN, exploding, flat, black or static results"
+    )
+
+
 def preview_every() -> Any:
     """How often x0 is shown."""
     return _option(None, as_int, "", "yield a decoded preview of x0 every N steps")

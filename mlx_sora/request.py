@@ -278,6 +278,7 @@ class GenerationRequest:
     overwrite: bool = output_options.overwrite()
     embed_metadata: bool = output_options.embed_metadata()
     metadata: bool = output_options.metadata()
+    health_check: bool = output_options.health_check()
     preview_every: int | None = output_options.preview_every()
 
     def __post_init__(self) -> None:
@@ -342,7 +343,7 @@ ANY_SIZE = Size(512, 512)
 REQUIRED = (
     *("prompt", "sequential_guidance", "sampler", "dtype"),
     *("images", "videos", "references", "loop", "condition_frames", "condition_edit"),
-    *("ci_dl", "overwrite", "embed_metadata", "metadata"),
+    *("ci_dl", "overwrite", "embed_metadata", "metadata", "health_check"),
 )
 
 

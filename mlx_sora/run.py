@@ -12,6 +12,7 @@ from mlx_sora.accel import Accelerations
 from mlx_sora.accel.cidl import BlockStream
 from mlx_sora.request import GenerationRequest
 from mlx_sora.runtime.events import StageFinished
+from mlx_sora.runtime.health import Health
 from mlx_sora.runtime.memory import StageMeter
 from mlx_sora.runtime.planner import Plan
 from mlx_sora.settings import Settings
@@ -47,6 +48,11 @@ class Run:
     memory: dict[str, int] = field(default_factory=dict)
     more: dict[str, Any] = field(default_factory=dict)
     clips: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def health(self) -> Health:
+        """The checks that were asked for."""
+        return Health(self.dtype, self.settings.guidance, self.request.health_check)
 
     def begin_clip(self, clip: int) -> None:
         """Accelerations at work in one clip know nothing of the next."""

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 import mlx.core as mx
 
 from mlx_sora.accel.cidl import BlockStream
-from mlx_sora.errors import NumericsError
 from mlx_sora.geometry import latent_frames
 from mlx_sora.given import Given, tasks
 from mlx_sora.lifetimes import Lifetimes
@@ -66,7 +65,7 @@ class Stages:
     ) -> Generator[Event, None, None]:
         """Put the states of all texts of `runs` into `texts`; T5 is gone when this ends.
 
-        The runs have the same number format and memory limits. also: further texts of each run.
+        The runs agree in number format, memory limits and checks. also: further texts of each.
         """
         wanted = {text: None for run in runs for text in (*run.settings.all_texts, *also)}
         yield StageStarted("encode", len(wanted))
@@ -78,6 +77,7 @@ class Stages:
                 encoder = TextEncoder(network, rows, run.tokenizer, run.dtype, blocks)
                 for done, text in enumerate(wanted, start=1):
                     encoded = encoder.encode(text)
+                    run.health.text(encoded.states)
                     texts[text], warnings[text] = encoded.states, encoded.warnings
                     yield StageProgress("encode", done, len(wanted))
                 for each in runs:
@@ -107,6 +107,7 @@ class Stages:
             encoded = vae.encode_chunks(pixels, plan.micro_batch, in_turn=plan.in_turn)
             del vae
             for done, (task, latents) in enumerate(zip(todo, encoded, strict=True), start=1):
+                run.health.media(latents)
                 given.fill(task, latents)
                 yield StageProgress("read", done, len(todo))
             del pixels, encoded, latents
@@ -149,6 +150,7 @@ class Stages:
         policy = run.accelerations.policy
         for done in denoise(velocity, z, times, sampler, policy=policy, conditioning=conditioning):
             z = done.z
+            run.health.latents(z, done.step.index, done.step.total, given=conditioning is not None)
             yield from self._after(run, done, blocks)
         yield from map(Noted, run.accelerations.summaries())
         return z
@@ -175,9 +177,8 @@ class Stages:
     def _after(
         self, run: Run, done: StepResult, blocks: BlockStream[BlockPair] | None
     ) -> Generator[Event, None, None]:
-        """What follows every step: checks, accounts, and what is told."""
+        """What follows every step: accounts, and what is told."""
         index, every = done.step.index, run.request.preview_every
-        check_finite(done.z, index)
         run.accelerations.watch(done)
         merges = run.accelerations.merges
         if blocks is not None and merges(index) != merges(index + 1):
@@ -209,9 +210,12 @@ class Stages:
             batch, tiles = plan.micro_batch, run.settings.vae_tiles
             chunks = vae.decode_chunks(new, frames, batch, in_turn=plan.in_turn, tiles=tiles)
             del vae
+            health = run.health.frames()
             for chunk in chunks:
+                health.add(chunk)
                 writer.write(to_uint8(chunk))
                 yield StageProgress("decode", writer.num_frames - before, frames)
+            health.end()
             del chunks, chunk
         yield run.close_stage(meter)
 
@@ -242,12 +246,3 @@ def bound(
         return network(z, t, conditions, x_mask, seams)
 
     return velocity
-
-
-def check_finite(z: mx.array, index: int) -> None:
-    """Raise NumericsError where latents have left the numbers after step `index`."""
-    if not mx.isfinite(z).all().item():
-        raise NumericsError(
-            f"NaN or Inf in the latents after denoising step {index + 1}.",
-            "Try --dtype float32; if it stays, the weights may be damaged.",
-        )

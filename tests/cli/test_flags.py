@@ -20,7 +20,7 @@ def test_every_flag_reaches_its_field(folder: Path, pipeline: FakePipeline) -> N
         "--image a.png --image b.png -1 0.5 --video c.mp4 after 34 --negative-prompt n "
         "--loop 2 --condition-frames 34 --condition-edit 0.5 "
         "--step-cache every:2 --guidance-interval 100,900 --guidance-cache every:2 "
-        "--no-embed-metadata --metadata"
+        "--no-embed-metadata --metadata --no-health-check"
     )
     assert main(words.split()) == 0
     expected = {
@@ -59,6 +59,7 @@ def test_every_flag_reaches_its_field(folder: Path, pipeline: FakePipeline) -> N
         "overwrite": True,
         "embed_metadata": False,
         "metadata": True,
+        "health_check": False,
     }
     assert pipeline.requests[0].to_dict() == expected
     assert pipeline.loaded == [("shapes", "float32")]

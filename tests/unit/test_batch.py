@@ -82,7 +82,7 @@ def test_a_failure_at_work_is_a_line_and_holds_no_memory(
 ) -> None:
     calls = []
 
-    def broken(*args: object) -> None:
+    def broken(*args: object, **more: object) -> None:
         calls.append(args)
         if len(calls) == 1:
             raise RuntimeError("no\nmore")
@@ -90,7 +90,7 @@ def test_a_failure_at_work_is_a_line_and_holds_no_memory(
 
     mx.clear_cache()
     idle = mx.get_active_memory()
-    monkeypatch.setattr("mlx_sora.stages.check_finite", broken)
+    monkeypatch.setattr("mlx_sora.runtime.health.Health.latents", broken)
     seen = events(pipe, *map(request, PROMPTS))
     calls.clear()
     errors = [e.error for e in seen if isinstance(e, RequestFailed)]
