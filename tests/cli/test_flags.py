@@ -13,8 +13,8 @@ def test_every_flag_reaches_its_field(folder: Path, pipeline: FakePipeline) -> N
     words = (
         "generate --prompt p --model shapes --seed 5 --steps 4 --cfg-scale 3 --sampler rflow "
         "--sequential-guidance --resolution 144p --aspect-ratio 1:1 --frames 34 --fps 12 "
-        "--aesthetic 6 --motion 2 --camera pan --lpl fixed:2 --tdtm 3 --dtype float32 --preset fast "
-        "-q 8 -o out.gif --overwrite "
+        "--aesthetic 6 --motion 2 --camera pan --lpl fixed:2 --tdtm 3 --dtype float32 "
+        "--preset fast -q 8 -o out.gif --overwrite "
         "--memory-budget 2GB --device-profile mac-8gb --ci-dl --vae-tiles 2 "
         "--image a.png --image b.png -1 0.5 --video c.mp4 after 34 --negative-prompt n "
         "--loop 2 --condition-frames 34 --condition-edit 0.5 "
