@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from mlx_sora.cli.bench import memory
+from mlx_sora.cli.bench import link, memory
 
-BENCHES = (memory,)
+BENCHES = (memory, link)
 
 
 def add_parser(commands: Any) -> None:
