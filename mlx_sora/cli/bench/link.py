@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 #: Bytes of a gather that shows the bandwidth, about those between two blocks at 240p.
 LARGE = 16 << 20
 
-#: Latent frames, height and width, and pixels, of the pair of blocks that is timed: 240p, 17 frames.
+#: Latent frames, height and width, pixels and text of the pair of blocks that is timed: 240p × 17.
 GRID, HEIGHT, WIDTH, TOKENS = (5, 30, 53), 240, 426, 60
 
 
