@@ -17,8 +17,9 @@ import mlx.core as mx
 from mlx_sora.errors import MlxSoraError, UsageError
 from mlx_sora.pipeline import Pipeline
 from mlx_sora.request import GenerationRequest
+from mlx_sora.resuming import with_seed
 from mlx_sora.run import Run
-from mlx_sora.runtime.events import Event, RequestFailed, RequestStarted, Warned
+from mlx_sora.runtime.events import Event, RequestFailed, RequestStarted
 from mlx_sora.runtime.memory import release
 
 log = logging.getLogger(__name__)
@@ -41,19 +42,22 @@ class Batch(Pipeline):
                 yield RequestFailed(index, as_known(error))
         with tempfile.TemporaryDirectory(prefix="mlx_sora-") as folder:
             texts: dict[int, _TextsOnDisk] = {}
-            for number, group in enumerate(_alike(runs)):
+            left = {index: run for index, run in runs.items() if run.needs_text}
+            for number, group in enumerate(_alike(left)):
                 store = _TextsOnDisk(Path(folder), f"{number}-")
                 yield from self._encode([runs[index] for index in group], store)
                 texts |= dict.fromkeys(group, store)
             for index in list(runs):
-                yield from self._make_one(index, runs.pop(index), texts[index])
+                yield from self._make_one(index, runs.pop(index), texts.get(index))
 
-    def _make_one(self, index: int, run: Run, texts: _TextsOnDisk) -> Generator[Event, None, None]:
+    def _make_one(
+        self, index: int, run: Run, texts: _TextsOnDisk | None
+    ) -> Generator[Event, None, None]:
         prompt, seed = run.request.prompt, run.settings.seed
         yield RequestStarted(index, len(self._requests), prompt, seed)
         try:
-            yield from map(Warned, run.warnings)
-            yield from self._make(run, texts.of(run))
+            yield from run.begin()
+            yield from self._make(run, {} if texts is None else texts.of(run))
         except Exception as error:
             failure = as_known(error)
         else:
@@ -64,7 +68,7 @@ class Batch(Pipeline):
     def _begin(self, request: GenerationRequest, others: Iterable[Run]) -> Run:
         """The run of a request. Raises UsageError where another goes to the same file."""
         request.validate()
-        run = self._prepare(request.with_seed())
+        run = self._begun(with_seed(request))
         if run.output is not None and any(run.output == other.output for other in others):
             raise UsageError(
                 f"Two videos would go to one file, {run.output}.",

@@ -44,6 +44,18 @@ def health_check() -> Any:
     )
 
 
+def checkpoint_every() -> Any:
+    """How often a run writes what it would need to go on."""
+    return _option(
+        None,
+        as_int,
+        "--checkpoint-every",
+        "after every N steps, and at an interrupt, write OUTPUT.checkpoint.safetensors; the same "
+        "command, or --resume, goes on from it; it goes when the video is finished",
+        metavar="N",
+    )
+
+
 def preview_every() -> Any:
     """How often x0 is shown."""
     return _option(None, as_int, "", "yield a decoded preview of x0 every N steps")

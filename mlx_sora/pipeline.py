@@ -21,16 +21,17 @@ from mlx_sora.accel import Accelerations
 from mlx_sora.accel.base import Job
 from mlx_sora.errors import UsageError
 from mlx_sora.given import tasks
-from mlx_sora.loading.facts import describe_model, quantization_record
+from mlx_sora.loading.facts import describe_model, fingerprint, quantization_record
 from mlx_sora.loading.model_folder import BUNDLED, PUBLISHED, ModelFolder, find_model
 from mlx_sora.loading.quantizing import quantized_while_loading
 from mlx_sora.loading.sizes import model_sizes
 from mlx_sora.models.ops import on_gpu
 from mlx_sora.presets import filled
 from mlx_sora.request import GenerationRequest
+from mlx_sora.resuming import attach, resumed_request, with_seed
 from mlx_sora.run import Run
 from mlx_sora.runtime.device import default_dtype, describe, total_memory
-from mlx_sora.runtime.events import Event, Finished, Warned
+from mlx_sora.runtime.events import Event, Finished
 from mlx_sora.runtime.memory import default_cache_limit
 from mlx_sora.runtime.planner import Job as Work
 from mlx_sora.runtime.planner import Kind, Machine, Plan, Reading, make_plan
@@ -80,13 +81,26 @@ class Pipeline(Stages):
                 return event.video
         raise AssertionError("a run ends with Finished or with an error")
 
-    def stream(self, request: GenerationRequest) -> Generator[Event, None, None]:
+    def stream(
+        self, request: GenerationRequest, resume: str | Path | None = None
+    ) -> Generator[Event, None, None]:
         """Events of one run, `Finished` the last. Bad requests raise here, before any work.
 
-        Closing the generator ends the run and removes what it had begun to write.
+        resume: checkpoint of the same request to go on from, wherever it is; the one beside the
+        output is found by itself where the request has checkpoint_every. Closing the generator ends
+        the run and removes what it had begun to write.
         """
         request.validate()
-        return self._events(self._prepare(request.with_seed()))
+        source = None if resume is None else Path(resume)
+        return self._events(self._begun(with_seed(request), source))
+
+    def resume(self, checkpoint: str | Path, **options: Any) -> Video:
+        """Finish the video of a checkpoint, beside it. options: such as change nothing it shows."""
+        request = resumed_request(Path(checkpoint), options)
+        for event in self.stream(request, checkpoint):
+            if isinstance(event, Finished):
+                return event.video
+        raise AssertionError("a run ends with Finished or with an error")
 
     def stream_all(self, requests: Sequence[GenerationRequest]) -> Generator[Event, None, None]:
         """Events of several requests: `Finished` or `RequestFailed` for each of them.
@@ -140,6 +154,13 @@ class Pipeline(Stages):
             "defaults": asdict(self.model.defaults),
             "machine": describe(),
         }
+
+    def _begun(self, request: GenerationRequest, resume: Path | None = None) -> Run:
+        """A prepared run that keeps checkpoints, if it was asked to, and goes on from its own."""
+        run = self._prepare(request)
+        if request.checkpoint_every is not None or resume is not None:
+            attach(run, fingerprint(self.model), resume)
+        return run
 
     def _prepare(self, request: GenerationRequest) -> Run:
         """Decide everything that can be decided without weights; raises UsageError."""
@@ -234,18 +255,23 @@ class Pipeline(Stages):
 
     def _events(self, run: Run) -> Generator[Event, None, None]:
         texts: dict[str, mx.array] = {}
-        yield from map(Warned, run.warnings)
-        yield from self._encode([run], texts)
+        yield from run.begin()
+        if run.needs_text:
+            yield from self._encode([run], texts)
         yield from self._make(run, texts)
 
     def _make(self, run: Run, texts: Texts) -> Generator[Event, None, None]:
         """All clips of a run whose text is encoded, each written as soon as it is made."""
-        given = yield from self._read(run)
+        given = (yield from self._read(run)) if run.needs_text else None
         with ExitStack() as opened:
             writer: VideoWriter | KeptFrames | None = None
             for clip in range(run.settings.clips.count):
-                latents = yield from self._denoise(run, texts, clip, given)
-                given.keep(clip, latents)
+                latents = run.checkpoints.finished(clip)
+                if given is not None:
+                    if latents is None:
+                        latents = yield from self._denoise(run, texts, clip, given)
+                    given.keep(clip, latents)
+                assert latents is not None, "without steps to make all clips are finished"
                 if writer is None:
                     writer = self._writer(run)
                     opened.enter_context(writer)
@@ -253,7 +279,9 @@ class Pipeline(Stages):
                 del latents
             assert writer is not None, "there is a first clip"
             self._sign(run, writer)
-        yield Finished(self._finished(run, writer))
+        video = self._finished(run, writer)
+        run.checkpoints.remove()
+        yield Finished(video)
 
     def _decode(self, run: Run, latents: mx.array) -> Generator[Event, None, Video]:
         """The latents of a run's only clip to the finished video."""

@@ -279,6 +279,7 @@ class GenerationRequest:
     embed_metadata: bool = output_options.embed_metadata()
     metadata: bool = output_options.metadata()
     health_check: bool = output_options.health_check()
+    checkpoint_every: int | None = output_options.checkpoint_every()
     preview_every: int | None = output_options.preview_every()
 
     def __post_init__(self) -> None:
@@ -321,6 +322,7 @@ class GenerationRequest:
         _check_range("seed", self.seed, 0, MAX_SEED)
         _check_range("steps", self.steps, 1, MAX_STEPS)
         _check_range("guidance", self.guidance, 0, 100)
+        _check_range("checkpoint_every", self.checkpoint_every, 1, MAX_STEPS)
         _check_range("preview_every", self.preview_every, 1, MAX_STEPS)
         _check_range("fps", self.fps, 0.1, MAX_FPS)
         _check_range("loop", self.loop, 1, MAX_LOOPS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,11 +11,14 @@ import mlx.core as mx
 
 from mlx_sora.accel import Accelerations
 from mlx_sora.accel.cidl import BlockStream
+from mlx_sora.checkpointing import Snapshot
 from mlx_sora.request import GenerationRequest
-from mlx_sora.runtime.events import StageFinished
+from mlx_sora.resuming import Checkpoints
+from mlx_sora.runtime.events import Event, Noted, StageFinished, Warned
 from mlx_sora.runtime.health import Health
 from mlx_sora.runtime.memory import StageMeter
 from mlx_sora.runtime.planner import Plan
+from mlx_sora.sampling.loop import StepResult
 from mlx_sora.settings import Settings
 from mlx_sora.text.tokenizer import Tokenizer
 from mlx_sora.video import Video
@@ -31,8 +35,9 @@ class Run:
     output: where the video goes, None to keep its frames. accelerations: what is at work in this
     run. plan: memory and reading, stage by stage. streamed: what streams of blocks have read, by
     stage. seconds, memory: per stage, wall seconds and peak of the resident set in bytes, over all
-    clips. clips: what accelerations did in the clips before the present one.
-    more: what else the metadata tell, for a task of its own.
+    clips. clips: what accelerations did in the clips whose steps are made.
+    more: what else the metadata tell, for a task of its own. notes: what to tell the user at the
+    start. checkpoints: what of the run is kept on disk meanwhile.
     """
 
     request: GenerationRequest
@@ -47,18 +52,48 @@ class Run:
     seconds: dict[str, float] = field(default_factory=dict)
     memory: dict[str, int] = field(default_factory=dict)
     more: dict[str, Any] = field(default_factory=dict)
-    clips: list[dict[str, Any]] = field(default_factory=list)
+    clips: list[Mapping[str, Any]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    checkpoints: Checkpoints = field(default_factory=Checkpoints)
 
     @property
     def health(self) -> Health:
         """The checks that were asked for."""
         return Health(self.dtype, self.settings.guidance, self.request.health_check)
 
-    def begin_clip(self, clip: int) -> None:
-        """Accelerations at work in one clip know nothing of the next."""
+    @property
+    def needs_text(self) -> bool:
+        """Whether steps are left to be made."""
+        return self.checkpoints.finished(self.settings.clips.count - 1) is None
+
+    def begin(self) -> Iterator[Event]:
+        """What is told at the start."""
+        yield from map(Warned, self.warnings)
+        yield from map(Noted, self.notes)
+
+    def begin_clip(self, clip: int) -> Snapshot | None:
+        """Accelerations at work in one clip know nothing of the next, but what was known before.
+
+        The value is what an interrupted run made of the clip, if anything.
+        """
         if clip:
-            self.clips.append(self.accelerations.record())
             self.accelerations = self.accelerations.anew()
+        begun = self.checkpoints.begun(clip)
+        if begun is not None and begun.state is not None:
+            self.accelerations.restore(begun.state["accelerations"])
+        return begun
+
+    def step_made(self, done: StepResult) -> Iterator[Event]:
+        """Take account of a step; the last one of a clip ends it."""
+        index, total = done.step.index, done.step.total
+        self.accelerations.watch(done)
+        self.checkpoints.note_warnings(self.warnings)
+        if done.leapt or index + 1 == total:
+            self.clips.append(self.accelerations.record())
+            yield from self.checkpoints.clip_made(done.z, self.clips[-1])
+        else:
+            state = {**done.state(), "accelerations": self.accelerations.state()}
+            yield from self.checkpoints.step_made(done.z, index + 1, state)
 
     def note_stream(self, stage: str, stream: BlockStream[Any] | None) -> None:
         """Record what a stream of blocks did in `stage`; None where all blocks were in memory."""
@@ -89,13 +124,14 @@ class Run:
         record = build_metadata(
             self.request,
             self.settings.to_dict(),
-            warnings=self.warnings,
+            warnings=list(dict.fromkeys(self.warnings)),
             seconds=self.seconds,
             peak_memory=self.memory,
         )
-        done: dict[str, Any] = self.accelerations.record()
-        if self.clips:
-            done = {name: [*(clip[name] for clip in self.clips), done[name]] for name in done}
+        clips = self.clips or [self.accelerations.record()]
+        done = dict(clips[0])
+        if len(clips) > 1:
+            done = {name: [clip[name] for clip in clips] for name in done}
         if self.streamed:
             done["ci_dl"] = self.streamed
         return record | {"accelerations": done} | self.more
@@ -111,7 +147,7 @@ class Run:
             num_frames=self.settings.clips.total,
             fps=self.settings.fps,
             seed=self.settings.seed,
-            warnings=tuple(self.warnings),
+            warnings=tuple(dict.fromkeys(self.warnings)),
             timings=dict(self.seconds),
             memory=dict(self.memory),
             metadata=self.record(),

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import mlx.core as mx
 
 from mlx_sora.accel.cidl import BlockStream
+from mlx_sora.checkpointing import Snapshot
 from mlx_sora.geometry import latent_frames
 from mlx_sora.given import Given, tasks
 from mlx_sora.lifetimes import Lifetimes
@@ -37,7 +38,7 @@ from mlx_sora.runtime.memory import StageMeter
 from mlx_sora.sampling import SAMPLERS
 from mlx_sora.sampling.base import Velocity
 from mlx_sora.sampling.guidance import Network, Part, guided
-from mlx_sora.sampling.loop import StepResult, denoise
+from mlx_sora.sampling.loop import Progress, StepResult, denoise
 from mlx_sora.sampling.noise import Noise
 from mlx_sora.text.encoder import TextEncoder
 from mlx_sora.video.frames import KeptFrames, to_uint8
@@ -118,12 +119,15 @@ class Stages:
         self, run: Run, texts: Texts, clip: int, given: Given
     ) -> Generator[Event, None, mx.array]:
         """Latents of a clip, [1, T, H, W, C]; the transformer is gone when this ends."""
-        run.begin_clip(clip)
+        begun = run.begin_clip(clip)
         yield StageStarted("denoise", run.settings.steps)
         plan, lifetimes = run.plan.stage("denoise"), self._lifetimes(run)
         with StageMeter("denoise") as meter, lifetimes.stage(plan):
             with lifetimes.transformer(plan) as (network, blocks):
-                latents = yield from self._steps(run, texts, clip, given, (network, blocks))
+                with run.checkpoints.kept():
+                    latents = yield from self._steps(
+                        run, texts, (clip, begun), given, (network, blocks)
+                    )
                 run.note_stream("denoise", blocks)
             del network, blocks
         yield run.close_stage(meter)
@@ -133,12 +137,13 @@ class Stages:
         self,
         run: Run,
         texts: Texts,
-        clip: int,
+        place: tuple[int, Snapshot | None],
         given: Given,
         transformer: tuple[STDiT3, BlockStream[BlockPair] | None],
     ) -> Generator[Event, None, mx.array]:
-        """One event per step; the finished latents at the end."""
+        """One event per step; the finished latents at the end. place: clip, what there is of it."""
         settings, geometry, (network, blocks) = run.settings, run.settings.geometry, transformer
+        clip, begun = place
         velocity = self._velocity(run, texts, clip, transformer)
         sampler = SAMPLERS[settings.sampler]
         width, height = geometry.size
@@ -147,8 +152,13 @@ class Stages:
         )
         noise = Noise([settings.seed], (*geometry.latent, network.config.in_channels), clip)
         z, conditioning = given.begin(clip, noise)
+        made = None
+        if begun is not None and begun.latents is not None and begun.state is not None:
+            z, made = begun.latents, Progress(begun.steps, begun.state)
         policy = run.accelerations.policy
-        for done in denoise(velocity, z, times, sampler, policy=policy, conditioning=conditioning):
+        for done in denoise(
+            velocity, z, times, sampler, policy=policy, conditioning=conditioning, made=made
+        ):
             z = done.z
             run.health.latents(z, done.step.index, done.step.total, given=conditioning is not None)
             yield from self._after(run, done, blocks)
@@ -179,7 +189,7 @@ class Stages:
     ) -> Generator[Event, None, None]:
         """What follows every step: accounts, and what is told."""
         index, every = done.step.index, run.request.preview_every
-        run.accelerations.watch(done)
+        yield from run.step_made(done)
         merges = run.accelerations.merges
         if blocks is not None and merges(index) != merges(index + 1):
             blocks.reconsider()

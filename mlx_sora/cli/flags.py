@@ -104,7 +104,7 @@ def as_words(values: Mapping[str, Any]) -> list[str]:
 def build_requests(
     typed: dict[str, Any], recorded: dict[str, Any] | None = None
 ) -> list[GenerationRequest]:
-    """One validated request per seed; typed options override recorded ones."""
+    """One validated request per seed (None: none is known); typed options override recorded."""
     base = dict(recorded or {})
     if typed.keys() & _NAMED_SIZE:
         base = {name: value for name, value in base.items() if name not in _PIXELS}
@@ -116,10 +116,19 @@ def build_requests(
     seeds = typed.get("seed", [base.get("seed")])
     requests = []
     for seed in seeds:
-        request = GenerationRequest.from_dict(values | {"seed": seed}).with_seed()
+        request = GenerationRequest.from_dict(values | {"seed": seed})
         request.validate()
         requests.append(request)
     return requests
+
+
+def seeded(request: GenerationRequest, index: int) -> GenerationRequest:
+    """The request with a seed: its own, that of the checkpoint that it left, or drawn."""
+    if request.checkpoint_every is None:
+        return request.with_seed()
+    from mlx_sora.resuming import with_seed
+
+    return with_seed(request, index)
 
 
 def _add_flag(group: Any, name: str, option: Option, default: Any) -> None:

@@ -6,7 +6,7 @@ import argparse
 import json
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +18,7 @@ from mlx_sora.cli.flags import (
     add_request_flags,
     build_requests,
     explicit_options,
+    seeded,
 )
 from mlx_sora.cli.prompt_file import Batch, read_batch
 from mlx_sora.cli.render import (
@@ -62,6 +63,11 @@ def add_parser(commands: Any) -> None:
         help="many videos: a prompt a line, or (.jsonl) an object of options, such as "
         '{"prompt": "...", "seed": 3}; what is there already is skipped',
     )
+    parser.add_argument(
+        "--resume",
+        metavar="FILE",
+        help="finish the video of a checkpoint, beside it; no option may change what it shows",
+    )
     add_dry_run_flag(parser)
     add_output_flags(parser)
     parser.set_defaults(run=run)
@@ -102,18 +108,19 @@ def run(args: argparse.Namespace) -> int:
             if args.dry_run:
                 show_plans([pipeline.plan(each) for each in batch.requests], args.json_events)
                 return 0
-            make(pipeline, batch, renderer)
+            make(pipeline, batch, renderer, args.resume)
     finally:
         renderer.close()
     return report(batch)
 
 
-def make(pipeline: Pipeline, batch: Batch, renderer: Renderer) -> None:
+def make(pipeline: Pipeline, batch: Batch, renderer: Renderer, resume: str | None = None) -> None:
     """Make all videos of a batch; notes what fails, where there are several."""
-    alone = len(batch.requests) == 1 and batch.unit == "video"
-    if alone:
+    if len(batch.requests) == 1 and batch.unit == "video":
         renderer.note(f"seed {batch.requests[0].seed}")
-    stream = pipeline.stream(batch.requests[0]) if alone else pipeline.stream_all(batch.requests)
+        stream = pipeline.stream(batch.requests[0], resume)
+    else:
+        stream = pipeline.stream_all(batch.requests)
     # Closing, not collecting, ends an interrupted run and removes its partial file.
     with closing(stream) as events:
         for event in events:
@@ -139,6 +146,9 @@ def show_plans(plans: Sequence[Plan], as_json: bool) -> None:
 
 def plan_requests(args: argparse.Namespace) -> Batch:
     """The requests that the flags mean, checked as far as that goes without a model."""
+    typed = explicit_options(args)
+    if args.resume is not None:
+        return Batch([resumed(args, typed)])
     recorded = None
     if args.config_from_metadata is not None:
         source = args.config_from_metadata
@@ -146,7 +156,6 @@ def plan_requests(args: argparse.Namespace) -> Batch:
         recorded = replay_options(record, source)
         for path in changed_media(record):
             log.warning("%s is not the file that %s was made with", path, source)
-    typed = explicit_options(args)
     if args.prompt_file is not None:
         if "prompt" in typed:
             raise UsageError("--prompt and --prompt-file exclude each other.", "Give one.")
@@ -161,6 +170,17 @@ def plan_requests(args: argparse.Namespace) -> Batch:
             "Put {seed} or {index} into --output, and give each seed once.",
         )
     return batch
+
+
+def resumed(args: argparse.Namespace, typed: Mapping[str, Any]) -> GenerationRequest:
+    """The request of the checkpoint to go on from."""
+    from mlx_sora.resuming import resumed_request
+
+    for name in ("config_from_metadata", "prompt_file"):
+        if getattr(args, name) is not None:
+            flag = "--" + name.replace("_", "-")
+            raise UsageError(f"--resume and {flag} exclude each other.", "Give one.")
+    return _place(resumed_request(Path(args.resume), typed), 0)
 
 
 def choose_renderer(args: argparse.Namespace) -> Renderer:
@@ -186,10 +206,10 @@ def environment_notice() -> str:
 
 def _place(request: GenerationRequest, index: int) -> GenerationRequest:
     """The request with its output filled in; refuses early what is known to be unwritable."""
-    assert request.seed is not None, "build_requests gives every request a seed"
-    name = fill_template(
-        request.output or DEFAULT_OUTPUT, prompt=request.prompt, seed=request.seed, index=index
-    )
+    request = seeded(replace(request, output=request.output or DEFAULT_OUTPUT), index)
+    assert request.seed is not None, "seeded requests have one"
+    assert request.output is not None, "there is a default"
+    name = fill_template(request.output, prompt=request.prompt, seed=request.seed, index=index)
     frames = None if request.num_frames is None else parse_frames(request.num_frames)
     escaped = name.replace("{", "{{").replace("}", "}}")
     if frames is not None or Path(name).suffix or name.endswith("/"):

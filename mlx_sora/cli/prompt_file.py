@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from mlx_sora.cli.flags import build_requests
+from mlx_sora.cli.flags import build_requests, seeded
 from mlx_sora.errors import MlxSoraError, UsageError
 from mlx_sora.geometry import parse_frames
 from mlx_sora.request import GenerationRequest
@@ -110,8 +110,9 @@ def _requests(
 
 def _add(batch: Batch, number: int, request: GenerationRequest, index: int) -> None:
     """Add a request with its output filled in, unless that is there already."""
+    request = seeded(request, index)
     assert request.output is not None, "_requests gives every request an output"
-    assert request.seed is not None, "build_requests gives every request a seed"
+    assert request.seed is not None, "seeded requests have one"
     frames = 0 if request.num_frames is None else parse_frames(request.num_frames)
     name = fill_template(request.output, prompt=request.prompt, seed=request.seed, index=index)
     escaped = name.replace("{", "{{").replace("}", "}}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections import Counter
 from typing import Any
 
@@ -11,6 +13,9 @@ from mlx_sora.loading.doctor import Examination
 from mlx_sora.loading.model_folder import PARTS, ModelFolder
 from mlx_sora.loading.provenance import Provenance
 from mlx_sora.loading.quantize import Quantization, count_parameters
+
+#: Bytes of each tensor that a fingerprint looks at.
+_SAMPLE = 64
 
 
 def quantization_record(model: ModelFolder) -> dict[str, Any]:
@@ -23,6 +28,24 @@ def quantization_record(model: ModelFolder) -> dict[str, Any]:
         found |= dict.fromkeys(("text_encoder", "transformer"), Quantization(model.bits))
     parts = {part: kind.to_dict() for part, kind in found.items() if kind is not None}
     return {"quantization": parts} if parts else {}
+
+
+def fingerprint(model: ModelFolder) -> str:
+    """Checksum of what tells models apart: configurations, and of every tensor its name, shape,
+    type and the bytes in its middle. Reads a few kilobytes in all.
+
+    Raises WeightsError for files that cannot be opened.
+    """
+    found = hashlib.sha256()
+    for part in PARTS:
+        found.update(json.dumps([part, model.config(part)], sort_keys=True).encode())
+        tensors = Checkpoint.open(model.path / part).tensors
+        for name, info in sorted(tensors.items(), key=lambda item: (item[1].file, item[1].offset)):
+            found.update(f"\n{name} {info.dtype} {info.shape}\n".encode())
+            with info.file.open("rb") as file:
+                file.seek(info.offset + info.nbytes // 2)
+                found.update(file.read(min(_SAMPLE, info.nbytes - info.nbytes // 2)))
+    return found.hexdigest()
 
 
 def describe_model(model: ModelFolder) -> dict[str, Any]:

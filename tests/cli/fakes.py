@@ -51,7 +51,7 @@ class FakePipeline:
             "device": {"total_memory": 8_000_000_000, "metal": False},
         }
 
-    def stream(self, request: GenerationRequest) -> Iterator[Event]:
+    def stream(self, request: GenerationRequest, resume: str | None = None) -> Iterator[Event]:
         self.requests.append(request)
         self.runs.append(self._run(request))
         return self.runs[-1]

@@ -12,14 +12,13 @@ from tests.cli.fakes import FakePipeline
 def test_every_flag_reaches_its_field(folder: Path, pipeline: FakePipeline) -> None:
     words = (
         "generate --prompt p --model shapes --seed 5 --steps 4 --cfg-scale 3 --sampler rflow "
-        "--sequential-guidance --resolution 144p --aspect-ratio 1:1 --frames 34 --fps 12 "
-        "--aesthetic 6 --motion 2 --camera pan --lpl fixed:2 --tdtm 3 --dtype float32 "
-        "--preset fast -q 8 -o out.gif --overwrite "
-        "--memory-budget 2GB --device-profile mac-8gb --ci-dl --vae-tiles 2 "
+        "--resolution 144p --aspect-ratio 1:1 --frames 34 --fps 12 --aesthetic 6 --motion 2 "
+        "--camera pan --lpl fixed:2 --tdtm 3 --dtype float32 --preset fast -q 8 "
+        "-o out.gif --overwrite --memory-budget 2GB --device-profile mac-8gb --ci-dl --vae-tiles 2 "
         "--image a.png --image b.png -1 0.5 --video c.mp4 after 34 --negative-prompt n "
-        "--loop 2 --condition-frames 34 --condition-edit 0.5 "
+        "--loop 2 --condition-frames 34 --condition-edit 0.5 --sequential-guidance "
         "--step-cache every:2 --guidance-interval 100,900 --guidance-cache every:2 "
-        "--no-embed-metadata --metadata --no-health-check"
+        "--no-embed-metadata --metadata --no-health-check --checkpoint-every 3"
     )
     assert main(words.split()) == 0
     expected = {
@@ -59,6 +58,7 @@ def test_every_flag_reaches_its_field(folder: Path, pipeline: FakePipeline) -> N
         "embed_metadata": False,
         "metadata": True,
         "health_check": False,
+        "checkpoint_every": 3,
     }
     assert pipeline.requests[0].to_dict() == expected
     assert pipeline.loaded == [("shapes", "float32")]

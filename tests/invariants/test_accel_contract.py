@@ -16,6 +16,7 @@ from mlx_sora import GenerationRequest, Pipeline, Video
 from mlx_sora.accel import ACCELERATIONS, OFF
 from mlx_sora.runtime.events import Event, Finished, Noted, StageFinished, StepFinished
 from mlx_sora.video.metadata import read_metadata, replay_options
+from tests.invariants.resumed import check_resumes
 
 #: Modes of each technique to run with, in STEPS steps; the first also in pairs.
 EXAMPLES = {
@@ -100,6 +101,24 @@ def test_on_is_recorded(pipe: Pipeline, name: str, mode: str) -> None:
     assert record["settings"][name] == ACCELERATIONS[name][0](mode)
     notes = [event.message for event in run if isinstance(event, Noted)]
     assert [note.split(":")[0] for note in notes] == [name]
+
+
+@pytest.mark.parametrize(("name", "mode"), EACH)
+def test_an_interrupted_run_goes_on_the_same(
+    pipe: Pipeline, tmp_path: Path, name: str, mode: str
+) -> None:
+    check_resumes(pipe, tmp_path, {**SMALL, name: mode}, after=(1, 2), decode=False)
+
+
+def test_all_together_go_on_with_the_same_account(pipe: Pipeline, tmp_path: Path) -> None:
+    """To the last byte of the file, and to the last figure of what was done."""
+    modes = {name: modes[0] for name, modes in EXAMPLES.items()}
+    modes |= {"lpl": "adaptive:patience=2,tolerance=2", "sampler": "ab2"}
+    more = {"steps": 7, "sequential_guidance": True, "ci_dl": True}
+    whole = check_resumes(pipe, tmp_path, {**SMALL, **modes, **more}, after=(1, 3, 6), decode=True)
+    assert whole.record["accelerations"].keys() >= ACCELERATIONS.keys()
+    assert whole.record["accelerations"]["lpl"]["leapt"]
+    assert len(whole.latents) == 6
 
 
 @pytest.mark.parametrize("modes", PAIRS, ids=str)

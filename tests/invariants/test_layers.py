@@ -25,7 +25,7 @@ LAYERS = (
     ("models", "runtime"),
     ("loading", "sampling", "text", "video"),
     ("accel",),
-    ("media", "given", "settings", "run", "lifetimes", "stages"),
+    ("media", "given", "settings", "checkpointing", "resuming", "run", "lifetimes", "stages"),
     ("pipeline", "editing", "batch", "calibration"),
     ("cli", "__main__"),
 )

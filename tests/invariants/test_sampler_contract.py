@@ -11,6 +11,7 @@ from mlx_sora import GenerationRequest, Pipeline, Video
 from mlx_sora.runtime.events import Finished, StepFinished
 from mlx_sora.sampling import SAMPLERS
 from mlx_sora.video.writer import save_frames
+from tests.invariants.resumed import check_resumes
 
 STEPS = 4
 SMALL = {"prompt": "a red circle", "seed": 3, "steps": STEPS, "num_frames": 17}
@@ -78,6 +79,16 @@ def test_a_given_frame_stays_and_the_others_see_it(
         assert np.array_equal(latents[:, 0], given[0][:, 0])
     assert not np.array_equal(given[-1][:, 0], plain[-1][:, 0])
     assert np.abs(given[-1][:, 1:] - plain[-1][:, 1:]).max() > 1e-3
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_an_interrupted_run_goes_on_the_same(pipe: Pipeline, sampler: str, tmp_path: Path) -> None:
+    """Over clips that begin with the one before, and before and after a given frame moves."""
+    picture = save_frames(tmp_path / "a.png", np.full((1, 32, 32, 3), 200, np.uint8), 1)
+    given = {"images": [[str(picture), 0, 0.7]], "loop": 2, "num_frames": 34, "steps": 3}
+    options = {**SMALL, "sampler": sampler, **given, "condition_edit": 0.5}
+    (tmp_path / "out").mkdir()
+    check_resumes(pipe, tmp_path / "out", options, after=(1, 2, 4), decode=True)
 
 
 def test_samplers_differ(pipe: Pipeline) -> None:
