@@ -23,7 +23,7 @@ SHARED = (
     *("prompt", "negative_prompt", "model", "steps", "guidance", "sequential_guidance", "sampler"),
     *("resolution", "aspect_ratio", "width", "height", "num_frames", "fps"),
     *("aesthetic", "motion", "camera", "lpl", "tdtm", "dtype", "quantize"),
-    *("quantize", "memory_budget", "device_profile", "ci_dl", "vae_tiles"),
+    *("quantize", "memory_budget", "device_profile", "ci_dl", "vae_tiles", "parallel"),
     *("output", "overwrite", "embed_metadata", "metadata", "health_check"),
 )
 

@@ -217,3 +217,21 @@ def tiles() -> Any:
         "pictures in little memory; 1 is off"
     )
     return option(None, parse, "--vae-tiles", text, metavar="N", group="memory")
+
+
+#: How ranks divide a video, by the field's names; see mlx_sora/runtime/parallel.py.
+PARALLEL = ("auto", "guidance", "sequence", "both", "prompts", "off")
+
+
+def parallel() -> Any:
+    """The field of what several ranks do."""
+    return option(
+        "auto",
+        as_text,
+        "--parallel",
+        "with mlx.launch, what ranks divide: the halves of guidance, the sequence of tokens, both, "
+        "or whole prompts of --prompt-file; off leaves all to one rank",
+        choices=PARALLEL,
+        replay=False,
+        group="memory",
+    )

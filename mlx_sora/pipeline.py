@@ -11,7 +11,7 @@ import logging
 from collections import Counter
 from collections.abc import Generator, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,16 +33,18 @@ from mlx_sora.run import Run
 from mlx_sora.runtime.device import default_dtype, describe, total_memory
 from mlx_sora.runtime.events import Event, Finished
 from mlx_sora.runtime.memory import default_cache_limit
+from mlx_sora.runtime.parallel import choose
 from mlx_sora.runtime.planner import Job as Work
 from mlx_sora.runtime.planner import Kind, Machine, Plan, Reading, make_plan
+from mlx_sora.runtime.ranks import Ranks, join
 from mlx_sora.sampling import SAMPLERS
 from mlx_sora.settings import Settings, settle
 from mlx_sora.stages import Stages, Texts
 from mlx_sora.text.tokenizer import Tokenizer
 from mlx_sora.video import Video
-from mlx_sora.video.frames import KeptFrames
+from mlx_sora.video.frames import CountedFrames, FrameWriter, KeptFrames
 from mlx_sora.video.output import check_output, output_path
-from mlx_sora.video.writer import VideoWriter, open_writer, write_sidecar
+from mlx_sora.video.writer import open_writer, write_sidecar
 
 if TYPE_CHECKING:
     from mlx_sora.edit_request import EditRequest
@@ -56,6 +58,8 @@ class Pipeline(Stages):
     def __init__(self, model: ModelFolder, dtype: str = "auto") -> None:
         self.model = model
         self.dtype = dtype
+        #: The processes that mlx.launch started with this one; most often it is alone.
+        self.ranks = join()
         default_dtype(requested=dtype)  # refuses what the device cannot do, before any work
 
     @classmethod
@@ -88,11 +92,16 @@ class Pipeline(Stages):
 
         resume: checkpoint of the same request to go on from, wherever it is; the one beside the
         output is found by itself where the request has checkpoint_every. Closing the generator ends
-        the run and removes what it had begun to write.
+        the run and removes what it had begun to write. Of several ranks all have to ask for the
+        same; the first one has the files, or the frames.
         """
-        request.validate()
-        source = None if resume is None else Path(resume)
-        return self._events(self._begun(with_seed(request), source))
+        ranks = self._ranks(request)
+        request = seeded(request, ranks)
+        with ranks.together():
+            request.validate()
+            run = self._begun(request, None if resume is None else Path(resume))
+        run.checkpoints = run.checkpoints.among(ranks)
+        return self._events(run)
 
     def resume(self, checkpoint: str | Path, **options: Any) -> Video:
         """Finish the video of a checkpoint, beside it. options: such as change nothing it shows."""
@@ -158,13 +167,17 @@ class Pipeline(Stages):
     def _begun(self, request: GenerationRequest, resume: Path | None = None) -> Run:
         """A prepared run that keeps checkpoints, if it was asked to, and goes on from its own."""
         run = self._prepare(request)
-        if request.checkpoint_every is not None or resume is not None:
+        if run.ranks.first and (request.checkpoint_every is not None or resume is not None):
             attach(run, fingerprint(self.model), resume)
         return run
 
+    def _ranks(self, request: GenerationRequest) -> Ranks:
+        """Those that make a video together."""
+        return Ranks() if request.parallel == "off" else self.ranks
+
     def _prepare(self, request: GenerationRequest) -> Run:
         """Decide everything that can be decided without weights; raises UsageError."""
-        request = filled(request)
+        request, ranks = filled(request), self._ranks(request)
         if request.model is not None and find_model(request.model).path != self.model.path:
             raise UsageError(
                 f"This pipeline holds {self.model.name}, the request asks for {request.model}.",
@@ -172,30 +185,17 @@ class Pipeline(Stages):
             )
         dtype = default_dtype(requested=self.dtype if request.dtype == "auto" else request.dtype)
         settings, warnings = settle(request, self.model)
-        geometry = settings.geometry
-        frames = settings.clips.total
+        division = choose(request.parallel, ranks.size, guided=settings.guidance != 1)
         accelerations = Accelerations(settings.accelerations, self._job(settings))
-        output = None
-        if request.output is not None:
-            output = output_path(
-                request.output,
-                prompt=request.prompt,
-                seed=settings.seed,
-                num_frames=frames,
-            )
-            check_output(
-                output,
-                request.overwrite,
-                sidecar=request.metadata,
-                num_frames=frames,
-                size=geometry.decoded,
-                fps=settings.fps,
-            )
+        output = _output(request, settings, checked=self.ranks.first)
         warnings += accelerations.warnings
         tokenizer = Tokenizer.load(self.model.tokenizer)
         length = max(len(tokenizer.encode(text).ids) for text in settings.all_texts)
-        plan = self._plan(request, settings, dtype, accelerations, length)
+        work = self._work(request, settings, accelerations, length)
+        work = replace(work, halved=work.guided and division.halves > 1)
+        plan = self._plan(request, settings, dtype, work)
         run = Run(request, settings, dtype, output, accelerations, tokenizer, plan, warnings)
+        run.ranks, run.division = ranks, division
         run.more |= quantization_record(quantized_while_loading(self.model, request.quantize))
         return run
 
@@ -220,11 +220,9 @@ class Pipeline(Stages):
         request: GenerationRequest,
         settings: Settings,
         dtype: mx.Dtype,
-        accelerations: Accelerations,
-        text_tokens: int,
+        work: Work,
     ) -> Plan:
         """Memory, reading and work per stage. Reads headers only; raises MemoryBudgetError."""
-        work = self._work(request, settings, accelerations, text_tokens)
         machine = Machine(on_gpu(), default_cache_limit() or total_memory(), dtype.size)
         model = quantized_while_loading(self.model, request.quantize)
         sizes = model_sizes(model, dtype, encoders=work.reading is not None)
@@ -264,7 +262,7 @@ class Pipeline(Stages):
         """All clips of a run whose text is encoded, each written as soon as it is made."""
         given = (yield from self._read(run)) if run.needs_text else None
         with ExitStack() as opened:
-            writer: VideoWriter | KeptFrames | None = None
+            writer: FrameWriter | None = None
             for clip in range(run.settings.clips.count):
                 latents = run.checkpoints.finished(clip)
                 if given is not None:
@@ -279,30 +277,39 @@ class Pipeline(Stages):
                 del latents
             assert writer is not None, "there is a first clip"
             self._sign(run, writer)
+            with run.ranks.together():
+                opened.close()
         video = self._finished(run, writer)
         run.checkpoints.remove()
         yield Finished(video)
 
     def _decode(self, run: Run, latents: mx.array) -> Generator[Event, None, Video]:
         """The latents of a run's only clip to the finished video."""
-        with self._writer(run) as writer:
+        with ExitStack() as opened:
+            writer = self._writer(run)
+            opened.enter_context(writer)
             yield from self._decode_clip(run, 0, latents, writer)
             self._sign(run, writer)
+            with run.ranks.together():
+                opened.close()
         return self._finished(run, writer)
 
-    def _sign(self, run: Run, writer: VideoWriter | KeptFrames) -> None:
+    def _sign(self, run: Run, writer: FrameWriter) -> None:
         if run.request.embed_metadata:
             writer.metadata = run.record()
 
-    def _finished(self, run: Run, writer: VideoWriter | KeptFrames) -> Video:
+    def _finished(self, run: Run, writer: FrameWriter) -> Video:
         """The video, once its writer has closed; also writes the sidecar that was asked for."""
         kept = writer.frames if isinstance(writer, KeptFrames) else None
-        video = run.video(None if kept is not None else writer.path, kept)
-        if video.path is not None and run.request.metadata:
-            write_sidecar(video.path, video.metadata, run.request.overwrite)
+        video = run.video(writer.path, kept)
+        with run.ranks.together():
+            if video.path is not None and run.request.metadata:
+                write_sidecar(video.path, video.metadata, run.request.overwrite)
         return video
 
-    def _writer(self, run: Run) -> VideoWriter | KeptFrames:
+    def _writer(self, run: Run) -> FrameWriter:
+        if not run.ranks.first:
+            return CountedFrames()
         if run.output is None:
             return KeptFrames()
         settings = run.settings
@@ -312,6 +319,29 @@ class Pipeline(Stages):
             settings.fps,
             overwrite=run.request.overwrite,
         )
+
+
+def seeded(request: GenerationRequest, ranks: Ranks) -> GenerationRequest:
+    """The request with a seed, the same on all ranks."""
+    return replace(request, seed=ranks.of_first(with_seed(request).seed))
+
+
+def _output(request: GenerationRequest, settings: Settings, *, checked: bool) -> Path | None:
+    """Where the video goes; raises UsageError where it cannot, if that is to be checked."""
+    if request.output is None:
+        return None
+    frames = settings.clips.total
+    path = output_path(request.output, prompt=request.prompt, seed=settings.seed, num_frames=frames)
+    if checked:
+        check_output(
+            path,
+            request.overwrite,
+            sidecar=request.metadata,
+            num_frames=frames,
+            size=settings.geometry.decoded,
+            fps=settings.fps,
+        )
+    return path
 
 
 def _reading(settings: Settings) -> Reading | None:

@@ -31,6 +31,7 @@ from mlx_sora.options import (
     as_pictures,
     as_text,
     option,
+    parallel,
     technique,
     tiles,
 )
@@ -274,6 +275,7 @@ class GenerationRequest:
         group="memory",
     )
     vae_tiles: int | None = tiles()
+    parallel: str = parallel()
     output: str | None = output_options.output()
     overwrite: bool = output_options.overwrite()
     embed_metadata: bool = output_options.embed_metadata()
@@ -345,7 +347,7 @@ ANY_SIZE = Size(512, 512)
 REQUIRED = (
     *("prompt", "sequential_guidance", "sampler", "dtype"),
     *("images", "videos", "references", "loop", "condition_frames", "condition_edit"),
-    *("ci_dl", "overwrite", "embed_metadata", "metadata", "health_check"),
+    *("ci_dl", "parallel", "overwrite", "embed_metadata", "metadata", "health_check"),
 )
 
 

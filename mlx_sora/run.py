@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,13 +13,17 @@ import mlx.core as mx
 from mlx_sora.accel import Accelerations
 from mlx_sora.accel.cidl import BlockStream
 from mlx_sora.checkpointing import Snapshot
+from mlx_sora.accel.distributed import Mesh
+from mlx_sora.models.context import Layout, Whole
 from mlx_sora.request import GenerationRequest
 from mlx_sora.resuming import Checkpoints
 from mlx_sora.runtime.events import Event, Noted, StageFinished, Warned
 from mlx_sora.runtime.health import Health
 from mlx_sora.runtime.memory import StageMeter
+from mlx_sora.runtime.parallel import Division
 from mlx_sora.runtime.planner import Plan
 from mlx_sora.sampling.loop import StepResult
+from mlx_sora.runtime.ranks import Ranks
 from mlx_sora.settings import Settings
 from mlx_sora.text.tokenizer import Tokenizer
 from mlx_sora.video import Video
@@ -48,6 +53,8 @@ class Run:
     tokenizer: Tokenizer
     plan: Plan
     warnings: list[str]
+    ranks: Ranks = field(default_factory=Ranks)
+    division: Division = field(default_factory=lambda: Division(1))
     streamed: dict[str, dict[str, Any]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     memory: dict[str, int] = field(default_factory=dict)
@@ -60,6 +67,11 @@ class Run:
     def health(self) -> Health:
         """The checks that were asked for."""
         return Health(self.dtype, self.settings.guidance, self.request.health_check)
+
+    @cached_property
+    def layout(self) -> Layout:
+        """How this process shares evaluations with the others; asked for by all of them."""
+        return Whole() if self.division.ranks == 1 else Mesh(self.ranks, self.division.halves)
 
     @property
     def needs_text(self) -> bool:
@@ -134,6 +146,8 @@ class Run:
             done = {name: [clip[name] for clip in clips] for name in done}
         if self.streamed:
             done["ci_dl"] = self.streamed
+        if self.ranks.size > 1:
+            record["parallel"] = {"ranks": self.ranks.size, "mode": self.division.mode}
         return record | {"accelerations": done} | self.more
 
     def video(self, path: Path | None, frames: np.ndarray | None) -> Video:

@@ -6,7 +6,8 @@ of events whose value is what it made.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -16,7 +17,7 @@ import mlx.core as mx
 from mlx_sora.accel.cidl import BlockStream
 from mlx_sora.checkpointing import Snapshot
 from mlx_sora.geometry import latent_frames
-from mlx_sora.given import Given, tasks
+from mlx_sora.given import Given, Task, tasks
 from mlx_sora.lifetimes import Lifetimes
 from mlx_sora.loading.model_folder import ModelFolder
 from mlx_sora.loading.networks import load_vae
@@ -35,14 +36,15 @@ from mlx_sora.runtime.events import (
     Warned,
 )
 from mlx_sora.runtime.memory import StageMeter
+from mlx_sora.runtime.plan import StagePlan
+from mlx_sora.runtime.ranks import Ranks
 from mlx_sora.sampling import SAMPLERS
 from mlx_sora.sampling.base import Velocity
 from mlx_sora.sampling.guidance import Network, Part, guided
 from mlx_sora.sampling.loop import Progress, StepResult, denoise
 from mlx_sora.sampling.noise import Noise
 from mlx_sora.text.encoder import TextEncoder
-from mlx_sora.video.frames import KeptFrames, to_uint8
-from mlx_sora.video.writer import VideoWriter
+from mlx_sora.video.frames import FrameWriter, KeptFrames, frames_of, to_uint8
 
 if TYPE_CHECKING:
     import numpy as np
@@ -62,34 +64,57 @@ class Stages:
         return Lifetimes(model, run.dtype, budget, run.request.ci_dl or budget is not None)
 
     def _encode(
-        self, runs: Sequence[Run], texts: MutableMapping[str, mx.array], also: Sequence[str] = ()
+        self,
+        runs: Sequence[Run],
+        texts: MutableMapping[str, mx.array],
+        also: Sequence[str] = (),
+        ranks: Ranks | None = None,
     ) -> Generator[Event, None, None]:
         """Put the states of all texts of `runs` into `texts`; T5 is gone when this ends.
 
         The runs agree in number format, memory limits and checks. also: further texts of each.
+        ranks: those that get the states from the first of them; the run's, unless given.
         """
-        wanted = {text: None for run in runs for text in (*run.settings.all_texts, *also)}
+        wanted = list(dict.fromkeys(t for run in runs for t in (*run.settings.all_texts, *also)))
         yield StageStarted("encode", len(wanted))
         run = max(runs, key=lambda run: run.plan.stage("encode").peak)
-        plan, lifetimes = run.plan.stage("encode"), self._lifetimes(run)
-        warnings: dict[str, tuple[str, ...]] = {}
-        with StageMeter("encode") as meter, lifetimes.stage(plan):
-            with lifetimes.text_encoder(plan) as (network, rows, blocks):
-                encoder = TextEncoder(network, rows, run.tokenizer, run.dtype, blocks)
-                for done, text in enumerate(wanted, start=1):
-                    encoded = encoder.encode(text)
-                    run.health.text(encoded.states)
-                    texts[text], warnings[text] = encoded.states, encoded.warnings
-                    yield StageProgress("encode", done, len(wanted))
-                for each in runs:
-                    each.note_stream("encode", blocks)
-            del network, rows, blocks, encoder, encoded
+        ranks = ranks or run.ranks
+        warnings: dict[str, Sequence[str]] = {}
+        with StageMeter("encode") as meter, self._lifetimes(run).stage(run.plan.stage("encode")):
+            with ranks.together():
+                if ranks.first:
+                    warnings = yield from self._encode_here(run, runs, wanted, texts)
+            if ranks.size > 1:
+                warnings = ranks.of_first(warnings)
+                for text in wanted:
+                    texts[text] = ranks.array_of_first(texts[text] if ranks.first else None)
         for each in runs:
             found = [line for text in (*each.settings.all_texts, *also) for line in warnings[text]]
             each.warnings += found
             yield from map(Warned, found)
             finished = each.close_stage(meter, len(runs))
         yield finished
+
+    def _encode_here(
+        self,
+        run: Run,
+        runs: Sequence[Run],
+        wanted: Sequence[str],
+        texts: MutableMapping[str, mx.array],
+    ) -> Generator[Event, None, dict[str, Sequence[str]]]:
+        """The texts' states by the T5 of `run`, and the warnings of each."""
+        plan = run.plan.stage("encode")
+        warnings: dict[str, Sequence[str]] = {}
+        with self._lifetimes(run).text_encoder(plan) as (network, rows, blocks):
+            encoder = TextEncoder(network, rows, run.tokenizer, run.dtype, blocks)
+            for done, text in enumerate(wanted, start=1):
+                encoded = encoder.encode(text)
+                run.health.text(encoded.states)
+                texts[text], warnings[text] = encoded.states, encoded.warnings
+                yield StageProgress("encode", done, len(wanted))
+            for each in runs:
+                each.note_stream("encode", blocks)
+        return warnings
 
     def _read(self, run: Run) -> Generator[Event, None, Given]:
         """Latents of the media that a run is given; the VAE's encoder is gone when this ends."""
@@ -103,17 +128,27 @@ class Stages:
         yield StageStarted("read", len(todo))
         plan = run.plan.stage("read")
         with StageMeter("read") as meter, self._lifetimes(run).stage(plan):
-            vae = load_vae(self.model, ("encoder",))
-            pixels = (mx.array(task.read()).astype(mx.float32) / 127.5 - 1 for task in todo)
-            encoded = vae.encode_chunks(pixels, plan.micro_batch, in_turn=plan.in_turn)
-            del vae
-            for done, (task, latents) in enumerate(zip(todo, encoded, strict=True), start=1):
-                run.health.media(latents)
-                given.fill(task, latents)
-                yield StageProgress("read", done, len(todo))
-            del pixels, encoded, latents
+            latents: list[mx.array | None] = [None] * len(todo)
+            with run.ranks.together():
+                if run.ranks.first:
+                    latents = yield from self._read_here(run, plan, todo)
+            for task, each in zip(todo, latents, strict=True):
+                given.fill(task, run.ranks.array_of_first(each))
+            del latents, each
         yield run.close_stage(meter)
         return given
+
+    def _read_here(
+        self, run: Run, plan: StagePlan, todo: Sequence[Task]
+    ) -> Generator[Event, None, list[mx.array | None]]:
+        """The latents of each task."""
+        vae, made = load_vae(self.model, ("encoder",)), list[mx.array | None]()
+        pixels = (mx.array(task.read()).astype(mx.float32) / 127.5 - 1 for task in todo)
+        for latents in vae.encode_chunks(pixels, plan.micro_batch, in_turn=plan.in_turn):
+            run.health.media(latents)
+            made.append(latents)
+            yield StageProgress("read", len(made), len(todo))
+        return made
 
     def _denoise(
         self, run: Run, texts: Texts, clip: int, given: Given
@@ -123,13 +158,15 @@ class Stages:
         yield StageStarted("denoise", run.settings.steps)
         plan, lifetimes = run.plan.stage("denoise"), self._lifetimes(run)
         with StageMeter("denoise") as meter, lifetimes.stage(plan):
-            with lifetimes.transformer(plan) as (network, blocks):
-                with run.checkpoints.kept():
-                    latents = yield from self._steps(
-                        run, texts, (clip, begun), given, (network, blocks)
-                    )
+            with ExitStack() as opened:
+                with run.ranks.together():
+                    network, blocks = opened.enter_context(lifetimes.transformer(plan))
+                opened.enter_context(run.checkpoints.kept())
+                latents = yield from self._steps(
+                    run, texts, (clip, begun), given, (network, blocks)
+                )
                 run.note_stream("denoise", blocks)
-            del network, blocks
+            del network, blocks, opened
         yield run.close_stage(meter)
         return latents
 
@@ -180,7 +217,8 @@ class Stages:
             [texts[settings.texts[clip]]],
             network.null_text if negative is None else lambda n: negative,
             settings.guidance,
-            sequential=run.request.sequential_guidance,
+            # Where halves are apart, each process has but one of them.
+            sequential=run.request.sequential_guidance and run.division.halves == 1,
             policy=run.accelerations.guidance,
         )
 
@@ -194,7 +232,7 @@ class Stages:
         if blocks is not None and merges(index) != merges(index + 1):
             blocks.reconsider()
         yield StepFinished(index, done.step.total, done.t, done.seconds, done.z)
-        if every and (index + 1) % every == 0:
+        if every and (index + 1) % every == 0 and run.ranks.first:
             yield PreviewReady(index, self._preview(run, done.x0))
 
     def _preview(self, run: Run, x0: mx.array) -> np.ndarray:
@@ -206,7 +244,7 @@ class Stages:
         return kept.frames
 
     def _decode_clip(
-        self, run: Run, clip: int, latents: mx.array, writer: VideoWriter | KeptFrames
+        self, run: Run, clip: int, latents: mx.array, writer: FrameWriter
     ) -> Generator[Event, None, None]:
         """A clip's new frames, 17 at a time straight into the file; then the decoder is gone."""
         clips, plan = run.settings.clips, run.plan.stage("decode")
@@ -214,20 +252,39 @@ class Stages:
         frames, before = clips.num_frames - skipped, writer.num_frames
         yield StageStarted("decode", frames)
         with StageMeter("decode") as meter, self._lifetimes(run).stage(plan):
-            vae = load_vae(self.model)
             # Chunks do not see each other: what the clip before has shown need not be decoded.
             new = latents[:, latent_frames(skipped) :]
-            batch, tiles = plan.micro_batch, run.settings.vae_tiles
-            chunks = vae.decode_chunks(new, frames, batch, in_turn=plan.in_turn, tiles=tiles)
-            del vae
-            health = run.health.frames()
-            for chunk in chunks:
-                health.add(chunk)
-                writer.write(to_uint8(chunk))
+            for chunk in self._frames(run, plan, new, frames):
+                with run.ranks.together():
+                    writer.write(chunk)
                 yield StageProgress("decode", writer.num_frames - before, frames)
-            health.end()
-            del chunks, chunk
+            del chunk
         yield run.close_stage(meter)
+
+    def _frames(
+        self, run: Run, plan: StagePlan, latents: mx.array, count: int
+    ) -> Iterator[np.ndarray]:
+        """The frames of latents chunk by chunk, uint8; ranks decode their chunks side by side."""
+        ranks, tiles = run.ranks, run.settings.vae_tiles
+        with ranks.together():
+            vae = load_vae(self.model)
+        total = len(vae.chunks(count))
+        own = slice(ranks.rank, None, ranks.size)
+        chunks = vae.decode_chunks(
+            latents, count, plan.micro_batch, in_turn=plan.in_turn, tiles=tiles, chosen=own
+        )
+        del vae
+        health = run.health.frames()
+        for first in range(0, total, ranks.size):
+            frames = None
+            with ranks.together():
+                if first + ranks.rank < total:
+                    chunk = next(chunks)
+                    health.add(chunk)
+                    frames = to_uint8(chunk)
+                    del chunk
+            yield from frames_of(ranks, frames, run.settings.geometry.decoded)
+        ranks.unless_one_passes(health.end)
 
 
 def bound(
@@ -252,7 +309,8 @@ def bound(
     )
 
     def velocity(z: mx.array, t: mx.array, x_mask: mx.array | None, index: int) -> mx.array:
-        seams = replace(context(index, t), stack=run.accelerations.stack(index, part))
+        stack = run.accelerations.stack(index, part)
+        seams = replace(context(index, t), stack=stack, layout=run.layout)
         return network(z, t, conditions, x_mask, seams)
 
     return velocity

@@ -28,6 +28,9 @@ from mlx_sora.models.vae_tiles import decode_tiled
 #: Between the two VAEs; hard-coded in Open-Sora 1.2, whatever the spatial VAE's own config says.
 LATENT_FACTOR = 0.18215
 
+#: Every chunk.
+ALL = slice(None)
+
 #: Bounds of a posterior's log-variance.
 LOGVAR_RANGE = (-30.0, 20.0)
 
@@ -168,13 +171,15 @@ class VideoVAE(nn.Module):
         *,
         in_turn: bool = False,
         tiles: int = 1,
+        chosen: slice = ALL,
     ) -> Iterator[mx.array]:
         """Decode one sample chunk by chunk: yields frames [<= 17, H, W, 3], evaluated, in float32.
 
         z [1, T, h, w, C]. micro_batch: frames per spatial pass (default: the config's); it changes
         memory only. in_turn: the temporal VAE decodes all chunks first and is given up, so that
         lazily loaded weights of both are never in memory at once; this VAE is then used up. tiles:
-        pictures are decoded in tiles x tiles parts, approximately (models/vae_tiles.py).
+        pictures are decoded in tiles x tiles parts, approximately (models/vae_tiles.py). chosen:
+        of the chunks, as they do not see each other.
         Raises UsageError, before any work, if z does not hold num_frames frames.
         """
         plan = self.chunks(num_frames)
@@ -184,7 +189,7 @@ class VideoVAE(nn.Module):
                 f"{num_frames} frames are 1 x {latents} latents, not {z.shape[0]} x {z.shape[1]}.",
                 "Decode one sample at a time, with the number of frames it was made for.",
             )
-        parts: Iterable[mx.array] = (self._decode_time(z, chunk) for chunk in plan)
+        parts: Iterable[mx.array] = (self._decode_time(z, chunk) for chunk in plan[chosen])
         size = micro_batch or self.config.micro_batch_size
         return self._decode_space(parts, partial(decode_tiled, tiles=tiles), size, in_turn)
 

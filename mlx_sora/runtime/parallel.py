@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from mlx_sora.errors import UsageError
 from mlx_sora.models.stdit3_blocks import STDiT3Config
 from mlx_sora.runtime.flops import Grid
 
@@ -35,6 +36,15 @@ class Division:
         return self if batch % self.halves == 0 else Division(self.ranks)
 
     @property
+    def mode(self) -> str:
+        """How the field calls it; off for one rank."""
+        if self.ranks == 1:
+            return "off"
+        if self.halves == 1:
+            return "sequence"
+        return "guidance" if self.halves == self.ranks else "both"
+
+    @property
     def parts(self) -> int:
         """Ranks that divide the tokens of a sample."""
         return self.ranks // self.halves
@@ -43,6 +53,37 @@ class Division:
     def hearing(self) -> int:
         """Ranks that take part in one exchange between blocks."""
         return self.parts if self.apart else self.ranks
+
+
+def choose(asked: str, ranks: int, *, guided: bool) -> Division:
+    """How `ranks` make one video. asked: a value of --parallel; guided: it has two halves.
+
+    auto splits guidance where it can, as that costs next to no exchange, and each half by sequence.
+    Raises UsageError for what cannot be.
+    """
+    if asked == "off":
+        return Division(1)
+    if ranks == 1 and asked != "auto":
+        raise UsageError(
+            f"--parallel {asked} is for several ranks; this process is alone.",
+            "Start it as mlx.launch -n 2 -- python -m mlx_sora generate ...",
+        )
+    if asked == "prompts":
+        raise UsageError(
+            "--parallel prompts divides several videos; there is one.", "Leave --parallel out."
+        )
+    if asked in ("guidance", "both") and not guided:
+        raise UsageError(
+            f"--parallel {asked}: without guidance there are no halves.",
+            "Use --parallel sequence.",
+        )
+    if (asked == "guidance" and ranks != 2) or (asked == "both" and (ranks < 4 or ranks % 2)):
+        wanted = "2 ranks" if asked == "guidance" else "4, 6, 8 ... ranks"
+        raise UsageError(
+            f"--parallel {asked} is for {wanted}, not {ranks}.", "Leave --parallel out."
+        )
+    split = asked in ("guidance", "both") or (asked == "auto" and guided and ranks % 2 == 0)
+    return Division(ranks, 2 if split else 1)
 
 
 def cut(total: int, parts: int, stride: int = 1) -> list[range]:

@@ -81,7 +81,8 @@ class Job:
     something out, how many of each kind. streams: residual streams of all halves that are kept
     from one to the next.
 
-    guided: with and without prompt, in one pass or (sequential) in two. inverts: as many before
+    guided: with and without prompt, in one pass or (sequential) in two; halved: this process has
+    one of the halves. inverts: as many before
     them, without guidance, that lead from a video to its noise; kept: bytes that these leave.
     clips: how often all this is done, each time but the first with `shared` frames taken over.
     tiles: in a row, that pictures are decoded in.
@@ -94,6 +95,7 @@ class Job:
     streams: float = 0
     guided: bool = True
     sequential: bool = False
+    halved: bool = False
     inverts: bool = False
     kept: int = 0
     reading: Reading | None = None
@@ -103,7 +105,7 @@ class Job:
 
     @property
     def batch(self) -> int:
-        return 2 if self.guided and not self.sequential else 1
+        return 2 if self.guided and not (self.sequential or self.halved) else 1
 
     @property
     def kinds(self) -> dict[Kind, int]:

@@ -7,25 +7,16 @@ without, a process is alone and none of it is touched.
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from functools import cache
 from typing import Any
 
 import mlx.core as mx
 
 from mlx_sora import errors
 from mlx_sora.errors import MlxSoraError
-
-#: Variables that a launcher sets, and the backend that they are for.
-_BACKENDS = {
-    "MLX_HOSTFILE": "ring",
-    "MLX_IBV_DEVICES": "jaccl",
-    "NCCL_HOST_IP": "nccl",
-    "OMPI_COMM_WORLD_SIZE": "mpi",
-    "PMI_SIZE": "mpi",
-}
+from mlx_sora.runtime.launcher import launched
 
 
 class Ranks:
@@ -81,17 +72,28 @@ class Ranks:
         data = json.dumps(value).encode() if self.first else b""
         return json.loads(self.gather_bytes(data)[0])
 
-    def arrays_of_first(self, arrays: Mapping[str, mx.array]) -> dict[str, mx.array]:
-        """Arrays of the first rank by name, in its order; others give none."""
-        if self.size == 1:
-            return dict(arrays)
-        kinds = {name: (x.shape, str(x.dtype).split(".")[-1]) for name, x in arrays.items()}
-        found = {}
-        for name, (shape, kind) in self.of_first(kinds).items():
-            own = arrays[name] if self.first else mx.zeros(shape, getattr(mx, kind))
-            found[name] = mx.contiguous(self.gather(own)[0])
-            mx.eval(found[name])
+    def array_of_first(self, x: mx.array | None) -> mx.array:
+        """An array of the first rank, evaluated; what others give is not looked at."""
+        if self._group is None:
+            assert x is not None, "one process alone has what it asks for"
+            return x
+        kind = None if x is None else (x.shape, str(x.dtype).split(".")[-1])
+        shape, dtype = self.of_first(kind)
+        own = x if self.first and x is not None else mx.zeros(shape, getattr(mx, dtype))
+        found = mx.contiguous(self.gather(own)[0])
+        mx.eval(found)
         return found
+
+    def unless_one_passes(self, check: Callable[[], None]) -> None:
+        """Raise what `check` raises, where it does on every rank."""
+        failure: MlxSoraError | None = None
+        try:
+            check()
+        except MlxSoraError as error:
+            failure = error
+        failed = self.gather_values(failure is not None)
+        if failure is not None and all(failed):
+            raise failure
 
     @contextmanager
     def together(self) -> Iterator[None]:
@@ -126,30 +128,11 @@ def _told(error: Exception) -> tuple[str, str, str]:
 
 def _error(rank: int, kind: str, message: str, fix: str) -> MlxSoraError:
     """Another rank's error as our own."""
-    made: MlxSoraError = getattr(errors, kind)(f"rank {rank}: {message}" if rank else message, fix)
-    return made
+    known: type[MlxSoraError] = getattr(errors, kind, MlxSoraError)
+    return known(f"rank {rank}: {message}" if rank else message, fix)
 
 
-def launched() -> str | None:
-    """The backend that connects this process with others; None where it was started alone."""
-    for name, backend in _BACKENDS.items():
-        value = os.environ.get(name, "")
-        if backend == "mpi":
-            if value.isdecimal() and int(value) > 1:
-                return backend
-        elif value and "MLX_RANK" in os.environ and not (backend == "ring" and _is_blank(value)):
-            return backend
-    return None
-
-
-def launched_rank() -> int:
-    """This process's rank by its environment, without a connection; 0 alone."""
-    if launched() is None:
-        return 0
-    names = ("MLX_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
-    return int(next((os.environ[name] for name in names if name in os.environ), 0))
-
-
+@cache
 def join() -> Ranks:
     """The ranks that this process was launched with. Raises MlxSoraError where they do not meet."""
     backend = launched()
@@ -163,11 +146,3 @@ def join() -> Ranks:
             f"The other ranks cannot be reached: {reason}.",
             "Check the host file and that every machine can reach the next.",
         ) from None
-
-
-def _is_blank(path: str) -> bool:
-    """`mlx.launch -n 1` leaves a host file without hosts."""
-    try:
-        return not Path(path).read_text().strip()
-    except OSError:
-        return False

@@ -1,0 +1,46 @@
+"""Whether a launcher (mlx.launch, mpirun) started this process as one of several, by its variables.
+
+Needs no MLX, so that the command line knows at once which rank speaks.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+#: Variables that a launcher sets, and the backend that they are for.
+_BACKENDS = {
+    "MLX_HOSTFILE": "ring",
+    "MLX_IBV_DEVICES": "jaccl",
+    "NCCL_HOST_IP": "nccl",
+    "OMPI_COMM_WORLD_SIZE": "mpi",
+    "PMI_SIZE": "mpi",
+}
+
+
+def launched() -> str | None:
+    """The backend that connects this process with others; None where it was started alone."""
+    for name, backend in _BACKENDS.items():
+        value = os.environ.get(name, "")
+        if backend == "mpi":
+            if value.isdecimal() and int(value) > 1:
+                return backend
+        elif value and "MLX_RANK" in os.environ and not (backend == "ring" and _is_blank(value)):
+            return backend
+    return None
+
+
+def launched_rank() -> int:
+    """This process's rank by its environment, without a connection; 0 alone."""
+    if launched() is None:
+        return 0
+    names = ("MLX_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
+    return int(next((os.environ[name] for name in names if name in os.environ), 0))
+
+
+def _is_blank(path: str) -> bool:
+    """`mlx.launch -n 1` leaves a host file without hosts."""
+    try:
+        return not Path(path).read_text().strip()
+    except OSError:
+        return False
