@@ -10,7 +10,7 @@ values of the inversion (`accel/values.py`), which holds the layout.
 from __future__ import annotations
 
 import math
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -42,6 +42,8 @@ from mlx_sora.runtime.events import (
     Warned,
 )
 from mlx_sora.runtime.memory import StageMeter
+from mlx_sora.runtime.parallel import Division
+from mlx_sora.runtime.plan import StagePlan
 from mlx_sora.runtime.planner import Job as Work
 from mlx_sora.runtime.planner import Plan, Reading
 from mlx_sora.runtime.profiles import show_bytes
@@ -78,7 +80,9 @@ class Editing(Pipeline):
 
     def events(self) -> Generator[Event, None, None]:
         """Events of the edit, `Finished` the last. Bad requests raise here, before any work."""
-        return self._events(self._begin())
+        with self._ranks(self._request).together():
+            run = self._begin()
+        return self._events(run)
 
     def needs(self) -> Plan:
         """What the edit would need, stage by stage, without making it."""
@@ -117,6 +121,18 @@ class Editing(Pipeline):
             reading=Reading(len(chunks), chunks[0].frames, math.prod(self._size)),
         )
 
+    def _division(self, request: GenerationRequest, settings: Settings) -> Division:
+        """Values are kept by those who share them again, which halves would change."""
+        division = super()._division(request, settings)
+        if not self._injected or division.halves == 1:
+            return division
+        if request.parallel != "auto":
+            raise UsageError(
+                f"--parallel {request.parallel} does not go with injected values.",
+                "Use --parallel sequence, or --inject-steps 0.",
+            )
+        return Division(division.ranks)
+
     def _chunks(self, settings: Settings) -> list[Chunk]:
         """Pieces of the video that are encoded one after the other."""
         config = VAEConfig.from_dict(self.model.config("vae"))
@@ -131,7 +147,7 @@ class Editing(Pipeline):
         yield StageStarted("denoise", 2 * run.settings.steps)
         plan, lifetimes = run.plan.stage("denoise"), self._lifetimes(run)
         with StageMeter("denoise") as meter, lifetimes.stage(plan):
-            with lifetimes.transformer(plan) as (network, blocks):
+            with self._transformer(run) as (network, blocks):
                 way = _Way(run, network, blocks, self._injected)
                 latents = yield from way.back(latents, texts[self._source_text])
                 latents = yield from way.forth(latents, texts)
@@ -143,25 +159,32 @@ class Editing(Pipeline):
     def _encode_video(self, run: Run) -> Generator[Event, None, mx.array]:
         """Latents of the source, [1, T, h, w, C], chunk by chunk."""
         chunks, plan = self._chunks(run.settings), run.plan.stage("read")
-        frames = _frames(
-            self._edit.video, run.settings.geometry.num_frames, run.settings.geometry.decoded
-        )
         yield StageStarted("read", len(chunks))
-        parts = []
+        latents = None
         with StageMeter("read") as meter, self._lifetimes(run).stage(plan):
-            pixels = (
-                mx.array(frames[c.frame : c.frame + c.frames]).astype(mx.float32) / 127.5 - 1
-                for c in chunks
-            )
-            vae = load_vae(self.model, ("encoder",))
-            encoded = vae.encode_chunks(pixels, plan.micro_batch, in_turn=plan.in_turn)
-            del vae
-            for part in encoded:
-                run.health.media(part)
-                parts.append(part)
-                yield StageProgress("read", len(parts), len(chunks))
-            del encoded, pixels
+            with run.ranks.together():
+                if run.ranks.first:
+                    latents = yield from self._read_chunks(run, plan, chunks)
+            latents = run.ranks.array_of_first(latents)
         yield run.close_stage(meter)
+        return latents
+
+    def _read_chunks(
+        self, run: Run, plan: StagePlan, chunks: Sequence[Chunk]
+    ) -> Generator[Event, None, mx.array]:
+        geometry, parts = run.settings.geometry, list[mx.array]()
+        frames = _frames(self._edit.video, geometry.num_frames, geometry.decoded)
+        pixels = (
+            mx.array(frames[c.frame : c.frame + c.frames]).astype(mx.float32) / 127.5 - 1
+            for c in chunks
+        )
+        vae = load_vae(self.model, ("encoder",))
+        encoded = vae.encode_chunks(pixels, plan.micro_batch, in_turn=plan.in_turn)
+        del vae
+        for part in encoded:
+            run.health.media(part)
+            parts.append(part)
+            yield StageProgress("read", len(parts), len(chunks))
         return mx.concatenate(parts, axis=1)
 
 
@@ -233,7 +256,7 @@ class _Way:
             [texts[settings.text]],
             self._network.null_text if negative is None else lambda n: negative,
             settings.guidance,
-            sequential=run.request.sequential_guidance,
+            sequential=run.request.sequential_guidance and run.division.halves == 1,
         )
         if self._blocks is not None:
             self._blocks.reconsider()  # guidance takes more memory than the way back did

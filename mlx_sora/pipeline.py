@@ -33,7 +33,7 @@ from mlx_sora.run import Run
 from mlx_sora.runtime.device import default_dtype, describe, total_memory
 from mlx_sora.runtime.events import Event, Finished
 from mlx_sora.runtime.memory import default_cache_limit
-from mlx_sora.runtime.parallel import choose
+from mlx_sora.runtime.parallel import Division, choose
 from mlx_sora.runtime.planner import Job as Work
 from mlx_sora.runtime.planner import Kind, Machine, Plan, Reading, make_plan
 from mlx_sora.runtime.ranks import Ranks, join
@@ -175,6 +175,11 @@ class Pipeline(Stages):
         """Those that make a video together."""
         return Ranks() if request.parallel == "off" else self.ranks
 
+    def _division(self, request: GenerationRequest, settings: Settings) -> Division:
+        """What each of them does of it."""
+        ranks = self._ranks(request).size
+        return choose(request.parallel, ranks, guided=settings.guidance != 1)
+
     def _prepare(self, request: GenerationRequest) -> Run:
         """Decide everything that can be decided without weights; raises UsageError."""
         request, ranks = filled(request), self._ranks(request)
@@ -185,7 +190,7 @@ class Pipeline(Stages):
             )
         dtype = default_dtype(requested=self.dtype if request.dtype == "auto" else request.dtype)
         settings, warnings = settle(request, self.model)
-        division = choose(request.parallel, ranks.size, guided=settings.guidance != 1)
+        division = self._division(request, settings)
         accelerations = Accelerations(settings.accelerations, self._job(settings))
         output = _output(request, settings, checked=self.ranks.first)
         warnings += accelerations.warnings

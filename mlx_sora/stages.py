@@ -7,7 +7,7 @@ of events whose value is what it made.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Mapping, MutableMapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -144,7 +144,9 @@ class Stages:
         """The latents of each task."""
         vae, made = load_vae(self.model, ("encoder",)), list[mx.array | None]()
         pixels = (mx.array(task.read()).astype(mx.float32) / 127.5 - 1 for task in todo)
-        for latents in vae.encode_chunks(pixels, plan.micro_batch, in_turn=plan.in_turn):
+        encoded = vae.encode_chunks(pixels, plan.micro_batch, in_turn=plan.in_turn)
+        del vae
+        for latents in encoded:
             run.health.media(latents)
             made.append(latents)
             yield StageProgress("read", len(made), len(todo))
@@ -158,17 +160,23 @@ class Stages:
         yield StageStarted("denoise", run.settings.steps)
         plan, lifetimes = run.plan.stage("denoise"), self._lifetimes(run)
         with StageMeter("denoise") as meter, lifetimes.stage(plan):
-            with ExitStack() as opened:
-                with run.ranks.together():
-                    network, blocks = opened.enter_context(lifetimes.transformer(plan))
-                opened.enter_context(run.checkpoints.kept())
+            with self._transformer(run) as (network, blocks), run.checkpoints.kept():
                 latents = yield from self._steps(
                     run, texts, (clip, begun), given, (network, blocks)
                 )
                 run.note_stream("denoise", blocks)
-            del network, blocks, opened
+            del network, blocks
         yield run.close_stage(meter)
         return latents
+
+    @contextmanager
+    def _transformer(self, run: Run) -> Iterator[tuple[STDiT3, BlockStream[BlockPair] | None]]:
+        """The transformer as Lifetimes opens it, on all ranks or on none."""
+        with ExitStack() as opened:
+            with run.ranks.together():
+                opening = self._lifetimes(run).transformer(run.plan.stage("denoise"))
+                found = opened.enter_context(opening)
+            yield found
 
     def _steps(
         self,

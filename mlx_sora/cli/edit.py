@@ -7,6 +7,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+from mlx_sora.cli.crew import Crew
 from mlx_sora.cli.flags import add_request_flags, explicit_options
 from mlx_sora.cli.generate import (
     add_dry_run_flag,
@@ -44,27 +45,30 @@ def add_parser(commands: Any) -> None:
     add_request_flags(parser, without=options().keys() - set(SHARED))
     add_dry_run_flag(parser)
     add_output_flags(parser)
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, parallel_run=True)
 
 
 def run(args: argparse.Namespace) -> int:
     """Make one edit."""
-    edit = request_of(args)
-    renderer = choose_renderer(args)
+    crew = Crew()
+    with crew.together():
+        edit = request_of(args)
+    renderer = choose_renderer(args, crew)
     try:
-        pipeline = load_pipeline(edit.target.model, edit.target.dtype)
+        with crew.together():
+            pipeline = load_pipeline(edit.target.model, edit.target.dtype)
         notice = environment_notice()
         if notice:
             renderer.note(notice)
         if args.dry_run:
-            show_plans([pipeline.plan_edit(edit)], args.json_events)
+            show_plans(crew, lambda: [pipeline.plan_edit(edit)], args.json_events)
             return 0
         with closing(pipeline.stream_edit(edit)) as events:
             for event in events:
                 renderer.handle(event)
     finally:
         renderer.close()
-    return 0
+    return crew.exit_code(0)
 
 
 def request_of(args: argparse.Namespace) -> EditRequest:

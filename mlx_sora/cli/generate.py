@@ -6,12 +6,13 @@ import argparse
 import json
 import logging
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mlx_sora.cli.crew import Crew
 from mlx_sora.cli.flags import (
     add_debug_flag,
     add_quiet_flag,
@@ -26,6 +27,7 @@ from mlx_sora.cli.render import (
     JsonRenderer,
     QuietRenderer,
     Renderer,
+    SilentRenderer,
     plan_table,
 )
 from mlx_sora.errors import UsageError
@@ -70,7 +72,7 @@ def add_parser(commands: Any) -> None:
     )
     add_dry_run_flag(parser)
     add_output_flags(parser)
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, parallel_run=True)
 
 
 def add_dry_run_flag(parser: argparse.ArgumentParser) -> None:
@@ -94,24 +96,26 @@ def add_output_flags(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Make every video asked for, one after the other."""
-    batch = plan_requests(args)
-    renderer = choose_renderer(args)
+    crew = Crew()
+    batch = crew.batch(lambda: plan_requests(args))
+    renderer = choose_renderer(args, crew)
     try:
         for path in batch.finished:
             renderer.note(f"{path} is there already")
         if batch.requests:
             first = batch.requests[0]
-            pipeline = load_pipeline(first.model, first.dtype)
+            with crew.together():
+                pipeline = load_pipeline(first.model, first.dtype)
             notice = environment_notice()
             if notice:
                 renderer.note(notice)
             if args.dry_run:
-                show_plans([pipeline.plan(each) for each in batch.requests], args.json_events)
+                show_plans(crew, lambda: map(pipeline.plan, batch.requests), args.json_events)
                 return 0
             make(pipeline, batch, renderer, args.resume)
     finally:
         renderer.close()
-    return report(batch)
+    return crew.exit_code(report(batch) if crew.first else 0)
 
 
 def make(pipeline: Pipeline, batch: Batch, renderer: Renderer, resume: str | None = None) -> None:
@@ -138,10 +142,12 @@ def report(batch: Batch) -> int:
     return 0
 
 
-def show_plans(plans: Sequence[Plan], as_json: bool) -> None:
+def show_plans(crew: Crew, plan: Callable[[], Iterable[Plan]], as_json: bool) -> None:
     """What each run would need, on stdout."""
-    for plan in plans:
-        print(json.dumps(plan.to_dict()) if as_json else "\n".join(plan_table(plan)))
+    with crew.together():
+        for each in plan():
+            if crew.first:
+                print(json.dumps(each.to_dict()) if as_json else "\n".join(plan_table(each)))
 
 
 def plan_requests(args: argparse.Namespace) -> Batch:
@@ -183,8 +189,10 @@ def resumed(args: argparse.Namespace, typed: Mapping[str, Any]) -> GenerationReq
     return _place(resumed_request(Path(args.resume), typed), 0)
 
 
-def choose_renderer(args: argparse.Namespace) -> Renderer:
-    """How the flags want progress shown."""
+def choose_renderer(args: argparse.Namespace, crew: Crew) -> Renderer:
+    """How the flags want progress shown, by the rank that speaks."""
+    if not crew.first:
+        return SilentRenderer()
     if args.json_events:
         return JsonRenderer()
     return QuietRenderer() if args.quiet else BarRenderer()

@@ -8,6 +8,7 @@ import logging
 import os
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -16,7 +17,8 @@ from types import FrameType
 from mlx_sora import __version__
 from mlx_sora.cli import bench, calibrate, convert, doctor, download, edit, generate, info
 from mlx_sora.cli.flags import Parser, parse_args
-from mlx_sora.errors import MlxSoraError
+from mlx_sora.errors import MlxSoraError, UsageError
+from mlx_sora.runtime.launcher import launched, launched_rank
 
 COMMANDS = (generate, edit, download, convert, doctor, info, bench, calibrate)
 
@@ -29,6 +31,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = "--debug" in words
     try:
         args = parse_args(build_parser(), words)
+        if launched() is not None and not hasattr(args, "parallel_run"):
+            raise UsageError(
+                f"This command runs in one process, not in several: {words[0]}.",
+                "Start it without mlx.launch.",
+            )
         with sigterm_as_interrupt(), log_to_stderr(args):
             return int(args.run(args))
     except MlxSoraError as error:
@@ -87,7 +94,9 @@ def sigterm_as_interrupt() -> Iterator[None]:
 def log_to_stderr(args: argparse.Namespace) -> Iterator[None]:
     """Show the package's log inside, as loud as the flags want it; then as before."""
     level = logging.WARNING
-    if getattr(args, "verbose", False):
+    if launched_rank():
+        level = logging.CRITICAL
+    elif getattr(args, "verbose", False):
         level = logging.INFO
     elif getattr(args, "quiet", False):
         level = logging.ERROR
@@ -103,7 +112,11 @@ def log_to_stderr(args: argparse.Namespace) -> Iterator[None]:
 
 
 def _report(message: str, code: int, words: Sequence[str]) -> None:
-    """One line on stderr, and the same as an event where events were asked for."""
+    """One line on stderr, and the same as an event where events were asked for; of rank 0 only."""
+    if launched_rank():
+        # mlx.launch ends all as soon as one has failed: the one that speaks goes first.
+        time.sleep(1)
+        return
     message = message.replace("\n", "\\n")
     if "--json-events" in words:
         with suppress(BrokenPipeError):

@@ -141,6 +141,13 @@ class QuietRenderer:
         """Nothing is open."""
 
 
+class SilentRenderer(QuietRenderer):
+    """Nothing at all."""
+
+    def handle(self, event: Event) -> None:
+        """Silent."""
+
+
 def event_record(event: Event) -> dict[str, Any]:
     """An event as plain JSON values; "event" is its type in snake case."""
     name = re.sub(r"(?<!^)(?=[A-Z])", "_", type(event).__name__).lower()

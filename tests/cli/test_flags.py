@@ -8,19 +8,22 @@ from mlx_sora.cli.main import main
 from mlx_sora.request import options
 from tests.cli.fakes import FakePipeline
 
+WORDS = (
+    "generate --prompt p --model shapes --seed 5 --steps 4 --cfg-scale 3 --sampler rflow "
+    "--sequential-guidance "
+    "--resolution 144p --aspect-ratio 1:1 --frames 34 --fps 12 --aesthetic 6 --motion 2 "
+    "--camera pan --lpl fixed:2 --tdtm 3 --dtype float32 --preset fast -q 8 "
+    "-o out.gif --overwrite "
+    "--memory-budget 2GB --device-profile mac-8gb --ci-dl --vae-tiles 2 --parallel both "
+    "--image a.png --image b.png -1 0.5 --video c.mp4 after 34 --negative-prompt n "
+    "--loop 2 --condition-frames 34 --condition-edit 0.5 "
+    "--step-cache every:2 --guidance-interval 100,900 --guidance-cache every:2 "
+    "--no-embed-metadata --metadata --no-health-check --checkpoint-every 3"
+)
+
 
 def test_every_flag_reaches_its_field(folder: Path, pipeline: FakePipeline) -> None:
-    words = (
-        "generate --prompt p --model shapes --seed 5 --steps 4 --cfg-scale 3 --sampler rflow "
-        "--resolution 144p --aspect-ratio 1:1 --frames 34 --fps 12 --aesthetic 6 --motion 2 "
-        "--camera pan --lpl fixed:2 --tdtm 3 --dtype float32 --preset fast -q 8 "
-        "-o out.gif --overwrite --memory-budget 2GB --device-profile mac-8gb --ci-dl --vae-tiles 2 "
-        "--image a.png --image b.png -1 0.5 --video c.mp4 after 34 --negative-prompt n "
-        "--loop 2 --condition-frames 34 --condition-edit 0.5 --sequential-guidance "
-        "--step-cache every:2 --guidance-interval 100,900 --guidance-cache every:2 "
-        "--no-embed-metadata --metadata --no-health-check --checkpoint-every 3"
-    )
-    assert main(words.split()) == 0
+    assert main(WORDS.split()) == 0
     expected = {
         "prompt": "p",
         "model": "shapes",
@@ -42,6 +45,7 @@ def test_every_flag_reaches_its_field(folder: Path, pipeline: FakePipeline) -> N
         "device_profile": "mac-8gb",
         "ci_dl": True,
         "vae_tiles": 2,
+        "parallel": "both",
         "preset": "fast",
         "quantize": 8,
         "step_cache": "every:2,warmup=6,order=0",
