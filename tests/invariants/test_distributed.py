@@ -27,6 +27,24 @@ def test_together_as_alone(ranks: int) -> None:
         assert sent == {name: case["foretold"] for name, case in found.items()}
 
 
+def test_a_video_made_together_is_that_of_one_process() -> None:
+    made = launch(2, ["-m", "tests.invariants.shared_runs"])
+    assert [each.returncode for each in made] == [0, 0], [each.stderr for each in made]
+    for rank, each in enumerate(made):
+        found = json.loads(each.stdout)
+        assert len(found) == 13
+        for name, case in found.items():
+            assert case["difference"] < TOLERANCE, name
+            assert case["done alike"], name
+            # Bytes are rounded: the least difference may tip one.
+            assert case.get("frames", 0) <= 1, name
+        with_frames = [case for case in found.values() if "parallel" in case]
+        assert len(with_frames) == 4
+        assert all(("frames" in case) == (rank == 0) for case in with_frames)
+        modes = [case["parallel"] for case in with_frames]
+        assert modes == [{"ranks": 2, "mode": "sequence"}, {"ranks": 2, "mode": "guidance"}] * 2
+
+
 @pytest.mark.parametrize("stride", [1, 2])
 def test_cuts_cover_everything_once_and_evenly(stride: int) -> None:
     for total, parts in itertools.product(range(1, 20), range(1, 9)):
