@@ -69,7 +69,7 @@ class Snapshot:
         """Write it to `path`, in place of what is there. Raises MlxSoraError."""
         arrays: dict[str, mx.array] = {}
         found = {f.name: getattr(self, f.name) for f in fields(self)}
-        record = json.dumps(_put_away(found, "run", arrays))
+        record = json.dumps(put_away(found, "run", arrays))
         metadata = {"format": str(FORMAT), "record": record, "sha256": _digest(record, arrays)}
         try:
             path.parent.mkdir(exist_ok=True)  # that of a sequence of pictures
@@ -100,7 +100,7 @@ class Snapshot:
             assert isinstance(arrays, dict)
             if _digest(metadata["record"], arrays) != metadata["sha256"]:
                 raise ValueError("its checksum is wrong")
-            record = _take_out(json.loads(metadata["record"]), arrays)
+            record = take_out(json.loads(metadata["record"]), arrays)
             return cls(**record | {name: tuple(record[name]) for name in _LISTS})
         except (OSError, RuntimeError, ValueError, TypeError, LookupError) as error:
             raise WeightsError(f"The checkpoint {path} is damaged: {error}.", _FIX) from error
@@ -146,22 +146,22 @@ def _digest(record: str, arrays: Mapping[str, mx.array]) -> str:
     return found.hexdigest()
 
 
-def _put_away(value: Any, name: str, arrays: dict[str, mx.array]) -> Any:
+def put_away(value: Any, name: str, arrays: dict[str, mx.array]) -> Any:
     """`value` as JSON; its arrays go into `arrays`, and their names stand for them."""
     if isinstance(value, mx.array):
         arrays[name] = value
         return {_TENSOR: name}
     if isinstance(value, Mapping):
-        return {key: _put_away(item, f"{name}.{key}", arrays) for key, item in value.items()}
+        return {key: put_away(item, f"{name}.{key}", arrays) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_put_away(item, f"{name}.{i}", arrays) for i, item in enumerate(value)]
+        return [put_away(item, f"{name}.{i}", arrays) for i, item in enumerate(value)]
     return value
 
 
-def _take_out(value: Any, arrays: Mapping[str, mx.array]) -> Any:
-    """The inverse of `_put_away`."""
+def take_out(value: Any, arrays: Mapping[str, mx.array]) -> Any:
+    """The inverse of `put_away`."""
     if isinstance(value, dict):
         if value.keys() == {_TENSOR}:
             return arrays[value[_TENSOR]]
-        return {key: _take_out(item, arrays) for key, item in value.items()}
-    return [_take_out(item, arrays) for item in value] if isinstance(value, list) else value
+        return {key: take_out(item, arrays) for key, item in value.items()}
+    return [take_out(item, arrays) for item in value] if isinstance(value, list) else value

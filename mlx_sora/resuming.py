@@ -17,13 +17,21 @@ from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
-from mlx_sora.checkpointing import SUFFIX, Snapshot, checkpoint_path, read_record
+from mlx_sora.checkpointing import (
+    SUFFIX,
+    Snapshot,
+    checkpoint_path,
+    put_away,
+    read_record,
+    take_out,
+)
 from mlx_sora.errors import MlxSoraError, UsageError, WeightsError
 from mlx_sora.modes import MAX_STEPS
 from mlx_sora.presets import filled
 from mlx_sora.request import GenerationRequest, label, options
 from mlx_sora.runtime.events import Event, Warned
 from mlx_sora.runtime.memory import release
+from mlx_sora.runtime.ranks import Ranks
 from mlx_sora.sampling.base import State
 from mlx_sora.settings import Settings
 from mlx_sora.video.output import output_path
@@ -141,6 +149,11 @@ class Checkpoints:
         self._known = None if new is None else replace(new, latents=None, state=None)
         self._complained = False
 
+    @property
+    def known(self) -> Snapshot | None:
+        """The run as far as it is known; None where nothing is kept."""
+        return self._known
+
     def finished(self, clip: int) -> mx.array | None:
         """Latents of a clip whose steps were all made before."""
         known = self._known
@@ -152,6 +165,10 @@ class Checkpoints:
         if known is None or self._source is None or clip != known.clip or not known.steps:
             return None
         return Snapshot.load(self._source)
+
+    def among(self, ranks: Ranks) -> Checkpoints:
+        """These of the first rank, as all ranks have them."""
+        return self if ranks.size == 1 else SharedCheckpoints(self, ranks)
 
     def step_made(self, z: mx.array, steps: int, state: State) -> Iterator[Event]:
         """`steps` steps of the clip have led to z."""
@@ -206,6 +223,57 @@ class Checkpoints:
             self._complained = True
         else:
             self._written = self._known
+
+
+class SharedCheckpoints(Checkpoints):
+    """Those of the first of several ranks, which has the files; others are told what is in them.
+
+    All ranks know the same after a step, so that any number of them can go on from a file.
+    """
+
+    def __init__(self, own: Checkpoints, ranks: Ranks) -> None:
+        super().__init__()
+        self._own, self._ranks = own, ranks
+        known = own.known
+        found = () if known is None else known.finished
+        self._finished: tuple[mx.array, ...] = _told(ranks, found)
+
+    def finished(self, clip: int) -> mx.array | None:
+        return self._finished[clip] if clip < len(self._finished) else None
+
+    def begun(self, clip: int) -> Snapshot | None:
+        found = None
+        with self._ranks.together():
+            if self._ranks.first:
+                found = self._own.begun(clip)
+        names = ("latents", "steps", "state")
+        told = _told(self._ranks, found and {name: getattr(found, name) for name in names})
+        return None if told is None else Snapshot({}, {}, "", **told)
+
+    def step_made(self, z: mx.array, steps: int, state: State) -> Iterator[Event]:
+        yield from self._own.step_made(z, steps, state)
+
+    def clip_made(self, z: mx.array, account: Mapping[str, Any]) -> Iterator[Event]:
+        yield from self._own.clip_made(z, account)
+
+    def note_warnings(self, warnings: list[str]) -> None:
+        self._own.note_warnings(warnings)
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        with self._own.kept():
+            yield
+
+    def remove(self) -> None:
+        self._own.remove()
+
+
+def _told(ranks: Ranks, value: Any) -> Any:
+    """What the first rank knows: plain values and arrays."""
+    arrays: dict[str, mx.array] = {}
+    record = ranks.of_first(put_away(value, "told", arrays))
+    names = ranks.of_first(list(arrays))
+    return take_out(record, {name: ranks.array_of_first(arrays.get(name)) for name in names})
 
 
 def _asked(request: GenerationRequest) -> dict[str, Any]:

@@ -12,8 +12,8 @@ import mlx.core as mx
 
 from mlx_sora.accel import Accelerations
 from mlx_sora.accel.cidl import BlockStream
-from mlx_sora.checkpointing import Snapshot
 from mlx_sora.accel.distributed import Mesh
+from mlx_sora.checkpointing import Snapshot
 from mlx_sora.models.context import Layout, Whole
 from mlx_sora.request import GenerationRequest
 from mlx_sora.resuming import Checkpoints
@@ -22,8 +22,8 @@ from mlx_sora.runtime.health import Health
 from mlx_sora.runtime.memory import StageMeter
 from mlx_sora.runtime.parallel import Division
 from mlx_sora.runtime.planner import Plan
-from mlx_sora.sampling.loop import StepResult
 from mlx_sora.runtime.ranks import Ranks
+from mlx_sora.sampling.loop import StepResult
 from mlx_sora.settings import Settings
 from mlx_sora.text.tokenizer import Tokenizer
 from mlx_sora.video import Video

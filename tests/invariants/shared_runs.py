@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import mlx_sora  # noqa: F401  (before mlx.core, so that the fast BLAS is in place)
@@ -18,6 +20,7 @@ import numpy as np
 
 from mlx_sora import GenerationRequest, Pipeline
 from mlx_sora.runtime.events import Finished, Noted, StageFinished, StepFinished
+from mlx_sora.text.tokenizer import Tokenizer
 from mlx_sora.video import Video
 
 SMALL = {"prompt": "a red circle", "seed": 3, "steps": 4, "width": 32, "height": 32}
@@ -53,7 +56,8 @@ class Made:
     video: Video | None = None
 
     @classmethod
-    def of(cls, pipe: Pipeline, options: dict[str, Any], decoded: bool) -> Made:
+    def of(cls, pipe: Pipeline, options: dict[str, Any], decoded: bool, steps: int = 99) -> Made:
+        """decoded: to the end; else at most `steps` steps of it."""
         latents, done = [], []
         run = pipe.stream(GenerationRequest.from_dict(SMALL | options))
         for event in run:
@@ -63,15 +67,20 @@ class Made:
                 done.append(event.message)
             if isinstance(event, Finished):
                 return cls(latents, done, event.video)
-            if isinstance(event, StageFinished) and event.stage == "denoise" and not decoded:
+            over = isinstance(event, StageFinished) and event.stage == "denoise"
+            if not decoded and (over or len(latents) == steps):
                 run.close()
         return cls(latents, done)
+
+
+def difference(a: np.ndarray, b: np.ndarray) -> float:
+    return float(np.abs(a - b).max() / a.std())
 
 
 def compare(alone: Made, together: Made) -> dict[str, Any]:
     pairs = zip(alone.latents, together.latents, strict=True)
     found: dict[str, Any] = {
-        "difference": max(float(np.abs(a - b).max() / a.std()) for a, b in pairs),
+        "difference": max(difference(a, b) for a, b in pairs),
         "done alike": alone.done == together.done,
     }
     if alone.video is not None and together.video is not None:
@@ -82,8 +91,32 @@ def compare(alone: Made, together: Made) -> dict[str, Any]:
     return found
 
 
-def main() -> None:
-    pipe, found = Pipeline.from_pretrained("shapes"), {}
+def resumed(pipe: Pipeline, folder: Path, *, first_together: bool) -> dict[str, Any]:
+    """A run that two ranks begin and one process ends, or the other way round."""
+    options = {"steps": 4, "step_cache": "every:2,warmup=2,order=1", "sampler": "ab2"}
+    output = folder / f"{first_together}.mp4"
+    kept = options | {"checkpoint_every": 1, "output": str(output)}
+    whole = Made.of(pipe, options | {"parallel": "off"}, False)
+    left = Made([], [])
+    for together in (first_together, not first_together):
+        mode = {"parallel": "sequence" if together else "off"}
+        if together or pipe.ranks.first:
+            left = Made.of(pipe, kept | mode, False, 3 if together == first_together else 99)
+        pipe.ranks.of_first(None)  # the others wait
+    return {
+        "steps": len(left.latents),
+        "difference": difference(whole.latents[-1], left.latents[-1]) if left.latents else None,
+    }
+
+
+def main(folder: Path) -> None:
+    # Read once: it is most of what such small runs take.
+    Tokenizer.load = cache(Tokenizer.load)  # type: ignore[method-assign]
+    pipe = Pipeline.from_pretrained("shapes")
+    found = {
+        f"begun by {'two' if together else 'one'}": resumed(pipe, folder, first_together=together)
+        for together in (True, False)
+    }
     for name, options in CASES.items():
         decoded = name in DECODED
         alone = Made.of(pipe, options | {"parallel": "off"}, decoded)
@@ -94,4 +127,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(Path(sys.argv[1]))

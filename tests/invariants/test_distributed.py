@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from typing import Any
 
 import pytest
 
@@ -27,11 +28,30 @@ def test_together_as_alone(ranks: int) -> None:
         assert sent == {name: case["foretold"] for name, case in found.items()}
 
 
-def test_a_video_made_together_is_that_of_one_process() -> None:
-    made = launch(2, ["-m", "tests.invariants.shared_runs"])
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, Any]]]:
+    """What shared_runs found, by rank."""
+    folder = tmp_path_factory.mktemp("shared")
+    made = launch(2, ["-m", "tests.invariants.shared_runs", str(folder)])
     assert [each.returncode for each in made] == [0, 0], [each.stderr for each in made]
-    for rank, each in enumerate(made):
-        found = json.loads(each.stdout)
+    return [json.loads(each.stdout) for each in made]
+
+
+@pytest.mark.parametrize("begun", ["begun by two", "begun by one"])
+def test_a_run_goes_on_with_another_number_of_ranks(
+    runs: list[dict[str, dict[str, Any]]], begun: str
+) -> None:
+    first, second = (found[begun] for found in runs)
+    assert first["steps"] == 1
+    assert first["difference"] < TOLERANCE
+    assert second["steps"] == (1 if begun == "begun by one" else 3)
+
+
+def test_a_video_made_together_is_that_of_one_process(
+    runs: list[dict[str, dict[str, Any]]],
+) -> None:
+    for rank, everything in enumerate(runs):
+        found = {name: case for name, case in everything.items() if "done alike" in case}
         assert len(found) == 13
         for name, case in found.items():
             assert case["difference"] < TOLERANCE, name
