@@ -10,34 +10,46 @@ import logging
 import tempfile
 from collections import defaultdict
 from collections.abc import Generator, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
 
 from mlx_sora.errors import MlxSoraError, UsageError
-from mlx_sora.pipeline import Pipeline
+from mlx_sora.parcel import Parcel
+from mlx_sora.pipeline import Pipeline, seeded
 from mlx_sora.request import GenerationRequest
-from mlx_sora.resuming import with_seed
 from mlx_sora.run import Run
-from mlx_sora.runtime.events import Event, RequestFailed, RequestStarted
+from mlx_sora.runtime.events import Event, Finished, RequestFailed, RequestStarted
 from mlx_sora.runtime.memory import release
+from mlx_sora.runtime.ranks import Ranks, error_of, told
 
 log = logging.getLogger(__name__)
 
 
 class Batch(Pipeline):
-    """Many requests with the model of a pipeline."""
+    """Many requests with the model of a pipeline.
+
+    Several ranks take the videos in turn where there are as many (data parallel): each makes its
+    own, alone, and sends the files to the first. Fewer are made by all together, one by one.
+    """
 
     def __init__(self, pipeline: Pipeline, requests: Sequence[GenerationRequest]) -> None:
         super().__init__(pipeline.model, pipeline.dtype)
         self._requests = requests
+        asked = {request.parallel for request in requests}
+        if "off" in asked:
+            self.ranks = Ranks()
+        kept = any(request.checkpoint_every is not None for request in requests)
+        enough = asked == {"auto"} and len(requests) >= self.ranks.size and not kept
+        self._apart = self.ranks.size > 1 and ("prompts" in asked or enough)
 
     def events(self) -> Generator[Event, None, None]:
         """Events of all requests: `Finished` or `RequestFailed` for each of them."""
         runs: dict[int, Run] = {}
         for index, request in enumerate(self._requests):
             try:
-                runs[index] = self._begin(request, runs.values())
+                runs[index] = self._begin(seeded(request, self.ranks), runs.values())
             except Exception as error:
                 yield RequestFailed(index, as_known(error))
         with tempfile.TemporaryDirectory(prefix="mlx_sora-") as folder:
@@ -45,10 +57,54 @@ class Batch(Pipeline):
             left = {index: run for index, run in runs.items() if run.needs_text}
             for number, group in enumerate(_alike(left)):
                 store = _TextsOnDisk(Path(folder), f"{number}-")
-                yield from self._encode([runs[index] for index in group], store)
+                yield from self._encode([runs[i] for i in group], store, ranks=self.ranks)
                 texts |= dict.fromkeys(group, store)
+            if self._apart:
+                yield from self._in_turn(runs, texts)
+                return
             for index in list(runs):
                 yield from self._make_one(index, runs.pop(index), texts.get(index))
+
+    def _in_turn(
+        self, runs: dict[int, Run], texts: Mapping[int, _TextsOnDisk]
+    ) -> Generator[Event, None, None]:
+        """The videos in rounds, one for each rank; the first tells of the others' afterwards."""
+        ranks, order = self.ranks, list(runs)
+        for start in range(0, len(order), ranks.size):
+            indices, parcel = order[start : start + ranks.size], Parcel()
+            if ranks.rank < len(indices):
+                own = indices[ranks.rank]
+                parcel = yield from self._packed(own, runs[own], texts[own])
+            for rank, (index, other) in enumerate(
+                zip(indices, parcel.exchanged(ranks), strict=False)
+            ):
+                run = runs.pop(index)
+                if rank != ranks.rank:
+                    yield from self._unpacked(index, run, other)
+
+    def _packed(self, index: int, run: Run, texts: _TextsOnDisk) -> Generator[Event, None, Parcel]:
+        """A video of this rank, for the first to put in its place where that is not this one."""
+        run.more["parallel"] = {"ranks": self.ranks.size, "mode": "prompts"}
+        with tempfile.TemporaryDirectory(prefix="mlx_sora-") as folder:
+            if run.output is not None and not self.ranks.first:
+                run.output = Path(folder) / run.output.name
+            for event in self._make_one(index, run, texts):
+                yield event
+                if isinstance(event, RequestFailed):
+                    return Parcel(error=told(event.error))
+                if isinstance(event, Finished):
+                    return Parcel() if self.ranks.first else Parcel.of(event.video, Path(folder))
+        raise AssertionError("a request ends with Finished or RequestFailed")
+
+    def _unpacked(self, index: int, run: Run, parcel: Parcel) -> Iterator[Event]:
+        """What became of another rank's video."""
+        yield RequestStarted(index, len(self._requests), run.request.prompt, run.settings.seed)
+        try:
+            if parcel.error is not None:
+                raise error_of(*parcel.error)
+            yield Finished(parcel.delivered(run, written=self.ranks.first))
+        except Exception as error:
+            yield RequestFailed(index, as_known(error))
 
     def _make_one(
         self, index: int, run: Run, texts: _TextsOnDisk | None
@@ -65,15 +121,22 @@ class Batch(Pipeline):
         release()
         yield RequestFailed(index, failure)
 
+    def _ranks(self, request: GenerationRequest) -> Ranks:
+        return Ranks() if self._apart else self.ranks
+
     def _begin(self, request: GenerationRequest, others: Iterable[Run]) -> Run:
         """The run of a request. Raises UsageError where another goes to the same file."""
-        request.validate()
-        run = self._begun(with_seed(request))
-        if run.output is not None and any(run.output == other.output for other in others):
-            raise UsageError(
-                f"Two videos would go to one file, {run.output}.",
-                "Put {seed} or {index} into the output.",
-            )
+        with self.ranks.together():
+            request.validate()
+            if self._apart:
+                request = _alone(request)
+            run = self._begun(request)
+            if run.output is not None and any(run.output == other.output for other in others):
+                raise UsageError(
+                    f"Two videos would go to one file, {run.output}.",
+                    "Put {seed} or {index} into the output.",
+                )
+        run.checkpoints = run.checkpoints.among(run.ranks)
         return run
 
 
@@ -115,6 +178,15 @@ def as_known(error: Exception) -> MlxSoraError:
         return type(error)(error.message, error.fix)
     reason = " ".join(str(error).split())[:300]
     return MlxSoraError(f"{type(error).__name__}: {reason}")
+
+
+def _alone(request: GenerationRequest) -> GenerationRequest:
+    """The request as a single rank makes it. Raises UsageError for what that does not go with."""
+    if request.checkpoint_every is not None:
+        raise UsageError(
+            "--checkpoint-every does not go with --parallel prompts.", "Leave one of them out."
+        )
+    return replace(request, parallel="auto") if request.parallel == "prompts" else request
 
 
 def _alike(runs: Mapping[int, Run]) -> list[list[int]]:

@@ -87,7 +87,9 @@ class Stages:
             if ranks.size > 1:
                 warnings = ranks.of_first(warnings)
                 for text in wanted:
-                    texts[text] = ranks.array_of_first(texts[text] if ranks.first else None)
+                    states = ranks.array_of_first(texts[text] if ranks.first else None)
+                    if not ranks.first:
+                        texts[text] = states
         for each in runs:
             found = [line for text in (*each.settings.all_texts, *also) for line in warnings[text]]
             each.warnings += found

@@ -31,7 +31,7 @@ def launch(
     words: Sequence[str],
     *,
     cwd: Path | None = None,
-    timeout: float = 300,
+    timeout: float = 600,
     variables: Mapping[str, str] | None = None,
 ) -> list[subprocess.CompletedProcess[str]]:
     """Run `python WORDS` on so many ranks; what each came to, by rank."""

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
 from mlx_sora.cli.prompt_file import Batch
+from mlx_sora.errors import UsageError
 from mlx_sora.request import GenerationRequest
 from mlx_sora.runtime.launcher import launched
 
@@ -41,6 +42,11 @@ class Crew:
         with self.together():
             if self.first:
                 batch = plan()
+            if any(request.parallel == "off" for request in batch.requests):
+                raise UsageError(
+                    "--parallel off leaves nothing to the other ranks.",
+                    "Start one process, without mlx.launch.",
+                )
         requests = [request.to_dict() for request in batch.requests]
         told = self._ranks.of_first([requests, batch.lines, batch.unit])
         if not self.first:

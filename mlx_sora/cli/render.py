@@ -79,7 +79,8 @@ class BarRenderer:
             self.close()
         elif isinstance(event, Finished):
             self.close()
-            self.note("\n".join(summary(self._stages)))
+            if self._stages:  # another rank's are not told
+                self.note("\n".join(summary(self._stages)))
             self._stages = []
             print_result(event)
 

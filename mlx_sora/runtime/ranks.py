@@ -112,22 +112,23 @@ class Ranks:
             raise failure
 
     def _agreed(self, own: Exception | None) -> Exception | None:
-        told = self.gather_values(None if own is None else _told(own))
-        for rank, other in enumerate(told):
+        failures = self.gather_values(None if own is None else told(own))
+        for rank, other in enumerate(failures):
             if other is not None:
-                return own if rank == self.rank else _error(rank, *other)
+                kind, message, fix = other
+                return own if rank == self.rank else error_of(kind, message, fix, rank)
         return None
 
 
-def _told(error: Exception) -> tuple[str, str, str]:
+def told(error: Exception) -> tuple[str, str, str]:
     """Class, message and fix of an error."""
     if isinstance(error, MlxSoraError):
         return type(error).__name__, error.message, error.fix
     return "MlxSoraError", f"{type(error).__name__}: {' '.join(str(error).split())[:300]}", ""
 
 
-def _error(rank: int, kind: str, message: str, fix: str) -> MlxSoraError:
-    """Another rank's error as our own."""
+def error_of(kind: str, message: str, fix: str, rank: int = 0) -> MlxSoraError:
+    """Another rank's error as our own; names the rank unless it is the first."""
     known: type[MlxSoraError] = getattr(errors, kind, MlxSoraError)
     return known(f"rank {rank}: {message}" if rank else message, fix)
 

@@ -18,7 +18,7 @@ import mlx_sora  # noqa: F401  (before mlx.core, so that the fast BLAS is in pla
 # isort: split
 import numpy as np
 
-from mlx_sora import GenerationRequest, Pipeline
+from mlx_sora import GenerationRequest, Pipeline, UsageError
 from mlx_sora.runtime.events import Finished, Noted, StageFinished, StepFinished
 from mlx_sora.text.tokenizer import Tokenizer
 from mlx_sora.video import Video
@@ -109,6 +109,17 @@ def resumed(pipe: Pipeline, folder: Path, *, first_together: bool) -> dict[str, 
     }
 
 
+def failing(pipe: Pipeline) -> dict[str, Any]:
+    """What all ranks raise where the second fails."""
+    try:
+        with pipe.ranks.together():
+            if not pipe.ranks.first:
+                raise UsageError("It went wrong.", "Mend it.")
+    except UsageError as error:
+        return {"message": str(error)}
+    return {}
+
+
 def main(folder: Path) -> None:
     # Read once: it is most of what such small runs take.
     Tokenizer.load = cache(Tokenizer.load)  # type: ignore[method-assign]
@@ -117,6 +128,7 @@ def main(folder: Path) -> None:
         f"begun by {'two' if together else 'one'}": resumed(pipe, folder, first_together=together)
         for together in (True, False)
     }
+    found["failing"] = failing(pipe)
     for name, options in CASES.items():
         decoded = name in DECODED
         alone = Made.of(pipe, options | {"parallel": "off"}, decoded)

@@ -47,6 +47,11 @@ def test_a_run_goes_on_with_another_number_of_ranks(
     assert second["steps"] == (1 if begun == "begun by one" else 3)
 
 
+def test_what_fails_on_one_rank_fails_on_all(runs: list[dict[str, dict[str, Any]]]) -> None:
+    told = [found["failing"]["message"] for found in runs]
+    assert told == ["rank 1: It went wrong. Mend it.", "It went wrong. Mend it."]
+
+
 def test_a_video_made_together_is_that_of_one_process(
     runs: list[dict[str, dict[str, Any]]],
 ) -> None:

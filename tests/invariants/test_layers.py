@@ -26,7 +26,7 @@ LAYERS = (
     ("loading", "sampling", "text", "video"),
     ("accel",),
     ("media", "given", "settings", "checkpointing", "resuming", "run", "lifetimes", "stages"),
-    ("pipeline", "editing", "batch", "calibration"),
+    ("pipeline", "parcel", "editing", "batch", "calibration"),
     ("cli", "__main__"),
 )
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}

@@ -1,0 +1,89 @@
+"""The command line on two ranks: one voice, one set of files, the exit code of one process."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mlx_sora.video.metadata import read_metadata
+from tests.launching import ROOT, free_ports, launch
+
+GENERATE = ("-m", "mlx_sora", "generate", "--steps", "1", "--width", "32", "--height", "32")
+
+
+def lines(text: str) -> list[str]:
+    return [line for line in text.splitlines() if line.startswith("error: ")]
+
+
+def test_mlx_launch_starts_one_video(tmp_path: Path) -> None:
+    """By MLX's own launcher. Only the first rank speaks and writes."""
+    port = str(free_ports(1)[0])
+    launcher = (str(Path(sys.executable).with_name("mlx.launch")), "-n", "2")
+    words = (*GENERATE, "-p", "a red circle", "-o", "a.png", "--num-frames", "1")
+    result = subprocess.run(
+        [*launcher, "-p", port, "--env", f"PYTHONPATH={ROOT}", "--", sys.executable, *words],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        timeout=600,
+        check=False,
+    )
+    assert result.stdout.split() == ["a.png"], result.stderr
+    assert [file.name for file in tmp_path.iterdir()] == ["a.png"]
+    assert result.stderr.count("peak process") == 1
+    assert read_metadata(tmp_path / "a.png")["parallel"] == {"ranks": 2, "mode": "guidance"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where prompts were made on two ranks."""
+    return tmp_path_factory.mktemp("prompts")
+
+
+@pytest.fixture(scope="module")
+def made(folder: Path) -> list[subprocess.CompletedProcess[str]]:
+    """Four lines, the second of which goes to a folder that is not there."""
+    texts = ('"a.png"', '"nowhere/a.png"', '"b_%02d.png", "num_frames": 17', '"c.png"')
+    prompts = (f'{{"prompt": "a circle", "seed": 1, "output": {text}}}' for text in texts)
+    (folder / "prompts.jsonl").write_text("\n".join(prompts))
+    words = ("--prompt-file", "prompts.jsonl", "--num-frames", "1", "--metadata")
+    return launch(2, [*GENERATE, *words], cwd=folder)
+
+
+def test_ranks_take_prompts_in_turn(
+    made: list[subprocess.CompletedProcess[str]], folder: Path
+) -> None:
+    assert made[0].stdout.split() == ["a.png", "b_%02d.png", "c.png"]
+    files = {file.name for file in folder.iterdir()} - {"prompts.jsonl"}
+    frames = {f"b_{i:02d}.png" for i in range(17)}
+    assert files == {"a.png", "a.json", "b.json", "c.png", "c.json", *frames}
+    for name in ("a.png", "b_00.png", "c.png"):
+        assert read_metadata(folder / name)["parallel"] == {"ranks": 2, "mode": "prompts"}
+
+
+def test_what_fails_is_told_once_and_everywhere(
+    made: list[subprocess.CompletedProcess[str]],
+) -> None:
+    assert [each.returncode for each in made] == [2, 2]
+    (error,) = lines(made[0].stderr)
+    assert error.startswith("error: line 2: The folder nowhere does not exist.")
+    assert (made[1].stdout, made[1].stderr) == ("", "")
+
+
+def test_a_mistake_is_told_once(made: list[subprocess.CompletedProcess[str]], folder: Path) -> None:
+    again = launch(2, [*GENERATE, "-p", "a circle", "-o", "a.png"], cwd=folder)
+    assert [each.returncode for each in again] == [2, 2]
+    assert lines(again[0].stderr) == [
+        "error: a.png exists already. Give --overwrite or another --output."
+    ]
+    assert (again[1].stdout, again[1].stderr) == ("", "")
+
+
+def test_a_command_for_one_process_says_so(folder: Path) -> None:
+    told = launch(2, ["-m", "mlx_sora", "info"], cwd=folder)
+    assert [each.returncode for each in told] == [2, 2]
+    assert lines(told[0].stderr)
