@@ -39,7 +39,9 @@ def launch(
         hosts = Path(folder) / "hosts.json"
         hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in free_ports(ranks)]))
         env = os.environ | {"PYTHONPATH": str(ROOT), "OPENBLAS_NUM_THREADS": "1"}
-        env |= {"MLX_HOSTFILE": str(hosts), **(variables or {})}
+        if ranks > 1:
+            env["MLX_HOSTFILE"] = str(hosts)
+        env |= variables or {}
         running = [
             subprocess.Popen(
                 [sys.executable, *words],

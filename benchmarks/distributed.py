@@ -1,0 +1,169 @@
+"""What two ranks are worth on one machine, over loopback: seconds of an evaluation, bytes sent.
+
+    python -m benchmarks.distributed --json benchmarks/results/distributed.json
+
+Each way of computing runs in processes of its own, by turns, and the best of all rounds counts: one
+process with one BLAS thread and with two, and two ranks with one each, by halves of guidance and by
+sequence. The ranks are started as mlx.launch starts them, without its parent, which on Linux keeps
+a core busy. Takes two minutes on two cores that nobody else uses.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import mlx_sora  # noqa: F401  (before mlx.core, so that the fast BLAS is in place)
+
+# isort: split
+import mlx.core as mx
+
+from benchmarks.common import RESULTS, markdown, write_json
+from mlx_sora.accel.distributed import Mesh
+from mlx_sora.geometry import Size, plan_geometry
+from mlx_sora.loading.model_folder import find_model
+from mlx_sora.loading.networks import load_transformer
+from mlx_sora.models.context import Context, Layout, Whole
+from mlx_sora.models.stdit3 import STDiT3
+from mlx_sora.models.stdit3_blocks import STDiT3Config
+from mlx_sora.runtime.flops import Grid
+from mlx_sora.runtime.parallel import sent_bytes
+from mlx_sora.runtime.ranks import join
+from tests.launching import launch
+
+#: Name: ranks, BLAS threads of each, halves of guidance that they are in.
+WAYS = {
+    "one process, one thread": (1, 1, 1),
+    "one process, two threads": (1, 2, 1),
+    "two ranks, guidance": (2, 1, 2),
+    "two ranks, sequence": (2, 1, 1),
+}
+TEXT = 60
+
+#: Model: pixels, frames, and evaluations in a run, of which the first only warms up.
+WORKS = {
+    "xl-2": (Size(426, 240), 34, 2),
+    "shapes": (Size(64, 64), 17, 40),
+}
+
+
+def network(model: str, blocks: int) -> STDiT3:
+    """The bundled transformer, or `blocks` pairs of blocks of the published width, not trained."""
+    if model == "shapes":
+        return load_transformer(find_model("shapes"), mx.float32)
+    mx.random.seed(0)
+    made = STDiT3(replace(STDiT3Config.xl_2(), depth=blocks))
+    mx.eval(made.parameters())
+    return made
+
+
+def evaluations(net: STDiT3, model: str, layout: Layout) -> Iterator[Callable[[], mx.array]]:
+    """Evaluations of a guided batch, each to be made once."""
+    size, frames, count = WORKS[model]
+    latent = plan_geometry(size, frames).latent
+    z = mx.random.normal((2, *latent, net.config.in_channels), key=mx.random.key(1))
+    text = mx.random.normal((TEXT, net.config.caption_channels), key=mx.random.key(2))
+    conditions = net.prepare([text, net.null_text(TEXT)], latent, height=240, width=426, fps=24)
+    context = Context(layout=layout)
+    for i in range(count):
+        t = mx.array([900.0 - i] * 2)
+        yield lambda t=t: net(z, t, conditions, None, context)
+
+
+def measure(model: str, blocks: int, halves: int) -> dict[str, Any]:
+    """In one rank: seconds of the fastest evaluation, bytes sent in each, and a sum to compare."""
+    ranks, net = join(), network(model, blocks)
+    mesh = Mesh(ranks, halves) if ranks.size > 1 else None
+    seconds, sent, out = [], 0, mx.zeros(1)
+    for evaluate in evaluations(net, model, mesh or Whole()):
+        ranks.of_first(None)  # all begin at once
+        before, begun = ranks.sent, time.perf_counter()
+        out = evaluate()
+        mx.eval(out)
+        seconds.append(time.perf_counter() - begun)
+        sent = ranks.sent - before
+    size, frames, _ = WORKS[model]
+    grid = Grid.of(net.config, plan_geometry(size, frames).latent, 2, TEXT)
+    return {
+        "seconds": min(seconds[1:]),
+        "sent": sent,
+        "foretold": 0 if mesh is None else sent_bytes(net.config, grid, mesh.division),
+        "outcome": float(mx.abs(out).mean().item()),  # type: ignore[arg-type]
+    }
+
+
+def run(model: str, blocks: int, way: str) -> dict[str, Any]:
+    """One way of computing, in processes of its own; the slowest rank counts."""
+    ranks, threads, halves = WAYS[way]
+    words = ["-m", "benchmarks.distributed", "--model", model, "--halves", str(halves)]
+    made = launch(
+        ranks,
+        [*words, "--blocks", str(blocks)],
+        variables={"OPENBLAS_NUM_THREADS": str(threads)},
+        timeout=1800,
+    )
+    if any(each.returncode for each in made):
+        sys.exit(f"{way} failed:\n" + "\n".join(each.stderr for each in made))
+    told = [json.loads(each.stdout) for each in made]
+    return max(told, key=lambda found: found["seconds"])
+
+
+def compare(model: str, blocks: int, rounds: int) -> dict[str, Any]:
+    """All ways by turns; the best of each, and ratios to one process."""
+    found: dict[str, dict[str, Any]] = {}
+    for _ in range(rounds):
+        for way in WAYS:
+            made = run(model, blocks, way)
+            if way not in found or made["seconds"] < found[way]["seconds"]:
+                found[way] = made
+            print(f"{model}, {way}: {made['seconds']:.3f} s", file=sys.stderr)
+    one, two = (found[way]["seconds"] for way in list(WAYS)[:2])
+    for made in found.values():
+        made["to one thread"] = round(one / made["seconds"], 3)
+        made["to two threads"] = round(two / made["seconds"], 3)
+    return found
+
+
+def table(found: dict[str, dict[str, Any]]) -> str:
+    """Of one model."""
+    rows = [
+        [
+            way,
+            f"{made['seconds']:.3f}",
+            f"{made['to one thread']:.2f}",
+            f"{made['to two threads']:.2f}",
+            f"{made['sent'] / 1e6:.2f}",
+            f"{made['foretold'] / 1e6:.2f}",
+        ]
+        for way, made in found.items()
+    ]
+    speed = ["seconds", "to one thread", "to two threads"]
+    return markdown(["evaluation", *speed, "MB sent by each rank", "foretold"], rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--json", type=Path, default=RESULTS / "distributed.json")
+    parser.add_argument("--rounds", type=int, default=2, help="default 2")
+    parser.add_argument("--blocks", type=int, default=2, help="block pairs of xl-2, default 2")
+    parser.add_argument("--models", nargs="+", choices=WORKS, default=list(WORKS))
+    parser.add_argument("--model", choices=WORKS, help=argparse.SUPPRESS)  # one rank of a run
+    parser.add_argument("--halves", type=int, default=1, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.model is not None:
+        print(json.dumps(measure(args.model, args.blocks, args.halves)))
+        return
+    found = {model: compare(model, args.blocks, args.rounds) for model in args.models}
+    for model, ways in found.items():
+        print(f"\n{model}\n\n{table(ways)}")
+    write_json(args.json, {"blocks": args.blocks, "rounds": args.rounds, **found})
+
+
+if __name__ == "__main__":
+    main()
