@@ -105,7 +105,11 @@ class Pipeline(Stages):
 
     def resume(self, checkpoint: str | Path, **options: Any) -> Video:
         """Finish the video of a checkpoint, beside it. options: such as change nothing it shows."""
-        request = resumed_request(Path(checkpoint), options)
+        values: dict[str, Any] = {}
+        with self.ranks.together():
+            if self.ranks.first:
+                values = resumed_request(Path(checkpoint), options).to_dict()
+        request = GenerationRequest.from_dict(self.ranks.of_first(values))
         for event in self.stream(request, checkpoint):
             if isinstance(event, Finished):
                 return event.video
@@ -138,7 +142,9 @@ class Pipeline(Stages):
         """Events of one edit, as `stream` has those of a generation."""
         from mlx_sora.editing import Editing
 
-        return Editing(self, edit).events()
+        with self._ranks(edit.target).together():
+            editing = Editing(self, edit)
+        return editing.events()
 
     def plan_edit(self, edit: EditRequest) -> Plan:
         """What an edit would need, as `plan` says it of a generation."""

@@ -23,8 +23,9 @@ class Video:
     """A finished video or image.
 
     path: file it was written to, None when no output was asked for; then `frames` holds the video,
-    uint8 [F, H, W, 3]. width, height: pixels of the frames. timings: seconds per stage. memory:
-    peak bytes per stage. metadata: the record that is also inside the file.
+    uint8 [F, H, W, 3]. Of several ranks the first has them, the others neither. width, height:
+    pixels of the frames. timings: seconds per stage. memory: peak bytes per stage. metadata: the
+    record that is also inside the file.
     """
 
     path: Path | None
