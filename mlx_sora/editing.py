@@ -80,9 +80,12 @@ class Editing(Pipeline):
 
     def events(self) -> Generator[Event, None, None]:
         """Events of the edit, `Finished` the last. Bad requests raise here, before any work."""
-        with self._ranks(self._request).together():
-            run = self._begin()
-        return self._events(run)
+        ranks = self._ranks(self._request)
+        with ranks.watched():
+            self._agree(ranks, self._request)
+            with ranks.together():
+                run = self._begin()
+        return ranks.watching(self._events(run))
 
     def needs(self) -> Plan:
         """What the edit would need, stage by stage, without making it."""

@@ -11,6 +11,9 @@ class MlxSoraError(Exception):
 
     exit_code = 1
 
+    #: Of several ranks, all have raised it.
+    agreed = False
+
     def __init__(self, message: str, fix: str = "") -> None:
         super().__init__(message)
         self.message = message
@@ -40,3 +43,11 @@ class WeightsError(MlxSoraError):
 
 class NumericsError(MlxSoraError):
     """NaN, Inf or degenerate values, with the stage and step where they appeared."""
+
+
+class RankLostError(MlxSoraError):
+    """Of several processes that make a video together, rank `rank` has ended it for all."""
+
+    def __init__(self, message: str, fix: str, rank: int, exit_code: int = 1) -> None:
+        super().__init__(message, fix)
+        self.rank, self.exit_code = rank, exit_code

@@ -27,7 +27,7 @@ from mlx_sora.loading.quantizing import quantized_while_loading
 from mlx_sora.loading.sizes import model_sizes
 from mlx_sora.models.ops import on_gpu
 from mlx_sora.presets import filled
-from mlx_sora.request import GenerationRequest
+from mlx_sora.request import GenerationRequest, label
 from mlx_sora.resuming import attach, resumed_request, with_seed
 from mlx_sora.run import Run
 from mlx_sora.runtime.device import default_dtype, describe, total_memory
@@ -37,6 +37,7 @@ from mlx_sora.runtime.parallel import Division, choose
 from mlx_sora.runtime.planner import Job as Work
 from mlx_sora.runtime.planner import Kind, Machine, Plan, Reading, make_plan
 from mlx_sora.runtime.ranks import Ranks, join
+from mlx_sora.runtime.versions import versions
 from mlx_sora.sampling import SAMPLERS
 from mlx_sora.settings import Settings, settle
 from mlx_sora.stages import Stages, Texts
@@ -96,12 +97,14 @@ class Pipeline(Stages):
         same; the first one has the files, or the frames.
         """
         ranks = self._ranks(request)
-        request = seeded(request, ranks)
-        with ranks.together():
-            request.validate()
-            run = self._begun(request, None if resume is None else Path(resume))
-        run.checkpoints = run.checkpoints.among(ranks)
-        return self._events(run)
+        with ranks.watched():
+            request = seeded(request, ranks)
+            self._agree(ranks, request)
+            with ranks.together():
+                request.validate()
+                run = self._begun(request, None if resume is None else Path(resume))
+            run.checkpoints = run.checkpoints.among(ranks)
+        return ranks.watching(self._events(run))
 
     def resume(self, checkpoint: str | Path, **options: Any) -> Video:
         """Finish the video of a checkpoint, beside it. options: such as change nothing it shows."""
@@ -180,6 +183,14 @@ class Pipeline(Stages):
     def _ranks(self, request: GenerationRequest) -> Ranks:
         """Those that make a video together."""
         return Ranks() if request.parallel == "off" else self.ranks
+
+    def _agree(self, ranks: Ranks, request: GenerationRequest) -> None:
+        """Raise UsageError where ranks have other versions, weights or options than the first."""
+        if ranks.size > 1:
+            with ranks.together():
+                weights = fingerprint(self.model)
+            asked = {label(name): value for name, value in request.to_dict().items()}
+            ranks.agree({**versions(), "weights": weights, **asked})
 
     def _division(self, request: GenerationRequest, settings: Settings) -> Division:
         """What each of them does of it."""

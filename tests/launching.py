@@ -32,9 +32,13 @@ def launch(
     *,
     cwd: Path | None = None,
     timeout: float = 600,
+    linger: float = 60,
     variables: Mapping[str, str] | None = None,
 ) -> list[subprocess.CompletedProcess[str]]:
-    """Run `python WORDS` on so many ranks; what each came to, by rank."""
+    """Run `python WORDS` on so many ranks; what each came to, by rank.
+
+    linger: seconds that others may go on after the first has ended; then they are killed.
+    """
     with tempfile.TemporaryDirectory() as folder:
         hosts = Path(folder) / "hosts.json"
         hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in free_ports(ranks)]))
@@ -53,8 +57,16 @@ def launch(
             )
             for rank in range(ranks)
         ]
+        told = []
         try:
-            told = [each.communicate(timeout=timeout) for each in running]
+            for each in running:
+                try:
+                    told.append(each.communicate(timeout=linger if told else timeout))
+                except subprocess.TimeoutExpired:
+                    if not told:
+                        raise
+                    each.kill()
+                    told.append(each.communicate())
         finally:
             for each in running:
                 each.kill()

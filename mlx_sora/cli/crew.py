@@ -34,6 +34,10 @@ class Crew:
         """What fails in the block on one rank fails on all."""
         return nullcontext() if self._ranks is None else self._ranks.together()
 
+    def watched(self) -> AbstractContextManager[None]:
+        """What ends the block on one rank ends it on all."""
+        return nullcontext() if self._ranks is None else self._ranks.watched()
+
     def batch(self, plan: Callable[[], Batch]) -> Batch:
         """The requests, as the first rank's files and flags have them."""
         if self._ranks is None:

@@ -49,8 +49,14 @@ def add_parser(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Make one edit."""
+    """Make one edit, on all ranks that were launched."""
     crew = Crew()
+    with crew.watched():
+        return follow(args, crew)
+
+
+def follow(args: argparse.Namespace, crew: Crew) -> int:
+    """Make the edit; the exit code."""
     with crew.together():
         edit = request_of(args)
     renderer = choose_renderer(args, crew)

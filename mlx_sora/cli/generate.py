@@ -95,8 +95,14 @@ def add_output_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Make every video asked for, one after the other."""
+    """Make every video asked for, on all ranks that were launched."""
     crew = Crew()
+    with crew.watched():
+        return follow(args, crew)
+
+
+def follow(args: argparse.Namespace, crew: Crew) -> int:
+    """Make one video after the other; the exit code."""
     batch = crew.batch(lambda: plan_requests(args))
     renderer = choose_renderer(args, crew)
     try:

@@ -17,7 +17,7 @@ from types import FrameType
 from mlx_sora import __version__
 from mlx_sora.cli import bench, calibrate, convert, doctor, download, edit, generate, info
 from mlx_sora.cli.flags import Parser, parse_args
-from mlx_sora.errors import MlxSoraError, UsageError
+from mlx_sora.errors import MlxSoraError, RankLostError, UsageError
 from mlx_sora.runtime.launcher import launched, launched_rank
 
 COMMANDS = (generate, edit, download, convert, doctor, info, bench, calibrate)
@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except MlxSoraError as error:
         if debug:
             traceback.print_exc()
-        _report(str(error), error.exit_code, words)
+        _report(str(error), error.exit_code, words, speaker(error))
         return error.exit_code
     except KeyboardInterrupt:
         _report("interrupted.", INTERRUPTED, words)
@@ -111,9 +111,14 @@ def log_to_stderr(args: argparse.Namespace) -> Iterator[None]:
         logger.setLevel(before)
 
 
-def _report(message: str, code: int, words: Sequence[str]) -> None:
-    """One line on stderr, and the same as an event where events were asked for; of rank 0 only."""
-    if launched_rank():
+def speaker(error: MlxSoraError) -> int:
+    """The rank that reports an error: the first of those that are left."""
+    return 1 if isinstance(error, RankLostError) and error.rank == 0 else 0
+
+
+def _report(message: str, code: int, words: Sequence[str], rank: int = 0) -> None:
+    """One line on stderr, and the same as an event where events were asked for, by one rank."""
+    if launched_rank() != rank:
         # mlx.launch ends all as soon as one has failed: the one that speaks goes first.
         time.sleep(1)
         return

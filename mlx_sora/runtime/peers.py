@@ -116,11 +116,14 @@ class Peers:
         return self.failure
 
     def close(self) -> None:
-        """The work is done: no rank will miss this one."""
-        self._over.set()
+        """The work is done: no rank will miss this one, unless it has come further."""
+        if not self._over.is_set():
+            self._over.set()
+            self._thread.join()
         for link in self._links.values():
+            link.send({"work": self._work, "busy": time.process_time()})
             link.send({"bye": True})
-        self._thread.join()
+            link.part(self._patience.beat)
         for link in self._links.values():
             link.socket.close()
 
@@ -175,7 +178,10 @@ class Peers:
         """Miss ranks that say nothing; on rank 0, also those that others wait for in vain."""
         now, patience = time.monotonic(), self._patience
         for rank, link in self._links.items():
-            if not link.left and now - self._lives[rank].heard > patience.silence:
+            life = self._lives[rank]
+            if link.left and life.work < self._work:
+                self._found(Failure(rank, "has ended before the others."))
+            if not link.left and now - life.heard > patience.silence:
                 self._found(Failure(rank, f"has not been heard of for {patience.silence:g} s."))
         if self.rank != 0:
             return

@@ -7,26 +7,32 @@ without, a process is alone and none of it is touched.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 import mlx.core as mx
 
 from mlx_sora import errors
-from mlx_sora.errors import MlxSoraError
+from mlx_sora.errors import MlxSoraError, UsageError
 from mlx_sora.runtime.launcher import launched
+from mlx_sora.runtime.watch import Watch
+
+Item = TypeVar("Item")
 
 
 class Ranks:
     """The processes of a run. group: None for one alone, which tells nobody anything.
 
-    Every method has to be called by all of them, in the same order.
+    watch: over the others, if anybody watches. Every method has to be called by all of them, in the
+    same order.
     """
 
-    def __init__(self, group: mx.distributed.Group | None = None) -> None:
-        self._group = group
+    def __init__(
+        self, group: mx.distributed.Group | None = None, watch: Watch | None = None
+    ) -> None:
+        self._group, self._watch = group, watch
         self.rank, self.size = (0, 1) if group is None else (group.rank(), group.size())
         #: Bytes that this rank has sent, as a ring counts them.
         self.sent = 0
@@ -40,6 +46,8 @@ class Ranks:
         """Arrays of one shape from all, [size, *x.shape], lazy."""
         if self._group is None:
             return x[None]
+        if self._watch is not None:
+            self._watch.progress()
         self.sent += (self.size - 1) * x.nbytes
         return mx.distributed.all_gather(x[None], group=self._group)
 
@@ -47,7 +55,7 @@ class Ranks:
         """Those of one color among themselves; None where the backend knows no groups."""
         assert self._group is not None, "there is nobody to part from"
         try:
-            return Ranks(self._group.split(color))
+            return Ranks(self._group.split(color), self._watch)
         except RuntimeError:
             return None
 
@@ -109,7 +117,39 @@ class Ranks:
         if self.size > 1:
             failure = self._agreed(failure)
         if failure is not None:
+            if isinstance(failure, MlxSoraError):
+                failure.agreed = True
             raise failure
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """A block whose end by any error or interrupt, on any rank, ends it on all of them.
+
+        Raises RankLostError where it was another's. Where the main thread hangs in an exchange that
+        will never be, the process ends with that error's line and exit code.
+        """
+        if self._watch is None:
+            yield
+            return
+        with self._watch.block():
+            yield
+
+    def watching(self, events: Generator[Item, None, None]) -> Generator[Item, None, None]:
+        """The same events, in a watched block."""
+        with self.watched():
+            yield from events
+
+    def agree(self, facts: Mapping[str, Any]) -> None:
+        """Raise UsageError, on all ranks, where one knows something else than the first."""
+        told = self.gather_values(dict(facts))
+        for rank, other in enumerate(told):
+            for name in {**told[0], **other}:
+                if other.get(name) != told[0].get(name):
+                    raise UsageError(
+                        f"Rank {rank} has {name} {_short(other.get(name))}, rank 0 has "
+                        f"{_short(told[0].get(name))}.",
+                        "Give all ranks the same versions, weights and request.",
+                    )
 
     def _agreed(self, own: Exception | None) -> Exception | None:
         failures = self.gather_values(None if own is None else told(own))
@@ -118,6 +158,11 @@ class Ranks:
                 kind, message, fix = other
                 return own if rank == self.rank else error_of(kind, message, fix, rank)
         return None
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 40 else text[:37] + "..."
 
 
 def told(error: Exception) -> tuple[str, str, str]:
@@ -140,10 +185,14 @@ def join() -> Ranks:
     if backend is None:
         return Ranks()
     try:
-        return Ranks(mx.distributed.init(strict=True, backend=backend))
+        group = mx.distributed.init(strict=True, backend=backend)
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:300]
         raise MlxSoraError(
             f"The other ranks cannot be reached: {reason}.",
             "Check the host file and that every machine can reach the next.",
         ) from None
+    ranks = Ranks(group)
+    if ranks.size > 1:
+        ranks = Ranks(group, Watch(ranks.rank, ranks.size, ranks.gather_bytes))
+    return ranks

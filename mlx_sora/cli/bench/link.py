@@ -32,7 +32,7 @@ def add_parser(benches: Any) -> None:
     )
     parser.add_argument("--runs", type=int, default=5, metavar="N", help="default: 5")
     add_debug_flag(parser)
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, parallel_run=True)
 
 
 def run(args: argparse.Namespace) -> int:

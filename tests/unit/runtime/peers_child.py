@@ -40,7 +40,7 @@ def main(rank: int, size: int, folder: Path, behaviour: str) -> None:
         sys.exit(3)
     elif behaviour == "hangs":
         time.sleep(30)
-    elif behaviour == "leaves":  # early, as one without work may
+    elif behaviour == "leaves":
         peers.close()
         return
     elif behaviour == "computes":  # slower than the others, but alive
@@ -48,7 +48,7 @@ def main(rank: int, size: int, folder: Path, behaviour: str) -> None:
         while time.monotonic() < end:
             pass
     peers.progress()
-    time.sleep(3 if behaviour == "waits" else 0)
+    time.sleep(3 if behaviour == "waits" else 0)  # "ends" is done sooner
     peers.close()
 
 

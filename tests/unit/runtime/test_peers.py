@@ -47,6 +47,7 @@ def together(folder: Path, behaviours: list[str]) -> list[tuple[int, dict[str, o
         (["stops", "waits", "waits"], "has not been heard of for 2 s."),
         (["waits", "hangs", "waits"], "hangs: no work for 2.5 s."),
         (["waits", "fails", "waits"], "ran out of memory."),
+        (["waits", "leaves", "waits"], "has ended before the others."),
     ],
 )
 def test_all_learn_which_rank_it_was(tmp_path: Path, behaviours: list[str], cause: str) -> None:
@@ -59,7 +60,7 @@ def test_all_learn_which_rank_it_was(tmp_path: Path, behaviours: list[str], caus
 
 
 def test_slow_ranks_and_such_that_are_done_are_left_alone(tmp_path: Path) -> None:
-    found = together(tmp_path, ["waits", "computes", "leaves"])
+    found = together(tmp_path, ["waits", "computes", "ends"])
     assert found == [(0, None)] * 3
 
 

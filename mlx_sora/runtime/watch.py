@@ -1,0 +1,78 @@
+"""What a rank does about the others' end, and lets them know of its own.
+
+An error that only one rank meets leaves the others in a collective that never returns, or that ends
+with a lost connection and no reason. Here all of them end with the same line and exit code.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from mlx_sora.errors import MlxSoraError, RankLostError
+from mlx_sora.runtime.peers import Failure, Peers, Share
+
+#: Seconds that a broken collective waits for its reason, and that the main thread has to take
+#: notice of another's end before the process is ended.
+GRACE = 4.0
+
+#: As for a program that was interrupted.
+INTERRUPTED = 130
+
+
+class Watch:
+    """Over the other ranks of a run, until the process ends. share: a collective of all ranks."""
+
+    def __init__(self, rank: int, size: int, share: Share) -> None:
+        self._inside, self._noticed = 0, threading.Event()
+        self._peers = Peers(rank, size, share, self._give_up)
+        atexit.register(self._peers.close)
+
+    def progress(self) -> None:
+        """Another exchange begins. Raises RankLostError where there is nobody left for it."""
+        if self._peers.failure is not None:
+            raise self._lost(self._peers.failure)
+        self._peers.progress()
+
+    @contextmanager
+    def block(self) -> Iterator[None]:
+        """As `Ranks.watched`."""
+        self._inside += 1
+        try:
+            yield
+        except RankLostError:
+            raise
+        except MlxSoraError as error:
+            self._peers.fail(f"stopped: {error.message}", error.exit_code)
+            raise
+        except Exception as error:
+            failure = self._peers.wait(GRACE)
+            if failure is None:
+                self._peers.fail(f"stopped: {' '.join(str(error).split())[:300]}")
+                raise
+            raise self._lost(failure) from error
+        except BaseException:
+            self._peers.fail("was interrupted.", INTERRUPTED)
+            raise
+        finally:
+            self._inside -= 1
+
+    def _lost(self, failure: Failure) -> RankLostError:
+        self._noticed.set()
+        return RankLostError(*_line(failure), rank=failure.rank, exit_code=failure.exit_code)
+
+    def _give_up(self, failure: Failure) -> None:
+        """End the process, unless its main thread ends by itself or has no part in this."""
+        if self._noticed.wait(GRACE) or not self._inside:
+            return
+        if self._peers.rank == (1 if failure.rank == 0 else 0):
+            os.write(2, f"\nerror: {' '.join(_line(failure))}\n".encode())
+        os._exit(failure.exit_code)
+
+
+def _line(failure: Failure) -> tuple[str, str]:
+    fix = "Start all ranks again; with --checkpoint-every they go on from the last checkpoint."
+    return str(failure), "" if failure.exit_code == INTERRUPTED else fix

@@ -1,0 +1,68 @@
+"""The command line on several ranks, one of which goes wrong: FAULT, then the words.
+
+The fault befalls rank 1 (or, with a name that begins with "first-", rank 0) after its second step.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import signal
+import sys
+import time
+from collections.abc import Generator
+from typing import Any
+
+import mlx_sora.pipeline
+from mlx_sora.cli.main import main
+from mlx_sora.errors import WeightsError
+from mlx_sora.runtime import peers
+from mlx_sora.runtime.launcher import launched_rank
+from mlx_sora.runtime.versions import versions
+from mlx_sora.stages import Stages
+
+#: So that a test does not wait as long as a user would.
+peers.Patience = functools.partial(peers.Patience, 0.2, 3.0, 4.0)  # type: ignore[misc]
+
+
+def fault(kind: str) -> None:
+    """Go wrong."""
+    if kind == "dies":
+        os._exit(9)
+    if kind == "hangs":
+        time.sleep(60)
+    if kind == "stops":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    if kind == "weights":
+        raise WeightsError("block 3 of the transformer is damaged.", "Download it again.")
+    if kind == "interrupt":
+        raise KeyboardInterrupt
+
+
+def other(kind: str) -> None:
+    """Be another than the first rank is."""
+    if kind == "other-version":
+        real = versions()
+        mlx_sora.pipeline.versions = lambda: real | {"mlx": "0.1"}  # type: ignore[attr-defined]
+    if kind == "other-weights":
+        mlx_sora.pipeline.fingerprint = lambda model: "abc"  # type: ignore[attr-defined]
+
+
+def begin(kind: str) -> None:
+    """Arrange for the fault."""
+    after = Stages._after
+
+    def then(self: Stages, run: Any, done: Any, blocks: Any) -> Generator[Any, None, None]:
+        yield from after(self, run, done, blocks)
+        if done.step.index == 1:
+            fault(kind)
+
+    Stages._after = then  # type: ignore[method-assign]
+    other(kind)
+
+
+if __name__ == "__main__":
+    name = sys.argv[1]
+    if launched_rank() == (0 if name.startswith("first-") else 1):
+        begin(name.removeprefix("first-"))
+    sys.exit(main(sys.argv[2:]))

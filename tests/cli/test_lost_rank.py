@@ -1,0 +1,78 @@
+"""When one of several ranks goes wrong, all end with one line that says which and why."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.launching import ROOT, launch
+
+FAULTY = Path(__file__).with_name("faulty_rank.py")
+WORDS = ["-p", "a red circle", "--seed", "3", "--steps", "4", "--num-frames", "1", "-o", "a.png"]
+
+
+@pytest.mark.parametrize(
+    ("fault", "code", "line"),
+    [
+        ("dies", 1, "Rank 1 has died."),
+        ("first-dies", 1, "Rank 0 has died."),
+        ("stops", 1, "Rank 1 has not been heard of for 3 s."),
+        ("hangs", 1, "Rank 1 hangs: no work for 4 s."),
+        ("weights", 4, "Rank 1 stopped: block 3 of the transformer is damaged."),
+        ("interrupt", 130, "Rank 1 was interrupted."),
+        ("other-version", 2, "Rank 1 has mlx 0.1, rank 0 has "),
+        ("other-weights", 2, "Rank 1 has weights abc, rank 0 has "),
+    ],
+)
+def test_one_line_names_the_rank_and_the_cause(
+    fault: str, code: int, line: str, tmp_path: Path
+) -> None:
+    ranks = launch(
+        2,
+        [str(FAULTY), fault, "generate", *WORDS, "--checkpoint-every", "1"],
+        cwd=tmp_path,
+        timeout=150,
+        linger=2 if fault == "stops" else 30,
+    )
+    left = ranks[1] if fault.startswith("first-") else ranks[0]
+    errors = [each for rank in ranks for each in rank.stderr.splitlines() if "error:" in each]
+    assert left.returncode == code, left.stderr
+    assert len(errors) == 1, errors
+    assert errors[0].startswith(f"error: {line}")
+    assert not (tmp_path / "a.png").exists()
+    kept = {path.name for path in tmp_path.iterdir()}
+    begun = not fault.startswith("other")
+    assert kept == ({"a.png.checkpoint.safetensors"} if begun else set())
+
+
+def test_other_options_are_named(tmp_path: Path) -> None:
+    program = (
+        "import os; from mlx_sora import Pipeline, GenerationRequest\n"
+        "steps = 4 + int(os.environ['MLX_RANK'])\n"
+        "try: Pipeline.from_pretrained('shapes')('a red circle', steps=steps, seed=1)\n"
+        "except Exception as error: print(error)"
+    )
+    for rank in launch(2, ["-c", program], timeout=150):
+        assert rank.stdout.startswith("Rank 1 has --steps 5, rank 0 has 4. Give all ranks"), rank
+
+
+def test_the_checkpoint_of_lost_ranks_is_taken_up_by_one_process(tmp_path: Path) -> None:
+    words = ["generate", *WORDS, "--checkpoint-every", "1", "--json-events"]
+    launch(2, [str(FAULTY), "dies", *words], cwd=tmp_path, timeout=150)
+    alone = subprocess.run(
+        [sys.executable, "-m", "mlx_sora", *words],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert alone.returncode == 0, alone.stderr
+    events = [json.loads(text) for text in alone.stdout.splitlines() if text.startswith("{")]
+    steps = [event["step"] for event in events if event["event"] == "step_finished"]
+    assert steps == [2, 3]
