@@ -46,6 +46,10 @@ class Batch(Pipeline):
 
     def events(self) -> Generator[Event, None, None]:
         """Events of all requests: `Finished` or `RequestFailed` for each of them."""
+        return self.ranks.watching(self._all())
+
+    def _all(self) -> Generator[Event, None, None]:
+        self._agree(self.ranks, self._requests)
         runs: dict[int, Run] = {}
         for index, request in enumerate(self._requests):
             try:
@@ -116,6 +120,8 @@ class Batch(Pipeline):
             yield from self._make(run, {} if texts is None else texts.of(run))
         except Exception as error:
             failure = as_known(error)
+            if run.ranks.size > 1 and not getattr(error, "agreed", False):
+                raise  # the others are elsewhere
         else:
             return
         release()

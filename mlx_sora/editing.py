@@ -82,7 +82,7 @@ class Editing(Pipeline):
         """Events of the edit, `Finished` the last. Bad requests raise here, before any work."""
         ranks = self._ranks(self._request)
         with ranks.watched():
-            self._agree(ranks, self._request)
+            self._agree(ranks, [self._request])
             with ranks.together():
                 run = self._begin()
         return ranks.watching(self._events(run))

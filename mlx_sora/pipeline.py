@@ -99,7 +99,7 @@ class Pipeline(Stages):
         ranks = self._ranks(request)
         with ranks.watched():
             request = seeded(request, ranks)
-            self._agree(ranks, request)
+            self._agree(ranks, [request])
             with ranks.together():
                 request.validate()
                 run = self._begun(request, None if resume is None else Path(resume))
@@ -184,12 +184,14 @@ class Pipeline(Stages):
         """Those that make a video together."""
         return Ranks() if request.parallel == "off" else self.ranks
 
-    def _agree(self, ranks: Ranks, request: GenerationRequest) -> None:
-        """Raise UsageError where ranks have other versions, weights or options than the first."""
+    def _agree(self, ranks: Ranks, requests: Sequence[GenerationRequest]) -> None:
+        """Raise UsageError where ranks have other versions, weights or requests than the first."""
         if ranks.size > 1:
             with ranks.together():
                 weights = fingerprint(self.model)
-            asked = {label(name): value for name, value in request.to_dict().items()}
+            asked: dict[str, Any] = {"requests": [request.to_dict() for request in requests]}
+            if len(requests) == 1:
+                asked = {label(name): value for name, value in requests[0].to_dict().items()}
             ranks.agree({**versions(), "weights": weights, **asked})
 
     def _division(self, request: GenerationRequest, settings: Settings) -> Division:
