@@ -20,6 +20,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=DEFAULT_GOLDEN,
         help="folder of golden cases of the reference code (default: the committed subset)",
     )
+    parser.addoption(
+        "--faults", type=Path, help="with -m longrun: file for the rows of the table of faults"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
