@@ -160,8 +160,12 @@ class Pipeline(Stages):
 
         Raises what `stream` would raise, MemoryBudgetError with the smallest budget included.
         """
+        return self.prepared(request).plan
+
+    def prepared(self, request: GenerationRequest) -> Run:
+        """The run as it would begin. Raises as `plan` does."""
         request.validate()
-        return self._prepare(request.with_seed()).plan
+        return self._prepare(request.with_seed())
 
     def info(self) -> dict[str, Any]:
         """Model, its parts, origin and quick checks, device and versions; plain JSON values."""
@@ -219,7 +223,7 @@ class Pipeline(Stages):
         work = replace(work, halved=work.guided and division.halves > 1)
         plan = self._plan(request, settings, dtype, work)
         run = Run(request, settings, dtype, output, accelerations, tokenizer, plan, warnings)
-        run.ranks, run.division = ranks, division
+        run.ranks, run.division, run.work = ranks, division, work
         run.more |= quantization_record(quantized_while_loading(self.model, request.quantize))
         return run
 

@@ -21,6 +21,7 @@ from mlx_sora.runtime.events import Event, Noted, StageFinished, Warned
 from mlx_sora.runtime.health import Health
 from mlx_sora.runtime.memory import StageMeter
 from mlx_sora.runtime.parallel import Division
+from mlx_sora.runtime.planner import Job as Work
 from mlx_sora.runtime.planner import Plan
 from mlx_sora.runtime.ranks import Ranks
 from mlx_sora.sampling.loop import StepResult
@@ -55,6 +56,7 @@ class Run:
     warnings: list[str]
     ranks: Ranks = field(default_factory=Ranks)
     division: Division = field(default_factory=lambda: Division(1))
+    work: Work | None = None
     streamed: dict[str, dict[str, Any]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     memory: dict[str, int] = field(default_factory=dict)

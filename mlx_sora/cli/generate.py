@@ -21,6 +21,7 @@ from mlx_sora.cli.flags import (
     explicit_options,
     seeded,
 )
+from mlx_sora.cli.forecast import add_cluster_flags, read_cluster, show_forecasts
 from mlx_sora.cli.prompt_file import Batch, read_batch
 from mlx_sora.cli.render import (
     BarRenderer,
@@ -71,6 +72,7 @@ def add_parser(commands: Any) -> None:
         help="finish the video of a checkpoint, beside it; no option may change what it shows",
     )
     add_dry_run_flag(parser)
+    add_cluster_flags(parser)
     add_output_flags(parser)
     parser.set_defaults(run=run, parallel_run=True)
 
@@ -103,6 +105,7 @@ def run(args: argparse.Namespace) -> int:
 
 def follow(args: argparse.Namespace, crew: Crew) -> int:
     """Make one video after the other; the exit code."""
+    cluster = read_cluster(args)
     batch = crew.batch(lambda: plan_requests(args))
     renderer = choose_renderer(args, crew)
     try:
@@ -117,6 +120,8 @@ def follow(args: argparse.Namespace, crew: Crew) -> int:
                 renderer.note(notice)
             if args.dry_run:
                 show_plans(crew, lambda: map(pipeline.plan, batch.requests), args.json_events)
+                if cluster is not None and crew.first:
+                    show_forecasts(pipeline, batch.requests, cluster, args.json_events)
                 return 0
             make(pipeline, batch, renderer, args.resume)
     finally:

@@ -1,0 +1,86 @@
+"""On paper: seconds of a step of Open-Sora 1.2 on 2, 4 and 8 Macs, and what of it is exchange.
+
+    python -m benchmarks.clusters [--chip m4-max] [--json FILE]
+
+The formula and its sources stand in `mlx_sora/runtime/cluster.py`: the fastest way to divide an
+evaluation, guided, weights in bfloat16, no accelerations. Nothing is measured: `mlx_sora bench
+link` measures a cluster, and `generate --dry-run --ranks N --link … --chip …` takes its figures.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from benchmarks.common import RESULTS, markdown, write_json
+from mlx_sora.geometry import Size, plan_geometry
+from mlx_sora.runtime.cluster import LINKS, Chip, foretell, read_chip
+from mlx_sora.runtime.plan import Job, Model
+from mlx_sora.runtime.shapes import shape_sizes
+
+SIZES = {"240p": Size(426, 240), "480p": Size(854, 480), "720p": Size(1280, 720)}
+FRAMES, RANKS, TOKENS = (51, 102, 204), (2, 4, 8), 60
+
+
+@dataclass(frozen=True)
+class Row:
+    """A step. seconds: of it; share: of exchange in it; sent: bytes, by each rank."""
+
+    resolution: str
+    frames: int
+    link: str
+    ranks: int
+    parallel: str
+    seconds: float
+    share: float
+    sent: int
+
+
+def rows(model: Model, chip: Chip) -> list[Row]:
+    """One Mac, then every link and number of Macs, for every size and length."""
+    found = []
+    for name, size in SIZES.items():
+        for frames in FRAMES:
+            job = Job(plan_geometry(size, frames), TOKENS, 1)
+            for link in LINKS:
+                for ranks in (1, *RANKS) if link == LINKS[0] else RANKS:
+                    best = foretell(model, job, chip, link, ranks)[0]
+                    row = (name, frames, link.name, ranks, best.division.mode)
+                    found.append(Row(*row, best.seconds, best.share, best.sent))
+    return found
+
+
+def show(table: list[Row]) -> str:
+    """Seconds of a step, speed against one Mac, share of exchange."""
+    heads = [f"{link.name} × {ranks}" for link in LINKS for ranks in RANKS]
+    lines = []
+    for name in SIZES:
+        for frames in FRAMES:
+            here = [row for row in table if (row.resolution, row.frames) == (name, frames)]
+            alone, *others = here
+            cells = [
+                f"{_seconds(row)}, {alone.seconds / row.seconds:.1f}×, {row.share:.0%}"
+                for row in others
+            ]
+            lines.append([f"{name} × {frames}", _seconds(alone), *cells])
+    return markdown(["", "one Mac", *heads], lines)
+
+
+def _seconds(row: Row) -> str:
+    return f"{row.seconds:.{0 if row.seconds >= 100 else 1}f} s"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--chip", default="m4-max")
+    parser.add_argument("--json", type=Path, default=RESULTS / "clusters.json")
+    options = parser.parse_args()
+    chip = read_chip(options.chip)
+    table = rows(shape_sizes(2), chip)
+    print(show(table))
+    write_json(options.json, {"chip": asdict(chip), "rows": [asdict(row) for row in table]})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,125 @@
+"""`generate --dry-run --ranks N`: how long a step would take on several machines."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from mlx_sora.errors import UsageError
+from mlx_sora.request import GenerationRequest
+
+if TYPE_CHECKING:
+    from mlx_sora.pipeline import Pipeline
+    from mlx_sora.runtime.cluster import Chip, Forecast, Link
+
+#: Ranks beyond which nobody has asked; a typing error is likelier.
+MAX_RANKS = 1024
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Equal machines that nobody has started yet."""
+
+    ranks: int
+    link: Link
+    chip: Chip
+
+
+def add_cluster_flags(parser: argparse.ArgumentParser) -> None:
+    """What to foretell."""
+    group = parser.add_argument_group("several machines, with --dry-run")
+    group.add_argument(
+        "--ranks", type=int, metavar="N", help="also foretell a step on N equal machines"
+    )
+    group.add_argument(
+        "--link",
+        metavar="LINK",
+        help="what joins them: thunderbolt5 (default), 10gbe, wifi, or as `bench link` measured it",
+    )
+    group.add_argument(
+        "--chip",
+        metavar="CHIP",
+        help="what they are: m1, m2, m3, m4, m4-pro, m4-max (default), m1-max, m1-ultra, or as "
+        "`bench link` measured it",
+    )
+
+
+def read_cluster(args: argparse.Namespace) -> Cluster | None:
+    """The cluster that the flags mean, if any. Raises UsageError."""
+    if (args.ranks, args.link, args.chip) == (None, None, None):
+        return None
+    if not args.dry_run:
+        raise UsageError(
+            "--ranks, --link and --chip are for --dry-run.",
+            "To run on several machines: mlx.launch --hostfile FILE -- python -m mlx_sora ...",
+        )
+    if args.ranks is None or not 1 <= args.ranks <= MAX_RANKS:
+        raise UsageError(
+            f"--ranks {args.ranks} is no number of machines.", f"Give 1 to {MAX_RANKS}."
+        )
+    from mlx_sora.runtime.cluster import read_chip, read_link
+
+    return Cluster(
+        args.ranks, read_link(args.link or "thunderbolt5"), read_chip(args.chip or "m4-max")
+    )
+
+
+def show_forecasts(
+    pipeline: Pipeline, requests: Iterable[GenerationRequest], cluster: Cluster, as_json: bool
+) -> None:
+    """The forecast of each request, on stdout."""
+    for request in requests:
+        alone, ways, per_step = foretold(pipeline, request, cluster)
+        if as_json:
+            rows = [record(way, per_step) for way in (alone, *ways)]
+            print(json.dumps({"chip": cluster.chip.name, "link": cluster.link.name, "ways": rows}))
+        else:
+            print("\n".join(forecast_table(cluster, alone, ways, per_step)))
+
+
+def foretold(
+    pipeline: Pipeline, request: GenerationRequest, cluster: Cluster
+) -> tuple[Forecast, list[Forecast], int]:
+    """An evaluation on one machine, on the cluster in every way, and evaluations of a step."""
+    import mlx.core as mx
+
+    from mlx_sora.loading.sizes import model_sizes
+    from mlx_sora.runtime.cluster import foretell
+
+    run = pipeline.prepared(request)
+    assert run.work is not None, "a prepared run knows its work"
+    sizes = model_sizes(pipeline.model, mx.bfloat16)
+    (alone,) = foretell(sizes, run.work, cluster.chip, cluster.link, 1)
+    ways = foretell(sizes, run.work, cluster.chip, cluster.link, cluster.ranks)
+    return alone, ways, run.work.evaluations // run.settings.steps
+
+
+def forecast_table(
+    cluster: Cluster, alone: Forecast, ways: Iterable[Forecast], per_step: int
+) -> Iterator[str]:
+    """Lines that show what a step would take."""
+    yield (
+        f"foretold, not measured: {cluster.chip.name}, {cluster.link.name}, one step without "
+        "accelerations"
+    )
+    yield f"{'ranks':<7}{'parallel':<10}{'s/step':>9}{'speed':>8}{'exchange':>10}{'sent':>11}"
+    for way in (alone, *(way for way in ways if way.division.ranks > 1)):
+        yield (
+            f"{way.division.ranks:<7}{way.division.mode:<10}{way.seconds * per_step:>9.3g}"
+            f"{alone.seconds / way.seconds:>7.2f}x{way.share:>10.0%}"
+            f"{way.sent * per_step / 1e6:>8.1f} MB"
+        )
+
+
+def record(way: Forecast, per_step: int) -> dict[str, Any]:
+    """A way as plain JSON values."""
+    return {
+        "ranks": way.division.ranks,
+        "parallel": way.division.mode,
+        "seconds_per_step": way.seconds * per_step,
+        "share_of_exchange": way.share,
+        "bytes_sent_per_step": way.sent * per_step,
+    }
