@@ -20,12 +20,11 @@ import mlx.core as mx
 from mlx_sora.errors import MlxSoraError, UsageError, WeightsError
 from mlx_sora.runtime.versions import versions
 from mlx_sora.sampling.base import State
+from mlx_sora.video.output import CHECKPOINT
 from mlx_sora.video.publish import published
 
 #: Number of the file's layout; a reader refuses larger ones.
 FORMAT = 1
-
-SUFFIX = ".checkpoint.safetensors"
 
 #: Stands for a tensor in the record.
 _TENSOR = "$tensor"
@@ -106,11 +105,6 @@ class Snapshot:
             raise WeightsError(f"The checkpoint {path} is damaged: {error}.", _FIX) from error
 
 
-def checkpoint_path(output: Path) -> Path:
-    """Where the checkpoint of a run that writes `output` is: beside it, under its whole name."""
-    return output.with_name(output.name + SUFFIX)
-
-
 def read_record(path: Path) -> dict[str, Any]:
     """The record of a checkpoint alone, unchecked; what `Snapshot.load` raises, or ValueError."""
     found = json.loads(_metadata(path)["record"])
@@ -132,7 +126,7 @@ def _metadata(path: Path) -> dict[str, str]:
         reason = str(error).splitlines()[0][:120]
         raise WeightsError(f"The checkpoint {path} is damaged: {reason}.", _FIX) from error
     if not {"format", "record", "sha256"} <= found.keys():
-        raise UsageError(f"{path} is no checkpoint of a run.", f"Give a file NAME{SUFFIX}.")
+        raise UsageError(f"{path} is no checkpoint of a run.", f"Give a file NAME{CHECKPOINT}.")
     return found
 
 

@@ -18,9 +18,7 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 
 from mlx_sora.checkpointing import (
-    SUFFIX,
     Snapshot,
-    checkpoint_path,
     put_away,
     read_record,
     take_out,
@@ -34,7 +32,7 @@ from mlx_sora.runtime.memory import release
 from mlx_sora.runtime.ranks import Ranks
 from mlx_sora.sampling.base import State
 from mlx_sora.settings import Settings
-from mlx_sora.video.output import output_path
+from mlx_sora.video.output import CHECKPOINT, checkpoint_path, output_path
 
 if TYPE_CHECKING:
     from mlx_sora.run import Run
@@ -327,7 +325,7 @@ def _seed_left_behind(request: GenerationRequest, template: str, index: int) -> 
     """Seed of the newest checkpoint that the same request, without a seed, has left."""
     asked = _without_seed(_asked(filled(request)))
     folder = output_path(template, prompt=request.prompt, seed=0, num_frames=0, index=index).parent
-    files = [file for file in folder.glob(f"*{SUFFIX}") if file.is_file()]
+    files = [file for file in folder.glob(f"*{CHECKPOINT}") if file.is_file()]
     for file in sorted(files, key=lambda file: file.stat().st_mtime, reverse=True):
         try:
             record = read_record(file)

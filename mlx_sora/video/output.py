@@ -17,6 +17,9 @@ TEMPLATE_NAMES = ("seed", "index", "prompt_slug")
 #: Used when the command line names no output; the suffix follows from the number of frames.
 DEFAULT_OUTPUT = "{prompt_slug}-{seed}"
 
+#: How the name of a checkpoint ends.
+CHECKPOINT = ".checkpoint.safetensors"
+
 #: GIF stores delays in 1/100 s, and players slow down anything below 2/100 s.
 MAX_GIF_FPS = 50.0
 
@@ -75,15 +78,26 @@ def frame_path(path: Path, index: int) -> Path:
     return path.with_name(_COUNTER.sub(number, path.name, count=1))
 
 
+def checkpoint_path(output: Path) -> Path:
+    """Where the checkpoint of a run that writes `output` is: beside it, under its whole name."""
+    return output.with_name(output.name + CHECKPOINT)
+
+
 def existing_files(path: Path) -> list[Path]:
-    """Files that writing to `path` would replace."""
+    """Files that writing to `path` would replace.
+
+    Pictures of a sequence that a killed run had begun to put in its place do not count: the first
+    is missing, as it comes last, and the run's checkpoint is still there.
+    """
     if not is_sequence(path):
         return [path] if path.is_file() else []
     if not path.parent.is_dir():
         return []
     before, after = _COUNTER.split(path.name, maxsplit=1)[::2]
     pattern = re.compile(re.escape(before) + r"\d+" + re.escape(after))
-    return sorted(file for file in path.parent.iterdir() if pattern.fullmatch(file.name))
+    found = sorted(file for file in path.parent.iterdir() if pattern.fullmatch(file.name))
+    begun = frame_path(path, 0) not in found and checkpoint_path(path).is_file()
+    return [] if begun else found
 
 
 def sidecar_path(path: Path) -> Path:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
+import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +26,7 @@ class PublishedFile:
 @contextmanager
 def published(path: Path, overwrite: bool = False) -> Iterator[PublishedFile]:
     """A file to write in the block; after an error nothing is left of it."""
+    sweep(path)
     file = PublishedFile(partial_name(path), path)
     try:
         yield file
@@ -33,8 +36,36 @@ def published(path: Path, overwrite: bool = False) -> Iterator[PublishedFile]:
 
 
 def partial_name(path: Path) -> Path:
-    """A hidden name in the same folder, so that renaming is atomic."""
-    return path.with_name(f".{os.urandom(6).hex()}.partial")
+    """A hidden name in the same folder, so that renaming is atomic; short, whatever `path` is.
+
+    It tells for which file and by which process of which machine it is written.
+    """
+    return path.with_name(f"{_mark(path)}{os.getpid()}-{os.urandom(4).hex()}.partial")
+
+
+def sweep(path: Path) -> None:
+    """Remove what killed processes of this machine have left of `path`."""
+    mark = _mark(path)
+    for file in path.parent.glob(f"{mark}*.partial"):
+        process = file.name.removeprefix(mark).partition("-")[0]
+        if process.isdecimal() and not _lives(int(process)):
+            file.unlink(missing_ok=True)
+
+
+def _mark(path: Path) -> str:
+    """How the hidden names of a file begin on this machine."""
+    name, machine = (hashlib.sha256(s.encode()).hexdigest() for s in (path.name, platform.node()))
+    return f".{name[:12]}-{machine[:8]}-"
+
+
+def _lives(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # somebody else's
+        return True
+    return True
 
 
 def free_names(path: Path) -> Iterator[Path]:

@@ -18,7 +18,7 @@ from mlx_sora.video.output import (
     is_sequence,
     sidecar_path,
 )
-from mlx_sora.video.publish import free_names, partial_name, publish, published
+from mlx_sora.video.publish import free_names, partial_name, publish, published, sweep
 
 if TYPE_CHECKING:
     import numpy as np
@@ -63,6 +63,7 @@ class VideoWriter:
         self.metadata = metadata
         self.overwrite = overwrite
         self.num_frames = 0
+        sweep(path)
 
     def write(self, frames: np.ndarray) -> None:
         """Append uint8 frames [n, H, W, 3]."""
@@ -181,7 +182,8 @@ class SequenceWriter(VideoWriter):
             self.path = next(p for p in free_names(self.path) if not existing_files(p))
             logger.warning("%s appeared meanwhile; writing %s", taken[0], self.path)
         targets = [frame_path(self.path, i) for i in range(self.num_frames)]
-        for partial, target in zip(self._partials, targets, strict=True):
+        # The first comes last: without it the others are known to be of a run that was killed.
+        for partial, target in reversed(list(zip(self._partials, targets, strict=True))):
             partial.replace(target)
         self._new_folder = False
         for stale in set(taken) - set(targets):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from mlx_sora.checkpointing import SUFFIX
+from mlx_sora.video.output import CHECKPOINT
 
 STEPS = 6
 WORDS = ["generate", "-p", "a red circle", "--steps", str(STEPS), "--width", "32", "--height", "32"]
@@ -58,7 +58,7 @@ def test_the_same_command_finishes_the_same_video(
     code = end(tmp_path, number, '"step_finished", "step": 2', *words)
     assert code == (-9 if number == signal.SIGKILL else 130)
     left = [file.name for file in tmp_path.iterdir()]
-    assert left == ["a.mp4" + SUFFIX]
+    assert left == ["a.mp4" + CHECKPOINT]
     code, out, errors = run(tmp_path, *WORDS, *words)
     assert code == 0, errors
     made = [line for line in out.splitlines() if '"step_finished"' in line]
@@ -70,7 +70,7 @@ def test_the_same_command_finishes_the_same_video(
 
 def test_a_file_is_enough(tmp_path: Path, whole: bytes) -> None:
     end(tmp_path, signal.SIGTERM, '"step_finished", "step": 0', "--seed", "3", "-o", "a.mp4")
-    file = "a.mp4" + SUFFIX
+    file = "a.mp4" + CHECKPOINT
     code, _, errors = run(tmp_path, "generate", "--resume", file, "--steps", "9")
     assert code == 2
     assert "--steps has no place" in errors
@@ -97,7 +97,7 @@ def test_a_batch_goes_on_where_it_was(tmp_path: Path) -> None:
     assert "0000-a-red-circle.mp4 is there already" in out
     assert "2 of 6 steps are made" in out
     assert len(list(tmp_path.glob("*.mp4"))) == 2
-    assert list(tmp_path.glob("*" + SUFFIX)) == []
+    assert list(tmp_path.glob("*" + CHECKPOINT)) == []
 
 
 @pytest.mark.parametrize(

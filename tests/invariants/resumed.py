@@ -11,8 +11,8 @@ import numpy as np
 
 from mlx_sora import GenerationRequest, Pipeline
 from mlx_sora.accel import ACCELERATIONS
-from mlx_sora.checkpointing import checkpoint_path
 from mlx_sora.runtime.events import Finished, StageStarted, StepFinished
+from mlx_sora.video.output import checkpoint_path
 
 
 @dataclass

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from mlx_sora.checkpointing import SUFFIX
+from mlx_sora.video.output import CHECKPOINT
 
 STEPS, EVERY = 8, 3
 WORDS = ["generate", "-p", "a red circle", "--seed", "3", "--steps", str(STEPS)]
@@ -151,7 +151,7 @@ def check(folder: Path, kind: str, files: dict[str, bytes], end: End) -> int:
     broken = run(folder, words, end)
     assert "Traceback" not in broken.errors
     left = content(folder)
-    finals = {name: data for name, data in left.items() if not name.endswith(SUFFIX)}
+    finals = {name: data for name, data in left.items() if not name.endswith(CHECKPOINT)}
     assert finals.items() <= files.items(), "a broken file under a final name"
     again = run(folder, words)
     if finals == files:  # the signal came too late, and nothing is to be done

@@ -8,8 +8,9 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
-from mlx_sora.checkpointing import SUFFIX, Snapshot, checkpoint_path, read_record
+from mlx_sora.checkpointing import Snapshot, read_record
 from mlx_sora.errors import MlxSoraError, UsageError, WeightsError
+from mlx_sora.video.output import CHECKPOINT, checkpoint_path
 
 Z = mx.random.normal((1, 2, 3, 4, 4), key=mx.random.key(0))
 SNAPSHOT = Snapshot(
@@ -49,7 +50,7 @@ def alike(a: object, b: object) -> bool:
 
 def test_what_goes_in_comes_out(file: Path) -> None:
     assert [file] == list(file.parent.iterdir())
-    assert file.name == "a.mp4" + SUFFIX
+    assert file.name == "a.mp4" + CHECKPOINT
     found = Snapshot.load(file)
     assert alike(vars(found), vars(SNAPSHOT))
     assert found.clip == 2

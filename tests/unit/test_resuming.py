@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 
 from mlx_sora import GenerationRequest, Pipeline, UsageError, WeightsError
-from mlx_sora.checkpointing import Snapshot, checkpoint_path
+from mlx_sora.checkpointing import Snapshot
 from mlx_sora.errors import MlxSoraError
 from mlx_sora.loading.facts import fingerprint
 from mlx_sora.loading.model_folder import ModelFolder, find_model
 from mlx_sora.resuming import resumed_request, with_seed
 from mlx_sora.runtime.events import Event, Finished, Noted, StageStarted, StepFinished, Warned
+from mlx_sora.video.output import checkpoint_path
 
 OPTIONS = {"prompt": "a red circle", "seed": 3, "steps": 3, "num_frames": 17}
 OPTIONS |= {"width": 32, "height": 32, "checkpoint_every": 2}
