@@ -29,7 +29,7 @@ class Mesh(Layout):
         self._ranks = ranks
         parts = ranks.size // halves
         self._group = ranks.split(ranks.rank // parts) if 1 < parts < ranks.size else None
-        self.division = Division(ranks.size, halves, apart=self._group is not None)
+        self.division = Division(ranks.size, halves, apart=self._group is not None, ring=ranks.ring)
 
     def share(self, shape: Sequence[int], stride: int) -> Share:
         batch, frames, tokens = shape
@@ -40,7 +40,8 @@ class Mesh(Layout):
         rows = batch // division.halves
         return _Share(
             self._ranks,
-            self._group if division is self.division else None,
+            self._group if division.apart else None,
+            division.paired,
             slice(half * rows, (half + 1) * rows),
             part,
             cut(frames, division.parts, stride),
@@ -51,49 +52,64 @@ class Mesh(Layout):
 class _Share:
     """Part `part` of those that `frames` and `places` are cut into, for the samples `rows`.
 
-    group: those that share the samples, where they can be spoken to alone; else all are.
+    group: those that share the samples, where they can be spoken to alone; paired: these are two
+    neighbours; else everybody is told everything.
     """
 
     def __init__(
         self,
         ranks: Ranks,
         group: Ranks | None,
+        paired: bool,
         rows: slice,
         part: int,
         frames: Sequence[range],
         places: Sequence[range],
     ) -> None:
         self.rows = rows
-        self._ranks, self._group = ranks, group
+        self._ranks, self._group, self._paired = ranks, group, paired
         self._frames, self._places, self._part = frames, places, part
 
     def enter(self, x: mx.array) -> mx.array:
         return self.frames(x[self.rows])
 
     def frames(self, x: mx.array) -> mx.array:
-        return x if x.shape[1] == 1 else x[:, _slice(self._frames[self._part])]
+        return x if x.shape[1] == 1 else _cut(x, 1, self._frames[self._part])
 
     def to_space(self, x: mx.array) -> mx.array:
-        if len(self._frames) == 1:
-            return x
-        own = _slice(self._places[self._part])
-        parts = self._of_half(_padded(x, 1, self._frames))
-        return mx.concatenate([p[:, :n, own] for p, n in _used(parts, self._frames)], axis=1)
+        return self._exchanged(x, 1, self._frames, self._places)
 
     def to_frames(self, x: mx.array) -> mx.array:
-        if len(self._places) == 1:
-            return x
-        own = _slice(self._frames[self._part])
-        parts = self._of_half(_padded(x, 2, self._places))
-        return mx.concatenate([p[:, own, :n] for p, n in _used(parts, self._places)], axis=2)
+        return self._exchanged(x, 2, self._places, self._frames)
 
     def whole(self, x: mx.array) -> mx.array:
         parts, count = self._ranks.gather(_padded(x, 2, self._places)), len(self._places)
         halves = [
-            mx.concatenate([p[:, :, :n] for p, n in _used(parts[i : i + count], self._places)], 2)
+            mx.concatenate(_used(parts[i : i + count], 2, self._places), axis=2)
             for i in range(0, len(parts), count)
         ]
         return mx.concatenate(halves)
+
+    def _exchanged(
+        self, x: mx.array, axis: int, held: Sequence[range], wanted: Sequence[range]
+    ) -> mx.array:
+        """From its run of `held` along `axis` to all of them, at its run of `wanted` along the
+        other axis.
+        """
+        if len(held) == 1:
+            return x
+        across, own = 3 - axis, wanted[self._part]
+        if self._paired:
+            other = 1 - self._part
+            shape = list(x.shape)
+            shape[axis], shape[across] = len(held[other]), len(own)
+            theirs = self._ranks.swap(_cut(x, across, wanted[other]), shape)
+            parts = [_cut(x, across, own), theirs]
+            parts = parts if self._part == 0 else parts[::-1]
+        else:
+            everything = self._of_half(_padded(x, axis, held))
+            parts = [_cut(part, across, own) for part in everything]
+        return mx.concatenate(_used(parts, axis, held), axis=axis)
 
     def _of_half(self, x: mx.array) -> mx.array:
         """The parts x of all that share the samples, in order."""
@@ -104,8 +120,9 @@ class _Share:
         return self._ranks.gather(x)[first : first + count]
 
 
-def _slice(run: range) -> slice:
-    return slice(run.start, run.stop)
+def _cut(x: mx.array, axis: int, run: range) -> mx.array:
+    """A run of frames (axis 1) or places (axis 2)."""
+    return x[:, run.start : run.stop] if axis == 1 else x[:, :, run.start : run.stop]
 
 
 def _padded(x: mx.array, axis: int, runs: Sequence[range]) -> mx.array:
@@ -115,6 +132,7 @@ def _padded(x: mx.array, axis: int, runs: Sequence[range]) -> mx.array:
     return mx.pad(x, widths) if widths[axis][1] else x
 
 
-def _used(parts: mx.array, runs: Sequence[range]) -> list[tuple[mx.array, int]]:
-    """Parts and their lengths without padding, those that stand for others left out."""
-    return [(parts[i], len(run)) for i, run in enumerate(runs) if i == 0 or run != runs[i - 1]]
+def _used(parts: Sequence[mx.array] | mx.array, axis: int, runs: Sequence[range]) -> list[mx.array]:
+    """The parts without padding, those that stand for others left out."""
+    own = [i for i, run in enumerate(runs) if i == 0 or run != runs[i - 1]]
+    return [_cut(parts[i], axis, range(len(runs[i]))) for i in own]

@@ -24,16 +24,18 @@ STREAM = 4
 class Division:
     """`ranks` processes in `halves` groups (1 or 2), each with samples of its own.
 
-    apart: the groups can exchange among themselves; without it everybody hears everything.
+    apart: the groups can exchange among themselves; ring: neighbours can; otherwise everybody hears
+    everything.
     """
 
     ranks: int
     halves: int = 1
     apart: bool = False
+    ring: bool = True
 
     def of(self, batch: int) -> Division:
         """As it is for an evaluation of `batch` samples: one that has no halves is for all."""
-        return self if batch % self.halves == 0 else Division(self.ranks)
+        return self if batch % self.halves == 0 else Division(self.ranks, ring=self.ring)
 
     @property
     def mode(self) -> str:
@@ -52,7 +54,12 @@ class Division:
     @property
     def hearing(self) -> int:
         """Ranks that take part in one exchange between blocks."""
-        return self.parts if self.apart else self.ranks
+        return self.parts if self.apart or self.paired else self.ranks
+
+    @property
+    def paired(self) -> bool:
+        """Whether two neighbours give each other just what the other lacks."""
+        return self.ring and self.parts == 2 and not self.apart
 
 
 def choose(asked: str, ranks: int, *, guided: bool) -> Division:
@@ -108,19 +115,26 @@ def sent_bytes(
     itemsize: int = STREAM,
     watched: bool = False,
 ) -> int:
-    """Bytes that each rank sends in one evaluation whose blocks run.
+    """Bytes that a rank sends at most in one evaluation whose blocks run.
 
     In a ring everyone passes on every other's part: a gather of parts of n bytes among r ranks
-    costs (r - 1) n. Parts are padded to the longest. itemsize: of the network's numbers. watched:
-    a cache sees what the blocks made, so that all of it is sent instead of the patches it becomes.
+    costs (r - 1) n, with parts padded to the longest; of two neighbours each sends half of its
+    part. itemsize: of the network's numbers. watched: a cache sees what the blocks made, so that
+    all of it is sent instead of the patches it becomes.
     """
     division = division.of(grid.batch)
     rows, channels = grid.batch // division.halves, config.hidden_size
-    frames = max(map(len, cut(grid.frames, division.parts, stride)))
-    places = max(map(len, cut(grid.tokens, division.parts)))
-    to_space = rows * frames * grid.tokens * channels * STREAM * config.depth
-    to_frames = rows * grid.frames * places * channels * STREAM * (config.depth - 1)
+    runs = cut(grid.frames, division.parts, stride), cut(grid.tokens, division.parts)
+    frames, places = (max(map(len, run)) for run in runs)
+    token, between = rows * channels * STREAM, 0
+    if division.paired:
+        (t0, t1), (s0, s1) = (map(len, run) for run in runs)
+        there, back = max(t0 * s1, t1 * s0), min(t0 * s1, t1 * s0)
+        between = (config.depth * there + (config.depth - 1) * back) * token
+    elif division.parts > 1:
+        to_space, to_frames = frames * grid.tokens, grid.frames * places
+        swapped = config.depth * to_space + (config.depth - 1) * to_frames
+        between = swapped * token * (division.hearing - 1)
     patch = math.prod(config.patch_size) * config.out_channels * itemsize
     out = rows * grid.frames * places * (channels * STREAM if watched else patch)
-    between = (to_space + to_frames) * (division.hearing - 1) if division.parts > 1 else 0
     return between + out * (division.ranks - 1)

@@ -7,7 +7,7 @@ without, a process is alone and none of it is touched.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from typing import Any, TypeVar
@@ -25,14 +25,19 @@ Item = TypeVar("Item")
 class Ranks:
     """The processes of a run. group: None for one alone, which tells nobody anything.
 
-    watch: over the others, if anybody watches. Every method has to be called by all of them, in the
-    same order.
+    watch: over the others, if anybody watches. ring: neighbours can be spoken to alone. Every
+    method has to be called by all of them, in the same order.
     """
 
     def __init__(
-        self, group: mx.distributed.Group | None = None, watch: Watch | None = None
+        self,
+        group: mx.distributed.Group | None = None,
+        watch: Watch | None = None,
+        *,
+        ring: bool = False,
     ) -> None:
-        self._group, self._watch = group, watch
+        self._group, self._watch, self.ring = group, watch, ring
+        self._receiving: mx.Stream | None = None
         self.rank, self.size = (0, 1) if group is None else (group.rank(), group.size())
         #: Bytes that this rank has sent, as a ring counts them.
         self.sent = 0
@@ -50,6 +55,24 @@ class Ranks:
             self._watch.progress()
         self.sent += (self.size - 1) * x.nbytes
         return mx.distributed.all_gather(x[None], group=self._group)
+
+    def swap(self, x: mx.array, shape: Sequence[int]) -> mx.array:
+        """x to the neighbour (of ranks 0 and 1, 2 and 3, ...), its array of `shape` in return."""
+        if self._receiving is None:
+            self._receiving = mx.new_thread_unsafe_stream(mx.cpu)
+        if self._watch is not None:
+            self._watch.progress()
+        x, other = mx.contiguous(x), self.rank ^ 1
+        mx.eval(x)
+        self.sent += x.nbytes
+        # Both at a time: were all to send first, long arrays would wait for each other for ever.
+        theirs = mx.distributed.recv(
+            shape, x.dtype, other, group=self._group, stream=self._receiving
+        )
+        mx.async_eval(theirs)
+        mx.eval(mx.distributed.send(x, other, group=self._group))
+        mx.eval(theirs)
+        return theirs
 
     def split(self, color: int) -> Ranks | None:
         """Those of one color among themselves; None where the backend knows no groups."""
@@ -194,5 +217,6 @@ def join() -> Ranks:
         ) from None
     ranks = Ranks(group)
     if ranks.size > 1:
-        ranks = Ranks(group, Watch(ranks.rank, ranks.size, ranks.gather_bytes))
+        watch = Watch(ranks.rank, ranks.size, ranks.gather_bytes)
+        ranks = Ranks(group, watch, ring=backend == "ring")
     return ranks
