@@ -5,9 +5,28 @@ Each class carries the exit code of the command line (1 run, 2 usage, 3 memory, 
 
 from __future__ import annotations
 
+#: Characters of a message: what it quotes may be of any length.
+MAX_MESSAGE = 1000
+
+
+def printable(text: str, limit: int = MAX_MESSAGE) -> str:
+    """`text` as one line that a terminal shows and does not obey, cut in the middle to `limit`.
+
+    Line breaks, escape sequences, marks of direction and half characters come as \\n, \\x1b, ...
+    """
+    if len(text) > limit:
+        text = f"{text[: limit // 2]} ... {text[len(text) - limit // 4 :]}"
+    if text.isprintable():
+        return text
+    plain = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return plain if len(plain) <= limit else plain[:limit] + " ..."
+
 
 class MlxSoraError(Exception):
-    """A failure with a known cause. `fix` says in one sentence what the user can do about it."""
+    """A failure with a known cause. `fix` says in one sentence what the user can do about it.
+
+    Both are brought into one printable line: they quote what others wrote.
+    """
 
     exit_code = 1
 
@@ -16,8 +35,8 @@ class MlxSoraError(Exception):
 
     def __init__(self, message: str, fix: str = "") -> None:
         super().__init__(message)
-        self.message = message
-        self.fix = fix
+        self.message = printable(message)
+        self.fix = printable(fix)
 
     def __str__(self) -> str:
         return f"{self.message} {self.fix}".strip() if self.fix else self.message

@@ -24,6 +24,8 @@ MIN_SIDE, MAX_SIDE = 16, 8192
 #: Tiles in a row that pictures can be decoded in: with more, what is not tiled needs the most.
 MAX_TILES = 4
 MAX_FRAMES = 4096
+#: Clips of one video.
+MAX_LOOPS = 1000
 
 #: What `--resolution` takes: the range Open-Sora 1.2 was trained on.
 RESOLUTIONS = ("144p", "240p", "360p", "480p", "720p")

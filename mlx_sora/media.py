@@ -239,7 +239,8 @@ def _placements(
         )
     latents = latent_frames(clips.num_frames)
     for item in placements:
-        lengths = [source.latents for source in references] + [latents] * max(item.loop, 0)
+        before = min(max(item.loop, 0), clips.count)
+        lengths = [source.latents for source in references] + [latents] * before
         complaint = _complaint(item, lengths, latents, clips)
         if complaint:
             raise UsageError(

@@ -14,6 +14,9 @@ from mlx_sora.errors import UsageError
 from mlx_sora.geometry import MAX_TILES, MICRO_FRAME_SIZE
 from mlx_sora.modes import Modes
 
+#: Bytes of a file's name and of a path that file systems take.
+MAX_NAME, MAX_PATH = 255, 4000
+
 
 def as_bool(value: Any) -> bool:
     """A bool and nothing that merely behaves like one."""
@@ -70,8 +73,11 @@ def as_path(value: Any) -> str:
     if isinstance(value, os.PathLike):
         value = os.fspath(value)
     text = as_text(value)
-    if not text or "\0" in text:
-        raise ValueError("a path")
+    longest = max((len(name.encode()) for name in text.split("/")), default=0)
+    if not text or any(ord(c) < 32 or 127 <= ord(c) < 160 for c in text):
+        raise ValueError("a path without control characters")
+    if longest > MAX_NAME or len(text.encode()) > MAX_PATH:
+        raise ValueError(f"a path whose names have up to {MAX_NAME} bytes")
     return text
 
 
@@ -159,6 +165,14 @@ def _each(value: Any, read: Callable[..., Any], expected: str) -> tuple[Any, ...
         raise ValueError(expected) from None
 
 
+def _shown(value: Any) -> str:
+    """The beginning of a refused value; Python does not write integers of any length."""
+    try:
+        return repr(str(value)[:80])
+    except (ValueError, RecursionError):
+        return f"this {type(value).__name__}"
+
+
 @dataclass(frozen=True)
 class Option:
     """How one field is offered to the user.
@@ -184,10 +198,10 @@ class Option:
         try:
             parsed = self.parse(value)
         except ValueError as error:
-            raise UsageError(f"{label} must be {error}, not {str(value)[:80]!r}.") from None
+            raise UsageError(f"{label} must be {error}, not {_shown(value)}.") from None
         if self.choices and parsed not in self.choices:
             valid = ", ".join(self.choices)
-            raise UsageError(f"unknown {label} {str(parsed)[:80]!r}.", f"Valid: {valid}.")
+            raise UsageError(f"unknown {label} {_shown(parsed)}.", f"Valid: {valid}.")
         return parsed
 
 

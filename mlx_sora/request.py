@@ -14,7 +14,7 @@ from typing import Any
 
 from mlx_sora import output_options
 from mlx_sora.errors import UsageError
-from mlx_sora.geometry import MICRO_FRAME_SIZE, Size, parse_frames, resolve_size
+from mlx_sora.geometry import MAX_LOOPS, MICRO_FRAME_SIZE, Size, parse_frames, resolve_size
 from mlx_sora.modes import GUIDANCE_CACHE, GUIDANCE_INTERVAL, LPL, MAX_STEPS, STEP_CACHE, TDTM
 from mlx_sora.options import (
     Neighbour,
@@ -44,7 +44,6 @@ MODELS = ("shapes", "opensora-1.2")
 #: Largest values that still mean something; beyond them a typing error is likelier than a wish.
 MAX_SEED = 2**63 - 1
 MAX_FPS = 240.0
-MAX_LOOPS = 1000
 
 
 @dataclass(frozen=True)

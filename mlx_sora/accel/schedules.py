@@ -15,6 +15,7 @@ from typing import Any
 
 from mlx_sora.accel.base import Job
 from mlx_sora.errors import UsageError
+from mlx_sora.reading import read_object
 
 #: Folder of a model that holds its schedules.
 FOLDER = "step_cache"
@@ -80,11 +81,13 @@ def read_schedule(computed: int, order: int, job: Job, file: str = "") -> frozen
 def read_table(path: Path) -> Table:
     """A table from its file. Raises UsageError where there is none, or something else."""
     try:
-        table = Table(**json.loads(path.read_text(encoding="utf-8")))
-        whole = all(isinstance(n, int) for n in (table.steps, table.width, table.height))
+        table = Table(**read_object(path))
+        numbers = (table.steps, table.width, table.height, table.num_frames)
+        whole = all(type(number) is int for number in numbers)
         steps = range(table.steps)
         fits = whole and all(
-            int(count) == len(set(schedule)) and all(step in steps for step in schedule)
+            int(count) == len(set(schedule))
+            and all(type(step) is int and step in steps for step in schedule)
             for schedules in table.orders.values()
             for count, schedule in schedules.items()
         )
@@ -95,7 +98,7 @@ def read_table(path: Path) -> Table:
         ) from None
     except OSError as error:
         raise UsageError(f"Cannot read {path}: {error.strerror}.") from None
-    except (ValueError, TypeError, AttributeError, RecursionError):
+    except (ValueError, TypeError, AttributeError):
         fits = False
     if not fits:
         raise UsageError(f"{path} is not a table of schedules.", "Make it anew with calibrate.")

@@ -8,7 +8,7 @@ from typing import Any
 
 from mlx_sora.cli.bars import Bars
 from mlx_sora.cli.flags import add_debug_flag
-from mlx_sora.errors import WeightsError
+from mlx_sora.errors import WeightsError, printable
 
 _MARKS = {"ok": "ok", "note": "note", "warning": "WARNING", "error": "ERROR"}
 
@@ -46,7 +46,8 @@ def run(args: argparse.Namespace) -> int:
         ):
             bars.close()
             fix = f" Mend it: {finding.fix}" if finding.fix else ""
-            print(f"{_MARKS[finding.level]:<8}{finding.subject:<13}{finding.message}{fix}")
+            line = f"{_MARKS[finding.level]:<8}{finding.subject:<13}{finding.message}{fix}"
+            print(printable(line))
             errors += finding.level == "error"
     finally:
         bars.close()

@@ -18,6 +18,9 @@ from mlx_sora.request import GenerationRequest, options
 #: Asking for one of these drops the other set from a replayed record.
 _NAMED_SIZE, _PIXELS = {"resolution", "aspect_ratio"}, {"width", "height"}
 
+#: Characters read from standard input.
+MAX_STDIN = 1_000_000
+
 #: What a preset may have filled in, which another preset replaces.
 _FILLED = {name for preset in PRESETS.values() for name in preset.values}
 
@@ -172,9 +175,12 @@ def _parser_of(option: Option) -> Callable[[str], Any]:
 
 def _read_stdin() -> str:
     try:
-        return sys.stdin.read().strip()
+        text = sys.stdin.read(MAX_STDIN + 1)
     except UnicodeDecodeError:
         raise UsageError("The prompt on standard input is not valid UTF-8.") from None
+    if len(text) > MAX_STDIN:
+        raise UsageError(f"Standard input has over {MAX_STDIN} characters.", "Give one prompt.")
+    return text.strip()
 
 
 def parse_args(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:

@@ -147,7 +147,7 @@ def make(pipeline: Pipeline, batch: Batch, renderer: Renderer, resume: str | Non
 def report(batch: Batch) -> int:
     """Say what failed, a line each; the exit code."""
     for number, error in sorted(batch.failures.items()):
-        print(f"error: {batch.unit} {number}: {error}".replace("\n", "\\n"), file=sys.stderr)
+        print(f"error: {batch.unit} {number}: {error}", file=sys.stderr)
     if batch.failures:
         return next(iter(batch.failures.values())).exit_code
     return 0

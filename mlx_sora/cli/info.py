@@ -10,6 +10,7 @@ from typing import Any
 from mlx_sora.cli.flags import add_debug_flag
 from mlx_sora.cli.generate import load_pipeline
 from mlx_sora.cli.render import human_bytes
+from mlx_sora.errors import printable
 from mlx_sora.request import DTYPES, options
 
 
@@ -31,7 +32,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(facts, indent=2, default=str))
     else:
-        print("\n".join(lines(facts)))
+        print("\n".join(map(printable, lines(facts))))
     return 0
 
 

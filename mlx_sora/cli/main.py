@@ -17,7 +17,7 @@ from types import FrameType
 from mlx_sora import __version__
 from mlx_sora.cli import bench, calibrate, convert, doctor, download, edit, generate, info
 from mlx_sora.cli.flags import Parser, parse_args
-from mlx_sora.errors import MlxSoraError, RankLostError, UsageError
+from mlx_sora.errors import MAX_MESSAGE, MlxSoraError, RankLostError, UsageError, printable
 from mlx_sora.runtime.launcher import launched, launched_rank
 
 COMMANDS = (generate, edit, download, convert, doctor, info, bench, calibrate)
@@ -101,6 +101,7 @@ def log_to_stderr(args: argparse.Namespace) -> Iterator[None]:
     elif getattr(args, "quiet", False):
         level = logging.ERROR
     logger, handler = logging.getLogger("mlx_sora"), logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Plain())
     before = logger.level
     logger.setLevel(level)
     logger.addHandler(handler)
@@ -109,6 +110,13 @@ def log_to_stderr(args: argparse.Namespace) -> Iterator[None]:
     finally:
         logger.removeHandler(handler)
         logger.setLevel(before)
+
+
+class _Plain(logging.Formatter):
+    """Messages in one line that a terminal does not obey."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        return printable(super().formatMessage(record))
 
 
 def speaker(error: MlxSoraError) -> int:
@@ -122,7 +130,7 @@ def _report(message: str, code: int, words: Sequence[str], rank: int = 0) -> Non
         # mlx.launch ends all as soon as one has failed: the one that speaks goes first.
         time.sleep(1)
         return
-    message = message.replace("\n", "\\n")
+    message = printable(message, 2 * MAX_MESSAGE)
     if "--json-events" in words:
         with suppress(BrokenPipeError):
             print(json.dumps({"event": "error", "message": message, "exit_code": code}), flush=True)

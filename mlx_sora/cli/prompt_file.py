@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 from mlx_sora.cli.flags import build_requests, seeded
 from mlx_sora.errors import MlxSoraError, UsageError
 from mlx_sora.geometry import parse_frames
+from mlx_sora.reading import parse_object
 from mlx_sora.request import GenerationRequest
 from mlx_sora.video.metadata import read_metadata
 from mlx_sora.video.output import (
@@ -23,6 +23,9 @@ from mlx_sora.video.output import (
 
 #: Names that a second run finds again: without the seed, unless that is known beforehand.
 OUTPUT, OUTPUT_SEED = "{index:04d}-{prompt_slug}", "{index:04d}-{prompt_slug}-{seed}"
+
+#: Bytes of a file of prompts, and seeds in a line of it.
+MAX_BYTES, MAX_SEEDS = 8_000_000, 1000
 
 JSON_SUFFIXES = (".jsonl", ".ndjson")
 
@@ -73,8 +76,12 @@ def read_batch(path: str, typed: Mapping[str, Any], recorded: Mapping[str, Any] 
 def _lines(path: str) -> Iterator[tuple[int, str]]:
     """Number, from 1, and text of every line that is neither empty nor a comment."""
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+        with Path(path).open("rb") as file:  # which may be a pipe
+            data = file.read(MAX_BYTES + 1)
+        if len(data) > MAX_BYTES:
+            raise UsageError(f"{path} is larger than {MAX_BYTES / 1e6:g} MB.", "Split it.")
+        text = data.decode("utf-8-sig")
+    except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8"
         raise UsageError(f"Cannot read {path}: {reason}.", "Give a text file.") from None
     for number, line in enumerate(text.splitlines(), start=1):
@@ -87,12 +94,11 @@ def _values(text: str, as_json: bool) -> dict[str, Any]:
     if not as_json:
         return {"prompt": text}
     try:
-        values = json.loads(text)
-    except (ValueError, RecursionError):
-        values = None
-    if not isinstance(values, dict):
-        raise UsageError("The line is no JSON object.", 'Write {"prompt": "...", ...}.')
-    return values
+        return parse_object(text)
+    except ValueError:
+        raise UsageError(
+            "The line is no JSON object.", 'Write {"prompt": "...", ...}, each option once.'
+        ) from None
 
 
 def _requests(
@@ -102,6 +108,8 @@ def _requests(
     values = dict(typed) | line
     if "seed" in line:
         values["seed"] = line["seed"] if isinstance(line["seed"], list) else [line["seed"]]
+        if len(values["seed"]) > MAX_SEEDS:
+            raise UsageError(f"A line has over {MAX_SEEDS} seeds.", "Write several lines.")
     known = "seed" in values
     requests = build_requests(values, dict(recorded) if recorded else None)
     default = OUTPUT_SEED if known else OUTPUT

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from mlx_sora.errors import printable
 from mlx_sora.runtime.events import (
     Event,
     Finished,
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
 
 #: Seconds between redraws: lively on a terminal, sparse in a log file.
 _REDRAW_TERMINAL, _REDRAW_LOG = 0.1, 10.0
+
+#: Characters of a prompt in a line of progress.
+MAX_PROMPT = 200
 
 UNITS = {"encode": "prompt", "read": "chunk", "denoise": "step", "decode": "frame"}
 
@@ -56,7 +60,7 @@ class BarRenderer:
     def note(self, text: str) -> None:
         from tqdm import tqdm
 
-        tqdm.write(text, file=sys.stderr)
+        tqdm.write("\n".join(map(printable, text.split("\n"))), file=sys.stderr)
 
     def handle(self, event: Event) -> None:
         if isinstance(event, StageStarted):
@@ -74,7 +78,7 @@ class BarRenderer:
             self.note(event.message)
         elif isinstance(event, RequestStarted):
             place = f"{event.index + 1} of {event.total}"
-            self.note(f"{place}, seed {event.seed}: {event.prompt}")
+            self.note(f"{place}, seed {event.seed}: {printable(event.prompt, MAX_PROMPT)}")
         elif isinstance(event, RequestFailed):
             self.close()
         elif isinstance(event, Finished):

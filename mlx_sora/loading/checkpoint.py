@@ -7,7 +7,6 @@ evaluates a parameter.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -29,6 +28,13 @@ from mlx_sora.loading.safetensors import (
     read_rows,
 )
 from mlx_sora.models.keys import KeyMap, Parameter, Shape
+from mlx_sora.reading import read_object
+
+#: Formats that can run code when they are opened, and never are.
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".msgpack", ".h5", ".npy", ".npz")
+
+#: Characters of a shard's name.
+MAX_NAME = 200
 
 #: What messages call the place of tensors that come from no file.
 IN_MEMORY = "the given weights"
@@ -99,10 +105,7 @@ def _source(path: Path) -> Path:
     """The file to read first: the file itself, the only index, or the only .safetensors file."""
     if path.is_file():
         if path.suffix not in (".safetensors", ".json"):
-            raise WeightsError(
-                f"{path} is not a safetensors file.",
-                "Pickled checkpoints (.bin, .pt) are never opened; use a safetensors copy.",
-            )
+            raise _no_safetensors(path)
         return path
     if not path.is_dir():
         raise WeightsError(f"No weights at {path}.", "Check the path given by --model.")
@@ -116,25 +119,31 @@ def _source(path: Path) -> Path:
                 f"{path} holds several candidates ({names}) and no single index.",
                 "Keep one model.safetensors, or the shards with their index.",
             )
+    pickles = sorted(file for file in path.iterdir() if file.suffix.lower() in PICKLES)
+    if pickles:
+        raise _no_safetensors(pickles[0])
     raise WeightsError(f"No .safetensors file in {path}.", "Check the path given by --model.")
+
+
+def _no_safetensors(path: Path) -> WeightsError:
+    """The refusal of another format."""
+    return WeightsError(
+        f"{path} is not a safetensors file.",
+        "Pickled checkpoints (.bin, .pt, .ckpt) are never opened, as that would run the code in "
+        "them; use a safetensors copy.",
+    )
 
 
 def _read_index(index: Path) -> dict[str, TensorInfo]:
     """Tensors of all shards that an index names, each found where the index says."""
     try:
-        weight_map = json.loads(index.read_text())["weight_map"]
+        weight_map = read_object(index)["weight_map"]
         files = {str(key): str(name) for key, name in weight_map.items()}
     except OSError as error:
         raise WeightsError(f"Cannot read {index}: {error.strerror}.", FIX) from error
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise WeightsError(f"{index} is not a valid index (no weight_map).", FIX) from error
-    headers: dict[str, dict[str, TensorInfo]] = {}
-    for name in sorted(set(files.values())):
-        if Path(name).name != name:
-            raise WeightsError(f"{index} names a file outside its folder: {name}.", FIX)
-        if not (index.parent / name).is_file():
-            raise WeightsError(f"{index} names {name}, which is missing.", FIX)
-        headers[name] = read_header(index.parent / name)
+    headers = {name: read_header(_shard(index, name)) for name in sorted(set(files.values()))}
     for key, name in files.items():
         if key not in headers[name]:
             raise WeightsError(f"{index} places {key} in {name}, which does not hold it.", FIX)
@@ -142,6 +151,25 @@ def _read_index(index: Path) -> dict[str, TensorInfo]:
     if extra:
         raise WeightsError(f"{extra[0][1]} holds {extra[0][0]}, which {index} does not list.", FIX)
     return {key: headers[name][key] for key, name in files.items()}
+
+
+def _shard(index: Path, name: str) -> Path:
+    """The file `name` beside an index. Raises WeightsError for one elsewhere, by name or by link.
+
+    Links are followed where the index is one, too, as in the hub's cache: then both lie together.
+    """
+    path = index.parent / name
+    if Path(name).name != name or not name.isprintable() or len(name) > MAX_NAME:
+        raise WeightsError(f"{index} names a file outside its folder: {name}.", FIX)
+    if path.suffix != ".safetensors":
+        raise _no_safetensors(path)
+    if not path.is_file():
+        raise WeightsError(f"{index} names {name}, which is missing.", FIX)
+    if path.resolve().parent not in (index.parent.resolve(), index.resolve().parent):
+        raise WeightsError(
+            f"{path} is a link that leaves the folder of its index.", "Put the file itself there."
+        )
+    return path
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ from mlx_sora.loading.model_folder import (
     Defaults,
     ModelFolder,
     download_command,
+    given_folder,
     missing_parts,
     weights_root,
 )
@@ -246,7 +247,7 @@ def find_folder(model: str | None) -> Path:
     root = weights_root()
     if model is None:
         return root / next((name for name in NAMES if (root / name).is_dir()), BUNDLED)
-    return root / model if model in NAMES else Path(model).expanduser()
+    return root / model if model in NAMES else given_folder(model)
 
 
 def mending(path: Path) -> str:

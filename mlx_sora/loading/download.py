@@ -7,7 +7,6 @@ interrupted download is never taken for a model, and the next one continues it.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Callable, Sequence
@@ -31,6 +30,7 @@ from mlx_sora.loading.hub import Hub, RemoteFile
 from mlx_sora.loading.model_folder import PUBLISHED, WEIGHTS_VARIABLE, missing_parts
 from mlx_sora.loading.provenance import FILE, FileOrigin, Provenance
 from mlx_sora.loading.sources import Source
+from mlx_sora.reading import read_object
 
 #: Hidden, and never a name that `--model` knows.
 STAGING = f".{PUBLISHED}.download"
@@ -224,10 +224,8 @@ def _check_model(staging: Path, hub: Hub) -> None:
             raise WeightsError(f"{absent[0]} is missing.")
         for part in ("transformer", "vae", "text_encoder"):
             Checkpoint.open(staging / part)
-            config = json.loads((staging / part / "config.json").read_text(encoding="utf-8"))
-            if not isinstance(config, dict):
-                raise WeightsError(f"{part}/config.json holds no JSON object.")
-    except (WeightsError, ValueError, RecursionError) as error:
+            read_object(staging / part / "config.json")
+    except (WeightsError, ValueError) as error:
         reason = error.message if isinstance(error, WeightsError) else f"no JSON: {error}"
         raise WeightsError(
             f"What {hub.address} serves is no model: {reason}",

@@ -10,13 +10,15 @@ A model folder holds the published files under these names:
 
 from __future__ import annotations
 
-import json
 import os
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from mlx_sora.errors import WeightsError
+from mlx_sora.errors import MlxSoraError, WeightsError, printable
+from mlx_sora.options import as_int
+from mlx_sora.reading import read_object
+from mlx_sora.request import GenerationRequest
 
 PUBLISHED = "opensora-1.2"
 BUNDLED = "shapes"
@@ -29,6 +31,9 @@ NAMES = (PUBLISHED, *QUANTIZED.values(), BUNDLED)
 
 #: Parts with a configuration and weights.
 PARTS = ("text_encoder", "transformer", "vae")
+
+#: Characters of the name that a model gives itself.
+MAX_NAME = 100
 
 #: Environment variable that names another folder of models than the one beside the package.
 WEIGHTS_VARIABLE = "MLX_SORA_WEIGHTS"
@@ -79,7 +84,7 @@ class ModelFolder:
     @classmethod
     def open(cls, path: str | Path) -> ModelFolder:
         """Check that all parts are there. Raises WeightsError naming the first that is not."""
-        path = Path(path).expanduser()
+        path = given_folder(path)
         if not path.is_dir():
             raise WeightsError(
                 f"No model folder at {path}.",
@@ -97,6 +102,14 @@ class ModelFolder:
     def config(self, part: str) -> dict[str, Any]:
         """config.json of `part` (transformer, vae or text_encoder)."""
         return _read_json(self.path / part / "config.json")
+
+
+def given_folder(path: str | Path) -> Path:
+    """A folder as typed, with the home folder in place of ~. Raises WeightsError."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise WeightsError(f"{path} names no user's home.", "Check the path.") from None
 
 
 def missing_parts(path: Path) -> list[str]:
@@ -144,16 +157,13 @@ def download_command(name: str) -> str:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        return read_object(path)
     except OSError as error:
         raise WeightsError(
             f"Cannot read {path}: {error.strerror}.", "Download it again."
         ) from error
-    except (ValueError, RecursionError) as error:
-        raise WeightsError(f"{path} is not valid JSON.", "Download it again.") from error
-    if not isinstance(value, dict):
-        raise WeightsError(f"{path} holds no JSON object.", "Download it again.")
-    return value
+    except ValueError as error:
+        raise WeightsError(f"{path} is not valid JSON: {error}.", "Download it again.") from error
 
 
 def _read_index(path: Path) -> tuple[str, Defaults]:
@@ -163,12 +173,20 @@ def _read_index(path: Path) -> tuple[str, Defaults]:
         return path.name, Defaults()
     content = _read_json(index)
     given = content.get("defaults", {})
-    types = {field.name: (int, float, type(None)) for field in fields(Defaults)}
-    if not isinstance(given, dict) or not all(
-        isinstance(given[key], types.get(key, object)) for key in given
-    ):
+    if not isinstance(given, dict) or any(isinstance(value, str) for value in given.values()):
         raise WeightsError(f"{index}: 'defaults' must map option names to numbers.", "Correct it.")
-    known = {key: value for key, value in given.items() if key in types}
     # Score phrases and the frame warning are about Open-Sora's training, unless the index says so.
-    own = Defaults(aesthetic=None, warn_below_frames=0)
-    return str(content.get("name", path.name)), replace(own, **known)
+    own = asdict(Defaults(aesthetic=None, warn_below_frames=0))
+    values = own | {key: value for key, value in given.items() if key in own}
+    try:
+        values["warn_below_frames"] = as_int(values["warn_below_frames"])
+        options = {key: value for key, value in values.items() if key != "warn_below_frames"}
+        request = GenerationRequest(prompt="any", **options)
+        request.validate()
+        if any(getattr(request, key) is None for key in options if key != "aesthetic"):
+            raise ValueError("a number is missing")
+    except (MlxSoraError, ValueError) as error:
+        raise WeightsError(f"{index}: 'defaults' are impossible: {error}", "Correct it.") from None
+    chosen = {key: getattr(request, key) for key in options}
+    name = printable(str(content.get("name", path.name)), MAX_NAME)
+    return name, Defaults(**chosen, warn_below_frames=values["warn_below_frames"])

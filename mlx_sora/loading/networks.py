@@ -6,7 +6,8 @@ at a time from the `BlockSource` that is returned beside it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -58,7 +59,8 @@ def stream_text_encoder(
 def _text_encoder(model: ModelFolder) -> tuple[t5.T5Encoder, Checkpoint]:
     """T5 without weights, and its checkpoint, which has the table that `network` lacks."""
     values = model.config("text_encoder")
-    network = t5.T5Encoder(t5.T5Config.from_dict(values), table=False)
+    with _described("text_encoder"):
+        network = t5.T5Encoder(t5.T5Config.from_dict(values), table=False)
     checkpoint = Checkpoint.open(model.text_encoder)
     _check_table(checkpoint, network.config)
     return network, _quantised(model, network, values, checkpoint)
@@ -102,7 +104,8 @@ def stream_transformer(
 
 def _transformer(model: ModelFolder, dtype: mx.Dtype) -> tuple[stdit3.STDiT3, Checkpoint]:
     values = model.config("transformer")
-    network = stdit3.STDiT3(stdit3.STDiT3Config.from_dict(values), dtype)
+    with _described("transformer"):
+        network = stdit3.STDiT3(stdit3.STDiT3Config.from_dict(values), dtype)
     return network, _quantised(model, network, values, Checkpoint.open(model.transformer))
 
 
@@ -120,9 +123,19 @@ def _quantised(
 
 def load_vae(model: ModelFolder, parts: Sequence[str] = ("decoder",)) -> VideoVAE:
     """The VAE, or the halves of it that are needed; always in `KEEP.vae`'s type, float32."""
-    network = VideoVAE(VAEConfig.from_dict(model.config("vae")), parts)
+    with _described("vae"):
+        network = VideoVAE(VAEConfig.from_dict(model.config("vae")), parts)
     fill(network, Checkpoint.open(model.vae), keys_for(parts), dtype=KEEP.vae)
     return network
+
+
+@contextmanager
+def _described(part: str) -> Iterator[None]:
+    """Say which config.json is at fault where no network can be built inside."""
+    try:
+        yield
+    except (TypeError, ValueError, AttributeError, ArithmeticError, LookupError) as error:
+        raise WeightsError(f"{part}/config.json describes no network: {error}.") from error
 
 
 def match_part(model: ModelFolder, part: str, checkpoint: Checkpoint) -> list[Entry]:
@@ -144,14 +157,12 @@ def _unfilled(model: ModelFolder, part: str) -> tuple[nn.Module, KeyMap]:
     """The whole network of `part` without weights, and its key map."""
     values = model.config(part)
     network: nn.Module
-    try:
+    with _described(part):
         if part == "text_encoder":
             network, keys = t5.T5Encoder(t5.T5Config.from_dict(values)), t5.KEYS
         elif part == "transformer":
             network, keys = stdit3.STDiT3(stdit3.STDiT3Config.from_dict(values)), stdit3.KEYS
         else:
             network, keys = vae.VideoVAE(VAEConfig.from_dict(values)), vae.KEYS
-    except (TypeError, ValueError, AttributeError, ZeroDivisionError, IndexError) as error:
-        raise WeightsError(f"{part}/config.json describes no network: {error}.") from error
     prepare(network, Quantization.read(values))
     return network, keys

@@ -22,9 +22,13 @@ from typing import Any
 
 from mlx_sora import __version__
 from mlx_sora.errors import WeightsError
+from mlx_sora.reading import read_object
 
 FILE = "provenance.json"
 FORMAT = 1
+
+#: Characters of a path in a model folder.
+MAX_NAME = 200
 
 _BLOCK = 1 << 22
 _FIX = "Move the folder away and get the model again."
@@ -39,6 +43,12 @@ class FileOrigin:
     name: str
     bytes: int
     sha256: str
+
+    @property
+    def sound(self) -> bool:
+        """Whether every field is of its type, as in a file that we wrote."""
+        texts = (self.repo, self.revision, self.name, self.sha256)
+        return type(self.bytes) is int and all(isinstance(text, str) for text in texts)
 
     @property
     def folder(self) -> str:
@@ -76,21 +86,23 @@ class Provenance:
         """That of a model folder, or None where there is none. Raises WeightsError if damaged."""
         path = folder / FILE
         try:
-            content: Any = json.loads(path.read_text(encoding="utf-8"))
-            files = {str(name): FileOrigin(**row) for name, row in content["files"].items()}
+            content = read_object(path)
+            files = {name: FileOrigin(**row) for name, row in content["files"].items()}
             model, endpoint = str(content["model"]), str(content["endpoint"])
             conversion = dict(content.get("conversion", {}))
-            if conversion:  # each of these is read later
-                _ = [conversion[name] for name in ("source", "dtype", "quantization")]
+            sound = not conversion or _sound(conversion)
         except FileNotFoundError:
             return None
         except OSError as error:
             raise WeightsError(f"Cannot read {path}: {error.strerror}.", "Check rights.") from error
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise WeightsError(f"{path} is damaged.", _FIX) from error
+        if not sound:
+            raise WeightsError(f"{path} is damaged: see its conversion.", _FIX)
         for name, origin in files.items():
             pure = PurePosixPath(name)
-            if pure.is_absolute() or ".." in pure.parts or type(origin.bytes) is not int:
+            outside = pure.is_absolute() or ".." in pure.parts or not pure.parts
+            if outside or not name.isprintable() or len(name) > MAX_NAME or not origin.sound:
                 raise WeightsError(f"{path} is damaged: see {name!r}.", _FIX)
         return cls(model, endpoint, files, conversion)
 
@@ -114,6 +126,17 @@ class Provenance:
             if sha256(folder / name, read) != origin.sha256:
                 wrong.append(name)
         return sorted(wrong)
+
+
+def _sound(conversion: Mapping[str, Any]) -> bool:
+    """Whether it is what `convert` writes: the doctor puts it into a command to be typed."""
+    how = conversion["quantization"]
+    counts = isinstance(how, dict) and all(type(number) is int for number in how.values())
+    return (
+        isinstance(conversion["source"], str)
+        and conversion["dtype"] in (None, "float32", "bfloat16")
+        and (how is None or (counts and "bits" in how))
+    )
 
 
 def sha256(path: Path, watch: Callable[[int], None] | None = None) -> str:

@@ -7,7 +7,6 @@ Format: 8 bytes little-endian header size, JSON header, data. Source: the safete
 
 from __future__ import annotations
 
-import json
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from typing import Any, Protocol
 import mlx.core as mx
 
 from mlx_sora.errors import WeightsError
+from mlx_sora.reading import parse_object
 
 #: Bytes per element and MLX dtype of the floating types that weights come in.
 FLOATS: dict[str, tuple[int, mx.Dtype]] = {
@@ -34,8 +34,12 @@ _SIZES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4} | dict.fro
 )
 _SIZES |= dict.fromkeys(("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2"), 1)
 
-#: The specification's own bound on a header; a larger number means that this is another format.
-MAX_HEADER = 100_000_000
+#: Bytes of a header. The specification allows 100 MB, which would take gigabytes to parse; the
+#: largest model here has 0.1.
+MAX_HEADER = 8_000_000
+
+#: Dimensions of a tensor: more than any network has.
+MAX_DIMENSIONS = 8
 
 FIX = "Download or copy the file again."
 
@@ -54,36 +58,57 @@ class TensorInfo:
 def read_header(path: Path) -> dict[str, TensorInfo]:
     """Tensor table of a safetensors file, checked against the file's size.
 
+    As the specification has it, the tensors follow each other without overlap or gap up to the end.
     Raises WeightsError that names the file, and the tensor where one is at fault.
     """
     try:
+        if not path.is_file():
+            raise WeightsError(f"{path} is not a file.", "Check path and rights.")
         size = path.stat().st_size
         with path.open("rb") as f:
             start = f.read(8)
             length = struct.unpack("<Q", start)[0] if len(start) == 8 else MAX_HEADER + 1
             if length > min(MAX_HEADER, size - 8):
                 raise WeightsError(f"{path} is not a whole safetensors file ({size} bytes).", FIX)
-            header = json.loads(f.read(length))
+            header = parse_object(f.read(length))
     except OSError as error:
         raise WeightsError(
             f"Cannot read {path}: {error.strerror}.", "Check path and rights."
         ) from error
-    except (ValueError, RecursionError) as error:
-        raise WeightsError(f"{path} has a damaged safetensors header.", FIX) from error
-    if not isinstance(header, dict):
-        raise WeightsError(f"{path} has a damaged safetensors header.", FIX)
-    header.pop("__metadata__", None)
-    return {key: _tensor_info(path, size, 8 + length, key, row) for key, row in header.items()}
+    except ValueError as error:
+        raise WeightsError(f"{path} has a damaged safetensors header: {error}.", FIX) from error
+    notes = header.pop("__metadata__", None) or {}  # MLX writes null
+    if not isinstance(notes, dict) or not all(isinstance(text, str) for text in notes.values()):
+        raise WeightsError(f"{path} has a damaged safetensors header: __metadata__.", FIX)
+    base = 8 + length
+    tensors = {key: _tensor_info(path, size, base, key, row) for key, row in header.items()}
+    _check_layout(path, tensors, base, size)
+    return tensors
+
+
+def _check_layout(path: Path, tensors: Mapping[str, TensorInfo], base: int, size: int) -> None:
+    """Raise WeightsError unless the tensors fill the file from byte `base` on, each by itself."""
+    end = base
+    for key, info in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
+        if info.offset != end:
+            what = "overlaps" if info.offset < end else "leaves a gap behind"
+            raise WeightsError(f"{path}: {key} {what} the tensor before it.", FIX)
+        end += info.nbytes
+    if end != size:
+        raise WeightsError(f"{path} goes on for {size - end} bytes behind its last tensor.", FIX)
 
 
 def _tensor_info(path: Path, size: int, base: int, key: str, row: Any) -> TensorInfo:
     try:
-        dtype, shape = str(row["dtype"]), tuple(int(n) for n in row["shape"])
-        begin, end = (int(n) for n in row["data_offsets"])
+        dtype, shape = row["dtype"], _counts(row["shape"])
+        begin, end = _counts(row["data_offsets"])
+        width = _SIZES[dtype]
+        if len(shape) > MAX_DIMENSIONS:
+            raise ValueError
     except (TypeError, KeyError, ValueError) as error:
         raise WeightsError(f"{path}: the header entry of {key} is damaged.", FIX) from error
-    expected = prod(shape) * _SIZES.get(dtype, 0)
-    if dtype not in _SIZES or min(shape, default=0) < 0 or begin < 0 or end - begin != expected:
+    expected = prod(shape) * width
+    if end - begin != expected:
         raise WeightsError(
             f"{path}: {key} is {dtype} {list(shape)}, which needs {expected} bytes, "
             f"but its entry spans {end - begin}.",
@@ -96,6 +121,13 @@ def _tensor_info(path: Path, size: int, base: int, key: str, row: Any) -> Tensor
     return TensorInfo(path, dtype, shape, base + begin, expected)
 
 
+def _counts(values: Any) -> tuple[int, ...]:
+    """A list of whole numbers that a file can count. Raises ValueError."""
+    if type(values) is not list or not all(type(n) is int and 0 <= n < 1 << 63 for n in values):
+        raise ValueError("no list of counts")
+    return tuple(values)
+
+
 def load_tensors(
     file: Path, tensors: Mapping[str, TensorInfo], stream: mx.Stream | None = None
 ) -> dict[str, mx.array]:
@@ -106,7 +138,7 @@ def load_tensors(
     """
     try:
         arrays = mx.load(str(file), format="safetensors", stream=stream)
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:  # ValueError: a name that is no UTF-8
         raise WeightsError(f"MLX cannot load {file}: {error}", FIX) from error
     assert isinstance(arrays, dict)
     for key, info in tensors.items():

@@ -6,9 +6,9 @@ import re
 from collections.abc import Sequence
 
 from mlx_sora.errors import WeightsError
+from mlx_sora.loading.checkpoint import PICKLES
 from mlx_sora.loading.sources import SOURCES, Source
 
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".msgpack", ".h5")
 _SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.safetensors")
 _PLAIN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 _INDEX = ".safetensors.index.json"
@@ -65,7 +65,7 @@ def _weights(source: Source, names: Sequence[str]) -> list[str]:
             f"{where} holds several sets of weights ({', '.join(sorted(indexes or files)[:3])}).",
             f"Name a repository with one: --source {source.part}=REPO.",
         )
-    pickles = sorted(name for name in names if name.endswith(_PICKLES))
+    pickles = sorted(name for name in names if name.endswith(PICKLES))
     if pickles:
         default = next(s for s in SOURCES if s.part == source.part)
         raise WeightsError(

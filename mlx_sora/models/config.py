@@ -6,9 +6,15 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any, TypeVar
 
-from mlx_sora.errors import WeightsError
+from mlx_sora.errors import WeightsError, printable
 
 Config = TypeVar("Config")
+
+#: The largest number, and the longest list, in a configuration: far above any published one.
+MAX_NUMBER, MAX_LIST = 1 << 20, 16
+
+#: Blocks of a network: each is built before its weights are looked for.
+MAX_DEPTH = 200
 
 FIX = "Use the config.json that was published with the weights."
 
@@ -16,7 +22,8 @@ FIX = "Use the config.json that was published with the weights."
 def read_config(cls: type[Config], values: Mapping[str, Any]) -> Config:
     """`cls` from a config.json's object; unknown keys are ignored, absent ones keep the default.
 
-    Lists become tuples. Raises WeightsError for a value of another type than the default's.
+    Lists become tuples. Raises WeightsError for a value of another type than the default's, and for
+    numbers that no network has.
     """
     known: dict[str, Any] = {}
     for field in fields(cls):  # type: ignore[arg-type]
@@ -25,12 +32,32 @@ def read_config(cls: type[Config], values: Mapping[str, Any]) -> Config:
         value, default = values[field.name], field.default
         if isinstance(value, list):
             value = tuple(value)
-        if isinstance(default, float) and type(value) is int:
+        if isinstance(default, float) and type(value) is int and abs(value) <= MAX_NUMBER:
             value = float(value)
-        if type(value) is not type(default):
-            raise WeightsError(f"{field.name} cannot be {value!r} in a model's config.json.", FIX)
+        if type(value) is not type(default) or not _sound(value, default):
+            given = printable(repr(value), 80)
+            raise WeightsError(f"{field.name} cannot be {given} in a model's config.json.", FIX)
         known[field.name] = value
     return cls(**known)
+
+
+def _sound(value: Any, default: Any) -> bool:
+    """Whether a value is one that some network could have: bounded, and alike within a list."""
+    if isinstance(value, tuple):
+        kind = type(default[0])
+        return 0 < len(value) <= MAX_LIST and all(
+            type(each) is kind and _sound(each, default[0]) for each in value
+        )
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return 0 < value <= MAX_NUMBER
+    return True
+
+
+def object_of(values: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """The object `name` inside a config.json, empty where there is none. Raises WeightsError."""
+    found = values.get(name) or {}
+    require(isinstance(found, dict), f"{name} is no object")
+    return found
 
 
 def require(condition: bool, message: str) -> None:

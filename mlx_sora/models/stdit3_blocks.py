@@ -14,7 +14,7 @@ from typing import Any
 import mlx.core as mx
 from mlx import nn
 
-from mlx_sora.models.config import read_config, require
+from mlx_sora.models.config import MAX_DEPTH, read_config, require
 from mlx_sora.models.context import TokenPolicy
 from mlx_sora.models.ops import add_gated, attention, gelu_tanh, in_pieces, modulate, silu
 from mlx_sora.models.precision import KEEP
@@ -48,6 +48,7 @@ class STDiT3Config:
     qk_norm: bool = True
 
     def __post_init__(self) -> None:
+        require(self.depth <= MAX_DEPTH, f"depth is {self.depth}")
         require(len(self.patch_size) == 3, f"patch_size {list(self.patch_size)} is not [t, h, w]")
         require(
             self.num_heads > 0

@@ -15,7 +15,7 @@ from typing import Any
 import mlx.core as mx
 from mlx import nn
 
-from mlx_sora.models.config import read_config, require
+from mlx_sora.models.config import MAX_DEPTH, read_config, require
 from mlx_sora.models.context import BlockProvider, ResidentBlocks
 from mlx_sora.models.keys import KeyMap, Rule
 from mlx_sora.models.ops import attention, gelu_tanh
@@ -48,6 +48,7 @@ class T5Config:
             self.feed_forward_proj == "gated-gelu",
             f"feed_forward_proj {self.feed_forward_proj!r} is not T5 v1.1's 'gated-gelu'",
         )
+        require(self.num_layers <= MAX_DEPTH, f"num_layers is {self.num_layers}")
         exact = self.relative_attention_num_buckets // 4
         require(
             1 <= exact < self.relative_attention_max_distance,

@@ -8,6 +8,7 @@ does not grow with the clip.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -18,7 +19,9 @@ import mlx.core as mx
 from mlx import nn
 
 from mlx_sora.errors import UsageError
+from mlx_sora.geometry import MAX_FRAMES
 from mlx_sora.models import vae_spatial, vae_temporal
+from mlx_sora.models.config import object_of, require
 from mlx_sora.models.keys import KeyMap, Rule
 from mlx_sora.models.precision import KEEP
 from mlx_sora.models.vae_spatial import PARTS, SpatialVAE, SpatialVAEConfig
@@ -86,24 +89,32 @@ class VAEConfig:
         Optional objects `spatial_config` and `temporal_config` hold the networks' constructor
         arguments, which the published file lacks.
         """
-        temporal = TemporalVAEConfig.from_dict(values.get("temporal_config") or {})
-        default = cls()
+        temporal = TemporalVAEConfig.from_dict(object_of(values, "temporal_config"))
+        outer = {"micro_frame_size": cls.micro_frame_size, "micro_batch_size": cls.micro_batch_size}
+        sizes = {name: values.get(name, default) for name, default in outer.items()}
+        sizes |= {n: v for n, v in object_of(values, "vae_2d").items() if n == "micro_batch_size"}
+        for name, size in sizes.items():
+            whole = type(size) is int and 1 <= size <= MAX_FRAMES
+            require(size is None or whole, f"{name} is no number of frames")
         return cls(
-            spatial=SpatialVAEConfig.from_dict(values.get("spatial_config") or {}),
+            spatial=SpatialVAEConfig.from_dict(object_of(values, "spatial_config")),
             temporal=temporal,
-            micro_frame_size=values.get("micro_frame_size", default.micro_frame_size),
-            micro_batch_size=(values.get("vae_2d") or {}).get(
-                "micro_batch_size", values.get("micro_batch_size", default.micro_batch_size)
-            ),
-            shift=_per_channel(values.get("shift", default.shift), temporal.embed_dim),
-            scale=_per_channel(values.get("scale", default.scale), temporal.embed_dim),
+            **sizes,
+            shift=_per_channel(values, "shift", cls.shift, temporal.embed_dim),
+            scale=_per_channel(values, "scale", cls.scale, temporal.embed_dim),
         )
 
 
-def _per_channel(value: float | Sequence[float], channels: int) -> tuple[float, ...]:
-    if isinstance(value, int | float):
-        return (float(value),) * channels
-    return tuple(float(v) for v in value)
+def _per_channel(
+    values: Mapping[str, Any], name: str, default: Sequence[float], channels: int
+) -> tuple[float, ...]:
+    """A number per latent channel; one alone is that of all. Raises WeightsError."""
+    value = values.get(name, default)
+    numbers = [value] * channels if isinstance(value, int | float) else value
+    whole = isinstance(numbers, list | tuple) and len(numbers) == channels
+    finite = whole and all(isinstance(n, int | float) and abs(n) < math.inf for n in numbers)
+    require(finite, f"{name} is not {channels} numbers")
+    return tuple(float(n) for n in numbers)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import mlx.core as mx
 from mlx import nn
 
 from mlx_sora.models import ops
-from mlx_sora.models.config import read_config, require
+from mlx_sora.models.config import MAX_DEPTH, read_config, require
 from mlx_sora.models.conv import Conv2d, Downsample2d, GroupNorm, Pointwise, Upsample2d
 from mlx_sora.models.keys import KeyMap, Rule
 
@@ -44,7 +44,10 @@ class SpatialVAEConfig:
         """
         act = values.get("act_fn", "silu")
         require(act in ("silu", "swish"), f"act_fn {act!r} is not known (only silu is)")
-        return read_config(cls, values)
+        config = read_config(cls, values)
+        layers = config.layers_per_block
+        require(layers <= MAX_DEPTH, f"layers_per_block is {layers}")
+        return config
 
     @property
     def factor(self) -> int:

@@ -13,7 +13,7 @@ import mlx.core as mx
 from mlx import nn
 
 from mlx_sora.models import ops
-from mlx_sora.models.config import read_config, require
+from mlx_sora.models.config import MAX_DEPTH, read_config, require
 from mlx_sora.models.conv import CausalConv3d, GroupNorm, Pointwise
 from mlx_sora.models.keys import KeyMap, Rule
 from mlx_sora.models.vae_spatial import PARTS
@@ -42,6 +42,7 @@ class TemporalVAEConfig:
         Raises WeightsError when the levels do not fit each other.
         """
         config = read_config(cls, values)
+        require(config.num_res_blocks <= MAX_DEPTH, f"num_res_blocks is {config.num_res_blocks}")
         levels, steps = len(config.channel_multipliers), len(config.temporal_downsample)
         require(
             steps == levels - 1,

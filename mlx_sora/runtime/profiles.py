@@ -43,7 +43,7 @@ def _names() -> str:
 
 def parse_bytes(text: str) -> int:
     """Bytes of `3.3GB`, `800 MiB` or `2000000000`; GB is 10^9, GiB 2^30. Raises UsageError."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*((?:[KMG]I?)?)B?\s*", text, re.IGNORECASE)
+    match = re.fullmatch(r"\s*(\d{1,15}(?:\.\d{1,9})?)\s*((?:[KMG]I?)?)B?\s*", text, re.IGNORECASE)
     if match is None or float(match[1]) <= 0:
         raise UsageError(f"{text!r} is no amount of memory.", "Write it as 3.3GB or 800MB.")
     return int(float(match[1]) * _UNITS[match[2].upper()])

@@ -31,10 +31,23 @@ _DASHES = (
     "\u301c\u3030\u30a0\ufe31\ufe32\ufe58\ufe63\uff0d"
 )
 
+_AFTER_SCHEME = ":(?:/{1,3}|[a-zA-Z0-9%])"
+
+
+def _links(scheme: str, why: str) -> Rule:
+    """Without schemes of links and bare hosts.
+
+    Where no host begins, none begins in the letters, dots and dashes that follow: they are passed
+    over at once, up to a scheme among them, as trying each of them takes quadratic time.
+    """
+    start = rf"\b{scheme}{_AFTER_SCHEME}"
+    return Rule(rf"{start}|\b{_HOST}|(\b(?:(?!{start})[a-zA-Z0-9.\-])+)", r"\1", why)
+
+
 LINK_RULES = (
     Rule("<person>", "person", "a placeholder for names, not markup"),
-    Rule(rf"\b(?:https?:(?:/{{1,3}}|[a-zA-Z0-9%])|{_HOST})", "", "scheme of a link, bare hosts"),
-    Rule(rf"\b(?:www:(?:/{{1,3}}|[a-zA-Z0-9%])|{_HOST})", "", "hosts the first pass laid bare"),
+    _links("https?", "scheme of a link, bare hosts"),
+    _links("www", "hosts the first pass laid bare"),
 )
 
 # The look-behinds in two rules keep runs of a million characters from taking quadratic time.
@@ -79,6 +92,10 @@ WORD_RULES = (
     Rule(r"^\.\S+$", "", "a lone dotted word"),
 )
 
+#: Characters of a prompt, of which T5 reads 300 tokens, and how often "<" may be in it: Python's
+#: reader of markup takes time that grows with the square of these.
+MAX_CHARACTERS, MAX_MARKS = 20_000, 500
+
 #: More joiners than this, and they are taken for spaces: this-is-my-cute-cat.
 MAX_JOINERS = 3
 
@@ -86,8 +103,10 @@ MAX_JOINERS = 3
 def preprocess(text: str) -> str:
     """What Open-Sora feeds the tokenizer: the caption cleaned twice.
 
-    Raises UsageError where the text holds markup that cannot be parsed.
+    Raises UsageError where the text is endless or holds markup that cannot be parsed.
     """
+    if len(text) > MAX_CHARACTERS:
+        raise UsageError(f"The prompt has {len(text)} characters.", f"Give up to {MAX_CHARACTERS}.")
     return clean(clean(text))
 
 
@@ -113,6 +132,9 @@ def _strip_markup(text: str) -> str:
     from bs4 import BeautifulSoup
     from bs4.exceptions import ParserRejectedMarkup
 
+    marks = text.count("<")
+    if marks > MAX_MARKS:
+        raise UsageError(f"The prompt holds '<' {marks} times.", "Remove them.")
     try:
         with warnings.catch_warnings():
             # A prompt that looks like a file name or XML is a prompt all the same.

@@ -11,7 +11,7 @@ from dataclasses import astuple, dataclass
 from math import isfinite
 
 from mlx_sora.errors import UsageError
-from mlx_sora.geometry import MICRO_FRAME_SIZE, latent_frames
+from mlx_sora.geometry import MAX_LOOPS, MICRO_FRAME_SIZE, latent_frames
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,10 @@ class Placement:
 
 def parse_mask_strategy(text: str | None) -> list[Placement]:
     """Placements of a mask strategy; none for an empty one. Raises UsageError."""
-    return [_parse_placement(group) for group in text.split(";")] if text else []
+    groups = text.split(";") if text else []
+    if len(groups) > MAX_LOOPS:
+        raise UsageError(f"The mask strategy has {len(groups)} groups.", f"Give up to {MAX_LOOPS}.")
+    return [_parse_placement(group) for group in groups]
 
 
 def append_generated(strategy: str | None, placement: Placement) -> str:

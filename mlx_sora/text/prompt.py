@@ -7,11 +7,12 @@ settings off, split the scenes, append the scores, clean each scene, pick the sc
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mlx_sora.errors import UsageError
+from mlx_sora.geometry import MAX_LOOPS
+from mlx_sora.reading import parse_object
 from mlx_sora.text.cleaning import preprocess
 
 _SETTINGS = ("reference_path", "mask_strategy")
@@ -96,8 +97,8 @@ def split_settings(prompt: str) -> tuple[str, Settings]:
     if "{" in rest:
         raise UsageError(f"More than one '{{' in the prompt: {prompt!r}.", fix)
     try:
-        values = json.loads(brace + rest)
-    except json.JSONDecodeError as error:
+        values = parse_object(brace + rest)
+    except ValueError as error:
         raise UsageError(f"Settings of the prompt are not JSON: {brace + rest!r}.", fix) from error
     for key, value in values.items():
         if key not in _SETTINGS:
@@ -115,6 +116,8 @@ def split_scenes(text: str) -> list[Scene]:
     if not text.startswith("|0|"):
         return [Scene(0, text)]
     marks = text.split("|")[1:]
+    if len(marks) > 2 * MAX_LOOPS:
+        raise UsageError(f"The prompt has {len(marks) // 2} scenes.", f"Give up to {MAX_LOOPS}.")
     try:
         return [
             Scene(int(start), body) for start, body in zip(marks[::2], marks[1::2], strict=True)

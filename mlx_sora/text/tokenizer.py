@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlx_sora.errors import WeightsError
+from mlx_sora.reading import read_bytes
 
 if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor
@@ -24,6 +25,9 @@ MAX_LENGTH = 300
 PAD, EOS, UNK = 0, 1, 2
 #: T5's sentinel tokens are not in `spiece.model`; they follow its pieces, the highest number first.
 EXTRA_IDS = 100
+
+#: Bytes of a tokenizer model, and characters of a piece of it; T5's has 0.8 MB, and 16.
+MAX_MODEL, MAX_PIECE = 8_000_000, 256
 
 _SPECIAL = re.compile(r"(</s>|<pad>|<unk>|<extra_id_(?:[1-9]?\d)>)")
 _SPACE = "\u2581"
@@ -67,18 +71,21 @@ class Tokenizer:
         path = Path(path)
         fix = "Put T5's spiece.model there."
         try:
-            model = SentencePieceProcessor(model_proto=path.read_bytes())
+            model = SentencePieceProcessor(model_proto=read_bytes(path, MAX_MODEL))
         except OSError as error:
             reason = error.strerror or "cannot be read"
             raise WeightsError(f"Tokenizer model {path}: {reason}.", fix) from error
-        except RuntimeError as error:
+        except (RuntimeError, ValueError) as error:
             raise WeightsError(f"{path} is not a SentencePiece model.", fix) from error
         found = (model.pad_id(), model.eos_id(), model.unk_id())
         if found != (PAD, EOS, UNK):
             raise WeightsError(
                 f"{path} is not T5's: pad, eos, unk are {found}, expected {(PAD, EOS, UNK)}.", fix
             )
-        return cls(model)
+        tokenizer = cls(model)
+        if tokenizer._longest > MAX_PIECE:
+            raise WeightsError(f"{path} is not T5's: a piece has over {MAX_PIECE} characters.", fix)
+        return tokenizer
 
     @property
     def vocab_size(self) -> int:

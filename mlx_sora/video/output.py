@@ -10,6 +10,7 @@ import string
 from pathlib import Path
 
 from mlx_sora.errors import UsageError
+from mlx_sora.options import as_path
 
 SUFFIXES = (".mp4", ".gif", ".webp", ".png")
 TEMPLATE_NAMES = ("seed", "index", "prompt_slug")
@@ -23,7 +24,10 @@ CHECKPOINT = ".checkpoint.safetensors"
 #: GIF stores delays in 1/100 s, and players slow down anything below 2/100 s.
 MAX_GIF_FPS = 50.0
 
-_COUNTER = re.compile(r"%0?(\d*)d")
+_COUNTER = re.compile(r"%0?(\d{0,2})d")
+
+#: How a field of a template may be written: {index:03d}. Any width would be filled with blanks.
+_SPEC = re.compile(r"\d{0,2}d?")
 
 
 def slug(prompt: str, limit: int = 48) -> str:
@@ -38,9 +42,11 @@ def fill_template(template: str, *, prompt: str, seed: int, index: int = 0) -> s
     Raises UsageError for any other name.
     """
     try:
-        names = {name for _, name, _, _ in string.Formatter().parse(template) if name is not None}
-        if not names <= set(TEMPLATE_NAMES):
-            raise ValueError
+        for _, name, spec, conversion in string.Formatter().parse(template):
+            if name is None:
+                continue
+            if name not in TEMPLATE_NAMES or conversion or not _SPEC.fullmatch(spec or ""):
+                raise ValueError
         return template.format(seed=seed, index=index, prompt_slug=slug(prompt))
     except (ValueError, LookupError, AttributeError):
         known = ", ".join(f"{{{name}}}" for name in TEMPLATE_NAMES)
@@ -56,12 +62,21 @@ def output_path(template: str, *, prompt: str, seed: int, num_frames: int, index
     "FOLDER/" becomes FOLDER/frame_%05d.png, a pattern that means one png per frame.
     """
     name = fill_template(template, prompt=prompt, seed=seed, index=index)
-    path = Path(name).expanduser()
+    path = expanded(name)
     if name.endswith(("/", "\\")):
         return path / "frame_%05d.png"
     if not path.suffix and not path.is_dir():
         return path.with_name(path.name + (".png" if num_frames == 1 else ".mp4"))
     return path
+
+
+def expanded(name: str) -> Path:
+    """A path with the home folder in place of ~. Raises UsageError for what can be no path."""
+    try:
+        return Path(as_path(name)).expanduser()
+    except (ValueError, RuntimeError) as error:
+        reason = f"must be {error}" if isinstance(error, ValueError) else "names no user's home"
+        raise UsageError(f"The output {name!r} {reason}.", "Change --output.") from None
 
 
 def is_sequence(path: Path) -> bool:

@@ -61,7 +61,43 @@ def test_any_text_is_cleaned_or_refused(text: str) -> None:
     assert not re.search(r"\s\s", cleaned)
 
 
-@pytest.mark.parametrize("text", ["a" * 50_000, ". " * 25_000, " " * 50_000 + "x", "<a>" * 10_000])
+LONG = ("a", ". ", "a.", "a-", "www.", ".png", "1.", "<a b=' ", "<!--", "a.com@")
+
+
+@pytest.mark.parametrize("piece", LONG)
+def test_the_longest_prompt_is_cleaned_in_seconds(piece: str) -> None:
+    count = cleaning.MAX_CHARACTERS // len(piece)
+    text = piece * (min(count, cleaning.MAX_MARKS) if "<" in piece else count)
+    started = time.process_time()
+    cleaning.preprocess(text)
+    assert time.process_time() - started < 5.0
+
+
+@pytest.mark.parametrize("text", ["a" * (cleaning.MAX_CHARACTERS + 1), "<" * 501, "%3C" * 501])
+def test_prompts_without_end_are_refused(text: str) -> None:
+    with pytest.raises(UsageError, match="characters|times"):
+        cleaning.preprocess(text)
+
+
+HOST = r"[a-zA-Z0-9.\-]+[.](?:com|co|ru|net|org|edu|gov|it)[\w/-]*\b/?(?!@)"
+PUBLISHED = [rf"\b(?:{scheme}:(?:/{{1,3}}|[a-zA-Z0-9%])|{HOST})" for scheme in ("https?", "www")]
+LINKS = st.lists(
+    st.sampled_from(
+        [*"a.-@/_é %1x中(", ".com", ".co", "http:", "https", "://", "www", ":", ".ru", ".it/"]
+    ),
+    max_size=14,
+).map("".join)
+
+
+@settings(deadline=None, max_examples=300, database=None)
+@given(LINKS)
+def test_links_are_found_as_by_the_published_patterns(text: str) -> None:
+    """Ours take linear time where those of DeepFloyd IF take quadratic."""
+    for published, rule in zip(PUBLISHED, cleaning.LINK_RULES[1:], strict=True):
+        assert re.sub(rule.pattern, rule.replacement, text) == re.sub(published, "", text)
+
+
+@pytest.mark.parametrize("text", ["a" * 50_000, ". " * 25_000, " " * 50_000 + "x", "a." * 20_000])
 def test_long_runs_take_linear_time(text: str) -> None:
     started = time.process_time()
     cleaning.clean(text)

@@ -1,0 +1,51 @@
+"""Reading JSON that somebody else wrote: of bounded size, in UTF-8, each key once."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+#: Bytes of a JSON file. Parsed, the worst of them become 30 times as many.
+MAX_JSON = 8_000_000
+
+
+def read_bytes(path: Path, limit: int) -> bytes:
+    """Content of a regular file of at most `limit` bytes.
+
+    Raises OSError, also for pipes and devices, which may never end, and ValueError beyond `limit`.
+    """
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "no regular file", os.fspath(path))
+    with path.open("rb") as file:
+        data = file.read(limit + 1)
+    if len(data) > limit:
+        raise ValueError(f"it is larger than {limit / 1e6:g} MB")
+    return data
+
+
+def read_object(path: Path, limit: int = MAX_JSON) -> dict[str, Any]:
+    """The JSON object that a file holds. Raises OSError, and ValueError that says what is wrong."""
+    return parse_object(read_bytes(path, limit))
+
+
+def parse_object(text: str | bytes) -> dict[str, Any]:
+    """The JSON object that `text` is. Raises ValueError that says what is wrong."""
+    try:
+        text = text.decode("utf-8-sig") if isinstance(text, bytes) else text
+        value = json.loads(text, object_pairs_hook=_each_once)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    if not isinstance(value, dict):
+        raise ValueError("it holds no JSON object")
+    return value
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object whose keys differ: readers disagree about which of two equal ones counts."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("it has the same key twice")
+    return found
