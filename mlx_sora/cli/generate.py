@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import closing
@@ -31,18 +30,16 @@ from mlx_sora.cli.render import (
     SilentRenderer,
     plan_table,
 )
+from mlx_sora.cli.replay import recorded_options
 from mlx_sora.errors import UsageError
 from mlx_sora.geometry import parse_frames
 from mlx_sora.request import GenerationRequest
 from mlx_sora.runtime.events import RequestFailed
-from mlx_sora.video.metadata import changed_media, read_metadata, replay_options
 from mlx_sora.video.output import DEFAULT_OUTPUT, check_output, fill_template, output_path
 
 if TYPE_CHECKING:
     from mlx_sora.pipeline import Pipeline
     from mlx_sora.runtime.planner import Plan
-
-log = logging.getLogger(__name__)
 
 
 def add_parser(commands: Any) -> None:
@@ -168,11 +165,7 @@ def plan_requests(args: argparse.Namespace) -> Batch:
         return Batch([resumed(args, typed)])
     recorded = None
     if args.config_from_metadata is not None:
-        source = args.config_from_metadata
-        record = read_metadata(source)
-        recorded = replay_options(record, source)
-        for path in changed_media(record):
-            log.warning("%s is not the file that %s was made with", path, source)
+        recorded = recorded_options(args.config_from_metadata, typed)
     if args.prompt_file is not None:
         if "prompt" in typed:
             raise UsageError("--prompt and --prompt-file exclude each other.", "Give one.")

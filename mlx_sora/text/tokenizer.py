@@ -72,6 +72,7 @@ class Tokenizer:
         fix = "Put T5's spiece.model there."
         try:
             model = SentencePieceProcessor(model_proto=read_bytes(path, MAX_MODEL))
+            tokenizer = cls(model)  # whose pieces may be no UTF-8
         except OSError as error:
             reason = error.strerror or "cannot be read"
             raise WeightsError(f"Tokenizer model {path}: {reason}.", fix) from error
@@ -82,7 +83,6 @@ class Tokenizer:
             raise WeightsError(
                 f"{path} is not T5's: pad, eos, unk are {found}, expected {(PAD, EOS, UNK)}.", fix
             )
-        tokenizer = cls(model)
         if tokenizer._longest > MAX_PIECE:
             raise WeightsError(f"{path} is not T5's: a piece has over {MAX_PIECE} characters.", fix)
         return tokenizer

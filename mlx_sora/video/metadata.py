@@ -11,14 +11,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlx_sora.errors import UsageError
+from mlx_sora.reading import parse_object
 from mlx_sora.request import options
 from mlx_sora.runtime.versions import versions
+from mlx_sora.video.containers import open_container, open_image
 
 if TYPE_CHECKING:
     from mlx_sora.request import GenerationRequest
 
 PNG_KEY = "mlx_sora"
 EXIF_DESCRIPTION = 0x010E
+
+#: Formats of pictures that carry a record.
+WRITTEN = ("PNG", "GIF", "WEBP")
 
 #: More than a record can need; what is larger was not written by us.
 MAX_BYTES = 1 << 20
@@ -59,6 +64,8 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
     reader = _READERS.get(path.suffix.lower(), _read_image)
     try:
         text = reader(path)
+    except UsageError:
+        raise
     except Exception as error:  # damaged files fail in many ways inside the libraries
         reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
         raise UsageError(f"Cannot read {path}: {reason}.", "Is it damaged?") from None
@@ -97,31 +104,26 @@ def replay_options(record: Mapping[str, Any], source: str | Path = "the record")
     return chosen
 
 
-def changed_media(record: Mapping[str, Any]) -> list[str]:
-    """Pictures and videos that the recorded run was given and that have another content now."""
+def same_media(record: Mapping[str, Any], paths: Sequence[str]) -> set[str]:
+    """Those of `paths` whose content is what the recorded run was given."""
     from mlx_sora.loading.provenance import sha256
 
     settings = record.get("settings")
-    media = settings.get("media", []) if isinstance(settings, dict) else []
-    known = [item for item in media if isinstance(item, dict) and "path" in item]
-    return [
-        str(item["path"])
-        for item in known
-        if Path(str(item["path"])).is_file()
-        and sha256(Path(str(item["path"]))) != item.get("sha256")
-    ]
+    media = settings.get("media") if isinstance(settings, dict) else None
+    items = [item for item in media if isinstance(item, dict)] if isinstance(media, list) else []
+    sums = {str(item.get("path")): item.get("sha256") for item in items}
+    return {path for path in paths if path in sums and sha256(Path(path)) == sums[path]}
 
 
 def _parse(text: str | None, path: Path) -> dict[str, Any]:
     if not text:
         raise UsageError(f"{path} carries no metadata of mlx_sora.", "Give a file it wrote.")
     try:
-        record = json.loads(text) if len(text) <= MAX_BYTES else None
-    except (ValueError, RecursionError):
-        record = None
-    if not isinstance(record, dict):
-        raise UsageError(f"The metadata of {path} is not a record of mlx_sora.")
-    return record
+        if len(text) > MAX_BYTES:
+            raise ValueError("it is too long")
+        return parse_object(text)
+    except ValueError:
+        raise UsageError(f"The metadata of {path} is not a record of mlx_sora.") from None
 
 
 def _read_json(path: Path) -> str:
@@ -130,16 +132,13 @@ def _read_json(path: Path) -> str:
 
 
 def _read_mp4(path: Path) -> str | None:
-    import av
-
-    with av.open(str(path)) as container:
-        return container.metadata.get("comment")
+    with open_container(path) as container:
+        comment = container.metadata.get("comment")
+        return None if comment is None else str(comment)
 
 
 def _read_image(path: Path) -> str | None:
-    from PIL import Image
-
-    with Image.open(path, formats=("png", "gif", "webp")) as image:
+    with open_image(path, WRITTEN) as image:
         if image.format == "PNG":
             found: Any = image.info.get(PNG_KEY)
         elif image.format == "GIF":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,11 +11,21 @@ from typing import TYPE_CHECKING, Any
 
 from mlx_sora.errors import UsageError
 from mlx_sora.geometry import Size
+from mlx_sora.video.containers import (
+    MAX_PACKETS,
+    MAX_PIXELS,
+    check_pixels,
+    open_container,
+    open_image,
+)
 
 if TYPE_CHECKING:
     import numpy as np
 
 VIDEO_SUFFIXES = (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".gif")
+
+#: How many times as many pixels a picture may have, scaled so that it covers what it is cut to.
+MAX_CUT = 32
 
 #: Intervals between frames may differ from the usual one by this share; more is another rate.
 JITTER = 0.5
@@ -55,6 +64,8 @@ class Fit:
             scaled = Size(round(source.width * down), size.height)
         else:
             scaled = Size(size.width, round(source.height * across))
+        if scaled.width * scaled.height > MAX_CUT * size.width * size.height:
+            raise UsageError(f"{source} is too long and thin to fill {size}.", "Cut it first.")
         return cls(source, scaled, size)
 
     def __str__(self) -> str:
@@ -77,7 +88,7 @@ def image_size(path: str | Path) -> Size:
     with _opened_image(path) as image:
         turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
         width, height = image.size
-        return Size(height, width) if turned else Size(width, height)
+    return Size(height, width) if turned else Size(width, height)
 
 
 def read_image(path: str | Path, size: Size | None = None) -> np.ndarray:
@@ -90,12 +101,7 @@ def read_image(path: str | Path, size: Size | None = None) -> np.ndarray:
     from PIL import ImageOps
 
     with _opened_image(path) as image:
-        try:
-            picture: Any = _as_rgb(ImageOps.exif_transpose(image), Path(path))
-        except UsageError:
-            raise
-        except Exception as error:  # damaged files fail in many ways inside the library
-            raise _damaged(path, error) from None
+        picture: Any = _as_rgb(ImageOps.exif_transpose(image), Path(path))
     if size is not None:
         picture = _fill_image(picture, Fit.of(Size(*picture.size), size))
     pixels: np.ndarray = np.array(picture)
@@ -110,21 +116,21 @@ def probe_video(path: str | Path) -> VideoInfo:
     """
     with _opened_video(path) as (container, stream):
         try:
-            times = sorted(
-                packet.pts * packet.time_base
-                for packet in container.demux(stream)
-                if packet.pts is not None and packet.size
-            )
+            packets = islice(container.demux(stream), MAX_PACKETS + 1)
+            stamps = sorted(p.pts for p in packets if p.pts is not None and p.size)
+            unit = float(stream.time_base or 1)
         except Exception as error:
             raise _damaged(path, error) from None
         context = stream.codec_context
         size, rate = Size(context.width, context.height), stream.average_rate
-    if not times or min(size) < 1:
+    if len(stamps) >= MAX_PACKETS:
+        raise UsageError(f"{path} has over {MAX_PACKETS} frames.", "Cut it.")
+    if not stamps or min(size) < 1:
         raise UsageError(f"{path} holds no frames.", "Give a video with at least one.")
-    if len(times) > 1:
-        rate = _constant_rate(path, [float(b - a) for a, b in pairwise(times)])
+    if len(stamps) > 1:
+        rate = _constant_rate(path, [(b - a) * unit for a, b in pairwise(stamps)])
     first = next(_decoded(path))
-    return VideoInfo(Size(first.shape[1], first.shape[0]), len(times), float(rate or 1))
+    return VideoInfo(Size(first.shape[1], first.shape[0]), len(stamps), float(rate or 1))
 
 
 def read_video(
@@ -235,48 +241,55 @@ def _as_rgb(image: Any, path: Path) -> Any:
 
 @contextmanager
 def _opened_image(path: str | Path) -> Iterator[Any]:
-    from PIL import Image
-
+    """A picture to look at and read. Raises UsageError, also for what fails inside."""
     _check_file(path)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(path)
-    except Exception as error:
+        with open_image(path) as image:
+            yield image
+    except UsageError:
+        raise
+    except Exception as error:  # damaged files fail in many ways inside the library
         raise _damaged(path, error) from None
-    with image:
-        yield image
 
 
 @contextmanager
 def _opened_video(path: str | Path) -> Iterator[tuple[Any, Any]]:
     """The container and its first video stream."""
-    import av
-
     _check_file(path)
     try:
-        container: Any = av.open(str(path))
+        container = open_container(path)
+    except UsageError:
+        raise
     except Exception as error:
         raise _damaged(path, error) from None
     with container:
         if not container.streams.video:
             raise UsageError(f"{path} has no video in it.", "Give a video file.")
-        yield container, container.streams.video[0]
+        stream = container.streams.video[0]
+        codec = stream.codec_context
+        if codec is None:
+            raise UsageError(f"{path} is of an unknown codec.", "Convert it to H.264.")
+        check_pixels(path, codec.width, codec.height)
+        codec.options = {"max_pixels": str(MAX_PIXELS)}
+        yield container, stream
 
 
 def _decoded(path: str | Path) -> Iterator[np.ndarray]:
     """Frames one by one, upright. Raises UsageError for damage, and where there is none."""
     with _opened_video(path) as (container, stream):
-        found = False
+        first = None
         try:
             for frame in container.decode(stream):
-                found = True
-                yield upright(frame)
-        except GeneratorExit:
+                pixels = upright(frame)
+                first = pixels.shape if first is None else first
+                if pixels.shape != first:
+                    raise UsageError(f"{path} changes its size on the way.", "Make it one size.")
+                yield pixels
+        except (GeneratorExit, UsageError):
             raise
         except Exception as error:
             raise _damaged(path, error) from None
-        if not found:
+        if first is None:
             raise UsageError(f"{path} holds no frames.", "Give a video with at least one.")
 
 

@@ -1,82 +1,116 @@
 """`python -m tests.fuzz TARGET --runs N`: fuzz one reader, guided by coverage (atheris).
 
 Findings go to tests/fuzz/corpus/TARGET, where the ordinary suite replays them; a line of JSON at
-the end tells what was done. Needs `pip install -e ".[fuzz]"`.
+the end tells what was done. `python -m tests.fuzz list` names the targets. Needs
+`pip install -e ".[fuzz]"`.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
+import subprocess
 import sys
 import time
 from hashlib import sha256
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 CORPUS = Path(__file__).parent / "corpus"
 
+#: Seconds of one execution after which the process is ended, and its memory in MB.
+TIMEOUT, MEMORY = 120, 4000
+
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__)
-    parser.add_argument("target", help="`list` names all")
-    parser.add_argument("--runs", type=int, default=100_000)
-    parser.add_argument("--seconds", type=int, default=0, help="at most; 0: no limit")
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--findings", type=Path, default=CORPUS, help="folder that takes them")
-    args = parser.parse_args()
-
-    import atheris
-
-    # Everything of ours must be imported under instrumentation, and once.
-    with atheris.instrument_imports(include=["mlx_sora"]):
-        from tests.fuzz import preload  # noqa: F401
-        from tests.fuzz.targets import TARGETS
-    from tests.fuzz.verdict import judge
+    """Start the fuzzer in a process of its own, and tell how that ended."""
+    args = parser().parse_args()
+    if args.folder is not None:
+        fuzz(args)
+    from tests.fuzz.targets import TARGETS
 
     if args.target not in TARGETS:
         print("\n".join(TARGETS))
         return 0 if args.target == "list" else 2
-    target, found, started = TARGETS[args.target], {}, time.monotonic()
-    state = {"runs": 0}
+    started, lines = time.monotonic(), []
+    with TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as folder:
+        command = [sys.executable, "-m", "tests.fuzz", *sys.argv[1:], "--folder", folder]
+        with subprocess.Popen(
+            command, stderr=subprocess.PIPE, text=True, errors="replace"
+        ) as child:
+            assert child.stderr is not None
+            for line in child.stderr:
+                lines.append(line)
+                if args.verbose or line.startswith("FINDING"):
+                    print(line, end="", file=sys.stderr)
+        for crash in Path(folder).glob("*-*"):  # the process itself fell over this
+            keep(args.findings / args.target, crash.name.split("-")[0], crash.read_bytes())
+    text = "".join(lines)
+    runs = re.findall(r"number_of_executed_units: (\d+)", text) or re.findall(r"#(\d+)\t", text)
+    edges = re.findall(r"cov: (\d+)", text)
+    record = {
+        "target": args.target,
+        "engine": "atheris",
+        "executions": int(runs[-1]) if runs else 0,
+        "seconds": round(time.monotonic() - started, 1),
+        "edges": int(edges[-1]) if edges else None,
+        "findings": [line.split()[1].rstrip(":") for line in lines if line.startswith("FINDING")],
+        "exit_code": child.returncode,
+    }
+    print(json.dumps(record))
+    return child.returncode
 
-    with TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as name:
-        folder, seeds = Path(name) / "files", Path(name) / "seeds"
-        folder.mkdir()
-        seeds.mkdir()
-        for number, seed in enumerate(target.seeds()):
-            (seeds / str(number)).write_bytes(seed)
-        for old in (CORPUS / args.target).glob("*"):
-            (seeds / old.name).write_bytes(old.read_bytes())
 
-        def once(data: bytes) -> None:
-            state["runs"] += 1
-            verdict = judge(target.run, data, folder)
-            if verdict is not None and verdict.kind not in found:
-                found[verdict.kind] = verdict.detail
-                keep(args.findings / args.target, verdict.kind, data)
-                print(f"FINDING {verdict.kind}: {verdict.detail}", file=sys.stderr, flush=True)
-            if state["runs"] >= args.runs or 0 < args.seconds < time.monotonic() - started:
-                finish()
+def parser() -> argparse.ArgumentParser:
+    """The flags."""
+    made = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__)
+    made.add_argument("target", metavar="TARGET")
+    made.add_argument("--runs", type=int, default=100_000, metavar="N")
+    made.add_argument("--seconds", type=int, default=0, metavar="N", help="at most; 0: no limit")
+    made.add_argument("--seed", type=int, default=1, metavar="N")
+    made.add_argument("--findings", type=Path, default=CORPUS, help="folder that takes them")
+    made.add_argument("--verbose", action="store_true", help="what the fuzzer says")
+    made.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    return made
 
-        def finish() -> None:
-            raise KeyboardInterrupt
 
-        def mutate(data: bytes, limit: int, seed: int) -> bytes:
-            # One in four by libFuzzer itself, which adds what it saw our code compare with.
-            if seed % 4 == 0:
-                return bytes(atheris.Mutate(data, limit))
-            return target.mutate(data, limit, seed)
+def fuzz(args: argparse.Namespace) -> None:
+    """The fuzzer itself, which ends this process."""
+    import atheris
 
-        flags = [sys.argv[0], str(seeds), f"-seed={args.seed}", f"-max_len={target.limit}"]
-        flags += [f"-runs={args.runs}", "-timeout=60", "-rss_limit_mb=4000", "-print_final_stats=1"]
-        if args.seconds:
-            flags.append(f"-max_total_time={args.seconds}")
-        atheris.Setup(flags, once, custom_mutator=mutate, internal_libfuzzer=True)
-        record: dict[str, Any] = {"target": args.target, "engine": f"atheris"}
-        atheris.Fuzz()
-    return 0
+    with atheris.instrument_imports(include=["mlx_sora"]):
+        from tests.fuzz.targets import TARGETS, import_all
+
+        import_all()
+    from tests.fuzz.verdict import judge
+
+    target, kinds = TARGETS[args.target], set[str]()
+    files, seeds = args.folder / "files", args.folder / "seeds"
+    files.mkdir()
+    seeds.mkdir()
+    known = [path.read_bytes() for path in sorted((CORPUS / args.target).glob("*"))]
+    for number, seed in enumerate([*target.seeds(), *known]):
+        (seeds / f"{number:04}").write_bytes(seed)
+
+    def once(data: bytes) -> None:
+        verdict = judge(target.run, data, files)
+        if verdict is not None and verdict.kind not in kinds:
+            kinds.add(verdict.kind)
+            keep(args.findings / args.target, verdict.kind, data)
+            detail = " ".join(verdict.detail.split())
+            print(f"FINDING {verdict.kind}: {detail}", file=sys.stderr, flush=True)
+
+    def mutate(data: bytes, limit: int, seed: int) -> bytes:
+        # One in four by libFuzzer itself, which puts in what it saw our code compare with.
+        made = atheris.Mutate(data, limit) if seed % 4 == 0 else target.mutate(data, limit, seed)
+        return bytes(made)
+
+    flags = [sys.argv[0], str(seeds), f"-seed={args.seed}", f"-max_len={target.limit}"]
+    flags += [f"-runs={args.runs}", f"-max_total_time={args.seconds}", "-print_final_stats=1"]
+    flags += [f"-timeout={TIMEOUT}", f"-rss_limit_mb={MEMORY}", f"-artifact_prefix={args.folder}/"]
+    atheris.Setup(flags, once, custom_mutator=mutate)
+    atheris.Fuzz()
 
 
 def keep(folder: Path, kind: str, data: bytes) -> None:

@@ -1,4 +1,4 @@
-"""Mutations that keep an input readable, so that fuzzing gets past the parser and into our checks."""
+"""Mutations that keep an input readable, so that fuzzing gets past parsers into our checks."""
 
 from __future__ import annotations
 
@@ -8,7 +8,24 @@ from typing import Any
 
 #: Values that have broken readers before: wrong types, limits, and texts that want out.
 ODD: tuple[Any, ...] = (
-    *(None, True, False, 0, 1, -1, 2, 17, 255, 2**31, 2**53, 2**63, 2**64, -(2**63), 10**30, 10**400),
+    *(
+        None,
+        True,
+        False,
+        0,
+        1,
+        -1,
+        2,
+        17,
+        255,
+        2**31,
+        2**53,
+        2**63,
+        2**64,
+        -(2**63),
+        10**30,
+        10**400,
+    ),
     *(0.0, 0.5, -1.5, 1e308, float("inf"), float("-inf"), float("nan")),
     *("", "a", "..", "../../x", "/etc/passwd", "~", "~nobody/x", "a" * 300, "\x1b[31mred", "\0"),
     *("\ud800", "\u202e", "9" * 5000, "1e999", "NaN", "%s{0}", "{seed:99}", "$(id)", "a\nb", "é"),
@@ -17,7 +34,7 @@ ODD: tuple[Any, ...] = (
 
 
 def mutate_json(data: bytes, limit: int, seed: int) -> bytes:
-    """`data`, which should be JSON (or lines of it), with a node changed, added, moved or doubled."""
+    """`data`, which should be JSON, with a node changed, added, moved or doubled."""
     chance = random.Random(seed)
     try:
         value = json.loads(data)
@@ -82,7 +99,9 @@ def mutate_bytes(data: bytes, limit: int, seed: int) -> bytes:
             out[at] ^= 1 << chance.randrange(8)
         elif roll < 0.6:
             width = chance.choice((1, 2, 4, 8))
-            number = chance.choice((0, 1, 0x7F, 0xFF, 10**9, 2**31 - 1, 2**32 - 1, 2**63 - 1, 2**64 - 1))
+            number = chance.choice(
+                (0, 1, 0x7F, 0xFF, 10**9, 2**31 - 1, 2**32 - 1, 2**63 - 1, 2**64 - 1)
+            )
             order = chance.choice(("big", "little"))
             out[at : at + width] = (number & (256**width - 1)).to_bytes(width, order)
         elif roll < 0.75:
@@ -121,5 +140,9 @@ def mutate_text(data: bytes, limit: int, seed: int) -> bytes:
         elif roll < 0.85:
             text = text[:at] + text[at + chance.choice((1, 2, 8)) :]
         else:
-            text = text[:at] + chr(chance.choice((chance.randrange(128), chance.randrange(0xD800)))) + text[at:]
+            text = (
+                text[:at]
+                + chr(chance.choice((chance.randrange(128), chance.randrange(0xD800))))
+                + text[at:]
+            )
     return text.encode("utf-8", "replace")[:limit]

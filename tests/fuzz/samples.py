@@ -119,9 +119,9 @@ def prompts() -> list[bytes]:
     texts = (
         "a red circle moving right on a black background",
         '|0|a village|2|spring comes{"reference_path": "a.png", "mask_strategy": "0"}',
-        "visit https://example.com/a-b and www.a.org, <b>bold</b> &amp; 中文 caf\u00e9 #123 1.2.3.4",
-        "this-is-my-cute-cat jc6640vc 640x480 a.png page 3 \"quoted\" <person> 12:30 ",
-        "a.a.a.a.a.a <a <a <a b=\"1\" <!-- x &lt;p&gt; %3Cb%3E",
+        "visit https://example.com/a-b and www.a.org, <b>b</b> &amp; 中文 caf\u00e9 #123 1.2.3.4",
+        'this-is-my-cute-cat jc6640vc 640x480 a.png page 3 "quoted" <person> 12:30 ',
+        'a.a.a.a.a.a <a <a <a b="1" <!-- x &lt;p&gt; %3Cb%3E',
         "AAAA \uff1cpad\uff1e </s> <extra_id_3> \u00a0\u3000 e\u0301 \U0001f3ac",
     )
     return [text.encode() for text in texts]
@@ -146,9 +146,18 @@ def options() -> list[bytes]:
         {"prompt": "a", "width": 64, "height": 64, "loop": 3, "num_frames": 34, "motion": 3},
         {"prompt": '|0|a|2|b{"mask_strategy": "1,0"}', "loop": 3, "camera": "pan", "model": None},
         {"prompt": "a", "lpl": "fixed:15", "tdtm": 3, "step_cache": "every:4,order=1"},
-        {"prompt": "a", "images": ["a.png", ["b.png", "last", 0.5]], "videos": [["c.mp4", "after"]]},
+        {
+            "prompt": "a",
+            "images": ["a.png", ["b.png", "last", 0.5]],
+            "videos": [["c.mp4", "after"]],
+        },
         {"prompt": "a", "mask_strategy": "0", "references": ["a.png"], "negative_prompt": "b"},
-        {"prompt": "a", "memory_budget": "3.3GB", "output": "{seed}-{index:03d}.mp4", "quantize": 8},
+        {
+            "prompt": "a",
+            "memory_budget": "3.3GB",
+            "output": "{seed}-{index:03d}.mp4",
+            "quantize": 8,
+        },
         {"prompt": "a", "guidance_cache": "every:5,after=0.5", "guidance_interval": "300,1000"},
     )
 

@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import mlx_sora  # noqa: F401  (before mlx.core)
+import mlx_sora
 from mlx_sora.errors import WeightsError
 from tests.fuzz import samples
 from tests.fuzz.mutators import mutate_bytes, mutate_json, mutate_text
@@ -234,21 +234,19 @@ def _prompt_file(data: bytes, folder: Path) -> None:
     batch = read_batch(str(path), {}, None)
     if batch.failures:
         raise max(
-            batch.failures.values(), key=lambda error: (not str(error).isprintable(), len(str(error)))
+            batch.failures.values(),
+            key=lambda error: (not str(error).isprintable(), len(str(error))),
         )
 
 
 def _record(data: bytes, folder: Path) -> None:
     """Metadata in a JSON file, replayed."""
     from mlx_sora.cli.flags import build_requests
-    from mlx_sora.video.metadata import changed_media, read_metadata, replay_options
+    from mlx_sora.cli.replay import recorded_options
 
     path = folder / "a.json"
     path.write_bytes(data)
-    record = read_metadata(path)
-    options = replay_options(record, path)
-    changed_media(record)
-    build_requests({}, options)
+    build_requests({}, recorded_options(str(path), {}))
 
 
 def _metadata(suffix: str) -> Callable[[bytes, Path], None]:
@@ -338,3 +336,19 @@ TARGETS: dict[str, Target] = {
     "table": Target(_table, samples.tables),
     "listing": Target(_listing, samples.listings),
 }
+
+
+def import_all() -> None:
+    """Import what the targets use: their modules are imported as late as they can be."""
+    import importlib
+
+    for name in MODULES:
+        importlib.import_module(f"mlx_sora.{name}")
+
+
+#: What is fuzzed.
+MODULES = (
+    *("accel.schedules", "cli.flags", "cli.prompt_file", "loading.checkpoint", "loading.doctor"),
+    *("loading.hub", "loading.networks", "media", "settings", "text.prompt", "text.tokenizer"),
+    *("video.metadata", "video.output", "video.reader"),
+)

@@ -1,4 +1,4 @@
-"""What one execution is allowed to do: succeed, or say in one bounded, printable line what is wrong."""
+"""What an execution may do: succeed, or say in one bounded, printable line what is wrong."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from pathlib import Path
 from mlx_sora.errors import MlxSoraError
 
 #: More of any of these is a finding, whatever the input: characters of an error, seconds of
-#: processor time, bytes by which the process grew.
-MAX_LINE, MAX_SECONDS, MAX_GROWTH = 1200, 5.0, 300_000_000
+#: processor time, bytes by which the process grew (a picture of 40 million pixels takes most).
+MAX_LINE, MAX_SECONDS, MAX_GROWTH = 2500, 8.0, 600_000_000
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,9 @@ from mlx_sora.request import GenerationRequest
 from mlx_sora.video import Video
 from mlx_sora.video.metadata import (
     build_metadata,
-    changed_media,
     read_metadata,
     replay_options,
+    same_media,
 )
 from mlx_sora.video.writer import save_frames
 
@@ -164,12 +164,13 @@ def test_a_written_video_can_be_copied_but_not_converted(tmp_path: Path) -> None
         video.save(tmp_path / "b.gif")
 
 
-def test_media_that_have_changed_are_named(tmp_path: Path) -> None:
+def test_media_that_are_as_they_were(tmp_path: Path) -> None:
     same, other = tmp_path / "same.png", tmp_path / "other.png"
     same.write_bytes(b"a")
     other.write_bytes(b"b")
     checksum = hashlib.sha256(b"a").hexdigest()
-    paths = (same, other, tmp_path / "gone.png")
-    media = [{"path": str(path), "sha256": checksum} for path in paths]
-    assert changed_media({"settings": {"media": media}}) == [str(other)]
-    assert changed_media({"settings": {"media": [3]}}) == changed_media({}) == []
+    paths = [str(path) for path in (same, other, tmp_path / "unlisted.png")]
+    media = [{"path": path, "sha256": checksum} for path in paths[:2]]
+    assert same_media({"settings": {"media": media}}, paths) == {str(same)}
+    for strange in ({"settings": {"media": [3, {"path": 1}]}}, {"settings": {"media": 3}}, {}):
+        assert same_media(strange, paths) == set()
