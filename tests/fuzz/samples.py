@@ -119,7 +119,7 @@ def prompts() -> list[bytes]:
     texts = (
         "a red circle moving right on a black background",
         '|0|a village|2|spring comes{"reference_path": "a.png", "mask_strategy": "0"}',
-        "visit https://example.com/a-b and www.a.org, <b>b</b> &amp; 中文 caf\u00e9 #123 1.2.3.4",
+        "visit https://example.com/a-b and www.a.org, <b>b</b> &amp; 中文 \u00e9 #123 1.2.3.4",
         'this-is-my-cute-cat jc6640vc 640x480 a.png page 3 "quoted" <person> 12:30 ',
         'a.a.a.a.a.a <a <a <a b="1" <!-- x &lt;p&gt; %3Cb%3E',
         "AAAA \uff1cpad\uff1e </s> <extra_id_3> \u00a0\u3000 e\u0301 \U0001f3ac",

@@ -128,7 +128,7 @@ def _spiece(data: bytes, folder: Path) -> None:
     path = folder / "spiece.model"
     path.write_bytes(data)
     tokenizer = Tokenizer.load(path)
-    tokenizer.encode("a red circle, moving right! </s> <extra_id_3> caf\u00e9 \uff1cpad\uff1e")
+    tokenizer.encode("a red circle, moving right! </s> <extra_id_3> \u00e9t\u00e9 \uff1cpad\uff1e")
 
 
 def _text(data: bytes) -> str:

@@ -20,6 +20,7 @@ LAYERS = (
         "modes",
         "presets",
         "geometry",
+        "reading",
         "clips",
     ),
     ("models", "runtime"),
