@@ -23,6 +23,8 @@ from mlx_sora.run import Run
 from mlx_sora.runtime.events import Event, Finished, RequestFailed, RequestStarted
 from mlx_sora.runtime.memory import release
 from mlx_sora.runtime.ranks import Ranks, error_of, told
+from mlx_sora.runtime.turn import one_at_a_time
+from mlx_sora.video.claim import claimed_by_first
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +58,7 @@ class Batch(Pipeline):
                 runs[index] = self._begin(seeded(request, self.ranks), runs.values())
             except Exception as error:
                 yield RequestFailed(index, as_known(error))
-        with tempfile.TemporaryDirectory(prefix="mlx_sora-") as folder:
+        with one_at_a_time(), tempfile.TemporaryDirectory(prefix="mlx_sora-") as folder:
             texts: dict[int, _TextsOnDisk] = {}
             left = {index: run for index, run in runs.items() if run.needs_text}
             for number, group in enumerate(_alike(left)):
@@ -117,7 +119,9 @@ class Batch(Pipeline):
         yield RequestStarted(index, len(self._requests), prompt, seed)
         try:
             yield from run.begin()
-            yield from self._make(run, {} if texts is None else texts.of(run))
+            made = self._make(run, {} if texts is None else texts.of(run))
+            with claimed_by_first(run.output, run.ranks):
+                yield from made
         except Exception as error:
             failure = as_known(error)
             if run.ranks.size > 1 and not getattr(error, "agreed", False):
@@ -165,7 +169,12 @@ class _TextsOnDisk(MutableMapping[str, mx.array]):
     def __setitem__(self, text: str, states: mx.array) -> None:
         name = f"{self._prefix}{len(self._files)}.safetensors"
         file = self._files.setdefault(text, self._folder / name)
-        mx.save_safetensors(str(file), {"states": states})
+        try:
+            mx.save_safetensors(str(file), {"states": states})
+        except RuntimeError as error:  # MLX's word for a disk that is full or gone
+            raise MlxSoraError(
+                f"Cannot write {file}: {error}", "Make room there, or set TMPDIR to another folder."
+            ) from error
 
     def __delitem__(self, text: str) -> None:
         self._files.pop(text).unlink()

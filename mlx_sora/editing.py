@@ -24,6 +24,7 @@ from mlx_sora.edit_request import EditRequest
 from mlx_sora.errors import UsageError
 from mlx_sora.geometry import Size
 from mlx_sora.loading.networks import load_vae
+from mlx_sora.loading.steady import SteadyFiles
 from mlx_sora.models.context import Context
 from mlx_sora.models.stdit3 import BlockPair, STDiT3
 from mlx_sora.models.stdit3_blocks import STDiT3Config
@@ -53,6 +54,7 @@ from mlx_sora.sampling.loop import StepResult, denoise
 from mlx_sora.settings import Settings, settle
 from mlx_sora.stages import Texts, bound
 from mlx_sora.text.tokenizer import Tokenizer
+from mlx_sora.video.claim import alone
 from mlx_sora.video.reader import Fit, image_size, is_video, probe_video, read_image, read_video
 
 if TYPE_CHECKING:
@@ -85,7 +87,7 @@ class Editing(Pipeline):
             self._agree(ranks, [self._request])
             with ranks.together():
                 run = self._begin()
-        return ranks.watching(self._events(run))
+        return ranks.watching(alone(run.output, self._events(run), ranks))
 
     def needs(self) -> Plan:
         """What the edit would need, stage by stage, without making it."""
@@ -181,13 +183,14 @@ class Editing(Pipeline):
             mx.array(frames[c.frame : c.frame + c.frames]).astype(mx.float32) / 127.5 - 1
             for c in chunks
         )
-        vae = load_vae(self.model, ("encoder",))
-        encoded = vae.encode_chunks(pixels, plan.micro_batch, in_turn=plan.in_turn)
-        del vae
-        for part in encoded:
-            run.health.media(part)
-            parts.append(part)
-            yield StageProgress("read", len(parts), len(chunks))
+        with SteadyFiles(self.model.vae).read():
+            vae = load_vae(self.model, ("encoder",))
+            encoded = vae.encode_chunks(pixels, plan.micro_batch, in_turn=plan.in_turn)
+            del vae
+            for part in encoded:
+                run.health.media(part)
+                parts.append(part)
+                yield StageProgress("read", len(parts), len(chunks))
         return mx.concatenate(parts, axis=1)
 
 

@@ -18,6 +18,7 @@ from mlx_sora.loading.networks import (
     stream_text_encoder,
     stream_transformer,
 )
+from mlx_sora.loading.steady import SteadyFiles, patiently, read_all
 from mlx_sora.models.stdit3 import BlockPair, STDiT3
 from mlx_sora.models.t5 import T5Block, T5Encoder
 from mlx_sora.runtime.memory import memory_scope, release
@@ -52,7 +53,8 @@ class Lifetimes:
     ) -> Iterator[tuple[T5Encoder, ReadRows, BlockStream[T5Block] | None]]:
         """T5, the reader of its embedding rows, and the stream of its blocks where there is one."""
         if not self.streamed:
-            yield *load_text_encoder(self.model, self.dtype), None
+            with SteadyFiles(self.model.text_encoder).read():
+                yield *patiently(self._text_encoder, "the text encoder"), None
             return
         network, rows, source = stream_text_encoder(self.model, self.dtype)
         # One pass: a block that stays would never be used again.
@@ -65,11 +67,23 @@ class Lifetimes:
     ) -> Iterator[tuple[STDiT3, BlockStream[BlockPair] | None]]:
         """The transformer, and the stream of its block pairs where there is one."""
         if not self.streamed:
-            yield load_transformer(self.model, self.dtype), None
+            with SteadyFiles(self.model.transformer).read():
+                network = patiently(self._transformer, "the transformer")
+            yield network, None
             return
         network, source = stream_transformer(self.model, self.dtype)
         with self._cyclic(source, plan) as stream:
             yield network, stream
+
+    def _text_encoder(self) -> tuple[T5Encoder, ReadRows]:
+        network, rows = load_text_encoder(self.model, self.dtype)
+        read_all(network)
+        return network, rows
+
+    def _transformer(self) -> STDiT3:
+        network = load_transformer(self.model, self.dtype)
+        read_all(network)
+        return network
 
     def _cyclic(self, source: BlockSource[BlockPair], plan: StagePlan) -> BlockStream[BlockPair]:
         """A stream for many passes; within a budget, what stays is decided by measuring."""

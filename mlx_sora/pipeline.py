@@ -43,9 +43,10 @@ from mlx_sora.settings import Settings, settle
 from mlx_sora.stages import Stages, Texts
 from mlx_sora.text.tokenizer import Tokenizer
 from mlx_sora.video import Video
+from mlx_sora.video.claim import alone
 from mlx_sora.video.frames import CountedFrames, FrameWriter, KeptFrames
 from mlx_sora.video.output import check_output, output_path
-from mlx_sora.video.writer import open_writer, write_sidecar
+from mlx_sora.video.writer import checked_writer, write_sidecar
 
 if TYPE_CHECKING:
     from mlx_sora.edit_request import EditRequest
@@ -104,7 +105,7 @@ class Pipeline(Stages):
                 request.validate()
                 run = self._begun(request, None if resume is None else Path(resume))
             run.checkpoints = run.checkpoints.among(ranks)
-        return ranks.watching(self._events(run))
+        return ranks.watching(alone(run.output, self._events(run), ranks))
 
     def resume(self, checkpoint: str | Path, **options: Any) -> Video:
         """Finish the video of a checkpoint, beside it. options: such as change nothing it shows."""
@@ -341,9 +342,9 @@ class Pipeline(Stages):
         if run.output is None:
             return KeptFrames()
         settings = run.settings
-        return open_writer(
+        return checked_writer(
             run.output,
-            *settings.geometry.decoded,
+            settings.geometry.decoded,
             settings.fps,
             overwrite=run.request.overwrite,
         )

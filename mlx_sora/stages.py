@@ -22,6 +22,7 @@ from mlx_sora.lifetimes import Lifetimes
 from mlx_sora.loading.model_folder import ModelFolder
 from mlx_sora.loading.networks import load_vae
 from mlx_sora.loading.quantizing import quantized_while_loading
+from mlx_sora.loading.steady import SteadyFiles
 from mlx_sora.models.context import Context
 from mlx_sora.models.stdit3 import BlockPair, STDiT3
 from mlx_sora.models.stdit3_blocks import STDiT3Config
@@ -144,14 +145,16 @@ class Stages:
         self, run: Run, plan: StagePlan, todo: Sequence[Task]
     ) -> Generator[Event, None, list[mx.array | None]]:
         """The latents of each task."""
-        vae, made = load_vae(self.model, ("encoder",)), list[mx.array | None]()
-        pixels = (mx.array(task.read()).astype(mx.float32) / 127.5 - 1 for task in todo)
-        encoded = vae.encode_chunks(pixels, plan.micro_batch, in_turn=plan.in_turn)
-        del vae
-        for latents in encoded:
-            run.health.media(latents)
-            made.append(latents)
-            yield StageProgress("read", len(made), len(todo))
+        made = list[mx.array | None]()
+        with SteadyFiles(self.model.vae).read():
+            vae = load_vae(self.model, ("encoder",))
+            pixels = (mx.array(task.read()).astype(mx.float32) / 127.5 - 1 for task in todo)
+            encoded = vae.encode_chunks(pixels, plan.micro_batch, in_turn=plan.in_turn)
+            del vae
+            for latents in encoded:
+                run.health.media(latents)
+                made.append(latents)
+                yield StageProgress("read", len(made), len(todo))
         return made
 
     def _denoise(
@@ -277,7 +280,7 @@ class Stages:
         """The frames of latents chunk by chunk, uint8; ranks decode their chunks side by side."""
         ranks, tiles = run.ranks, run.settings.vae_tiles
         with ranks.together():
-            vae = load_vae(self.model)
+            files, vae = SteadyFiles(self.model.vae), load_vae(self.model)
         total = len(vae.chunks(count))
         own = slice(ranks.rank, None, ranks.size)
         chunks = vae.decode_chunks(
@@ -287,7 +290,7 @@ class Stages:
         health = run.health.frames()
         for first in range(0, total, ranks.size):
             frames = None
-            with ranks.together():
+            with ranks.together(), files.read():
                 if first + ranks.rank < total:
                     chunk = next(chunks)
                     health.add(chunk)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from math import prod
 from pathlib import Path
 from typing import Generic, TypeVar
@@ -27,12 +27,10 @@ from mlx_sora.loading.safetensors import (
     load_tensors,
     loaded_dtype,
 )
+from mlx_sora.loading.steady import Stamp, patiently
 from mlx_sora.models.keys import KeyMap
 
 Block = TypeVar("Block")
-
-#: Size and time of change of a file.
-Stamp = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -86,8 +84,8 @@ class BlockSource(Generic[Block]):
     def load(self, index: int, stream: mx.Stream | None = None) -> dict[str, mx.array]:
         """Weights of block `index` by parameter path, cast and evaluated in the calling thread.
 
-        stream: a CPU stream to work on; None is the thread's own. Raises WeightsError that names
-        the block and the file.
+        stream: a CPU stream to work on; None is the thread's own. A read that fails is tried again.
+        Raises WeightsError that names the block and the file.
         """
         files: dict[Path, list[Entry]] = {}
         for entry in self.entries[index]:
@@ -95,7 +93,8 @@ class BlockSource(Generic[Block]):
         weights: dict[str, mx.array] = {}
         for file, entries in files.items():
             try:
-                weights |= self._load_from(file, entries, stream)
+                load = partial(self._load_from, file, entries, stream)
+                weights |= patiently(load, f"block {index} of the {self.name} from {file}")
             except WeightsError as error:
                 raise WeightsError(self._fault(index, error.message), error.fix) from error
             except (OSError, RuntimeError) as error:
@@ -142,7 +141,7 @@ class BlockSource(Generic[Block]):
     def _load_from(
         self, file: Path, entries: Sequence[Entry], stream: mx.Stream | None
     ) -> dict[str, mx.array]:
-        if _stamp(file) != self.stamps[file]:
+        if Stamp.of(file) != self.stamps[file]:
             raise WeightsError(f"{file} has changed since it was opened.", "Try again.")
         arrays = self.read(file, {e.key: self.tensors[e.key] for e in entries}, stream)
         types = {key: loaded_dtype(self.tensors[key].dtype, self.dtype) for key in arrays}
@@ -191,16 +190,8 @@ def split_blocks(
         tensors=checkpoint.tensors,
         dtype=dtype,
         read=checkpoint.read,
-        stamps={file: _stamp(file) for file in files},
+        stamps={file: Stamp.of(file) for file in files},
     )
     for index in range(len(source)):
         source.clear(index)
     return source
-
-
-def _stamp(file: Path) -> Stamp:
-    try:
-        status = file.stat()
-    except OSError as error:
-        raise WeightsError(f"cannot read {file}: {error.strerror}.", FIX) from error
-    return status.st_size, status.st_mtime_ns

@@ -178,10 +178,13 @@ def read_rows(info: TensorInfo, rows: Sequence[int]) -> mx.array:
     width, dtype = FLOATS[info.dtype]
     stride = info.shape[1] * width
     out = bytearray()
-    with info.file.open("rb") as f:
-        for row in rows:
-            f.seek(info.offset + row * stride)
-            out += f.read(stride)
+    try:
+        with info.file.open("rb") as f:
+            for row in rows:
+                f.seek(info.offset + row * stride)
+                out += f.read(stride)
+    except OSError as error:
+        raise WeightsError(f"Cannot read {info.file}: {error.strerror}.", FIX) from error
     if len(out) != stride * len(rows):
         raise WeightsError(f"{info.file} is truncated.", FIX)
     raw = np.frombuffer(bytes(out), dtype=np.uint16 if width == 2 else np.uint32)

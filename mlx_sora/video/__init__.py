@@ -47,6 +47,7 @@ class Video:
         A video that is in a file already can only be copied, to the same kind of file.
         """
         from mlx_sora.video.output import check_output
+        from mlx_sora.video.publish import published
         from mlx_sora.video.writer import save_frames
 
         path = Path(path)
@@ -59,4 +60,6 @@ class Video:
                 "Give output=... that way, or none to keep the frames.",
             )
         check_output(path, overwrite, num_frames=self.num_frames)
-        return Path(shutil.copyfile(self.path, path))
+        with published(path, overwrite) as file:
+            shutil.copyfile(self.path, file.partial)
+        return file.path

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import logging
 import os
@@ -11,6 +12,19 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
+
+from mlx_sora.errors import MlxSoraError
+from mlx_sora.loading.folders import sync
+
+#: What to do about an error of the file system.
+_FIXES = {
+    errno.ENOSPC: "Make room there, or write to another disk.",
+    errno.EDQUOT: "Your share of that disk is used up: make room, or write to another.",
+    errno.EFBIG: "Files there may not grow so large (see ulimit -f): write to another folder.",
+    errno.ENOENT: "Its folder is gone: make it again, or write to another.",
+    errno.ENOTDIR: "Its folder is gone: make it again, or write to another.",
+    errno.EIO: "The disk fails: write to another.",
+}
 
 logger = logging.getLogger(__name__)
 
@@ -24,15 +38,27 @@ class PublishedFile:
 
 
 @contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Say in one line what the file system refused inside, and what to do about it."""
+    try:
+        yield
+    except OSError as problem:
+        fix = _FIXES.get(problem.errno or 0, "Check the rights of its folder, or write to another.")
+        reason = problem.strerror or problem
+        raise MlxSoraError(f"Cannot write {path}: {reason}.", fix) from problem
+
+
+@contextmanager
 def published(path: Path, overwrite: bool = False) -> Iterator[PublishedFile]:
     """A file to write in the block; after an error nothing is left of it."""
     sweep(path)
     file = PublishedFile(partial_name(path), path)
-    try:
-        yield file
-        file.path = publish(file.partial, path, overwrite)
-    finally:
-        file.partial.unlink(missing_ok=True)
+    with writing(path):
+        try:
+            yield file
+            file.path = publish(file.partial, path, overwrite)
+        finally:
+            file.partial.unlink(missing_ok=True)
 
 
 def partial_name(path: Path) -> Path:
@@ -74,7 +100,11 @@ def free_names(path: Path) -> Iterator[Path]:
 
 
 def publish(partial: Path, path: Path, overwrite: bool) -> Path:
-    """Rename `partial` to `path`; if a file appeared there meanwhile, to a free name beside it."""
+    """Rename `partial` to `path`; if a file appeared there meanwhile, to a free name beside it.
+
+    Its bytes are on the disk before: some disks tell only then that they are full.
+    """
+    sync(partial)
     if overwrite:
         partial.replace(path)
         return path

@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from mlx_sora.errors import MlxSoraError
+from mlx_sora.loading.folders import sync
 from mlx_sora.video.encoders import AnimationEncoder, Encoder, Mp4Encoder, PngEncoder, save_png
 from mlx_sora.video.output import (
     check_format,
@@ -18,7 +19,14 @@ from mlx_sora.video.output import (
     is_sequence,
     sidecar_path,
 )
-from mlx_sora.video.publish import free_names, partial_name, publish, published, sweep
+from mlx_sora.video.publish import (
+    free_names,
+    partial_name,
+    publish,
+    published,
+    sweep,
+    writing,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -40,8 +48,23 @@ def open_writer(
     """
     path = Path(path)
     check_output(path, overwrite, size=(width, height), fps=fps)
-    kind = SequenceWriter if is_sequence(path) else FileWriter
-    return kind(path, (width, height), fps, metadata, overwrite)
+    return checked_writer(path, (width, height), fps, metadata, overwrite)
+
+
+def checked_writer(
+    path: Path,
+    size: tuple[int, int],
+    fps: float,
+    metadata: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+) -> VideoWriter:
+    """As `open_writer`, for a path that was checked before: what is there now has come since.
+
+    Raises MlxSoraError where the file system refuses.
+    """
+    with writing(path):
+        kind = SequenceWriter if is_sequence(path) else FileWriter
+        return kind(path, size, fps, metadata, overwrite)
 
 
 class VideoWriter:
@@ -73,9 +96,10 @@ class VideoWriter:
                 f"expected uint8 [n, {height}, {width}, 3], "
                 f"found {frames.dtype.name} {list(frames.shape)}"
             )
-        for frame in frames:
-            self._add(frame)
-            self.num_frames += 1
+        with writing(self.path):
+            for frame in frames:
+                self._add(frame)
+                self.num_frames += 1
 
     def __enter__(self) -> VideoWriter:
         return self
@@ -90,12 +114,8 @@ class VideoWriter:
             if kind is None:
                 if not self.num_frames:
                     raise MlxSoraError("No frame was decoded, so nothing was written.")
-                self._finish()
-        except OSError as problem:
-            raise MlxSoraError(
-                f"Cannot write {self.path}: {problem.strerror or problem}.",
-                "Is the disk full?",
-            ) from problem
+                with writing(self.path):
+                    self._finish()
         finally:
             self._discard()
 
@@ -128,7 +148,11 @@ class FileWriter(VideoWriter):
         self._encoder: Encoder
         kind = path.suffix.lower().removeprefix(".")
         if kind == "mp4":
-            self._encoder = Mp4Encoder(self._partial, *size, fps)
+            try:
+                self._encoder = Mp4Encoder(self._partial, *size, fps)
+            except BaseException:
+                self._partial.unlink(missing_ok=True)
+                raise
         elif kind == "png":
             self._encoder = PngEncoder()
         else:
@@ -142,8 +166,10 @@ class FileWriter(VideoWriter):
         self.path = publish(self._partial, self.path, self.overwrite)
 
     def _discard(self) -> None:
-        self._encoder.close()
-        self._partial.unlink(missing_ok=True)
+        try:
+            self._encoder.close()
+        finally:
+            self._partial.unlink(missing_ok=True)
 
 
 class SequenceWriter(VideoWriter):
@@ -177,6 +203,8 @@ class SequenceWriter(VideoWriter):
     def _finish(self) -> None:
         assert self._first is not None, "there is a first frame"
         save_png(self._first, self._partials[0], self._record())
+        for partial in self._partials:
+            sync(partial)
         taken = existing_files(self.path)
         if taken and not self.overwrite:
             self.path = next(p for p in free_names(self.path) if not existing_files(p))

@@ -1,0 +1,88 @@
+"""One run per output: whoever comes second is told so before it has worked for hours."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Generator, Iterator
+from contextlib import ExitStack, closing, contextmanager, suppress
+from pathlib import Path
+
+from mlx_sora.errors import UsageError
+from mlx_sora.runtime.events import Event, Finished
+from mlx_sora.runtime.ranks import Ranks
+from mlx_sora.runtime.turn import one_at_a_time
+
+logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def claimed(output: Path | None) -> Iterator[None]:
+    """Hold `output` against other runs, of this process or others. Raises UsageError.
+
+    The system lets go when a process ends in whatever way, so no claim outlives its run; what a
+    killed run leaves is an empty hidden file that the next one takes over. Where the file system
+    has no locks, nothing is held.
+    """
+    if output is None:
+        yield
+        return
+    from filelock import FileLock, Timeout
+
+    place = lock_path(output)
+    made = not place.parent.exists()  # of a sequence; its writer would make it later
+    lock = FileLock(place, timeout=0, thread_local=False, is_singleton=False)
+    held = False
+    try:
+        place.parent.mkdir(exist_ok=True)
+        lock.acquire()
+        held = True
+    except Timeout:
+        raise UsageError(
+            f"Another run is making {output}.", "Wait for it, or give another --output."
+        ) from None
+    except OSError as error:
+        logger.debug("cannot lock %s", place, exc_info=error)
+    try:
+        yield
+    finally:
+        if held:
+            with suppress(OSError):
+                place.unlink()
+            lock.release()
+        if made:
+            with suppress(OSError):
+                place.parent.rmdir()
+
+
+@contextmanager
+def claimed_by_first(output: Path | None, ranks: Ranks) -> Iterator[None]:
+    """`claimed` by the rank that writes; what refuses it ends all of them."""
+    with ExitStack() as held:
+        with ranks.together():
+            if ranks.first:
+                held.enter_context(claimed(output))
+        yield
+
+
+def alone(
+    output: Path | None, events: Generator[Event, None, None], ranks: Ranks
+) -> Generator[Event, None, None]:
+    """The events of a run that has the process and `output` for itself, from its first event on.
+
+    It holds neither any more when it says that it has finished.
+    """
+    with one_at_a_time(), claimed_by_first(output, ranks), closing(events):
+        for event in events:
+            if isinstance(event, Finished):
+                break
+            yield event
+        else:
+            return
+    yield event
+
+
+def lock_path(output: Path) -> Path:
+    """The file that stands for `output`, hidden beside it; short, whatever the name."""
+    name = hashlib.sha256(output.name.encode()).hexdigest()[:12]
+    return output.with_name(f".{name}.lock")
