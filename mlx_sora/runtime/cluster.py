@@ -4,8 +4,8 @@ A step lasts as long as the largest share of its work plus what is exchanged, on
 
     seconds = work / ranks (more where shares are uneven) + sent / bandwidth + hops · latency
 
-`sent` are the bytes that each rank sends in a ring (`parallel.sent_bytes`), and a gather among r
-ranks makes r - 1 hops. `mlx_sora bench link` measures what a cluster that is at hand reaches.
+`sent` are the bytes that each rank sends in a ring (`parallel.sent_bytes`); a gather among r ranks
+makes r - 1 hops, an exchange of two neighbours one. `mlx_sora bench link` measures what a cluster that is at hand reaches.
 """
 
 from __future__ import annotations
@@ -150,7 +150,7 @@ def _forecast(model: Model, job: Job, chip: Chip, link: Link, division: Division
     if division.ranks == 1:
         return Forecast(division, computing, 0.0, 0)
     between = 2 * config.depth - 1 if division.parts > 1 else 0
-    hops = between * (division.hearing - 1) + division.ranks - 1
+    hops = between * (1 if division.paired else division.hearing - 1) + division.ranks - 1
     sent = sent_bytes(config, grid, division)
     return Forecast(division, computing, sent / link.bandwidth + hops * link.latency, sent)
 
