@@ -21,6 +21,8 @@ from mlx_sora.loading.networks import (
 from mlx_sora.loading.steady import SteadyFiles, patiently, read_all
 from mlx_sora.models.stdit3 import BlockPair, STDiT3
 from mlx_sora.models.t5 import T5Block, T5Encoder
+from mlx_sora.runtime.device_errors import known_error
+from mlx_sora.runtime.guard import Guard
 from mlx_sora.runtime.memory import memory_scope, release
 from mlx_sora.runtime.planner import StagePlan, within
 from mlx_sora.runtime.residency import Residency
@@ -39,11 +41,19 @@ class Lifetimes:
     streamed: bool = False
 
     @contextmanager
-    def stage(self, plan: StagePlan) -> Iterator[None]:
-        """Memory limits of one stage; what it used is given back when it ends."""
+    def stage(self, plan: StagePlan) -> Iterator[Guard]:
+        """Memory limits of one stage; what it used is given back when it ends.
+
+        MLX's errors about memory and time come out as MlxSoraErrors.
+        """
         with memory_scope() if self.budget is None else within(plan):
             try:
-                yield
+                yield Guard(plan.stage, self.budget)
+            except (RuntimeError, MemoryError) as error:
+                known = known_error(error, plan.stage)
+                if known is None:
+                    raise
+                raise known from error
             finally:
                 release()
 

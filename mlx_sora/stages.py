@@ -26,6 +26,7 @@ from mlx_sora.loading.steady import SteadyFiles
 from mlx_sora.models.context import Context
 from mlx_sora.models.stdit3 import BlockPair, STDiT3
 from mlx_sora.models.stdit3_blocks import STDiT3Config
+from mlx_sora.models.vae import MicroBatch
 from mlx_sora.run import Run
 from mlx_sora.runtime.events import (
     Event,
@@ -36,6 +37,7 @@ from mlx_sora.runtime.events import (
     StepFinished,
     Warned,
 )
+from mlx_sora.runtime.guard import Guard
 from mlx_sora.runtime.memory import StageMeter
 from mlx_sora.runtime.plan import StagePlan
 from mlx_sora.runtime.ranks import Ranks
@@ -52,6 +54,9 @@ if TYPE_CHECKING:
 
 #: Prepared text to its states [n, D].
 Texts = Mapping[str, mx.array]
+
+#: The transformer, the stream of its blocks if they are streamed, and what watches its memory.
+Transformer = tuple[STDiT3, BlockStream[BlockPair] | None, Guard]
 
 
 class Stages:
@@ -164,10 +169,10 @@ class Stages:
         begun = run.begin_clip(clip)
         yield StageStarted("denoise", run.settings.steps)
         plan, lifetimes = run.plan.stage("denoise"), self._lifetimes(run)
-        with StageMeter("denoise") as meter, lifetimes.stage(plan):
+        with StageMeter("denoise") as meter, lifetimes.stage(plan) as guard:
             with self._transformer(run) as (network, blocks), run.checkpoints.kept():
                 latents = yield from self._steps(
-                    run, texts, (clip, begun), given, (network, blocks)
+                    run, texts, (clip, begun), given, (network, blocks, guard)
                 )
                 run.note_stream("denoise", blocks)
             del network, blocks
@@ -189,12 +194,12 @@ class Stages:
         texts: Texts,
         place: tuple[int, Snapshot | None],
         given: Given,
-        transformer: tuple[STDiT3, BlockStream[BlockPair] | None],
+        transformer: Transformer,
     ) -> Generator[Event, None, mx.array]:
         """One event per step; the finished latents at the end. place: clip, what there is of it."""
-        settings, geometry, (network, blocks) = run.settings, run.settings.geometry, transformer
-        clip, begun = place
-        velocity = self._velocity(run, texts, clip, transformer)
+        settings, geometry = run.settings, run.settings.geometry
+        (network, blocks, guard), (clip, begun) = transformer, place
+        velocity = self._velocity(run, texts, clip, (network, blocks))
         sampler = SAMPLERS[settings.sampler]
         width, height = geometry.size
         times = sampler.timesteps(
@@ -212,6 +217,8 @@ class Stages:
             z = done.z
             run.health.latents(z, done.step.index, done.step.total, given=conditioning is not None)
             yield from self._after(run, done, blocks)
+            if blocks is not None:
+                yield from warned(run, guard, blocks.lessen)
         yield from map(Noted, run.accelerations.summaries())
         return z
 
@@ -264,28 +271,32 @@ class Stages:
         skipped = clips.skipped(clip)
         frames, before = clips.num_frames - skipped, writer.num_frames
         yield StageStarted("decode", frames)
-        with StageMeter("decode") as meter, self._lifetimes(run).stage(plan):
+        with StageMeter("decode") as meter, self._lifetimes(run).stage(plan) as guard:
             # Chunks do not see each other: what the clip before has shown need not be decoded.
             new = latents[:, latent_frames(skipped) :]
-            for chunk in self._frames(run, plan, new, frames):
+            batch = MicroBatch(plan.micro_batch or frames)
+            for chunk in self._frames(run, batch, new, (frames, plan.in_turn)):
                 with run.ranks.together():
                     writer.write(chunk)
                 yield StageProgress("decode", writer.num_frames - before, frames)
+                yield from warned(run, guard, batch.halve)
             del chunk
         yield run.close_stage(meter)
 
     def _frames(
-        self, run: Run, plan: StagePlan, latents: mx.array, count: int
+        self, run: Run, batch: MicroBatch, latents: mx.array, order: tuple[int, bool]
     ) -> Iterator[np.ndarray]:
-        """The frames of latents chunk by chunk, uint8; ranks decode their chunks side by side."""
+        """The frames of latents chunk by chunk, uint8; ranks decode their chunks side by side.
+
+        order: how many, and whether one decoder leaves before the other comes.
+        """
+        count, in_turn = order
         ranks, tiles = run.ranks, run.settings.vae_tiles
         with ranks.together():
             files, vae = SteadyFiles(self.model.vae), load_vae(self.model)
         total = len(vae.chunks(count))
         own = slice(ranks.rank, None, ranks.size)
-        chunks = vae.decode_chunks(
-            latents, count, plan.micro_batch, in_turn=plan.in_turn, tiles=tiles, chosen=own
-        )
+        chunks = vae.decode_chunks(latents, count, batch, in_turn=in_turn, tiles=tiles, chosen=own)
         del vae
         health = run.health.frames()
         for first in range(0, total, ranks.size):
@@ -298,6 +309,14 @@ class Stages:
                     del chunk
             yield from frames_of(ranks, frames, run.settings.geometry.decoded)
         ranks.unless_one_passes(health.end)
+
+
+def warned(run: Run, guard: Guard, lessen: Callable[[], bool]) -> Iterator[Event]:
+    """Take less memory from now on, by `lessen`, where a run has outgrown its budget."""
+    warning = guard.look(lessen)
+    if warning is not None:
+        run.warnings.append(warning)
+        yield Warned(warning)
 
 
 def bound(

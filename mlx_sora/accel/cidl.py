@@ -116,6 +116,11 @@ class BlockStream(Generic[Block]):
         """
         self._undecided = self._policy is not None and self._cyclic
 
+    def lessen(self) -> bool:
+        """Have no more stay than is measured to fit, from the next pass on; whether any do now."""
+        self.reconsider()
+        return bool(self._keep)
+
     def close(self) -> None:
         """Join the thread and let go of every block's weights. Further calls do nothing."""
         self._closed = True

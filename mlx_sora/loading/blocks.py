@@ -29,6 +29,7 @@ from mlx_sora.loading.safetensors import (
 )
 from mlx_sora.loading.steady import Stamp, patiently
 from mlx_sora.models.keys import KeyMap
+from mlx_sora.runtime.device_errors import known_error
 
 Block = TypeVar("Block")
 
@@ -98,6 +99,8 @@ class BlockSource(Generic[Block]):
             except WeightsError as error:
                 raise WeightsError(self._fault(index, error.message), error.fix) from error
             except (OSError, RuntimeError) as error:
+                if known_error(error, "") is not None:  # of memory, not of the file
+                    raise
                 raise WeightsError(
                     self._fault(index, f"cannot read {file}: {error}"), FIX
                 ) from error

@@ -20,6 +20,7 @@ from mlx.utils import tree_flatten
 
 from mlx_sora.errors import WeightsError
 from mlx_sora.loading.safetensors import FIX
+from mlx_sora.runtime.device_errors import known_error
 
 logger = logging.getLogger(__name__)
 
@@ -102,6 +103,8 @@ def patiently(read: Callable[[], Result], what: str) -> Result:
         try:
             return read()
         except (OSError, RuntimeError) as error:
+            if known_error(error, "") is not None:
+                raise
             reason = " ".join(str(error).split())[:200]
             logger.warning("reading %s failed (%s), trying again", what, reason)
             time.sleep(pause)

@@ -66,6 +66,18 @@ def chunk_plan(num_frames: int, micro_frame: int | None, factor: int = 4) -> lis
     return plan
 
 
+@dataclass
+class MicroBatch:
+    """Frames per spatial pass; may be lowered between two chunks."""
+
+    frames: int
+
+    def halve(self) -> bool:
+        """Take half as many at a time from now on; False for a single one."""
+        self.frames, before = max(1, self.frames // 2), self.frames
+        return self.frames < before
+
+
 @dataclass(frozen=True)
 class VAEConfig:
     """config.json of OpenSoraVAE; the two networks' numbers are those of version 1.2 unless given.
@@ -178,7 +190,7 @@ class VideoVAE(nn.Module):
         self,
         z: mx.array,
         num_frames: int,
-        micro_batch: int | None = None,
+        micro_batch: int | MicroBatch | None = None,
         *,
         in_turn: bool = False,
         tiles: int = 1,
@@ -217,7 +229,7 @@ class VideoVAE(nn.Module):
         self,
         parts: Iterable[mx.array],
         decode: Callable[[SpatialVAE, mx.array], mx.array],
-        micro_batch: int | None,
+        micro_batch: int | MicroBatch | None,
         in_turn: bool,
     ) -> Iterator[mx.array]:
         if in_turn:
@@ -225,7 +237,8 @@ class VideoVAE(nn.Module):
             del self["temporal_vae"]
             mx.clear_cache()
         for frames in parts:
-            yield _in_batches(partial(decode, self.spatial_vae), frames, micro_batch)
+            size = micro_batch.frames if isinstance(micro_batch, MicroBatch) else micro_batch
+            yield _in_batches(partial(decode, self.spatial_vae), frames, size)
 
     def encode(
         self,

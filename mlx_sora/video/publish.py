@@ -8,7 +8,7 @@ import logging
 import os
 import platform
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -58,7 +58,7 @@ def published(path: Path, overwrite: bool = False) -> Iterator[PublishedFile]:
             yield file
             file.path = publish(file.partial, path, overwrite)
         finally:
-            file.partial.unlink(missing_ok=True)
+            discard(file.partial)
 
 
 def partial_name(path: Path) -> Path:
@@ -69,13 +69,19 @@ def partial_name(path: Path) -> Path:
     return path.with_name(f"{_mark(path)}{os.getpid()}-{os.urandom(4).hex()}.partial")
 
 
+def discard(partial: Path) -> None:
+    """Remove what was not finished; where the disk no longer lets us, a later run sweeps it."""
+    with suppress(OSError):
+        partial.unlink()
+
+
 def sweep(path: Path) -> None:
     """Remove what killed processes of this machine have left of `path`."""
     mark = _mark(path)
     for file in path.parent.glob(f"{mark}*.partial"):
         process = file.name.removeprefix(mark).partition("-")[0]
         if process.isdecimal() and not _lives(int(process)):
-            file.unlink(missing_ok=True)
+            discard(file)
 
 
 def _mark(path: Path) -> str:

@@ -20,6 +20,7 @@ from mlx_sora.video.output import (
     sidecar_path,
 )
 from mlx_sora.video.publish import (
+    discard,
     free_names,
     partial_name,
     publish,
@@ -151,7 +152,7 @@ class FileWriter(VideoWriter):
             try:
                 self._encoder = Mp4Encoder(self._partial, *size, fps)
             except BaseException:
-                self._partial.unlink(missing_ok=True)
+                discard(self._partial)
                 raise
         elif kind == "png":
             self._encoder = PngEncoder()
@@ -169,7 +170,7 @@ class FileWriter(VideoWriter):
         try:
             self._encoder.close()
         finally:
-            self._partial.unlink(missing_ok=True)
+            discard(self._partial)
 
 
 class SequenceWriter(VideoWriter):
@@ -220,7 +221,7 @@ class SequenceWriter(VideoWriter):
 
     def _discard(self) -> None:
         for partial in self._partials:
-            partial.unlink(missing_ok=True)
+            discard(partial)
         if self._new_folder and self.path.parent.is_dir() and not any(self.path.parent.iterdir()):
             self.path.parent.rmdir()
 

@@ -218,3 +218,19 @@ def test_where_nothing_can_be_locked_runs_go_on(
     monkeypatch.setattr("fcntl.flock", refuse)
     with claimed(tmp_path / "a.mp4"), claimed(None):
         pass
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_disk_that_lets_nothing_be_removed_hides_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    def refuse(*arguments: object, **more: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    def no_room(*arguments: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", no_room)
+    monkeypatch.setattr("os.unlink", refuse)
+    with pytest.raises(MlxSoraError, match="Make room"):
+        save_frames(tmp_path / name, NOISE, 8)

@@ -1,0 +1,234 @@
+"""Disks that are full, read-only, gone or flaky, at every place of a file and at random ones."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+
+import av
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlx_sora.accel.cidl import BlockStream
+from mlx_sora.errors import MlxSoraError, WeightsError
+from mlx_sora.loading import steady
+from mlx_sora.loading.model_folder import ModelFolder, find_model
+from mlx_sora.loading.networks import stream_transformer
+from mlx_sora.loading.safetensors import TensorInfo, load_tensors
+from mlx_sora.video.claim import claimed
+from mlx_sora.video.output import existing_files
+from mlx_sora.video.writer import open_writer, save_frames, write_sidecar
+from tests.unit.accel.reading import loaders
+from tests.unit.video.test_faults import KINDS, NOISE, files_up_to
+
+Fault = Callable[[str, str, int, int, str], None]
+
+#: Sizes that are tried per kind of output.
+SIZES = 40
+
+
+def whole(path: Path, frames: int) -> bool:
+    """Whether a finished output can be read to its end."""
+    if path.suffix == ".mp4":
+        with av.open(str(path)) as container:
+            return sum(1 for _ in container.decode(video=0)) == frames
+    from PIL import Image
+
+    files = existing_files(path)
+    if len(files) != (frames if "%" in path.name else 1):
+        return False
+    for file in files:
+        with Image.open(file) as image:
+            for index in range(getattr(image, "n_frames", 1)):
+                image.seek(index)
+                image.load()
+    return True
+
+
+def lost(folder: Path, name: str) -> bool:
+    """Write into `folder`; true where anything else than all or nothing is there afterwards."""
+    record = {"request": {"prompt": "a"}}
+    with suppress(MlxSoraError):  # anything else is no answer
+        path = save_frames(folder / name, NOISE, 8, record)
+        write_sidecar(path, record | {"text": "a" * 2000})
+    finals = existing_files(folder / name)
+    broken = bool(finals) and not whole(folder / name, len(NOISE))
+    extra = [file for file in folder.rglob("*") if file.is_file() and file not in finals]
+    return broken or any(file.suffix != ".json" for file in extra)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_file_that_may_not_grow(tmp_path: Path, fault: Fault, name: str) -> None:
+    probe = tmp_path / "probe"
+    probe.mkdir()
+    save_frames(probe / name, NOISE, 8)
+    largest = max(file.stat().st_size for file in existing_files(probe / name))
+    losses = 0
+    for number in range(SIZES):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        with files_up_to(largest * number // (SIZES - 3)):
+            losses += lost(folder, name)
+    fault("files may not grow beyond n bytes", f"write {name}", SIZES, losses, "all or nothing")
+    assert losses == 0
+
+
+@contextmanager
+def small_disk(folder: Path, size: int) -> Iterator[None]:
+    """A file system of its own; needs root."""
+    folder.mkdir(exist_ok=True)
+    options = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+    if os.geteuid() != 0 or subprocess.run(options, check=False, capture_output=True).returncode:
+        pytest.skip("file systems can be mounted by root only")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_disk_that_is_full(tmp_path: Path, fault: Fault, name: str) -> None:
+    losses, sizes = 0, [4096 * n for n in range(1, 31)]
+    for size in sizes:
+        with small_disk(tmp_path / "disk", size):
+            losses += lost(tmp_path / "disk", name)
+    fault("disk of n pages is full", f"write {name}", len(sizes), losses, "all or nothing")
+    assert losses == 0
+
+
+def write_until_it_is_read_only(folder: Path, name: str) -> None:
+    with open_writer(folder / name, 64, 64, 8) as writer:
+        writer.write(NOISE)
+        if name.endswith(".mp4"):  # what is open for writing keeps a disk from being remounted
+            raise OSError(30, "Read-only file system")
+        subprocess.run(["mount", "-o", "remount,ro", str(folder)], check=True)
+
+
+@pytest.mark.parametrize("name", ["a.gif", "a.webp"])
+def test_a_disk_that_becomes_read_only(tmp_path: Path, fault: Fault, name: str) -> None:
+    for _ in range(10):
+        with small_disk(tmp_path / "disk", 1 << 20):
+            with pytest.raises(MlxSoraError, match="Cannot write"):
+                write_until_it_is_read_only(tmp_path / "disk", name)
+            assert list((tmp_path / "disk").iterdir()) == []
+    fault("disk becomes read-only", f"write {name}", 10, 0, "an error, nothing left")
+
+
+class Flaky:
+    """Reads fail at random, with the errors of disks."""
+
+    def __init__(self, seed: int, share: float) -> None:
+        self.random, self.share, self.failures = random.Random(seed), share, 0
+
+    def __call__(
+        self, file: Path, tensors: Mapping[str, TensorInfo], stream: mx.Stream | None = None
+    ) -> dict[str, mx.array]:
+        if self.random.random() < self.share:
+            self.failures += 1
+            errors = (OSError(5, "Input/output error"), RuntimeError("[read] Unable to read"))
+            raise self.random.choice(errors)
+        return load_tensors(file, tensors, stream)
+
+
+def sums(model: ModelFolder, reader: Flaky) -> list[float]:
+    """A number of each block's weights, streamed twice."""
+    _, source = stream_transformer(model, mx.float32)
+    found = []
+    with BlockStream(replace(source, read=reader), cyclic=True) as blocks:
+        for index in [*range(len(source))] * 2:
+            spatial, _ = blocks.get(index)
+            total = mx.sum(mx.abs(spatial.mlp.fc1.weight))
+            blocks.done(index, total)
+            found.append(float(total.item()))  # type: ignore[arg-type]
+    return found
+
+
+def test_reads_that_fail_at_random(fault: Fault, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(steady, "PAUSES", (0.0, 0.0))
+    model = find_model("shapes")
+    expected, runs, failures, ended = sums(model, Flaky(0, 0.0)), 200, 0, 0
+    for seed in range(runs):
+        reader = Flaky(seed, 0.15)
+        try:
+            assert sums(model, reader) == expected
+        except WeightsError:
+            ended += 1
+        failures += reader.failures
+        assert loaders() == 0
+    assert ended < runs / 10 < failures
+    result = f"{failures} failed reads, {ended} runs had three in a row: an error; others exact"
+    fault("reads fail at random, 15 %", "denoise, streamed", runs, 0, result)
+
+
+def test_weights_that_come_to_harm_at_random(tmp_path: Path, fault: Fault) -> None:
+    """Cut, rewritten, exchanged or removed while they are streamed: the error names the file."""
+    source = find_model("shapes").path / "transformer"
+    runs = 100
+    for seed in range(runs):
+        chance = random.Random(seed)
+        folder = tmp_path / str(seed)
+        shutil.copytree(source, folder / "transformer")
+        for part in source.parent.iterdir():
+            if part.name != "transformer":
+                (folder / part.name).symlink_to(part)
+        model = ModelFolder.open(folder)
+        file = next((folder / "transformer").glob("*.safetensors"))
+        with pytest.raises(WeightsError, match=file.name):
+            stream_while(model, chance, lambda file=file, chance=chance: harm(file, chance))
+        assert loaders() == 0
+        shutil.rmtree(folder)
+    fault("weights cut, rewritten, exchanged, removed", "denoise, streamed", runs, 0, "named")
+
+
+def harm(file: Path, chance: random.Random) -> None:
+    size = file.stat().st_size
+    other = file.with_name("other")
+    kind = chance.choice(("cut", "rewrite", "exchange", "remove"))
+    if kind == "cut":
+        os.truncate(file, chance.randrange(size))
+    elif kind == "rewrite":
+        file.write_bytes(np.random.default_rng(0).bytes(size))
+    elif kind == "exchange":
+        shutil.copyfile(file, other)
+        other.replace(file)
+    else:
+        file.unlink()
+
+
+def stream_while(model: ModelFolder, chance: random.Random, act: Callable[[], None]) -> None:
+    """Stream all blocks five times; `act` before one of them."""
+    _, source = stream_transformer(model, mx.float32)
+    at = chance.randrange(3 * len(source))
+    with BlockStream(source, cyclic=True) as blocks:
+        for number, index in enumerate([*range(len(source))] * 5):
+            if number == at:
+                act()
+            spatial, _ = blocks.get(index)
+            blocks.done(index, mx.sum(spatial.mlp.fc1.weight))
+
+
+def test_holders_of_an_output_that_are_killed(tmp_path: Path, fault: Fault) -> None:
+    output = tmp_path / "a.mp4"
+    hold = "import sys, time; from pathlib import Path; from mlx_sora.video.claim import claimed\n"
+    hold += "with claimed(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
+    for _ in range(20):
+        with subprocess.Popen(
+            [sys.executable, "-c", hold, str(output)], stdout=subprocess.PIPE, text=True
+        ) as process:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "held\n"
+            with pytest.raises(MlxSoraError, match="Another run"), claimed(output):
+                pass
+            process.kill()
+        with claimed(output), suppress(OSError):
+            output.touch()
+    assert [file.name for file in tmp_path.iterdir()] == ["a.mp4"]
+    fault("two runs on one output, the first is killed", "all", 20, 0, "refused, then free")

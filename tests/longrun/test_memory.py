@@ -1,0 +1,84 @@
+"""Many runs in one process: memory does not grow, and nothing is left of threads."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+
+import pytest
+
+Fault = Callable[[str, str, int, int, str], None]
+
+RUNS = 50
+
+#: Makes RUNS videos and prints the resident set after each, in bytes, then the threads alive.
+MAKE = """
+import json, sys, threading
+from mlx_sora import Pipeline
+from mlx_sora.runtime.memory import current_rss
+pipe = Pipeline.from_pretrained("shapes")
+sizes = []
+for number in range(int(sys.argv[1])):
+    pipe("a red circle moving right", seed=number, steps=2, ci_dl=sys.argv[2] == "streamed")
+    sizes.append(current_rss())
+print(json.dumps([sizes, threading.active_count()]))
+"""
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="the system tells no current size")
+@pytest.mark.parametrize("way", ["resident", "streamed"])
+def test_fifty_videos_take_the_memory_of_one(fault: Fault, way: str) -> None:
+    outcome = subprocess.run(
+        [sys.executable, "-c", MAKE, str(RUNS), way], capture_output=True, text=True, check=True
+    )
+    sizes, threads = json.loads(outcome.stdout)
+    assert len(sizes) == RUNS
+    # The first runs compile kernels and fill allocators.
+    early, late = max(sizes[2:10]), max(sizes[-10:])
+    growth = late / early - 1
+    fault(
+        "many runs in one process",
+        f"all, {way}",
+        RUNS,
+        0,
+        f"resident set {early / 1e6:.0f} MB early, {late / 1e6:.0f} MB late ({growth:+.1%})",
+    )
+    assert abs(growth) <= 0.05
+    assert threads == 1
+
+
+#: Two threads by turns make videos; each is compared with the first of its seed.
+THREADS = """
+import threading
+import numpy as np
+from mlx_sora import Pipeline, UsageError
+pipe, seen, refused, wrong = Pipeline.from_pretrained("shapes"), {}, [0], [0]
+def work(seeds):
+    for seed in seeds:
+        while True:
+            try:
+                frames = pipe("a red circle", seed=seed, steps=1, num_frames=1).frames
+                break
+            except UsageError:
+                refused[0] += 1
+                threading.Event().wait(0.05)
+        wrong[0] += not np.array_equal(seen.setdefault(seed, frames), frames)
+threads = [threading.Thread(target=work, args=([1, 2, 3],)) for _ in range(2)]
+[thread.start() for thread in threads]
+[thread.join() for thread in threads]
+print(len(seen), refused[0] > 0, wrong[0])
+"""
+
+
+def test_two_threads(fault: Fault) -> None:
+    """The second is refused while the first works; results are equal, and exits clean."""
+    processes = 10
+    for _ in range(processes):
+        outcome = subprocess.run(
+            [sys.executable, "-c", THREADS], capture_output=True, text=True, check=False
+        )
+        assert outcome.returncode == 0, outcome.stderr
+        assert outcome.stdout == "3 True 0\n"
+    fault("two threads, one process", "all", 6 * processes, 0, "refused in turn, equal, clean exit")
