@@ -162,7 +162,8 @@ class _TextsOnDisk(MutableMapping[str, mx.array]):
         return {text: self[text] for text in run.settings.all_texts}
 
     def __getitem__(self, text: str) -> mx.array:
-        states: mx.array = mx.load(str(self._files[text]))["states"]  # type: ignore[call-overload, assignment]
+        arrays = mx.load(str(self._files[text]), format="safetensors")
+        states: mx.array = arrays["states"]  # type: ignore[call-overload, assignment]
         mx.eval(states)
         return states
 

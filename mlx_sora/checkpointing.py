@@ -18,6 +18,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_sora.errors import MlxSoraError, UsageError, WeightsError
+from mlx_sora.reading import parse_object
 from mlx_sora.runtime.versions import versions
 from mlx_sora.sampling.base import State
 from mlx_sora.video.output import CHECKPOINT
@@ -99,18 +100,37 @@ class Snapshot:
             assert isinstance(arrays, dict)
             if _digest(metadata["record"], arrays) != metadata["sha256"]:
                 raise ValueError("its checksum is wrong")
-            record = take_out(json.loads(metadata["record"]), arrays)
-            return cls(**record | {name: tuple(record[name]) for name in _LISTS})
+            record = take_out(parse_object(metadata["record"]), arrays)
+            record |= {name: tuple(record[name]) for name in _LISTS}
+            if not _sound(record):
+                raise ValueError("its record is of another kind")
+            return cls(**record)
         except (OSError, RuntimeError, ValueError, TypeError, LookupError) as error:
             raise WeightsError(f"The checkpoint {path} is damaged: {error}.", _FIX) from error
 
 
 def read_record(path: Path) -> dict[str, Any]:
     """The record of a checkpoint alone, unchecked; what `Snapshot.load` raises, or ValueError."""
-    found = json.loads(_metadata(path)["record"])
-    if not isinstance(found, dict):
-        raise ValueError("no record")
-    return found
+    return parse_object(_metadata(path)["record"])
+
+
+def _sound(record: Mapping[str, Any]) -> bool:
+    """Whether every field is of its kind, as in a file that we wrote; output: in its folder."""
+    objects = [record[name] for name in ("request", "identity", "versions")]
+    objects += [*record["accounts"], *record["resumed"]]
+    name, latents, steps = record["output"], record["latents"], record["steps"]
+    return (
+        all(isinstance(item, dict) for item in objects)
+        and isinstance(name, str)
+        and name not in ("", "..")
+        and name == Path(name).name
+        and all(isinstance(z, mx.array) for z in record["finished"])
+        and (latents is None or isinstance(latents, mx.array))
+        and (record["state"] is None or isinstance(record["state"], dict))
+        and type(steps) is int
+        and steps >= 0
+        and all(isinstance(text, str) for text in record["warnings"])
+    )
 
 
 def _metadata(path: Path) -> dict[str, str]:

@@ -242,6 +242,24 @@ def tables() -> list[bytes]:
     return [json.dumps(small).encode()]
 
 
+def checkpoints() -> list[bytes]:
+    """Records of checkpoints."""
+    record = {
+        "request": {"prompt": "a", "seed": 1, "steps": 4},
+        "identity": {"model": "shapes", "weights": "0" * 64, "steps": 4},
+        "output": "a.mp4",
+        "finished": [],
+        "accounts": [],
+        "latents": {"$tensor": "run.latents"},
+        "steps": 2,
+        "state": {"x": {"$tensor": "run.state.x"}},
+        "warnings": [],
+        "resumed": [{"clip": 0, "step": 1}],
+        "versions": {"mlx": "0"},
+    }
+    return _json(record, record | {"output": "../../a.mp4"})
+
+
 def listings() -> list[bytes]:
     """The hub's answer, as JSON."""
     lfs = {"sha256": "0" * 64, "size": 5, "pointerSize": 130}

@@ -288,6 +288,25 @@ def _table(data: bytes, folder: Path) -> None:
     read_schedule(8, 0, Job(30, 1, 17, model=folder, size=(64, 64, 17)), str(path))
 
 
+def _checkpoint(data: bytes, folder: Path) -> None:
+    """The record of a checkpoint, with a checksum that is right."""
+    import mlx.core as mx
+
+    from mlx_sora.checkpointing import _digest
+    from mlx_sora.resuming import resumed_request
+
+    path, record = folder / "a.mp4.checkpoint.safetensors", _text(data)
+    arrays = {"run.latents": mx.zeros((1, 2, 2, 2, 4)), "run.state.x": mx.zeros(3)}
+    notes = {"format": "1", "record": record, "sha256": _digest(record, arrays)}
+    try:
+        mx.save_safetensors(str(path), arrays, notes)
+    except (RuntimeError, ValueError):
+        return
+    request = resumed_request(path, {})
+    if Path(str(request.output)).resolve().parent != folder.resolve():
+        raise AssertionError(f"outside: {request.output}")
+
+
 def _listing(data: bytes, folder: Path) -> None:
     """The hub's answer about a repository."""
     from unittest.mock import patch
@@ -334,6 +353,7 @@ TARGETS: dict[str, Target] = {
     "image": Target(_image, samples.pictures, mutate_bytes),
     "video": Target(_video, samples.videos, mutate_bytes),
     "table": Target(_table, samples.tables),
+    "checkpoint": Target(_checkpoint, samples.checkpoints),
     "listing": Target(_listing, samples.listings),
 }
 
@@ -349,6 +369,14 @@ def import_all() -> None:
 #: What is fuzzed.
 MODULES = (
     *("accel.schedules", "cli.flags", "cli.prompt_file", "loading.checkpoint", "loading.doctor"),
-    *("loading.hub", "loading.networks", "media", "settings", "text.prompt", "text.tokenizer"),
+    *(
+        "loading.hub",
+        "loading.networks",
+        "media",
+        "resuming",
+        "settings",
+        "text.prompt",
+        "text.tokenizer",
+    ),
     *("video.metadata", "video.output", "video.reader"),
 )
