@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -11,43 +12,45 @@ from torch import Tensor
 
 from benchmarks.shapes import world
 from benchmarks.shapes.torch_vae import VideoVAE
-from benchmarks.shapes.train_vae import new_vae, psnr, random_frame, to_unit
+from benchmarks.shapes.train_vae import averaged, psnr, random_frame, spatial_latents, to_unit
 
-# Videos per number of 17-frame chunks; the first ones are encoded before training begins.
-COUNTS = {1: 12000, 2: 1500, 3: 1250}
-FIRST, BLOCK, IMAGES = 3000, 250, 2000
-
-
-def averaged_vae(folder: Path) -> VideoVAE:
-    """The VAE of the last VAE phase with averaged weights, latents not yet normalised."""
-    vae = new_vae()
-    vae.load_state_dict(torch.load(folder / "refine.pt", weights_only=False)["parts"]["average"])
-    return vae.eval()
+# Videos per number of 17-frame chunks: at first, and when the cache has grown to its end; for a
+# new model, and for one that is trained further.
+NEW = {1: (3000, 12000), 2: (0, 1500), 3: (0, 1250)}
+CONTINUED = {1: (500, 1500), 2: (500, 500), 3: (250, 250)}
+BLOCK, IMAGES = 250, 2000
+LATENTS = 5  # of a chunk
 
 
 def final_vae(folder: Path) -> VideoVAE:
-    """The VAE with the latents' statistics in `shift` and `scale`."""
-    vae = new_vae()
-    vae.load_state_dict(torch.load(folder / "vae_final.pt", weights_only=True))
-    return vae.eval()
+    """The VAE of the last phase with the latents' statistics in `shift` and `scale`."""
+    vae = averaged(folder, "meet").eval()
+    for name, value in torch.load(folder / "statistics.pt", weights_only=True).items():
+        getattr(vae, name).copy_(value)
+    return vae
 
 
 @torch.no_grad()
-def cache_latents(folder: Path, choices: list[world.Attributes]) -> None:
-    """Encode the first random videos, set shift and scale; writes latents_*.pt, vae_final.pt.
+def cache_latents(
+    folder: Path, choices: list[world.Attributes], counts: dict[int, tuple[int, int]]
+) -> None:
+    """Encode the first random videos; writes latents_*.pt, and statistics.pt where there is none.
 
     The rest of the cache is encoded while the diffusion model trains (`LatentSet.grow`).
     """
-    vae = averaged_vae(folder)
-    for part in range(FIRST // BLOCK):
-        path = _block_path(folder, 1, part)
-        if not path.exists():
-            torch.save(_encode_block(vae, choices, 1, part), path)
-            print("latents", part, flush=True)
-    sample = torch.cat([load_block(p)[1] for p in sorted(folder.glob("latents_1_*.pt"))])
-    vae.shift.copy_(sample.mean((0, 2, 3, 4), keepdim=True))
-    vae.scale.copy_(sample.std((0, 2, 3, 4), keepdim=True))
-    torch.save(vae.state_dict(), folder / "vae_final.pt")
+    vae = averaged(folder, "refine").eval()
+    for chunks, (first, _) in counts.items():
+        for part in range(first // BLOCK):
+            path = _block_path(folder, chunks, part)
+            if not path.exists():
+                torch.save(_encode_block(vae, choices, chunks, part), path)
+                print("latents", chunks, part, flush=True)
+    if not (folder / "statistics.pt").exists():
+        paths = sorted(folder.glob("latents_1_*.pt"))
+        sample = torch.cat([load_block(path)[1][:, :, :LATENTS] for path in paths])
+        mean = sample.mean((0, 2, 3, 4), keepdim=True)
+        scale = sample.std((0, 2, 3, 4), keepdim=True)
+        torch.save({"shift": mean, "scale": scale}, folder / "statistics.pt")
 
 
 def _block_path(folder: Path, chunks: int, part: int) -> Path:
@@ -57,18 +60,24 @@ def _block_path(folder: Path, chunks: int, part: int) -> Path:
 def _encode_block(
     vae: VideoVAE, choices: list[world.Attributes], chunks: int, part: int
 ) -> tuple[Tensor, Tensor]:
-    """(combination numbers [N], raw latents [N, 4, 5 * chunks, 8, 8] in float16)."""
+    """(combination numbers [N], raw latents [N, 4, 10 * chunks + 1, 8, 8] in float16)."""
     rng = np.random.default_rng((6, chunks, part))
-    vae.shift.zero_()
-    vae.scale.fill_(1)
     indices, rows = [], []
     for _ in range(BLOCK):
         index = int(rng.integers(len(choices)))
         _, clip = world.random_clip(rng, [choices[index]], chunks * world.CHUNK)
-        x = to_unit(clip).transpose(0, 1)[None]
         indices.append(index)
-        rows.append(vae.encode(x)[0].half())
+        rows.append(_encode_swing(vae, clip).half())
     return torch.tensor(indices), torch.stack(rows)
+
+
+def _encode_swing(vae: VideoVAE, clip: np.ndarray) -> Tensor:
+    """A clip there and back, chunk by chunk, then its first frame as that of a still chunk."""
+    z = spatial_latents(vae, to_unit(clip).transpose(0, 1)[None])[0]
+    still = z[:, :1].expand(-1, world.CHUNK, -1, -1)
+    chunks = torch.stack(torch.cat([z, z.flip(1), still], dim=1).split(world.CHUNK, dim=1))
+    mean, _ = vae.temporal_vae.moments(chunks)
+    return mean.transpose(0, 1).flatten(1, 2)[:, : 1 - LATENTS]
 
 
 @torch.no_grad()
@@ -88,22 +97,40 @@ def load_block(path: Path) -> tuple[Tensor, Tensor]:
     return indices, latents.float()
 
 
-class LatentSet:
-    """Normalised latents by number of chunks, 0 for single images; grows up to `COUNTS`."""
+@dataclass(frozen=True)
+class Batch:
+    """Videos to learn from.
 
-    def __init__(self, folder: Path, choices: list[world.Attributes]) -> None:
+    indices: combination numbers [B].  z: latents [B, 4, T, 8, 8].  first: the first latent frame
+    if the first frame of the video stood still [B, 4, 8, 8].  begun: chunks of the swing that went
+    before [B]; where it is not 0, something must be given to know how the video goes on.
+    """
+
+    indices: np.ndarray
+    z: Tensor
+    first: Tensor
+    begun: np.ndarray
+
+
+class LatentSet:
+    """Normalised latents by number of chunks, 0 for single images; grows up to its counts."""
+
+    def __init__(
+        self, folder: Path, choices: list[world.Attributes], counts: dict[int, tuple[int, int]]
+    ) -> None:
         self.folder, self.choices = folder, choices
-        final = final_vae(folder)
-        self.shift, self.scale = final.shift[0], final.scale[0]
-        self.vae = averaged_vae(folder)
+        self.most = {chunks: most for chunks, (_, most) in counts.items()}
+        final = torch.load(folder / "statistics.pt", weights_only=True)
+        self.shift, self.scale = final["shift"], final["scale"]
+        self.vae = averaged(folder, "refine").eval()
         self.data: dict[int, tuple[np.ndarray, Tensor]] = {}
-        for chunks in COUNTS:
+        for chunks in self.most:
             for path in sorted(folder.glob(f"latents_{chunks}_*.pt")):
                 self._add(chunks, *load_block(path))
         self._add(0, *_encode_images(self.vae, choices))
 
     def _add(self, chunks: int, indices: Tensor, z: Tensor) -> None:
-        z = (z - self.shift[None]) / self.scale[None]
+        z = (z - self.shift) / self.scale
         if chunks in self.data:
             old, rows = self.data[chunks]
             self.data[chunks] = np.concatenate([old, indices.numpy()]), torch.cat([rows, z])
@@ -113,9 +140,9 @@ class LatentSet:
     @torch.no_grad()
     def grow(self, rank: int, size: int, wait: Callable[[], None]) -> None:
         """Encode one more block per member, of the length that is furthest behind its target."""
-        have = {k: len(self.data[k][0]) if k in self.data else 0 for k in COUNTS}
-        chunks = min(COUNTS, key=lambda k: have[k] / COUNTS[k])
-        if have[chunks] >= COUNTS[chunks]:
+        have = {k: len(self.data[k][0]) if k in self.data else 0 for k in self.most}
+        chunks = min(self.most, key=lambda k: have[k] / self.most[k])
+        if have[chunks] >= self.most[chunks]:
             return
         first = have[chunks] // BLOCK
         block = _encode_block(self.vae, self.choices, chunks, first + rank)
@@ -124,11 +151,20 @@ class LatentSet:
         for part in range(first, first + size):
             self._add(chunks, *load_block(_block_path(self.folder, chunks, part)))
 
-    def batch(self, chunks: int, count: int, rng: np.random.Generator) -> tuple[np.ndarray, Tensor]:
-        """(combination numbers [count], latents [count, 4, T, 8, 8])."""
+    def batch(self, chunks: int, count: int, rng: np.random.Generator) -> Batch:
+        """`count` videos of `chunks` chunks; half of the longer ones begin within their swing."""
         indices, z = self.data[chunks]
         rows = rng.integers(len(indices), size=count)
-        return indices[rows], z[torch.from_numpy(rows)]
+        picked, begun = z[torch.from_numpy(rows)], np.zeros(count, int)
+        if chunks > 1:
+            begun = rng.integers(2 * chunks, size=count) * (rng.random(count) < 0.5)
+        there = range(max(1, LATENTS * chunks))
+        around = 2 * LATENTS * chunks or 1
+        parts = [
+            row[:, [(LATENTS * int(b) + i) % around for i in there]]
+            for row, b in zip(picked, begun, strict=True)
+        ]
+        return Batch(indices[rows], torch.stack(parts), picked[:, :, -1], begun)
 
 
 @torch.no_grad()

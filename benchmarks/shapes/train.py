@@ -1,13 +1,16 @@
 """Trains the bundled model: `python -m benchmarks.shapes.train --out DIR`.
 
-Phases, each resumable: spatial, temporal, sharpen, refine (VAE), latents (cache), text (T5), dit,
-export.  All state lives under DIR; the finished model is DIR/model unless --model says otherwise.
+Phases, each resumable: spatial, temporal, sharpen, refine, meet (VAE), latents (cache), text (T5),
+dit, export.  All state lives under DIR; the finished model is DIR/model unless --model says
+otherwise.  --from MODEL goes on from a finished one: its encoders and T5 stay, its transformer
+and the VAE's decoders learn on; the phases are then start, meet, latents, dit, export.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -21,12 +24,18 @@ from benchmarks.shapes.scorer import read_video, score
 GUIDANCE = 2.0
 
 
+@dataclass
 class Recipe:
-    """The phases over one working folder."""
+    """The phases over one working folder; start: a finished model to go on from."""
 
-    def __init__(self, out: Path, model: Path, spiece: Path, steps: int, processes: int) -> None:
-        self.processes = processes
-        self.out, self.model, self.spiece, self.steps = out, model, spiece, steps
+    out: Path
+    model: Path
+    spiece: Path
+    steps: int
+    processes: int
+    start: Path | None = None
+
+    def __post_init__(self) -> None:
         self.train_set, self.test_set = world.split()
 
     @cached_property
@@ -35,16 +44,43 @@ class Recipe:
 
     def phases(self) -> dict[str, Callable[[], None]]:
         """Name -> action, in order."""
-        return {
+        meet = {
+            "meet": lambda: train_vae.train_meet(self.out, self.train_set),
+            "latents": lambda: latents.cache_latents(self.out, self.train_set, self.counts),
+        }
+        last = {"dit": self.spawn_dit, "export": self.export_model}
+        if self.start is not None:
+            return {"start": self.take_start} | meet | last
+        vae = {
             "spatial": lambda: train_vae.train_spatial(self.out, self.train_set),
             "temporal": lambda: train_vae.train_temporal(self.out, self.train_set),
             "sharpen": lambda: train_vae.train_sharpen(self.out, self.train_set),
             "refine": lambda: train_vae.train_refine(self.out, self.train_set),
-            "latents": lambda: latents.cache_latents(self.out, self.train_set),
-            "text": lambda: captions.train_text(self.out, self.tokenizer, self.train_set),
-            "dit": self.spawn_dit,
-            "export": self.export_model,
         }
+        text = {"text": lambda: captions.train_text(self.out, self.tokenizer, self.train_set)}
+        return vae | meet | text | last
+
+    @property
+    def counts(self) -> dict[int, tuple[int, int]]:
+        """Videos to encode."""
+        return latents.NEW if self.start is None else latents.CONTINUED
+
+    def take_start(self) -> None:
+        """Write what the phases that are left out would have written."""
+        assert self.start is not None
+        self.out.mkdir(parents=True, exist_ok=True)
+        vae = export.read_vae(self.start)
+        statistics = {"shift": vae.shift.clone(), "scale": vae.scale.clone()}
+        torch.save(statistics, self.out / "statistics.pt")
+        torch.save({"parts": {"average": vae.state_dict()}}, self.out / "refine.pt")
+        t5 = export.read_text_encoder(self.start).state_dict()
+        torch.save({"parts": {"t5": t5}}, self.out / "text.pt")
+
+    @property
+    def course(self) -> train_dit.Course:
+        if self.start is None:
+            return train_dit.Course(self.steps)
+        return train_dit.Course(self.steps, export.read_transformer(self.start).state_dict())
 
     def spawn_dit(self) -> None:
         """One single-threaded process per core."""
@@ -64,12 +100,13 @@ class Recipe:
 
         def on_save(average: Average, run: RunState) -> None:
             self._export(encoder, average.values)
-            torch.set_num_threads(team.size)
-            run.log(**self.quick_score())
-            torch.set_num_threads(1)
+            if run.step % train_dit.SCORE_EVERY == 0:
+                torch.set_num_threads(team.size)
+                run.log(**self.quick_score())
+                torch.set_num_threads(1)
 
-        data = latents.LatentSet(self.out, self.train_set)
-        train_dit.train_dit(data, bank, self.steps, on_save, team)
+        data = latents.LatentSet(self.out, self.train_set, self.counts)
+        train_dit.train_dit(data, bank, self.course, on_save, team)
 
     def quick_score(self, frames: int = world.CHUNK) -> dict[str, float]:
         """The scorer's table on the held-out prompts, sampled as one batch."""
@@ -115,11 +152,15 @@ def main() -> None:
     parser.add_argument("--spiece", type=Path, required=True, help="T5's spiece.model")
     parser.add_argument("--steps", type=int, default=8000, help="steps of the dit phase")
     parser.add_argument("--threads", type=int, default=2, help="cores to use")
+    parser.add_argument("--from", type=Path, dest="start", help="finished model to go on from")
     parser.add_argument("--phase", help="run this phase only")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     model = options.model or options.out / "model"
-    phases = Recipe(options.out, model, options.spiece, options.steps, options.threads).phases()
+    recipe = Recipe(
+        options.out, model, options.spiece, options.steps, options.threads, options.start
+    )
+    phases = recipe.phases()
     if options.phase and options.phase not in phases:
         parser.error(f"unknown phase {options.phase!r}; there are {', '.join(phases)}")
     for name, action in phases.items():

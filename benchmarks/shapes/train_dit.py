@@ -12,13 +12,13 @@ from torch import Tensor
 
 from benchmarks.shapes import world
 from benchmarks.shapes.captions import CaptionBank
-from benchmarks.shapes.latents import LatentSet
+from benchmarks.shapes.latents import LATENTS, Batch, LatentSet
 from benchmarks.shapes.run_state import Average, RunState, schedule, set_rate
 from benchmarks.shapes.torch_stdit import STDiT3, STDiTConfig
 
-BATCH, GROW_EVERY, SAVE_EVERY = 32, 300, 1000
+BATCH, GROW_EVERY, SAVE_EVERY, SCORE_EVERY = 32, 300, 250, 1000
 IMAGE_FPS = 120.0
-MUON_RATE, ADAM_FACTOR = 4e-3, 0.5
+NEW_RATE, CONTINUED_RATE, ADAM_FACTOR = 4e-3, 1e-3, 0.5
 
 
 def new_transformer() -> STDiT3:
@@ -93,23 +93,44 @@ def random_times(count: int) -> Tensor:
     return torch.where(kind < 0.1, 0.9 + 0.1 * uniform, t)
 
 
-def random_frame_masks(count: int, frames: int, rng: np.random.Generator) -> Tensor:
-    """[count, frames], true where a frame is generated; a quarter of the rows keep some frames."""
-    mask = np.ones((count, frames), bool)
-    if frames == 1:
-        return torch.from_numpy(mask)
-    for row in mask[rng.random(count) < 0.25]:
-        kind, length = rng.integers(4), int(rng.integers(1, max(2, frames // 2 + 1)))
-        if kind == 0:
-            row[0] = False
-        elif kind == 1:
-            row[:length] = False
-        elif kind == 2:
-            row[-length:] = False
-        else:
-            row[rng.random(frames) < 0.3] = False
-            row[rng.integers(frames)] = True
+def random_frame_masks(batch: Batch, rng: np.random.Generator) -> Tensor:
+    """[B, T], true where a frame is generated; videos that have begun keep their first chunks.
+
+    Of the others a quarter keep some frames, of long ones more, most often the first alone.
+    """
+    count, frames = batch.z.shape[0], batch.z.shape[2]
+    mask, long = np.ones((count, frames), bool), frames > LATENTS
+    for row, begun in zip(mask, batch.begun, strict=True):
+        if begun:
+            row[: LATENTS * int(rng.integers(1, frames // LATENTS))] = False
+        elif frames > 1 and rng.random() < (0.4 if long else 0.25):
+            _keep_some(row, rng, 0.55 if long else 0.25)
     return torch.from_numpy(mask)
+
+
+def _keep_some(row: np.ndarray, rng: np.random.Generator, first: float) -> None:
+    """Unset the first entry of `row` (with that probability), some at one end, or any."""
+    kind, length = int(rng.integers(1, 4)), int(rng.integers(1, max(2, len(row) // 2 + 1)))
+    if rng.random() < first:
+        row[0] = False
+    elif kind == 1:
+        row[:length] = False
+    elif kind == 2:
+        row[-length:] = False
+    else:
+        row[rng.random(len(row)) < 0.3] = False
+        row[rng.integers(len(row))] = True
+
+
+def show_pictures(batch: Batch, keep: Tensor, rng: np.random.Generator) -> Tensor:
+    """The latents; half of the frames that are kept alone at the start become those of pictures.
+
+    A picture is encoded as the first of still frames.
+    """
+    alone = ~keep[:, 0] & keep[:, 1:].all(1) & torch.from_numpy(rng.random(len(keep)) < 0.5)
+    z = batch.z.clone()
+    z[alone, :, 0] = batch.first[alone]
+    return z
 
 
 def flow_loss(model: STDiT3, z: Tensor, text: tuple[Tensor, Tensor], keep: Tensor) -> Tensor:
@@ -131,22 +152,36 @@ def drop_text(model: STDiT3, text: tuple[Tensor, Tensor]) -> tuple[Tensor, Tenso
     return torch.where(torch.rand(len(y), 1, 1) < 0.1, null, y), mask
 
 
-def pick_chunks(step: int, total: int) -> int:
-    """Clip length of a batch: one chunk at first, also longer clips and images (0) later."""
-    if step < total // 3:
-        return 1
-    return int(np.random.default_rng((11, step)).choice([0, 1, 2, 3], p=[0.08, 0.4, 0.24, 0.28]))
+@dataclass(frozen=True)
+class Course:
+    """How long to train, how fast, and from what; `start` is None for fresh weights."""
+
+    steps: int
+    start: dict[str, Tensor] | None = None
+
+    @property
+    def rate(self) -> float:
+        return NEW_RATE if self.start is None else CONTINUED_RATE
+
+    def pick_chunks(self, step: int) -> int:
+        """Clip length of a batch; images (0) and longer clips come late to fresh weights."""
+        rng = np.random.default_rng((11, step))
+        if self.start is None and step < self.steps // 3:
+            return 1
+        return int(rng.choice([0, 1, 2, 3], p=[0.06, 0.3, 0.4, 0.24]))
 
 
 def train_dit(
     data: LatentSet,
     bank: CaptionBank,
-    total: int,
+    course: Course,
     on_save: Callable[[Average, RunState], None],
     team: Team,
 ) -> None:
-    """Train for `total` steps; writes the phase `dit` and calls `on_save` every so many steps."""
-    model = new_transformer()
+    """Train as the course says; writes the phase `dit` and calls `on_save` every so many steps."""
+    model, total = new_transformer(), course.steps
+    if course.start is not None:
+        model.load_state_dict(course.start)
     optimizers, average = Optimizers(model), Average(model, 0.998)
     parts = {"dit": model, "optimizers": optimizers, "average": average}
     run = RunState(data.folder, "dit", parts, seed=8)
@@ -155,15 +190,15 @@ def train_dit(
     torch.manual_seed(8 + team.rank + 1000 * run.step)
     losses: list[float] = []
     while run.step < total:
-        chunks = pick_chunks(run.step, total)
-        indices, z = data.batch(chunks, max(1, BATCH // team.size // max(1, chunks)), run.rng)
-        text = drop_text(model, bank.batch(indices, run.rng))
-        keep = random_frame_masks(len(z), z.shape[2], run.rng)
-        loss = flow_loss(model, z, text, keep)
+        chunks = course.pick_chunks(run.step)
+        batch = data.batch(chunks, max(1, BATCH // team.size // max(1, chunks)), run.rng)
+        text = drop_text(model, bank.batch(batch.indices, run.rng))
+        keep = random_frame_masks(batch, run.rng)
+        loss = flow_loss(model, show_pictures(batch, keep, run.rng), text, keep)
         loss.backward()
         team.average_gradients(model)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizers.step(schedule(run.step, total, MUON_RATE, warm=100))
+        optimizers.step(schedule(run.step, total, course.rate, warm=100))
         run.step += 1
         average.update(model, run.step)
         losses.append(loss.item())

@@ -1,4 +1,7 @@
-"""Training of the two-stage VAE: spatial alone, temporal on its latents, then both together."""
+"""Training of the two-stage VAE: spatial alone, temporal on its latents, then both together.
+
+At last the decoders alone learn to show no seam where two chunks meet.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ from benchmarks.shapes.run_state import Average, RunState, schedule, set_rate
 from benchmarks.shapes.torch_vae import LATENT_FACTOR, SpatialConfig, TemporalConfig, VideoVAE
 
 SPATIAL_STEPS, TEMPORAL_STEPS, SHARPEN_STEPS, REFINE_STEPS = 1100, 700, 900, 500
+MEET_STEPS, MEET_KEPT = 600, 80
 
 
 def new_vae() -> VideoVAE:
@@ -21,6 +25,15 @@ def new_vae() -> VideoVAE:
     torch.manual_seed(0)
     vae = VideoVAE(SpatialConfig(), TemporalConfig())
     vae.spatial_vae.to(memory_format=torch.channels_last)
+    return vae
+
+
+def averaged(folder: Path, phase: str) -> VideoVAE:
+    """The VAE of a phase with averaged weights, latents not yet normalised."""
+    vae = new_vae()
+    vae.load_state_dict(torch.load(folder / f"{phase}.pt", weights_only=False)["parts"]["average"])
+    vae.shift.zero_()
+    vae.scale.fill_(1)
     return vae
 
 
@@ -102,7 +115,7 @@ def train_temporal(folder: Path, choices: list[world.Attributes]) -> None:
     while run.step < TEMPORAL_STEPS:
         set_rate(optimizer, schedule(run.step, TEMPORAL_STEPS, 2e-3, floor=0.15))
         with torch.no_grad():
-            target = _spatial_latents(vae, chunk_batch(run.rng, choices, 6))
+            target = spatial_latents(vae, chunk_batch(run.rng, choices, 6))
         mean, logvar = vae.temporal_vae.moments(target)
         y = vae.temporal_vae.decode(_sample(mean, logvar), world.CHUNK)
         relative = F.mse_loss(y, target) / target.var()
@@ -154,7 +167,7 @@ def train_refine(folder: Path, choices: list[world.Attributes]) -> None:
             x = to_unit(images)[:, :, None]
         frames = x.shape[2]
         with torch.no_grad():
-            target = _spatial_latents(vae, x)
+            target = spatial_latents(vae, x)
         mean, logvar = vae.temporal_vae.moments(target)
         z = vae.temporal_vae.decode(_sample(mean, logvar, 0.2), frames)
         picked = torch.randperm(frames)[:5]
@@ -177,7 +190,98 @@ def train_refine(folder: Path, choices: list[world.Attributes]) -> None:
             run.save()
 
 
-def _spatial_latents(vae: VideoVAE, x: Tensor) -> Tensor:
+def train_meet(folder: Path, choices: list[world.Attributes]) -> None:
+    """The decoders, on neighbouring chunks: frames change as drawn, there too; phase `meet`.
+
+    The encoders stay, so that latents stay valid. Every third step encodes a pair of chunks, each
+    decodes few frames of several, half of them around the meeting.
+    """
+    vae = averaged(folder, "refine")
+    trained = [*vae.temporal_vae.decoder.parameters(), *vae.spatial.decoder.parameters()]
+    trained += vae.temporal_vae.post_quant_conv.parameters()
+    trained += vae.spatial.post_quant_conv.parameters()
+    optimizer = torch.optim.AdamW(trained, 1e-3, (0.9, 0.98), weight_decay=0.0)
+    average = Average(vae, 0.99)
+    parts = {"vae": vae, "optimizer": optimizer, "average": average}
+    run = RunState(folder, "meet", parts, seed=12)
+    pairs = [_encoded_pair(vae, run.rng, choices) for _ in range(MEET_KEPT // 2)]
+    while run.step < MEET_STEPS:
+        set_rate(optimizer, schedule(run.step, MEET_STEPS, 3e-4, warm=20))
+        if run.step % 3 == 0:
+            pairs = [*pairs, _encoded_pair(vae, run.rng, choices)][-MEET_KEPT:]
+        batch = [pairs[i] for i in run.rng.integers(len(pairs), size=4)]
+        x, target, z = (torch.stack(part) for part in zip(*batch, strict=True))
+        elsewhere = int(run.rng.integers(2 * world.CHUNK - 3)) if run.step % 2 else None
+        loss, levels = _meeting_loss(vae, (x, target, z), elsewhere)
+        if run.step % 6 == 0:
+            loss = loss + 0.5 * _image_error(vae, run.rng, choices)
+        _update(loss, optimizer, vae)
+        run.step += 1
+        average.update(vae, run.step)
+        if run.step % 25 == 0:
+            run.log(loss=loss.item(), **levels)
+        if run.step % 50 == 0 or run.step == MEET_STEPS:
+            run.save()
+
+
+def _meeting_loss(
+    vae: VideoVAE, batch: tuple[Tensor, Tensor, Tensor], elsewhere: int | None
+) -> tuple[Tensor, dict[str, float]]:
+    """Loss of pairs as in `_encoded_pair`; decodes four frames at the meeting, four `elsewhere`.
+
+    Half of the latents are disturbed a little, as those of a diffusion model are.
+    """
+    x, target, z = batch
+    z = z + 0.03 * torch.randn_like(z) * torch.randint(0, 2, (len(z), 1, 1, 1, 1))
+    s = torch.cat([vae.temporal_vae.decode(part, world.CHUNK) for part in z.chunk(2, 2)], dim=2)
+    errors, changes = [], []
+    for first in [world.CHUNK - 2] + ([] if elsewhere is None else [elsewhere]):
+        truth, part = x[:, :, first : first + 4], s[:, :, first : first + 4] / LATENT_FACTOR
+        y = vae.spatial.decode(part.transpose(1, 2).flatten(0, 1))
+        y = y.unflatten(0, (len(z), -1)).transpose(1, 2)
+        errors.append(_error(y, truth))
+        changes.append((y.diff(dim=2) - truth.diff(dim=2)).abs().mean((0, 1, 3, 4)))
+    meeting = changes[0][1]
+    near = F.mse_loss(s, target) / target.var()
+    steady = F.mse_loss(s.diff(dim=2), target.diff(dim=2)) / target.var()
+    change = torch.cat(changes).mean() + meeting
+    loss = torch.stack(errors).mean() + 2.0 * change + 0.1 * near + steady
+    levels = {"meeting": 127.5 * meeting, "change": 127.5 * changes[-1].mean()}
+    levels |= {"error": errors[-1], "near": near, "steady": steady}
+    return loss, {name: value.item() for name, value in levels.items()}
+
+
+def _image_error(
+    vae: VideoVAE, rng: np.random.Generator, choices: list[world.Attributes]
+) -> Tensor:
+    """Reconstruction error of single frames."""
+    images = to_unit(np.concatenate([random_frame(rng, choices) for _ in range(12)]))
+    with torch.no_grad():
+        z, _ = vae.temporal_vae.moments(spatial_latents(vae, images[:, :, None]))
+    return _error(
+        vae.spatial.decode(vae.temporal_vae.decode(z, 1)[:, :, 0] / LATENT_FACTOR), images
+    )
+
+
+@torch.no_grad()
+def _encoded_pair(
+    vae: VideoVAE, rng: np.random.Generator, choices: list[world.Attributes]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Two chunks of a swing: pixels [3, 34, H, W], spatial latents, latents; half of them still."""
+    picked = choices
+    if rng.random() < 0.5:
+        picked = [a for a in choices if a.motion == "still"]
+    attributes, chunks = picked[rng.integers(len(picked))], int(rng.integers(1, 4))
+    first = int(rng.integers(2 * chunks)) * world.CHUNK
+    times = world.swing(chunks * world.CHUNK, first, 2 * world.CHUNK)
+    path = world.random_path(attributes.motion, rng)
+    x = to_unit(world.render(attributes, path, times)).transpose(0, 1)
+    target = spatial_latents(vae, x[None])
+    z = torch.cat([vae.temporal_vae.moments(part)[0] for part in target.chunk(2, 2)], dim=2)
+    return x, target[0], z[0]
+
+
+def spatial_latents(vae: VideoVAE, x: Tensor) -> Tensor:
     """Spatial mean latents [B, 4, F, h, w] of [B, 3, F, H, W], with the pipeline's factor."""
     images = x.transpose(1, 2).flatten(0, 1).contiguous(memory_format=torch.channels_last)
     mean, _ = vae.spatial.moments(images)

@@ -1,7 +1,8 @@
 """The shapes world: what exists in it, how it is captioned and how it is drawn (numpy only).
 
 A video shows one coloured shape on a plain background: it moves left, right, up or down, stays
-still, grows or shrinks.  Frames are [F, 64, 64, 3] uint8, coordinates are pixels (x right, y down).
+still, grows or shrinks; in a video longer than its motion it swings back and forth.  Frames are
+[F, 64, 64, 3] uint8, coordinates are pixels (x right, y down).
 """
 
 from __future__ import annotations
@@ -180,6 +181,15 @@ def render(attributes: Attributes, path: Path, times: np.ndarray) -> np.ndarray:
     colour = np.array(COLOURS[attributes.colour], np.float32)
     ground = np.array(BACKGROUNDS[attributes.background], np.float32)
     return np.rint(ground + (colour - ground) * inside[..., None]).astype(np.uint8)
+
+
+def swing(frames: int, first: int, count: int) -> np.ndarray:
+    """Times of `count` frames from frame `first` on, of a motion that takes `frames` of them.
+
+    It goes there and back without end; either end shows for two frames, so that chunks never turn.
+    """
+    index = np.arange(first, first + count) % (2 * frames)
+    return np.minimum(index, 2 * frames - 1 - index) / max(1, frames - 1)
 
 
 def _distance(shape: str, dx: np.ndarray, dy: np.ndarray, size: np.ndarray) -> np.ndarray:
