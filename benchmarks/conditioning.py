@@ -52,13 +52,15 @@ class Kept:
 class Joins:
     """Median over videos of the change at joins, and at the chunks' meeting inside a clip.
 
-    Both over the median change from frame to frame elsewhere in the video.
+    Both over the median change from frame to frame elsewhere in the video, which is `usual`, in
+    grey levels of 255.
     """
 
     videos: str
     cases: int
     joins: float
     chunks: float
+    usual: float
 
 
 def spread(count: int) -> list[world.Attributes]:
@@ -100,13 +102,13 @@ def measure(pipe: Pipeline, task: str, frames: int, count: int, rows: list[Image
     return Kept(task, frames, count, kept=float(np.mean(kept)), **shares)
 
 
-def join_ratios(frames: np.ndarray, clips: Clips) -> tuple[float, float]:
-    """Largest change at a join, and that between the first clip's chunks, over the usual one."""
+def join_ratios(frames: np.ndarray, clips: Clips) -> tuple[float, float, float]:
+    """Largest change at a join and that between the first clip's chunks, over the usual; that."""
     changes = np.abs(np.diff(frames.astype(float), axis=0)).mean(axis=(1, 2, 3))
     step = clips.num_frames - clips.shared
     joins = [clips.num_frames - 1 + i * step for i in range(clips.count - 1)]
     usual = float(np.median(np.delete(changes, joins)))
-    return float(changes[joins].max()) / usual, float(changes[world.CHUNK - 1]) / usual
+    return float(changes[joins].max()) / usual, float(changes[world.CHUNK - 1]) / usual, usual
 
 
 def measure_joins(pipe: Pipeline, still: bool, count: int, rows: list[Image.Image]) -> Joins:
@@ -121,8 +123,8 @@ def measure_joins(pipe: Pipeline, still: bool, count: int, rows: list[Image.Imag
         if case % 3 == 0:
             rows.append(draw_row(f"loop {LOOPS.count}: {prompt}", made))
         print(f"loop: {case + 1} of {count}, {ratios[-1][0]:.2f}", flush=True)
-    joins, chunks = (statistics.median(values) for values in zip(*ratios, strict=True))
-    return Joins("still" if still else "moving", count, joins, chunks)
+    medians = [statistics.median(values) for values in zip(*ratios, strict=True)]
+    return Joins("still" if still else "moving", count, *medians)
 
 
 def show(kept: list[Kept], joins: list[Joins]) -> str:
@@ -139,8 +141,11 @@ def show(kept: list[Kept], joins: list[Joins]) -> str:
         ],
     )
     second = markdown(
-        ["long videos", "at joins", "between chunks"],
-        [[row.videos, f"{row.joins:.1f}×", f"{row.chunks:.1f}×"] for row in joins],
+        ["long videos", "at joins", "between chunks", "usual change"],
+        [
+            [row.videos, f"{row.joins:.1f}×", f"{row.chunks:.1f}×", f"{row.usual:.2f} of 255"]
+            for row in joins
+        ],
     )
     return f"{first}\n\n{second}"
 
