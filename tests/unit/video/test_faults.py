@@ -17,7 +17,7 @@ import pytest
 
 from mlx_sora import Pipeline, UsageError
 from mlx_sora.errors import MlxSoraError
-from mlx_sora.runtime.events import Event, Finished, StageStarted
+from mlx_sora.runtime.events import Event, Finished, StageStarted, StepFinished
 from mlx_sora.video.claim import claimed, lock_path
 from mlx_sora.video.publish import published, writing
 from mlx_sora.video.writer import open_writer, save_frames, write_sidecar
@@ -161,6 +161,24 @@ def test_an_output_folder_that_goes_while_denoising_is_named(
     with pytest.raises(MlxSoraError, match=r"Cannot write .*folder is gone"):
         list(events)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_leaves_the_checkpoint_to_go_on_from(
+    pipe: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*arguments: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    output = tmp_path / "a.webp"
+    with monkeypatch.context() as patch:
+        patch.setattr("mlx_sora.video.writer.publish", refuse)
+        with pytest.raises(MlxSoraError, match="Make room"):
+            list(stream(pipe, output, checkpoint_every=1))
+    (kept,) = tmp_path.iterdir()
+    assert kept.name.endswith(".checkpoint.safetensors")
+    events = list(stream(pipe, output, checkpoint_every=1))
+    assert not [event for event in events if isinstance(event, StepFinished)]
+    assert list(tmp_path.iterdir()) == [output]
 
 
 # One run per output.
