@@ -1,4 +1,4 @@
-"""Events while a video is made, with decoded previews: python examples/watch_progress.py"""
+"""Events while a video is made, with previews: python examples/watch_progress.py"""
 
 from PIL import Image
 

@@ -58,4 +58,10 @@ def checkpoint_every() -> Any:
 
 def preview_every() -> Any:
     """How often x0 is shown."""
-    return _option(None, as_int, "", "yield a decoded preview of x0 every N steps")
+    return _option(
+        None,
+        as_int,
+        "--preview-every",
+        "after every N steps, write what is foreseen to OUTPUT.preview.gif (.png of an image)",
+        metavar="N",
+    )

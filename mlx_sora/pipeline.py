@@ -27,6 +27,7 @@ from mlx_sora.loading.quantizing import quantized_while_loading
 from mlx_sora.loading.sizes import model_sizes
 from mlx_sora.models.ops import on_gpu
 from mlx_sora.presets import filled
+from mlx_sora.previewing import Previews
 from mlx_sora.request import GenerationRequest, label
 from mlx_sora.resuming import attach, resumed_request, with_seed
 from mlx_sora.run import Run
@@ -225,6 +226,7 @@ class Pipeline(Stages):
         plan = self._plan(request, settings, dtype, work)
         run = Run(request, settings, dtype, output, accelerations, tokenizer, plan, warnings)
         run.ranks, run.division, run.work = ranks, division, work
+        run.previews = Previews.of(request, self.model, settings, output)
         run.more |= quantization_record(quantized_while_loading(self.model, request.quantize))
         return run
 

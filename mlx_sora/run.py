@@ -15,6 +15,7 @@ from mlx_sora.accel.cidl import BlockStream
 from mlx_sora.accel.distributed import Mesh
 from mlx_sora.checkpointing import Snapshot
 from mlx_sora.models.context import Layout, Whole
+from mlx_sora.previewing import Previews
 from mlx_sora.request import GenerationRequest
 from mlx_sora.resuming import Checkpoints
 from mlx_sora.runtime.events import Event, Noted, StageFinished, Warned
@@ -43,7 +44,7 @@ class Run:
     stage. seconds, memory: per stage, wall seconds and peak of the resident set in bytes, over all
     clips. clips: what accelerations did in the clips whose steps are made.
     more: what else the metadata tell, for a task of its own. notes: what to tell the user at the
-    start. checkpoints: what of the run is kept on disk meanwhile.
+    start. checkpoints: what of the run is kept on disk meanwhile. previews: what is shown of it.
     """
 
     request: GenerationRequest
@@ -64,6 +65,7 @@ class Run:
     clips: list[Mapping[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     checkpoints: Checkpoints = field(default_factory=Checkpoints)
+    previews: Previews | None = None
 
     @property
     def health(self) -> Health:

@@ -31,7 +31,6 @@ from mlx_sora.run import Run
 from mlx_sora.runtime.events import (
     Event,
     Noted,
-    PreviewReady,
     StageProgress,
     StageStarted,
     StepFinished,
@@ -47,7 +46,7 @@ from mlx_sora.sampling.guidance import Network, Part, guided
 from mlx_sora.sampling.loop import Progress, StepResult, denoise
 from mlx_sora.sampling.noise import Noise
 from mlx_sora.text.encoder import TextEncoder
-from mlx_sora.video.frames import FrameWriter, KeptFrames, frames_of, to_uint8
+from mlx_sora.video.frames import FrameWriter, frames_of, to_uint8
 
 if TYPE_CHECKING:
     import numpy as np
@@ -246,22 +245,14 @@ class Stages:
         self, run: Run, done: StepResult, blocks: BlockStream[BlockPair] | None
     ) -> Generator[Event, None, None]:
         """What follows every step: accounts, and what is told."""
-        index, every = done.step.index, run.request.preview_every
+        index = done.step.index
         yield from run.step_made(done)
         merges = run.accelerations.merges
         if blocks is not None and merges(index) != merges(index + 1):
             blocks.reconsider()
         yield StepFinished(index, done.step.total, done.t, done.seconds, done.z)
-        if every and (index + 1) % every == 0 and run.ranks.first:
-            yield PreviewReady(index, self._preview(run, done.x0))
-
-    def _preview(self, run: Run, x0: mx.array) -> np.ndarray:
-        """The clip as foreseen in the middle of denoising: uint8 [F, H, W, 3]."""
-        vae, kept, settings = load_vae(self.model), KeptFrames(), run.settings
-        frames, tiles = settings.geometry.num_frames, settings.vae_tiles
-        for chunk in vae.decode_chunks(x0, frames, tiles=tiles):
-            kept.write(to_uint8(chunk))
-        return kept.frames
+        if run.previews is not None and run.ranks.first:
+            yield from run.previews.after(index, done.x0)
 
     def _decode_clip(
         self, run: Run, clip: int, latents: mx.array, writer: FrameWriter

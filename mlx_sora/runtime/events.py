@@ -50,10 +50,14 @@ class StepFinished:
 
 @dataclass(frozen=True)
 class PreviewReady:
-    """x0 estimated at `step`, decoded: uint8 [frames, height, width, 3]."""
+    """x0 as foreseen in `step`: uint8 [frames, height, width, 3]; path: where it was written.
+
+    Small, a picture per latent frame, where the model has a map for previews; else as decoded.
+    """
 
     step: int
     frames: np.ndarray
+    path: str | None = None
 
 
 @dataclass(frozen=True)

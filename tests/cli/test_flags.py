@@ -18,7 +18,7 @@ WORDS = (
     "--image a.png --image b.png -1 0.5 --video c.mp4 after 34 --negative-prompt n "
     "--loop 2 --condition-frames 34 --condition-edit 0.5 "
     "--step-cache every:2 --guidance-interval 100,900 --guidance-cache every:2 "
-    "--no-embed-metadata --metadata --no-health-check --checkpoint-every 3"
+    "--no-embed-metadata --metadata --no-health-check --checkpoint-every 3 --preview-every 2"
 )
 
 
@@ -63,6 +63,7 @@ def test_every_flag_reaches_its_field(folder: Path, pipeline: FakePipeline) -> N
         "metadata": True,
         "health_check": False,
         "checkpoint_every": 3,
+        "preview_every": 2,
     }
     assert pipeline.requests[0].to_dict() == expected
     assert pipeline.loaded == [("shapes", "float32")]
@@ -70,6 +71,6 @@ def test_every_flag_reaches_its_field(folder: Path, pipeline: FakePipeline) -> N
     assert main(words.split()) == 0
     sized = pipeline.requests[1]
     assert (sized.width, sized.height, sized.num_frames) == (64, 32, 1)
-    python_only = {"preview_every", "mask_strategy", "references"}
+    python_only = {"mask_strategy", "references"}
     covered = {*expected, *python_only, "sampler", "width", "height"}
     assert covered == set(options())

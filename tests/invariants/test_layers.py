@@ -26,7 +26,17 @@ LAYERS = (
     ("models", "runtime"),
     ("loading", "sampling", "text", "video"),
     ("accel",),
-    ("media", "given", "settings", "checkpointing", "resuming", "run", "lifetimes", "stages"),
+    (
+        "media",
+        "given",
+        "settings",
+        "checkpointing",
+        "resuming",
+        "previewing",
+        "run",
+        "lifetimes",
+        "stages",
+    ),
     ("pipeline", "parcel", "editing", "batch", "calibration"),
     ("cli", "__main__"),
 )

@@ -17,7 +17,6 @@ from mlx_sora.runtime.events import (
     STAGES,
     Event,
     Finished,
-    PreviewReady,
     StageFinished,
     StageProgress,
     StageStarted,
@@ -88,16 +87,6 @@ def test_events_come_in_order(pipe: Pipeline) -> None:
     assert isinstance(events[-1], Finished)
     decoded = [e for e in events if isinstance(e, StageProgress) and e.stage == "decode"]
     assert decoded[-1].done == decoded[-1].total
-
-
-def test_previews_show_what_is_coming(pipe: Pipeline) -> None:
-    events = events_of(pipe, seed=1, steps=4, preview_every=2)
-    previews = [e for e in events if isinstance(e, PreviewReady)]
-    finished = events[-1]
-    assert isinstance(finished, Finished)
-    assert [e.step for e in previews] == [1, 3]
-    # The last step goes to t = 0, so what it foresees is what comes out.
-    assert np.array_equal(previews[-1].frames, finished.video.frames)
 
 
 def test_each_network_is_gone_before_the_next_stage(pipe: Pipeline) -> None:
