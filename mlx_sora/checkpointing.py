@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -17,12 +16,12 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_sora.errors import MlxSoraError, UsageError, WeightsError
+from mlx_sora.errors import UsageError, WeightsError
 from mlx_sora.reading import parse_object
 from mlx_sora.runtime.versions import versions
 from mlx_sora.sampling.base import State
 from mlx_sora.video.output import CHECKPOINT
-from mlx_sora.video.publish import published
+from mlx_sora.video.publish import published, writing
 
 #: Number of the file's layout; a reader refuses larger ones.
 FORMAT = 1
@@ -71,16 +70,10 @@ class Snapshot:
         found = {f.name: getattr(self, f.name) for f in fields(self)}
         record = json.dumps(put_away(found, "run", arrays))
         metadata = {"format": str(FORMAT), "record": record, "sha256": _digest(record, arrays)}
-        try:
+        with writing(path):
             path.parent.mkdir(exist_ok=True)  # that of a sequence of pictures
             with published(path, overwrite=True) as file, file.partial.open("wb") as handle:
                 mx.save_safetensors(handle, arrays, metadata)
-                handle.flush()
-                os.fsync(handle.fileno())
-        except OSError as error:
-            raise MlxSoraError(
-                f"Cannot write {path}: {error.strerror or error}.", "Is the disk full?"
-            ) from error
 
     @classmethod
     def load(cls, path: Path) -> Snapshot:

@@ -32,6 +32,7 @@ from mlx_sora.runtime.memory import release
 from mlx_sora.runtime.ranks import Ranks
 from mlx_sora.sampling.base import State
 from mlx_sora.settings import Settings
+from mlx_sora.video.claim import is_claimed
 from mlx_sora.video.output import CHECKPOINT, checkpoint_path, output_path
 
 if TYPE_CHECKING:
@@ -322,7 +323,10 @@ def _note(source: Path, found: Snapshot, settings: Settings) -> str:
 
 
 def _seed_left_behind(request: GenerationRequest, template: str, index: int) -> int | None:
-    """Seed of the newest checkpoint that the same request, without a seed, has left."""
+    """Seed of the newest checkpoint that the same request, without a seed, has left.
+
+    What another process is at work on is its own: the same request then means another video.
+    """
     asked = _without_seed(_asked(filled(request)))
     folder = output_path(template, prompt=request.prompt, seed=0, num_frames=0, index=index).parent
     files = [file for file in folder.glob(f"*{CHECKPOINT}") if file.is_file()]
@@ -335,8 +339,9 @@ def _seed_left_behind(request: GenerationRequest, template: str, index: int) -> 
         except (MlxSoraError, ValueError, TypeError, LookupError):
             continue
         make = partial(output_path, template, prompt=request.prompt, seed=seed, index=index)
-        if file in [checkpoint_path(make(num_frames=frames)) for frames in (1, 2)]:
-            return seed
+        for output in (make(num_frames=frames) for frames in (1, 2)):
+            if file == checkpoint_path(output) and not is_claimed(output):
+                return seed
     return None
 
 

@@ -55,6 +55,22 @@ def claimed(output: Path | None) -> Iterator[None]:
                 place.parent.rmdir()
 
 
+def is_claimed(output: Path) -> bool:
+    """Whether a run is making `output` now."""
+    from filelock import FileLock, Timeout
+
+    place = lock_path(output)
+    if not place.exists():
+        return False
+    try:
+        with FileLock(place, timeout=0, thread_local=False, is_singleton=False):
+            return False
+    except Timeout:
+        return True
+    except OSError:
+        return False
+
+
 @contextmanager
 def claimed_by_first(output: Path | None, ranks: Ranks) -> Iterator[None]:
     """`claimed` by the rank that writes; what refuses it ends all of them."""

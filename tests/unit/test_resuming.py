@@ -224,6 +224,11 @@ def test_a_full_disk_costs_the_checkpoint_not_the_video(
     assert path.exists()
 
 
+def names(asked: GenerationRequest) -> dict[str, object]:
+    """What a template is filled with."""
+    return {"prompt_slug": "a-red-circle", "seed": asked.seed}
+
+
 class TestSeeds:
     """A seed that was drawn is that of the checkpoint, when the same request comes again."""
 
@@ -246,6 +251,17 @@ class TestSeeds:
         seen, path = finish(pipe.stream(drawn()))
         assert str(first.seed) in path.name
         assert "1 of 3 steps" in notes(seen)
+
+    def test_what_another_run_is_at_work_on_is_left_alone(
+        self, pipe: Pipeline, drawn: Callable[..., GenerationRequest]
+    ) -> None:
+        first = with_seed(drawn())
+        run = pipe.stream(first)
+        assert any(isinstance(e, StepFinished) and e.step == 1 for e in run)
+        assert checkpoint_path(Path(str(first.output).format(**names(first)) + ".mp4")).exists()
+        assert with_seed(drawn()).seed != first.seed
+        run.close()
+        assert with_seed(drawn()).seed == first.seed
 
     def test_damaged_and_foreign_files_are_passed_over(
         self, pipe: Pipeline, drawn: Callable[..., GenerationRequest], tmp_path: Path
