@@ -5,7 +5,8 @@ A step lasts as long as the largest share of its work plus what is exchanged, on
     seconds = work / ranks (more where shares are uneven) + sent / bandwidth + hops · latency
 
 `sent` are the bytes that each rank sends in a ring (`parallel.sent_bytes`); a gather among r ranks
-makes r - 1 hops, an exchange of two neighbours one. `mlx_sora bench link` measures what a cluster that is at hand reaches.
+makes r - 1 hops, an exchange of two neighbours one. `mlx_sora bench link` measures what a cluster
+that is at hand reaches.
 """
 
 from __future__ import annotations

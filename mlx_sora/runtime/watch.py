@@ -43,10 +43,13 @@ class Watch:
         self._inside += 1
         try:
             yield
-        except RankLostError:
+        except (RankLostError, GeneratorExit):
+            # Who stops listening to a run, mostly at its end, may do more with these ranks; one
+            # that does so alone will be found to hang.
             raise
         except MlxSoraError as error:
-            self._peers.fail(f"stopped: {error.message}", error.exit_code)
+            if not error.agreed:
+                self._peers.fail(f"stopped: {error.message}", error.exit_code)
             raise
         except Exception as error:
             failure = self._peers.wait(GRACE)

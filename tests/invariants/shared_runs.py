@@ -7,7 +7,9 @@ deviations, whether the accelerations did alike, and how far the first rank's fr
 from __future__ import annotations
 
 import json
+import shutil
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -19,9 +21,10 @@ import mlx_sora  # noqa: F401  (before mlx.core, so that the fast BLAS is in pla
 import numpy as np
 
 from mlx_sora import GenerationRequest, Pipeline, UsageError
-from mlx_sora.runtime.events import Finished, Noted, StageFinished, StepFinished
+from mlx_sora.runtime.events import Event, Finished, Noted, StepFinished
 from mlx_sora.text.tokenizer import Tokenizer
 from mlx_sora.video import Video
+from mlx_sora.video.output import checkpoint_path
 
 SMALL = {"prompt": "a red circle", "seed": 3, "steps": 4, "width": 32, "height": 32}
 SMALL |= {"num_frames": 17}
@@ -43,9 +46,6 @@ CASES: dict[str, dict[str, Any]] = {
     "clips": {"loop": 2, "num_frames": 34, "steps": 1},
 }
 
-#: Those whose frames are looked at, too.
-DECODED = ("two chunks and a half", "clips")
-
 
 @dataclass(frozen=True)
 class Made:
@@ -53,13 +53,12 @@ class Made:
 
     latents: list[np.ndarray]
     done: list[str]
-    video: Video | None = None
+    video: Video
 
     @classmethod
-    def of(cls, pipe: Pipeline, options: dict[str, Any], decoded: bool, steps: int = 99) -> Made:
-        """decoded: to the end; else at most `steps` steps of it."""
+    def of(cls, run: Iterator[Event]) -> Made:
+        """All of a run."""
         latents, done = [], []
-        run = pipe.stream(GenerationRequest.from_dict(SMALL | options))
         for event in run:
             if isinstance(event, StepFinished):
                 latents.append(np.array(event.latents))
@@ -67,10 +66,11 @@ class Made:
                 done.append(event.message)
             if isinstance(event, Finished):
                 return cls(latents, done, event.video)
-            over = isinstance(event, StageFinished) and event.stage == "denoise"
-            if not decoded and (over or len(latents) == steps):
-                run.close()
-        return cls(latents, done)
+        raise AssertionError("a run ends with Finished")
+
+
+def begin(pipe: Pipeline, resume: Path | None = None, **options: object) -> Iterator[Event]:
+    return pipe.stream(GenerationRequest.from_dict(SMALL | options), resume)
 
 
 def difference(a: np.ndarray, b: np.ndarray) -> float:
@@ -79,34 +79,34 @@ def difference(a: np.ndarray, b: np.ndarray) -> float:
 
 def compare(alone: Made, together: Made) -> dict[str, Any]:
     pairs = zip(alone.latents, together.latents, strict=True)
-    found: dict[str, Any] = {
+    one, other = alone.video.frames, together.video.frames
+    assert one is not None, "off leaves every rank to itself"
+    return {
         "difference": max(difference(a, b) for a, b in pairs),
         "done alike": alone.done == together.done,
+        "frames": None if other is None else int(np.abs(one.astype(int) - other).max()),
+        "parallel": together.video.metadata["parallel"],
     }
-    if alone.video is not None and together.video is not None:
-        one, other = alone.video.frames, together.video.frames
-        if one is not None and other is not None:
-            found["frames"] = int(np.abs(one.astype(int) - other).max())
-        found["parallel"] = together.video.metadata["parallel"]
-    return found
 
 
 def resumed(pipe: Pipeline, folder: Path, *, first_together: bool) -> dict[str, Any]:
     """A run that two ranks begin and one process ends, or the other way round."""
     options = {"steps": 4, "step_cache": "every:2,warmup=2,order=1", "sampler": "ab2"}
-    output = folder / f"{first_together}.mp4"
-    kept = options | {"checkpoint_every": 1, "output": str(output)}
-    whole = Made.of(pipe, options | {"parallel": "off"}, False)
-    left = Made([], [])
-    for together in (first_together, not first_together):
-        mode = {"parallel": "sequence" if together else "off"}
-        if together or pipe.ranks.first:
-            left = Made.of(pipe, kept | mode, False, 3 if together == first_together else 99)
-        pipe.ranks.of_first(None)  # the others wait
-    return {
-        "steps": len(left.latents),
-        "difference": difference(whole.latents[-1], left.latents[-1]) if left.latents else None,
-    }
+    whole = Made.of(begin(pipe, **options, parallel="off"))
+    modes = ("sequence", "off") if first_together else ("off", "sequence")
+    output, kept = folder / f"{first_together}.mp4", folder / f"{first_together}.kept"
+    options |= {"checkpoint_every": 1}
+    if pipe.ranks.first or first_together:
+        for event in begin(pipe, **options, output=str(output), parallel=modes[0]):
+            if isinstance(event, StepFinished) and event.step == 2 and pipe.ranks.first:
+                shutil.copy(checkpoint_path(output), kept)
+    pipe.ranks.of_first(None)  # the file is written
+    if not pipe.ranks.first and first_together:
+        return {}
+    frames = str(output.with_suffix("")) + "/"
+    made = Made.of(begin(pipe, kept, **options, output=frames, parallel=modes[1]))
+    last = difference(whole.latents[-1], made.latents[-1])
+    return {"steps": len(made.latents), "difference": last}
 
 
 def failing(pipe: Pipeline) -> dict[str, Any]:
@@ -130,10 +130,9 @@ def main(folder: Path) -> None:
     }
     found["failing"] = failing(pipe)
     for name, options in CASES.items():
-        decoded = name in DECODED
-        alone = Made.of(pipe, options | {"parallel": "off"}, decoded)
+        alone = Made.of(begin(pipe, **options, parallel="off"))
         for mode in ("sequence", *(["guidance"] if options.get("guidance") != 1 else [])):
-            together = Made.of(pipe, options | {"parallel": mode}, decoded)
+            together = Made.of(begin(pipe, **options, parallel=mode))
             found[f"{name}, {mode}"] = compare(alone, together)
     sys.stdout.write(json.dumps(found))
 
