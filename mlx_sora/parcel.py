@@ -31,8 +31,9 @@ class Parcel:
 
     @classmethod
     def of(cls, video: Video, folder: Path) -> Parcel:
-        """A video whose files are all that `folder` holds."""
-        files = {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
+        """A video whose files are all that `folder` shows; hidden ones are for the run itself."""
+        shown = [file for file in sorted(folder.iterdir()) if not file.name.startswith(".")]
+        files = {file.name: file.read_bytes() for file in shown}
         if video.frames is not None:
             files[""] = video.frames.tobytes()
         values = {name: getattr(video, name) for name in (*PLAIN, "metadata")}

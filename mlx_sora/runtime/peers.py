@@ -37,7 +37,7 @@ class Patience:
 
     beat: float = 1.0
     silence: float = 12.0
-    idle: float = 20.0
+    idle: float = 24.0
     connect: float = 20.0
 
 
@@ -55,21 +55,22 @@ class Failure:
 
 @dataclass
 class _Life:
-    """What is known of a rank. work: units its main thread has begun; busy: processor seconds.
-
-    heard, moved: when it was last heard of, and when work or busy last grew.
+    """What is known of a rank. work: units its main thread has begun; signs: that it has given of
+    other work; busy: processor seconds. heard, moved: when it was last heard of, and when any of
+    these last grew.
     """
 
     work: int = 0
+    signs: int = 0
     busy: float = 0.0
     heard: float = field(default_factory=time.monotonic)
     moved: float = field(default_factory=time.monotonic)
 
-    def told(self, work: int, busy: float) -> None:
-        """Take a sign of life. Processor time below a few milliseconds is housekeeping."""
+    def told(self, work: int, signs: int, busy: float) -> None:
+        """Take a sign of life. So little processor time in a while is housekeeping."""
         self.heard = time.monotonic()
-        if work > self.work or busy > self.busy + 0.003:
-            self.work, self.busy, self.moved = work, busy, self.heard
+        if work > self.work or signs > self.signs or busy > self.busy + 0.03:
+            self.work, self.signs, self.busy, self.moved = work, signs, busy, self.heard
 
 
 class Peers:
@@ -92,7 +93,7 @@ class Peers:
         self.failure: Failure | None = None
         self._patience = patience or Patience()
         self._on_failure = on_failure
-        self._work, self._own = 0, False
+        self._work, self._signs, self._own = 0, 0, False
         self._known, self._over = threading.Event(), threading.Event()
         self._lives = {other: _Life() for other in range(size)}
         self._links: dict[int, _Link] = _meet(rank, size, share, self._patience)
@@ -102,6 +103,10 @@ class Peers:
     def progress(self) -> None:
         """The main thread begins another unit of work that all ranks do, such as a collective."""
         self._work += 1
+
+    def sign(self) -> None:
+        """The main thread is at work of its own."""
+        self._signs += 1
 
     def fail(self, cause: str, exit_code: int = 1) -> None:
         """This rank ends the run, and tells the others why."""
@@ -121,7 +126,7 @@ class Peers:
             self._over.set()
             self._thread.join()
         for link in self._links.values():
-            link.send({"work": self._work, "busy": 0.0})
+            link.send({"work": self._work, "signs": self._signs, "busy": 0.0})
             link.send({"bye": True})
             link.part(self._patience.beat)
         for link in self._links.values():
@@ -166,14 +171,15 @@ class Peers:
             elif "bye" in message:
                 link.left = True
             else:
-                self._lives[rank].told(message["work"], message["busy"])
+                self._lives[rank].told(**message)
 
     def _tell(self) -> None:
         # What watching itself costs is no sign of work.
         busy = time.process_time() - time.thread_time()
-        self._lives[self.rank].told(self._work, busy)
+        now = {"work": self._work, "signs": self._signs, "busy": busy}
+        self._lives[self.rank].told(**now)  # type: ignore[arg-type]
         for link in self._links.values():
-            link.send({"work": self._work, "busy": busy})
+            link.send(now)
 
     def _judge(self) -> None:
         """Miss ranks that say nothing; on rank 0, also those that others wait for in vain."""

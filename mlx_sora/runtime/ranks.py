@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from functools import cache
 from typing import Any, TypeVar
 
@@ -159,8 +159,11 @@ class Ranks:
 
     def watching(self, events: Generator[Item, None, None]) -> Generator[Item, None, None]:
         """The same events, in a watched block."""
-        with self.watched():
-            yield from events
+        with self.watched(), closing(events):
+            for event in events:
+                if self._watch is not None:
+                    self._watch.sign()
+                yield event
 
     def agree(self, facts: Mapping[str, Any]) -> None:
         """Raise UsageError, on all ranks, where one knows something else than the first."""

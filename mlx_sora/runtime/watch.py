@@ -17,7 +17,7 @@ from mlx_sora.runtime.peers import Failure, Peers, Share
 
 #: Seconds that a broken collective waits for its reason, and that the main thread has to take
 #: notice of another's end before the process is ended.
-GRACE = 4.0
+GRACE = 3.0
 
 #: As for a program that was interrupted.
 INTERRUPTED = 130
@@ -36,6 +36,10 @@ class Watch:
         if self._peers.failure is not None:
             raise self._lost(self._peers.failure)
         self._peers.progress()
+
+    def sign(self) -> None:
+        """This rank is at work of its own."""
+        self._peers.sign()
 
     @contextmanager
     def block(self) -> Iterator[None]:

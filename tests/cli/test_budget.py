@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -24,15 +23,27 @@ def pipe() -> Pipeline:
     return Pipeline.from_pretrained("shapes")
 
 
+#: Runs its words and prints their peak: a child starts with its parent's, and this one's is small.
+MEASURE = """
+import os, subprocess, sys
+process = subprocess.Popen(sys.argv[1:], stdout=subprocess.DEVNULL)
+_, status, usage = os.wait4(process.pid, 0)
+print(usage.ru_maxrss)
+sys.exit(os.waitstatus_to_exitcode(status))
+"""
+
+
 def peak_of(words: list[str], folder: Path) -> int:
     """Bytes of the largest resident set of one command, which must succeed."""
-    process = subprocess.Popen(words, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    assert process.stderr is not None
-    errors = process.stderr.read().decode()
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    assert process.returncode == 0, errors
-    return usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    found = subprocess.run(
+        [sys.executable, "-c", MEASURE, *words],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert found.returncode == 0, found.stderr
+    return int(found.stdout) * (1 if sys.platform == "darwin" else 1024)
 
 
 def smallest(pipe: Pipeline, **options: object) -> int:

@@ -11,7 +11,7 @@ from mlx.utils import tree_map
 
 from mlx_sora.geometry import Size
 from mlx_sora.models import ops
-from mlx_sora.models.context import Context
+from mlx_sora.models.context import Context, Whole
 from mlx_sora.models.stdit3 import STDiT3, STDiT3Config
 from mlx_sora.models.t5 import T5Config, T5Encoder
 from mlx_sora.models.vae import VAEConfig, VideoVAE
@@ -91,7 +91,9 @@ def test_transformer(mode: Mode, batch: int, frames: int) -> None:
     grid = Grid.of(config, latent, batch, 20)
     assert grid.size == batch * frames * 256
     before = mx.get_active_memory()
-    measured = peak(lambda: network._blocks(x, modulation, conditions, Context())) + x.nbytes
+    measured = (
+        peak(lambda: network._blocks(x, modulation, conditions, Context(), Whole())) + x.nbytes
+    )
     # The constant for pieces weighs more here than at full size.
     assert close(transformer_work(config, grid, mode), measured, 3)
     left = mx.get_active_memory() - before
