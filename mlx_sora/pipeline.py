@@ -56,7 +56,7 @@ log = logging.getLogger(__name__)
 
 
 class Pipeline(Stages):
-    """Text to video with one model. Holds no weights between runs; safe to keep and to reuse."""
+    """Text to video with one model, a run at a time (`runtime/turn.py`); no weights in between."""
 
     def __init__(self, model: ModelFolder, dtype: str = "auto") -> None:
         self.model = model

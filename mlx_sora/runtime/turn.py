@@ -3,6 +3,9 @@
 MLX's limits of memory and cache, and the peaks that budgets are decided by, belong to the process;
 and compiled functions that several threads call have been seen to abort it at exit (MLX 0.32). So
 the second of two runs is refused by name, which a caller can wait upon, rather than made on luck.
+A thread besides the main one that has made videos should end with `mx.clear_streams()`: without it
+MLX 0.32 aborts the process at exit, when all is done. It cannot be done here, as a thread that has
+cleared its streams has none to work on any more.
 """
 
 from __future__ import annotations
