@@ -99,7 +99,7 @@ def fuzz(args: argparse.Namespace) -> None:
             kinds.add(verdict.kind)
             keep(args.findings / args.target, verdict.kind, data)
             detail = " ".join(verdict.detail.split())
-            print(f"FINDING {verdict.kind}: {detail}", file=sys.stderr, flush=True)
+            print(f"\nFINDING {verdict.kind}: {detail}", file=sys.stderr, flush=True)
 
     def mutate(data: bytes, limit: int, seed: int) -> bytes:
         # One in four by libFuzzer itself, which puts in what it saw our code compare with.
