@@ -39,6 +39,9 @@ _HOLDERS = (
     b"traf",
     b"mvex",
     b"edts",
+    b"dinf",
+    b"tref",
+    b"wave",
     b"udta",
 )
 
