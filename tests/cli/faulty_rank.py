@@ -22,7 +22,7 @@ from mlx_sora.runtime.versions import versions
 from mlx_sora.stages import Stages
 
 #: So that a test does not wait as long as a user would.
-peers.Patience = functools.partial(peers.Patience, 0.2, 3.0, 4.0)  # type: ignore[misc]
+peers.Patience = functools.partial(peers.Patience, 0.2, 8.0, 9.0)  # type: ignore[misc]
 
 
 def fault(kind: str) -> None:
