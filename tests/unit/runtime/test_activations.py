@@ -58,7 +58,7 @@ def peak(work: Callable[[], mx.array]) -> int:
 
     How far MLX's scheduler runs ahead depends on the machine's load.
     """
-    return min(_peak_once(work) for _ in range(3))
+    return min(_peak_once(work) for _ in range(8))
 
 
 def _peak_once(work: Callable[[], mx.array]) -> int:
