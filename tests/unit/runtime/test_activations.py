@@ -54,7 +54,7 @@ def filled(network: nn.Module) -> nn.Module:
 
 
 def peak(work: Callable[[], mx.array]) -> int:
-    """MLX's peak during `work`, above what was there before: the least of three runs.
+    """MLX's peak during `work`, above what was there before: the least of eight runs.
 
     How far MLX's scheduler runs ahead depends on the machine's load.
     """
