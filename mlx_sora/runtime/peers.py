@@ -25,6 +25,9 @@ from mlx_sora.errors import MlxSoraError
 #: What to do when machines do not find each other.
 NETWORK = "Let them reach each other on any port, or run on one of them."
 
+#: Share of a processor that a rank may use and yet do nothing; sampling memory takes a tenth of it.
+HOUSEKEEPING = 0.02
+
 #: Gives every rank the same number of bytes of every rank, in order.
 Share = Callable[[bytes], Sequence[bytes]]
 
@@ -67,9 +70,10 @@ class _Life:
     moved: float = field(default_factory=time.monotonic)
 
     def told(self, work: int, signs: int, busy: float) -> None:
-        """Take a sign of life. So little processor time in a while is housekeeping."""
+        """Take a sign of life. A small share of a processor is housekeeping, however long."""
         self.heard = time.monotonic()
-        if work > self.work or signs > self.signs or busy > self.busy + 0.03:
+        idle = self.busy + 0.03 + HOUSEKEEPING * (self.heard - self.moved)
+        if work > self.work or signs > self.signs or busy > idle:
             self.work, self.signs, self.busy, self.moved = work, signs, busy, self.heard
 
 
