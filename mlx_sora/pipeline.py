@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Generator, Sequence
-from contextlib import ExitStack
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -302,32 +302,31 @@ class Pipeline(Stages):
                     given.keep(clip, latents)
                 assert latents is not None, "without steps to make all clips are finished"
                 if writer is None:
-                    writer = self._writer(run)
-                    opened.enter_context(writer)
+                    writer = opened.enter_context(self._written(run))
                 yield from self._decode_clip(run, clip, latents, writer)
                 del latents
-            assert writer is not None, "there is a first clip"
-            self._sign(run, writer)
-            with run.ranks.together():
-                opened.close()
+        assert writer is not None, "there is a first clip"
         video = self._finished(run, writer)
         run.checkpoints.remove()
         yield Finished(video)
 
     def _decode(self, run: Run, latents: mx.array) -> Generator[Event, None, Video]:
         """The latents of a run's only clip to the finished video."""
+        with self._written(run) as writer:
+            yield from self._decode_clip(run, 0, latents, writer)
+        return self._finished(run, writer)
+
+    @contextmanager
+    def _written(self, run: Run) -> Iterator[FrameWriter]:
+        """What takes a run's frames; signed and closed, by all ranks, as the block ends well."""
         with ExitStack() as opened:
             writer = self._writer(run)
             opened.enter_context(writer)
-            yield from self._decode_clip(run, 0, latents, writer)
-            self._sign(run, writer)
+            yield writer
+            if run.request.embed_metadata:
+                writer.metadata = run.record()
             with run.ranks.together():
                 opened.close()
-        return self._finished(run, writer)
-
-    def _sign(self, run: Run, writer: FrameWriter) -> None:
-        if run.request.embed_metadata:
-            writer.metadata = run.record()
 
     def _finished(self, run: Run, writer: FrameWriter) -> Video:
         """The video, once its writer has closed; also writes the sidecar that was asked for."""
