@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -36,20 +37,12 @@ def frames_of(ranks: Ranks, own: np.ndarray | None, size: Size) -> Iterator[np.n
             yield np.frombuffer(data, np.uint8).reshape(-1, size.height, size.width, 3)
 
 
-class CountedFrames:
-    """Stands in for a `VideoWriter` on ranks that write nothing."""
+class _NoFile(AbstractContextManager["_NoFile"]):
+    """Stands in for a `VideoWriter` where there is no file to put in place."""
 
     def __init__(self) -> None:
         self.metadata: dict[str, Any] | None = None
         self.path = None
-        self.num_frames = 0
-
-    def write(self, frames: np.ndarray) -> None:
-        """Count uint8 frames [n, H, W, 3]."""
-        self.num_frames += len(frames)
-
-    def __enter__(self) -> CountedFrames:
-        return self
 
     def __exit__(
         self,
@@ -60,12 +53,23 @@ class CountedFrames:
         """Nothing to put in place."""
 
 
-class KeptFrames:
-    """Stands in for a `VideoWriter` when there is no output: the frames stay in memory."""
+class CountedFrames(_NoFile):
+    """For ranks that write nothing."""
 
     def __init__(self) -> None:
-        self.metadata: dict[str, Any] | None = None
-        self.path = None
+        super().__init__()
+        self.num_frames = 0
+
+    def write(self, frames: np.ndarray) -> None:
+        """Count uint8 frames [n, H, W, 3]."""
+        self.num_frames += len(frames)
+
+
+class KeptFrames(_NoFile):
+    """For runs without an output: the frames stay in memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
         self._parts: list[np.ndarray] = []
 
     @property
@@ -82,17 +86,6 @@ class KeptFrames:
     def write(self, frames: np.ndarray) -> None:
         """Append uint8 frames [n, H, W, 3]."""
         self._parts.append(frames)
-
-    def __enter__(self) -> KeptFrames:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Nothing to put in place."""
 
 
 #: Whatever takes the frames of a run.
