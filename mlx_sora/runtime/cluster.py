@@ -4,15 +4,13 @@ A step lasts as long as the largest share of its work plus what is exchanged, on
 
     seconds = work / ranks (more where shares are uneven) + sent / bandwidth + hops · latency
 
-`sent` are the bytes that each rank sends in a ring (`parallel.sent_bytes`); a gather among r ranks
-makes r - 1 hops, an exchange of two neighbours one. `mlx_sora bench link` measures what a cluster
-that is at hand reaches.
+`sent` and `hops` are what each rank sends in a ring, and how often it does (`parallel.sent_bytes`,
+`parallel.hops`). `mlx_sora bench link` measures what a cluster that is at hand reaches.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mlx_sora.errors import UsageError
@@ -20,7 +18,7 @@ from mlx_sora.runtime import flops
 from mlx_sora.runtime.activations import Mode, transformer_work
 from mlx_sora.runtime.estimate import ASSUMED, DEVICES
 from mlx_sora.runtime.flops import Grid
-from mlx_sora.runtime.parallel import Division, cut, sent_bytes
+from mlx_sora.runtime.parallel import Division, choose, cut, hops, sent_bytes
 from mlx_sora.runtime.plan import Job, Model
 
 
@@ -119,22 +117,13 @@ def read_link(text: str) -> Link:
 GPU = Mode(gpu=True, throttled=False, itemsize=2)
 
 
-def divisions(ranks: int, *, guided: bool) -> Sequence[Division]:
-    """The ways in which `ranks` can share one evaluation; groups as a backend without any does."""
-    found = [Division(ranks)]
-    if guided and ranks % 2 == 0:
-        found.append(Division(ranks, 2))
-    return found
-
-
 def foretell(model: Model, job: Job, chip: Chip, link: Link, ranks: int) -> list[Forecast]:
     """A plain evaluation of `job` divided among `ranks`, in every way, the fastest first.
 
     Embedders and the final layer, below 1 %, are taken as divided too; all blocks as resident.
     """
-    if ranks == 1:
-        return [_forecast(model, job, chip, link, Division(1))]
-    ways = divisions(ranks, guided=job.guided)
+    asked = ("sequence", "auto") if ranks > 1 else ("auto",)
+    ways = dict.fromkeys(choose(each, ranks, guided=job.guided) for each in asked)
     found = [_forecast(model, job, chip, link, way) for way in ways]
     return sorted(found, key=lambda forecast: forecast.seconds)
 
@@ -148,12 +137,8 @@ def _forecast(model: Model, job: Job, chip: Chip, link: Link, division: Division
         largest * flops.transformer_flops(config, grid) / chip.flops,
         (model.transformer_weights.total + largest * moved) / chip.bandwidth,
     )
-    if division.ranks == 1:
-        return Forecast(division, computing, 0.0, 0)
-    between = 2 * config.depth - 1 if division.parts > 1 else 0
-    hops = between * (1 if division.paired else division.hearing - 1) + division.ranks - 1
-    sent = sent_bytes(config, grid, division)
-    return Forecast(division, computing, sent / link.bandwidth + hops * link.latency, sent)
+    sent, waits = sent_bytes(config, grid, division), hops(config, grid, division)
+    return Forecast(division, computing, sent / link.bandwidth + waits * link.latency, sent)
 
 
 def _largest_share(grid: Grid, division: Division) -> float:

@@ -138,3 +138,14 @@ def sent_bytes(
     patch = math.prod(config.patch_size) * config.out_channels * itemsize
     out = rows * grid.frames * places * (channels * STREAM if watched else patch)
     return between + out * (division.ranks - 1)
+
+
+def hops(config: STDiT3Config, grid: Grid, division: Division) -> int:
+    """How often a rank sends in such an evaluation, one after the other.
+
+    A gather among r ranks takes r - 1 of them, an exchange of two neighbours one.
+    """
+    division = division.of(grid.batch)
+    exchange = 1 if division.paired else division.hearing - 1
+    exchanges = 2 * config.depth - 1 if division.parts > 1 else 0
+    return exchanges * exchange + division.ranks - 1

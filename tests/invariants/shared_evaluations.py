@@ -1,15 +1,17 @@
 """Run on every rank: evaluations made together, against the same ones made alone.
 
-Writes a JSON object: case to the largest difference, in standard deviations, and the bytes that
-were sent and foretold.
+Writes a JSON object: case to the largest difference, in standard deviations, and to the bytes and
+hops that were sent and foretold.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from unittest.mock import patch
 
 import mlx_sora  # noqa: F401  (before mlx.core, so that the fast BLAS is in place)
 
@@ -21,7 +23,7 @@ from mlx_sora.accel.tdtm import PairedFrames
 from mlx_sora.models.context import AllTokens, Context
 from mlx_sora.models.stdit3 import BlockPair, STDiT3
 from mlx_sora.runtime.flops import Grid
-from mlx_sora.runtime.parallel import sent_bytes
+from mlx_sora.runtime.parallel import hops, sent_bytes
 from mlx_sora.runtime.ranks import Ranks, join
 from tests.unit.accel.nets import STDIT, random_weights
 
@@ -93,12 +95,31 @@ def outcomes(network: STDiT3, case: Case, context: Context[BlockPair]) -> list[m
     return found
 
 
+@contextmanager
+def counted_hops() -> Iterator[list[int]]:
+    """Those of every exchange of this rank in the block, as they come."""
+    found: list[int] = []
+
+    def gather(ranks: Ranks, x: mx.array) -> mx.array:
+        found.append(ranks.size - 1)
+        return gather_of(ranks, x)
+
+    def swap(ranks: Ranks, x: mx.array, shape: Sequence[int]) -> mx.array:
+        found.append(1)
+        return swap_of(ranks, x, shape)
+
+    gather_of, swap_of = Ranks.gather, Ranks.swap
+    with patch.object(Ranks, "gather", gather), patch.object(Ranks, "swap", swap):
+        yield found
+
+
 def compare(network: STDiT3, case: Case, ranks: Ranks) -> dict[str, float]:
     tokens = PairedFrames() if case.merged else AllTokens()
     alone = outcomes(network, case, Context(tokens=tokens))
     mesh = Mesh(ranks, case.halves)
     before = ranks.sent
-    together = outcomes(network, case, Context(tokens=tokens, layout=mesh))
+    with counted_hops() as hopped:
+        together = outcomes(network, case, Context(tokens=tokens, layout=mesh))
     grid = Grid.of(network.config, case.grid, case.batch, 8)
     how = {"stride": tokens.stride, "watched": case.watched}
     foretold = sent_bytes(network.config, grid, mesh.division, **how)  # type: ignore[arg-type]
@@ -109,6 +130,8 @@ def compare(network: STDiT3, case: Case, ranks: Ranks) -> dict[str, float]:
         "difference": max(map(float, differences)),  # type: ignore[arg-type]
         "sent": ranks.sent - before,
         "foretold": 2 * foretold,
+        "hops": sum(hopped),
+        "foretold hops": 2 * hops(network.config, grid, mesh.division),
     }
 
 

@@ -23,6 +23,7 @@ def test_together_as_alone(ranks: int) -> None:
     for name, case in found[0].items():
         assert max(each[name]["difference"] for each in found) < TOLERANCE, name
         assert max(each[name]["sent"] for each in found) == case["foretold"], name
+        assert [each[name]["hops"] for each in found] == [case["foretold hops"]] * ranks, name
 
 
 @pytest.fixture(scope="module")
