@@ -5,6 +5,9 @@ Each class carries the exit code of the command line (1 run, 2 usage, 3 memory, 
 
 from __future__ import annotations
 
+#: Exit code of a program that was interrupted.
+INTERRUPTED = 130
+
 #: Characters of a message: what it quotes may be of any length.
 MAX_MESSAGE = 1000
 
@@ -32,6 +35,9 @@ class MlxSoraError(Exception):
 
     #: Of several ranks, all have raised it.
     agreed = False
+
+    #: The rank that reports it: the first of those that are left.
+    speaker = 0
 
     def __init__(self, message: str, fix: str = "") -> None:
         super().__init__(message)
@@ -70,3 +76,4 @@ class RankLostError(MlxSoraError):
     def __init__(self, message: str, fix: str, rank: int, exit_code: int = 1) -> None:
         super().__init__(message, fix)
         self.rank, self.exit_code = rank, exit_code
+        self.speaker = 1 if rank == 0 else 0

@@ -17,12 +17,10 @@ from types import FrameType
 from mlx_sora import __version__
 from mlx_sora.cli import bench, calibrate, convert, doctor, download, edit, generate, info
 from mlx_sora.cli.flags import Parser, parse_args
-from mlx_sora.errors import MAX_MESSAGE, MlxSoraError, RankLostError, UsageError, printable
+from mlx_sora.errors import INTERRUPTED, MAX_MESSAGE, MlxSoraError, UsageError, printable
 from mlx_sora.runtime.launcher import launched, launched_rank
 
 COMMANDS = (generate, edit, download, convert, doctor, info, bench, calibrate)
-
-INTERRUPTED = 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -41,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except MlxSoraError as error:
         if debug:
             traceback.print_exc()
-        _report(str(error), error.exit_code, words, speaker(error))
+        _report(str(error), error.exit_code, words, error.speaker)
         return error.exit_code
     except KeyboardInterrupt:
         _report("interrupted.", INTERRUPTED, words)
@@ -117,11 +115,6 @@ class _Plain(logging.Formatter):
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         return printable(super().formatMessage(record))
-
-
-def speaker(error: MlxSoraError) -> int:
-    """The rank that reports an error: the first of those that are left."""
-    return 1 if isinstance(error, RankLostError) and error.rank == 0 else 0
 
 
 def _report(message: str, code: int, words: Sequence[str], rank: int = 0) -> None:

@@ -12,15 +12,12 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from mlx_sora.errors import MlxSoraError, RankLostError
+from mlx_sora.errors import INTERRUPTED, MlxSoraError, RankLostError
 from mlx_sora.runtime.peers import Failure, Peers, Share
 
 #: Seconds that a broken collective waits for its reason, and that the main thread has to take
 #: notice of another's end before the process is ended.
 GRACE = 3.0
-
-#: As for a program that was interrupted.
-INTERRUPTED = 130
 
 
 class Watch:
@@ -69,17 +66,20 @@ class Watch:
 
     def _lost(self, failure: Failure) -> RankLostError:
         self._noticed.set()
-        return RankLostError(*_line(failure), rank=failure.rank, exit_code=failure.exit_code)
+        return _error(failure)
 
     def _give_up(self, failure: Failure) -> None:
         """End the process, unless its main thread ends by itself or has no part in this."""
         if self._noticed.wait(GRACE) or not self._inside:
             return
-        if self._peers.rank == (1 if failure.rank == 0 else 0):
-            os.write(2, f"\nerror: {' '.join(_line(failure))}\n".encode())
+        error = _error(failure)
+        if self._peers.rank == error.speaker:
+            os.write(2, f"\nerror: {error}\n".encode())
         os._exit(failure.exit_code)
 
 
-def _line(failure: Failure) -> tuple[str, str]:
+def _error(failure: Failure) -> RankLostError:
     fix = "Start all ranks again; with --checkpoint-every they go on from the last checkpoint."
-    return str(failure), "" if failure.exit_code == INTERRUPTED else fix
+    if failure.exit_code == INTERRUPTED:
+        fix = ""
+    return RankLostError(str(failure), fix, rank=failure.rank, exit_code=failure.exit_code)
