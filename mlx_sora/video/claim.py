@@ -7,11 +7,15 @@ import logging
 from collections.abc import Generator, Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mlx_sora.errors import UsageError
 from mlx_sora.runtime.events import Event, Finished
 from mlx_sora.runtime.ranks import Ranks
 from mlx_sora.runtime.turn import one_at_a_time
+
+if TYPE_CHECKING:
+    from filelock import FileLock
 
 logger = logging.getLogger(__name__)
 
@@ -27,11 +31,10 @@ def claimed(output: Path | None) -> Iterator[None]:
     if output is None:
         yield
         return
-    from filelock import FileLock, Timeout
+    from filelock import Timeout
 
-    place = lock_path(output)
+    place, lock = lock_path(output), _lock(output)
     made = not place.parent.exists()  # of a sequence; its writer would make it later
-    lock = FileLock(place, timeout=0, thread_local=False, is_singleton=False)
     held = False
     try:
         place.parent.mkdir(exist_ok=True)
@@ -57,13 +60,12 @@ def claimed(output: Path | None) -> Iterator[None]:
 
 def is_claimed(output: Path) -> bool:
     """Whether a run is making `output` now."""
-    from filelock import FileLock, Timeout
+    from filelock import Timeout
 
-    place = lock_path(output)
-    if not place.exists():
+    if not lock_path(output).exists():
         return False
     try:
-        with FileLock(place, timeout=0, thread_local=False, is_singleton=False):
+        with _lock(output):
             return False
     except Timeout:
         return True
@@ -96,6 +98,13 @@ def alone(
         else:
             return
     yield event
+
+
+def _lock(output: Path) -> FileLock:
+    """The claim to `output`, not yet held: acquiring it never waits; any thread may release it."""
+    from filelock import FileLock
+
+    return FileLock(lock_path(output), timeout=0, thread_local=False, is_singleton=False)
 
 
 def lock_path(output: Path) -> Path:
