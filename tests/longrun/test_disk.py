@@ -6,7 +6,6 @@ import os
 import random
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -27,7 +26,7 @@ from mlx_sora.video.claim import claimed
 from mlx_sora.video.output import existing_files
 from mlx_sora.video.writer import open_writer, save_frames, write_sidecar
 from tests.unit.accel.reading import loaders
-from tests.unit.video.test_faults import KINDS, NOISE, files_up_to
+from tests.unit.video.test_faults import KINDS, NOISE, files_up_to, killed_holder
 
 Fault = Callable[[str, str, int, int, str], None]
 
@@ -217,18 +216,9 @@ def stream_while(model: ModelFolder, chance: random.Random, act: Callable[[], No
 
 def test_holders_of_an_output_that_are_killed(tmp_path: Path, fault: Fault) -> None:
     output = tmp_path / "a.mp4"
-    hold = "import sys, time; from pathlib import Path; from mlx_sora.video.claim import claimed\n"
-    hold += "with claimed(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
     for _ in range(20):
-        with subprocess.Popen(
-            [sys.executable, "-c", hold, str(output)], stdout=subprocess.PIPE, text=True
-        ) as process:
-            assert process.stdout is not None
-            assert process.stdout.readline() == "held\n"
-            with pytest.raises(MlxSoraError, match="Another run"), claimed(output):
-                pass
-            process.kill()
-        with claimed(output), suppress(OSError):
+        killed_holder(output)
+        with claimed(output):
             output.touch()
     assert [file.name for file in tmp_path.iterdir()] == ["a.mp4"]
     fault("two runs on one output, the first is killed", "all", 20, 0, "refused, then free")

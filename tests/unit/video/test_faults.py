@@ -208,8 +208,8 @@ def test_a_run_that_ends_early_gives_its_output_back(pipe: Pipeline, tmp_path: P
         assert list(tmp_path.iterdir()) == []
 
 
-def test_other_processes_are_refused_until_the_first_is_killed(tmp_path: Path) -> None:
-    output = tmp_path / ("long" * 60 + ".mp4")
+def killed_holder(output: Path) -> None:
+    """Another process holds `output`, which is refused to this one, until it is killed."""
     hold = "import sys, time; from pathlib import Path; from mlx_sora.video.claim import claimed\n"
     hold += "with claimed(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
     with subprocess.Popen(
@@ -220,10 +220,14 @@ def test_other_processes_are_refused_until_the_first_is_killed(tmp_path: Path) -
         with pytest.raises(UsageError, match="Another run"), claimed(output):
             pass
         process.kill()
-        process.wait()
-        assert lock_path(output).exists()
-        with claimed(output):
-            pass
+
+
+def test_other_processes_are_refused_until_the_first_is_killed(tmp_path: Path) -> None:
+    output = tmp_path / ("long" * 60 + ".mp4")
+    killed_holder(output)
+    assert lock_path(output).exists()
+    with claimed(output):
+        pass
     assert list(tmp_path.iterdir()) == []
 
 
