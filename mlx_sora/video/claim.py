@@ -35,7 +35,7 @@ def claimed(output: Path | None) -> Iterator[None]:
 
     place, lock = lock_path(output), _lock(output)
     made = not place.parent.exists()  # of a sequence; its writer would make it later
-    held = False
+    new, held = not place.exists(), False
     try:
         place.parent.mkdir(exist_ok=True)
         lock.acquire()
@@ -46,6 +46,9 @@ def claimed(output: Path | None) -> Iterator[None]:
         ) from None
     except OSError as error:
         logger.debug("cannot lock %s", place, exc_info=error)
+        if new:
+            with suppress(OSError):
+                place.unlink()
     try:
         yield
     finally:

@@ -238,8 +238,10 @@ def test_where_nothing_can_be_locked_runs_go_on(
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr("fcntl.flock", refuse)
-    with claimed(tmp_path / "a.mp4"), claimed(None):
-        pass
+    output = tmp_path / "new" / "a.mp4"
+    with claimed(output), claimed(output), claimed(None):
+        assert list(tmp_path.glob("new/*")) == []
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("name", KINDS)
