@@ -86,4 +86,7 @@ def test_a_mistake_is_told_once(made: list[subprocess.CompletedProcess[str]], fo
 def test_a_command_for_one_process_says_so(folder: Path) -> None:
     told = launch(2, ["-m", "mlx_sora", "info"], cwd=folder)
     assert [each.returncode for each in told] == [2, 2]
-    assert lines(told[0].stderr)
+    assert lines(told[0].stderr) == [
+        "error: This command runs in one process, not in several: info. "
+        "Start it without mlx.launch."
+    ]

@@ -30,12 +30,15 @@ def commands() -> list[str]:
     return [s for s in steps if not s.startswith("pip ") and s != "python -m pytest"]
 
 
-def run(command: list[str], folder: Path) -> None:
+def run(command: list[str], folder: Path) -> set[Path]:
+    """The files that a command adds; it has to succeed."""
+    before = set(folder.iterdir())
     env = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     result = subprocess.run(
         command, cwd=folder, env=env, capture_output=True, text=True, check=False
     )
     assert result.returncode == 0, result.stderr[-2000:]
+    return set(folder.iterdir()) - before
 
 
 @pytest.fixture(scope="module")
@@ -51,15 +54,14 @@ def test_the_set_up_is_two_commands(line: str) -> None:
 
 @pytest.mark.parametrize("command", commands())
 def test_command(command: str, folder: Path) -> None:
-    before = set(folder.iterdir())
-    run(["bash", "-euc", command], folder)
+    made = run(["bash", "-euc", command], folder)
     if " generate " in command and "--dry-run" not in command:
-        assert set(folder.iterdir()) - before, "no file was written"
+        assert made, "no file was written"
 
 
 @pytest.mark.parametrize("program", blocks("python"))
 def test_program(program: str, folder: Path) -> None:
-    run([sys.executable, "-c", program], folder)
+    assert run([sys.executable, "-c", program], folder), "no file was written"
 
 
 def test_the_tables_are_in_step() -> None:

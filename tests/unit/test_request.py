@@ -217,7 +217,9 @@ def test_what_no_model_can_serve_is_refused(values: dict[str, object]) -> None:
     ],
 )
 def test_what_can_be_served_passes(values: dict[str, object]) -> None:
-    GenerationRequest.from_dict({"prompt": "a", **values}).validate()
+    request = GenerationRequest.from_dict({"prompt": "a", **values})
+    request.validate()
+    assert values.items() <= request.to_dict().items()
 
 
 def test_seeds_are_kept_or_drawn() -> None:

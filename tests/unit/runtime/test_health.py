@@ -202,11 +202,13 @@ def test_runs_of_the_reference_pass(case: Case) -> None:
 
 @pytest.mark.golden("vae_pipeline_decode")
 def test_frames_of_a_random_decoder_pass(case: Case) -> None:
-    for name in [name for name in case.tensors if re_frames(name)]:
+    names = [name for name in case.tensors if re_frames(name)]
+    for name in names:
         health, frames = FrameHealth(), channels_last(case[name])[0]
         for start in range(0, len(frames), 17):
             health.add(frames[start : start + 17])
         health.end()
+    assert names
 
 
 def re_frames(name: str) -> bool:
@@ -251,13 +253,21 @@ def test_degenerate_frames_are_found_over_all_chunks(chunks: list[mx.array], say
 def test_frames_that_differ_in_a_later_chunk_are_a_video() -> None:
     still = mx.broadcast_to(noise(1, 8, 8, 3), (3, 8, 8, 3))
     frames(still, still, still[:1] + 0.1)
+    with pytest.raises(NumericsError, match="All 7 frames"):
+        frames(still, still, still[:1])
 
 
-def test_off_is_off() -> None:
-    off = Health(mx.float32, 7.0, enabled=False)
-    off.text(mx.zeros((2, 3)))
-    off.media(mx.array([NAN]))
-    off.latents(mx.full((1, 2, 3, 3, 4), NAN), 0, 1)
-    health = off.frames()
-    health.add(mx.full((1, 2, 2, 3), NAN))
-    health.end()
+@pytest.mark.parametrize(
+    "look",
+    [
+        lambda health: health.text(mx.zeros((2, 3))),
+        lambda health: health.media(mx.array([NAN])),
+        lambda health: health.latents(mx.full((1, 2, 3, 3, 4), NAN), 0, 1),
+        lambda health: health.frames().add(mx.full((1, 2, 2, 3), NAN)),
+        lambda health: health.frames().end(),
+    ],
+)
+def test_off_is_off(look: Callable[[Health], None]) -> None:
+    with pytest.raises(NumericsError):
+        look(HEALTH)
+    look(replace(HEALTH, enabled=False))
