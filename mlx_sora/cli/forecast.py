@@ -86,12 +86,14 @@ def foretold(
     """An evaluation on one machine, on the cluster in every way, and evaluations of a step."""
     import mlx.core as mx
 
+    from mlx_sora.loading.quantizing import quantized_while_loading
     from mlx_sora.loading.sizes import model_sizes
     from mlx_sora.runtime.cluster import foretell
 
     run = pipeline.prepared(request)
     assert run.work is not None, "a prepared run knows its work"
-    sizes = model_sizes(pipeline.model, mx.bfloat16)
+    model = quantized_while_loading(pipeline.model, run.request.quantize)
+    sizes = model_sizes(model, mx.bfloat16)
     (alone,) = foretell(sizes, run.work, cluster.chip, cluster.link, 1)
     ways = foretell(sizes, run.work, cluster.chip, cluster.link, cluster.ranks)
     return alone, ways, run.work.evaluations // run.settings.steps

@@ -6,8 +6,10 @@ import json
 
 import pytest
 
+from mlx_sora import GenerationRequest, Pipeline
+from mlx_sora.cli.forecast import Cluster, foretold
 from mlx_sora.cli.main import build_parser, main
-from mlx_sora.runtime.cluster import LINKS, chips
+from mlx_sora.runtime.cluster import LINKS, Chip, chips
 
 WORDS = ["generate", "-p", "a cat", "--model", "shapes", "--seed", "1", "--dry-run"]
 
@@ -32,6 +34,16 @@ def test_as_json_with_measured_figures(capsys: pytest.CaptureFixture[str]) -> No
     assert computing == pytest.approx(alone["seconds_per_step"] / 2)
     exchanging = best["seconds_per_step"] - computing
     assert exchanging == pytest.approx(best["bytes_sent_per_step"] / 1e9)
+
+
+def test_quantized_weights_are_read_sooner() -> None:
+    pipeline = Pipeline.from_pretrained("shapes")
+    cluster = Cluster(2, LINKS[0], Chip("slow memory", float("inf"), 1e9))
+    plain, small = (
+        foretold(pipeline, GenerationRequest(prompt="a cat", num_frames=1, quantize=bits), cluster)
+        for bits in (None, 8)
+    )
+    assert small[0].seconds < plain[0].seconds
 
 
 @pytest.mark.parametrize(
