@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 
-from tests.longrun.table import Row, keep, markdown, row
+from tests.longrun.table import Fault, Row, keep, markdown, row
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -17,8 +17,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture
-def fault(request: pytest.FixtureRequest) -> Iterator[Callable[[str, str, int, int, str], None]]:
-    """Takes the rows of a test: fault, where, runs, lost, result. They count when it passes."""
+def fault(request: pytest.FixtureRequest) -> Iterator[Fault]:
+    """Takes the rows of a test: fault, where, runs, lost, result. They count whatever follows."""
     rows: list[Row] = []
     yield lambda *columns: rows.append(row(*columns))
     file = request.config.getoption("--faults")

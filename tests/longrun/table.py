@@ -1,6 +1,6 @@
 """The table of faults tried: rows in a JSON file, and as Markdown in the benchmarks' README.
 
-A long-run test gives its rows to the fixture `faults`; `--faults FILE` keeps them, in place of
+A long-run test gives its rows to the fixture `fault`; `--faults FILE` keeps them, in place of
 earlier ones of the same fault and place. As a module, writes the table into the README.
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 FILE = Path(__file__).parents[2] / "benchmarks" / "results" / "faults.json"
@@ -21,6 +21,9 @@ _BLOCK = re.compile(r"(<!-- faults: .*? -->\n).*?(<!-- /faults -->)", re.DOTALL)
 #: fault: what was done. where: stage and kind of output. runs: how often. lost: runs that could not
 #: be brought to the same end as an undisturbed one, or left a broken file. result: what was seen.
 Row = Mapping[str, str | int]
+
+#: Takes the columns of a row.
+Fault = Callable[[str, str, int, int, str], None]
 
 
 def row(fault: str, where: str, runs: int, lost: int, result: str) -> Row:

@@ -12,13 +12,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 
 from mlx_sora.video.output import CHECKPOINT
+from tests.longrun.table import Fault
 
 STEPS, EVERY = 8, 3
 WORDS = ["generate", "-p", "a red circle", "--seed", "3", "--steps", str(STEPS)]
@@ -37,8 +38,6 @@ KILLS = [
     *(("two clips", "denoise", 6), ("two clips", "decode", 6)),
 ]
 INTERRUPTS = [("mp4", "denoise", 5), ("mp4", "decode", 2), ("two clips", "denoise", 3)]
-
-Fault = Callable[[str, str, int, int, str], None]
 
 
 @dataclass

@@ -18,7 +18,6 @@ from mlx_sora.runtime.events import (
 from tests.unit.test_concurrency import asked, stopped
 
 
-@pytest.mark.longrun
 @pytest.mark.parametrize("way", ["throw", "close"])
 @pytest.mark.parametrize("memory", [{}, {"memory_budget": "2GB"}], ids=str)
 def test_after_every_event(tmp_path: Path, way: str, memory: dict[str, object]) -> None:

@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable
 
 import pytest
 
-Fault = Callable[[str, str, int, int, str], None]
+from tests.longrun.table import Fault
 
 RUNS = 50
 
@@ -38,6 +37,8 @@ def test_fifty_videos_take_the_memory_of_one(fault: Fault, way: str) -> None:
     # The first runs compile kernels and fill allocators.
     early, late = max(sizes[2:10]), max(sizes[-10:])
     growth = late / early - 1
+    assert abs(growth) <= 0.05
+    assert threads == 1
     fault(
         "many runs in one process",
         f"all, {way}",
@@ -45,8 +46,6 @@ def test_fifty_videos_take_the_memory_of_one(fault: Fault, way: str) -> None:
         0,
         f"resident set {early / 1e6:.0f} MB early, {late / 1e6:.0f} MB late ({growth:+.1%})",
     )
-    assert abs(growth) <= 0.05
-    assert threads == 1
 
 
 #: Two threads by turns make videos; each is compared with the first of its seed.
