@@ -119,8 +119,8 @@ def follow(args: argparse.Namespace, crew: Crew) -> int:
                 show_plans(crew, lambda: map(pipeline.plan, batch.requests), args.json_events)
                 if cluster is not None and crew.first:
                     show_forecasts(pipeline, batch.requests, cluster, args.json_events)
-                return 0
-            make(pipeline, batch, renderer, args.resume)
+            else:
+                make(pipeline, batch, renderer, args.resume)
     finally:
         renderer.close()
     return crew.exit_code(report(batch) if crew.first else 0)

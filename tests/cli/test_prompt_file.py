@@ -66,6 +66,16 @@ def test_a_file_of_another_prompt_is_no_finished_output(
     assert read_metadata(folder / "x.mp4")["request"]["prompt"] == "a"
 
 
+def test_a_dry_run_tells_what_is_wrong_in_a_line(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = write(folder, {"prompt": "a", "steps": 0}, {"prompt": "b", "num_frames": 1})
+    assert main([*COMMAND, name, "--model", "shapes", "--dry-run"]) == 2
+    captured = capsys.readouterr()
+    assert "denoise" in captured.out
+    assert "error: line 1: --steps" in captured.err
+
+
 def test_failures_are_told_at_the_end(
     folder: Path, pipeline: FakePipeline, capsys: pytest.CaptureFixture[str]
 ) -> None:
