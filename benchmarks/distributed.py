@@ -3,9 +3,10 @@
     python -m benchmarks.distributed --json benchmarks/results/distributed.json
 
 Each way of computing runs in processes of its own, by turns, and the best of all rounds counts: one
-process with one BLAS thread and with two, and two ranks with one each, by halves of guidance and by
-sequence. The ranks are started as mlx.launch starts them, without its parent, which on Linux keeps
-a core busy. Takes two minutes on two cores that nobody else uses.
+process with one BLAS thread and with two, and two ranks with one each, by halves of guidance, by
+sequence, and with a prompt each, where seconds are those per video. The ranks are started as
+mlx.launch starts them, without its parent, which on Linux keeps a core busy. Takes three minutes on
+two cores that nobody else uses.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,19 +38,32 @@ from mlx_sora.runtime.parallel import sent_bytes
 from mlx_sora.runtime.ranks import join
 from tests.launching import launch
 
-#: Name: ranks, BLAS threads of each, halves of guidance that they are in.
+#: Name: ranks, BLAS threads of each, halves of guidance that they are in; 0 if they share nothing.
 WAYS = {
     "one process, one thread": (1, 1, 1),
     "one process, two threads": (1, 2, 1),
     "two ranks, guidance": (2, 1, 2),
     "two ranks, sequence": (2, 1, 1),
+    "two ranks, a prompt each": (2, 1, 0),
 }
 TEXT = 60
 
-#: Model: pixels, frames, and evaluations in a run, of which the first only warms up.
+
+@dataclass(frozen=True)
+class Work:
+    """What is evaluated: a model at a size, so many times, of which the first only warms up."""
+
+    model: str
+    size: Size
+    frames: int
+    count: int
+
+
 WORKS = {
-    "xl-2": (Size(426, 240), 34, 2),
-    "shapes": (Size(64, 64), 17, 40),
+    "xl-2": Work("xl-2", Size(426, 240), 34, 2),
+    "shapes": Work("shapes", Size(64, 64), 17, 40),
+    "shapes, 51 frames": Work("shapes", Size(64, 64), 51, 40),
+    "shapes, 51 frames, 128x128": Work("shapes", Size(128, 128), 51, 20),
 }
 
 
@@ -63,45 +77,44 @@ def network(model: str, blocks: int) -> STDiT3:
     return made
 
 
-def evaluations(net: STDiT3, model: str, layout: Layout) -> Iterator[Callable[[], mx.array]]:
+def evaluations(net: STDiT3, work: Work, layout: Layout) -> Iterator[Callable[[], mx.array]]:
     """Evaluations of a guided batch, each to be made once."""
-    size, frames, count = WORKS[model]
-    latent = plan_geometry(size, frames).latent
+    latent = plan_geometry(work.size, work.frames).latent
     z = mx.random.normal((2, *latent, net.config.in_channels), key=mx.random.key(1))
     text = mx.random.normal((TEXT, net.config.caption_channels), key=mx.random.key(2))
     conditions = net.prepare([text, net.null_text(TEXT)], latent, height=240, width=426, fps=24)
     context = Context(layout=layout)
-    for i in range(count):
+    for i in range(work.count):
         t = mx.array([900.0 - i] * 2)
         yield lambda t=t: net(z, t, conditions, None, context)
 
 
-def measure(model: str, blocks: int, halves: int) -> dict[str, Any]:
+def measure(name: str, blocks: int, halves: int) -> dict[str, Any]:
     """In one rank: seconds of the fastest evaluation, bytes sent in each, and a sum to compare."""
-    ranks, net = join(), network(model, blocks)
-    mesh = Mesh(ranks, halves) if ranks.size > 1 else None
+    ranks, work = join(), WORKS[name]
+    net = network(work.model, blocks)
+    mesh = Mesh(ranks, halves) if ranks.size > 1 and halves else None
     seconds, sent, out = [], 0, mx.zeros(1)
-    for evaluate in evaluations(net, model, mesh or Whole()):
+    for evaluate in evaluations(net, work, mesh or Whole()):
         ranks.of_first(None)  # all begin at once
         before, begun = ranks.sent, time.perf_counter()
         out = evaluate()
         mx.eval(out)
         seconds.append(time.perf_counter() - begun)
         sent = ranks.sent - before
-    size, frames, _ = WORKS[model]
-    grid = Grid.of(net.config, plan_geometry(size, frames).latent, 2, TEXT)
+    grid = Grid.of(net.config, plan_geometry(work.size, work.frames).latent, 2, TEXT)
     return {
-        "seconds": min(seconds[1:]),
+        "seconds": min(seconds[1:]) / (1 if halves else ranks.size),
         "sent": sent,
         "foretold": 0 if mesh is None else sent_bytes(net.config, grid, mesh.division),
         "outcome": float(mx.abs(out).mean().item()),  # type: ignore[arg-type]
     }
 
 
-def run(model: str, blocks: int, way: str) -> dict[str, Any]:
+def run(work: str, blocks: int, way: str) -> dict[str, Any]:
     """One way of computing, in processes of its own; the slowest rank counts."""
     ranks, threads, halves = WAYS[way]
-    words = ["-m", "benchmarks.distributed", "--model", model, "--halves", str(halves)]
+    words = ["-m", "benchmarks.distributed", "--work", work, "--halves", str(halves)]
     made = launch(
         ranks,
         [*words, "--blocks", str(blocks)],
@@ -114,15 +127,15 @@ def run(model: str, blocks: int, way: str) -> dict[str, Any]:
     return max(told, key=lambda found: found["seconds"])
 
 
-def compare(model: str, blocks: int, rounds: int) -> dict[str, Any]:
+def compare(work: str, blocks: int, rounds: int) -> dict[str, Any]:
     """All ways by turns; the best of each, and ratios to one process."""
     found: dict[str, dict[str, Any]] = {}
     for _ in range(rounds):
         for way in WAYS:
-            made = run(model, blocks, way)
+            made = run(work, blocks, way)
             if way not in found or made["seconds"] < found[way]["seconds"]:
                 found[way] = made
-            print(f"{model}, {way}: {made['seconds']:.3f} s", file=sys.stderr)
+            print(f"{work}, {way}: {made['seconds']:.3f} s", file=sys.stderr)
     one, two = (found[way]["seconds"] for way in list(WAYS)[:2])
     for made in found.values():
         made["to one thread"] = round(one / made["seconds"], 3)
@@ -131,7 +144,7 @@ def compare(model: str, blocks: int, rounds: int) -> dict[str, Any]:
 
 
 def table(found: dict[str, dict[str, Any]]) -> str:
-    """Of one model."""
+    """Of one work."""
     rows = [
         [
             way,
@@ -152,16 +165,16 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=RESULTS / "distributed.json")
     parser.add_argument("--rounds", type=int, default=2, help="default 2")
     parser.add_argument("--blocks", type=int, default=2, help="block pairs of xl-2, default 2")
-    parser.add_argument("--models", nargs="+", choices=WORKS, default=list(WORKS))
-    parser.add_argument("--model", choices=WORKS, help=argparse.SUPPRESS)  # one rank of a run
+    parser.add_argument("--works", nargs="+", choices=WORKS, default=list(WORKS))
+    parser.add_argument("--work", choices=WORKS, help=argparse.SUPPRESS)  # one rank of a run
     parser.add_argument("--halves", type=int, default=1, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.model is not None:
-        print(json.dumps(measure(args.model, args.blocks, args.halves)))
+    if args.work is not None:
+        print(json.dumps(measure(args.work, args.blocks, args.halves)))
         return
-    found = {model: compare(model, args.blocks, args.rounds) for model in args.models}
-    for model, ways in found.items():
-        print(f"\n{model}\n\n{table(ways)}")
+    found = {work: compare(work, args.blocks, args.rounds) for work in args.works}
+    for work, ways in found.items():
+        print(f"\n{work}\n\n{table(ways)}")
     write_json(args.json, {"blocks": args.blocks, "rounds": args.rounds, **found})
 
 
