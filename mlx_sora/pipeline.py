@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -216,7 +216,8 @@ class Pipeline(Stages):
         dtype = default_dtype(requested=self.dtype if request.dtype == "auto" else request.dtype)
         settings, warnings = settle(request, self.model)
         division = self._division(request, settings)
-        accelerations = Accelerations(settings.accelerations, self._job(settings))
+        agree = ranks.of_first if division.ranks > 1 else bool
+        accelerations = Accelerations(settings.accelerations, self._job(settings, agree))
         output = _output(request, settings, checked=self.ranks.first)
         warnings += accelerations.warnings
         tokenizer = Tokenizer.load(self.model.tokenizer)
@@ -230,7 +231,7 @@ class Pipeline(Stages):
         run.more |= quantization_record(quantized_while_loading(self.model, request.quantize))
         return run
 
-    def _job(self, settings: Settings) -> Job:
+    def _job(self, settings: Settings, agree: Callable[[bool], bool] = bool) -> Job:
         """The run as accelerations see it."""
         geometry, sampler = settings.geometry, SAMPLERS[settings.sampler]
         width, height = geometry.size
@@ -244,6 +245,7 @@ class Pipeline(Stages):
             times=tuple(float(t) for t in times[:-1, 0]),
             model=self.model.path,
             size=(width, height, frames),
+            agree=agree,
         )
 
     def _plan(

@@ -7,6 +7,7 @@ a technique does not fill stays plain, so that techniques compose without knowin
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ class Job:
     guided: with and without prompt. times: flow time at the start of each step. model, size: the
     model's folder, and width, height and frames of the video, for what was measured beforehand.
     skipped, alone: steps in which other techniques run no block, and only the half with prompt.
+    agree: what the first of the processes that make the video together has decided; another may
+    have rounded otherwise.
     """
 
     steps: int
@@ -35,6 +38,7 @@ class Job:
     size: tuple[int, int, int] = (0, 0, 0)
     skipped: frozenset[int] = frozenset()
     alone: frozenset[int] = frozenset()
+    agree: Callable[[bool], bool] = bool
 
 
 class Acceleration(ABC):

@@ -20,7 +20,16 @@ import mlx.core as mx
 
 from mlx_sora.accel.base import Acceleration, Job
 from mlx_sora.modes import Chosen
-from mlx_sora.sampling.base import NOISE_TIME, Decision, Run, State, Step, StepPolicy
+from mlx_sora.sampling.base import (
+    NOISE_TIME,
+    Decision,
+    Run,
+    State,
+    Step,
+    StepPolicy,
+    restore,
+    state_of,
+)
 from mlx_sora.sampling.loop import StepResult
 
 #: Norms below this count as this, so that a velocity of zero has similarity 0 to any other.
@@ -246,6 +255,22 @@ def _cosine(dot: mx.array, a: mx.array, b: mx.array) -> mx.array:
     return dot / (mx.maximum(mx.sqrt(a), TINY) * mx.maximum(mx.sqrt(b), TINY))
 
 
+class _Agreed:
+    """A decision that all processes of a run take alike."""
+
+    def __init__(self, decision: Decision, agree: Callable[[bool], bool]) -> None:
+        self._decision, self._agree = decision, agree
+
+    def leaps(self, step: Step, z: mx.array, v: mx.array, /) -> bool:
+        return self._agree(self._decision.leaps(step, z, v))
+
+    def state(self) -> State:
+        return state_of(self._decision)
+
+    def restore(self, state: State, /) -> None:
+        restore(self._decision, state)
+
+
 class Leap(Acceleration, StepPolicy):
     """A rule at work in the pipeline, and what came of it."""
 
@@ -263,7 +288,7 @@ class Leap(Acceleration, StepPolicy):
 
     def start(self, run: Run, /) -> Decision:
         self._decision = self._rule.start(run)
-        return self._decision
+        return _Agreed(self._decision, self._job.agree)
 
     def watch(self, result: StepResult) -> None:
         if result.leapt:

@@ -195,7 +195,8 @@ class StepCache(Acceleration):
             whole = all(map(self._is_fresh, range(call.part.total)))
             same = all(self._same_mask(i, call.mask) for i in range(len(x)))
             # Asked in any case: a rule follows every evaluation.
-            self._reuses = self._rule.reuses(call.step, x[:1]) and whole and same
+            reuses = self._rule.reuses(call.step, x[:1]) and whole and same
+            self._reuses = self._job.agree(reuses)
             self._saved += self._reuses
         if self._reuses:
             rows = range(call.part.first, call.part.first + len(x))

@@ -21,6 +21,7 @@ import mlx_sora  # noqa: F401  (before mlx.core, so that the fast BLAS is in pla
 import numpy as np
 
 from mlx_sora import GenerationRequest, Pipeline, UsageError
+from mlx_sora.accel import lpl, step_cache
 from mlx_sora.runtime.events import Event, Finished, Noted, StepFinished
 from mlx_sora.text.tokenizer import Tokenizer
 from mlx_sora.video import Video
@@ -109,6 +110,20 @@ def resumed(pipe: Pipeline, folder: Path, *, first_together: bool) -> dict[str, 
     return {"steps": len(made.latents), "difference": last}
 
 
+def of_two_minds(pipe: Pipeline) -> dict[str, Any]:
+    """What techniques that look at the video did, where the second rank sees it otherwise."""
+    options = {"steps": 8, "lpl": "adaptive:patience=1,tolerance=0.001"}
+    options |= {"step_cache": "online:warmup=2,threshold=0.2"}
+    alone = Made.of(begin(pipe, **options, parallel="off"))
+    seen = lpl.similarity, step_cache._size
+    if not pipe.ranks.first:
+        lpl.similarity = lambda v, previous, step: [float(step.index)]  # type: ignore[assignment]
+        step_cache._size = lambda x: 1.0  # type: ignore[assignment]
+    together = Made.of(begin(pipe, **options, parallel="sequence"))
+    lpl.similarity, step_cache._size = seen
+    return {"alone": alone.done, "together": together.done}
+
+
 def failing(pipe: Pipeline) -> dict[str, Any]:
     """What all ranks raise where the second fails."""
     try:
@@ -129,6 +144,7 @@ def main(folder: Path) -> None:
         for together in (True, False)
     }
     found["failing"] = failing(pipe)
+    found["of two minds"] = of_two_minds(pipe)
     for name, options in CASES.items():
         alone = Made.of(begin(pipe, **options, parallel="off"))
         for mode in ("sequence", *(["guidance"] if options.get("guidance") != 1 else [])):

@@ -49,6 +49,13 @@ def test_what_fails_on_one_rank_fails_on_all(runs: list[dict[str, dict[str, Any]
     assert told == ["rank 1: It went wrong. Mend it.", "It went wrong. Mend it."]
 
 
+def test_what_the_first_rank_sees_decides(runs: list[dict[str, dict[str, Any]]]) -> None:
+    told = [found["of two minds"]["together"] for found in runs]
+    assert told[0] == told[1] == runs[0]["of two minds"]["alone"]
+    assert "leapt to the end" in str(told)
+    assert "; 0 saved" not in str(told)
+
+
 def test_a_video_made_together_is_that_of_one_process(
     runs: list[dict[str, dict[str, Any]]],
 ) -> None:
