@@ -163,13 +163,10 @@ def _velocity(run: Run, network: STDiT3, texts: Texts, context: Context[Any]) ->
 
 
 def _exact(run: Run, velocity: Velocity, channels: int, probe: Probe) -> Iterator[Made]:
-    settings, geometry = run.settings, run.settings.geometry
-    width, height = geometry.size
+    settings = run.settings
     sampler = SAMPLERS["rflow"]
-    times = sampler.timesteps(
-        settings.steps, height=height, width=width, num_frames=geometry.num_frames
-    )
-    noise = Noise([settings.seed], (*geometry.latent, channels))
+    times = sampler.timesteps(settings.steps, **settings.told.sizes)
+    noise = Noise([settings.seed], (*settings.geometry.latent, channels))
     for done in denoise(velocity, noise.initial(), times, sampler):
         yield Made(done.step, done.z_in, done.v, probe.seen)
 

@@ -211,13 +211,7 @@ class _Way:
         self._steps, self._injected = run.settings.steps, injected
         self._kept = KeptValues()
         self._sampler = SAMPLERS[run.settings.sampler]
-        width, height = run.settings.geometry.size
-        self._times = self._sampler.timesteps(
-            self._steps,
-            height=height,
-            width=width,
-            num_frames=run.settings.geometry.num_frames,
-        )
+        self._times = self._sampler.timesteps(self._steps, **run.settings.told.sizes)
 
     def back(self, z: mx.array, text: mx.array) -> Generator[Event, None, mx.array]:
         """The noise that latents z come from under `text`; keeps the values nearest to it.

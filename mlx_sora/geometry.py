@@ -86,6 +86,21 @@ class Size(NamedTuple):
 
 
 @dataclass(frozen=True)
+class ModelArguments:
+    """What schedule and transformer are told of a clip: pixels as asked for, length and speed."""
+
+    height: int
+    width: int
+    num_frames: int
+    fps: float
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Those that the schedule follows from, by name."""
+        return {"height": self.height, "width": self.width, "num_frames": self.num_frames}
+
+
+@dataclass(frozen=True)
 class Geometry:
     """What a request comes to.
 
@@ -146,14 +161,6 @@ def num_pixels(resolution: str) -> int:
         return int(resolution) ** 2
     size = bucket_size(resolution, "9:16")
     return size.width * size.height
-
-
-def ratio_key(ratio: str) -> str:
-    """Key of a height:width ratio in Open-Sora's tables: its value with two decimals."""
-    if ratio == "50:27":
-        return "2.08"  # upstream files 25:12 under this name
-    height, width = ratio.split(":")
-    return f"{int(height) / int(width):.2f}"
 
 
 def num_frames(value: int | float | str) -> int:
@@ -221,18 +228,9 @@ def decoded_size(width: int, height: int) -> Size:
     return Size(cells.width * PIXELS_PER_CELL, cells.height * PIXELS_PER_CELL)
 
 
-def model_arguments(size: Size, frames: int, fps: float) -> dict[str, float]:
-    """Size, length, shape and speed of one sample as the networks of Open-Sora are told them.
-
-    size in pixels as asked for, not as decoded; `ar` is height / width.
-    """
-    return {
-        "height": float(size.height),
-        "width": float(size.width),
-        "num_frames": float(frames),
-        "ar": size.height / size.width,
-        "fps": float(fps if frames > 1 else IMAGE_FPS),
-    }
+def model_arguments(size: Size, frames: int, fps: float) -> ModelArguments:
+    """What is told of `frames` frames of `size` pixels at `fps`; a single image has its own."""
+    return ModelArguments(size.height, size.width, frames, IMAGE_FPS if frames == 1 else fps)
 
 
 def check_size(width: int, height: int) -> Size:

@@ -234,9 +234,7 @@ class Pipeline(Stages):
     def _job(self, settings: Settings, agree: Callable[[bool], bool] = bool) -> Job:
         """The run as accelerations see it."""
         geometry, sampler = settings.geometry, SAMPLERS[settings.sampler]
-        width, height = geometry.size
-        frames = geometry.num_frames
-        times = sampler.timesteps(settings.steps, height=height, width=width, num_frames=frames)
+        times = sampler.timesteps(settings.steps, **settings.told.sizes)
         return Job(
             steps=settings.steps,
             evaluations=sampler.evaluations,
@@ -244,7 +242,7 @@ class Pipeline(Stages):
             guided=settings.guidance != 1,
             times=tuple(float(t) for t in times[:-1, 0]),
             model=self.model.path,
-            size=(width, height, frames),
+            size=(*geometry.size, geometry.num_frames),
             agree=agree,
         )
 

@@ -14,9 +14,10 @@ from mlx_sora.accel import ACCELERATIONS, OFF
 from mlx_sora.clips import Clips
 from mlx_sora.errors import UsageError
 from mlx_sora.geometry import (
-    IMAGE_FPS,
     Geometry,
+    ModelArguments,
     Size,
+    model_arguments,
     parse_frames,
     plan_geometry,
     resolve_size,
@@ -73,9 +74,9 @@ class Settings:
         return list(dict.fromkeys([*self.texts, *negative]))
 
     @property
-    def conditioning_fps(self) -> float:
-        """The fps that the transformer is conditioned on."""
-        return IMAGE_FPS if self.geometry.num_frames == 1 else self.fps
+    def told(self) -> ModelArguments:
+        """What the networks are told of a clip."""
+        return model_arguments(self.geometry.size, self.geometry.num_frames, self.fps)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values for the metadata."""

@@ -200,10 +200,7 @@ class Stages:
         (network, blocks, guard), (clip, begun) = transformer, place
         velocity = self._velocity(run, texts, clip, (network, blocks))
         sampler = SAMPLERS[settings.sampler]
-        width, height = geometry.size
-        times = sampler.timesteps(
-            settings.steps, height=height, width=width, num_frames=geometry.num_frames
-        )
+        times = sampler.timesteps(settings.steps, **settings.told.sizes)
         noise = Noise([settings.seed], (*geometry.latent, network.config.in_channels), clip)
         z, conditioning = given.begin(clip, noise)
         made = None
@@ -322,13 +319,9 @@ def bound(
     context: what fills the network's seams in a step (by index) at flow times t [B], but for the
     one around all blocks.
     """
-    settings, geometry = run.settings, run.settings.geometry
+    settings, told = run.settings, run.settings.told
     conditions = network.prepare(
-        text,
-        geometry.latent,
-        height=geometry.size.height,
-        width=geometry.size.width,
-        fps=settings.conditioning_fps,
+        text, settings.geometry.latent, height=told.height, width=told.width, fps=told.fps
     )
 
     def velocity(z: mx.array, t: mx.array, x_mask: mx.array | None, index: int) -> mx.array:

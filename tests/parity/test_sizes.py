@@ -30,8 +30,10 @@ def test_buckets(case: Case) -> None:
 def test_areas_and_keys(case: Case) -> None:
     for resolution, pixels in case.config["num_pixels"].items():
         assert geometry.num_pixels(resolution) == pixels
+    named = dict(zip(geometry.BUCKET_RATIOS, geometry.aspect_ratios(), strict=True))
     for ratio, key in case.config["aspect_ratio_keys"].items():
-        assert geometry.ratio_key(ratio) == key
+        width, height = map(int, named[ratio].split(":"))
+        assert f"{height / width:.2f}" == key, "the name that users see has the table's value"
     assert set(case.config["num_pixels"]) <= set(geometry.BUCKET_RESOLUTIONS)
 
 
