@@ -24,7 +24,7 @@ from mlx_sora.options import Neighbour, Picture
 from mlx_sora.request import GenerationRequest
 from mlx_sora.sampling.placing import Span, resolve
 from mlx_sora.text import prompt as syntax
-from mlx_sora.text.conditioning import Placement, continuation, parse_mask_strategy
+from mlx_sora.text.conditioning import Placement, continuations, parse_mask_strategy
 from mlx_sora.video.reader import Fit, VideoInfo, image_size, is_video, probe_video
 
 #: Where the VAE's chunks begin, in latent frames: starts of a mask strategy move there.
@@ -132,11 +132,13 @@ def plan_media(
     patches += [_neighbour(item, found[item.path], clips) for item in request.videos]
     _check_apart(patches)
     placements = _placements(strategy, [found[path] for path in paths], clips)
+    loops, shared = range(1, clips.count), clips.shared_latents
+    following = continuations(loops, len(paths), shared, request.condition_edit)
     media = Media(
         clips,
         tuple(patches),
         tuple(found[path] for path in paths),
-        tuple(placements) + tuple(_continuations(request, len(paths), clips)),
+        tuple(placements + following),
         notes=tuple(f"{source.path}: {Fit.of(source.size, size)}." for source in found.values()),
         warnings=tuple(_rates(found.values(), fps))
         + tuple(_moved(placements, found, paths, clips)),
@@ -264,15 +266,6 @@ def _complaint(item: Placement, lengths: Sequence[int], latents: int, clips: Cli
     if item.length < 1:
         return f"a length of {item.length}"
     return "" if 0 <= item.edit <= 1 else f"an edit of {item.edit:g}, not 0 to 1"
-
-
-def _continuations(
-    request: GenerationRequest, references: int, clips: Clips
-) -> Iterable[Placement]:
-    """Every clip but the first begins with the end of the one before it."""
-    for clip in range(1, clips.count):
-        behind = references + clip - 1
-        yield continuation(clip, behind, clips.shared_latents, request.condition_edit)
 
 
 def _rates(sources: Iterable[Source], fps: float) -> Iterable[str]:

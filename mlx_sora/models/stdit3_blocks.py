@@ -67,11 +67,6 @@ class STDiT3Config:
         """STDiT3-XL/2, the published Open-Sora 1.2 (1.2 B parameters)."""
         return cls()
 
-    @classmethod
-    def three_b_2(cls) -> STDiT3Config:
-        """STDiT3-3B/2."""
-        return cls(hidden_size=1872, num_heads=26)
-
     @property
     def head_dim(self) -> int:
         return self.hidden_size // self.num_heads

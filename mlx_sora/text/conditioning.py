@@ -7,11 +7,12 @@ conditioning helpers of Open-Sora 1.2.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import astuple, dataclass
 from math import isfinite
 
 from mlx_sora.errors import UsageError
-from mlx_sora.geometry import MAX_LOOPS, MICRO_FRAME_SIZE, latent_frames
+from mlx_sora.geometry import MAX_LOOPS
 
 
 @dataclass(frozen=True)
@@ -41,17 +42,17 @@ def parse_mask_strategy(text: str | None) -> list[Placement]:
     return [_parse_placement(group) for group in groups]
 
 
-def append_generated(strategy: str | None, placement: Placement) -> str:
-    """A strategy extended by one more placement, as looped generation does for its own clips."""
-    return f"{strategy};{placement}" if strategy else str(placement)
+def continuations(
+    loops: Iterable[int], references: int, length: int, edit: float = 0.0
+) -> list[Placement]:
+    """Begin each of `loops` with the last `length` latent frames of the clip before it.
 
-
-def continuation(loop: int, references: int, length: int, edit: float = 0.0) -> Placement:
-    """Begin loop `loop` with the last `length` latent frames of the clip before it.
-
-    references: how many the sample had; the clip goes behind them.
+    references: how many the sample has; the clips go behind them, one after the other.
     """
-    return Placement(loop, references, -length, 0, length, edit)
+    return [
+        Placement(loop, behind, -length, 0, length, edit)
+        for behind, loop in enumerate(loops, start=references)
+    ]
 
 
 def align(position: int, unit: int, limit: int) -> int:
@@ -64,17 +65,6 @@ def align(position: int, unit: int, limit: int) -> int:
     if 2 * rest > unit and units < limit // unit - 1:
         units += 1
     return units * unit
-
-
-def frames_of_latents(latents: int) -> int:
-    """Frames that whole chunks of latent frames decode to (5 -> 17). Raises UsageError."""
-    per_chunk = latent_frames(MICRO_FRAME_SIZE)
-    chunks, rest = divmod(latents, per_chunk)
-    if rest:
-        raise UsageError(
-            f"{latents} latent frames are not whole chunks.", f"Give a multiple of {per_chunk}."
-        )
-    return chunks * MICRO_FRAME_SIZE
 
 
 def _parse_placement(group: str) -> Placement:

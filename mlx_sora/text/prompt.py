@@ -129,11 +129,6 @@ def split_scenes(text: str) -> list[Scene]:
         ) from error
 
 
-def join_scenes(scenes: Sequence[Scene]) -> str:
-    """The notation that `split_scenes` reads, for scenes that came from it."""
-    return "".join(f"|{scene.start}|{scene.text}" for scene in scenes)
-
-
 def scene_at(scenes: Sequence[Scene], loop: int) -> str:
     """Text of loop `loop`: each scene lasts until the start of the next one, the last for ever.
 
@@ -147,18 +142,3 @@ def scene_at(scenes: Sequence[Scene], loop: int) -> str:
         if position > loop:
             return scene.text
     raise UsageError(f"No scene covers loop {loop}.", "Start the first scene at 0.")
-
-
-def sample_name(
-    index: int | None = None,
-    *,
-    prefix: str | None = None,
-    prompt: str | None = None,
-    sample: int | None = None,
-) -> str:
-    """File name without suffix, as Open-Sora's scripts give it.
-
-    `prefix_0007`, or the prompt itself when one is given; `-1` behind it for one of several.
-    """
-    name = f"{prefix or 'sample'}_{index:04d}" if prompt is None else f"{prefix or ''}{prompt}"
-    return name if sample is None else f"{name}-{sample}"

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import pytest
 
+from mlx_sora.clips import Clips
 from mlx_sora.errors import UsageError
-from mlx_sora.geometry import Size, model_arguments
+from mlx_sora.geometry import MAX_FRAMES, MICRO_FRAME_SIZE, Size, model_arguments
 from mlx_sora.text import cleaning, conditioning, prompt
 from mlx_sora.text.prompt import Scene, Scores
+from mlx_sora.video.output import fill_template
 from tests.parity.golden import Case
 
 
@@ -49,6 +51,11 @@ def split(text: str) -> list[Any]:
     return [[scene.text.strip() for scene in scenes], [scene.start for scene in scenes]]
 
 
+def merged(scenes: Sequence[Scene]) -> str:
+    """Scenes in the one text that the reference puts them back into."""
+    return "".join(f"|{scene.start}|{scene.text}" for scene in scenes)
+
+
 def scene_of(text: str, loop: int) -> list[str]:
     return [prompt.scene_at(prompt.split_scenes(text), loop)]
 
@@ -63,10 +70,10 @@ def test_scenes(case: Case) -> None:
         if "merged" in row:
             texts, starts = split(text)
             pairs = zip(starts or [0], texts, strict=True)
-            merged = prompt.join_scenes([Scene(*pair) for pair in pairs]) if starts else texts[0]
-            assert merged == row["merged"]["out"]
+            whole = merged([Scene(*pair) for pair in pairs]) if starts else texts[0]
+            assert whole == row["merged"]["out"]
             for loop, expected in enumerate(row["loops"]):
-                agrees(expected, scene_of, merged, loop)
+                agrees(expected, scene_of, whole, loop)
 
 
 @pytest.mark.golden("text_json_prompt")
@@ -89,7 +96,7 @@ def test_whole_prompt(case: Case) -> None:
         assert (ready.settings.mask_strategy or "") == row["mask_strategy"]
         assert [scene.text for scene in ready.scenes] == row["cleaned"]
         marked = row["merged"].startswith("|0|")
-        assert (prompt.join_scenes(ready.scenes) if marked else ready.text()) == row["merged"]
+        assert (merged(ready.scenes) if marked else ready.text()) == row["merged"]
         assert [ready.text(loop) for loop in range(len(row["loops"]))] == row["loops"]
         text, _ = prompt.split_settings(row["prompt"])
         texts, _ = split(text)
@@ -98,15 +105,20 @@ def test_whole_prompt(case: Case) -> None:
 
 @pytest.mark.golden("text_save_name")
 def test_file_names(case: Case) -> None:
+    """The names that the scripts of the reference give, as templates of --output."""
     for row in case.config["rows"]:
         kwargs = row["kwargs"]
-        name = prompt.sample_name(
-            kwargs.get("sample_idx"),
-            prefix=kwargs.get("sample_name"),
-            prompt=kwargs["prompt"] if kwargs.get("prompt_as_path") else None,
-            sample=kwargs["k"] if kwargs.get("num_sample", 1) != 1 else None,
-        )
-        assert f"dir/{name}" == row["out"], row
+        prefix = kwargs.get("sample_name")
+        if kwargs.get("prompt_as_path"):
+            words = (prefix or "") + kwargs["prompt"]
+            template = words.replace("{", "{{").replace("}", "}}")
+        else:
+            template = f"{prefix or 'sample'}_{{index:04d}}"
+        if kwargs.get("num_sample", 1) != 1:
+            template += f"-{kwargs['k']}"
+        index = kwargs.get("sample_idx") or 0
+        name = fill_template(f"dir/{template}", prompt="", seed=0, index=index)
+        assert name == row["out"], row
 
 
 @pytest.mark.golden("text_model_args")
@@ -138,20 +150,33 @@ def test_mask_strategy_text(case: Case) -> None:
     for row in case.config["find_nearest_point"]:
         found = conditioning.align(row["value"], row["point"], row["max_value"])
         assert found == row["out"], row
+
+
+@pytest.mark.golden("text_mask_strategy")
+def test_latents_of_whole_chunks(case: Case) -> None:
+    """What clips share is told in latent frames there, and in frames of whole chunks here."""
+
+    def latents(frames: int) -> int:
+        return Clips(MAX_FRAMES, count=2, shared=frames).shared_latents
+
+    reached = set(map(latents, range(0, MAX_FRAMES, MICRO_FRAME_SIZE)))
     for row in case.config["dframe_to_frame"]:
-        agrees(row, conditioning.frames_of_latents, row["in"])
+        if "error" in row:
+            assert row["in"] not in reached, row
+        else:
+            assert latents(row["out"]) == row["in"], row
 
 
-def extended(row: dict[str, Any], loops: list[int]) -> tuple[list[str | None], list[int]]:
-    """Strategies and reference counts of a batch after the clips of `loops` were appended."""
-    strategies, counts = list(row["mask_strategy_in"]), list(row["refs_len_in"])
+def extended(row: dict[str, Any], loops: list[int]) -> list[str]:
+    """Strategies of a batch after the clips of `loops` were appended."""
     length, edit = row["condition_frame_length"], row["condition_frame_edit"]
-    for loop in loops:
-        for i, count in enumerate(counts):
-            placement = conditioning.continuation(loop, count, length, edit)
-            strategies[i] = conditioning.append_generated(strategies[i], placement)
-            counts[i] += 1
-    return strategies, counts
+    strategies = []
+    for strategy, count in zip(row["mask_strategy_in"], row["refs_len_in"], strict=True):
+        placements = conditioning.continuations(loops, count, length, edit)
+        written = ";".join(map(str, placements))
+        assert conditioning.parse_mask_strategy(written) == placements
+        strategies.append(f"{strategy};{written}" if strategy else written)
+    return strategies
 
 
 @pytest.mark.golden("text_append_generated")
@@ -163,6 +188,5 @@ def test_appended_clips(case: Case) -> None:
             # The reference crashes without a reference list (None); the count is a number here.
             assert None in row["refs_len_in"]
             continue
-        strategies, counts = extended(row, loops)
-        assert strategies == row["mask_strategy_out"]
-        assert counts == row["refs_len_out"]
+        assert extended(row, loops) == row["mask_strategy_out"]
+        assert [count + len(loops) for count in row["refs_len_in"]] == row["refs_len_out"]

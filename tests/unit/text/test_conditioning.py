@@ -7,9 +7,7 @@ import pytest
 from mlx_sora.errors import UsageError
 from mlx_sora.text.conditioning import (
     Placement,
-    append_generated,
-    continuation,
-    frames_of_latents,
+    continuations,
     parse_mask_strategy,
 )
 
@@ -27,10 +25,9 @@ def test_text_and_placement_are_one() -> None:
     assert parse_mask_strategy(str(placement)) == [placement]
 
 
-def test_continuation_is_appended() -> None:
-    strategy = append_generated(None, continuation(1, 0, 5))
-    assert strategy == "1,0,-5,0,5,0.0"
-    assert parse_mask_strategy(append_generated("0", continuation(2, 1, 5)))[1].loop == 2
+def test_clips_go_behind_the_references() -> None:
+    placements = continuations([1, 2], 3, 5, 0.25)
+    assert list(map(str, placements)) == ["1,3,-5,0,5,0.25", "2,4,-5,0,5,0.25"]
 
 
 @pytest.mark.parametrize(
@@ -39,9 +36,3 @@ def test_continuation_is_appended() -> None:
 def test_unreadable_strategies(text: str) -> None:
     with pytest.raises(UsageError, match="cannot be read"):
         parse_mask_strategy(text)
-
-
-def test_frames_of_whole_chunks() -> None:
-    assert frames_of_latents(10) == 34
-    with pytest.raises(UsageError, match="multiple of 5"):
-        frames_of_latents(7)
