@@ -76,6 +76,21 @@ class EditRequest:
         target = GenerationRequest.from_dict({"sampler": SAMPLER, **rest})
         return cls(os.fspath(video), target=target, **given)
 
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> EditRequest:
+        """What `to_dict` told."""
+        return cls(**{**values, "target": GenerationRequest.from_dict(values["target"])})
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it as plain JSON values."""
+        own = {f.name: getattr(self, f.name) for f in fields(self)}
+        return own | {"target": self.target.to_dict()}
+
+    @property
+    def alone(self) -> bool:
+        """Whether it leaves nothing to other ranks."""
+        return self.target.parallel == "off"
+
     def validate(self) -> None:
         """Raise UsageError for a value that no model can serve."""
         if not self.source_prompt.strip():

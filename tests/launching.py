@@ -34,10 +34,12 @@ def launch(
     timeout: float = 600,
     linger: float = 60,
     variables: Mapping[str, str] | None = None,
+    stdin: str = "",
 ) -> list[subprocess.CompletedProcess[str]]:
     """Run `python WORDS` on so many ranks; what each came to, by rank.
 
-    linger: seconds that others may go on after the first has ended; then they are killed.
+    linger: seconds that others may go on after the first has ended; then they are killed. stdin:
+    what the first reads there; the others find nothing, as under mlx.launch.
     """
     with tempfile.TemporaryDirectory() as folder:
         hosts = Path(folder) / "hosts.json"
@@ -51,6 +53,7 @@ def launch(
                 [sys.executable, *words],
                 env=env | {"MLX_RANK": str(rank)},
                 cwd=cwd,
+                stdin=subprocess.DEVNULL if rank else subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,
@@ -61,7 +64,8 @@ def launch(
         try:
             for each in running:
                 try:
-                    told.append(each.communicate(timeout=linger if told else timeout))
+                    said = None if told else stdin
+                    told.append(each.communicate(said, timeout=linger if told else timeout))
                 except subprocess.TimeoutExpired:
                     if not told:
                         raise

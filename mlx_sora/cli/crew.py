@@ -2,17 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from mlx_sora.cli.prompt_file import Batch
 from mlx_sora.errors import UsageError
-from mlx_sora.request import GenerationRequest
 from mlx_sora.runtime.launcher import launched
 
 if TYPE_CHECKING:
     from mlx_sora.runtime.ranks import Ranks
+
+
+class Asked(Protocol):
+    """What a command is to make, which a rank can tell the others."""
+
+    @property
+    def alone(self) -> bool:
+        """Whether one rank is to make it by itself."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """All that the others need, as plain JSON values."""
+
+    @classmethod
+    def from_dict(cls: type[T], values: Mapping[str, Any]) -> T:
+        """The same, of such values."""
+
+
+T = TypeVar("T", bound=Asked)
 
 
 class Crew:
@@ -38,24 +54,21 @@ class Crew:
         """What ends the block on one rank ends it on all."""
         return nullcontext() if self._ranks is None else self._ranks.watched()
 
-    def batch(self, plan: Callable[[], Batch]) -> Batch:
-        """The requests, as the first rank's files and flags have them."""
+    def asked(self, kind: type[T], plan: Callable[[], T]) -> T:
+        """What to make, as the first rank's files, flags and standard input have it."""
         if self._ranks is None:
             return plan()
-        batch = Batch()
+        made: T | None = None
         with self.together():
             if self.first:
-                batch = plan()
-            if any(request.parallel == "off" for request in batch.requests):
-                raise UsageError(
-                    "--parallel off leaves nothing to the other ranks.",
-                    "Start one process, without mlx.launch.",
-                )
-        requests = [request.to_dict() for request in batch.requests]
-        told = self._ranks.of_first([requests, batch.lines, batch.unit])
-        if not self.first:
-            batch = Batch(list(map(GenerationRequest.from_dict, told[0])), told[1], unit=told[2])
-        return batch
+                made = plan()
+                if made.alone:
+                    raise UsageError(
+                        "--parallel off leaves nothing to the other ranks.",
+                        "Start one process, without mlx.launch.",
+                    )
+        told = self._ranks.of_first(None if made is None else made.to_dict())
+        return kind.from_dict(told) if made is None else made
 
     def exit_code(self, code: int) -> int:
         """The first rank's exit code; waits until all are done."""

@@ -57,8 +57,7 @@ def run(args: argparse.Namespace) -> int:
 
 def follow(args: argparse.Namespace, crew: Crew) -> int:
     """Make the edit; the exit code."""
-    with crew.together():
-        edit = request_of(args)
+    edit = crew.asked(EditRequest, lambda: request_of(args))
     renderer = choose_renderer(args, crew)
     try:
         with crew.together():

@@ -103,7 +103,7 @@ def run(args: argparse.Namespace) -> int:
 def follow(args: argparse.Namespace, crew: Crew) -> int:
     """Make one video after the other; the exit code."""
     cluster = read_cluster(args)
-    batch = crew.batch(lambda: plan_requests(args))
+    batch = crew.asked(Batch, lambda: plan_requests(args))
     renderer = choose_renderer(args, crew)
     try:
         for path in batch.finished:

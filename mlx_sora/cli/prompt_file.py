@@ -43,6 +43,22 @@ class Batch:
     finished: list[Path] = field(default_factory=list)
     unit: str = "video"
 
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Batch:
+        """What `to_dict` told."""
+        requests = list(map(GenerationRequest.from_dict, values["requests"]))
+        return cls(requests, values["lines"], unit=values["unit"])
+
+    def to_dict(self) -> dict[str, Any]:
+        """What is to be made, as plain JSON values."""
+        requests = [request.to_dict() for request in self.requests]
+        return {"requests": requests, "lines": self.lines, "unit": self.unit}
+
+    @property
+    def alone(self) -> bool:
+        """Whether a request leaves nothing to other ranks."""
+        return any(request.parallel == "off" for request in self.requests)
+
     def number(self, index: int) -> int:
         """How request `index` is called."""
         return self.lines[index] if self.lines else index + 1

@@ -6,9 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from mlx_sora.video.metadata import read_metadata
+from mlx_sora.video.writer import save_frames
 from tests.launching import ROOT, free_ports, launch
 
 GENERATE = ("-m", "mlx_sora", "generate", "--steps", "1", "--width", "32", "--height", "32")
@@ -81,6 +83,23 @@ def test_a_mistake_is_told_once(made: list[subprocess.CompletedProcess[str]], fo
         "error: a.png exists already. Give --overwrite or another --output."
     ]
     assert (again[1].stdout, again[1].stderr) == ("", "")
+
+
+def test_the_first_reads_standard_input_for_all(tmp_path: Path) -> None:
+    save_frames(tmp_path / "a.png", np.full((1, 32, 32, 3), 90, np.uint8), 24, None, False)
+    edit = ("edit", "a.png", "--source-prompt", "a red circle", "-p", "-", "--sampler", "rflow")
+    words = [*GENERATE[:2], *edit, *GENERATE[3:], "-o", "b.png"]
+    made = launch(2, words, cwd=tmp_path, stdin="from a pipe\n")
+    assert [each.returncode for each in made] == [0, 0], made[0].stderr
+    settings = read_metadata(tmp_path / "b.png")["settings"]
+    assert (settings["text"], settings["sampler"]) == ("from a pipe", "rflow")
+
+
+def test_an_edit_by_one_rank_needs_no_others(tmp_path: Path) -> None:
+    words = (*GENERATE[:2], "edit", "a.png", "--source-prompt", "a", "-p", "b")
+    told = launch(2, [*words, "--parallel", "off"], cwd=tmp_path)
+    assert [each.returncode for each in told] == [2, 2]
+    assert lines(told[0].stderr)[0].startswith("error: --parallel off leaves nothing")
 
 
 def test_a_command_for_one_process_says_so(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -73,6 +74,12 @@ def test_back_and_forth_under_one_prompt_is_the_video(pipe: Pipeline, clip: Path
     )
     assert halves > 25
     assert halves > lines + 3
+
+
+def test_an_edit_survives_json() -> None:
+    """Its sampler too, which is not the one that an edit has by itself."""
+    edit = EditRequest.of("a.mp4", {**SMALL, "sampler": "rflow", "inject_steps": 1})
+    assert EditRequest.from_dict(json.loads(json.dumps(edit.to_dict()))) == edit
 
 
 def test_the_record_tells_the_edit(edited: Video, clip: Path) -> None:
