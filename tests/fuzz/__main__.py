@@ -44,8 +44,11 @@ def main() -> int:
                 lines.append(line)
                 if args.verbose or line.startswith("FINDING"):
                     print(line, end="", file=sys.stderr)
-        for crash in Path(folder).glob("*-*"):  # the process itself fell over this
-            keep(args.findings / args.target, crash.name.split("-")[0], crash.read_bytes())
+        for crash in sorted(Path(folder).glob("*-*")):  # the process itself fell over this
+            kind = crash.name.split("-")[0]
+            keep(args.findings / args.target, kind, crash.read_bytes())
+            lines.append(f"FINDING {kind}: told by the fuzzer itself\n")
+            print(lines[-1], end="", file=sys.stderr)
     text = "".join(lines)
     runs = re.findall(r"number_of_executed_units: (\d+)", text) or re.findall(r"#(\d+)\t", text)
     edges = re.findall(r"cov: (\d+)", text)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +13,28 @@ import pytest
 from tests.fuzz.__main__ import CORPUS
 from tests.fuzz.targets import TARGETS
 from tests.fuzz.verdict import judge
+
+#: In place of the fuzzer: two findings, of which the second is the end of the process.
+FUZZER = """
+import os
+from contextlib import nullcontext
+
+def instrument_imports(include):
+    return nullcontext()
+
+def Setup(flags, once, custom_mutator):
+    global run, prefix
+    run = once
+    (prefix,) = (f.partition("=")[2] for f in flags if f.startswith("-artifact_prefix="))
+
+def Fuzz():
+    from tests.fuzz.targets import TARGETS
+    object.__setattr__(TARGETS["strategy"], "run", lambda data, folder: 1 / 0)
+    run(b"x")
+    with open(prefix + "oom-0123", "wb") as file:
+        file.write(b"y")
+    os._exit(71)
+"""
 
 FOUND = sorted(path for path in CORPUS.glob("*/*"))
 
@@ -26,3 +52,20 @@ def test_every_reader_takes_what_fuzzing_starts_from(name: str, tmp_path: Path) 
         assert judge(target.run, data, tmp_path) is None
         changed = target.mutate(data, target.limit, number)
         assert judge(target.run, changed, tmp_path) is None
+
+
+def test_what_ends_the_fuzzer_is_a_finding_too(tmp_path: Path) -> None:
+    (tmp_path / "atheris.py").write_text(FUZZER)
+    paths = os.pathsep.join([str(tmp_path), str(Path(__file__).parents[2])])
+    made = subprocess.run(
+        [sys.executable, "-m", "tests.fuzz", "strategy", "--findings", str(tmp_path / "found")],
+        env=os.environ | {"PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    record = json.loads(made.stdout)
+    assert made.returncode == record["exit_code"] == 71, made.stderr
+    assert record["findings"] == ["ZeroDivisionError-outside", "oom"]
+    kept = {path.name.split("-")[0]: path.read_bytes() for path in tmp_path.glob("found/*/*")}
+    assert kept == {"ZeroDivisionError": b"x", "oom": b"y"}
