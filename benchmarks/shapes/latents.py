@@ -17,14 +17,15 @@ from benchmarks.shapes.train_vae import averaged, psnr, random_frame, spatial_la
 # Videos per number of 17-frame chunks: at first, and when the cache has grown to its end; for a
 # new model, and for one that is trained further.
 NEW = {1: (3000, 12000), 2: (0, 1500), 3: (0, 1250)}
-CONTINUED = {1: (500, 1500), 2: (500, 500), 3: (250, 250)}
+CONTINUED = {1: (500, 1500), 2: (500, 1500), 3: (250, 750)}
 BLOCK, IMAGES = 250, 2000
 LATENTS = 5  # of a chunk
 
 
 def final_vae(folder: Path) -> VideoVAE:
     """The VAE of the last phase with the latents' statistics in `shift` and `scale`."""
-    vae = averaged(folder, "meet").eval()
+    phase = "settle" if (folder / "settle.pt").exists() else "meet"
+    vae = averaged(folder, phase).eval()
     for name, value in torch.load(folder / "statistics.pt", weights_only=True).items():
         getattr(vae, name).copy_(value)
     return vae
@@ -151,13 +152,13 @@ class LatentSet:
         for part in range(first, first + size):
             self._add(chunks, *load_block(_block_path(self.folder, chunks, part)))
 
-    def batch(self, chunks: int, count: int, rng: np.random.Generator) -> Batch:
-        """`count` videos of `chunks` chunks; half of the longer ones begin within their swing."""
+    def batch(self, chunks: int, count: int, rng: np.random.Generator, share: float = 0.5) -> Batch:
+        """`count` videos of `chunks` chunks; that share of longer ones begin within their swing."""
         indices, z = self.data[chunks]
         rows = rng.integers(len(indices), size=count)
         picked, begun = z[torch.from_numpy(rows)], np.zeros(count, int)
         if chunks > 1:
-            begun = rng.integers(2 * chunks, size=count) * (rng.random(count) < 0.5)
+            begun = rng.integers(2 * chunks, size=count) * (rng.random(count) < share)
         there = range(max(1, LATENTS * chunks))
         around = 2 * LATENTS * chunks or 1
         parts = [

@@ -12,7 +12,7 @@ from benchmarks.shapes import world
 from benchmarks.shapes.torch_stdit import STDiT3
 from benchmarks.shapes.torch_vae import VideoVAE
 
-IMAGE_FPS = 120.0
+GUIDANCE, IMAGE_FPS = 2.0, 120.0
 
 
 def timesteps(steps: int, frames: int) -> list[float]:
@@ -34,20 +34,37 @@ def sample_latents(
 ) -> Tensor:
     """Denoise `noise` [B, 4, T, 8, 8] for caption embeddings `texts` (each [n, C])."""
     length = max(len(text) for text in texts)
-    y = torch.zeros(2 * len(texts), length, texts[0].shape[-1])
-    mask = torch.zeros(2 * len(texts), length, dtype=torch.bool)
+    y = torch.zeros(len(texts), length, texts[0].shape[-1])
+    mask = torch.zeros(len(texts), length, dtype=torch.bool)
     for i, text in enumerate(texts):
-        y[i, : len(text)] = text
-        y[i + len(texts), : len(text)] = model.y_embedder.y_embedding[: len(text)]
-        mask[i, : len(text)] = mask[i + len(texts), : len(text)] = True
+        y[i, : len(text)], mask[i, : len(text)] = text, True
     times, z = timesteps(steps, frames), noise
-    size = (float(world.SIZE), float(world.SIZE), IMAGE_FPS if frames == 1 else float(world.FPS))
     for now, after in zip(times, [*times[1:], 0.0], strict=True):
-        t = torch.full((len(y),), now * 1000)
-        v = model(torch.cat([z, z]), t, (y, mask), size)[:, : z.shape[1]]
-        conditional, unconditional = v.chunk(2)
-        z = z + (unconditional + guidance * (conditional - unconditional)) * (now - after)
+        z = z + guided_velocity(model, z, (y, mask), now, guidance) * (now - after)
     return z
+
+
+def guided_velocity(
+    model: STDiT3,
+    z: Tensor,
+    text: tuple[Tensor, Tensor],
+    time: float,
+    guidance: float,
+    generated: Tensor | None = None,
+) -> Tensor:
+    """Velocity [B, 4, T, 8, 8] at `time` in (0, 1].
+
+    text: embeddings [B, L, C] and mask [B, L]; generated: [B, T], all if None.
+    """
+    y, mask = text
+    null = model.y_embedder.y_embedding[: y.shape[1]].expand_as(y)
+    text = torch.cat([y, torch.where(mask[..., None], null, 0.0)]), torch.cat([mask, mask])
+    fps = IMAGE_FPS if z.shape[2] == 1 else float(world.FPS)
+    t = torch.full((2 * len(z),), time * 1000)
+    keep = None if generated is None else torch.cat([generated, generated])
+    v = model(torch.cat([z, z]), t, text, (float(world.SIZE), float(world.SIZE), fps), keep)
+    conditional, unconditional = v[:, : z.shape[1]].chunk(2)
+    return unconditional + guidance * (conditional - unconditional)
 
 
 @torch.no_grad()

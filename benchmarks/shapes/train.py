@@ -1,9 +1,9 @@
 """Trains the bundled model: `python -m benchmarks.shapes.train --out DIR`.
 
 Phases, each resumable: spatial, temporal, sharpen, refine, meet (VAE), latents (cache), text (T5),
-dit, export.  All state lives under DIR; the finished model is DIR/model unless --model says
+dit, settle, export.  All state lives under DIR; the finished model is DIR/model unless --model says
 otherwise.  --from MODEL goes on from a finished one: its encoders and T5 stay, its transformer
-and the VAE's decoders learn on; the phases are then start, meet, latents, dit, export.
+and the VAE's decoders learn on; the phases are then start, meet, latents, dit, settle, export.
 """
 
 from __future__ import annotations
@@ -17,11 +17,18 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.shapes import captions, export, latents, sample, train_dit, train_vae, world
+from benchmarks.shapes import (
+    captions,
+    export,
+    latents,
+    sample,
+    train_dit,
+    train_settle,
+    train_vae,
+    world,
+)
 from benchmarks.shapes.run_state import Average, RunState
 from benchmarks.shapes.scorer import read_video, score
-
-GUIDANCE = 2.0
 
 
 @dataclass
@@ -48,7 +55,7 @@ class Recipe:
             "meet": lambda: train_vae.train_meet(self.out, self.train_set),
             "latents": lambda: latents.cache_latents(self.out, self.train_set, self.counts),
         }
-        last = {"dit": self.spawn_dit, "export": self.export_model}
+        last = {"dit": self.spawn_dit, "settle": self.train_settle, "export": self.export_model}
         if self.start is not None:
             return {"start": self.take_start} | meet | last
         vae = {
@@ -94,9 +101,20 @@ class Recipe:
         model.load_state_dict(state["parts"]["t5"])
         return model.eval()
 
+    def train_settle(self) -> None:
+        transformer = train_dit.new_transformer()
+        state = torch.load(self.out / "dit.pt", weights_only=False)
+        transformer.load_state_dict(state["parts"]["average"])
+        bank = self.caption_bank(self.text_encoder())
+        maker = train_settle.Maker(self.out, transformer, bank, self.train_set)
+        train_settle.train_settle(self.out, maker)
+
+    def caption_bank(self, encoder: captions.T5Encoder) -> captions.CaptionBank:
+        return captions.CaptionBank(encoder, self.tokenizer, self.train_set, variants=24)
+
     def train_dit(self, team: train_dit.Team) -> None:
         encoder = self.text_encoder()
-        bank = captions.CaptionBank(encoder, self.tokenizer, self.train_set, variants=24)
+        bank = self.caption_bank(encoder)
 
         def on_save(average: Average, run: RunState) -> None:
             self._export(encoder, average.values)
@@ -132,7 +150,7 @@ class Recipe:
             (train_dit.new_transformer().config, weights),
             latents.final_vae(self.out),
             self.spiece,
-            GUIDANCE,
+            sample.GUIDANCE,
         )
 
 
