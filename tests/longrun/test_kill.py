@@ -37,7 +37,10 @@ KILLS = [
     *(("pictures", "decode", 4), ("pictures", "write", 6)),
     *(("two clips", "denoise", 6), ("two clips", "decode", 6)),
 ]
-INTERRUPTS = [("mp4", "denoise", 5), ("mp4", "decode", 2), ("two clips", "denoise", 3)]
+INTERRUPTS = [
+    *(("mp4", "denoise", 5), ("mp4", "decode", 2)),
+    *(("pictures", "write", 2), ("two clips", "denoise", 3)),
+]
 
 
 @dataclass

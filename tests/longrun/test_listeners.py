@@ -1,4 +1,4 @@
-"""Listeners that fail after every single event of a run: nothing is left of it."""
+"""Listeners that fail after every single event of a run: its last preview is all that stays."""
 
 from __future__ import annotations
 
@@ -15,16 +15,27 @@ from mlx_sora.runtime.events import (
     StageStarted,
     StepFinished,
 )
+from tests.longrun.table import Fault
 from tests.unit.test_concurrency import asked, stopped
 
 
 @pytest.mark.parametrize("way", ["throw", "close"])
-@pytest.mark.parametrize("memory", [{}, {"memory_budget": "2GB"}], ids=str)
-def test_after_every_event(tmp_path: Path, way: str, memory: dict[str, object]) -> None:
+@pytest.mark.parametrize("memory", [{}, {"memory_budget": "2GB"}], ids=["resident", "streamed"])
+def test_after_every_event(
+    tmp_path: Path, fault: Fault, way: str, memory: dict[str, object]
+) -> None:
     pipe = Pipeline.from_pretrained("shapes")
-    request = asked(output=str(tmp_path / "a.webp"), num_frames=17, preview_every=1, **memory)
-    whole = pipe.stream(replace(request, output=None))
+    request = asked(num_frames=17, preview_every=1, **memory)
+    whole = pipe.stream(request)
     count = sum(1 for _ in whole)
-    ends = [stopped(pipe, request, n, way)[-1] for n in range(1, count)]
+    ends = []
+    for n in range(1, count):
+        folder = tmp_path / str(n)
+        folder.mkdir()
+        ends.append(stopped(pipe, replace(request, output=str(folder / "a.webp")), n, way)[-1])
     kinds = (StageStarted, StageProgress, StepFinished, PreviewReady, StageFinished)
     assert {type(event) for event in ends} == set(kinds)
+    done = "fails" if way == "throw" else "closes the run"
+    where = "all, streamed" if memory else "all, resident"
+    result = "the last preview left, no other file, thread or limit"
+    fault(f"a listener {done} after event n", where, len(ends), 0, result)
