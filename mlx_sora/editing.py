@@ -13,7 +13,7 @@ import math
 from collections.abc import Generator, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
@@ -84,7 +84,7 @@ class Editing(Pipeline):
         """Events of the edit, `Finished` the last. Bad requests raise here, before any work."""
         ranks = self._ranks(self._request)
         with ranks.watched():
-            self._agree(ranks, [self._request])
+            self._agree(ranks, [self._request], **self._told)
             with ranks.together():
                 run = self._begin()
         return ranks.watching(alone(run.output, self._events(run), ranks))
@@ -93,13 +93,18 @@ class Editing(Pipeline):
         """What the edit would need, stage by stage, without making it."""
         return self._begin().plan
 
-    def _begin(self) -> Run:
-        run = self._prepare(self._request)
-        run.more["edit"] = {
+    @property
+    def _told(self) -> dict[str, Any]:
+        """What an edit is besides a request."""
+        return {
             "video": self._edit.video,
             "source_prompt": self._edit.source_prompt,
             "inject_steps": self._injected,
         }
+
+    def _begin(self) -> Run:
+        run = self._prepare(self._request)
+        run.more["edit"] = self._told
         fit = Fit.of(self._size, run.settings.geometry.decoded)
         if fit.source != fit.size:
             run.warnings.append(f"{self._edit.video}: {fit}.")

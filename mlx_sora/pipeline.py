@@ -190,15 +190,15 @@ class Pipeline(Stages):
         """Those that make a video together."""
         return Ranks() if request.parallel == "off" else self.ranks
 
-    def _agree(self, ranks: Ranks, requests: Sequence[GenerationRequest]) -> None:
-        """Raise UsageError where ranks have other versions, weights or requests than the first."""
+    def _agree(self, ranks: Ranks, requests: Sequence[GenerationRequest], **more: Any) -> None:
+        """Raise UsageError where ranks have other versions, weights, requests or `more`."""
         if ranks.size > 1:
             with ranks.together():
                 weights = fingerprint(self.model)
             asked: dict[str, Any] = {"requests": [request.to_dict() for request in requests]}
             if len(requests) == 1:
                 asked = {label(name): value for name, value in requests[0].to_dict().items()}
-            ranks.agree({**versions(), "weights": weights, **asked})
+            ranks.agree({**versions(), "weights": weights, **asked, **more})
 
     def _division(self, request: GenerationRequest, settings: Settings) -> Division:
         """What each of them does of it."""

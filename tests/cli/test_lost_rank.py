@@ -8,8 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from mlx_sora.video.writer import save_frames
 from tests.launching import ROOT, launch
 
 FAULTY = Path(__file__).with_name("faulty_rank.py")
@@ -60,6 +62,19 @@ def test_other_options_are_named(tmp_path: Path) -> None:
     )
     for rank in launch(2, ["-c", program], timeout=150):
         assert rank.stdout.startswith("Rank 1 has --steps 5, rank 0 has 4. Give all ranks"), rank
+
+
+def test_another_edit_is_named(tmp_path: Path) -> None:
+    save_frames(tmp_path / "a.png", np.full((1, 32, 32, 3), 90, np.uint8), 24, None, False)
+    program = (
+        "import os; from mlx_sora import Pipeline\n"
+        "pipe = Pipeline.from_pretrained('shapes')\n"
+        "word = ['red', 'blue'][int(os.environ['MLX_RANK'])]\n"
+        "try: pipe.edit('a.png', source_prompt=word, prompt='green', width=32, height=32)\n"
+        "except Exception as error: print(error)"
+    )
+    for rank in launch(2, ["-c", program], cwd=tmp_path, timeout=150):
+        assert rank.stdout.startswith("Rank 1 has source_prompt blue, rank 0 has red. Give"), rank
 
 
 def test_the_checkpoint_of_lost_ranks_is_taken_up_by_one_process(tmp_path: Path) -> None:
