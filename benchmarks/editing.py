@@ -21,10 +21,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import mlx_sora  # noqa: F401  (before mlx.core, so that the fast BLAS is in place)
+
+# isort: split
 import mlx.core as mx
 import numpy as np
 
-import mlx_sora  # noqa: F401  # puts a fast BLAS in place, before MLX is loaded
 from benchmarks.common import RESULTS, markdown, write_json
 from benchmarks.ondevice import psnr
 from benchmarks.shapes import world

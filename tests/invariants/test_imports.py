@@ -9,7 +9,7 @@ import sys
 import pytest
 
 import mlx_sora
-from tests.invariants.source import sources
+from tests.invariants.source import Source, sources
 
 HEAVY = {"av", "PIL", "huggingface_hub", "bs4", "ftfy", "numpy", "mlx", "sentencepiece", "tqdm"}
 FOREIGN = {"torch", "transformers", "diffusers", "cv2", "pydantic", "rich", "scipy", "skimage"}
@@ -48,6 +48,14 @@ def test_the_engine_never_imports_foreign_frameworks() -> None:
         if name.split(".")[0] in FOREIGN
     ]
     assert found == []
+
+
+@pytest.mark.parametrize("source", sources("benchmarks", "examples"), ids=lambda s: s.name)
+def test_what_computes_has_the_fast_blas(source: Source) -> None:
+    """The package puts it in place, which MLX has to find when it is loaded."""
+    at_once = {node.lineno for node in source.tree.body}
+    order = [name.split(".")[0] for line, name in source.imports() if line in at_once]
+    assert "mlx" not in order or "mlx_sora" in order[: order.index("mlx")]
 
 
 @pytest.mark.parametrize("name", mlx_sora.__all__)
