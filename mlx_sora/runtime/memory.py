@@ -18,8 +18,8 @@ import mlx.core as mx
 
 from mlx_sora.runtime.device import backend, total_memory
 
-#: How often the resident set is looked at, in seconds; a look costs about 20 µs.
-_SAMPLE_EVERY = 0.01
+#: Seconds between looks at the resident set, at first and after 20 s; a look costs about 20 µs.
+_PAUSE, _LONGEST_PAUSE = 0.01, 0.1
 
 _STATM = Path("/proc/self/statm")
 _PAGE = resource.getpagesize()
@@ -99,8 +99,9 @@ class StageMeter:
     """Context manager that measures one stage; `usage` is there when it ends.
 
     Meters do not nest: each resets MLX's peak. The resident set's peak is exact when the stage
-    raised the process's own record, else the largest of samples taken every 10 ms; where the system
-    shows no current value (macOS) it is the process's record so far, an upper bound.
+    raised the process's own record, else the largest of samples taken every 10 ms, more rarely the
+    longer it takes; where the system shows no current value (macOS) it is the process's record so
+    far, an upper bound.
     """
 
     def __init__(self, stage: str) -> None:
@@ -136,10 +137,12 @@ class StageMeter:
         self.usage = StageUsage(self.stage, seconds, mx.get_peak_memory(), peak)
 
     def _sample(self) -> None:
+        pause = _PAUSE
         while True:
             self._peak_rss = max(self._peak_rss, current_rss() or 0)
-            if self._done.wait(_SAMPLE_EVERY):
+            if self._done.wait(pause):
                 return
+            pause = min(1.005 * pause, _LONGEST_PAUSE)
 
 
 def current_rss() -> int | None:
