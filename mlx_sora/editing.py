@@ -10,7 +10,7 @@ values of the inversion (`accel/values.py`), which holds the layout.
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Sequence
+from collections.abc import Generator
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -23,8 +23,6 @@ from mlx_sora.accel.values import KeptValues, kept_bytes
 from mlx_sora.edit_request import EditRequest
 from mlx_sora.errors import UsageError
 from mlx_sora.geometry import Size
-from mlx_sora.loading.networks import load_vae
-from mlx_sora.loading.steady import SteadyFiles
 from mlx_sora.models.context import Context
 from mlx_sora.models.stdit3 import BlockPair, STDiT3
 from mlx_sora.models.stdit3_blocks import STDiT3Config
@@ -37,14 +35,12 @@ from mlx_sora.runtime.events import (
     Event,
     Finished,
     Noted,
-    StageProgress,
     StageStarted,
     StepFinished,
     Warned,
 )
 from mlx_sora.runtime.memory import StageMeter
 from mlx_sora.runtime.parallel import Division
-from mlx_sora.runtime.plan import StagePlan
 from mlx_sora.runtime.planner import Job as Work
 from mlx_sora.runtime.planner import Plan, Reading
 from mlx_sora.runtime.profiles import show_bytes
@@ -174,29 +170,15 @@ class Editing(Pipeline):
         with StageMeter("read") as meter, self._lifetimes(run).stage(plan):
             with run.ranks.together():
                 if run.ranks.first:
-                    latents = yield from self._read_chunks(run, plan, chunks)
+                    geometry = run.settings.geometry
+                    frames = _frames(self._edit.video, geometry.num_frames, geometry.decoded)
+                    parts = (frames[c.frame : c.frame + c.frames] for c in chunks)
+                    encoded = yield from self._encoded(run, plan, parts, len(chunks))
+                    latents = mx.concatenate(encoded, axis=1)
+                    del encoded, parts, frames
             latents = run.ranks.array_of_first(latents)
         yield run.close_stage(meter)
         return latents
-
-    def _read_chunks(
-        self, run: Run, plan: StagePlan, chunks: Sequence[Chunk]
-    ) -> Generator[Event, None, mx.array]:
-        geometry, parts = run.settings.geometry, list[mx.array]()
-        frames = _frames(self._edit.video, geometry.num_frames, geometry.decoded)
-        pixels = (
-            mx.array(frames[c.frame : c.frame + c.frames]).astype(mx.float32) / 127.5 - 1
-            for c in chunks
-        )
-        with SteadyFiles(self.model.vae).read():
-            vae = load_vae(self.model, ("encoder",))
-            encoded = vae.encode_chunks(pixels, plan.micro_batch, in_turn=plan.in_turn)
-            del vae
-            for part in encoded:
-                run.health.media(part)
-                parts.append(part)
-                yield StageProgress("read", len(parts), len(chunks))
-        return mx.concatenate(parts, axis=1)
 
 
 class _Way:

@@ -17,7 +17,7 @@ import mlx.core as mx
 from mlx_sora.accel.cidl import BlockStream
 from mlx_sora.checkpointing import Snapshot
 from mlx_sora.geometry import latent_frames
-from mlx_sora.given import Given, Task, tasks
+from mlx_sora.given import Given, tasks
 from mlx_sora.lifetimes import Lifetimes
 from mlx_sora.loading.model_folder import ModelFolder
 from mlx_sora.loading.networks import load_vae
@@ -135,30 +135,31 @@ class Stages:
         yield StageStarted("read", len(todo))
         plan = run.plan.stage("read")
         with StageMeter("read") as meter, self._lifetimes(run).stage(plan):
-            latents: list[mx.array | None] = [None] * len(todo)
+            latents: Sequence[mx.array | None] = [None] * len(todo)
             with run.ranks.together():
                 if run.ranks.first:
-                    latents = yield from self._read_here(run, plan, todo)
+                    pictures = (task.read() for task in todo)
+                    latents = yield from self._encoded(run, plan, pictures, len(todo))
             for task, each in zip(todo, latents, strict=True):
                 given.fill(task, run.ranks.array_of_first(each))
             del latents, each
         yield run.close_stage(meter)
         return given
 
-    def _read_here(
-        self, run: Run, plan: StagePlan, todo: Sequence[Task]
-    ) -> Generator[Event, None, list[mx.array | None]]:
-        """The latents of each task."""
-        made = list[mx.array | None]()
+    def _encoded(
+        self, run: Run, plan: StagePlan, parts: Iterator[np.ndarray], count: int
+    ) -> Generator[Event, None, list[mx.array]]:
+        """Latents of `count` parts of media, uint8 [F, H, W, 3], each read when its turn comes."""
+        made = list[mx.array]()
         with SteadyFiles(self.model.vae).read():
             vae = load_vae(self.model, ("encoder",))
-            pixels = (mx.array(task.read()).astype(mx.float32) / 127.5 - 1 for task in todo)
+            pixels = (mx.array(part).astype(mx.float32) / 127.5 - 1 for part in parts)
             encoded = vae.encode_chunks(pixels, plan.micro_batch, in_turn=plan.in_turn)
             del vae
             for latents in encoded:
                 run.health.media(latents)
                 made.append(latents)
-                yield StageProgress("read", len(made), len(todo))
+                yield StageProgress("read", len(made), count)
         return made
 
     def _denoise(
