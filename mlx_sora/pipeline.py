@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -216,8 +216,10 @@ class Pipeline(Stages):
         dtype = default_dtype(requested=self.dtype if request.dtype == "auto" else request.dtype)
         settings, warnings = settle(request, self.model)
         division = self._division(request, settings)
-        agree = ranks.of_first if division.ranks > 1 else bool
-        accelerations = Accelerations(settings.accelerations, self._job(settings, agree))
+        job = self._job(settings)
+        if division.ranks > 1:
+            job = replace(job, agree=ranks.of_first)
+        accelerations = Accelerations(settings.accelerations, job)
         output = _output(request, settings, checked=self.ranks.first)
         warnings += accelerations.warnings
         tokenizer = Tokenizer.load(self.model.tokenizer)
@@ -231,7 +233,7 @@ class Pipeline(Stages):
         run.more |= quantization_record(quantized_while_loading(self.model, request.quantize))
         return run
 
-    def _job(self, settings: Settings, agree: Callable[[bool], bool] = bool) -> Job:
+    def _job(self, settings: Settings) -> Job:
         """The run as accelerations see it."""
         geometry, sampler = settings.geometry, SAMPLERS[settings.sampler]
         times = sampler.timesteps(settings.steps, **settings.told.sizes)
@@ -243,7 +245,6 @@ class Pipeline(Stages):
             times=tuple(float(t) for t in times[:-1, 0]),
             model=self.model.path,
             size=(*geometry.size, geometry.num_frames),
-            agree=agree,
         )
 
     def _plan(
