@@ -2,9 +2,10 @@
 
     python -m benchmarks.clusters [--chip m4-max] [--json FILE]
 
-The formula and its sources stand in `mlx_sora/runtime/cluster.py`: the fastest way to divide an
-evaluation, guided, weights in bfloat16, no accelerations. Nothing is measured: `mlx_sora bench
-link` measures a cluster, and `generate --dry-run --ranks N --link … --chip …` takes its figures.
+The formula and its sources stand in `mlx_sora/distributed/cost_model.py`: the fastest way to
+divide an evaluation, guided, weights in bfloat16, no accelerations. Nothing is measured:
+`mlx_sora bench link` measures a cluster; `generate --dry-run --ranks N --link … --chip …` takes its
+figures.
 """
 
 from __future__ import annotations
@@ -14,10 +15,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from benchmarks.common import RESULTS, markdown, write_json
+from mlx_sora.distributed.cost_model import LINKS, Chip, foretell, read_chip
 from mlx_sora.geometry import Size, plan_geometry
-from mlx_sora.runtime.cluster import LINKS, Chip, foretell, read_chip
-from mlx_sora.runtime.plan import Job, Model
-from mlx_sora.runtime.shapes import shape_sizes
+from mlx_sora.memory.estimate import shape_sizes
+from mlx_sora.memory.plan import Job, Model
 
 SIZES = {"240p": Size(426, 240), "480p": Size(854, 480), "720p": Size(1280, 720)}
 FRAMES, RANKS, TOKENS = (51, 102, 204), (2, 4, 8), 60

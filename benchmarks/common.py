@@ -42,7 +42,7 @@ def transient_bytes(work: Work) -> int:
     """What MLX allocates during a run at most, beyond what was there before."""
     import mlx.core as mx
 
-    from mlx_sora.runtime.memory import release
+    from mlx_sora.memory.limits import release
 
     release()
     mx.reset_peak_memory()

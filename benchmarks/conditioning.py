@@ -28,7 +28,7 @@ from benchmarks.shapes import world
 from benchmarks.shapes.contact_sheet import draw_row
 from benchmarks.shapes.scorer import FIELDS, read_video
 from mlx_sora import Pipeline
-from mlx_sora.clips import Clips
+from mlx_sora.conditioning.clips import Clips
 from mlx_sora.video.writer import save_frames
 
 LOOPS = Clips(num_frames=34, count=3)

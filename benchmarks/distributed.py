@@ -26,16 +26,15 @@ import mlx_sora  # noqa: F401  (before mlx.core, so that the fast BLAS is in pla
 import mlx.core as mx
 
 from benchmarks.common import RESULTS, markdown, write_json
-from mlx_sora.accel.distributed import Mesh
+from mlx_sora.accel.sequence_parallel import Mesh
+from mlx_sora.distributed.group import join
+from mlx_sora.distributed.partition import sent_bytes
 from mlx_sora.geometry import Size, plan_geometry
 from mlx_sora.loading.model_folder import find_model
 from mlx_sora.loading.networks import load_transformer
-from mlx_sora.models.context import Context, Layout, Whole
-from mlx_sora.models.stdit3 import STDiT3
-from mlx_sora.models.stdit3_blocks import STDiT3Config
-from mlx_sora.runtime.flops import Grid
-from mlx_sora.runtime.parallel import sent_bytes
-from mlx_sora.runtime.ranks import join
+from mlx_sora.memory.flops import Grid
+from mlx_sora.models.hooks import Context, Layout, Whole
+from mlx_sora.models.stdit3 import STDiT3, STDiT3Config
 from tests.launching import launch
 
 #: Name: ranks, BLAS threads of each, halves of guidance that they are in; 0 if they share nothing.

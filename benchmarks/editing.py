@@ -32,11 +32,11 @@ from benchmarks.ondevice import psnr
 from benchmarks.shapes import world
 from benchmarks.shapes.scorer import FIELDS, FOREGROUND_DISTANCE, read_video
 from mlx_sora import Pipeline, Video
-from mlx_sora.accel.values import KeptValues
-from mlx_sora.edit_request import INJECT_STEPS, SAMPLER
+from mlx_sora.accel.value_sharing import KeptValues
 from mlx_sora.loading.networks import load_text_encoder, load_transformer, load_vae
-from mlx_sora.models.context import Context, ValuePolicy
+from mlx_sora.models.hooks import Context, ValuePolicy
 from mlx_sora.models.stdit3 import BlockPair
+from mlx_sora.request.edit import INJECT_STEPS, SAMPLER
 from mlx_sora.sampling import SAMPLERS
 from mlx_sora.sampling.guidance import Network, Part, guided
 from mlx_sora.sampling.loop import denoise

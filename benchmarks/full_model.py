@@ -23,7 +23,7 @@ import mlx_sora  # noqa: F401  (before mlx.core: it puts the fast BLAS in place)
 import mlx.core as mx  # isort: skip
 
 from mlx_sora.loading.model_folder import Defaults, ModelFolder
-from mlx_sora.runtime.memory import memory_scope, release
+from mlx_sora.memory.limits import memory_scope, release
 from tests.full_size import CONFIGS, MANIFESTS
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -34,12 +34,12 @@ from mlx import nn
 from mlx.utils import tree_map
 
 from mlx_sora import geometry
+from mlx_sora.memory import flops
+from mlx_sora.memory.limits import memory_scope, release
 from mlx_sora.models import t5
-from mlx_sora.models.context import Context
+from mlx_sora.models.hooks import Context
 from mlx_sora.models.stdit3 import STDiT3, STDiT3Config
 from mlx_sora.models.vae import VAEConfig, VideoVAE
-from mlx_sora.runtime import flops
-from mlx_sora.runtime.memory import memory_scope, release
 
 #: Side of the square product that stands for the machine's peak.
 SQUARE = 2560

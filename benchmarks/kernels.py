@@ -18,9 +18,9 @@ import mlx_sora  # noqa: F401  (before mlx.core: it puts the fast BLAS in place)
 import mlx.core as mx  # isort: skip
 from mlx import nn
 
+from mlx_sora.memory.limits import release
 from mlx_sora.models import conv, ops
-from mlx_sora.models.stdit3_blocks import Mlp, PatchEmbedder, STDiT3Config
-from mlx_sora.runtime.memory import release
+from mlx_sora.models.stdit3 import Mlp, PatchEmbedder, STDiT3Config
 
 #: Largest difference, in standard deviations: MLX's own group norm is off by about as much.
 SAME = 2e-4

@@ -25,8 +25,8 @@ from benchmarks.common import RESULTS, markdown, write_json
 from benchmarks.shapes import world
 from benchmarks.shapes.scorer import Reading, read_video, score
 from mlx_sora import GenerationRequest, Pipeline
+from mlx_sora.memory.plan import Plan
 from mlx_sora.runtime.events import Finished, StageFinished, StepFinished
-from mlx_sora.runtime.plan import Plan
 
 EXACT = "exact"
 

@@ -28,7 +28,7 @@ from mlx_sora.accel.cidl import BlockStream
 from mlx_sora.accel.tdtm import PairedFrames
 from mlx_sora.loading.model_folder import ModelFolder
 from mlx_sora.loading.networks import load_transformer, stream_transformer
-from mlx_sora.runtime.memory import release
+from mlx_sora.memory.limits import release
 
 SHAPE: Shape = (15, 30, 53), (240, 426)
 STEPS, DEPTH = 30, 28

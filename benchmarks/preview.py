@@ -18,9 +18,9 @@ import numpy as np
 
 import mlx_sora  # noqa: F401  (before mlx.core, so that the fast BLAS is in place)
 from benchmarks.shapes import world
+from mlx_sora.conditioning.media import shown_by_latent
 from mlx_sora.loading.model_folder import BUNDLED, find_model
 from mlx_sora.loading.networks import load_vae
-from mlx_sora.media import shown_by_latent
 from mlx_sora.video.frames import to_uint8
 from mlx_sora.video.preview import FILE, SCALE, PreviewMap, neighbourhoods
 

@@ -37,12 +37,12 @@ from benchmarks.ondevice import make, psnr
 from benchmarks.shapes import world
 from benchmarks.shapes.scorer import Reading, read_video, score
 from mlx_sora import GenerationRequest, Pipeline
-from mlx_sora.loading.convert import convert
-from mlx_sora.loading.layout import Choice, plan_part
 from mlx_sora.loading.model_folder import PARTS, ModelFolder, find_model
 from mlx_sora.loading.networks import load_text_encoder, load_transformer
+from mlx_sora.manage.conversion_plan import Choice, plan_part
+from mlx_sora.manage.convert import convert
+from mlx_sora.memory.limits import StageMeter, release
 from mlx_sora.models.quantized import QuantizedLinear
-from mlx_sora.runtime.memory import StageMeter, release
 
 PLAIN = "plain"
 BITS = (8, 4)

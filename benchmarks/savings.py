@@ -22,10 +22,9 @@ import mlx_sora  # noqa: F401  (before mlx.core: it puts the fast BLAS in place)
 import mlx.core as mx  # isort: skip
 
 from mlx_sora.loading.checkpoint import Checkpoint
+from mlx_sora.memory.limits import release
 from mlx_sora.models import conv, t5
-from mlx_sora.models.stdit3 import Conditions, STDiT3, STDiT3Config
-from mlx_sora.models.stdit3_blocks import position_embedding
-from mlx_sora.runtime.memory import release
+from mlx_sora.models.stdit3 import Conditions, STDiT3, STDiT3Config, position_embedding
 
 #: Tokens of a usual prompt, what the reference pads it to, and steps of a usual run.
 PROMPT, PADDED, STEPS = 20, 300, 30

@@ -26,12 +26,12 @@ from benchmarks.common import RESULTS, arguments, markdown, seconds, write_json
 from mlx_sora.accel import step_cache
 from mlx_sora.accel.base import Job
 from mlx_sora.accel.step_cache import StepCache
-from mlx_sora.models.context import Context
+from mlx_sora.memory.flops import Grid
+from mlx_sora.memory.limits import memory_scope, release
+from mlx_sora.memory.requirements import stream_bytes
+from mlx_sora.models.hooks import Context
 from mlx_sora.models.stdit3 import BlockPair, STDiT3, STDiT3Config
-from mlx_sora.modes import STEP_CACHE
-from mlx_sora.runtime.flops import Grid
-from mlx_sora.runtime.memory import memory_scope, release
-from mlx_sora.runtime.needs import stream_bytes
+from mlx_sora.request.modes import STEP_CACHE
 from mlx_sora.sampling.guidance import Part
 
 GRID, HEIGHT, WIDTH, DEPTH, STEPS, BATCH = (15, 18, 32), 144, 256, 28, 30, 2

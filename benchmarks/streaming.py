@@ -28,9 +28,9 @@ from mlx_sora.accel.cidl import BlockStream
 from mlx_sora.loading.model_folder import ModelFolder
 from mlx_sora.loading.networks import load_transformer, stream_transformer
 from mlx_sora.loading.safetensors import TensorInfo, load_tensors
-from mlx_sora.models.context import AllTokens, Context, TokenPolicy
+from mlx_sora.memory.limits import release
+from mlx_sora.models.hooks import AllTokens, Context, TokenPolicy
 from mlx_sora.models.stdit3 import BlockPair, STDiT3
-from mlx_sora.runtime.memory import release
 
 #: Latent frames, height and width; pixels of a frame.
 Shape = tuple[tuple[int, int, int], tuple[int, int]]

@@ -13,7 +13,7 @@ import mlx_sora  # noqa: F401  (before mlx.core: it puts the fast BLAS in place)
 
 import mlx.core as mx  # isort: skip
 
-from mlx_sora.runtime.memory import memory_scope
+from mlx_sora.memory.limits import memory_scope
 
 #: Largest difference of results, in standard deviations.
 SAME = 1e-5

@@ -51,8 +51,8 @@ def measure(options: argparse.Namespace) -> list[Row]:
     import mlx.core as mx
 
     from mlx_sora.loading.networks import load_vae
-    from mlx_sora.models.vae_tiles import decode_tiled
-    from mlx_sora.runtime.memory import memory_scope, release
+    from mlx_sora.memory.limits import memory_scope, release
+    from mlx_sora.models.vae_tiling import decode_tiled
     from mlx_sora.video.frames import to_uint8
 
     pipe = Pipeline.from_pretrained("shapes")

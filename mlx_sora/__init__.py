@@ -20,7 +20,7 @@ from mlx_sora.runtime import blas as _blas
 
 if TYPE_CHECKING:
     from mlx_sora.pipeline import Pipeline
-    from mlx_sora.request import GenerationRequest
+    from mlx_sora.request.generation import GenerationRequest
     from mlx_sora.video import Video
 
 __version__ = "0.1.0"
@@ -39,7 +39,7 @@ __all__ = [
 
 #: Public names that load their module on first access.
 _LAZY = {
-    "GenerationRequest": "mlx_sora.request",
+    "GenerationRequest": "mlx_sora.request.generation",
     "Pipeline": "mlx_sora.pipeline",
     "Video": "mlx_sora.video",
 }

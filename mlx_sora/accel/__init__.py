@@ -1,7 +1,8 @@
 """Accelerations: techniques that a request can ask for by name, composed for one run.
 
 A new one is one file here that fills a seam, one line in ACCELERATIONS, its modes in
-`mlx_sora.modes` and its field in `mlx_sora.request`. Nothing else knows which there are.
+`mlx_sora.request.modes` and its field in `mlx_sora.request.generation`. Nothing else knows which
+there are.
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ import mlx.core as mx
 
 from mlx_sora.accel import guidance_cache, guidance_interval, lpl, step_cache, tdtm
 from mlx_sora.accel.base import Acceleration, Job
-from mlx_sora.models.context import BlockProvider, Context, StackPolicy
+from mlx_sora.models.hooks import BlockProvider, Context, StackPolicy
 from mlx_sora.models.stdit3 import BlockPair
-from mlx_sora.modes import (
+from mlx_sora.request.modes import (
     GUIDANCE_CACHE,
     GUIDANCE_INTERVAL,
     LPL,

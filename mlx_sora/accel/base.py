@@ -1,6 +1,6 @@
 """What an acceleration is to the pipeline: something that fills a seam in one run.
 
-The seams are those of `sampling/base.py`, `sampling/guidance.py` and `models/context.py`. Whatever
+The seams are those of `sampling/base.py`, `sampling/guidance.py` and `models/hooks.py`. Whatever
 a technique does not fill stays plain, so that techniques compose without knowing of each other.
 """
 
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlx_sora.models.context import StackPolicy, TokenPolicy
+from mlx_sora.models.hooks import StackPolicy, TokenPolicy
 from mlx_sora.sampling.base import State, StepPolicy
 from mlx_sora.sampling.guidance import GuidancePolicy, Part
 from mlx_sora.sampling.loop import StepResult

@@ -19,7 +19,7 @@ from typing import Generic, TypeVar
 import mlx.core as mx
 
 from mlx_sora.loading.blocks import BlockSource
-from mlx_sora.runtime.residency import Blocks, Residency, spread
+from mlx_sora.memory.residency import Blocks, Residency, spread
 
 Block = TypeVar("Block")
 

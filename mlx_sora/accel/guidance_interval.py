@@ -13,7 +13,7 @@ import mlx.core as mx
 
 from mlx_sora.accel.base import Acceleration, Job
 from mlx_sora.errors import UsageError
-from mlx_sora.modes import Chosen
+from mlx_sora.request.modes import Chosen
 from mlx_sora.sampling.base import State, Step
 from mlx_sora.sampling.guidance import GuidancePolicy, Halves
 from mlx_sora.sampling.loop import StepResult

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import mlx.core as mx
 
 from mlx_sora.accel.base import Acceleration, Job
-from mlx_sora.modes import Chosen
+from mlx_sora.request.modes import Chosen
 from mlx_sora.sampling.base import (
     NOISE_TIME,
     Decision,

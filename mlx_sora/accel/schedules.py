@@ -15,7 +15,7 @@ from typing import Any
 
 from mlx_sora.accel.base import Job
 from mlx_sora.errors import UsageError
-from mlx_sora.reading import read_object
+from mlx_sora.utils.json import read_object
 
 #: Folder of a model that holds its schedules.
 FOLDER = "step_cache"

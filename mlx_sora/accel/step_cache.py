@@ -16,8 +16,8 @@ import mlx.core as mx
 
 from mlx_sora.accel.base import Acceleration, Job
 from mlx_sora.accel.schedules import read_schedule
-from mlx_sora.models.context import StackPolicy
-from mlx_sora.modes import Chosen
+from mlx_sora.models.hooks import StackPolicy
+from mlx_sora.request.modes import Chosen
 from mlx_sora.sampling.base import State, restore, state_of
 from mlx_sora.sampling.guidance import Part
 from mlx_sora.sampling.loop import StepResult

@@ -12,8 +12,8 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_sora.accel.base import Acceleration, Job
-from mlx_sora.models.context import TokenPolicy
-from mlx_sora.modes import Chosen
+from mlx_sora.models.hooks import TokenPolicy
+from mlx_sora.request.modes import Chosen
 from mlx_sora.sampling.base import State
 from mlx_sora.sampling.loop import StepResult
 

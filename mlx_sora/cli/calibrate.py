@@ -6,9 +6,9 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from mlx_sora.cli.bars import Bars
 from mlx_sora.cli.flags import add_debug_flag, add_quiet_flag, add_request_flags, explicit_options
-from mlx_sora.request import options
+from mlx_sora.cli.progress import Bars
+from mlx_sora.request.generation import options
 
 #: Options of a request that a table is for, or that finding it needs.
 _OWN = (
@@ -59,9 +59,9 @@ def add_parser(commands: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Search, write the table, print its path."""
     from mlx_sora.accel.schedules import table_path
-    from mlx_sora.calibration import calibrate, requests_for
     from mlx_sora.errors import UsageError
-    from mlx_sora.pipeline import Pipeline
+    from mlx_sora.pipeline.calibrate import calibrate, requests_for
+    from mlx_sora.pipeline.pipeline import Pipeline
 
     if not 1 <= args.reach <= 100:
         raise UsageError(f"--reach {args.reach} is out of range.", "Give 1 to 100.")

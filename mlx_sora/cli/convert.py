@@ -6,12 +6,11 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlx_sora.cli.bars import Bars
 from mlx_sora.cli.flags import add_debug_flag, add_quiet_flag
-from mlx_sora.cli.render import human_bytes
+from mlx_sora.cli.progress import Bars, human_bytes
 
 if TYPE_CHECKING:
-    from mlx_sora.loading.convert import Converted
+    from mlx_sora.manage.convert import Converted
 
 _EPILOG = """\
 Quantised are the linear layers in the blocks of T5 and STDiT, in groups of 64 weights; other
@@ -64,10 +63,10 @@ def add_quantize(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Convert and print where the new model is."""
-    from mlx_sora.loading.convert import convert
-    from mlx_sora.loading.download import Progress
-    from mlx_sora.loading.layout import Choice
     from mlx_sora.loading.model_folder import find_model
+    from mlx_sora.manage.conversion_plan import Choice
+    from mlx_sora.manage.convert import convert
+    from mlx_sora.manage.download import Progress
 
     bars = Bars(quiet=args.quiet)
     try:

@@ -6,8 +6,8 @@ import argparse
 import sys
 from typing import Any
 
-from mlx_sora.cli.bars import Bars
 from mlx_sora.cli.flags import add_debug_flag
+from mlx_sora.cli.progress import Bars
 from mlx_sora.errors import WeightsError, printable
 
 _MARKS = {"ok": "ok", "note": "note", "warning": "WARNING", "error": "ERROR"}
@@ -34,8 +34,8 @@ def add_parser(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print one line per finding; 0 when there is nothing to mend."""
-    from mlx_sora.loading.doctor import examine, find_folder
-    from mlx_sora.loading.download import Progress
+    from mlx_sora.manage.doctor import examine, find_folder
+    from mlx_sora.manage.download import Progress
 
     bars = Bars(quiet=not sys.stderr.isatty())
     errors = 0

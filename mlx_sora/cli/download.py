@@ -5,14 +5,13 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from mlx_sora.cli.bars import Bars
 from mlx_sora.cli.convert import add_quantize, tell
 from mlx_sora.cli.flags import add_debug_flag, add_quiet_flag
-from mlx_sora.cli.render import human_bytes
+from mlx_sora.cli.progress import Bars, human_bytes
 from mlx_sora.errors import UsageError
 
 if TYPE_CHECKING:
-    from mlx_sora.loading.download import Outcome
+    from mlx_sora.manage.download import Outcome
 
 #: Also `mlx_sora.loading.model_folder.PUBLISHED`, which is not imported for the sake of --help.
 MODEL = "opensora-1.2"
@@ -69,11 +68,10 @@ def run(args: argparse.Namespace) -> int:
         )
     if args.remove_original and args.quantize is None:
         raise UsageError("--remove-original goes with --quantize.", "Add --quantize 8 or 4.")
-    from mlx_sora.loading.download import download
-    from mlx_sora.loading.hub import Hub
     from mlx_sora.loading.model_folder import weights_root
-    from mlx_sora.loading.obtain import download_quantized
-    from mlx_sora.loading.sources import choose_endpoint, choose_sources
+    from mlx_sora.manage.download import download, download_quantized
+    from mlx_sora.manage.hub import Hub
+    from mlx_sora.manage.sources import choose_endpoint, choose_sources
 
     sources, hub = choose_sources(args.source), Hub(choose_endpoint(args.endpoint))
     bars, obtained = Bars(quiet=args.quiet), None

@@ -7,7 +7,6 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from mlx_sora.cli.crew import Crew
 from mlx_sora.cli.flags import add_request_flags, explicit_options
 from mlx_sora.cli.generate import (
     add_dry_run_flag,
@@ -17,8 +16,9 @@ from mlx_sora.cli.generate import (
     load_pipeline,
     show_plans,
 )
-from mlx_sora.edit_request import INJECT_STEPS, SAMPLER, SHARED, EditRequest
-from mlx_sora.request import options
+from mlx_sora.cli.ranks import Crew
+from mlx_sora.request.edit import INJECT_STEPS, SAMPLER, SHARED, EditRequest
+from mlx_sora.request.generation import options
 from mlx_sora.video.reader import is_video
 
 

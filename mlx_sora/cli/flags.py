@@ -11,9 +11,9 @@ from dataclasses import fields
 from typing import Any, NoReturn
 
 from mlx_sora.errors import UsageError
-from mlx_sora.options import Option
-from mlx_sora.presets import PRESETS
-from mlx_sora.request import GenerationRequest, options
+from mlx_sora.request.generation import GenerationRequest, options
+from mlx_sora.request.options import Option
+from mlx_sora.request.presets import PRESETS
 
 #: Asking for one of these drops the other set from a replayed record.
 _NAMED_SIZE, _PIXELS = {"resolution", "aspect_ratio"}, {"width", "height"}
@@ -129,7 +129,7 @@ def seeded(request: GenerationRequest, index: int) -> GenerationRequest:
     """The request with a seed: its own, that of the checkpoint that it left, or drawn."""
     if request.checkpoint_every is None:
         return request.with_seed()
-    from mlx_sora.resuming import with_seed
+    from mlx_sora.pipeline.resume import with_seed
 
     return with_seed(request, index)
 

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mlx_sora.errors import UsageError
-from mlx_sora.request import GenerationRequest
+from mlx_sora.request.generation import GenerationRequest
 
 if TYPE_CHECKING:
-    from mlx_sora.pipeline import Pipeline
-    from mlx_sora.runtime.cluster import Chip, Forecast, Link
+    from mlx_sora.distributed.cost_model import Chip, Forecast, Link
+    from mlx_sora.pipeline.pipeline import Pipeline
 
 #: Ranks beyond which nobody has asked; a typing error is likelier.
 MAX_RANKS = 1024
@@ -60,7 +60,7 @@ def read_cluster(args: argparse.Namespace) -> Cluster | None:
         raise UsageError(
             f"--ranks {args.ranks} is no number of machines.", f"Give 1 to {MAX_RANKS}."
         )
-    from mlx_sora.runtime.cluster import read_chip, read_link
+    from mlx_sora.distributed.cost_model import read_chip, read_link
 
     return Cluster(
         args.ranks, read_link(args.link or "thunderbolt5"), read_chip(args.chip or "m4-max")
@@ -86,9 +86,9 @@ def foretold(
     """An evaluation on one machine, on the cluster in every way, and evaluations of a step."""
     import mlx.core as mx
 
-    from mlx_sora.loading.quantizing import quantized_while_loading
+    from mlx_sora.distributed.cost_model import foretell
+    from mlx_sora.loading.quantization import quantized_while_loading
     from mlx_sora.loading.sizes import model_sizes
-    from mlx_sora.runtime.cluster import foretell
 
     run = pipeline.prepared(request)
     assert run.work is not None, "a prepared run knows its work"

@@ -11,7 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlx_sora.cli.crew import Crew
 from mlx_sora.cli.flags import (
     add_debug_flag,
     add_quiet_flag,
@@ -21,8 +20,7 @@ from mlx_sora.cli.flags import (
     seeded,
 )
 from mlx_sora.cli.forecast import add_cluster_flags, read_cluster, show_forecasts
-from mlx_sora.cli.prompt_file import Batch, read_batch
-from mlx_sora.cli.render import (
+from mlx_sora.cli.progress import (
     BarRenderer,
     JsonRenderer,
     QuietRenderer,
@@ -30,16 +28,21 @@ from mlx_sora.cli.render import (
     SilentRenderer,
     plan_table,
 )
-from mlx_sora.cli.replay import recorded_options
+from mlx_sora.cli.prompt_file import Batch, read_batch
+from mlx_sora.cli.ranks import Crew
 from mlx_sora.errors import UsageError
 from mlx_sora.geometry import parse_frames
-from mlx_sora.request import GenerationRequest
+from mlx_sora.request.generation import GenerationRequest
 from mlx_sora.runtime.events import RequestFailed
-from mlx_sora.video.output import DEFAULT_OUTPUT, check_output, fill_template, output_path
+from mlx_sora.video.output_path import DEFAULT_OUTPUT, check_output, fill_template, output_path
 
 if TYPE_CHECKING:
-    from mlx_sora.pipeline import Pipeline
-    from mlx_sora.runtime.planner import Plan
+    from mlx_sora.memory.planner import Plan
+    from mlx_sora.pipeline.pipeline import Pipeline
+
+
+from mlx_sora.text.prompt import split_settings
+from mlx_sora.video.metadata import read_metadata, replay_options, same_media
 
 
 def add_parser(commands: Any) -> None:
@@ -184,7 +187,7 @@ def plan_requests(args: argparse.Namespace) -> Batch:
 
 def resumed(args: argparse.Namespace, typed: Mapping[str, Any]) -> GenerationRequest:
     """The request of the checkpoint to go on from."""
-    from mlx_sora.resuming import resumed_request
+    from mlx_sora.pipeline.resume import resumed_request
 
     for name in ("config_from_metadata", "prompt_file"):
         if getattr(args, name) is not None:
@@ -204,7 +207,7 @@ def choose_renderer(args: argparse.Namespace, crew: Crew) -> Renderer:
 
 def load_pipeline(model: str | None, dtype: str) -> Pipeline:
     """The pipeline; imported here because it brings MLX with it."""
-    from mlx_sora.pipeline import Pipeline
+    from mlx_sora.pipeline.pipeline import Pipeline
 
     return Pipeline.from_pretrained(model, dtype=dtype)
 
@@ -228,3 +231,31 @@ def _place(request: GenerationRequest, index: int) -> GenerationRequest:
         path = output_path(escaped, prompt="", seed=0, num_frames=frames or 0)
         check_output(path, request.overwrite, sidecar=request.metadata, num_frames=frames)
     return replace(request, output=escaped)
+
+
+def recorded_options(source: str, typed: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of the run that made the file `source`.
+
+    Pictures and videos are taken over only where their content is that which was recorded: a file
+    from somebody else could name any of ours, and its replay would show it. Raises UsageError.
+    """
+    record = read_metadata(source)
+    options = replay_options(record, source)
+    kept = {name: value for name, value in options.items() if name not in typed}
+    present = [path for path in _media(kept) if Path(path).is_file()]
+    same = same_media(record, present)
+    for path in present:
+        if path not in same:
+            raise UsageError(
+                f"{path} is not the file that {source} was made with.",
+                "Give --image, --video or --prompt anew, as it was there.",
+            )
+    return options
+
+
+def _media(options: Mapping[str, Any]) -> list[str]:
+    """Pictures and videos that options ask for, also inside the prompt."""
+    request = GenerationRequest.from_dict({"prompt": "", **options})
+    written = split_settings(request.prompt)[1].reference_path or ""
+    given = [item.path for item in request.images] + [item.path for item in request.videos]
+    return [*given, *request.references, *filter(None, written.split(";"))]

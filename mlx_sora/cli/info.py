@@ -9,9 +9,9 @@ from typing import Any
 
 from mlx_sora.cli.flags import add_debug_flag
 from mlx_sora.cli.generate import load_pipeline
-from mlx_sora.cli.render import human_bytes
+from mlx_sora.cli.progress import human_bytes
 from mlx_sora.errors import printable
-from mlx_sora.request import DTYPES, options
+from mlx_sora.request.generation import DTYPES, options
 
 
 def add_parser(commands: Any) -> None:

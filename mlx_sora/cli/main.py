@@ -17,8 +17,8 @@ from types import FrameType
 from mlx_sora import __version__
 from mlx_sora.cli import bench, calibrate, convert, doctor, download, edit, generate, info
 from mlx_sora.cli.flags import Parser, parse_args
+from mlx_sora.distributed.launch import launched, launched_rank
 from mlx_sora.errors import INTERRUPTED, MAX_MESSAGE, MlxSoraError, UsageError, printable
-from mlx_sora.runtime.launcher import launched, launched_rank
 
 COMMANDS = (generate, edit, download, convert, doctor, info, bench, calibrate)
 

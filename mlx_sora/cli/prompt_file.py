@@ -10,10 +10,10 @@ from typing import Any
 from mlx_sora.cli.flags import build_requests, seeded
 from mlx_sora.errors import MlxSoraError, UsageError
 from mlx_sora.geometry import parse_frames
-from mlx_sora.reading import parse_object
-from mlx_sora.request import GenerationRequest
+from mlx_sora.request.generation import GenerationRequest
+from mlx_sora.utils.json import parse_object
 from mlx_sora.video.metadata import read_metadata
-from mlx_sora.video.output import (
+from mlx_sora.video.output_path import (
     existing_files,
     fill_template,
     frame_path,

@@ -19,6 +19,7 @@ from mlx.utils import tree_unflatten
 
 from mlx_sora.errors import WeightsError
 from mlx_sora.loading.checkpoint import Checkpoint, Entry, match, put
+from mlx_sora.loading.file_guard import Stamp, patiently
 from mlx_sora.loading.safetensors import (
     FIX,
     FLOATS,
@@ -27,9 +28,8 @@ from mlx_sora.loading.safetensors import (
     load_tensors,
     loaded_dtype,
 )
-from mlx_sora.loading.steady import Stamp, patiently
-from mlx_sora.models.keys import KeyMap
-from mlx_sora.runtime.device_errors import known_error
+from mlx_sora.models.key_map import KeyMap
+from mlx_sora.runtime.device import known_error
 
 Block = TypeVar("Block")
 

@@ -27,8 +27,8 @@ from mlx_sora.loading.safetensors import (
     read_header,
     read_rows,
 )
-from mlx_sora.models.keys import KeyMap, Parameter, Shape
-from mlx_sora.reading import read_object
+from mlx_sora.models.key_map import KeyMap, Parameter, Shape
+from mlx_sora.utils.json import read_object
 
 #: Formats that can run code when they are opened, and never are.
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".msgpack", ".h5", ".npy", ".npz")

@@ -10,15 +10,18 @@ A model folder holds the published files under these names:
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from mlx_sora.errors import MlxSoraError, WeightsError, printable
-from mlx_sora.options import as_int
-from mlx_sora.reading import read_object
-from mlx_sora.request import GenerationRequest
+from mlx_sora.loading.checkpoint import Checkpoint
+from mlx_sora.request.generation import GenerationRequest
+from mlx_sora.request.options import as_int
+from mlx_sora.utils.json import read_object
 
 PUBLISHED = "opensora-1.2"
 BUNDLED = "shapes"
@@ -190,3 +193,25 @@ def _read_index(path: Path) -> tuple[str, Defaults]:
     chosen = {key: getattr(request, key) for key in options}
     name = printable(str(content.get("name", path.name)), MAX_NAME)
     return name, Defaults(**chosen, warn_below_frames=values["warn_below_frames"])
+
+
+#: Bytes of each tensor that a fingerprint looks at.
+_SAMPLE = 64
+
+
+def fingerprint(model: ModelFolder) -> str:
+    """Checksum of what tells models apart: configurations, and of every tensor its name, shape,
+    type and the bytes in its middle. Reads a few kilobytes in all.
+
+    Raises WeightsError for files that cannot be opened.
+    """
+    found = hashlib.sha256()
+    for part in PARTS:
+        found.update(json.dumps([part, model.config(part)], sort_keys=True).encode())
+        tensors = Checkpoint.open(model.path / part).tensors
+        for name, info in sorted(tensors.items(), key=lambda item: (item[1].file, item[1].offset)):
+            found.update(f"\n{name} {info.dtype} {info.shape}\n".encode())
+            with info.file.open("rb") as file:
+                file.seek(info.offset + info.nbytes // 2)
+                found.update(file.read(min(_SAMPLE, info.nbytes - info.nbytes // 2)))
+    return found.hexdigest()

@@ -18,10 +18,9 @@ from mlx_sora.errors import WeightsError
 from mlx_sora.loading.blocks import BlockSource, split_blocks
 from mlx_sora.loading.checkpoint import Checkpoint, Entry, fill, match
 from mlx_sora.loading.model_folder import ModelFolder
-from mlx_sora.loading.quantize import Quantization, prepare, quantizable
-from mlx_sora.loading.quantizing import quantizing
+from mlx_sora.loading.quantization import Quantization, prepare, quantizable, quantizing
 from mlx_sora.models import stdit3, t5, vae
-from mlx_sora.models.keys import KeyMap
+from mlx_sora.models.key_map import KeyMap
 from mlx_sora.models.precision import KEEP
 from mlx_sora.models.vae import VAEConfig, VideoVAE, keys_for
 

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import mlx.core as mx
 
 from mlx_sora.errors import WeightsError
-from mlx_sora.reading import parse_object
+from mlx_sora.utils.json import parse_object
 
 #: Bytes per element and MLX dtype of the floating types that weights come in.
 FLOATS: dict[str, tuple[int, mx.Dtype]] = {

@@ -13,10 +13,10 @@ from mlx_sora.loading.blocks import BlockSource
 from mlx_sora.loading.checkpoint import Checkpoint, match
 from mlx_sora.loading.model_folder import ModelFolder
 from mlx_sora.loading.networks import stream_text_encoder, stream_transformer
-from mlx_sora.loading.quantize import dense_bytes
+from mlx_sora.loading.quantization import dense_bytes
+from mlx_sora.memory.planner import Model, Weights
 from mlx_sora.models.precision import KEEP
 from mlx_sora.models.vae import VAEConfig, VideoVAE, keys_for
-from mlx_sora.runtime.planner import Model, Weights
 
 
 def model_sizes(model: ModelFolder, dtype: mx.Dtype, *, encoders: bool = False) -> Model:

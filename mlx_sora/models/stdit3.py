@@ -9,31 +9,319 @@ tokens, C hidden channels. Latents are [B, T, H, W, channels].
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import mlx.core as mx
 from mlx import nn
 
 from mlx_sora.errors import UsageError
-from mlx_sora.models.context import Context, ResidentBlocks, Share, Whole
-from mlx_sora.models.keys import CONV3D, KeyMap, Rule
+from mlx_sora.models.config import MAX_DEPTH, read_config, require
+from mlx_sora.models.hooks import Context, ResidentBlocks, Share, TokenPolicy, Whole
+from mlx_sora.models.key_map import CONV3D, KeyMap, Rule
+from mlx_sora.models.ops import add_gated, attention, gelu_tanh, in_pieces, modulate, silu
 from mlx_sora.models.precision import KEEP
-from mlx_sora.models.stdit3_blocks import (
-    CaptionEmbedder,
-    FinalLayer,
-    KeysValues,
-    PatchEmbedder,
-    Rope,
-    ScalarEmbedder,
-    SiLU,
-    STDiT3Block,
-    STDiT3Config,
-    position_embedding,
-)
+from mlx_sora.models.quantized import for_pieces
 
-__all__ = ["KEYS", "BlockPair", "Conditions", "STDiT3", "STDiT3Config", "unpadded"]
+#: Width of the sinusoids that times and frame rates become, and their longest period.
+FREQUENCIES = 256
+MAX_PERIOD = 10000.0
+
+#: What attention is to use in place of its values, [B', heads, L, head size] as they are.
+Exchange = Callable[[mx.array], mx.array]
+
+#: Text keys and values of one attention, each [B, heads, L, head size].
+KeysValues = tuple[mx.array, mx.array]
+
+
+@dataclass(frozen=True)
+class STDiT3Config:
+    """Published config.json keys that shape the network; defaults are STDiT3-XL/2."""
+
+    input_sq_size: int = 512
+    in_channels: int = 4
+    patch_size: tuple[int, int, int] = (1, 2, 2)
+    hidden_size: int = 1152
+    depth: int = 28
+    num_heads: int = 16
+    mlp_ratio: float = 4.0
+    pred_sigma: bool = True
+    caption_channels: int = 4096
+    model_max_length: int = 300
+    qk_norm: bool = True
+
+    def __post_init__(self) -> None:
+        require(self.depth <= MAX_DEPTH, f"depth is {self.depth}")
+        require(len(self.patch_size) == 3, f"patch_size {list(self.patch_size)} is not [t, h, w]")
+        require(
+            self.num_heads > 0
+            and self.hidden_size % (2 * self.num_heads) == 0
+            and self.hidden_size % 4 == 0,
+            f"hidden_size {self.hidden_size} does not fit {self.num_heads} heads",
+        )
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> STDiT3Config:
+        """From a config.json; unknown keys are ignored."""
+        return read_config(cls, values)
+
+    @classmethod
+    def xl_2(cls) -> STDiT3Config:
+        """STDiT3-XL/2, the published Open-Sora 1.2 (1.2 B parameters)."""
+        return cls()
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_heads
+
+    @property
+    def out_channels(self) -> int:
+        """Channels of the prediction: velocity, and with pred_sigma as many again."""
+        return self.in_channels * (2 if self.pred_sigma else 1)
+
+
+def sinusoids(values: mx.array) -> mx.array:
+    """Cosines, then sines, of float32 values [B]: [B, FREQUENCIES]."""
+    half = FREQUENCIES // 2
+    steps = mx.arange(half, dtype=KEEP.times)
+    angles = values.astype(KEEP.times)[:, None] * mx.exp(steps * (-math.log(MAX_PERIOD) / half))
+    return mx.concatenate([mx.cos(angles), mx.sin(angles)], axis=-1)
+
+
+def position_embedding(rows: int, columns: int, channels: int, scale: float) -> mx.array:
+    """Position of each token of a frame, row-major: float32 [rows * columns, channels].
+
+    The first half of the channels encodes the column, the second the row; sines before cosines.
+    scale: image side over the training side, so that larger images get finer coordinates.
+    """
+    base = round(math.sqrt(rows * columns))
+    exponents = mx.arange(0, channels // 2, 2, dtype=KEEP.times) / (channels // 2)
+    frequencies = 1.0 / mx.power(mx.array(MAX_PERIOD), exponents)
+
+    def encode(count: int) -> mx.array:
+        at = mx.arange(count, dtype=KEEP.times) / scale * (base / count)
+        angles = at[:, None] * frequencies
+        return mx.concatenate([mx.sin(angles), mx.cos(angles)], axis=-1)
+
+    shape = (rows, columns, channels // 2)
+    column = mx.broadcast_to(encode(columns)[None], shape)
+    row = mx.broadcast_to(encode(rows)[:, None], shape)
+    return mx.concatenate([column, row], axis=-1).reshape(rows * columns, channels)
+
+
+class SiLU(nn.Module):
+    """x · sigmoid(x), as a member of a layer list."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return silu(x)
+
+
+class ScalarEmbedder(nn.Module):
+    """Sinusoids of a number, then linear, SiLU, linear: [B] to [B, C]."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.mlp = [nn.Linear(FREQUENCIES, channels), SiLU(), nn.Linear(channels, channels)]
+
+    def __call__(self, values: mx.array, dtype: mx.Dtype) -> mx.array:
+        x = sinusoids(values).astype(dtype)
+        for layer in self.mlp:
+            x = layer(x)
+        return x
+
+
+class Mlp(nn.Module):
+    """fc2(gelu(fc1 x)), tanh-approximated GELU."""
+
+    def __init__(self, channels: int, hidden: int, out: int) -> None:
+        super().__init__()
+        self.hidden = hidden
+        self.fc1 = nn.Linear(channels, hidden)
+        self.fc2 = nn.Linear(hidden, out)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        fc1, fc2 = for_pieces(self.fc1, x), for_pieces(self.fc2, x)
+        return in_pieces(lambda rows: fc2(gelu_tanh(fc1(rows))), x, row_bytes=4 * self.hidden)
+
+
+class CaptionEmbedder(nn.Module):
+    """Text states to hidden channels; holds the learned text of no prompt."""
+
+    def __init__(self, config: STDiT3Config) -> None:
+        super().__init__()
+        self.y_proj = Mlp(config.caption_channels, config.hidden_size, config.hidden_size)
+        self.y_embedding = mx.zeros((config.model_max_length, config.caption_channels))
+        self.freeze(keys=["y_embedding"])
+
+
+class PatchEmbedder(nn.Module):
+    """Non-overlapping patches of latents to tokens: zero-pad at the end, reshape, one matmul."""
+
+    def __init__(self, config: STDiT3Config) -> None:
+        super().__init__()
+        self.patch_size = config.patch_size
+        self.proj = nn.Linear(math.prod(config.patch_size) * config.in_channels, config.hidden_size)
+
+    def __call__(self, z: mx.array) -> mx.array:
+        """[B, T, H, W, channels] to [B, T', S, C]."""
+        pads = [(0, -n % p) for n, p in zip(z.shape[1:4], self.patch_size, strict=True)]
+        z = mx.pad(z, [(0, 0), *pads, (0, 0)])
+        batch, frames, height, width, channels = z.shape
+        pt, ph, pw = self.patch_size
+        z = z.reshape(batch, frames // pt, pt, height // ph, ph, width // pw, pw, channels)
+        z = z.transpose(0, 1, 3, 5, 2, 4, 6, 7)
+        out: mx.array = self.proj(z.reshape(batch, frames // pt, -1, pt * ph * pw * channels))
+        return out
+
+
+class Rope(nn.Module):
+    """Rotary frequencies [head size / 2], stored in published checkpoints though constant."""
+
+    def __init__(self, head_dim: int) -> None:
+        super().__init__()
+        self.freqs = mx.power(mx.array(MAX_PERIOD), -mx.arange(0, head_dim, 2) / head_dim)
+        self.freeze()
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """Rotate interleaved pairs of x [..., T, head size] by position 0..T-1."""
+        periods = 1.0 / self.freqs.astype(KEEP.times)
+        return mx.fast.rope(
+            x, x.shape[-1], traditional=True, base=None, scale=1.0, offset=0, freqs=periods
+        )
+
+
+class SelfAttention(nn.Module):
+    """Attention within each frame, or (temporal) along time at each place of the frame."""
+
+    def __init__(self, config: STDiT3Config, temporal: bool) -> None:
+        super().__init__()
+        channels = config.hidden_size
+        self.heads, self.temporal = config.num_heads, temporal
+        self.qkv = nn.Linear(channels, 3 * channels)
+        self.proj = nn.Linear(channels, channels)
+        self.qk_norm = config.qk_norm
+        if config.qk_norm:
+            self.q_norm = nn.RMSNorm(config.head_dim, eps=1e-6)
+            self.k_norm = nn.RMSNorm(config.head_dim, eps=1e-6)
+
+    def __call__(self, x: mx.array, rope: Rope, exchange: Exchange | None = None) -> mx.array:
+        """[B, T, S, C] to [B, T, S, C]; rope serves temporal attention only."""
+        batch, frames, tokens, channels = x.shape
+        outer, inner = (tokens, frames) if self.temporal else (frames, tokens)
+        order = (3, 0, 2, 4, 1, 5) if self.temporal else (3, 0, 1, 4, 2, 5)
+        qkv = self.qkv(x).reshape(batch, frames, tokens, 3, self.heads, -1).transpose(order)
+        q, k, v = qkv.reshape(3, batch * outer, self.heads, inner, -1)
+        if self.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if self.temporal and frames > 1:
+            q, k = rope(q), rope(k)
+        if exchange is not None:
+            v = exchange(v)
+        out = attention(q, k, v, scale=q.shape[-1] ** -0.5)
+        out = out.reshape(batch, outer, self.heads, inner, -1)
+        out = out.transpose((0, 3, 1, 2, 4) if self.temporal else (0, 1, 3, 2, 4))
+        result: mx.array = self.proj(out.reshape(batch, frames, tokens, channels))
+        return result
+
+
+class CrossAttention(nn.Module):
+    """Video tokens attend to text tokens; no norms, no rotation."""
+
+    def __init__(self, config: STDiT3Config) -> None:
+        super().__init__()
+        channels = config.hidden_size
+        self.heads = config.num_heads
+        self.q_linear = nn.Linear(channels, channels)
+        self.kv_linear = nn.Linear(channels, 2 * channels)
+        self.proj = nn.Linear(channels, channels)
+
+    def keys_values(self, text: mx.array) -> KeysValues:
+        """Keys and values of text [B, L, C], laid out once for all steps."""
+        kv = self.kv_linear(text).reshape(*text.shape[:2], 2, self.heads, -1)
+        k, v = mx.contiguous(kv.transpose(2, 0, 3, 1, 4))
+        return k, v
+
+    def __call__(self, x: mx.array, text: KeysValues, mask: mx.array | None) -> mx.array:
+        """[B, T, S, C] to [B, T, S, C]; mask boolean [B, 1, 1, L]."""
+        batch, channels = x.shape[0], x.shape[-1]
+        q = self.q_linear(x).reshape(batch, -1, self.heads, channels // self.heads)
+        out = attention(q.swapaxes(1, 2), *text, scale=q.shape[-1] ** -0.5, mask=mask)
+        result: mx.array = self.proj(out.swapaxes(1, 2).reshape(x.shape))
+        return result
+
+
+class STDiT3Block(nn.Module):
+    """Gated self-attention, cross-attention, gated MLP; the stream stays float32.
+
+    dtype: type of what goes into the matrix products.
+    """
+
+    def __init__(self, config: STDiT3Config, temporal: bool, dtype: mx.Dtype = mx.float32) -> None:
+        super().__init__()
+        channels = config.hidden_size
+        self.dtype = dtype
+        self.scale_shift_table = mx.zeros((6, channels))
+        self.norm1 = nn.LayerNorm(channels, eps=1e-6, affine=False)
+        self.attn = SelfAttention(config, temporal)
+        self.cross_attn = CrossAttention(config)
+        self.norm2 = nn.LayerNorm(channels, eps=1e-6, affine=False)
+        self.mlp = Mlp(channels, int(channels * config.mlp_ratio), channels)
+
+    def __call__(
+        self,
+        x: mx.array,
+        modulation: mx.array,
+        text: KeysValues,
+        mask: mx.array | None,
+        rope: Rope,
+        tokens: TokenPolicy,
+        exchange: Exchange | None = None,
+    ) -> mx.array:
+        """x [B, T, S, C], modulation float32 [B, 1 or T, 6, C] to x [B, T, S, C].
+
+        exchange: of the self-attention's values.
+        """
+        frames = x.shape[1]
+        table = self.scale_shift_table.astype(KEEP.modulation) + modulation
+        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = mx.split(table, 6, axis=2)
+        h = tokens.merge(modulate(self.norm1(x), shift, scale).astype(self.dtype))
+        x = add_gated(x, gate, tokens.unmerge(self.attn(h, rope, exchange), frames))
+        h = tokens.merge(x.astype(self.dtype))
+        x = x + tokens.unmerge(self.cross_attn(h, text, mask), frames)
+        h = modulate(self.norm2(x), mlp_shift, mlp_scale).astype(self.dtype)
+        return add_gated(x, mlp_gate, self.mlp(h))
+
+
+class FinalLayer(nn.Module):
+    """Norm, modulation by time, and the projection to patches."""
+
+    def __init__(self, config: STDiT3Config) -> None:
+        super().__init__()
+        self.scale_shift_table = mx.zeros((2, config.hidden_size))
+        self.norm_final = nn.LayerNorm(config.hidden_size, eps=1e-6, affine=False)
+        self.linear = nn.Linear(
+            config.hidden_size, math.prod(config.patch_size) * config.out_channels
+        )
+
+    def modulated(self, x: mx.array, t: mx.array) -> mx.array:
+        """Normalised x [B, T, S, C], shifted and scaled by the time embedding t [B, C]."""
+        table = self.scale_shift_table.astype(KEEP.modulation) + t.astype(KEEP.modulation)[:, None]
+        shift, scale = mx.split(table[:, None], 2, axis=2)
+        return modulate(self.norm_final(x), shift, scale)
+
+    def __call__(
+        self, x: mx.array, t: mx.array, still: mx.array, x_mask: mx.array | None, dtype: mx.Dtype
+    ) -> mx.array:
+        """Patches [B, T, S, patch values]; x_mask [B, T] boolean, false takes `still` for t."""
+        x = self.modulated(x, t)
+        if x_mask is not None:
+            # The reference modulates still frames twice: first by t, then by t = 0.
+            x = mx.where(x_mask[:, :, None, None], x, self.modulated(x, still))
+        out: mx.array = self.linear(x.astype(dtype))
+        return out
+
 
 #: What a block provider hands out: spatial and temporal block of one depth.
 BlockPair = tuple[STDiT3Block, STDiT3Block]

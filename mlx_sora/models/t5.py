@@ -16,8 +16,8 @@ import mlx.core as mx
 from mlx import nn
 
 from mlx_sora.models.config import MAX_DEPTH, read_config, require
-from mlx_sora.models.context import BlockProvider, ResidentBlocks
-from mlx_sora.models.keys import KeyMap, Rule
+from mlx_sora.models.hooks import BlockProvider, ResidentBlocks
+from mlx_sora.models.key_map import KeyMap, Rule
 from mlx_sora.models.ops import attention, gelu_tanh
 from mlx_sora.models.precision import KEEP, check_text_encoder
 

@@ -22,11 +22,11 @@ from mlx_sora.errors import UsageError
 from mlx_sora.geometry import MAX_FRAMES
 from mlx_sora.models import vae_spatial, vae_temporal
 from mlx_sora.models.config import object_of, require
-from mlx_sora.models.keys import KeyMap, Rule
+from mlx_sora.models.key_map import KeyMap, Rule
 from mlx_sora.models.precision import KEEP
 from mlx_sora.models.vae_spatial import PARTS, SpatialVAE, SpatialVAEConfig
 from mlx_sora.models.vae_temporal import TemporalVAE, TemporalVAEConfig
-from mlx_sora.models.vae_tiles import decode_tiled
+from mlx_sora.models.vae_tiling import decode_tiled
 
 #: Between the two VAEs; hard-coded in Open-Sora 1.2, whatever the spatial VAE's own config says.
 LATENT_FACTOR = 0.18215
@@ -201,7 +201,7 @@ class VideoVAE(nn.Module):
         z [1, T, h, w, C]. micro_batch: frames per spatial pass (default: the config's); it changes
         memory only. in_turn: the temporal VAE decodes all chunks first and is given up, so that
         lazily loaded weights of both are never in memory at once; this VAE is then used up. tiles:
-        pictures are decoded in tiles x tiles parts, approximately (models/vae_tiles.py). chosen:
+        pictures are decoded in tiles x tiles parts, approximately (models/vae_tiling.py). chosen:
         of the chunks, as they do not see each other.
         Raises UsageError, before any work, if z does not hold num_frames frames.
         """

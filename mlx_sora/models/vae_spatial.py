@@ -16,7 +16,7 @@ from mlx import nn
 from mlx_sora.models import ops
 from mlx_sora.models.config import MAX_DEPTH, read_config, require
 from mlx_sora.models.conv import Conv2d, Downsample2d, GroupNorm, Pointwise, Upsample2d
-from mlx_sora.models.keys import KeyMap, Rule
+from mlx_sora.models.key_map import KeyMap, Rule
 
 #: Epsilon of every group norm.
 EPS = 1e-6

@@ -15,7 +15,7 @@ from mlx import nn
 from mlx_sora.models import ops
 from mlx_sora.models.config import MAX_DEPTH, read_config, require
 from mlx_sora.models.conv import CausalConv3d, GroupNorm, Pointwise
-from mlx_sora.models.keys import KeyMap, Rule
+from mlx_sora.models.key_map import KeyMap, Rule
 from mlx_sora.models.vae_spatial import PARTS
 
 #: Epsilon of every group norm; statistics run over all frames of the chunk.

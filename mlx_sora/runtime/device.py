@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import mlx.core as mx
 
-from mlx_sora.errors import UsageError
+from mlx_sora.errors import MemoryBudgetError, MlxSoraError, UsageError
 from mlx_sora.models.precision import check_text_encoder
 from mlx_sora.runtime import blas
-from mlx_sora.runtime.versions import versions
 
 #: Values of the `dtype` option. float16 is absent: T5 overflows in it.
 DTYPES = ("auto", "float32", "bfloat16")
@@ -77,3 +78,67 @@ def describe() -> dict[str, object]:
         "blas_fast": library.fast,
         "versions": versions(),
     }
+
+
+_LESS = "Give a smaller --memory-budget (--dry-run shows what fits), or make a smaller video."
+_PARTS = "Use --sequential-guidance or --vae-tiles 2, or make a smaller video."
+_CALM = (
+    "Let the display sleep or close what draws on it; --sequential-guidance, --vae-tiles 2 or a "
+    "smaller video give it less at a time."
+)
+
+#: What a message holds; the error that it is; what happened; what to do.
+_TABLE: tuple[tuple[str, type[MlxSoraError], str, str], ...] = (
+    (
+        r"greater than the maximum allowed buffer size",
+        MemoryBudgetError,
+        "one array is larger than the GPU takes",
+        _PARTS,
+    ),
+    (
+        r"\[metal::malloc\] Resource limit",
+        MemoryBudgetError,
+        "too many arrays are alive at a time",
+        _LESS,
+    ),
+    (
+        r"kIOGPUCommandBufferCallbackErrorOutOfMemory|Insufficient Memory"
+        r"|\[malloc(_or_wait)?\] Unable to allocate|std::bad_alloc"
+        r"|cuda\w+.*(out of memory|cudaErrorMemoryAllocation)|CUDA_ERROR_OUT_OF_MEMORY",
+        MemoryBudgetError,
+        "there is not enough memory",
+        _LESS,
+    ),
+    (
+        r"kIOGPUCommandBufferCallbackError(Timeout|ImpactingInteractivity|Hang)"
+        r"|Caused GPU (Timeout|Hang) Error|Impacting Interactivity",
+        MlxSoraError,
+        "the system has ended work that kept the GPU too long",
+        _CALM,
+    ),
+)
+
+
+def known_error(error: BaseException, stage: str) -> MlxSoraError | None:
+    """What `error`, raised in `stage`, means for the user; None where it is of another kind."""
+    text = " ".join(str(error).split())[:200]
+    if isinstance(error, MemoryError):
+        return MemoryBudgetError(f"Stage {stage}: there is not enough memory.", _LESS)
+    for pattern, kind, what, fix in _TABLE:
+        if isinstance(error, RuntimeError) and re.search(pattern, text):
+            return kind(f"Stage {stage}: {what} ({text.rstrip('.')}).", fix)
+    return None
+
+
+_PACKAGES = ("mlx-sora", "mlx", "numpy", "safetensors", "av", "pillow", "sentencepiece")
+
+
+def versions() -> dict[str, str]:
+    """Installed version of Python and of each package that shapes a result."""
+    found = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from mlx_sora.models.context import BlockProvider
+from mlx_sora.models.hooks import BlockProvider
 from mlx_sora.models.t5 import T5Block, T5Encoder
 from mlx_sora.text.tokenizer import MAX_LENGTH, Tokenizer
 

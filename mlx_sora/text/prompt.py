@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 from mlx_sora.errors import UsageError
 from mlx_sora.geometry import MAX_LOOPS
-from mlx_sora.reading import parse_object
 from mlx_sora.text.cleaning import preprocess
+from mlx_sora.utils.json import parse_object
 
 _SETTINGS = ("reference_path", "mask_strategy")
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlx_sora.errors import WeightsError
-from mlx_sora.reading import read_bytes
+from mlx_sora.utils.json import read_bytes
 
 if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor

@@ -13,7 +13,7 @@ from mlx_sora.errors import UsageError
 if TYPE_CHECKING:
     import numpy as np
 
-    from mlx_sora.request import GenerationRequest
+    from mlx_sora.request.generation import GenerationRequest
 
 __all__ = ["Video"]
 
@@ -46,8 +46,8 @@ class Video:
 
         A video that is in a file already can only be copied, to the same kind of file.
         """
-        from mlx_sora.video.output import check_output
-        from mlx_sora.video.publish import published
+        from mlx_sora.utils.files import published
+        from mlx_sora.video.output_path import check_output
         from mlx_sora.video.writer import save_frames
 
         path = Path(path)

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
-from mlx_sora.geometry import Size
-from mlx_sora.runtime.ranks import Ranks
 from mlx_sora.video.writer import VideoWriter
 
 if TYPE_CHECKING:
@@ -22,19 +19,6 @@ def to_uint8(frames: mx.array) -> np.ndarray:
     import numpy as np
 
     return np.array(mx.floor(mx.clip(frames, -1, 1) * 127.5 + 128).astype(mx.uint8))
-
-
-def frames_of(ranks: Ranks, own: np.ndarray | None, size: Size) -> Iterator[np.ndarray]:
-    """Frames uint8 [n, H, W, 3] of all ranks, in their order; None from those that have none."""
-    import numpy as np
-
-    if ranks.size == 1:
-        if own is not None:
-            yield own
-        return
-    for data in ranks.gather_bytes(b"" if own is None else own.tobytes()):
-        if data:
-            yield np.frombuffer(data, np.uint8).reshape(-1, size.height, size.width, 3)
 
 
 class _NoFile(AbstractContextManager["_NoFile"]):

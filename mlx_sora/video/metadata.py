@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlx_sora.errors import UsageError
-from mlx_sora.reading import parse_object
-from mlx_sora.request import options
-from mlx_sora.runtime.versions import versions
+from mlx_sora.request.generation import options
+from mlx_sora.runtime.device import versions
+from mlx_sora.utils.json import parse_object
 from mlx_sora.video.containers import open_container, open_image
 
 if TYPE_CHECKING:
-    from mlx_sora.request import GenerationRequest
+    from mlx_sora.request.generation import GenerationRequest
 
 PNG_KEY = "mlx_sora"
 EXIF_DESCRIPTION = 0x010E
@@ -106,7 +106,7 @@ def replay_options(record: Mapping[str, Any], source: str | Path = "the record")
 
 def same_media(record: Mapping[str, Any], paths: Sequence[str]) -> set[str]:
     """Those of `paths` whose content is what the recorded run was given."""
-    from mlx_sora.loading.provenance import sha256
+    from mlx_sora.utils.files import sha256
 
     settings = record.get("settings")
     media = settings.get("media") if isinstance(settings, dict) else None

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlx_sora.errors import WeightsError
+from mlx_sora.utils.files import published
 from mlx_sora.video.encoders import AnimationEncoder, save_png
-from mlx_sora.video.publish import published
 
 if TYPE_CHECKING:
     import numpy as np

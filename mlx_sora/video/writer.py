@@ -9,24 +9,24 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from mlx_sora.errors import MlxSoraError
-from mlx_sora.loading.folders import sync
-from mlx_sora.video.encoders import AnimationEncoder, Encoder, Mp4Encoder, PngEncoder, save_png
-from mlx_sora.video.output import (
-    check_format,
-    check_output,
-    existing_files,
-    frame_path,
-    is_sequence,
-    sidecar_path,
-)
-from mlx_sora.video.publish import (
+from mlx_sora.utils.files import (
     discard,
     free_names,
     partial_name,
     publish,
     published,
     sweep,
+    sync,
     writing,
+)
+from mlx_sora.video.encoders import AnimationEncoder, Encoder, Mp4Encoder, PngEncoder, save_png
+from mlx_sora.video.output_path import (
+    check_format,
+    check_output,
+    existing_files,
+    frame_path,
+    is_sequence,
+    sidecar_path,
 )
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def open_writer(
 ) -> VideoWriter:
     """A writer for the kind of file that `path` names. Use it in a `with` block.
 
-    Raises UsageError where `path` cannot be written; see `mlx_sora.video.output.check_output`.
+    Raises UsageError where `path` cannot be written; see `mlx_sora.video.output_path.check_output`.
     """
     path = Path(path)
     check_output(path, overwrite, size=(width, height), fps=fps)

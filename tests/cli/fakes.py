@@ -10,7 +10,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_sora.errors import MlxSoraError
-from mlx_sora.request import GenerationRequest
+from mlx_sora.request.generation import GenerationRequest
 from mlx_sora.runtime.events import (
     Event,
     Finished,
@@ -25,7 +25,7 @@ from mlx_sora.runtime.events import (
 )
 from mlx_sora.video import Video
 from mlx_sora.video.metadata import build_metadata
-from mlx_sora.video.output import output_path
+from mlx_sora.video.output_path import output_path
 from mlx_sora.video.writer import open_writer, write_sidecar
 
 SIDE, FRAMES = 16, 17

@@ -13,13 +13,13 @@ import time
 from collections.abc import Generator
 from typing import Any
 
-import mlx_sora.pipeline
+import mlx_sora.pipeline.pipeline
 from mlx_sora.cli.main import main
+from mlx_sora.distributed import heartbeat as peers
+from mlx_sora.distributed.launch import launched_rank
 from mlx_sora.errors import WeightsError
-from mlx_sora.runtime import peers
-from mlx_sora.runtime.launcher import launched_rank
-from mlx_sora.runtime.versions import versions
-from mlx_sora.stages import Stages
+from mlx_sora.pipeline.stages import Stages
+from mlx_sora.runtime.device import versions
 
 #: So that a test does not wait as long as a user would.
 peers.Patience = functools.partial(peers.Patience, 0.2, 8.0, 9.0)  # type: ignore[misc]
@@ -43,9 +43,9 @@ def other(kind: str) -> None:
     """Be another than the first rank is."""
     if kind == "other-version":
         real = versions()
-        mlx_sora.pipeline.versions = lambda: real | {"mlx": "0.1"}  # type: ignore[attr-defined]
+        mlx_sora.pipeline.pipeline.versions = lambda: real | {"mlx": "0.1"}  # type: ignore[attr-defined]
     if kind == "other-weights":
-        mlx_sora.pipeline.fingerprint = lambda model: "abc"  # type: ignore[attr-defined]
+        mlx_sora.pipeline.pipeline.fingerprint = lambda model: "abc"  # type: ignore[attr-defined]
 
 
 def begin(kind: str) -> None:

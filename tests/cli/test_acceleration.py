@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from mlx_sora.cli.main import main
-from mlx_sora.cli.render import BarRenderer, JsonRenderer, QuietRenderer
+from mlx_sora.cli.progress import BarRenderer, JsonRenderer, QuietRenderer
 from mlx_sora.runtime.events import Noted
 from tests.cli.fakes import FakePipeline
 

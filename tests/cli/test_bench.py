@@ -14,9 +14,11 @@ import pytest
 from PIL import Image
 
 from mlx_sora import GenerationRequest, Pipeline
-from mlx_sora.cli.bench import child, files, memory
-from mlx_sora.cli.bench.child import ChildFailed, Measured, measure
-from mlx_sora.cli.bench.memory_chart import draw_memory
+from mlx_sora.cli.bench import measure as child
+from mlx_sora.cli.bench import memory
+from mlx_sora.cli.bench import memory as files
+from mlx_sora.cli.bench.measure import ChildFailed, Measured, measure
+from mlx_sora.cli.bench.memory import draw_memory
 from mlx_sora.cli.flags import add_request_flags, as_words, explicit_options
 from mlx_sora.cli.main import main
 from mlx_sora.errors import UsageError

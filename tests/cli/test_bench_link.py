@@ -7,7 +7,7 @@ import re
 import pytest
 
 from mlx_sora.cli.main import main
-from mlx_sora.runtime.cluster import read_chip, read_link
+from mlx_sora.distributed.cost_model import read_chip, read_link
 from tests.launching import launch
 
 

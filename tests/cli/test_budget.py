@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from mlx_sora import GenerationRequest, MemoryBudgetError, Pipeline, UsageError
-from mlx_sora.runtime.profiles import PROFILES, parse_bytes
+from mlx_sora.memory.profiles import PROFILES, parse_bytes
 
 PROMPT = "a red circle moving right on a black background"
 COMMAND = [sys.executable, "-m", "mlx_sora", "generate", "-p", PROMPT, "--steps", "3"]

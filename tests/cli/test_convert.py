@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from mlx_sora.cli.main import main
-from mlx_sora.loading.convert import staging_of
+from mlx_sora.manage.convert import staging_of
 from mlx_sora.video.metadata import read_metadata
 
 GENERATE = ["generate", "--steps", "2", "--num-frames", "1", "--seed", "3", "--quiet", "-p"]
@@ -127,7 +127,7 @@ def test_an_interruption_says_how_to_go_on(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("mlx_sora.loading.convert.index_text", interrupt)
+        patch.setattr("mlx_sora.manage.convert.index_text", interrupt)
         assert main(["convert", "shapes", "small", "-q", "8"]) == 130
     assert "the same command continues" in capsys.readouterr().err
     assert staging_of(folder / "small").is_dir()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from mlx_sora.cli.main import main
-from mlx_sora.request import options
+from mlx_sora.request.generation import options
 from tests.cli.fakes import FakePipeline
 
 WORDS = (

@@ -9,7 +9,7 @@ import pytest
 from mlx_sora import GenerationRequest, Pipeline
 from mlx_sora.cli.forecast import Cluster, foretold
 from mlx_sora.cli.main import build_parser, main
-from mlx_sora.runtime.cluster import LINKS, Chip, chips
+from mlx_sora.distributed.cost_model import LINKS, Chip, chips
 
 WORDS = ["generate", "-p", "a cat", "--model", "shapes", "--seed", "1", "--dry-run"]
 

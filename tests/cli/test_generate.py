@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from mlx_sora.cli.main import main
-from mlx_sora.cli.render import QuietRenderer
+from mlx_sora.cli.progress import QuietRenderer
 from mlx_sora.errors import MemoryBudgetError, MlxSoraError, WeightsError
 from mlx_sora.runtime.events import Event, StageProgress
 from mlx_sora.video.metadata import read_metadata

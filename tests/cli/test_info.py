@@ -7,7 +7,7 @@ import json
 import pytest
 
 from mlx_sora.cli.main import main
-from mlx_sora.cli.render import human_bytes
+from mlx_sora.cli.progress import human_bytes
 from tests.cli.fakes import FakePipeline
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from mlx_sora.video.output import CHECKPOINT
+from mlx_sora.video.output_path import CHECKPOINT
 
 STEPS = 6
 WORDS = ["generate", "-p", "a red circle", "--steps", str(STEPS), "--width", "32", "--height", "32"]

@@ -102,8 +102,8 @@ def _config(part: str) -> Callable[[bytes, Path], None]:
 
 def _model_index(data: bytes, folder: Path) -> None:
     from mlx_sora.loading.model_folder import ModelFolder
-    from mlx_sora.request import GenerationRequest
-    from mlx_sora.settings import settle
+    from mlx_sora.pipeline.settings import settle
+    from mlx_sora.request.generation import GenerationRequest
 
     path = _model(folder)
     (path / "model_index.json").write_bytes(data)
@@ -112,8 +112,8 @@ def _model_index(data: bytes, folder: Path) -> None:
 
 
 def _provenance(data: bytes, folder: Path) -> None:
-    from mlx_sora.loading.doctor import mending
-    from mlx_sora.loading.provenance import FILE, Provenance
+    from mlx_sora.manage.doctor import mending
+    from mlx_sora.manage.provenance import FILE, Provenance
 
     (folder / FILE).write_bytes(data)
     mending(folder)
@@ -160,8 +160,8 @@ def _tokens(data: bytes, folder: Path) -> None:
 
 
 def _strategy(data: bytes, folder: Path) -> None:
-    from mlx_sora import media
-    from mlx_sora.clips import Clips
+    from mlx_sora.conditioning import media
+    from mlx_sora.conditioning.clips import Clips
     from mlx_sora.geometry import Size
 
     size, clips = Size(64, 64), Clips(34, 3)
@@ -179,8 +179,8 @@ def _options(data: bytes, folder: Path) -> None:
     """A JSON object of options, as far as a run gets without weights."""
     from mlx_sora.cli.flags import build_requests
     from mlx_sora.loading.model_folder import BUNDLED, find_model
-    from mlx_sora.settings import settle
-    from mlx_sora.video.output import output_path
+    from mlx_sora.pipeline.settings import settle
+    from mlx_sora.video.output_path import output_path
 
     try:
         values = json.loads(data)
@@ -198,10 +198,10 @@ def _options(data: bytes, folder: Path) -> None:
 def _words(data: bytes, folder: Path) -> None:
     """A text as the value of every option, and of what else is read from a word."""
     from mlx_sora.geometry import parse_frames, resolve_size
-    from mlx_sora.loading.sources import choose_endpoint, choose_sources
-    from mlx_sora.request import ANY_SIZE, label, options
-    from mlx_sora.runtime.profiles import parse_bytes, profile
-    from mlx_sora.video.output import fill_template, frame_path, output_path
+    from mlx_sora.manage.sources import choose_endpoint, choose_sources
+    from mlx_sora.memory.profiles import parse_bytes, profile
+    from mlx_sora.request.generation import ANY_SIZE, label, options
+    from mlx_sora.video.output_path import fill_template, frame_path, output_path
 
     text = _text(data)
     readers: list[Callable[[], Any]] = [
@@ -242,7 +242,7 @@ def _prompt_file(data: bytes, folder: Path) -> None:
 def _record(data: bytes, folder: Path) -> None:
     """Metadata in a JSON file, replayed."""
     from mlx_sora.cli.flags import build_requests
-    from mlx_sora.cli.replay import recorded_options
+    from mlx_sora.cli.generate import recorded_options
 
     path = folder / "a.json"
     path.write_bytes(data)
@@ -292,8 +292,8 @@ def _checkpoint(data: bytes, folder: Path) -> None:
     """The record of a checkpoint, with a checksum that is right."""
     import mlx.core as mx
 
-    from mlx_sora.checkpointing import _digest
-    from mlx_sora.resuming import resumed_request
+    from mlx_sora.pipeline.checkpoint import _digest
+    from mlx_sora.pipeline.resume import resumed_request
 
     path, record = folder / "a.mp4.checkpoint.safetensors", _text(data)
     arrays = {"run.latents": mx.zeros((1, 2, 2, 2, 4)), "run.state.x": mx.zeros(3)}
@@ -314,8 +314,8 @@ def _listing(data: bytes, folder: Path) -> None:
     from huggingface_hub import HfApi
     from huggingface_hub.hf_api import ModelInfo
 
-    from mlx_sora.loading.hub import Hub
-    from mlx_sora.loading.sources import SOURCES
+    from mlx_sora.manage.hub import Hub
+    from mlx_sora.manage.sources import SOURCES
 
     try:
         answer = json.loads(data)

@@ -15,15 +15,15 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from mlx_sora.conditioning.mask_strategy import parse_mask_strategy
 from mlx_sora.errors import MAX_MESSAGE, MlxSoraError, WeightsError, printable
 from mlx_sora.loading.safetensors import load_tensors, read_header
 from mlx_sora.models.stdit3 import STDiT3Config
 from mlx_sora.models.t5 import T5Config
 from mlx_sora.models.vae import VAEConfig
-from mlx_sora.reading import parse_object
-from mlx_sora.request import GenerationRequest, options
-from mlx_sora.text.conditioning import parse_mask_strategy
+from mlx_sora.request.generation import GenerationRequest, options
 from mlx_sora.text.prompt import prepare_prompt
+from mlx_sora.utils.json import parse_object
 from tests.fuzz.targets import TARGETS
 from tests.fuzz.verdict import judge
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from mlx_sora.loading.download import Outcome, Progress, download
-from mlx_sora.loading.hub import Hub
 from mlx_sora.loading.model_folder import WEIGHTS_VARIABLE
-from mlx_sora.loading.sources import ENDPOINT_VARIABLE, choose_endpoint, choose_sources
+from mlx_sora.manage.download import Outcome, Progress, download
+from mlx_sora.manage.hub import Hub
+from mlx_sora.manage.sources import ENDPOINT_VARIABLE, choose_endpoint, choose_sources
 from tests.hub.published import repos
 from tests.hub.server import FakeHub, serve
 

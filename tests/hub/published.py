@@ -14,7 +14,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_sora.loading.sources import SOURCES
+from mlx_sora.manage.sources import SOURCES
 from tests.conftest import DEFAULT_GOLDEN
 from tests.hub.server import Repo
 from tests.parity.golden import Case

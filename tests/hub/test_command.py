@@ -14,9 +14,9 @@ import pytest
 
 from mlx_sora.cli import download as command
 from mlx_sora.cli.main import main
-from mlx_sora.loading.download import STAGING
 from mlx_sora.loading.model_folder import PUBLISHED
-from mlx_sora.loading.sources import ENDPOINT_VARIABLE
+from mlx_sora.manage.download import STAGING
+from mlx_sora.manage.sources import ENDPOINT_VARIABLE
 from tests.hub.conftest import CHUNK
 from tests.hub.published import STDIT, VAE, repositories
 from tests.hub.server import FakeHub, Repo

@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 
 from mlx_sora.errors import WeightsError
-from mlx_sora.loading.download import STAGING, Progress
-from mlx_sora.loading.folders import replaced
 from mlx_sora.loading.model_folder import PUBLISHED, find_model
 from mlx_sora.loading.networks import load_text_encoder, load_transformer, load_vae
-from mlx_sora.loading.provenance import Provenance, sha256
+from mlx_sora.manage.download import STAGING, Progress
+from mlx_sora.manage.provenance import Provenance
+from mlx_sora.manage.staging import replaced
 from mlx_sora.text.tokenizer import Tokenizer
+from mlx_sora.utils.files import sha256
 from tests.hub.conftest import CHUNK, Get
 from tests.hub.published import PIXART, STDIT, VAE, repositories
 from tests.hub.server import FakeHub, Repo, commit_of

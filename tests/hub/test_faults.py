@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 
 from mlx_sora.errors import WeightsError
-from mlx_sora.loading.download import STAGING, Progress, download
-from mlx_sora.loading.folders import MARGIN
-from mlx_sora.loading.hub import ATTEMPTS, Hub
 from mlx_sora.loading.model_folder import PUBLISHED, WEIGHTS_VARIABLE
-from mlx_sora.loading.sources import choose_sources
+from mlx_sora.manage.download import STAGING, Progress, download
+from mlx_sora.manage.hub import ATTEMPTS, Hub
+from mlx_sora.manage.sources import choose_sources
+from mlx_sora.manage.staging import MARGIN
 from tests.hub.conftest import CHUNK, Get
 from tests.hub.published import PIXART, STDIT, VAE, repositories
 from tests.hub.server import FakeHub, Repo

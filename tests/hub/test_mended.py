@@ -10,7 +10,7 @@ import pytest
 
 from mlx_sora.cli.main import main
 from mlx_sora.loading.model_folder import PUBLISHED
-from mlx_sora.loading.sources import ENDPOINT_VARIABLE
+from mlx_sora.manage.sources import ENDPOINT_VARIABLE
 from tests.hub.server import FakeHub
 
 LARGE = "transformer/model.safetensors"

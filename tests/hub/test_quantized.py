@@ -9,8 +9,8 @@ import pytest
 
 from mlx_sora.cli.main import main
 from mlx_sora.loading.model_folder import PUBLISHED, QUANTIZED, WEIGHTS_VARIABLE, find_model
-from mlx_sora.loading.provenance import Provenance
-from mlx_sora.loading.sources import ENDPOINT_VARIABLE
+from mlx_sora.manage.provenance import Provenance
+from mlx_sora.manage.sources import ENDPOINT_VARIABLE
 from tests.hub.published import PIXART, STDIT, VAE
 from tests.hub.server import FakeHub, Repo
 
@@ -111,7 +111,7 @@ def test_the_original_stays_when_the_conversion_fails(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("mlx_sora.loading.convert.index_text", interrupt)
+        patch.setattr("mlx_sora.manage.convert.index_text", interrupt)
         assert main([*COMMAND, "--remove-original"]) == 130
     assert not (root / MADE).exists()
     assert main(["doctor", PUBLISHED, "--quick"]) == 0

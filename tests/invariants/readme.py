@@ -8,11 +8,10 @@ from pathlib import Path
 
 from mlx_sora.errors import MemoryBudgetError
 from mlx_sora.geometry import Size, plan_geometry
-from mlx_sora.options import Option
-from mlx_sora.request import GenerationRequest, options
-from mlx_sora.runtime.estimate import DEVICES, Device, Estimate, estimate
-from mlx_sora.runtime.plan import Job, Model
-from mlx_sora.runtime.shapes import shape_sizes
+from mlx_sora.memory.estimate import DEVICES, Device, Estimate, estimate, shape_sizes
+from mlx_sora.memory.plan import Job, Model
+from mlx_sora.request.generation import GenerationRequest, options
+from mlx_sora.request.options import Option
 
 README = Path(__file__).parents[2] / "README.md"
 _BLOCK = re.compile(r"(<!-- (\w+): .*? -->\n).*?(<!-- /\2 -->)", re.DOTALL)

@@ -12,7 +12,7 @@ import numpy as np
 from mlx_sora import GenerationRequest, Pipeline
 from mlx_sora.accel import ACCELERATIONS
 from mlx_sora.runtime.events import Finished, StageStarted, StepFinished
-from mlx_sora.video.output import checkpoint_path
+from mlx_sora.video.output_path import checkpoint_path
 
 
 @dataclass

@@ -18,13 +18,13 @@ import mlx_sora  # noqa: F401  (before mlx.core, so that the fast BLAS is in pla
 # isort: split
 import mlx.core as mx
 
-from mlx_sora.accel.distributed import Mesh
+from mlx_sora.accel.sequence_parallel import Mesh
 from mlx_sora.accel.tdtm import PairedFrames
-from mlx_sora.models.context import AllTokens, Context
+from mlx_sora.distributed.group import Ranks, join
+from mlx_sora.distributed.partition import hops, sent_bytes
+from mlx_sora.memory.flops import Grid
+from mlx_sora.models.hooks import AllTokens, Context
 from mlx_sora.models.stdit3 import BlockPair, STDiT3
-from mlx_sora.runtime.flops import Grid
-from mlx_sora.runtime.parallel import hops, sent_bytes
-from mlx_sora.runtime.ranks import Ranks, join
 from tests.unit.accel.nets import STDIT, random_weights
 
 

@@ -25,7 +25,7 @@ from mlx_sora.accel import lpl, step_cache
 from mlx_sora.runtime.events import Event, Finished, Noted, StepFinished
 from mlx_sora.text.tokenizer import Tokenizer
 from mlx_sora.video import Video
-from mlx_sora.video.output import checkpoint_path
+from mlx_sora.video.output_path import checkpoint_path
 
 SMALL = {"prompt": "a red circle", "seed": 3, "steps": 4, "width": 32, "height": 32}
 SMALL |= {"num_frames": 17}

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from mlx_sora.runtime.parallel import cut
+from mlx_sora.distributed.partition import cut
 from tests.launching import launch
 
 #: In standard deviations: products of fewer rows may be added up in another order.

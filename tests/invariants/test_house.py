@@ -9,10 +9,18 @@ from tests.invariants.source import sources
 EVERYWHERE = ("mlx_sora", "tests", "benchmarks", "examples")
 MAX_FILE, MAX_FUNCTION, MAX_PARAMETERS = 400, 60, 8
 
+#: Folders whose files may be longer: one network per file, and tables of options.
+LONGER = {"mlx_sora/models/": 600, "mlx_sora/request/": 600}
+
 
 def test_files_are_short() -> None:
     lengths = {s.name: s.text.count("\n") for s in sources(*EVERYWHERE)}
-    assert {name: n for name, n in lengths.items() if n > MAX_FILE} == {}
+    assert {name: n for name, n in lengths.items() if n > limit(name)} == {}
+
+
+def limit(name: str) -> int:
+    """Lines that a file may have."""
+    return next((n for folder, n in LONGER.items() if name.startswith(folder)), MAX_FILE)
 
 
 def test_functions_are_short() -> None:

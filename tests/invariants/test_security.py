@@ -26,7 +26,7 @@ CALLS = {"eval", "exec", "compile", "__import__"}
 SHELLS = {"os.system", "os.popen", "os.execvp", "subprocess.getoutput", "shutil.unpack_archive"}
 
 #: The only modules that start a process, and with words that are no prompt's own.
-STARTERS = {"mlx_sora.cli.bench.child"}
+STARTERS = {"mlx_sora.cli.bench.measure"}
 
 
 def calls(source: Source) -> list[ast.Call]:
@@ -223,7 +223,7 @@ def test_a_record_cannot_show_a_picture_that_it_was_not_made_with(
 
 
 def test_a_model_cannot_put_words_into_a_command(tmp_path: Path) -> None:
-    from mlx_sora.loading.doctor import mending
+    from mlx_sora.manage.doctor import mending
 
     for data in samples.provenances():
         content = json.loads(data)

@@ -16,13 +16,13 @@ from mlx_sora.loading.networks import (
     stream_text_encoder,
     stream_transformer,
 )
-from mlx_sora.models.context import TokenPolicy
-from mlx_sora.models.keys import KeyMap
+from mlx_sora.memory.limits import release
+from mlx_sora.memory.residency import Reading, Residency
+from mlx_sora.models.hooks import TokenPolicy
+from mlx_sora.models.key_map import KeyMap
 from mlx_sora.models.vae import VAEConfig, VideoVAE
 from mlx_sora.models.vae_spatial import SpatialVAEConfig
 from mlx_sora.models.vae_temporal import TemporalVAEConfig
-from mlx_sora.runtime.memory import release
-from mlx_sora.runtime.residency import Reading, Residency
 from tests.unit.accel import nets
 
 PREFETCH = pytest.mark.parametrize("prefetch", [True, False], ids=["prefetch", "serial"])

@@ -19,12 +19,12 @@ import pytest
 
 from mlx_sora.accel.cidl import BlockStream
 from mlx_sora.errors import MlxSoraError, WeightsError
-from mlx_sora.loading import steady
+from mlx_sora.loading import file_guard as steady
 from mlx_sora.loading.model_folder import ModelFolder, find_model
 from mlx_sora.loading.networks import stream_transformer
 from mlx_sora.loading.safetensors import TensorInfo, load_tensors
-from mlx_sora.video.claim import claimed
-from mlx_sora.video.output import existing_files
+from mlx_sora.pipeline.locks import claimed
+from mlx_sora.video.output_path import existing_files
 from mlx_sora.video.writer import open_writer, save_frames, write_sidecar
 from tests.longrun.table import Fault
 from tests.unit.accel.reading import loaders

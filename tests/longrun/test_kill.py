@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from mlx_sora.video.output import CHECKPOINT
+from mlx_sora.video.output_path import CHECKPOINT
 from tests.longrun.table import Fault
 
 STEPS, EVERY = 8, 3

@@ -16,7 +16,7 @@ from mlx_sora.runtime.events import (
     StepFinished,
 )
 from tests.longrun.table import Fault
-from tests.unit.test_concurrency import asked, stopped
+from tests.unit.pipeline.test_locks import asked, stopped
 
 
 @pytest.mark.parametrize("way", ["throw", "close"])

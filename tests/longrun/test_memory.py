@@ -16,7 +16,7 @@ RUNS = 50
 MAKE = """
 import json, sys, threading
 from mlx_sora import Pipeline
-from mlx_sora.runtime.memory import current_rss
+from mlx_sora.memory.limits import current_rss
 pipe = Pipeline.from_pretrained("shapes")
 sizes = []
 for number in range(int(sys.argv[1])):

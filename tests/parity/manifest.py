@@ -10,7 +10,7 @@ import mlx.core as mx
 from mlx import nn
 from mlx.utils import tree_flatten
 
-from mlx_sora.models.keys import KeyMap
+from mlx_sora.models.key_map import KeyMap
 
 #: What building may cost: random keys and scalars, never a weight.
 SMALL = 1 << 16

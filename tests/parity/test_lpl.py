@@ -14,7 +14,7 @@ from mlx_sora.accel.base import Job
 from mlx_sora.accel.lpl import FixedLeap, ReferenceLeap, SimilarRows
 from mlx_sora.accel.tdtm import MergedSteps
 from mlx_sora.loading.checkpoint import fill
-from mlx_sora.models.context import Context
+from mlx_sora.models.hooks import Context
 from mlx_sora.models.stdit3 import KEYS, STDiT3, STDiT3Config, unpadded
 from mlx_sora.sampling.base import Run, Step, StepPolicy, Velocity
 from mlx_sora.sampling.guidance import Network, Part, guided

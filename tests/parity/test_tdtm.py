@@ -6,7 +6,7 @@ import mlx.core as mx
 import pytest
 
 from mlx_sora.accel.tdtm import PairedFrames
-from mlx_sora.models.context import Context
+from mlx_sora.models.hooks import Context
 from tests.parity.golden import Case, channels_first, channels_last, relative_error
 from tests.parity.test_stdit3 import Recorder, load, prepare
 

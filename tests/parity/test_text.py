@@ -8,12 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mlx_sora.clips import Clips
+from mlx_sora.conditioning import mask_strategy as conditioning
+from mlx_sora.conditioning.clips import Clips
 from mlx_sora.errors import UsageError
 from mlx_sora.geometry import MAX_FRAMES, MICRO_FRAME_SIZE, Size, model_arguments
-from mlx_sora.text import cleaning, conditioning, prompt
+from mlx_sora.text import cleaning, prompt
 from mlx_sora.text.prompt import Scene, Scores
-from mlx_sora.video.output import fill_template
+from mlx_sora.video.output_path import fill_template
 from tests.parity.golden import Case
 
 

@@ -12,7 +12,7 @@ from mlx_sora.cli.flags import add_debug_flag
 from mlx_sora.errors import UsageError
 
 if TYPE_CHECKING:
-    from mlx_sora.runtime.ranks import Ranks
+    from mlx_sora.distributed.group import Ranks
 
 #: Bytes of a gather that shows the bandwidth, about those between two blocks at 240p.
 LARGE = 16 << 20
@@ -37,8 +37,8 @@ def add_parser(benches: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure; rank 0 prints."""
+    from mlx_sora.distributed.group import join
     from mlx_sora.runtime.device import default_dtype
-    from mlx_sora.runtime.ranks import join
 
     if args.runs < 1:
         raise UsageError(f"--runs {args.runs} measures nothing.", "Give 1 or more.")
@@ -73,8 +73,8 @@ def _flops(dtype: Any, runs: int) -> float:
     """Operations per second of a pair of blocks of the published width."""
     import mlx.core as mx
 
+    from mlx_sora.memory.flops import Grid, transformer_flops
     from mlx_sora.models.stdit3 import STDiT3, STDiT3Config
-    from mlx_sora.runtime.flops import Grid, transformer_flops
 
     config = STDiT3Config(depth=1)
     network = STDiT3(config, dtype)

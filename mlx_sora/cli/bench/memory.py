@@ -9,18 +9,23 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlx_sora.cli.bench.child import PEAK, Measured, measure
-from mlx_sora.cli.bench.files import Files
-from mlx_sora.cli.bench.memory_chart import draw_memory
+from mlx_sora.cli.bench.measure import PEAK, Measured, measure
 from mlx_sora.cli.flags import add_debug_flag, add_request_flags, as_words, explicit_options
 from mlx_sora.cli.generate import load_pipeline
 from mlx_sora.errors import MemoryBudgetError
-from mlx_sora.request import GenerationRequest
+from mlx_sora.memory.profiles import parse_bytes, show_bytes
+from mlx_sora.request.generation import GenerationRequest
 from mlx_sora.runtime.events import STAGES
-from mlx_sora.runtime.profiles import parse_bytes, show_bytes
 
 if TYPE_CHECKING:
-    from mlx_sora.pipeline import Pipeline
+    from mlx_sora.pipeline.pipeline import Pipeline
+
+import json
+import sys
+from collections.abc import Callable, Mapping
+from importlib.util import find_spec
+
+from mlx_sora.errors import MlxSoraError, UsageError
 
 #: Options of `generate` that the bench decides itself.
 DECIDED = (
@@ -149,8 +154,8 @@ def line(row: Row) -> str:
 
 def record(pipeline: Pipeline, request: GenerationRequest, rows: Sequence[Row]) -> dict[str, Any]:
     """All of it as plain JSON values, with the settings and the machine."""
+    from mlx_sora.pipeline.settings import settle
     from mlx_sora.runtime.device import describe
-    from mlx_sora.settings import settle
 
     plan = pipeline.plan(request)
     return {
@@ -160,3 +165,108 @@ def record(pipeline: Pipeline, request: GenerationRequest, rows: Sequence[Row]) 
         "rows": [asdict(row) for row in rows],
         "machine": describe(),
     }
+
+
+#: Writes a picture as PNG into a file.
+Draw = Callable[[Path], None]
+
+
+@dataclass(frozen=True)
+class Files:
+    """Where a bench called `name` leaves its results."""
+
+    folder: Path
+    name: str
+    overwrite: bool
+
+    def check(self) -> None:
+        """Raise UsageError unless results can be written; say so when there will be no picture."""
+        above = self.folder
+        while not above.exists():
+            above = above.parent
+        if not above.is_dir():
+            raise UsageError(f"{above} is no folder.", "Change --output.")
+        taken = [path for path in (self._json, self._png) if path.exists()]
+        if taken and not self.overwrite:
+            raise UsageError(f"{taken[0]} exists already.", "Give --overwrite or another --output.")
+        if not _can_draw():
+            print(
+                f'No {self._png}: matplotlib is missing. Get it: pip install "mlx_sora[bench]"',
+                file=sys.stderr,
+            )
+
+    def write(self, record: Mapping[str, Any], draw: Draw) -> None:
+        """Write both and print their paths; only the JSON where nothing can draw."""
+        from mlx_sora.utils.files import published
+
+        text = json.dumps(record, indent=2) + "\n"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with published(self._json, self.overwrite) as file:
+                file.partial.write_text(text, encoding="utf-8")
+            print(file.path)
+            if _can_draw():
+                with published(self._png, self.overwrite) as file:
+                    draw(file.partial)
+                print(file.path)
+        except OSError as error:
+            raise MlxSoraError(
+                f"Cannot write into {self.folder}: {error.strerror or error}.", "Is the disk full?"
+            ) from error
+
+    @property
+    def _json(self) -> Path:
+        return self.folder / f"{self.name}.json"
+
+    @property
+    def _png(self) -> Path:
+        return self.folder / f"{self.name}.png"
+
+
+def _can_draw() -> bool:
+    return find_spec("matplotlib") is not None
+
+
+_BLUE, _GREY, _RED = "#1f5fa8", "#777777", "#b3262e"
+
+
+def draw_memory(record: Mapping[str, Any], path: Path) -> None:
+    """Draw the record of a bench as PNG into `path`, whatever its name."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.8), layout="constrained")
+    FigureCanvasAgg(figure)
+    scale, unit = (1e9, "GB") if record["plan"]["peak"] >= 2e9 else (1e6, "MB")
+    rows = [row for row in record["rows"] if row["budget"] is not None]
+    (free,) = (row["measured"] for row in record["rows"] if row["budget"] is None)
+    left, right = figure.subplots(1, 2)
+    _panel(left, rows, free, lambda measured: measured["seconds"], scale)
+    _panel(right, rows, free, lambda measured: measured["peak"] / scale, scale)
+    budgets = [row["budget"] / scale for row in rows]
+    right.plot(budgets, budgets, color=_GREY, lw=1, label="the budget")
+    left.set(xlabel=f"budget, {unit}", ylabel="seconds of all stages", ylim=(0, None))
+    right.set(xlabel=f"budget, {unit}", ylabel=f"peak {record['peak_is']}, {unit}", ylim=(0, None))
+    figure.legend(*right.get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    title = "{model}, {width}×{height}, {num_frames} frames, {steps} steps"
+    figure.suptitle(title.format(**record["settings"]))
+    figure.savefig(path, format="png", dpi=130)
+
+
+def _panel(
+    axes: Any,
+    rows: Sequence[Mapping[str, Any]],
+    free: Mapping[str, Any] | None,
+    value: Callable[[Mapping[str, Any]], float],
+    scale: float,
+) -> None:
+    """Measured points, budgets that were refused, and the run with all blocks resident."""
+    done = [row for row in rows if row["measured"]]
+    x = [row["budget"] / scale for row in done]
+    axes.plot(x, [value(row["measured"]) for row in done], "o-", color=_BLUE, label="measured")
+    for number, row in enumerate(row for row in rows if not row["measured"]):
+        label = None if number else "not possible"
+        axes.axvline(row["budget"] / scale, color=_RED, lw=1, ls=":", label=label)
+    if free:
+        axes.axhline(value(free), color=_GREY, lw=1.2, ls="--", label="all resident, no budget")
+    axes.spines[["top", "right"]].set_visible(False)

@@ -12,7 +12,7 @@ from mlx import nn
 from mlx.utils import tree_flatten
 
 from mlx_sora.loading.model_folder import Defaults, ModelFolder
-from mlx_sora.models.context import BlockProvider, Context, TokenPolicy
+from mlx_sora.models.hooks import BlockProvider, Context, TokenPolicy
 from mlx_sora.models.stdit3 import BlockPair, STDiT3, STDiT3Config
 from mlx_sora.models.t5 import T5Config, T5Encoder
 

@@ -14,9 +14,9 @@ from mlx_sora.accel.cidl import SLOTS, BlockStream
 from mlx_sora.loading.blocks import BlockSource
 from mlx_sora.loading.model_folder import ModelFolder
 from mlx_sora.loading.networks import load_text_encoder, stream_text_encoder, stream_transformer
+from mlx_sora.memory.limits import release
+from mlx_sora.memory.residency import Reading, Residency
 from mlx_sora.models.stdit3 import BlockPair, STDiT3
-from mlx_sora.runtime.memory import release
-from mlx_sora.runtime.residency import Reading, Residency
 from tests.unit.accel import nets
 from tests.unit.accel.reading import Log, no_loader_left, t5
 

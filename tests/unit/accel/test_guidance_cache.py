@@ -12,7 +12,7 @@ from mlx_sora.accel import Accelerations, guidance_cache, guidance_interval
 from mlx_sora.accel.base import Job
 from mlx_sora.accel.guidance_cache import GuidanceCache, _split
 from mlx_sora.errors import UsageError
-from mlx_sora.modes import GUIDANCE_CACHE, GUIDANCE_INTERVAL
+from mlx_sora.request.modes import GUIDANCE_CACHE, GUIDANCE_INTERVAL
 from mlx_sora.sampling.base import Step
 from mlx_sora.sampling.guidance import guided
 from tests.unit.sampling.flows import latents

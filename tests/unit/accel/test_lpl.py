@@ -13,7 +13,7 @@ import pytest
 from mlx_sora.accel import lpl
 from mlx_sora.accel.base import Job
 from mlx_sora.accel.lpl import AdaptiveLeap, FixedLeap, Leap, ReferenceLeap, Rule, TimedLeap
-from mlx_sora.modes import LPL
+from mlx_sora.request.modes import LPL
 from mlx_sora.sampling import SAMPLERS
 from mlx_sora.sampling.base import Run, Step
 from mlx_sora.sampling.loop import Conditioning, StepResult, denoise

@@ -11,8 +11,8 @@ import pytest
 from mlx_sora.accel import ACCELERATIONS, OFF, Accelerations
 from mlx_sora.accel.base import Job
 from mlx_sora.accel.tdtm import PairedFrames
-from mlx_sora.models.context import AllTokens, ResidentBlocks
-from mlx_sora.request import GenerationRequest, options
+from mlx_sora.models.hooks import AllTokens, ResidentBlocks
+from mlx_sora.request.generation import GenerationRequest, options
 from mlx_sora.sampling.base import AllSteps
 from mlx_sora.sampling.guidance import Part
 

@@ -14,9 +14,9 @@ from mlx_sora.accel.cidl import BlockStream
 from mlx_sora.accel.step_cache import Online, StepCache, every
 from mlx_sora.loading.model_folder import ModelFolder
 from mlx_sora.loading.networks import load_transformer, stream_transformer
-from mlx_sora.models.context import Context
+from mlx_sora.models.hooks import Context
 from mlx_sora.models.stdit3 import STDiT3
-from mlx_sora.modes import STEP_CACHE
+from mlx_sora.request.modes import STEP_CACHE
 from mlx_sora.sampling.guidance import Part
 from tests.unit.accel import nets
 

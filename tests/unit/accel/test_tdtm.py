@@ -13,9 +13,9 @@ from mlx.utils import tree_unflatten
 from mlx_sora.accel import tdtm
 from mlx_sora.accel.base import Job
 from mlx_sora.accel.tdtm import MergedSteps, PairedFrames
-from mlx_sora.models.context import Context
+from mlx_sora.models.hooks import Context
 from mlx_sora.models.stdit3 import STDiT3
-from mlx_sora.modes import TDTM
+from mlx_sora.request.modes import TDTM
 from tests.unit.accel.nets import STDIT, random_weights
 
 

@@ -12,7 +12,7 @@ from mlx import nn
 
 from mlx_sora.errors import WeightsError
 from mlx_sora.loading.checkpoint import Checkpoint, fill
-from mlx_sora.models.keys import KeyMap, Rule
+from mlx_sora.models.key_map import KeyMap, Rule
 
 
 class Net(nn.Module):

@@ -7,7 +7,7 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
-from mlx_sora.loading.doctor import examine
+from mlx_sora.manage.doctor import examine
 from tests.full_size import write_published
 
 

@@ -11,7 +11,7 @@ from mlx.utils import tree_map
 
 from mlx_sora.errors import UsageError
 from mlx_sora.models import ops, precision
-from mlx_sora.models.context import AllTokens, Context
+from mlx_sora.models.hooks import AllTokens, Context
 from mlx_sora.models.precision import KEEP
 from mlx_sora.models.stdit3 import STDiT3, STDiT3Config
 from mlx_sora.models.t5 import T5Config, T5Encoder

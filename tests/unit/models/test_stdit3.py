@@ -11,7 +11,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_sora.errors import UsageError, WeightsError
 from mlx_sora.models import ops
-from mlx_sora.models.context import Context
+from mlx_sora.models.hooks import Context
 from mlx_sora.models.stdit3 import BlockPair, Conditions, STDiT3, STDiT3Config, unpadded
 
 CONFIG = STDiT3Config(

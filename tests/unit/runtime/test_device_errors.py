@@ -9,7 +9,7 @@ import pytest
 
 from mlx_sora import MemoryBudgetError, Pipeline
 from mlx_sora.errors import MlxSoraError
-from mlx_sora.runtime.device_errors import known_error
+from mlx_sora.runtime.device import known_error
 
 #: As MLX and its users' reports have them.
 OUT_OF_MEMORY = (
@@ -66,8 +66,8 @@ def test_pythons_own_memory_error() -> None:
     ("place", "stage"),
     [
         ("mlx_sora.text.encoder.TextEncoder.encode", "encode"),
-        ("mlx_sora.stages.denoise", "denoise"),
-        ("mlx_sora.stages.to_uint8", "decode"),
+        ("mlx_sora.pipeline.stages.denoise", "denoise"),
+        ("mlx_sora.pipeline.stages.to_uint8", "decode"),
         ("mlx_sora.loading.blocks.load_tensors", "encode"),
     ],
 )

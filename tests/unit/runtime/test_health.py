@@ -137,7 +137,7 @@ def poisoned(
 def test_a_step_that_fails_is_the_last(
     monkeypatch: pytest.MonkeyPatch, change: Callable[[mx.array], mx.array], says: str
 ) -> None:
-    monkeypatch.setattr("mlx_sora.stages.denoise", poisoned(change, 1))
+    monkeypatch.setattr("mlx_sora.pipeline.stages.denoise", poisoned(change, 1))
     pipe, seen = Pipeline.from_pretrained("shapes"), list[Event]()
     request = GenerationRequest(PROMPT, steps=4, num_frames=17, seed=1)
     with pytest.raises(NumericsError, match=f"{says}.*after step 2 of 4"):

@@ -6,7 +6,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_sora.request import MAX_SEED
+from mlx_sora.request.generation import MAX_SEED
 from mlx_sora.sampling.noise import Noise
 
 SHAPE = (5, 8, 8, 4)

@@ -8,9 +8,9 @@ from collections.abc import Callable
 import mlx.core as mx
 import pytest
 
-from mlx_sora import request
 from mlx_sora.errors import UsageError
 from mlx_sora.geometry import aspect_ratios, image_size
+from mlx_sora.request import generation as request
 from mlx_sora.sampling import SAMPLERS
 from mlx_sora.sampling.loop import Conditioning, denoise
 from mlx_sora.sampling.noise import Noise

@@ -17,9 +17,9 @@ import pytest
 
 from mlx_sora import Pipeline, UsageError
 from mlx_sora.errors import MlxSoraError
+from mlx_sora.pipeline.locks import claimed, lock_path
 from mlx_sora.runtime.events import Event, Finished, StageStarted, StepFinished
-from mlx_sora.video.claim import claimed, lock_path
-from mlx_sora.video.publish import published, writing
+from mlx_sora.utils.files import published, writing
 from mlx_sora.video.writer import open_writer, save_frames, write_sidecar
 
 KINDS = ("a.mp4", "a.gif", "a.webp", "a_%03d.png", "new/a_%03d.png")
@@ -210,7 +210,9 @@ def test_a_run_that_ends_early_gives_its_output_back(pipe: Pipeline, tmp_path: P
 
 def killed_holder(output: Path) -> None:
     """Another process holds `output`, which is refused to this one, until it is killed."""
-    hold = "import sys, time; from pathlib import Path; from mlx_sora.video.claim import claimed\n"
+    hold = (
+        "import sys, time; from pathlib import Path; from mlx_sora.pipeline.locks import claimed\n"
+    )
     hold += "with claimed(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
     with subprocess.Popen(
         [sys.executable, "-c", hold, str(output)], stdout=subprocess.PIPE, text=True

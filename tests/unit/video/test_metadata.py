@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from mlx_sora.errors import UsageError
-from mlx_sora.request import GenerationRequest
+from mlx_sora.request.generation import GenerationRequest
 from mlx_sora.video import Video
 from mlx_sora.video.metadata import (
     build_metadata,

@@ -13,10 +13,10 @@ import pytest
 from PIL import Image
 
 from mlx_sora.errors import MlxSoraError, UsageError
-from mlx_sora.video.color import rgb_to_yuv420
+from mlx_sora.utils.files import partial_name
+from mlx_sora.video.encoders import rgb_to_yuv420
 from mlx_sora.video.metadata import read_metadata
-from mlx_sora.video.output import check_output, checkpoint_path, frame_path
-from mlx_sora.video.publish import partial_name
+from mlx_sora.video.output_path import check_output, checkpoint_path, frame_path
 from mlx_sora.video.writer import open_writer, save_frames, write_sidecar
 
 COLORS = [

@@ -1,0 +1,168 @@
+"""One generation in a process of its own: what it took, measured from outside and from within."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from mlx_sora.errors import MlxSoraError
+
+#: Seconds that an interrupted child has to remove its partial files.
+_PATIENCE = 20.0
+
+#: What `Measured.peak` is on this system.
+PEAK = "physical footprint" if platform.system() == "Darwin" else "resident set"
+
+
+class ChildFailed(MlxSoraError):
+    """A generation ended with an error; carries the child's message and exit code."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One finished process. Bytes and seconds.
+
+    seconds: of all stages, stages: of each; wall: from start to end, interpreter included. peak: of
+    the process; mlx_peak: of MLX's allocator. stream: by stage, what streaming of blocks did.
+    """
+
+    seconds: float
+    wall: float
+    peak: int
+    mlx_peak: int
+    stages: Mapping[str, float]
+    stream: Mapping[str, Mapping[str, Any]]
+
+
+@dataclass
+class _Watch:
+    """Gathers a child's events, and its footprint where the system keeps one."""
+
+    pid: int
+    stages: dict[str, float] = field(default_factory=dict)
+    mlx_peak: int = 0
+    footprint: int = 0
+    error: str = ""
+
+    def take(self, line: str) -> None:
+        # The footprint's record only grows, so asking at every event misses nothing.
+        self.footprint = max(self.footprint, peak_footprint(self.pid) or 0)
+        try:
+            event = json.loads(line)
+        except ValueError:
+            return
+        if event["event"] == "stage_finished":
+            self.stages[event["stage"]] = event["seconds"]
+            self.mlx_peak = max(self.mlx_peak, event["peak_memory"])
+        elif event["event"] == "error":
+            self.error = event["message"]
+
+
+def measure(words: Sequence[str]) -> Measured:
+    """Run `generate` with these flags in a process of its own; its video is thrown away.
+
+    Raises ChildFailed. Any other exception ends the child first.
+    """
+    with tempfile.TemporaryDirectory(prefix="mlx-sora-bench-") as folder:
+        command = [sys.executable, "-m", "mlx_sora", "generate", *words]
+        command += ["--json-events", "--metadata", "--output", f"{folder}/video"]
+        start = time.perf_counter()
+        with tempfile.TemporaryFile("w+") as errors, _started(command, errors) as process:
+            watch = _Watch(process.pid)
+            assert process.stdout is not None
+            for line in process.stdout:
+                watch.take(line)
+            record = _reap(process)
+            if process.returncode != 0:
+                errors.seek(0)
+                raise _failure(process.returncode, watch.error, errors.read())
+        wall = time.perf_counter() - start
+        sidecar = json.loads(Path(folder, "video.json").read_text(encoding="utf-8"))
+    return Measured(
+        seconds=sum(watch.stages.values()),
+        wall=wall,
+        peak=watch.footprint or record,
+        mlx_peak=watch.mlx_peak,
+        stages=watch.stages,
+        stream=sidecar.get("accelerations", {}).get("ci_dl", {}),
+    )
+
+
+@contextmanager
+def _started(command: Sequence[str], errors: IO[str]) -> Iterator[subprocess.Popen[str]]:
+    """The child, over by the end of the block whatever happens in it."""
+    process = subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors, text=True
+    )
+    try:
+        yield process
+    except BaseException:
+        if process.poll() is None:
+            process.terminate()
+        try:
+            process.wait(_PATIENCE)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        raise
+    finally:
+        assert process.stdout is not None
+        process.stdout.close()
+
+
+def _reap(process: subprocess.Popen[str]) -> int:
+    """Wait for the child; its largest resident set in bytes."""
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    return usage.ru_maxrss * (1 if platform.system() == "Darwin" else 1024)
+
+
+def _failure(code: int, message: str, errors: str) -> ChildFailed:
+    if code < 0:
+        return ChildFailed(f"The generation was killed by signal {-code}; out of memory?", 1)
+    lines = errors.strip().splitlines()
+    return ChildFailed(message or (lines[-1] if lines else f"exit code {code}"), code)
+
+
+_LIBRARY = "/usr/lib/libproc.dylib"
+_RUSAGE_INFO_V4 = 4
+
+#: struct rusage_info_v4: 16 bytes of UUID, then 35 numbers of 64 bits. The kernel of a later
+#: version never writes more than the version asked for.
+_UUID, _NUMBERS = 16, 35
+
+#: Place of ri_lifetime_max_phys_footprint among the numbers.
+_LIFETIME_MAX = 28
+
+
+def peak_footprint(pid: int) -> int | None:
+    """Largest physical footprint of process `pid` so far, in bytes.
+
+    None where the system has no such measure (Linux), or the process is not there any more.
+    """
+    if platform.system() != "Darwin":
+        return None
+    return read_peak(ctypes.CDLL(_LIBRARY), pid)
+
+
+def read_peak(library: ctypes.CDLL, pid: int) -> int | None:
+    """The same, from a `libproc` that has been loaded."""
+    record = (ctypes.c_uint8 * (_UUID + 8 * _NUMBERS))()
+    if library.proc_pid_rusage(pid, _RUSAGE_INFO_V4, ctypes.byref(record)) != 0:
+        return None
+    return ctypes.c_uint64.from_buffer(record, _UUID + 8 * _LIFETIME_MAX).value

@@ -1,0 +1,225 @@
+"""The processes that make a video together: who they are, and what they tell each other.
+
+They are started by `mlx.launch` (or mpirun) and found by MLX's own distributed engine; started
+without, a process is alone and none of it is touched.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from functools import cache
+from typing import Any, TypeVar
+
+import mlx.core as mx
+
+from mlx_sora import errors
+from mlx_sora.distributed.launch import launched
+from mlx_sora.distributed.watchdog import Watch
+from mlx_sora.errors import MlxSoraError, UsageError
+
+Item = TypeVar("Item")
+
+
+class Ranks:
+    """The processes of a run. group: None for one alone, which tells nobody anything.
+
+    watch: over the others, if anybody watches. ring: neighbours can be spoken to alone. Every
+    method has to be called by all of them, in the same order.
+    """
+
+    def __init__(
+        self,
+        group: mx.distributed.Group | None = None,
+        watch: Watch | None = None,
+        *,
+        ring: bool = False,
+    ) -> None:
+        self._group, self._watch, self.ring = group, watch, ring
+        self._receiving: mx.Stream | None = None
+        self.rank, self.size = (0, 1) if group is None else (group.rank(), group.size())
+        #: Bytes that this rank has sent, as a ring counts them.
+        self.sent = 0
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the rank that writes files and speaks to the user."""
+        return self.rank == 0
+
+    def gather(self, x: mx.array) -> mx.array:
+        """Arrays of one shape from all, [size, *x.shape], lazy."""
+        if self._group is None:
+            return x[None]
+        if self._watch is not None:
+            self._watch.progress()
+        self.sent += (self.size - 1) * x.nbytes
+        return mx.distributed.all_gather(x[None], group=self._group)
+
+    def swap(self, x: mx.array, shape: Sequence[int]) -> mx.array:
+        """x to the neighbour (of ranks 0 and 1, 2 and 3, ...), its array of `shape` in return."""
+        if self._receiving is None:
+            self._receiving = mx.new_thread_unsafe_stream(mx.cpu)
+        if self._watch is not None:
+            self._watch.progress()
+        x, other = mx.contiguous(x), self.rank ^ 1
+        mx.eval(x)
+        self.sent += x.nbytes
+        # Both at a time: were all to send first, long arrays would wait for each other for ever.
+        theirs = mx.distributed.recv(
+            shape, x.dtype, other, group=self._group, stream=self._receiving
+        )
+        mx.async_eval(theirs)
+        mx.eval(mx.distributed.send(x, other, group=self._group))
+        mx.eval(theirs)
+        return theirs
+
+    def split(self, color: int) -> Ranks | None:
+        """Those of one color among themselves; None where the backend knows no groups."""
+        assert self._group is not None, "there is nobody to part from"
+        try:
+            return Ranks(self._group.split(color), self._watch)
+        except RuntimeError:
+            return None
+
+    def gather_bytes(self, data: bytes) -> list[bytes]:
+        """What each rank has to say, by rank."""
+        if self._group is None:
+            return [data]
+        lengths: list[int] = self.gather(mx.array(len(data), mx.int64)).tolist()  # type: ignore[assignment]
+        longest = max(lengths)
+        if longest == 0:
+            return [b""] * self.size
+        own = mx.array(memoryview(data.ljust(longest, b"\0")))  # type: ignore[arg-type]
+        found = memoryview(self.gather(own)).tobytes()  # type: ignore[arg-type]
+        return [found[i * longest : i * longest + n] for i, n in enumerate(lengths)]
+
+    def gather_values(self, value: Any) -> list[Any]:
+        """Plain JSON values of all, by rank."""
+        return [json.loads(data) for data in self.gather_bytes(json.dumps(value).encode())]
+
+    def of_first(self, value: Any) -> Any:
+        """A plain JSON value of the first rank; what others give is not looked at."""
+        data = json.dumps(value).encode() if self.first else b""
+        return json.loads(self.gather_bytes(data)[0])
+
+    def array_of_first(self, x: mx.array | None) -> mx.array:
+        """An array of the first rank, evaluated; what others give is not looked at."""
+        if self._group is None:
+            assert x is not None, "one process alone has what it asks for"
+            return x
+        kind = None if x is None else (x.shape, str(x.dtype).split(".")[-1])
+        shape, dtype = self.of_first(kind)
+        own = x if self.first and x is not None else mx.zeros(shape, getattr(mx, dtype))
+        found = mx.contiguous(self.gather(own)[0])
+        mx.eval(found)
+        return found
+
+    def unless_one_passes(self, check: Callable[[], None]) -> None:
+        """Raise what `check` raises, where it does on every rank."""
+        failure: MlxSoraError | None = None
+        try:
+            check()
+        except MlxSoraError as error:
+            failure = error
+        failed = self.gather_values(failure is not None)
+        if failure is not None and all(failed):
+            raise failure
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """What fails on one rank in the block, which is about no exchange, fails on all of them.
+
+        All then raise the first rank's error, or else that of the first that has one.
+        """
+        failure: Exception | None = None
+        try:
+            yield
+        except Exception as error:
+            failure = error
+        if self.size > 1:
+            failure = self._agreed(failure)
+        if failure is not None:
+            if isinstance(failure, MlxSoraError):
+                failure.agreed = True
+            raise failure
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """A block whose end by any error or interrupt, on any rank, ends it on all of them.
+
+        Raises RankLostError where it was another's. Where the main thread hangs in an exchange that
+        will never be, the process ends with that error's line and exit code.
+        """
+        if self._watch is None:
+            yield
+            return
+        with self._watch.block():
+            yield
+
+    def watching(self, events: Generator[Item, None, None]) -> Generator[Item, None, None]:
+        """The same events, in a watched block."""
+        with self.watched(), closing(events):
+            for event in events:
+                if self._watch is not None:
+                    self._watch.sign()
+                yield event
+
+    def agree(self, facts: Mapping[str, Any]) -> None:
+        """Raise UsageError, on all ranks, where one knows something else than the first."""
+        told = self.gather_values(dict(facts))
+        for rank, other in enumerate(told):
+            for name in {**told[0], **other}:
+                if other.get(name) != told[0].get(name):
+                    raise UsageError(
+                        f"Rank {rank} has {name} {_short(other.get(name))}, rank 0 has "
+                        f"{_short(told[0].get(name))}.",
+                        "Give all ranks the same versions, weights and request.",
+                    )
+
+    def _agreed(self, own: Exception | None) -> Exception | None:
+        failures = self.gather_values(None if own is None else told(own))
+        for rank, other in enumerate(failures):
+            if other is not None:
+                kind, message, fix = other
+                return own if rank == self.rank else error_of(kind, message, fix, rank)
+        return None
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 40 else text[:37] + "..."
+
+
+def told(error: Exception) -> tuple[str, str, str]:
+    """Class, message and fix of an error."""
+    if isinstance(error, MlxSoraError):
+        return type(error).__name__, error.message, error.fix
+    return "MlxSoraError", f"{type(error).__name__}: {' '.join(str(error).split())[:300]}", ""
+
+
+def error_of(kind: str, message: str, fix: str, rank: int = 0) -> MlxSoraError:
+    """Another rank's error as our own; names the rank unless it is the first."""
+    known: type[MlxSoraError] = getattr(errors, kind, MlxSoraError)
+    return known(f"rank {rank}: {message}" if rank else message, fix)
+
+
+@cache
+def join() -> Ranks:
+    """The ranks that this process was launched with. Raises MlxSoraError where they do not meet."""
+    backend = launched()
+    if backend is None:
+        return Ranks()
+    try:
+        group = mx.distributed.init(strict=True, backend=backend)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise MlxSoraError(
+            f"The other ranks cannot be reached: {reason}.",
+            "Check the host file and that every machine can reach the next.",
+        ) from None
+    ranks = Ranks(group)
+    if ranks.size > 1:
+        watch = Watch(ranks.rank, ranks.size, ranks.gather_bytes)
+        ranks = Ranks(group, watch, ring=backend == "ring")
+    return ranks

@@ -1,0 +1,200 @@
+"""How `convert` lays a part of a model out: a file per streamed block, and what becomes of tensors.
+
+Pure functions of headers and configuration: names, types and bytes are known before anything is
+read or written.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+import mlx.core as mx
+
+from mlx_sora.errors import UsageError
+from mlx_sora.loading.checkpoint import Checkpoint
+from mlx_sora.loading.model_folder import PARTS, ModelFolder
+from mlx_sora.loading.networks import match_part, quantizable_layers
+from mlx_sora.loading.quantization import BLOCK, KEY, Quantization
+from mlx_sora.loading.safetensors import FLOATS, TensorInfo
+
+INDEX = "model.safetensors.index.json"
+
+#: Halves of the VAE's two networks: files of their own, as each is used without the others.
+_HALVES = tuple(
+    f"{network}.{half}."
+    for network in ("spatial_vae.module", "temporal_vae")
+    for half in ("encoder", "decoder")
+)
+
+#: Bytes of a scale or bias whose type is chosen among those of 16 bits.
+_HALF = 2
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a conversion is to change. None keeps.
+
+    bits: of the weights of linear layers in T5's and STDiT's blocks. dtype: of T5's and STDiT's
+    other tensors, scales included; with bits, None makes float32 matrices bfloat16 and scales
+    either type of 16 bits. Vectors (norms, constants) are small enough to stay.
+    """
+
+    bits: int | None = None
+    dtype: str | None = None
+
+    @property
+    def quantization(self) -> Quantization | None:
+        return None if self.bits is None else Quantization(self.bits)
+
+    @property
+    def mlx_dtype(self) -> mx.Dtype | None:
+        return None if self.dtype is None else getattr(mx, self.dtype)
+
+
+@dataclass(frozen=True)
+class Change:
+    """What becomes of the tensor `key`: another type, or (quantised) three tensors."""
+
+    key: str
+    info: TensorInfo
+    dtype: mx.Dtype
+    quantization: Quantization | None = None
+    scales: mx.Dtype | None = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of what is written."""
+        if self.quantization is None:
+            return (self.key,)
+        stem = self.key.removesuffix("weight")
+        return tuple(stem + name for name in self.quantization.shapes(self.info.shape))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of what is written."""
+        if self.quantization is None:
+            return prod(self.info.shape) * self.dtype.size
+        shapes = self.quantization.shapes(self.info.shape)
+        width = _HALF if self.scales is None else self.scales.size
+        sizes = {"weight": mx.uint32.size, "scales": width, "biases": width}
+        return sum(prod(shape) * sizes[name] for name, shape in shapes.items())
+
+    def apply(self, array: mx.array) -> dict[str, mx.array]:
+        """What is written of the tensor `array`, by name, evaluated."""
+        if self.quantization is None:
+            arrays = {self.key: array.astype(self.dtype)}
+        else:
+            made = self.quantization.quantize(array, self.scales)
+            arrays = dict(zip(self.names, made.values(), strict=True))
+        mx.eval(arrays)
+        return arrays
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file of a part."""
+
+    part: str
+    name: str
+    changes: Sequence[Change]
+
+    @property
+    def path(self) -> str:
+        """In the model folder."""
+        return f"{self.part}/{self.name}"
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its tensors."""
+        return sum(change.nbytes for change in self.changes)
+
+    @property
+    def stored(self) -> int:
+        """Bytes of the tensors it is made from."""
+        return sum(change.info.nbytes for change in self.changes)
+
+
+def plan_part(model: ModelFolder, part: str, choice: Choice) -> list[Shard]:
+    """The files of `part`, blocks in the order of their use, then the rest.
+
+    Tensors that no network has a use for are left out. Raises WeightsError for a checkpoint that
+    does not fit its configuration, UsageError for one that is quantised already.
+    """
+    if Quantization.read(model.config(part)) is not None:
+        raise UsageError(
+            f"{model.path} is quantised already.", "Convert the model that it was made from."
+        )
+    checkpoint = Checkpoint.open(model.path / part)
+    keys = {entry.key for entry in match_part(model, part, checkpoint)}
+    packed: set[str] = set()
+    if choice.quantization is not None:
+        packed = {f"{path}.weight" for path in quantizable_layers(model, part, choice.quantization)}
+    groups: dict[int, list[Change]] = {}
+    for key, info in checkpoint.tensors.items():
+        if key in keys:
+            change = _change(key, info, part, choice, quantize=key in packed)
+            groups.setdefault(_group(key), []).append(change)
+    count = len(groups)
+    return [
+        Shard(part, f"model-{number:05}-of-{count:05}.safetensors", groups[group])
+        for number, group in enumerate(sorted(groups), 1)
+    ]
+
+
+def _group(key: str) -> int:
+    """Number of the block, or of the VAE's half, that a tensor belongs to; the rest comes last."""
+    block = BLOCK.match(key)
+    if block is not None:
+        return int(block[1])
+    found = (i for i, half in enumerate(_HALVES) if key.startswith(half))
+    return next(found, 1 << 30)
+
+
+def _change(key: str, info: TensorInfo, part: str, choice: Choice, *, quantize: bool) -> Change:
+    stored = FLOATS[info.dtype][1]
+    if part == "vae":  # always computes in float32, so what it loses here is lost
+        return Change(key, info, stored)
+    if quantize:
+        return Change(key, info, stored, choice.quantization, choice.mlx_dtype)
+    shorten = choice.bits is not None and stored == mx.float32 and len(info.shape) > 1
+    return Change(key, info, choice.mlx_dtype or (mx.bfloat16 if shorten else stored))
+
+
+def config_text(model: ModelFolder, part: str, choice: Choice) -> str:
+    """config.json of the converted part."""
+    config = model.config(part)
+    if part != "vae" and choice.quantization is not None:
+        config[KEY] = choice.quantization.to_dict()
+    return json.dumps(config, indent=2) + "\n"
+
+
+def index_text(shards: Sequence[Shard]) -> str:
+    """The index that says which file holds which tensor."""
+    weight_map = {name: shard.name for shard in shards for c in shard.changes for name in c.names}
+    content = {
+        "metadata": {"total_size": sum(shard.nbytes for shard in shards)},
+        "weight_map": weight_map,
+    }
+    return json.dumps(content, indent=2) + "\n"
+
+
+def small_files(model: ModelFolder, choice: Choice) -> Iterator[tuple[str, bytes]]:
+    """All but weights and their indexes: path in the folder, content."""
+    for part in PARTS:
+        yield f"{part}/config.json", config_text(model, part, choice).encode()
+    yield "tokenizer/spiece.model", model.tokenizer.read_bytes()
+    index = model.path / "model_index.json"
+    if index.is_file():
+        yield index.name, index.read_bytes()
+
+
+def source_files(model: ModelFolder, shards: Mapping[str, Sequence[Shard]]) -> list[Path]:
+    """Every file that a conversion reads."""
+    weights = {c.info.file for part in shards.values() for s in part for c in s.changes}
+    configs = {model.path / part / "config.json" for part in PARTS}
+    index = model.path / "model_index.json"
+    return sorted({*weights, *configs, model.tokenizer, *([index] if index.is_file() else [])})

@@ -1,0 +1,131 @@
+"""Trying a model's files out: values that no weight can have, and one block of each network.
+
+Both keep memory low whatever the model's size: values are read a few megabytes at a time, and of
+the networks made of equal blocks only the first is built.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import mlx.core as mx
+
+from mlx_sora.errors import MlxSoraError
+from mlx_sora.loading.checkpoint import Checkpoint, fill
+from mlx_sora.loading.model_folder import ModelFolder
+from mlx_sora.loading.networks import load_vae
+from mlx_sora.loading.quantization import Quantization, prepare
+from mlx_sora.loading.safetensors import TensorInfo
+from mlx_sora.memory.limits import memory_scope
+from mlx_sora.models import stdit3, t5
+
+_BLOCK = 1 << 23
+_LATER_BLOCKS = re.compile(r"(encoder\.block|spatial_blocks|temporal_blocks)\.[1-9]\d*\..*")
+
+#: Type of the bits, mask of exponent and mantissa, mask of the exponent.
+_BITS = {
+    "F32": ("<u4", 0x7FFF_FFFF, 0x7F80_0000),
+    "F16": ("<u2", 0x7FFF, 0x7C00),
+    "BF16": ("<u2", 0x7FFF, 0x7F80),
+}
+
+
+@dataclass(frozen=True)
+class Values:
+    """What a tensor holds that it should not: numbers of NaN and Inf; empty: nothing but zeros."""
+
+    nan: int = 0
+    inf: int = 0
+    empty: bool = False
+
+
+def scan(info: TensorInfo, watch: Callable[[int], None] = lambda _: None) -> Values:
+    """Look at every value of a tensor of floats; of other types nothing can be said.
+
+    watch: told the bytes read so far.
+    """
+    import numpy as np
+
+    if info.dtype not in _BITS:
+        return Values()
+    kind, magnitude, exponent = _BITS[info.dtype]
+    nan = inf = largest = done = 0
+    with info.file.open("rb") as f:
+        f.seek(info.offset)
+        while done < info.nbytes:
+            raw = f.read(min(_BLOCK, info.nbytes - done))
+            if not raw:
+                break
+            bits = np.frombuffer(raw, dtype=kind) & magnitude
+            top = int(bits.max())
+            largest = max(largest, top)
+            if top >= exponent:
+                nan += int((bits > exponent).sum())
+                inf += int((bits == exponent).sum())
+            done += len(raw)
+            watch(done)
+    return Values(nan, inf, info.nbytes > 0 and largest == 0)
+
+
+def first_block(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint without the tensors of all blocks but the first."""
+    kept = {k: v for k, v in checkpoint.tensors.items() if not _LATER_BLOCKS.fullmatch(k)}
+    return replace(checkpoint, tensors=kept)
+
+
+def try_text_encoder(model: ModelFolder) -> None:
+    """One block of T5 on the first ids of the table. Raises MlxSoraError."""
+    values = model.config("text_encoder")
+    config = replace(t5.T5Config.from_dict(values), num_layers=1)
+    checkpoint = first_block(Checkpoint.open(model.text_encoder))
+    with memory_scope():
+        network = t5.T5Encoder(config, table=False)
+        prepare(network, Quantization.read(values))
+        fill(network, checkpoint, t5.KEYS, dtype=mx.float32, without=[t5.TABLE])
+        ids = range(min(8, config.vocab_size))
+        embeddings = checkpoint.rows(t5.TABLE, ids).astype(mx.float32)
+        _check("text states", network(embeddings[None]))
+
+
+def try_transformer(model: ModelFolder) -> None:
+    """One spatial and one temporal block on noise under noise. Raises MlxSoraError."""
+    values = model.config("transformer")
+    config = replace(stdit3.STDiT3Config.from_dict(values), depth=1)
+    with memory_scope():
+        network = stdit3.STDiT3(config)
+        prepare(network, Quantization.read(values))
+        checkpoint = first_block(Checkpoint.open(model.transformer))
+        fill(network, checkpoint, stdit3.KEYS, dtype=mx.float32)
+        text = _noise(4, config.caption_channels)
+        z = _noise(1, 2, 4, 4, config.in_channels)
+        conditions = network.prepare([text], z.shape[1:4], height=32, width=32, fps=24)
+        _check("velocity", network(z, mx.array([500.0]), conditions))
+
+
+def try_vae(model: ModelFolder) -> None:
+    """Noise to one small frame and back: decoder, then encoder. Raises MlxSoraError."""
+    with memory_scope():
+        vae = load_vae(model, ("decoder",))
+        z = _noise(1, 1, 4, 4, vae.config.temporal.embed_dim)
+        _check("decoded frames", vae.decode(z, 1))
+    del vae
+    with memory_scope():
+        vae = load_vae(model, ("encoder",))
+        side = 4 * vae.config.spatial.factor
+        _check("latents", vae.encode(mx.clip(_noise(1, 1, side, side, 3), -1, 1)))
+
+
+def _noise(*shape: int) -> mx.array:
+    """Normal draws, the same every time."""
+    return mx.random.normal(shape, key=mx.random.key(0))
+
+
+def _check(what: str, out: mx.array) -> None:
+    """Raise MlxSoraError unless `out` [.., C] could be the output of a working network."""
+    if not mx.isfinite(out).all().item():
+        raise MlxSoraError(f"its {what} come out as NaN or Inf.")
+    rows = out.reshape(-1, out.shape[-1])
+    if mx.array_equal(rows.max(axis=0), rows.min(axis=0)).item():
+        raise MlxSoraError(f"its {what} come out constant, whatever goes in.")

@@ -1,0 +1,138 @@
+"""Floating-point operations of each network, by counting its matrix products.
+
+A multiplication and an addition are two operations; norms and activations are left out (below 1 %).
+Dimension letters: B batch, T latent frames, S tokens per frame, L text tokens, C channels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from mlx_sora.models.stdit3 import FREQUENCIES, STDiT3Config
+from mlx_sora.models.t5 import T5Config
+from mlx_sora.models.vae_spatial import SpatialVAEConfig
+from mlx_sora.models.vae_temporal import TemporalVAEConfig
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Tokens of one transformer pass: samples, frames, tokens per frame, text tokens per sample."""
+
+    batch: int
+    frames: int
+    tokens: int
+    text: int
+
+    @classmethod
+    def of(cls, config: STDiT3Config, latent: Sequence[int], batch: int, text: int) -> Grid:
+        """The grid of latents (T, H, W) after patching."""
+        frames, rows, columns = (-(-n // p) for n, p in zip(latent, config.patch_size, strict=True))
+        return cls(batch, frames, rows * columns, text)
+
+    @property
+    def size(self) -> int:
+        return self.batch * self.frames * self.tokens
+
+
+def text_encoder_flops(config: T5Config, tokens: int) -> int:
+    """T5 on one prompt of `tokens` tokens."""
+    inner = config.num_heads * config.d_kv
+    linear = 4 * config.d_model * inner + 3 * config.d_model * config.d_ff
+    return 2 * config.num_layers * tokens * (linear + 2 * tokens * inner)
+
+
+def transformer_flops(config: STDiT3Config, grid: Grid, *, merged: bool = False) -> int:
+    """One pass of STDiT3, its text prepared. merged: attention sees pairs of frames as one."""
+    channels, n = config.hidden_size, grid.size
+    frames = -(-grid.frames // 2) if merged else grid.frames
+    attending = grid.batch * frames * grid.tokens
+    attention = attending * (6 * channels**2 + 2 * grid.text * channels)
+    mlp = n * 2 * channels * int(channels * config.mlp_ratio)
+    spatial, temporal = (2 * attending * keys * channels for keys in (grid.tokens, frames))
+    blocks = config.depth * (2 * (attention + mlp) + spatial + temporal)
+    patch = math.prod(config.patch_size) * (config.in_channels + config.out_channels)
+    times = grid.batch * channels * (FREQUENCIES + 7 * channels)
+    return 2 * (blocks + n * patch * channels + times)
+
+
+def preparation_flops(config: STDiT3Config, grid: Grid) -> int:
+    """What STDiT3 does once per run: the text MLP, and every block's text keys and values."""
+    channels, tokens = config.hidden_size, grid.batch * grid.text
+    mlp = channels * (config.caption_channels + channels)
+    return 2 * tokens * (mlp + 2 * config.depth * 2 * channels**2)
+
+
+def spatial_decoder_flops(config: SpatialVAEConfig, height: int, width: int) -> int:
+    """The image decoder on one frame of `height` x `width` latents."""
+    widths = config.block_out_channels[::-1]
+    area, channels = height * width, widths[0]
+    total = area * (config.latent_channels**2 + 9 * config.latent_channels * channels)
+    total += 2 * _residual(area, channels, channels, 9)
+    total += area * (4 * channels**2 + 2 * area * channels)
+    for level, width_out in enumerate(widths):
+        for _ in range(config.layers_per_block + 1):
+            total += _residual(area, channels, width_out, 9)
+            channels = width_out
+        if level < len(widths) - 1:
+            area *= 4
+            total += 9 * area * channels**2
+    return 2 * (total + 9 * area * channels * config.out_channels)
+
+
+def spatial_encoder_flops(config: SpatialVAEConfig, height: int, width: int) -> int:
+    """The image encoder on one frame of `height` x `width` pixels."""
+    widths = config.block_out_channels
+    area, channels = height * width, widths[0]
+    total = 9 * area * config.in_channels * channels
+    for level, width_out in enumerate(widths):
+        for _ in range(config.layers_per_block):
+            total += _residual(area, channels, width_out, 9)
+            channels = width_out
+        if level < len(widths) - 1:
+            area //= 4
+            total += 9 * area * channels**2
+    total += 2 * _residual(area, channels, channels, 9)
+    total += area * (4 * channels**2 + 2 * area * channels)
+    moments = 2 * config.latent_channels
+    return 2 * (total + area * (9 * channels * moments + moments**2))
+
+
+def temporal_decoder_flops(config: TemporalVAEConfig, latents: int, height: int, width: int) -> int:
+    """The temporal decoder on one chunk of `latents` latents of `height` x `width`."""
+    widths, area = config.widths, latents * height * width
+    channels = widths[-1]
+    total = area * config.latent_embed_dim * (config.embed_dim + 27 * channels)
+    total += config.num_res_blocks * _residual(area, channels, channels, 27)
+    for level in reversed(range(len(widths))):
+        for _ in range(config.num_res_blocks):
+            total += _residual(area, channels, widths[level], 27)
+            channels = widths[level]
+        if level > 0 and config.temporal_downsample[level - 1]:
+            total += 27 * area * channels * 2 * channels
+            area *= 2
+    return 2 * (total + 27 * area * channels * config.in_out_channels)
+
+
+def temporal_encoder_flops(config: TemporalVAEConfig, frames: int, height: int, width: int) -> int:
+    """The temporal encoder on one chunk of `frames` frames of `height` x `width` latents."""
+    latents = config.latent_frames(frames)
+    area, channels = latents * config.factor * height * width, config.filters
+    total = 27 * area * config.in_out_channels * channels
+    for level, width_out in enumerate(config.widths):
+        for _ in range(config.num_res_blocks):
+            total += _residual(area, channels, width_out, 27)
+            channels = width_out
+        if level < len(config.temporal_downsample) and config.temporal_downsample[level]:
+            area //= 2
+            total += 27 * area * channels**2
+    total += config.num_res_blocks * _residual(area, channels, channels, 27)
+    moments = 2 * config.latent_embed_dim
+    return 2 * (total + area * moments * (channels + 2 * config.embed_dim))
+
+
+def _residual(area: int, inputs: int, outputs: int, taps: int) -> int:
+    """Products of a residual block of two convolutions, and a projection where widths differ."""
+    projection = inputs * outputs if inputs != outputs else 0
+    return area * (taps * outputs * (inputs + outputs) + projection)

@@ -1,0 +1,130 @@
+"""What a run will need, before anything is loaded, and how to fit it into a budget.
+
+Pure functions of shapes, configurations and the sizes in checkpoint headers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+
+import mlx.core as mx
+
+from mlx_sora.errors import MemoryBudgetError
+from mlx_sora.geometry import MAX_TILES
+from mlx_sora.memory.limits import memory_scope, returned_at_once
+from mlx_sora.memory.plan import Job, Kind, Machine, Model, Plan, Reading, StagePlan, Weights
+from mlx_sora.memory.profiles import show_bytes
+from mlx_sora.memory.requirements import MIN_CACHE, OUTSIDE, Need, find_needs
+
+__all__ = [
+    "MIN_CACHE",
+    "OUTSIDE",
+    "Job",
+    "Kind",
+    "Machine",
+    "Model",
+    "Plan",
+    "Reading",
+    "StagePlan",
+    "Weights",
+    "make_plan",
+    "within",
+]
+
+
+def make_plan(
+    model: Model,
+    job: Job,
+    machine: Machine,
+    budget: int | None = None,
+    *,
+    streamed: bool = False,
+) -> Plan:
+    """The plan for `job`; with a `budget`, one whose every stage stays within it.
+
+    Without one, all blocks are resident, or none if `streamed`. With one, blocks are streamed and
+    as many stay as there is room for. Raises MemoryBudgetError naming the smallest that would do.
+    """
+    smallest = _smallest(model, job, machine)
+    free = find_needs(model, job, machine, throttled=False)
+    if budget is None:
+        stages = [need.unbounded(machine, streamed) for need in free]
+        return Plan(_repeated(stages, job), None, smallest)
+    stages = []
+    for index, tight in enumerate(find_needs(model, job, machine, throttled=True)):
+        if tight.least > budget:
+            raise _refusal(tight, budget, model, job, machine)
+        need = free[index] if free[index].easy <= budget else tight
+        stages.append(need.fit(budget, machine))
+    return Plan(_repeated(stages, job), budget, smallest)
+
+
+def _repeated(stages: Sequence[StagePlan], job: Job) -> tuple[StagePlan, ...]:
+    """The stages with the reading and the work of all clips: each reads the weights again."""
+    frames, clips = job.geometry.num_frames, job.clips
+    new = frames + (clips - 1) * (frames - job.shared)
+    work = {"denoise": clips, "decode": new / frames}
+    return tuple(
+        replace(stage, read=stage.read * clips, flops=int(stage.flops * work[stage.stage]))
+        if stage.stage in work
+        else stage
+        for stage in stages
+    )
+
+
+@contextmanager
+def within(stage: StagePlan) -> Iterator[None]:
+    """Run a stage under the limits of its plan, without holes in the heap.
+
+    Left alone, MLX's scheduler allocates for operations far ahead of the one that runs, which
+    nearly doubles the peak. Where that does not fit it is held back, which keeps a core busy.
+    """
+    with memory_scope(stage.cache_limit), returned_at_once():
+        previous = mx.set_memory_limit(stage.memory_limit)
+        try:
+            yield
+        finally:
+            mx.set_memory_limit(previous)
+
+
+def _refusal(
+    need: Need, budget: int, model: Model, job: Job, machine: Machine
+) -> MemoryBudgetError:
+    """Says which stage does not fit, and what would: another budget, or the first way around."""
+    smallest = _smallest(model, job, machine)
+    ways = {flags: _smallest(model, other, machine) for flags, other in _ways(job)}
+    fix = f"Use --memory-budget {_option(smallest)} or more"
+    fitting = [flags for flags, other in ways.items() if other <= budget]
+    least = min(ways, key=lambda flags: ways[flags], default="")
+    if fitting:
+        fix += f", or {fitting[0]}"
+    elif least and ways[least] < smallest:
+        fix += f" ({_option(ways[least])} with {least})"
+    return MemoryBudgetError(
+        f"Stage {need.stage} needs {show_bytes(need.least)}, the budget is {show_bytes(budget)}.",
+        f"{fix}, or make a smaller video.",
+    )
+
+
+def _ways(job: Job) -> Iterator[tuple[str, Job]]:
+    """The same video in less memory, by flags, the best pictures first; the last approximate."""
+    apart = replace(job, sequential=True)
+    if job.batch > 1:
+        yield "--sequential-guidance", apart
+    most = min(MAX_TILES, min(job.geometry.latent[1:]) // 2)
+    for tiles in range(job.tiles + 1, most + 1):
+        yield f"--vae-tiles {tiles}", replace(job, tiles=tiles)
+    for tiles in range(job.tiles + 1, most + 1):
+        if job.batch > 1:
+            yield f"--sequential-guidance --vae-tiles {tiles}", replace(apart, tiles=tiles)
+
+
+def _smallest(model: Model, job: Job, machine: Machine) -> int:
+    return max(need.least for need in find_needs(model, job, machine, throttled=True))
+
+
+def _option(count: int) -> str:
+    """Bytes as --memory-budget takes them."""
+    return show_bytes(count).replace(" ", "")

@@ -1,0 +1,85 @@
+"""What a run shows of itself while it denoises: x0 as it foresees it, beside the output."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import mlx.core as mx
+
+from mlx_sora.conditioning.media import shown_by_latent
+from mlx_sora.errors import MlxSoraError, UsageError
+from mlx_sora.loading.model_folder import ModelFolder
+from mlx_sora.loading.networks import load_vae
+from mlx_sora.models.stdit3 import STDiT3Config
+from mlx_sora.pipeline.settings import Settings
+from mlx_sora.request.generation import GenerationRequest
+from mlx_sora.runtime.events import Event, PreviewReady, Warned
+from mlx_sora.video.frames import KeptFrames, to_uint8
+from mlx_sora.video.preview import FILE, PreviewMap, preview_path, write_preview
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+@dataclass(frozen=True)
+class Previews:
+    """Previews after every `every`-th step, through `map`, or through the VAE where it is None."""
+
+    every: int
+    model: ModelFolder
+    settings: Settings
+    output: Path | None
+    map: PreviewMap | None
+
+    @classmethod
+    def of(
+        cls,
+        request: GenerationRequest,
+        model: ModelFolder,
+        settings: Settings,
+        output: Path | None,
+    ) -> Previews | None:
+        """What the request asks for. Raises UsageError where the VAE would not fit its budget."""
+        if request.preview_every is None:
+            return None
+        channels = STDiT3Config.from_dict(model.config("transformer")).in_channels
+        found = PreviewMap.read(model.path, channels)
+        if found is None and settings.memory_budget is not None:
+            raise UsageError(
+                f"{model.name} has no {FILE}, and for previews the VAE would be in memory beside "
+                "the transformer, which no memory budget counts.",
+                "Leave out --preview-every or the budget.",
+            )
+        return cls(request.preview_every, model, settings, output, found)
+
+    def after(self, index: int, x0: mx.array) -> Iterator[Event]:
+        """Show latents x0 [1, T, h, w, C] as foreseen in step `index`, if it is their turn."""
+        if (index + 1) % self.every:
+            return
+        frames, fps = self._frames(x0)
+        path = None
+        if self.output is not None:
+            path = preview_path(self.output, self.settings.geometry.num_frames)
+            try:
+                write_preview(path, frames, fps)
+            except (MlxSoraError, OSError) as error:
+                yield Warned(f"No preview of step {index + 1}: {error}")
+                path = None
+        yield PreviewReady(index, frames, None if path is None else str(path))
+
+    def _frames(self, x0: mx.array) -> tuple[np.ndarray, float]:
+        """uint8 [F, H, W, 3], and how many there are per second."""
+        import numpy as np
+
+        count = self.settings.geometry.num_frames
+        if self.map is not None:
+            shown = shown_by_latent(count)
+            frames = self.map.frames(np.array(x0[0]), [len(span) == 1 for span in shown])
+            return frames, self.settings.fps * len(shown) / count
+        kept = KeptFrames()
+        for chunk in load_vae(self.model).decode_chunks(x0, count, tiles=self.settings.vae_tiles):
+            kept.write(to_uint8(chunk))
+        return kept.frames, self.settings.fps

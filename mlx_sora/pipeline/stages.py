@@ -1,0 +1,345 @@
+"""The stages of a run on one model: encode text, read media, denoise, decode.
+
+Each builds its network, uses it and lets it go before the next one begins. A stage is a generator
+of events whose value is what it made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING
+
+import mlx.core as mx
+
+from mlx_sora.accel.cidl import BlockStream
+from mlx_sora.conditioning.latents import Given, tasks
+from mlx_sora.distributed.group import Ranks
+from mlx_sora.geometry import Size, latent_frames
+from mlx_sora.loading.file_guard import SteadyFiles
+from mlx_sora.loading.model_folder import ModelFolder
+from mlx_sora.loading.networks import load_vae
+from mlx_sora.loading.quantization import quantized_while_loading
+from mlx_sora.memory.limits import StageMeter
+from mlx_sora.memory.plan import StagePlan
+from mlx_sora.memory.residency import Guard
+from mlx_sora.models.hooks import Context
+from mlx_sora.models.stdit3 import BlockPair, STDiT3, STDiT3Config
+from mlx_sora.models.vae import MicroBatch
+from mlx_sora.pipeline.checkpoint import Snapshot
+from mlx_sora.pipeline.networks import Lifetimes
+from mlx_sora.pipeline.run import Run
+from mlx_sora.runtime.events import (
+    Event,
+    Noted,
+    StageProgress,
+    StageStarted,
+    StepFinished,
+    Warned,
+)
+from mlx_sora.sampling import SAMPLERS
+from mlx_sora.sampling.base import Velocity
+from mlx_sora.sampling.guidance import Network, Part, guided
+from mlx_sora.sampling.loop import Progress, StepResult, denoise
+from mlx_sora.sampling.noise import Noise
+from mlx_sora.text.encoder import TextEncoder
+from mlx_sora.video.frames import FrameWriter, to_uint8
+
+if TYPE_CHECKING:
+    import numpy as np
+
+#: Prepared text to its states [n, D].
+Texts = Mapping[str, mx.array]
+
+#: The transformer, the stream of its blocks if they are streamed, and what watches its memory.
+Transformer = tuple[STDiT3, BlockStream[BlockPair] | None, Guard]
+
+
+class Stages:
+    """What a pipeline does with a run, one stage at a time."""
+
+    model: ModelFolder
+
+    def _lifetimes(self, run: Run) -> Lifetimes:
+        budget = run.settings.memory_budget
+        model = quantized_while_loading(self.model, run.request.quantize)
+        return Lifetimes(model, run.dtype, budget, run.request.ci_dl or budget is not None)
+
+    def _encode(
+        self,
+        runs: Sequence[Run],
+        texts: MutableMapping[str, mx.array],
+        also: Sequence[str] = (),
+        ranks: Ranks | None = None,
+    ) -> Generator[Event, None, None]:
+        """Put the states of all texts of `runs` into `texts`; T5 is gone when this ends.
+
+        The runs agree in number format, memory limits and checks. also: further texts of each.
+        ranks: those that get the states from the first of them; the run's, unless given.
+        """
+        wanted = list(dict.fromkeys(t for run in runs for t in (*run.settings.all_texts, *also)))
+        yield StageStarted("encode", len(wanted))
+        run = max(runs, key=lambda run: run.plan.stage("encode").peak)
+        ranks = ranks or run.ranks
+        warnings: dict[str, Sequence[str]] = {}
+        with StageMeter("encode") as meter, self._lifetimes(run).stage(run.plan.stage("encode")):
+            with ranks.together():
+                if ranks.first:
+                    warnings = yield from self._encode_here(run, runs, wanted, texts)
+            if ranks.size > 1:
+                warnings = ranks.of_first(warnings)
+                for text in wanted:
+                    states = ranks.array_of_first(texts[text] if ranks.first else None)
+                    if not ranks.first:
+                        texts[text] = states
+        for each in runs:
+            found = [line for text in (*each.settings.all_texts, *also) for line in warnings[text]]
+            each.warnings += found
+            yield from map(Warned, found)
+            finished = each.close_stage(meter, len(runs))
+        yield finished
+
+    def _encode_here(
+        self,
+        run: Run,
+        runs: Sequence[Run],
+        wanted: Sequence[str],
+        texts: MutableMapping[str, mx.array],
+    ) -> Generator[Event, None, dict[str, Sequence[str]]]:
+        """The texts' states by the T5 of `run`, and the warnings of each."""
+        plan = run.plan.stage("encode")
+        warnings: dict[str, Sequence[str]] = {}
+        with self._lifetimes(run).text_encoder(plan) as (network, rows, blocks):
+            encoder = TextEncoder(network, rows, run.tokenizer, run.dtype, blocks)
+            for done, text in enumerate(wanted, start=1):
+                encoded = encoder.encode(text)
+                run.health.text(encoded.states)
+                texts[text], warnings[text] = encoded.states, encoded.warnings
+                yield StageProgress("encode", done, len(wanted))
+            for each in runs:
+                each.note_stream("encode", blocks)
+        return warnings
+
+    def _read(self, run: Run) -> Generator[Event, None, Given]:
+        """Latents of the media that a run is given; the VAE's encoder is gone when this ends."""
+        settings = run.settings
+        channels = STDiT3Config.from_dict(self.model.config("transformer")).in_channels
+        given = Given(settings.media, settings.geometry.latent, channels)
+        todo = tasks(settings.media, settings.geometry.size)
+        if not todo:
+            return given
+        yield from map(Noted, settings.media.notes)
+        yield StageStarted("read", len(todo))
+        plan = run.plan.stage("read")
+        with StageMeter("read") as meter, self._lifetimes(run).stage(plan):
+            latents: Sequence[mx.array | None] = [None] * len(todo)
+            with run.ranks.together():
+                if run.ranks.first:
+                    pictures = (task.read() for task in todo)
+                    latents = yield from self._encoded(run, plan, pictures, len(todo))
+            for task, each in zip(todo, latents, strict=True):
+                given.fill(task, run.ranks.array_of_first(each))
+            del latents, each
+        yield run.close_stage(meter)
+        return given
+
+    def _encoded(
+        self, run: Run, plan: StagePlan, parts: Iterator[np.ndarray], count: int
+    ) -> Generator[Event, None, list[mx.array]]:
+        """Latents of `count` parts of media, uint8 [F, H, W, 3], each read when its turn comes."""
+        made = list[mx.array]()
+        with SteadyFiles(self.model.vae).read():
+            vae = load_vae(self.model, ("encoder",))
+            pixels = (mx.array(part).astype(mx.float32) / 127.5 - 1 for part in parts)
+            encoded = vae.encode_chunks(pixels, plan.micro_batch, in_turn=plan.in_turn)
+            del vae
+            for latents in encoded:
+                run.health.media(latents)
+                made.append(latents)
+                yield StageProgress("read", len(made), count)
+        return made
+
+    def _denoise(
+        self, run: Run, texts: Texts, clip: int, given: Given
+    ) -> Generator[Event, None, mx.array]:
+        """Latents of a clip, [1, T, H, W, C]; the transformer is gone when this ends."""
+        begun = run.begin_clip(clip)
+        yield StageStarted("denoise", run.settings.steps)
+        plan, lifetimes = run.plan.stage("denoise"), self._lifetimes(run)
+        with StageMeter("denoise") as meter, lifetimes.stage(plan) as guard:
+            with self._transformer(run) as (network, blocks), run.checkpoints.kept():
+                latents = yield from self._steps(
+                    run, texts, (clip, begun), given, (network, blocks, guard)
+                )
+                run.note_stream("denoise", blocks)
+            del network, blocks
+        yield run.close_stage(meter)
+        return latents
+
+    @contextmanager
+    def _transformer(self, run: Run) -> Iterator[tuple[STDiT3, BlockStream[BlockPair] | None]]:
+        """The transformer as Lifetimes opens it, on all ranks or on none."""
+        with ExitStack() as opened:
+            with run.ranks.together():
+                opening = self._lifetimes(run).transformer(run.plan.stage("denoise"))
+                found = opened.enter_context(opening)
+            yield found
+
+    def _steps(
+        self,
+        run: Run,
+        texts: Texts,
+        place: tuple[int, Snapshot | None],
+        given: Given,
+        transformer: Transformer,
+    ) -> Generator[Event, None, mx.array]:
+        """One event per step; the finished latents at the end. place: clip, what there is of it."""
+        settings, geometry = run.settings, run.settings.geometry
+        (network, blocks, guard), (clip, begun) = transformer, place
+        velocity = self._velocity(run, texts, clip, (network, blocks))
+        sampler = SAMPLERS[settings.sampler]
+        times = sampler.timesteps(settings.steps, **settings.told.sizes)
+        noise = Noise([settings.seed], (*geometry.latent, network.config.in_channels), clip)
+        z, conditioning = given.begin(clip, noise)
+        made = None
+        if begun is not None and begun.latents is not None and begun.state is not None:
+            z, made = begun.latents, Progress(begun.steps, begun.state)
+        policy = run.accelerations.policy
+        for done in denoise(
+            velocity, z, times, sampler, policy=policy, conditioning=conditioning, made=made
+        ):
+            z = done.z
+            run.health.latents(z, done.step.index, done.step.total, given=conditioning is not None)
+            yield from self._after(run, done, blocks)
+            if blocks is not None:
+                yield from warned(run, guard, blocks.lessen)
+        yield from map(Noted, run.accelerations.summaries())
+        return z
+
+    def _velocity(
+        self,
+        run: Run,
+        texts: Texts,
+        clip: int,
+        transformer: tuple[STDiT3, BlockStream[BlockPair] | None],
+    ) -> Velocity:
+        """The guided velocity of a clip."""
+        settings, (network, blocks) = run.settings, transformer
+        negative = None if settings.negative is None else texts[settings.negative]
+        return guided(
+            partial(bound, network, run, lambda i, t: run.accelerations.context(i, blocks)),
+            [texts[settings.texts[clip]]],
+            network.null_text if negative is None else lambda n: negative,
+            settings.guidance,
+            # Where halves are apart, each process has but one of them.
+            sequential=run.request.sequential_guidance and run.division.halves == 1,
+            policy=run.accelerations.guidance,
+        )
+
+    def _after(
+        self, run: Run, done: StepResult, blocks: BlockStream[BlockPair] | None
+    ) -> Generator[Event, None, None]:
+        """What follows every step: accounts, and what is told."""
+        index = done.step.index
+        yield from run.step_made(done)
+        merges = run.accelerations.merges
+        if blocks is not None and merges(index) != merges(index + 1):
+            blocks.reconsider()
+        yield StepFinished(index, done.step.total, done.t, done.seconds, done.z)
+        if run.previews is not None and run.ranks.first:
+            yield from run.previews.after(index, done.x0)
+
+    def _decode_clip(
+        self, run: Run, clip: int, latents: mx.array, writer: FrameWriter
+    ) -> Generator[Event, None, None]:
+        """A clip's new frames, 17 at a time straight into the file; then the decoder is gone."""
+        clips, plan = run.settings.clips, run.plan.stage("decode")
+        skipped = clips.skipped(clip)
+        frames, before = clips.num_frames - skipped, writer.num_frames
+        yield StageStarted("decode", frames)
+        with StageMeter("decode") as meter, self._lifetimes(run).stage(plan) as guard:
+            # Chunks do not see each other: what the clip before has shown need not be decoded.
+            new = latents[:, latent_frames(skipped) :]
+            batch = MicroBatch(plan.micro_batch or frames)
+            for chunk in self._frames(run, batch, new, (frames, plan.in_turn)):
+                with run.ranks.together():
+                    writer.write(chunk)
+                yield StageProgress("decode", writer.num_frames - before, frames)
+                yield from warned(run, guard, batch.halve)
+            del chunk
+        yield run.close_stage(meter)
+
+    def _frames(
+        self, run: Run, batch: MicroBatch, latents: mx.array, order: tuple[int, bool]
+    ) -> Iterator[np.ndarray]:
+        """The frames of latents chunk by chunk, uint8; ranks decode their chunks side by side.
+
+        order: how many, and whether one decoder leaves before the other comes.
+        """
+        count, in_turn = order
+        ranks, tiles = run.ranks, run.settings.vae_tiles
+        with ranks.together():
+            files, vae = SteadyFiles(self.model.vae), load_vae(self.model)
+        total = len(vae.chunks(count))
+        own = slice(ranks.rank, None, ranks.size)
+        chunks = vae.decode_chunks(latents, count, batch, in_turn=in_turn, tiles=tiles, chosen=own)
+        del vae
+        health = run.health.frames()
+        for first in range(0, total, ranks.size):
+            frames = None
+            with ranks.together(), files.read():
+                if first + ranks.rank < total:
+                    chunk = next(chunks)
+                    health.add(chunk)
+                    frames = to_uint8(chunk)
+                    del chunk
+            yield from frames_of(ranks, frames, run.settings.geometry.decoded)
+        ranks.unless_one_passes(health.end)
+
+
+def warned(run: Run, guard: Guard, lessen: Callable[[], bool]) -> Iterator[Event]:
+    """Take less memory from now on, by `lessen`, where a run has outgrown its budget."""
+    warning = guard.look(lessen)
+    if warning is not None:
+        run.warnings.append(warning)
+        yield Warned(warning)
+
+
+def bound(
+    network: STDiT3,
+    run: Run,
+    context: Callable[[int, mx.array], Context[BlockPair]],
+    text: Sequence[mx.array],
+    part: Part,
+) -> Network:
+    """The network for the video of `run` under one text [n, C] per sample, those of `part`.
+
+    context: what fills the network's seams in a step (by index) at flow times t [B], but for the
+    one around all blocks.
+    """
+    settings, told = run.settings, run.settings.told
+    conditions = network.prepare(
+        text, settings.geometry.latent, height=told.height, width=told.width, fps=told.fps
+    )
+
+    def velocity(z: mx.array, t: mx.array, x_mask: mx.array | None, index: int) -> mx.array:
+        stack = run.accelerations.stack(index, part)
+        seams = replace(context(index, t), stack=stack, layout=run.layout)
+        return network(z, t, conditions, x_mask, seams)
+
+    return velocity
+
+
+def frames_of(ranks: Ranks, own: np.ndarray | None, size: Size) -> Iterator[np.ndarray]:
+    """Frames uint8 [n, H, W, 3] of all ranks, in their order; None from those that have none."""
+    import numpy as np
+
+    if ranks.size == 1:
+        if own is not None:
+            yield own
+        return
+    for data in ranks.gather_bytes(b"" if own is None else own.tobytes()):
+        if data:
+            yield np.frombuffer(data, np.uint8).reshape(-1, size.height, size.width, 3)

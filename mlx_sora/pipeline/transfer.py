@@ -1,0 +1,90 @@
+"""A finished video on its way from the rank that made it to the one that has the files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mlx_sora.distributed.group import Ranks
+from mlx_sora.errors import MlxSoraError
+from mlx_sora.pipeline.run import Run
+from mlx_sora.utils.files import published
+from mlx_sora.video import Video
+from mlx_sora.video.output_path import is_sequence
+
+#: What of a video is plain values.
+PLAIN = ("width", "height", "num_frames", "fps", "seed", "warnings", "timings", "memory")
+
+
+@dataclass(frozen=True)
+class Parcel:
+    """values: plain ones of the video. error: class, message and fix where there is none.
+
+    files: contents by name; the frames, uint8, under an empty name where there is no file.
+    """
+
+    values: Mapping[str, Any] = field(default_factory=dict)
+    error: tuple[str, str, str] | None = None
+    files: Mapping[str, bytes] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, video: Video, folder: Path) -> Parcel:
+        """A video whose files are all that `folder` shows; hidden ones are for the run itself."""
+        shown = [file for file in sorted(folder.iterdir()) if not file.name.startswith(".")]
+        files = {file.name: file.read_bytes() for file in shown}
+        if video.frames is not None:
+            files[""] = video.frames.tobytes()
+        values = {name: getattr(video, name) for name in (*PLAIN, "metadata")}
+        return cls(values, files=files)
+
+    def exchanged(self, ranks: Ranks) -> list[Parcel]:
+        """Those of all ranks, in order."""
+        sizes = {name: len(content) for name, content in self.files.items()}
+        heads = ranks.gather_values([self.values, self.error, sizes])
+        bodies = ranks.gather_bytes(b"".join(self.files.values()))
+        return [_opened(head, body) for head, body in zip(heads, bodies, strict=True)]
+
+    def delivered(self, run: Run, *, written: bool) -> Video:
+        """The video of `run` in its place, if it is to be written here.
+
+        Raises MlxSoraError where that fails.
+        """
+        values = dict(self.values)
+        values["warnings"] = tuple(values["warnings"])
+        if not written:
+            return Video(None, run.request, **values)
+        if run.output is not None:
+            return Video(self._put(run.output, run.request.overwrite), run.request, **values)
+        import numpy as np
+
+        shape = (values["num_frames"], values["height"], values["width"], 3)
+        frames = np.frombuffer(self.files[""], np.uint8).reshape(shape)
+        return Video(None, run.request, **values, frames=frames)
+
+    def _put(self, output: Path, overwrite: bool) -> Path:
+        """All files beside where the video goes; its path."""
+        found = output
+        try:
+            if is_sequence(output):
+                output.parent.mkdir(exist_ok=True)
+            for name, content in self.files.items():
+                with published(output.parent / name, overwrite) as file:
+                    file.partial.write_bytes(content)
+                if name == output.name:
+                    found = file.path
+        except OSError as error:
+            raise MlxSoraError(
+                f"Cannot write {output}: {error.strerror or error}.", "Is the disk full?"
+            ) from error
+        return found
+
+
+def _opened(head: list[Any], body: bytes) -> Parcel:
+    values, error, sizes = head
+    files, start = {}, 0
+    for name, size in sizes.items():
+        files[name] = body[start : start + size]
+        start += size
+    return Parcel(values, None if error is None else tuple(error), files)

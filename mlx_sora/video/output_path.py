@@ -1,0 +1,200 @@
+"""Where a video goes: templates, file kinds, and whether it may be written there.
+
+Everything here happens before any work, so that a run never ends in "cannot write".
+"""
+
+from __future__ import annotations
+
+import re
+import string
+from pathlib import Path
+
+from mlx_sora.errors import UsageError
+from mlx_sora.request.options import as_path
+
+SUFFIXES = (".mp4", ".gif", ".webp", ".png")
+TEMPLATE_NAMES = ("seed", "index", "prompt_slug")
+
+#: Used when the command line names no output; the suffix follows from the number of frames.
+DEFAULT_OUTPUT = "{prompt_slug}-{seed}"
+
+#: How the name of a checkpoint ends.
+CHECKPOINT = ".checkpoint.safetensors"
+
+#: GIF stores delays in 1/100 s, and players slow down anything below 2/100 s.
+MAX_GIF_FPS = 50.0
+
+_COUNTER = re.compile(r"%0?(\d{0,2})d")
+
+#: How a field of a template may be written: {index:03d}. Any width would be filled with blanks.
+_SPEC = re.compile(r"\d{0,2}d?")
+
+
+def slug(prompt: str, limit: int = 48) -> str:
+    """A prompt as part of a file name: words joined by hyphens, at most `limit` characters."""
+    words = re.findall(r"\w+", prompt.lower())
+    return "-".join(words)[:limit].strip("-_") or "video"
+
+
+def fill_template(template: str, *, prompt: str, seed: int, index: int = 0) -> str:
+    """`template` with {seed}, {index} and {prompt_slug} filled in ({index:03d} works too).
+
+    Raises UsageError for any other name.
+    """
+    try:
+        for _, name, spec, conversion in string.Formatter().parse(template):
+            if name is None:
+                continue
+            if name not in TEMPLATE_NAMES or conversion or not _SPEC.fullmatch(spec or ""):
+                raise ValueError
+        return template.format(seed=seed, index=index, prompt_slug=slug(prompt))
+    except (ValueError, LookupError, AttributeError):
+        known = ", ".join(f"{{{name}}}" for name in TEMPLATE_NAMES)
+        raise UsageError(
+            f"Cannot fill in the output {template!r}.",
+            f"Known: {known}; write {{{{ and }}}} for braces.",
+        ) from None
+
+
+def output_path(template: str, *, prompt: str, seed: int, num_frames: int, index: int = 0) -> Path:
+    """The file that a request writes: template filled in, suffix chosen where there is none.
+
+    "FOLDER/" becomes FOLDER/frame_%05d.png, a pattern that means one png per frame.
+    """
+    name = fill_template(template, prompt=prompt, seed=seed, index=index)
+    path = expanded(name)
+    if name.endswith(("/", "\\")):
+        return path / "frame_%05d.png"
+    if not path.suffix and not path.is_dir():
+        return path.with_name(path.name + (".png" if num_frames == 1 else ".mp4"))
+    return path
+
+
+def expanded(name: str) -> Path:
+    """A path with the home folder in place of ~. Raises UsageError for what can be no path."""
+    try:
+        return Path(as_path(name)).expanduser()
+    except (ValueError, RuntimeError) as error:
+        reason = f"must be {error}" if isinstance(error, ValueError) else "names no user's home"
+        raise UsageError(f"The output {name!r} {reason}.", "Change --output.") from None
+
+
+def is_sequence(path: Path) -> bool:
+    """Whether `path` is a pattern such as name_%04d.png."""
+    return _COUNTER.search(path.name) is not None
+
+
+def frame_path(path: Path, index: int) -> Path:
+    """File of frame `index` of a sequence."""
+
+    def number(match: re.Match[str]) -> str:
+        return str(index).zfill(int(match[1] or 0))
+
+    return path.with_name(_COUNTER.sub(number, path.name, count=1))
+
+
+def checkpoint_path(output: Path) -> Path:
+    """Where the checkpoint of a run that writes `output` is: beside it, under its whole name."""
+    return output.with_name(output.name + CHECKPOINT)
+
+
+def existing_files(path: Path) -> list[Path]:
+    """Files that writing to `path` would replace.
+
+    Pictures of a sequence that a killed run had begun to put in its place do not count: the first
+    is missing, as it comes last, and the run's checkpoint is still there.
+    """
+    if not is_sequence(path):
+        return [path] if path.is_file() else []
+    if not path.parent.is_dir():
+        return []
+    before, after = _COUNTER.split(path.name, maxsplit=1)[::2]
+    pattern = re.compile(re.escape(before) + r"\d+" + re.escape(after))
+    found = sorted(file for file in path.parent.iterdir() if pattern.fullmatch(file.name))
+    begun = frame_path(path, 0) not in found and checkpoint_path(path).is_file()
+    return [] if begun else found
+
+
+def sidecar_path(path: Path) -> Path:
+    """JSON file beside `path`: clip.mp4 -> clip.json, clip_%04d.png -> clip.json."""
+    stem = _COUNTER.sub("", path.stem, count=1).rstrip("-_. ")
+    return path.with_name((stem or "metadata") + ".json")
+
+
+def check_output(
+    path: str | Path,
+    overwrite: bool = False,
+    *,
+    sidecar: bool = False,
+    num_frames: int | None = None,
+    size: tuple[int, int] | None = None,
+    fps: float | None = None,
+) -> None:
+    """Raise UsageError unless `path` can be written now. Leaves nothing behind.
+
+    size: (width, height) in pixels. What is None is not checked.
+    """
+    path = Path(path)
+    _check_kind(path)
+    _check_folder(path)
+    taken = existing_files(path)
+    if sidecar:
+        taken += [file for file in [sidecar_path(path)] if file.exists()]
+    if taken and not overwrite:
+        raise UsageError(f"{taken[0]} exists already.", "Give --overwrite or another --output.")
+    check_format(path, num_frames=num_frames, size=size, fps=fps)
+
+
+def check_format(
+    path: Path,
+    *,
+    num_frames: int | None = None,
+    size: tuple[int, int] | None = None,
+    fps: float | None = None,
+) -> None:
+    """Raise UsageError for what the format of `path` cannot hold."""
+    suffix = path.suffix.lower()
+    if suffix == ".mp4" and size and (size[0] % 2 or size[1] % 2):
+        raise UsageError(
+            f"mp4 needs even sides, not {size[0]}x{size[1]}.", "Choose another size or .webp."
+        )
+    if suffix == ".gif" and fps and fps > MAX_GIF_FPS:
+        raise UsageError(
+            f"GIF plays at most {MAX_GIF_FPS:g} frames per second, not {fps:g}.",
+            "Lower --fps or write .mp4.",
+        )
+    if suffix == ".png" and num_frames and num_frames > 1 and not is_sequence(path):
+        raise UsageError(
+            f"{path.name} can hold one frame, not {num_frames}.",
+            f"Write {path.stem}_%04d.png or FOLDER/ for one file per frame, or .mp4.",
+        )
+
+
+def _check_kind(path: Path) -> None:
+    known = ", ".join(SUFFIXES)
+    if path.is_dir():
+        raise UsageError(
+            f"{path} is a folder.", f"Name a file in it, or write {path}/ for one png per frame."
+        )
+    if path.suffix.lower() not in SUFFIXES:
+        raise UsageError(f"Unknown kind of output {path.name!r}.", f"Known: {known}.")
+    if is_sequence(path) and path.suffix.lower() != ".png":
+        raise UsageError(f"{path.name}: only png is written frame by frame.", "Use .png.")
+
+
+def _check_folder(path: Path) -> None:
+    """The folder must exist and take a file; only the folder of a sequence may be made anew."""
+    import tempfile
+
+    folder = path.parent
+    if is_sequence(path) and not folder.exists():
+        folder = folder.parent
+    if not folder.is_dir():
+        raise UsageError(f"The folder {folder} does not exist.", "Create it, or change --output.")
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UsageError(
+            f"Cannot write into {folder}: {error.strerror}.", "Change --output."
+        ) from None

@@ -1,0 +1,56 @@
+"""One rank that is watched, for test_peers: RANK SIZE FOLDER BEHAVIOUR. Prints what it learns."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+from mlx_sora.distributed.heartbeat import Failure, Patience, Peers
+
+PATIENCE = Patience(beat=0.1, silence=2.0, idle=2.5, connect=20.0)
+
+
+def main(rank: int, size: int, folder: Path, behaviour: str) -> None:
+    def share(own: bytes) -> list[bytes]:
+        (folder / f".{rank}").write_bytes(own)
+        (folder / f".{rank}").rename(folder / str(rank))
+        files = [folder / str(other) for other in range(size)]
+        while not all(file.exists() for file in files):
+            time.sleep(0.01)
+        return [file.read_bytes() for file in files]
+
+    def stop(failure: Failure) -> None:
+        os.write(1, json.dumps(asdict(failure)).encode())
+        os._exit(failure.exit_code)
+
+    peers = Peers(rank, size, share, stop, PATIENCE)
+    peers.progress()
+    time.sleep(0.3)
+    if behaviour == "dies":
+        os._exit(7)
+    elif behaviour == "stops":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    elif behaviour == "fails":
+        peers.fail("ran out of memory.", 3)
+        sys.exit(3)
+    elif behaviour == "hangs":
+        time.sleep(30)
+    elif behaviour == "leaves":
+        peers.close()
+        return
+    elif behaviour == "computes":  # slower than the others, but alive
+        end = time.monotonic() + 2.5
+        while time.monotonic() < end:
+            pass
+    peers.progress()
+    time.sleep(3 if behaviour == "waits" else 0)  # "ends" is done sooner
+    peers.close()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4])

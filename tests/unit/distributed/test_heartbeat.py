@@ -1,0 +1,83 @@
+"""Ranks that die, hang, stop or fail are named to all others, and only they."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mlx_sora.distributed import heartbeat as peers
+from mlx_sora.distributed.heartbeat import Patience, Peers
+from mlx_sora.errors import MlxSoraError
+
+CHILD = (sys.executable, "-m", "tests.unit.distributed.heartbeat_child")
+
+
+def together(folder: Path, behaviours: list[str]) -> list[tuple[int, dict[str, object] | None]]:
+    """Exit code of each rank, and the failure that it was told of."""
+    ranks = [
+        subprocess.Popen(
+            [*CHILD, str(rank), str(len(behaviours)), str(folder), behaviour],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank, behaviour in enumerate(behaviours)
+    ]
+    results = []
+    for rank, behaviour in zip(ranks, behaviours, strict=True):
+        if behaviour == "stops":  # never ends by itself
+            results.append((-signal.SIGSTOP, None))
+            continue
+        out, _ = rank.communicate(timeout=30)
+        results.append((rank.returncode, json.loads(out) if out else None))
+    for rank in ranks:
+        rank.kill()
+        rank.communicate()
+    return results
+
+
+@pytest.mark.parametrize(
+    ("behaviours", "cause"),
+    [
+        (["waits", "waits", "dies"], "has died."),
+        (["dies", "waits", "waits"], "has died."),
+        (["stops", "waits", "waits"], "has not been heard of for 2 s."),
+        (["waits", "hangs", "waits"], "hangs: no work for 2.5 s."),
+        (["waits", "fails", "waits"], "ran out of memory."),
+        (["waits", "leaves", "waits"], "has ended before the others."),
+    ],
+)
+def test_all_learn_which_rank_it_was(tmp_path: Path, behaviours: list[str], cause: str) -> None:
+    culprit = next(rank for rank, each in enumerate(behaviours) if each != "waits")
+    for rank, (code, failure) in enumerate(together(tmp_path, behaviours)):
+        if rank != culprit:
+            assert failure is not None
+            assert (failure["rank"], failure["cause"]) == (culprit, cause)
+            assert code == failure["exit_code"]
+
+
+def test_slow_ranks_and_such_that_are_done_are_left_alone(tmp_path: Path) -> None:
+    found = together(tmp_path, ["waits", "computes", "ends"])
+    assert found == [(0, None)] * 3
+
+
+def test_a_rank_that_never_comes_is_named() -> None:
+    with pytest.raises(MlxSoraError, match=r"Rank 1, 2 did not find rank 0\. Let them"):
+        Peers(0, 3, lambda own: [own] * 3, lambda failure: None, Patience(connect=0.2))
+
+
+@pytest.mark.parametrize(("share", "still"), [(0.0024, True), (0.1, False)])
+def test_sampling_memory_all_the_while_is_no_work(
+    share: float, still: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0
+    monkeypatch.setattr(peers.time, "monotonic", lambda: now)
+    life = peers._Life()
+    for beat in range(60):
+        now = float(beat)
+        life.told(0, 0, 5.0 + share * beat)
+    assert (life.moved == 0.0) is still

@@ -1,0 +1,171 @@
+"""Weights that change, vanish or cannot be read while a run reads them."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+
+from mlx_sora import Pipeline
+from mlx_sora.accel.cidl import BlockStream
+from mlx_sora.errors import WeightsError
+from mlx_sora.loading import file_guard as module
+from mlx_sora.loading.file_guard import SteadyFiles, read_all
+from mlx_sora.loading.model_folder import ModelFolder, find_model
+from mlx_sora.loading.networks import load_transformer, stream_transformer
+from mlx_sora.loading.safetensors import TensorInfo, load_tensors
+from mlx_sora.models.stdit3 import STDiT3
+
+PROMPT = "a red circle moving right on a black background"
+
+
+@pytest.fixture(autouse=True)
+def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "PAUSES", (0.0, 0.0))
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> ModelFolder:
+    return ModelFolder.open(shutil.copytree(find_model("shapes").path, tmp_path / "model"))
+
+
+def last_file(folder: Path) -> Path:
+    return max(folder.glob("*.safetensors"))
+
+
+def truncate(file: Path) -> None:
+    os.truncate(file, file.stat().st_size // 2)
+
+
+def rewrite(file: Path) -> None:
+    """The same bytes, in place: what MLX has read of it and what it will may not fit together."""
+    content = file.read_bytes()
+    file.write_bytes(content)
+    os.utime(file, ns=(1, 1))
+
+
+def exchange(file: Path) -> None:
+    """Another file under its name, as a download puts it there."""
+    other = file.with_name("other")
+    other.write_bytes(b"x")
+    other.replace(file)
+
+
+def read_while(model: ModelFolder, harm: Callable[[Path], None]) -> STDiT3:
+    """The transformer, read after its file has come to harm."""
+    with SteadyFiles(model.transformer).read():
+        network = load_transformer(model, mx.float32)
+        harm(last_file(model.transformer))
+        read_all(network)
+    return network
+
+
+@pytest.mark.parametrize("harm", [truncate, rewrite])
+def test_what_is_rewritten_in_place_is_an_error(
+    model: ModelFolder, harm: Callable[[Path], None]
+) -> None:
+    file = last_file(model.transformer)
+    with pytest.raises(WeightsError, match=f"{file.name} was rewritten"):
+        read_while(model, harm)
+
+
+@pytest.mark.parametrize("harm", [exchange, Path.unlink])
+def test_what_is_replaced_or_removed_is_read_as_it_was(
+    model: ModelFolder, harm: Callable[[Path], None]
+) -> None:
+    expected = load_transformer(model, mx.float32)
+    read_all(expected)
+    network = read_while(model, harm)
+    assert mx.array_equal(network.x_embedder.proj.weight, expected.x_embedder.proj.weight)
+
+
+def test_other_errors_pass(model: ModelFolder) -> None:
+    with pytest.raises(RuntimeError, match="mine"), SteadyFiles(model.transformer).read():
+        raise RuntimeError("mine")
+    with (
+        pytest.raises(WeightsError, match="Cannot read the weights"),
+        SteadyFiles(model.transformer).read(),
+    ):
+        raise RuntimeError("[read] Unable to read from file.")
+
+
+@pytest.mark.parametrize("stage", ["text_encoder", "transformer", "vae"])
+def test_a_run_names_the_file_that_was_cut_while_it_was_read(
+    model: ModelFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    """The header was whole when it was opened."""
+    file = last_file(model.path / stage)
+
+    def cutting(path: str, **more: object) -> object:
+        arrays = load(path, **more)  # type: ignore[call-overload]
+        if Path(path) == file:
+            truncate(file)
+        return arrays
+
+    load = mx.load
+    monkeypatch.setattr("mlx.core.load", cutting)
+    with pytest.raises(WeightsError, match=file.name):
+        Pipeline(model)(PROMPT, steps=1, num_frames=1, output=tmp_path / "a.png")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+class Flaky:
+    """A reader that fails `times` times at one block, then works."""
+
+    def __init__(self, block: int, times: int, error: Exception) -> None:
+        self.block, self.left, self.error = block, times, error
+
+    def __call__(
+        self, file: Path, tensors: Mapping[str, TensorInfo], stream: mx.Stream | None = None
+    ) -> dict[str, mx.array]:
+        if self.left and f"_blocks.{self.block}." in next(iter(tensors)):
+            self.left -= 1
+            raise self.error
+        return load_tensors(file, tensors, stream)
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(5, "Input/output error"), RuntimeError("[read] Unable to read from file.")]
+)
+def test_a_read_that_fails_twice_is_tried_thrice(
+    model: ModelFolder, error: Exception, caplog: pytest.LogCaptureFixture
+) -> None:
+    reader = Flaky(1, 2, error)
+    stream_all(model, reader)
+    assert caplog.text.count("block 1 of the transformer") == 2
+    with pytest.raises(WeightsError, match=r"Block 1 of the transformer: cannot read"):
+        stream_all(model, Flaky(1, 3, error))
+
+
+def stream_all(model: ModelFolder, reader: Flaky) -> None:
+    """Every block once."""
+    _, source = stream_transformer(model, mx.float32)
+    with BlockStream(replace(source, read=reader)) as blocks:
+        for index in range(len(source)):
+            blocks.get(index)
+            blocks.done(index, mx.zeros(1))
+
+
+def test_what_is_exchanged_while_streaming_is_named(model: ModelFolder) -> None:
+    _, source = stream_transformer(model, mx.float32)
+    file = last_file(model.transformer)
+    status = file.stat()
+    copy = Path(shutil.copy(file, file.with_name("other")))
+    os.utime(copy, ns=(status.st_atime_ns, status.st_mtime_ns))
+    copy.replace(file)  # same size, same time: another file all the same
+    with pytest.raises(WeightsError, match=f"{file.name} has changed"):
+        source.load(0)
+
+
+def test_embedding_rows_of_a_file_that_is_gone(model: ModelFolder, tmp_path: Path) -> None:
+    from mlx_sora.loading.networks import load_text_encoder
+
+    _, rows = load_text_encoder(model, mx.float32)
+    shutil.rmtree(model.text_encoder)
+    with pytest.raises(WeightsError, match="Cannot read"):
+        rows([0, 1])

@@ -1,0 +1,203 @@
+"""Which layers are quantised, what they lose, and that streaming them changes nothing."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+from mlx.utils import tree_flatten, tree_unflatten
+
+from mlx_sora.accel.cidl import BlockStream
+from mlx_sora.errors import UsageError, WeightsError
+from mlx_sora.loading.model_folder import ModelFolder
+from mlx_sora.loading.networks import (
+    load_text_encoder,
+    load_transformer,
+    stream_text_encoder,
+    stream_transformer,
+)
+from mlx_sora.loading.quantization import (
+    Quantization,
+    prepare,
+    quantizable,
+    quantized_while_loading,
+)
+from mlx_sora.loading.sizes import model_sizes
+from mlx_sora.manage.conversion_plan import Choice
+from mlx_sora.manage.convert import convert
+from mlx_sora.memory.limits import release
+from mlx_sora.models.quantized import QuantizedLinear
+from mlx_sora.models.stdit3 import STDiT3, STDiT3Config
+from mlx_sora.models.t5 import T5Encoder
+from tests.unit.accel import nets
+from tests.unit.manage.converting import STDIT, T5, write_model
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> ModelFolder:
+    """Quantised to 8 bits."""
+    root = tmp_path_factory.mktemp("models")
+    (root / "plain").mkdir()
+    made = convert(write_model(root / "plain"), root / "q8", Choice(8))
+    return ModelFolder.open(made.path)
+
+
+def test_what_is_quantised() -> None:
+    layers = set(quantizable(T5Encoder(T5), Quantization(8)))
+    block = ["SelfAttention.q", "SelfAttention.k", "SelfAttention.v", "SelfAttention.o"]
+    names = {f"layer.0.{name}" for name in block}
+    names |= {f"layer.1.DenseReluDense.{name}" for name in ("wi_0", "wi_1", "wo")}
+    assert layers == {f"encoder.block.{i}.{name}" for i in range(3) for name in names}
+    layers = set(quantizable(STDiT3(STDIT), Quantization(8)))
+    names = {"attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"}
+    names |= {f"cross_attn.{name}" for name in ("q_linear", "kv_linear", "proj")}
+    kinds = ("spatial_blocks", "temporal_blocks")
+    assert layers == {f"{kind}.{i}.{name}" for kind in kinds for i in range(3) for name in names}
+
+
+def test_inputs_that_are_no_whole_groups_stay() -> None:
+    """STDiT3-3B/2 has 1872 channels, of which only the wide inputs of fc2 divide by 64."""
+    config = STDiT3Config(hidden_size=1872, num_heads=26, depth=1)
+    kinds = ("spatial_blocks", "temporal_blocks")
+    assert set(quantizable(STDiT3(config), Quantization(4))) == {f"{k}.0.mlp.fc2" for k in kinds}
+
+
+@pytest.mark.parametrize(("bits", "error"), [(8, 0.006), (4, 0.095)])
+@pytest.mark.parametrize("size", [1.0, 0.02, 1e-4, 1e-5])
+def test_loss(bits: int, error: float, size: float) -> None:
+    """In half precision, scales cost next to nothing; where they are too small for it, a little."""
+    weight = size * mx.random.normal((64, 512), key=mx.random.key(1))
+    made = Quantization(bits).quantize(weight)
+    assert {array.dtype.size for name, array in made.items() if name != "weight"} == {2}
+    assert {name: array.shape for name, array in made.items()} == Quantization(bits).shapes(
+        weight.shape
+    )
+    scales, biases = (made[name].astype(mx.float32) for name in ("scales", "biases"))
+    back = mx.dequantize(made["weight"], scales, biases, group_size=64, bits=bits)
+    lost = (mx.linalg.norm(back - weight) / mx.linalg.norm(weight)).item()
+    assert lost < (error if size > 0.01 else 1.6 * error)
+
+
+@pytest.mark.parametrize(
+    "values", [3, {"bits": 8}, {"bits": 3, "group_size": 64}, {"bits": 8, "group_size": 32}]
+)
+def test_another_kind_of_quantisation_is_refused(values: object) -> None:
+    with pytest.raises(WeightsError, match="quantization cannot be"):
+        Quantization.read({"quantization": values})
+    assert Quantization.read({}) is None
+
+
+def dense(network: T5Encoder | STDiT3) -> dict[str, mx.array]:
+    """Parameters of a quantised network as those of a plain one."""
+    values = dict(tree_flatten(network.parameters()))
+    for path, layer in network.named_modules():
+        if isinstance(layer, QuantizedLinear):
+            values[f"{path}.weight"] = layer.dense(mx.zeros(1))
+            del values[f"{path}.scales"], values[f"{path}.biases"]
+    return values
+
+
+def test_text_encoder(model: ModelFolder) -> None:
+    """Whole, streamed, and with dequantised weights: the same states, bit for bit."""
+    whole, _ = load_text_encoder(model, mx.float32)
+    expected = nets.t5_states(whole)
+    plain = T5Encoder(whole.config, table=False)
+    plain.update(tree_unflatten(list(dense(whole).items())))
+    assert mx.array_equal(nets.t5_states(plain), expected).item()
+    network, _, source = stream_text_encoder(model, mx.float32)
+    with BlockStream(source) as blocks:
+        assert mx.array_equal(nets.t5_states(network, blocks), expected).item()
+
+
+@pytest.mark.parametrize("resident", [0, 1])
+def test_transformer(model: ModelFolder, resident: int) -> None:
+    whole = load_transformer(model, mx.float32)
+    expected = list(nets.steps(whole))
+    plain = STDiT3(whole.config)
+    plain.update(tree_unflatten(list(dense(whole).items())))
+    network, source = stream_transformer(model, mx.float32)
+    with BlockStream(source, resident, cyclic=True) as blocks:
+        for found, same, out in zip(
+            nets.steps(network, blocks), nets.steps(plain), expected, strict=True
+        ):
+            assert mx.array_equal(found, out).item()
+            assert mx.array_equal(same, out).item()
+        assert blocks.stats.loads > 0
+    assert blocks.stats.nbytes == sum(source.stored_bytes) * blocks.stats.loads / len(source)
+
+
+def test_sizes(model: ModelFolder) -> None:
+    """Memory counts words as they are, scales in the type of the run, and one dequantised layer."""
+    sizes = model_sizes(model, mx.float32)
+    network = load_transformer(model, mx.float32)
+    found = dict(tree_flatten(network.parameters()))
+    assert sizes.transformer_weights.total == sum(value.nbytes for value in found.values())
+    assert sizes.transformer_weights.dense == 4 * 64 * 256
+    assert sizes.text_weights.dense == 4 * 64 * 128
+    assert sizes.transformer_weights.stored < sizes.transformer_weights.total
+
+
+def test_files_and_config_must_agree(model: ModelFolder, tmp_path: Path) -> None:
+    plain = T5Encoder(T5, table=False)
+    prepare(plain, Quantization.read({}))
+    assert not any(isinstance(layer, QuantizedLinear) for layer in plain.modules())
+    broken = ModelFolder(tmp_path, "test", model.defaults)
+    (tmp_path / "transformer").mkdir()
+    for file in model.transformer.iterdir():
+        (tmp_path / "transformer" / file.name).symlink_to(file)
+    config = tmp_path / "transformer" / "config.json"
+    text = config.read_text()
+    config.unlink()
+    for old, new in (('"bits": 8', '"bits": 4'), ('"quantization"', '"was_quantised"')):
+        config.write_text(text.replace(old, new))
+        with pytest.raises(WeightsError, match="blocks"):
+            load_transformer(broken, mx.float32)
+
+
+def plain_model(tmp_path: Path, bits: int | None, dtype: mx.Dtype = mx.float32) -> ModelFolder:
+    """The model before it is converted, to be quantised while it is loaded."""
+    return quantized_while_loading(write_model(tmp_path, dtype), bits)
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.float16])
+def test_quantised_while_loading_as_if_converted(tmp_path: Path, dtype: mx.Dtype) -> None:
+    plain = plain_model(tmp_path / "plain", 8, dtype)
+    converted = ModelFolder.open(convert(plain, tmp_path / "q8", Choice(8, "float32")).path)
+    expected = list(nets.steps(load_transformer(converted, mx.float32)))
+    whole = nets.steps(load_transformer(plain, mx.float32))
+    network, source = stream_transformer(plain, mx.float32)
+    with BlockStream(source, 1, cyclic=True) as blocks:
+        for streamed, found, out in zip(nets.steps(network, blocks), whole, expected, strict=True):
+            assert mx.array_equal(streamed, out).item()
+            assert mx.array_equal(found, out).item()
+    text, _ = load_text_encoder(plain, mx.float32)
+    other, _ = load_text_encoder(converted, mx.float32)
+    assert mx.array_equal(nets.t5_states(text), nets.t5_states(other)).item()
+
+
+def test_memory_of_quantising_while_loading(tmp_path: Path) -> None:
+    """What stays is counted as quantised; reading a block takes no more than planned."""
+    plain = plain_model(tmp_path, 8, mx.float16)
+    _, source = stream_transformer(plain, mx.float32)
+    _, whole = stream_transformer(replace(plain, bits=None), mx.float32)
+    assert source.nbytes[0] < 0.35 * whole.nbytes[0]
+    assert source.stored_bytes == whole.stored_bytes
+    release()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    weights = source.load(0)
+    assert mx.get_active_memory() - before >= source.nbytes[0]
+    assert mx.get_peak_memory() - before <= source.loading_bytes + (1 << 14)
+    del weights
+
+
+def test_bits_that_are_not_those_of_the_folder(model: ModelFolder, tmp_path: Path) -> None:
+    assert quantized_while_loading(model, None) == model
+    assert quantized_while_loading(model, 8) == model
+    with pytest.raises(UsageError, match="8 bits in groups of 64, which --quantize cannot change"):
+        quantized_while_loading(model, 4)
+    nets.t5_model(tmp_path, replace(nets.T5, d_ff=32))
+    with pytest.raises(UsageError, match="can be quantised"):
+        load_text_encoder(ModelFolder(tmp_path, "small", model.defaults, bits=8), mx.float32)

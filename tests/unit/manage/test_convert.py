@@ -1,0 +1,298 @@
+"""Converted folders: a file per block, the same values, whole or not there, and little memory."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+
+from mlx_sora.errors import UsageError, WeightsError
+from mlx_sora.loading.checkpoint import Checkpoint
+from mlx_sora.loading.model_folder import ModelFolder
+from mlx_sora.loading.networks import stream_text_encoder, stream_transformer
+from mlx_sora.manage.conversion_plan import PARTS, Choice, plan_part
+from mlx_sora.manage.convert import JOURNAL, Watch, convert, staging_of
+from mlx_sora.manage.doctor import examine
+from mlx_sora.manage.provenance import FILE, Provenance
+from mlx_sora.manage.staging import only_one
+from mlx_sora.memory.limits import release
+from tests.full_size import write_published
+from tests.unit.accel import nets
+from tests.unit.manage.converting import STDIT, T5, tensors, write_model
+
+BLOCKS = 3
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> ModelFolder:
+    return write_model(tmp_path_factory.mktemp("plain"))
+
+
+def stopping_at(shard: int) -> Watch:
+    """Interrupts when so many shards of the transformer are done."""
+    seen = set[int]()
+
+    def watch(action: str, part: str, done: int, total: int) -> None:
+        seen.add(done)
+        if (action, part) == ("convert", "transformer") and done * BLOCKS > shard * total:
+            raise KeyboardInterrupt
+
+    return watch
+
+
+@pytest.mark.parametrize(
+    "choice", [Choice(), Choice(8), Choice(4, "float32"), Choice(8, "bfloat16")]
+)
+def test_one_file_per_block(model: ModelFolder, tmp_path: Path, choice: Choice) -> None:
+    made = ModelFolder.open(convert(model, tmp_path / "made", choice).path)
+    for source in (
+        stream_text_encoder(made, mx.float32)[2],
+        stream_transformer(made, mx.float32)[1],
+    ):
+        files = [{source.tensors[entry.key].file for entry in block} for block in source.entries]
+        assert [len(names) for names in files] == [1] * BLOCKS
+        assert len(set.union(*files)) == BLOCKS
+        for names, block in zip(files, source.entries, strict=True):
+            checkpoint = Checkpoint.open(names.pop())
+            assert checkpoint.tensors.keys() == {entry.key for entry in block}
+    assert not [f for f in examine(made.path) if f.level in ("error", "warning")]
+    assert sum(f.stat().st_size for f in made.path.rglob("*.safetensors")) < sum(
+        plan.nbytes + 16384 for part in PARTS for plan in plan_part(model, part, choice)
+    )
+
+
+def test_values_that_are_not_asked_to_change_do_not(model: ModelFolder, tmp_path: Path) -> None:
+    made = convert(model, tmp_path / "made", Choice()).path
+    for part in PARTS:
+        before, after = tensors(model, part), tensors(made, part)
+        assert before.keys() == after.keys()
+        for key, value in before.items():
+            assert value.dtype == after[key].dtype
+            assert mx.array_equal(value, after[key]).item()
+
+
+def test_quantised_are_linear_layers_alone(model: ModelFolder, tmp_path: Path) -> None:
+    made = convert(model, tmp_path / "made", Choice(8)).path
+    assert {k: v.dtype for k, v in tensors(made, "vae").items()} == {
+        k: v.dtype for k, v in tensors(model, "vae").items()
+    }
+    words = 0
+    for part, layers in (("text_encoder", 7), ("transformer", 14)):
+        before, after = tensors(model, part), tensors(made, part)
+        packed = {key for key, value in after.items() if value.dtype == mx.uint32}
+        words += len(packed)
+        assert len(packed) == layers * BLOCKS
+        for key, value in before.items():
+            if key in packed:
+                stem = key.removesuffix("weight")
+                scales, biases = (
+                    after[stem + name].astype(mx.float32) for name in ("scales", "biases")
+                )
+                back = mx.dequantize(after[key], scales, biases, group_size=64, bits=8)
+                assert mx.abs(back - value).max().item() < mx.abs(scales).max().item()
+                continue
+            expected = value if value.ndim == 1 else value.astype(mx.bfloat16)
+            assert mx.array_equal(after[key], expected).item()
+            assert after[key].dtype == expected.dtype
+    for part in PARTS:
+        config = json.loads((made / part / "config.json").read_text())
+        said = {"bits": 8, "group_size": 64}
+        assert config.pop("quantization", None) == (None if part == "vae" else said)
+        assert config == model.config(part)
+
+
+def test_what_is_written_beside(model: ModelFolder, tmp_path: Path) -> None:
+    made = convert(model, tmp_path / "made", Choice(8)).path
+    assert (made / "tokenizer/spiece.model").read_bytes() == model.tokenizer.read_bytes()
+    known = Provenance.read(made)
+    assert known is not None
+    assert known.conversion["quantization"] == {"bits": 8, "group_size": 64}
+    assert known.conversion["source"] == str(model.path)
+    names = {f.relative_to(made).as_posix() for f in made.rglob("*") if f.is_file()}
+    assert names == {*known.files, FILE}
+    assert known.altered(made, lambda *_: None) == []
+    assert not staging_of(made).exists()
+
+
+def test_an_interrupted_conversion_loads_nowhere_and_goes_on(
+    model: ModelFolder, tmp_path: Path
+) -> None:
+    target, staging = tmp_path / "made", staging_of(tmp_path / "made")
+    with pytest.raises(KeyboardInterrupt):
+        convert(model, target, Choice(8), watch=stopping_at(1))
+    assert not target.exists()
+    for folder in (staging, staging / "text_encoder", staging / "transformer"):
+        with pytest.raises(WeightsError):
+            ModelFolder.open(folder)
+    with pytest.raises(WeightsError, match="config"):
+        stream_text_encoder(ModelFolder(staging, "x", model.defaults), mx.float32)
+    finished = sorted(staging.rglob("model-*.safetensors"))
+    assert len(finished) == BLOCKS + 1 + 1
+    damaged = finished[1]
+    content = bytearray(damaged.read_bytes())
+    content[-1] ^= 1
+    damaged.write_bytes(content)
+    (staging / "stray").write_text("of another attempt")
+    kept = {file: file.stat().st_mtime_ns for file in finished if file != damaged}
+    made = convert(model, target, Choice(8))
+    assert made.kept == len(kept)
+    assert kept == {f: (target / f.relative_to(staging)).stat().st_mtime_ns for f in kept}
+    fresh = convert(model, tmp_path / "fresh", Choice(8)).path
+    for part in PARTS:
+        expected = tensors(fresh, part)
+        assert all(mx.array_equal(v, expected[k]).item() for k, v in tensors(target, part).items())
+    assert not (target / "stray").exists()
+
+
+@pytest.mark.parametrize("journal", ["", "[]", '{"conversion": {}, "files": {}}'])
+def test_what_is_of_another_attempt_is_not_kept(
+    model: ModelFolder, tmp_path: Path, journal: str
+) -> None:
+    target = tmp_path / "made"
+    with pytest.raises(KeyboardInterrupt):
+        convert(model, target, Choice(8), watch=stopping_at(1))
+    (staging_of(target) / JOURNAL).write_text(journal)
+    assert convert(model, target, Choice(8)).kept == 0
+    assert convert(model, target, Choice(8)).changed is False
+
+
+def test_nothing_is_replaced_unasked(model: ModelFolder, tmp_path: Path) -> None:
+    made = convert(model, tmp_path / "made", Choice(8)).path
+    with pytest.raises(UsageError, match="exists"):
+        convert(model, made, Choice(4))
+    assert json.loads((made / "transformer/config.json").read_text())["quantization"]["bits"] == 8
+    (made / "notes.txt").write_text("mine")
+    with pytest.raises(WeightsError, match=r"notes\.txt"):
+        convert(model, made, Choice(4), overwrite=True)
+    (made / "notes.txt").unlink()
+    convert(model, made, Choice(4), overwrite=True)
+    assert json.loads((made / "transformer/config.json").read_text())["quantization"]["bits"] == 4
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "precious").write_text("mine")
+    with pytest.raises(UsageError, match="no model that this program made"):
+        convert(model, other, Choice(4), overwrite=True)
+    assert (other / "precious").read_text() == "mine"
+
+
+def test_a_damaged_conversion_is_repeated(model: ModelFolder, tmp_path: Path) -> None:
+    made = convert(model, tmp_path / "made", Choice(8)).path
+    assert not convert(model, made, Choice(8), check=True).changed
+    file = made / "transformer/model-00001-of-00004.safetensors"
+    content = file.read_bytes()
+    file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert not convert(model, made, Choice(8)).changed
+    assert convert(model, made, Choice(8), check=True).changed
+    assert file.read_bytes() == content
+    file.write_bytes(content[:-1])
+    assert convert(model, made, Choice(8)).changed
+    assert file.read_bytes() == content
+
+
+def quantised(model: ModelFolder, tmp_path: Path) -> tuple[ModelFolder, Path]:
+    return ModelFolder.open(convert(model, tmp_path / "q", Choice(8)).path), tmp_path / "made"
+
+
+def inside(model: ModelFolder, tmp_path: Path) -> tuple[ModelFolder, Path]:
+    return model, model.path / "transformer" / "q8"
+
+
+def indivisible(model: ModelFolder, tmp_path: Path) -> tuple[ModelFolder, Path]:
+    root = tmp_path / "small"
+    shutil.copytree(model.path, root)
+    for part in ("text_encoder", "transformer"):
+        shutil.rmtree(root / part)
+    nets.t5_model(root, replace(T5, d_model=32, d_kv=8, d_ff=32))
+    nets.stdit_model(root, replace(STDIT, hidden_size=48, mlp_ratio=1.0, caption_channels=32))
+    return ModelFolder.open(root), tmp_path / "made"
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [(quantised, "quantised already"), (inside, "overlap"), (indivisible, "can be quantised")],
+)
+def test_refused(
+    model: ModelFolder,
+    tmp_path: Path,
+    make: Callable[[ModelFolder, Path], tuple[ModelFolder, Path]],
+    says: str,
+) -> None:
+    source, target = make(model, tmp_path)
+    with pytest.raises(UsageError, match=says):
+        convert(source, target, Choice(8))
+    assert not target.exists()
+    assert not staging_of(target).exists()
+
+
+def test_nan_is_not_quantised(model: ModelFolder, tmp_path: Path) -> None:
+    root = tmp_path / "nan"
+    shutil.copytree(model.path, root)
+    file = root / "transformer" / "model-0.safetensors"
+    arrays = mx.load(str(file))
+    assert isinstance(arrays, dict)
+    key = "spatial_blocks.0.attn.qkv.weight"
+    arrays[key][3, 5] = float("nan")
+    mx.save_safetensors(str(file), arrays)
+    with pytest.raises(WeightsError, match=rf"{key} .* holds NaN"):
+        convert(ModelFolder.open(root), tmp_path / "made", Choice(8))
+    assert not (tmp_path / "made").exists()
+
+
+def test_a_full_disk_is_noticed_first(
+    model: ModelFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9, 9, 1000))
+    with pytest.raises(WeightsError, match="free") as error:
+        convert(model, tmp_path / "made", Choice(8))
+    assert "another disk" in error.value.fix
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_two_at_once(model: ModelFolder, tmp_path: Path) -> None:
+    target = tmp_path / "made"
+    running = pytest.raises(WeightsError, match="Another conversion into .* is running")
+    with only_one(staging_of(target), "conversion"), running:
+        convert(model, target, Choice(8))
+    assert convert(model, target, Choice(8)).changed
+
+
+@pytest.mark.parametrize("layers", [3, 12])
+def test_memory_is_that_of_two_blocks(tmp_path: Path, layers: int) -> None:
+    """Whatever the number of blocks: what is written of one, and a tensor as it was."""
+    root = tmp_path / "large"
+    write_model(root)
+    shutil.rmtree(root / "text_encoder")
+    config = replace(T5, d_model=256, d_ff=1024, num_layers=layers)
+    nets.t5_model(root, config)
+    model = ModelFolder.open(root)
+    block = max(stream_text_encoder(model, mx.float32)[2].nbytes)
+    release()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    convert(model, tmp_path / "made", Choice(8))
+    peak = mx.get_peak_memory() - before
+    assert peak < 2 * block
+    assert mx.get_active_memory() - before < 1 << 16
+
+
+def test_full_size_on_disk(tmp_path: Path) -> None:
+    """The published shapes, from headers alone: what 8 and 4 bits take."""
+    model = ModelFolder.open(write_published(tmp_path))
+    sizes = {
+        (part, bits): sum(shard.nbytes for shard in plan_part(model, part, Choice(bits))) / 1e9
+        for part in ("text_encoder", "transformer")
+        for bits in (8, 4)
+    }
+    assert sizes["text_encoder", 8] < 5.2
+    assert sizes["transformer", 8] < 1.4
+    assert sizes["text_encoder", 4] < 2.9
+    assert sizes["transformer", 4] < 0.8
+    shards = plan_part(model, "text_encoder", Choice(8))
+    assert len(shards) == 24 + 1
+    assert max(shard.nbytes for shard in shards[:-1]) < 1.01 * min(s.nbytes for s in shards[:-1])
+    assert "encoder.embed_tokens.weight" not in {c.key for shard in shards for c in shard.changes}

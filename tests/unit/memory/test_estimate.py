@@ -1,0 +1,78 @@
+"""Estimates for machines nobody measured: arithmetic, and that it moves the right way."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from mlx_sora.errors import MemoryBudgetError
+from mlx_sora.geometry import Size, plan_geometry
+from mlx_sora.memory.estimate import ASSUMED, DEVICES, Device, Efficiency, estimate, shape_sizes
+from mlx_sora.memory.plan import Job, Model
+from mlx_sora.memory.profiles import PROFILES
+
+MAC = Device("a Mac", "mac-16gb", flops=4e12, bandwidth=100e9, disk=2e9)
+#: So fast that only the other figures count.
+FAST = 1e30
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    return shape_sizes(2)
+
+
+def job(frames: int = 51) -> Job:
+    return Job(plan_geometry(Size(426, 240), frames), text_tokens=60, evaluations=30)
+
+
+def test_computing_is_operations_over_speed(model: Model) -> None:
+    device = replace(MAC, bandwidth=FAST, disk=FAST)
+    found = estimate(model, job(), device, 2, Efficiency(0.25, 1, 1))
+    for stage in found.plan.stages:
+        assert found.seconds[stage.stage] == pytest.approx(stage.flops / 1e12)
+    assert found.total == pytest.approx(sum(found.seconds.values()))
+
+
+def test_reading_is_hidden_only_where_it_is_ahead(model: Model) -> None:
+    slow = replace(MAC, flops=FAST, bandwidth=FAST, disk=1e6)
+    found = estimate(model, job(), slow, 2, Efficiency(1, 1, 0.5))
+    for stage in found.plan.stages:
+        assert found.seconds[stage.stage] == pytest.approx(stage.read / 0.5e6)
+    together = estimate(model, job(), MAC, 2)
+    decode = together.plan.stage("decode")
+    computing = decode.flops / (MAC.flops * ASSUMED.flops)
+    reading = decode.read / (MAC.disk * ASSUMED.disk)
+    assert together.seconds["decode"] == pytest.approx(computing + reading)
+    encode = together.plan.stage("encode")
+    assert encode.prefetch
+    assert together.seconds["encode"] == pytest.approx(encode.read / (MAC.disk * ASSUMED.disk))
+
+
+def test_moving_bytes_counts_where_memory_is_slow(model: Model) -> None:
+    narrow = replace(MAC, flops=FAST, disk=FAST, bandwidth=1e9)
+    found = estimate(model, job(), narrow, 2, Efficiency(1, 1, 1))
+    weights = model.transformer_weights.total
+    assert found.seconds["denoise"] > 30 * weights / 1e9
+    assert found.seconds["encode"] > model.text_weights.total / 1e9
+    usual = estimate(model, job(), MAC, 2, Efficiency(1, 1, 1))
+    assert usual.seconds["denoise"] == pytest.approx(
+        usual.plan.stage("denoise").flops / MAC.flops, rel=0.01
+    )
+
+
+@pytest.mark.parametrize("device", DEVICES, ids=lambda device: device.name)
+def test_devices(model: Model, device: Device) -> None:
+    assert device.budget == PROFILES[device.profile]
+    assert 1e12 < device.flops < 30e12
+    assert 50e9 <= device.bandwidth <= 800e9
+    assert 1e9 <= device.disk < device.bandwidth
+    found = estimate(model, job(), device, 2)
+    assert found.plan.peak <= device.budget
+    assert 60 < found.total < 3600
+    assert found.total < estimate(model, job(17), replace(device, flops=1e9), 2).total
+
+
+def test_what_does_not_fit_is_refused(model: Model) -> None:
+    with pytest.raises(MemoryBudgetError):
+        estimate(model, job(408), DEVICES[0], 2)

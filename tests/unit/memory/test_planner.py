@@ -1,0 +1,239 @@
+"""Plans: arithmetic of budgets, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import mlx.core as mx
+import pytest
+
+from mlx_sora.errors import MemoryBudgetError
+from mlx_sora.geometry import Size, plan_geometry
+from mlx_sora.memory.planner import (
+    MIN_CACHE,
+    OUTSIDE,
+    Job,
+    Kind,
+    Machine,
+    Model,
+    Plan,
+    StagePlan,
+    Weights,
+    make_plan,
+    within,
+)
+from mlx_sora.memory.profiles import PROFILES, parse_bytes
+from mlx_sora.models.stdit3 import STDiT3Config
+from mlx_sora.models.t5 import T5Config
+from mlx_sora.models.vae import VAEConfig
+
+MB, GB = 10**6, 10**9
+
+#: Open-Sora 1.2 in float32: T5 v1.1 XXL, STDiT3-XL/2 and the decoders.
+XL = Model(
+    text=T5Config(),
+    transformer=STDiT3Config.xl_2(),
+    vae=VAEConfig(),
+    text_weights=Weights((772 * MB,) * 24, 772 * MB, 0, 24 * 772 * MB, 0),
+    transformer_weights=Weights((170 * MB,) * 28, 170 * MB, 74 * MB, 28 * 170 * MB, 74 * MB),
+    temporal=661 * MB,
+    spatial=198 * MB,
+    vae_stored=859 * MB,
+)
+CPU = Machine(gpu=False, cache=4 << 30)
+
+
+def job(width: int = 426, height: int = 240, frames: int = 51, **options: object) -> Job:
+    made = Job(plan_geometry(Size(width, height), frames), text_tokens=60, evaluations=30)
+    return replace(made, **options)  # type: ignore[arg-type]
+
+
+def test_full_size_fits_a_phone() -> None:
+    for size in ((256, 144), (426, 240)):
+        plan = make_plan(XL, job(*size), CPU, PROFILES["iphone-15-pro"])
+        assert plan.peak <= 3.3 * GB
+        assert plan.smallest < 1.5 * GB
+        encode, denoise, decode = plan.stages
+        assert (encode.resident, encode.prefetch) == (0, True)
+        assert 0 < denoise.resident < denoise.blocks
+        assert denoise.prefetch
+        assert decode.in_turn
+
+
+@pytest.mark.parametrize("budget", [1.3, 1.5, 2, 2.7, 3.3, 4, 6, 8, 16, 64])
+@pytest.mark.parametrize("gpu", [False, True])
+def test_every_stage_stays_within_the_budget(budget: float, gpu: bool) -> None:
+    machine = replace(CPU, gpu=gpu)
+    most = int(budget * GB)
+    small = job(256, 144)
+    if make_plan(XL, small, machine).smallest > most:
+        with pytest.raises(MemoryBudgetError):
+            make_plan(XL, small, machine, most)
+        return
+    plan = make_plan(XL, small, machine, most)
+    for stage in plan.stages:
+        assert OUTSIDE < stage.peak <= most
+        assert stage.cache_limit >= MIN_CACHE
+        assert 0 < stage.memory_limit < stage.peak - stage.cache_limit
+
+
+def test_more_memory_keeps_more_blocks_and_reads_less() -> None:
+    plans = [make_plan(XL, job(), CPU, int(b * GB)) for b in (1.5, 2, 3.3, 4, 6, 8)]
+    kept = [plan.stage("denoise").resident for plan in plans]
+    read = [plan.stage("denoise").read for plan in plans]
+    assert kept == sorted(kept)
+    assert kept[0] == 0
+    assert kept[-1] == 28
+    assert read == sorted(read, reverse=True)
+    assert read[-1] == XL.transformer_weights.stored
+    assert read[0] == 74 * MB + 30 * 28 * 170 * MB
+    batches = [plan.stage("decode").micro_batch for plan in plans]
+    assert batches == sorted(batches)  # type: ignore[type-var]
+    assert (batches[0], batches[-1]) == (1, 4)
+
+
+def test_the_smallest_budget_is_exact_and_named() -> None:
+    smallest = make_plan(XL, job(), CPU).smallest
+    assert make_plan(XL, job(), CPU, smallest).peak <= smallest
+    with pytest.raises(MemoryBudgetError) as error:
+        make_plan(XL, job(), CPU, smallest - 1)
+    named = error.value.fix.split("--memory-budget ")[1].split()[0]
+    assert 0 <= parse_bytes(named) - smallest < 10 * MB
+    assert "Stage" in error.value.message
+
+
+def test_at_the_smallest_budget_nothing_is_loaded_ahead() -> None:
+    model = replace(XL, temporal=1, spatial=1)
+    plan = make_plan(model, job(), CPU, make_plan(model, job(), CPU).smallest)
+    tight = max(plan.stages, key=lambda stage: stage.peak)
+    assert tight.stage == "denoise"
+    assert (tight.resident, tight.prefetch) == (0, False)
+
+
+def test_refusal_points_to_sequential_guidance_where_that_helps() -> None:
+    large = job(1280, 720)
+    model = replace(XL, vae=VAEConfig(), temporal=1, spatial=1)
+    both = make_plan(XL, large, CPU).smallest
+    alone = make_plan(XL, replace(large, sequential=True), CPU).smallest
+    assert alone <= both
+    with pytest.raises(MemoryBudgetError) as error:
+        make_plan(model, job(854, 480, 204), CPU, 2 * GB)
+    assert "--sequential-guidance" in error.value.fix
+    with pytest.raises(MemoryBudgetError) as error:
+        make_plan(XL, replace(job(), guided=False), CPU, 1 * GB)
+    assert "--sequential-guidance" not in error.value.fix
+
+
+def test_mlx_is_held_back_only_where_it_has_to_be() -> None:
+    held_back = [
+        [stage.throttled for stage in make_plan(XL, job(), CPU, int(budget * GB)).stages]
+        for budget in (1.3, 1.5, 2, 3.3)
+    ]
+    assert held_back == [[True] * 3, [True] * 3, [False] * 3, [False] * 3]
+    assert not any(stage.throttled for stage in make_plan(XL, job(), CPU).stages)
+
+
+def test_sequential_guidance_takes_half_the_activations_and_twice_the_reading() -> None:
+    both = make_plan(XL, job(), CPU, int(3.3 * GB)).stage("denoise")
+    alone = make_plan(XL, job(sequential=True), CPU, int(3.3 * GB)).stage("denoise")
+    assert alone.flops == both.flops
+    assert alone.resident > both.resident
+    streamed = make_plan(XL, job(sequential=True), CPU, streamed=True).stage("denoise")
+    assert streamed.read == 74 * MB + 60 * 28 * 170 * MB
+    # Text keys and values of the pass without prompt: 28 pairs of blocks, 60 tokens, in float32.
+    assert alone.reserve == 28 * 2 * 2 * 60 * 1152 * 4
+    assert both.reserve == 0
+
+
+def test_without_a_budget_all_stays_or_nothing() -> None:
+    free = make_plan(XL, job(), CPU)
+    assert [stage.resident for stage in free.stages] == [24, 28, 0]
+    assert not free.stage("decode").in_turn
+    assert free.stage("encode").peak > 18 * GB
+    streamed = make_plan(XL, job(), CPU, streamed=True)
+    assert [stage.resident for stage in streamed.stages] == [0, 0, 0]
+    assert streamed.peak < free.peak
+    assert free.stage("denoise").flops == streamed.stage("denoise").flops
+
+
+def test_merged_steps_cost_less() -> None:
+    plain = make_plan(XL, job(), CPU).stage("denoise").flops
+    some = make_plan(XL, job(spared=((Kind(merged=True), 15),)), CPU).stage("denoise").flops
+    every = make_plan(XL, job(spared=((Kind(merged=True), 30),)), CPU).stage("denoise").flops
+    assert plain - some == pytest.approx(some - every)
+    assert 1.2 < plain / every < 1.45
+
+
+def test_what_evaluations_leave_out_is_not_counted() -> None:
+    def stage(*spared: tuple[Kind, int], **more: object) -> StagePlan:
+        return make_plan(XL, job(spared=spared, **more), CPU, streamed=True).stage("denoise")
+
+    skipped, alone = Kind(skipped=True), Kind(alone=True)
+    exact, half = stage(), stage((skipped, 15))
+    blocks = XL.transformer_weights.stored_blocks
+    assert exact.read - half.read == pytest.approx(15 * blocks, rel=0.01)
+    assert 1.98 < exact.flops / half.flops < 2.0
+    spared = stage((alone, 20))
+    assert spared.read == exact.read
+    assert spared.flops == pytest.approx(exact.flops * 40 / 60, rel=0.01)
+    apart = stage((alone, 20), sequential=True)
+    assert stage(sequential=True).read - apart.read == pytest.approx(20 * blocks, rel=0.01)
+
+
+def test_what_a_cache_keeps_is_counted() -> None:
+    plain = make_plan(XL, job(), CPU).stage("denoise")
+    cached = make_plan(XL, job(streams=1.5), CPU).stage("denoise")
+    tensor = 4 * 2 * 15 * (15 * 27) * 1152
+    assert cached.peak - plain.peak == int(1.5 * tensor)
+    assert cached.reserve - plain.reserve == int(1.5 * tensor)
+    assert make_plan(XL, job(streams=1.5), CPU).smallest >= make_plan(XL, job(), CPU).smallest
+
+
+def test_casting_while_loading_takes_more() -> None:
+    half = replace(XL, text_weights=replace(XL.text_weights, loading=(772 + 84) * MB))
+    assert make_plan(half, job(), CPU).smallest >= make_plan(XL, job(), CPU).smallest
+
+
+def test_an_image_and_a_long_clip() -> None:
+    image = make_plan(XL, job(frames=1), CPU)
+    clip = make_plan(XL, job(frames=408), CPU)
+    assert image.stage("denoise").flops < clip.stage("denoise").flops / 50
+    # The peak of decoding does not depend on the clip's length.
+    assert clip.stage("decode").peak == make_plan(XL, job(), CPU).stage("decode").peak
+
+
+def test_plan_as_json() -> None:
+    plan = make_plan(XL, job(), CPU, 4 * GB)
+    assert isinstance(plan, Plan)
+    told = json.loads(json.dumps(plan.to_dict()))
+    assert told["peak"] == plan.peak
+    assert told["stages"][1]["resident"] == plan.stage("denoise").resident
+
+
+def test_limits_hold_within_a_stage_and_are_given_back() -> None:
+    stage = make_plan(XL, job(), CPU, 4 * GB).stage("denoise")
+    before = mx.set_memory_limit(12 * GB)
+    with pytest.raises(KeyError, match=str(stage.memory_limit)), within(stage):
+        raise KeyError(mx.get_memory_limit())
+    assert mx.set_memory_limit(before) == 12 * GB
+
+
+def test_inversion_doubles_the_evaluations_but_not_the_guided_ones() -> None:
+    plain, both = (make_plan(XL, job(inverts=i), CPU).stage("denoise") for i in (False, True))
+    unguided = make_plan(XL, job(guided=False), CPU).stage("denoise")
+    assert both.flops == plain.flops + unguided.flops
+    assert job(inverts=True).passes == 60
+    assert job(inverts=True, sequential=True).passes == 90
+
+
+def test_kept_values_need_their_room() -> None:
+    budget, kept = 4 * GB, GB
+    plain, keeping = (
+        make_plan(XL, job(inverts=True, kept=n), CPU, budget).stage("denoise") for n in (0, kept)
+    )
+    assert keeping.peak <= budget
+    assert keeping.resident < plain.resident
+    assert keeping.reserve == plain.reserve + kept
+    with pytest.raises(MemoryBudgetError):
+        make_plan(XL, job(inverts=True, kept=budget), CPU, budget)

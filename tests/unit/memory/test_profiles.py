@@ -1,0 +1,52 @@
+"""Amounts of memory as people write them, and the devices they have."""
+
+from __future__ import annotations
+
+import pytest
+
+from mlx_sora.errors import UsageError
+from mlx_sora.memory.profiles import PROFILES, parse_bytes, profile, show_bytes
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [
+        ("3.3GB", 3_300_000_000),
+        ("3.3 gb", 3_300_000_000),
+        ("8G", 8_000_000_000),
+        ("800MB", 800_000_000),
+        ("2GiB", 2 << 30),
+        ("512Mi", 512 << 20),
+        ("1000", 1000),
+        ("12 KB", 12_000),
+    ],
+)
+def test_parse(text: str, count: int) -> None:
+    assert parse_bytes(text) == count
+
+
+@pytest.mark.parametrize(
+    "text", ["", "GB", "-1GB", "0GB", "3,3GB", "1TB", "1GBB", "nan", "1e9", "I"]
+)
+def test_what_is_no_amount(text: str) -> None:
+    with pytest.raises(UsageError, match=r"3\.3GB"):
+        parse_bytes(text)
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(1, "1 MB"), (812_000_000, "812 MB"), (812_000_001, "813 MB"), (3_300_000_001, "3.31 GB")],
+)
+def test_what_is_shown_would_do(count: int, text: str) -> None:
+    assert show_bytes(count) == text
+    assert parse_bytes(text) >= count
+
+
+def test_profiles() -> None:
+    assert profile("iphone-15-pro") == 3_300_000_000
+    for name, count in PROFILES.items():
+        if name.startswith(("mac", "ipad")):
+            total = int(name.split("-")[1].removesuffix("gb")) << 30
+            assert 0.6 < count / total < 0.8
+    with pytest.raises(UsageError, match="mac-16gb"):
+        profile("mac-16")

@@ -1,0 +1,146 @@
+"""Previews of a run: what is foreseen, through the map, beside the output; or through the VAE."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mlx_sora import GenerationRequest, Pipeline, UsageError
+from mlx_sora.errors import MlxSoraError, WeightsError
+from mlx_sora.loading.model_folder import find_model
+from mlx_sora.runtime.events import Event, Finished, PreviewReady, Warned
+from mlx_sora.video.preview import FILE, PreviewMap, neighbourhoods, preview_path
+
+OPTIONS = {"prompt": "a red circle", "seed": 1, "steps": 4, "num_frames": 17, "preview_every": 2}
+OPTIONS |= {"width": 32, "height": 32}
+
+
+@pytest.fixture(scope="module")
+def pipe() -> Pipeline:
+    return Pipeline.from_pretrained("shapes")
+
+
+@pytest.fixture(scope="module")
+def without_map(tmp_path_factory: pytest.TempPathFactory) -> Pipeline:
+    folder = tmp_path_factory.mktemp("model") / "model"
+    shutil.copytree(find_model("shapes").path, folder)
+    (folder / FILE).unlink()
+    return Pipeline.from_pretrained(folder)
+
+
+def events(pipe: Pipeline, **more: object) -> list[Event]:
+    return list(pipe.stream(GenerationRequest.from_dict({**OPTIONS, **more})))
+
+
+def previews(seen: list[Event]) -> list[PreviewReady]:
+    return [event for event in seen if isinstance(event, PreviewReady)]
+
+
+def test_a_small_gif_is_kept_beside_the_output(pipe: Pipeline, tmp_path: Path) -> None:
+    output = tmp_path / "a.webp"
+    preview_path(output, 17).write_bytes(b"of a run before")
+    shown = previews(events(pipe, output=str(output)))
+    assert [event.step for event in shown] == [1, 3]
+    assert [event.frames.shape for event in shown] == [(5, 32, 32, 3)] * 2
+    assert not np.array_equal(shown[0].frames, shown[1].frames)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["a.webp", "a.webp.preview.gif"]
+    with Image.open(tmp_path / "a.webp.preview.gif") as gif:
+        assert gif.n_frames == 5
+        assert gif.info["duration"] == pytest.approx(17 / 24 / 5 * 1000, abs=10)
+    assert shown[1].path == str(tmp_path / "a.webp.preview.gif")
+
+
+def test_an_image_has_a_png(pipe: Pipeline, tmp_path: Path) -> None:
+    events(pipe, output=str(tmp_path / "a.png"), num_frames=1)
+    with Image.open(tmp_path / "a.png.preview.png") as picture:
+        assert picture.size == (32, 32)
+
+
+def test_previews_change_nothing(pipe: Pipeline) -> None:
+    seen, plain = events(pipe)[-1], events(pipe, preview_every=None)[-1]
+    assert isinstance(seen, Finished)
+    assert isinstance(plain, Finished)
+    assert np.array_equal(seen.video.frames, plain.video.frames)
+
+
+def test_the_map_shows_about_what_the_vae_would(pipe: Pipeline, without_map: Pipeline) -> None:
+    prompt = "a blue square on a white background"
+    shown, exact = (
+        previews(events(each, prompt=prompt, width=64, height=64, steps=10))[-1].frames / 255
+        for each in (pipe, without_map)
+    )
+    middles = exact[[0, 3, 7, 11, 15]]
+    error = np.square(shown - middles).mean()
+    assert -10 * np.log10(error) > 10
+    assert error < np.square(shown - (1 - middles)).mean() / 4
+
+
+def test_without_a_map_the_vae_shows_what_comes(without_map: Pipeline) -> None:
+    seen = events(without_map)
+    finished = seen[-1]
+    assert isinstance(finished, Finished)
+    # The last step goes to t = 0, so what it foresees is what comes out.
+    assert np.array_equal(previews(seen)[-1].frames, finished.video.frames)
+
+
+def test_without_a_map_a_budget_is_refused(pipe: Pipeline, without_map: Pipeline) -> None:
+    asked = GenerationRequest.from_dict({**OPTIONS, "memory_budget": "2GB"})
+    with pytest.raises(UsageError, match="--preview-every"):
+        without_map.plan(asked)
+    assert pipe.plan(asked).budget == 2_000_000_000
+
+
+def test_a_preview_that_cannot_be_written_is_a_warning(
+    pipe: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: object) -> None:
+        raise MlxSoraError("no space")
+
+    monkeypatch.setattr("mlx_sora.pipeline.preview.write_preview", full)
+    seen = events(pipe, output=str(tmp_path / "a.webp"))
+    assert sum("no space" in e.message for e in seen if isinstance(e, Warned)) == 2
+    assert [event.path for event in previews(seen)] == [None, None]
+    assert isinstance(seen[-1], Finished)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{}", '{"weights": [1], "psnr": 3}', '{"weights": "x", "psnr": []}']
+)
+def test_a_damaged_map_is_named(tmp_path: Path, text: str) -> None:
+    (tmp_path / FILE).write_text(text)
+    with pytest.raises(WeightsError, match=FILE):
+        PreviewMap.read(tmp_path, 4)
+    (tmp_path / FILE).unlink()
+    assert PreviewMap.read(tmp_path, 4) is None
+
+
+def test_the_bundled_map_is_there_and_says_how_good_it_is() -> None:
+    found = PreviewMap.read(find_model("shapes").path, 4)
+    assert found is not None
+    record = json.loads((find_model("shapes").path / FILE).read_text())
+    assert found.psnr == record["psnr"] > 14
+
+
+def test_a_place_sees_those_around_it_and_the_map_is_that_of_its_kind() -> None:
+    z = np.arange(2 * 2 * 3, dtype=np.float32).reshape(2, 2, 3, 1)
+    seen = neighbourhoods(z)
+    assert seen.shape == (2, 2, 3, 10)
+    assert seen[1, 0, 1].tolist() == [6, 7, 8, 6, 7, 8, 9, 10, 11, 1]
+    weights = np.zeros((2, 10, 3), np.float32)
+    weights[0, -1], weights[1, -1] = 1.0, (0.0, 0.5, 2.0)
+    shown = PreviewMap(weights, 0.0).frames(z, [True, False])
+    assert shown.shape == (2, 16, 24, 3)
+    assert (shown[0] == 255).all()
+    assert (shown[1] == (0, 128, 255)).all()
+
+
+def test_large_videos_have_small_previews() -> None:
+    shown = PreviewMap(np.zeros((2, 10, 3), np.float32), 0.0).frames(
+        np.zeros((1, 90, 160, 1), np.float32), [True]
+    )
+    assert shown.shape == (1, 90, 160, 3)

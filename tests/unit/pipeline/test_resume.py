@@ -1,0 +1,282 @@
+"""Whose checkpoint it is: the same command goes on, another is told in a line."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mlx_sora import GenerationRequest, Pipeline, UsageError, WeightsError
+from mlx_sora.errors import MlxSoraError
+from mlx_sora.loading.model_folder import ModelFolder, find_model, fingerprint
+from mlx_sora.pipeline.checkpoint import Snapshot
+from mlx_sora.pipeline.resume import resumed_request, with_seed
+from mlx_sora.runtime.events import Event, Finished, Noted, StageStarted, StepFinished, Warned
+from mlx_sora.video.output_path import checkpoint_path
+
+OPTIONS = {"prompt": "a red circle", "seed": 3, "steps": 3, "num_frames": 17}
+OPTIONS |= {"width": 32, "height": 32, "checkpoint_every": 2}
+
+
+@pytest.fixture(scope="module")
+def pipe() -> Pipeline:
+    return Pipeline.from_pretrained("shapes")
+
+
+@pytest.fixture
+def output(tmp_path: Path) -> Path:
+    return tmp_path / "a.webp"
+
+
+def request(output: Path, **more: Any) -> GenerationRequest:
+    return GenerationRequest.from_dict({**OPTIONS, "output": str(output), **more})
+
+
+def stop(pipe: Pipeline, asked: GenerationRequest, steps: int) -> None:
+    """Make `steps` steps and walk away."""
+    run = pipe.stream(asked)
+    for event in run:
+        if isinstance(event, StepFinished) and event.step + 1 == steps:
+            break
+    run.close()
+
+
+def finish(events: Any) -> tuple[list[Event], Path]:
+    seen = list(events)
+    assert isinstance(seen[-1], Finished)
+    assert seen[-1].video.path is not None
+    return seen, seen[-1].video.path
+
+
+def stages(seen: list[Event]) -> list[str]:
+    return [event.stage for event in seen if isinstance(event, StageStarted)]
+
+
+def notes(seen: list[Event]) -> str:
+    return "\n".join(event.message for event in seen if isinstance(event, (Noted, Warned)))
+
+
+def test_whoever_stops_listening_loses_no_step(pipe: Pipeline, output: Path) -> None:
+    stop(pipe, request(output), 1)
+    found = Snapshot.load(checkpoint_path(output))
+    assert (found.clip, found.steps) == (0, 1)
+    assert [file.name for file in output.parent.iterdir()] == [checkpoint_path(output).name]
+    seen, _ = finish(pipe.stream(request(output)))
+    assert "1 of 3 steps are made" in notes(seen)
+    assert [file.name for file in output.parent.iterdir()] == [output.name]
+
+
+def test_without_the_option_nothing_is_kept(pipe: Pipeline, output: Path) -> None:
+    stop(pipe, request(output, checkpoint_every=None), 2)
+    assert list(output.parent.iterdir()) == []
+
+
+def test_an_error_in_a_step_keeps_those_before(
+    pipe: Pipeline, output: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def watch(self: object, result: Any) -> None:
+        if result.step.index == 1:
+            raise ValueError("broken")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("mlx_sora.accel.Accelerations.watch", watch)
+        with pytest.raises(ValueError, match="broken"):
+            finish(pipe.stream(request(output)))
+    assert Snapshot.load(checkpoint_path(output)).steps == 1
+
+
+def test_a_death_while_decoding_needs_no_other_stage(pipe: Pipeline, output: Path) -> None:
+    _, once = finish(pipe.stream(request(output.with_name("once.webp"), checkpoint_every=None)))
+    run = pipe.stream(request(output))
+    assert any(isinstance(e, StageStarted) and e.stage == "decode" for e in run)
+    run.close()
+    seen, path = finish(pipe.stream(request(output)))
+    assert stages(seen) == ["decode"]
+    assert "all steps are made" in notes(seen)
+    assert np.array_equal(read_frames(path), read_frames(once))
+
+
+def read_frames(path: Path) -> np.ndarray:
+    from PIL import Image, ImageSequence
+
+    with Image.open(path) as image:
+        return np.stack([np.array(frame) for frame in ImageSequence.Iterator(image)])
+
+
+def test_the_file_alone_is_enough(pipe: Pipeline, output: Path, tmp_path: Path) -> None:
+    asked = request(output, preset="fast", loop=2, num_frames=34, embed_metadata=False)
+    stop(pipe, asked, 2)
+    elsewhere = tmp_path / "new"
+    elsewhere.mkdir()
+    moved = shutil.move(checkpoint_path(output), elsewhere / "renamed.safetensors")
+    made = pipe.resume(moved, output=str(elsewhere / "b.webp"), memory_budget="2GB")
+    assert made.metadata["resumed"] == [{"clip": 0, "step": 2}]
+    assert made.metadata["request"]["preset"] == "fast"
+    pipe(**asked.to_dict())
+    assert (elsewhere / "b.webp").read_bytes() == output.read_bytes()
+    assert sorted(file.name for file in elsewhere.iterdir()) == ["b.webp", "renamed.safetensors"]
+
+
+def test_a_video_lies_beside_its_checkpoint(pipe: Pipeline, output: Path) -> None:
+    odd = output.with_name("{odd} name.webp")
+    stop(pipe, request(odd.with_name("{{odd}} name.webp")), 1)
+    assert pipe.resume(checkpoint_path(odd)).path == odd
+
+
+def test_options_that_would_change_the_video_are_refused_by_name(
+    pipe: Pipeline, output: Path
+) -> None:
+    stop(pipe, request(output), 1)
+    file = checkpoint_path(output)
+    for name, flag in (("steps", "--steps"), ("seed", "--seed"), ("lpl", "--lpl")):
+        with pytest.raises(UsageError, match=flag):
+            resumed_request(file, {name: 1})
+    assert resumed_request(file, {"ci_dl": True}).ci_dl
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"steps": 4}, "--steps was 3, now 4"),
+        ({"seed": 4}, "--seed was 3, now 4"),
+        ({"prompt": "a blue circle"}, "text"),
+        ({"sequential_guidance": True}, "--sequential-guidance"),
+        ({"width": 64}, "--width"),
+        ({"step_cache": "every:2,warmup=1"}, "--step-cache"),
+    ],
+    ids=str,
+)
+def test_another_request_is_told_and_clobbers_nothing(
+    pipe: Pipeline, output: Path, change: dict[str, Any], says: str
+) -> None:
+    stop(pipe, request(output), 1)
+    before = checkpoint_path(output).read_bytes()
+    with pytest.raises(UsageError, match=says):
+        pipe.stream(request(output, **change))
+    assert checkpoint_path(output).read_bytes() == before
+
+
+def test_overwrite_replaces_the_checkpoint_of_another_request(pipe: Pipeline, output: Path) -> None:
+    stop(pipe, request(output), 1)
+    seen, _ = finish(pipe.stream(request(output, steps=2, overwrite=True)))
+    assert "It will be replaced" in notes(seen)
+    assert not checkpoint_path(output).exists()
+
+
+def test_what_changes_nothing_may_change(pipe: Pipeline, output: Path) -> None:
+    stop(pipe, request(output), 1)
+    asked = request(output, checkpoint_every=1, ci_dl=True, steps=3, dtype="float32", fps=24)
+    assert "1 of 3 steps" in notes(finish(pipe.stream(asked))[0])
+
+
+def test_other_weights_are_refused(pipe: Pipeline, output: Path, tmp_path: Path) -> None:
+    stop(pipe, request(output), 1)
+    folder = Path(shutil.copytree(find_model("shapes").path, tmp_path / "shapes"))
+    assert fingerprint(ModelFolder.open(folder)) == fingerprint(pipe.model)
+    weights = folder / "transformer" / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[len(content) // 2 :] = bytes(len(content) - len(content) // 2)
+    weights.write_bytes(content)
+    with pytest.raises(WeightsError, match="other weights"):
+        Pipeline.from_pretrained(folder).stream(request(output))
+
+
+def test_given_pictures_must_be_the_same(pipe: Pipeline, output: Path, tmp_path: Path) -> None:
+    from PIL import Image
+
+    (tmp_path / "in").mkdir()
+    picture = tmp_path / "in" / "p.png"
+    Image.new("RGB", (32, 32), "red").save(picture)
+    asked = request(output, images=[str(picture)])
+    stop(pipe, asked, 1)
+    Image.new("RGB", (32, 32), "blue").save(picture)
+    with pytest.raises(UsageError, match="media"):
+        pipe.stream(asked)
+
+
+def test_a_damaged_checkpoint_is_a_line(pipe: Pipeline, output: Path) -> None:
+    stop(pipe, request(output), 1)
+    file = checkpoint_path(output)
+    file.write_bytes(file.read_bytes()[:-9])
+    with pytest.raises(WeightsError, match="damaged.*Delete it"):
+        pipe.stream(request(output))
+
+
+def test_a_checkpoint_needs_an_output(pipe: Pipeline) -> None:
+    with pytest.raises(UsageError, match="output"):
+        pipe.stream(GenerationRequest.from_dict(OPTIONS))
+
+
+def test_a_full_disk_costs_the_checkpoint_not_the_video(
+    pipe: Pipeline, output: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def save(self: Snapshot, path: Path) -> None:
+        raise MlxSoraError(f"Cannot write {path}: No space left.", "Is the disk full?")
+
+    monkeypatch.setattr(Snapshot, "save", save)
+    seen, path = finish(pipe.stream(request(output, checkpoint_every=1)))
+    assert [e.message.count("No space left") for e in seen if isinstance(e, Warned)] == [1]
+    assert path.exists()
+
+
+def names(asked: GenerationRequest) -> dict[str, object]:
+    """What a template is filled with."""
+    return {"prompt_slug": "a-red-circle", "seed": asked.seed}
+
+
+class TestSeeds:
+    """A seed that was drawn is that of the checkpoint, when the same request comes again."""
+
+    @pytest.fixture
+    def drawn(self, pipe: Pipeline, tmp_path: Path) -> Callable[..., GenerationRequest]:
+        def ask(**more: Any) -> GenerationRequest:
+            return request(tmp_path / "{prompt_slug}-{seed}", **{"seed": None, **more})
+
+        return ask
+
+    def test_it_is_found_again(
+        self, pipe: Pipeline, drawn: Callable[..., GenerationRequest]
+    ) -> None:
+        first = with_seed(drawn())
+        stop(pipe, first, 1)
+        assert with_seed(drawn()).seed == first.seed
+        assert with_seed(drawn(seed=5)).seed == 5
+        assert with_seed(drawn(steps=4)).seed != first.seed
+        assert with_seed(drawn(checkpoint_every=None)).seed != first.seed
+        seen, path = finish(pipe.stream(drawn()))
+        assert str(first.seed) in path.name
+        assert "1 of 3 steps" in notes(seen)
+
+    def test_what_another_run_is_at_work_on_is_left_alone(
+        self, pipe: Pipeline, drawn: Callable[..., GenerationRequest]
+    ) -> None:
+        first = with_seed(drawn())
+        run = pipe.stream(first)
+        assert any(isinstance(e, StepFinished) and e.step == 1 for e in run)
+        assert checkpoint_path(Path(str(first.output).format(**names(first)) + ".mp4")).exists()
+        assert with_seed(drawn()).seed != first.seed
+        run.close()
+        assert with_seed(drawn()).seed == first.seed
+
+    def test_damaged_and_foreign_files_are_passed_over(
+        self, pipe: Pipeline, drawn: Callable[..., GenerationRequest], tmp_path: Path
+    ) -> None:
+        first = with_seed(drawn())
+        stop(pipe, first, 1)
+        (tmp_path / "x.checkpoint.safetensors").write_bytes(b"junk")
+        (tmp_path / "y.checkpoint.safetensors").mkdir()
+        assert with_seed(drawn()).seed == first.seed
+
+    def test_a_batch_goes_on_with_each(
+        self, pipe: Pipeline, drawn: Callable[..., GenerationRequest]
+    ) -> None:
+        stop(pipe, drawn(prompt="a blue square"), 1)
+        stop(pipe, drawn(prompt="a green circle"), 3)
+        asked = [drawn(prompt=p) for p in ("a blue square", "a green circle", "a red circle")]
+        seen = list(pipe.stream_all(asked))
+        made = [e.video.metadata.get("resumed") for e in seen if isinstance(e, Finished)]
+        assert made == [[{"clip": 0, "step": 1}], [{"clip": 1, "step": 0}], None]

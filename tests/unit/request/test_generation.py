@@ -1,0 +1,242 @@
+"""GenerationRequest: types, meaning, and the round trip through plain values."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mlx_sora.errors import UsageError
+from mlx_sora.request.generation import MAX_SEED, REQUIRED, GenerationRequest, label, options
+
+FULL = {
+    "prompt": "a cat",
+    "model": "shapes",
+    "seed": 3,
+    "steps": 12,
+    "guidance": 5.5,
+    "resolution": "240p",
+    "aspect_ratio": "1:1",
+    "num_frames": "2s",
+    "fps": 12.0,
+    "negative_prompt": "blurry",
+    "images": (("a.png", 0, 1.0), ("b.png", -1, 0.5)),
+    "videos": (("a.mp4", "after", 34, 1.0),),
+    "mask_strategy": "0,0,0,0,1,0.5",
+    "references": ("a.png", "b.mp4"),
+    "loop": 2,
+    "condition_frames": 34,
+    "condition_edit": 0.25,
+    "aesthetic": 6.0,
+    "motion": 4.0,
+    "camera": "pan left",
+    "lpl": "adaptive:patience=2,tolerance=0.001,minimum=0.25",
+    "tdtm": "15",
+    "dtype": "float32",
+    "quantize": 8,
+    "output": "x.mp4",
+    "overwrite": True,
+    "embed_metadata": False,
+    "metadata": True,
+    "preview_every": 5,
+}
+
+
+def test_round_trip() -> None:
+    request = GenerationRequest.from_dict(FULL)
+    request.validate()
+    assert request.to_dict() == FULL
+    assert GenerationRequest.from_dict(request.to_dict()) == request
+
+
+@pytest.mark.parametrize(
+    ("images", "expected"),
+    [
+        ("a.png", [("a.png", 0, 1.0)]),
+        (Path("a.png"), [("a.png", 0, 1.0)]),
+        (["a.png", ("b.png", "last"), ["c.png", "-3", "0.5"]], None),
+        ([["a.png", "first", 1]], [("a.png", 0, 1.0)]),
+    ],
+    ids=str,
+)
+def test_pictures_are_paths_with_or_without_more(images: object, expected: object) -> None:
+    if expected is None:
+        expected = [("a.png", 0, 1.0), ("b.png", -1, 1.0), ("c.png", -3, 0.5)]
+    assert list(GenerationRequest(images=images).images) == expected  # type: ignore[arg-type]
+
+
+def test_references_are_a_list_or_joined() -> None:
+    assert GenerationRequest(references="a.png;b.mp4").references == ("a.png", "b.mp4")  # type: ignore[arg-type]
+    assert GenerationRequest(references=["a.png"]).references == ("a.png",)  # type: ignore[arg-type]
+
+
+def test_a_request_with_media_is_plain_json() -> None:
+    text = json.dumps(GenerationRequest.from_dict(FULL).to_dict())
+    assert GenerationRequest.from_dict(json.loads(text)) == GenerationRequest.from_dict(FULL)
+
+
+def test_a_plain_request_records_only_its_prompt() -> None:
+    assert GenerationRequest(prompt="a").to_dict() == {"prompt": "a"}
+    assert GenerationRequest().to_dict() == {"prompt": ""}
+
+
+def test_values_are_brought_to_their_type() -> None:
+    request = GenerationRequest(
+        prompt="a", seed=np.int64(4), fps=24, num_frames=" 51 ", output=Path("a") / "b.mp4"
+    )
+    assert (request.seed, request.fps, request.num_frames) == (4, 24.0, 51)
+    assert type(request.seed) is int
+    assert type(request.fps) is float
+    assert request.output == str(Path("a") / "b.mp4")
+    assert GenerationRequest(prompt="a", output="frames/").output == "frames/"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("prompt", 5),
+        ("prompt", "\ud800"),
+        ("seed", True),
+        ("seed", 1.5),
+        ("steps", "many"),
+        ("steps", "1_0"),
+        ("guidance", float("nan")),
+        ("guidance", "inf"),
+        ("guidance", 10**400),
+        ("fps", False),
+        ("images", 5),
+        ("images", [["a.png", "middle"]]),
+        ("images", [["a.png", 0, 1.5]]),
+        ("images", [["a.png", 0, 0]]),
+        ("images", [["a.png", 0, 1, 2]]),
+        ("images", [[]]),
+        ("videos", [["a.mp4", "beside"]]),
+        ("videos", [["a.mp4", "after", 0]]),
+        ("references", [3]),
+        ("overwrite", 1),
+        ("overwrite", "yes"),
+        ("output", ""),
+        ("output", "a\0b.mp4"),
+        ("num_frames", 2.5),
+        ("num_frames", []),
+        ("sampler", "euler"),
+        ("dtype", "float16"),
+        ("quantize", 5),
+        ("quantize", "half"),
+        ("camera", 3),
+        ("lpl", "never"),
+        ("lpl", True),
+        ("tdtm", 0),
+        ("tdtm", 2.5),
+    ],
+)
+def test_wrong_types_and_choices_name_the_option(name: str, value: object) -> None:
+    with pytest.raises(UsageError) as caught:
+        GenerationRequest.from_dict({"prompt": "a", name: value})
+    assert label(name) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_choices_are_listed() -> None:
+    with pytest.raises(UsageError, match="auto, float32, bfloat16"):
+        GenerationRequest(prompt="a", dtype="half")
+
+
+@pytest.mark.parametrize("name", REQUIRED)
+def test_what_has_no_model_default_cannot_be_none(name: str) -> None:
+    with pytest.raises(UsageError, match=name):
+        GenerationRequest.from_dict({name: None})
+
+
+def test_only_required_fields_lack_none() -> None:
+    """Every other default is None, so that "not asked" and "the model's default" are the same."""
+    defaults = {f.name: f.default for f in dataclasses.fields(GenerationRequest)}
+    assert {name for name, value in defaults.items() if value is not None} == set(REQUIRED)
+
+
+def test_unknown_names_suggest_the_nearest() -> None:
+    with pytest.raises(UsageError, match="Did you mean guidance"):
+        GenerationRequest.from_dict({"prompt": "a", "guidence": 3})
+    with pytest.raises(UsageError, match="Valid: prompt, model"):
+        GenerationRequest.from_dict({"xyzzy": 3})
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"prompt": ""},
+        {"prompt": " \n\t"},
+        {"seed": -1},
+        {"seed": MAX_SEED + 1},
+        {"steps": 0},
+        {"steps": 1001},
+        {"guidance": -0.1},
+        {"fps": 0},
+        {"fps": 1000},
+        {"preview_every": 0},
+        {"width": 64},
+        {"height": 64},
+        {"width": 64, "height": 0},
+        {"width": 64, "height": -8},
+        {"width": 64, "height": 100_000},
+        {"width": 64, "height": 64, "resolution": "144p"},
+        {"width": 64, "height": 64, "aspect_ratio": "1:1"},
+        {"resolution": "100p"},
+        {"resolution": "240p", "aspect_ratio": "5:1"},
+        {"aspect_ratio": "wide"},
+        {"num_frames": 0},
+        {"num_frames": -17},
+        {"num_frames": 2},
+        {"num_frames": 16},
+        {"num_frames": "3s"},
+    ],
+)
+def test_what_no_model_can_serve_is_refused(values: dict[str, object]) -> None:
+    request = GenerationRequest.from_dict({"prompt": "a", **values})
+    with pytest.raises(UsageError):
+        request.validate()
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"seed": 0},
+        {"seed": MAX_SEED},
+        {"steps": 1},
+        {"guidance": 0},
+        {"guidance": 1},
+        {"width": 64, "height": 64},
+        {"resolution": "144p"},
+        {"aspect_ratio": "1:1"},
+        {"num_frames": 1},
+        {"num_frames": 17},
+        {"num_frames": "4s"},
+    ],
+)
+def test_what_can_be_served_passes(values: dict[str, object]) -> None:
+    request = GenerationRequest.from_dict({"prompt": "a", **values})
+    request.validate()
+    assert values.items() <= request.to_dict().items()
+
+
+def test_seeds_are_kept_or_drawn() -> None:
+    assert GenerationRequest(prompt="a", seed=0).with_seed().seed == 0
+    drawn = {GenerationRequest(prompt="a").with_seed().seed for _ in range(8)}
+    assert len(drawn) > 1
+    assert all(seed is not None and 0 <= seed <= MAX_SEED for seed in drawn)
+
+
+def test_requests_are_immutable() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        GenerationRequest(prompt="a").prompt = "b"  # type: ignore[misc]
+
+
+def test_flags_are_unique_and_the_first_follows_from_the_name() -> None:
+    flags = [flag for option in options().values() for flag in option.flags]
+    assert len(flags) == len(set(flags))
+    for name, option in options().items():
+        single = name.removesuffix("s") if option.many else name
+        assert not option.flags or option.flags[0] == "--" + single.replace("_", "-")
