@@ -15,10 +15,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from benchmarks.common import RESULTS, markdown, write_json
-from mlx_sora.distributed.cost_model import LINKS, Chip, foretell, read_chip
+from mlx_sora.distributed.cost_model import LINKS, Chip, estimate_step, read_chip
 from mlx_sora.geometry import Size, plan_geometry
 from mlx_sora.memory.estimate import shape_sizes
-from mlx_sora.memory.plan import Job, Model
+from mlx_sora.memory.plan import ModelSizes, Workload
 
 SIZES = {"240p": Size(426, 240), "480p": Size(854, 480), "720p": Size(1280, 720)}
 FRAMES, RANKS, TOKENS = (51, 102, 204), (2, 4, 8), 60
@@ -38,15 +38,15 @@ class Row:
     sent: int
 
 
-def rows(model: Model, chip: Chip) -> list[Row]:
+def rows(model: ModelSizes, chip: Chip) -> list[Row]:
     """One Mac, then every link and number of Macs, for every size and length."""
     found = []
     for name, size in SIZES.items():
         for frames in FRAMES:
-            job = Job(plan_geometry(size, frames), TOKENS, 1)
+            job = Workload(plan_geometry(size, frames), TOKENS, 1)
             for link in LINKS:
                 for ranks in (1, *RANKS) if link == LINKS[0] else RANKS:
-                    best = foretell(model, job, chip, link, ranks)[0]
+                    best = estimate_step(model, job, chip, link, ranks)[0]
                     row = (name, frames, link.name, ranks, best.division.mode)
                     found.append(Row(*row, best.seconds, best.share, best.sent))
     return found

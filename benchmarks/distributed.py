@@ -26,14 +26,14 @@ import mlx_sora  # noqa: F401  (before mlx.core, so that the fast BLAS is in pla
 import mlx.core as mx
 
 from benchmarks.common import RESULTS, markdown, write_json
-from mlx_sora.accel.sequence_parallel import Mesh
-from mlx_sora.distributed.group import join
+from mlx_sora.accel.sequence_parallel import SequenceParallel
+from mlx_sora.distributed.group import init_ranks
 from mlx_sora.distributed.partition import sent_bytes
 from mlx_sora.geometry import Size, plan_geometry
 from mlx_sora.loading.model_folder import find_model
 from mlx_sora.loading.networks import load_transformer
 from mlx_sora.memory.flops import Grid
-from mlx_sora.models.hooks import Context, Layout, Whole
+from mlx_sora.models.hooks import Hooks, Sharding, Unsharded
 from mlx_sora.models.stdit3 import STDiT3, STDiT3Config
 from tests.launching import launch
 
@@ -76,13 +76,13 @@ def network(model: str, blocks: int) -> STDiT3:
     return made
 
 
-def evaluations(net: STDiT3, work: Work, layout: Layout) -> Iterator[Callable[[], mx.array]]:
+def evaluations(net: STDiT3, work: Work, layout: Sharding) -> Iterator[Callable[[], mx.array]]:
     """Evaluations of a guided batch, each to be made once."""
     latent = plan_geometry(work.size, work.frames).latent
     z = mx.random.normal((2, *latent, net.config.in_channels), key=mx.random.key(1))
     text = mx.random.normal((TEXT, net.config.caption_channels), key=mx.random.key(2))
     conditions = net.prepare([text, net.null_text(TEXT)], latent, height=240, width=426, fps=24)
-    context = Context(layout=layout)
+    context = Hooks(sharding=layout)
     for i in range(work.count):
         t = mx.array([900.0 - i] * 2)
         yield lambda t=t: net(z, t, conditions, None, context)
@@ -90,17 +90,17 @@ def evaluations(net: STDiT3, work: Work, layout: Layout) -> Iterator[Callable[[]
 
 def measure(name: str, blocks: int, halves: int) -> dict[str, Any]:
     """In one rank: seconds of the fastest evaluation, bytes sent in each, and a sum to compare."""
-    ranks, work = join(), WORKS[name]
+    ranks, work = init_ranks(), WORKS[name]
     net = network(work.model, blocks)
-    mesh = Mesh(ranks, halves) if ranks.size > 1 and halves else None
+    mesh = SequenceParallel(ranks, halves) if ranks.size > 1 and halves else None
     seconds, sent, out = [], 0, mx.zeros(1)
-    for evaluate in evaluations(net, work, mesh or Whole()):
-        ranks.of_first(None)  # all begin at once
-        before, begun = ranks.sent, time.perf_counter()
+    for evaluate in evaluations(net, work, mesh or Unsharded()):
+        ranks.broadcast_object(None)  # all begin at once
+        before, begun = ranks.sent_bytes, time.perf_counter()
         out = evaluate()
         mx.eval(out)
         seconds.append(time.perf_counter() - begun)
-        sent = ranks.sent - before
+        sent = ranks.sent_bytes - before
     grid = Grid.of(net.config, plan_geometry(work.size, work.frames).latent, 2, TEXT)
     return {
         "seconds": min(seconds[1:]) / (1 if halves else ranks.size),

@@ -32,13 +32,13 @@ from benchmarks.ondevice import psnr
 from benchmarks.shapes import world
 from benchmarks.shapes.scorer import FIELDS, FOREGROUND_DISTANCE, read_video
 from mlx_sora import Pipeline, Video
-from mlx_sora.accel.value_sharing import KeptValues
+from mlx_sora.accel.value_sharing import CapturedValues
 from mlx_sora.loading.networks import load_text_encoder, load_transformer, load_vae
-from mlx_sora.models.hooks import Context, ValuePolicy
+from mlx_sora.models.hooks import Hooks, ValueSharing
 from mlx_sora.models.stdit3 import BlockPair
 from mlx_sora.request.edit import INJECT_STEPS, SAMPLER
 from mlx_sora.sampling import SAMPLERS
-from mlx_sora.sampling.guidance import Network, Part, guided
+from mlx_sora.sampling.guidance import CFGSlice, Network, guided
 from mlx_sora.sampling.loop import denoise
 from mlx_sora.text.encoder import TextEncoder
 from mlx_sora.text.prompt import prepare_prompt
@@ -150,7 +150,7 @@ def edits(pipe: Pipeline, chosen: Sequence[Case]) -> Iterator[Edit]:
     ]
     yield tally("new video, no source", chosen, seeded)
     batch = Batch(pipe, chosen)
-    kept = KeptValues()
+    kept = CapturedValues()
     noise = batch.back(kept)
     for inject in INJECTIONS:
         videos = batch.forth(noise, kept, inject)
@@ -182,7 +182,7 @@ class Batch:
         self._times = self._sampler.timesteps(STEPS, height=side, width=side, num_frames=frames)
         self._guidance = pipe.model.defaults.guidance
 
-    def back(self, kept: KeptValues) -> mx.array:
+    def back(self, kept: CapturedValues) -> mx.array:
         """The noise of all clips; keeps values of as many steps as any row shares."""
         z = mx.concatenate(
             [
@@ -191,16 +191,16 @@ class Batch:
             ]
         )
 
-        def values(index: int, t: float) -> ValuePolicy | None:
-            return kept.keep(t) if STEPS - 1 - index < max(INJECTIONS) else None
+        def values(index: int, t: float) -> ValueSharing | None:
+            return kept.capture(t) if STEPS - 1 - index < max(INJECTIONS) else None
 
         return self._follow(z, "truth", values, self._times[::-1], 1.0)
 
-    def forth(self, noise: mx.array, kept: KeptValues, inject: int) -> list[np.ndarray]:
+    def forth(self, noise: mx.array, kept: CapturedValues, inject: int) -> list[np.ndarray]:
         """The clips under the new captions, values shared in `inject` steps."""
 
-        def values(index: int, t: float) -> ValuePolicy | None:
-            return kept.share(t) if index < inject else None
+        def values(index: int, t: float) -> ValueSharing | None:
+            return kept.reuse(t) if index < inject else None
 
         z = self._follow(noise, "asked", values, self._times, self._guidance)
         return [
@@ -214,18 +214,18 @@ class Batch:
         self,
         z: mx.array,
         caption: str,
-        values: Callable[[int, float], ValuePolicy | None],
+        values: Callable[[int, float], ValueSharing | None],
         times: mx.array,
         scale: float,
     ) -> mx.array:
-        def bind(text: Sequence[mx.array], part: Part) -> Network:
+        def bind(text: Sequence[mx.array], part: CFGSlice) -> Network:
             side = world.SIZE
             conditions = self._network.prepare(
                 text, z.shape[1:4], height=side, width=side, fps=world.FPS
             )
 
             def predict(z: mx.array, t: mx.array, x_mask: mx.array | None, index: int) -> mx.array:
-                context = Context[BlockPair](values=values(index, float(t[0].item())))
+                context = Hooks[BlockPair](value_sharing=values(index, float(t[0].item())))
                 return self._network(z, t, conditions, x_mask, context)
 
             return predict

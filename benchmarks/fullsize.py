@@ -37,7 +37,7 @@ from mlx_sora import geometry
 from mlx_sora.memory import flops
 from mlx_sora.memory.limits import memory_scope, release
 from mlx_sora.models import t5
-from mlx_sora.models.hooks import Context
+from mlx_sora.models.hooks import Hooks, Unsharded
 from mlx_sora.models.stdit3 import STDiT3, STDiT3Config
 from mlx_sora.models.vae import VAEConfig, VideoVAE
 
@@ -216,10 +216,10 @@ def transformer(brief: bool) -> Iterator[Case]:
         modulation = 0.1 * normal(2, 1, 6, config.hidden_size)
         z, t = normal(2, *latent, config.in_channels), mx.array([500.0, 500.0])
         # Text keys and values are a run's, not a step's: they are there from here on.
-        mx.eval(pair._blocks(x[:, :1, :1], modulation, known, Context()), known.fps)
+        mx.eval(pair._blocks(x[:, :1, :1], modulation, known, Hooks(), Unsharded()), known.fps)
 
         def blocks(x: mx.array = x, m: mx.array = modulation, known: Any = known) -> mx.array:
-            return pair._blocks(x, m, known, Context())
+            return pair._blocks(x, m, known, Hooks(), Unsharded())
 
         def rest(z: mx.array = z, t: mx.array = t, known: Any = known) -> mx.array:
             return ends(z, t, known)

@@ -39,7 +39,7 @@ from benchmarks.shapes.scorer import Reading, read_video, score
 from mlx_sora import GenerationRequest, Pipeline
 from mlx_sora.loading.model_folder import PARTS, ModelFolder, find_model
 from mlx_sora.loading.networks import load_text_encoder, load_transformer
-from mlx_sora.manage.conversion_plan import Choice, plan_part
+from mlx_sora.manage.conversion_plan import ConversionOptions, plan_part
 from mlx_sora.manage.convert import convert
 from mlx_sora.memory.limits import StageMeter, release
 from mlx_sora.models.quantized import QuantizedLinear
@@ -178,7 +178,7 @@ def shapes(options: argparse.Namespace) -> tuple[dict[str, Any], bool]:
     with tempfile.TemporaryDirectory() as root:
         models = {PLAIN: plain}
         for bits in BITS:
-            made = convert(plain, Path(root) / f"{bits}", Choice(bits))
+            made = convert(plain, Path(root) / f"{bits}", ConversionOptions(bits))
             models[f"{bits} bits"] = ModelFolder.open(made.path)
         errors = {
             name: network_errors(plain, model) for name, model in models.items() if name != PLAIN
@@ -222,13 +222,13 @@ def full_size(folder: Path, keep: bool) -> tuple[dict[str, Any], bool]:
         mx.reset_peak_memory()
         before = mx.get_active_memory()
         with StageMeter("convert") as meter:
-            convert(model, target, Choice(8))
+            convert(model, target, ConversionOptions(8))
         assert meter.usage is not None
         result = {
             "source_bytes": sum(stored(source / part) for part in PARTS),
             "stored": {part: stored(target / part) for part in PARTS},
             "stored_4_bits": {
-                part: sum(shard.nbytes for shard in plan_part(model, part, Choice(4)))
+                part: sum(shard.nbytes for shard in plan_part(model, part, ConversionOptions(4)))
                 for part in MOST
             },
             "largest_block": block,
@@ -245,7 +245,7 @@ def full_size(folder: Path, keep: bool) -> tuple[dict[str, Any], bool]:
 
 def _largest_block(model: ModelFolder) -> int:
     """Bytes of T5's largest block as it is stored."""
-    return max(shard.stored for shard in plan_part(model, "text_encoder", Choice())[:-1])
+    return max(shard.stored for shard in plan_part(model, "text_encoder", ConversionOptions())[:-1])
 
 
 def arguments() -> argparse.Namespace:

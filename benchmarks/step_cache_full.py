@@ -24,15 +24,15 @@ from mlx.utils import tree_map
 
 from benchmarks.common import RESULTS, arguments, markdown, seconds, write_json
 from mlx_sora.accel import step_cache
-from mlx_sora.accel.base import Job
+from mlx_sora.accel.base import ScheduleInfo
 from mlx_sora.accel.step_cache import StepCache
 from mlx_sora.memory.flops import Grid
 from mlx_sora.memory.limits import memory_scope, release
 from mlx_sora.memory.requirements import stream_bytes
-from mlx_sora.models.hooks import Context
+from mlx_sora.models.hooks import Hooks
 from mlx_sora.models.stdit3 import BlockPair, STDiT3, STDiT3Config
 from mlx_sora.request.modes import STEP_CACHE
-from mlx_sora.sampling.guidance import Part
+from mlx_sora.sampling.guidance import CFGSlice
 
 GRID, HEIGHT, WIDTH, DEPTH, STEPS, BATCH = (15, 18, 32), 144, 256, 28, 30, 2
 MODES = ("every:3", "every:3,order=1", "online", "online:threshold=0.15,order=1")
@@ -70,10 +70,10 @@ class Steps:
         self.stream = stream_bytes(config, Grid.of(config, GRID, BATCH, 40))
 
     def __call__(self, step: int, cache: StepCache | None = None) -> None:
-        stack = None if cache is None else cache.stack(step, Part(0, BATCH))
+        stack = None if cache is None else cache.block_cache(step, CFGSlice(0, BATCH))
         # The latents move as they do in a run, so that an online rule has something to measure.
         z, t = self.z * (1 - step / (2 * STEPS)), mx.full((BATCH,), 1000.0 - step)
-        context = Context[BlockPair](stack=stack)
+        context = Hooks[BlockPair](block_cache=stack)
         mx.eval(self.network(z, t, self.conditions, None, context))
 
 
@@ -82,7 +82,7 @@ def _random(x: mx.array) -> mx.array:
 
 
 def cache_of(mode: str) -> StepCache:
-    return step_cache.start(STEP_CACHE.read(mode), Job(STEPS, 1, GRID[0]))
+    return step_cache.start(STEP_CACHE.parse(mode), ScheduleInfo(STEPS, 1, GRID[0]))
 
 
 def exact_seconds(steps: Steps, runs: int) -> float:
@@ -96,7 +96,9 @@ class _Known(StepCache):
     """Hands out a sum that costs nothing, to time what goes around the blocks."""
 
     def __init__(self, steps: Steps) -> None:
-        super().__init__(step_cache.Scheduled(frozenset(), STEPS), 0, Job(STEPS, 1, GRID[0]))
+        super().__init__(
+            step_cache.Scheduled(frozenset(), STEPS), 0, ScheduleInfo(STEPS, 1, GRID[0])
+        )
 
     def sums(self, call: object, x: mx.array) -> mx.array:
         return mx.zeros((1, 1, 1, 1))
@@ -111,10 +113,10 @@ def own_seconds(mode: str, shape: tuple[int, ...], runs: int) -> tuple[float, fl
         mx.eval(x, out)
 
         def call(step: int = step, x: mx.array = x, out: mx.array = out) -> None:
-            seam = cache.stack(step % STEPS, Part(0, BATCH))
-            known = seam.instead(x, mx.full((BATCH,), 1000.0 - step), None)
+            seam = cache.block_cache(step % STEPS, CFGSlice(0, BATCH))
+            known = seam.cached_residual(x, mx.full((BATCH,), 1000.0 - step), None)
             if known is None:
-                seam.computed(x, out)
+                seam.update(x, out)
             else:
                 mx.eval(x + known)
 
@@ -162,7 +164,7 @@ def main() -> None:
         for mode in MODES:
             own = own_seconds(mode, shape, options.runs)
             kept, peak = memory(steps, bare, mode, plain)
-            planned = int(cache_of(mode).tensors * steps.stream)
+            planned = int(cache_of(mode).cached_residuals * steps.stream)
             share = None if own[1] is None else own[1] / exact
             rows.append(Row(mode, *own, own[0] / exact, share, kept, peak, planned))
             print(rows[-1], flush=True)

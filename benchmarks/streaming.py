@@ -29,7 +29,7 @@ from mlx_sora.loading.model_folder import ModelFolder
 from mlx_sora.loading.networks import load_transformer, stream_transformer
 from mlx_sora.loading.safetensors import TensorInfo, load_tensors
 from mlx_sora.memory.limits import release
-from mlx_sora.models.hooks import AllTokens, Context, TokenPolicy
+from mlx_sora.models.hooks import Hooks, NoMerging, TokenMerging
 from mlx_sora.models.stdit3 import BlockPair, STDiT3
 
 #: Latent frames, height and width; pixels of a frame.
@@ -102,9 +102,9 @@ class Passes:
         )
 
     def __call__(
-        self, blocks: BlockStream[BlockPair] | None = None, tokens: TokenPolicy | None = None
+        self, blocks: BlockStream[BlockPair] | None = None, tokens: TokenMerging | None = None
     ) -> None:
-        context = Context[BlockPair](blocks, tokens or AllTokens())
+        context = Hooks[BlockPair](blocks, tokens or NoMerging())
         mx.eval(self.network(self.z, self.t, self.conditions, None, context))
 
 

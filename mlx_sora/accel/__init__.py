@@ -14,8 +14,8 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_sora.accel import guidance_cache, guidance_interval, lpl, step_cache, tdtm
-from mlx_sora.accel.base import Acceleration, Job
-from mlx_sora.models.hooks import BlockProvider, Context, StackPolicy
+from mlx_sora.accel.base import Acceleration, ScheduleInfo
+from mlx_sora.models.hooks import BlockProvider, BlockStackCache, Hooks
 from mlx_sora.models.stdit3 import BlockPair
 from mlx_sora.request.modes import (
     GUIDANCE_CACHE,
@@ -23,16 +23,16 @@ from mlx_sora.request.modes import (
     LPL,
     STEP_CACHE,
     TDTM,
-    Chosen,
     Modes,
+    ParsedMode,
 )
 from mlx_sora.sampling.base import AllSteps, State, Step, StepPolicy
-from mlx_sora.sampling.guidance import GuidancePolicy, Halves, Part
+from mlx_sora.sampling.guidance import CFGPredictions, CFGSlice, GuidancePolicy
 from mlx_sora.sampling.loop import StepResult
 
 #: Field of the request: its modes, and what starts the technique in a mode other than off. Each
 #: knows which steps those before it leave out.
-ACCELERATIONS: dict[str, tuple[Modes, Callable[[Chosen, Job], Acceleration]]] = {
+ACCELERATIONS: dict[str, tuple[Modes, Callable[[ParsedMode, ScheduleInfo], Acceleration]]] = {
     "lpl": (LPL, lpl.start),
     "tdtm": (TDTM, tdtm.start),
     "step_cache": (STEP_CACHE, step_cache.start),
@@ -46,19 +46,23 @@ OFF = "off"
 class Accelerations:
     """The techniques at work in one run, as one. With none, the run is the plain one."""
 
-    def __init__(self, modes: Mapping[str, str], job: Job) -> None:
+    def __init__(self, modes: Mapping[str, str], job: ScheduleInfo) -> None:
         """modes: field of the request to its value; those left out are off."""
         self._modes, self._job = dict(modes), job
         self._active: dict[str, Acceleration] = {}
         for name, (read, start) in ACCELERATIONS.items():
-            mode = read.read(modes.get(name, OFF))
+            mode = read.parse(modes.get(name, OFF))
             if mode.name != OFF:
                 part = self._active[name] = start(mode, job)
-                job = replace(job, skipped=job.skipped | part.skipped, alone=job.alone | part.alone)
+                job = replace(
+                    job,
+                    skipped_steps=job.skipped_steps | part.skipped_steps,
+                    cond_only_steps=job.cond_only_steps | part.cond_only_steps,
+                )
         #: Steps in which no block runs, and only the half with prompt, as far as that is known.
-        self.skipped, self.alone = job.skipped, job.alone
+        self.skipped_steps, self.cond_only_steps = job.skipped_steps, job.cond_only_steps
 
-    def anew(self) -> Accelerations:
+    def fresh_copy(self) -> Accelerations:
         """The same techniques for another run of the same kind, with nothing known of this one."""
         return Accelerations(self._modes, self._job)
 
@@ -82,34 +86,32 @@ class Accelerations:
         return _FirstOf(policies) if policies else None
 
     @property
-    def tensors(self) -> float:
+    def cached_residuals(self) -> float:
         """Residual streams of an evaluation that are kept."""
-        return sum(part.tensors for part in self._active.values())
+        return sum(part.cached_residuals for part in self._active.values())
 
-    def stack(self, step: int, part: Part) -> StackPolicy | None:
+    def block_cache(self, step: int, part: CFGSlice) -> BlockStackCache | None:
         """What stands for the blocks in one call of the network, in step `step`."""
-        found = [each.stack(step, part) for each in self._active.values()]
+        found = [each.block_cache(step, part) for each in self._active.values()]
         policies = [policy for policy in found if policy is not None]
         assert len(policies) <= 1, "two techniques want to stand for the blocks"
         return policies[0] if policies else None
 
-    def context(
-        self, step: int, blocks: BlockProvider[BlockPair] | None = None
-    ) -> Context[BlockPair]:
+    def hooks(self, step: int, blocks: BlockProvider[BlockPair] | None = None) -> Hooks[BlockPair]:
         """What fills the network's seams in step `step`. blocks: None keeps the network's own."""
-        found = [part.tokens(step) for part in self._active.values()]
+        found = [part.token_merging(step) for part in self._active.values()]
         tokens = [policy for policy in found if policy is not None]
         assert len(tokens) <= 1, "two techniques want to merge tokens"
-        return Context(blocks, tokens[0]) if tokens else Context(blocks)
+        return Hooks(blocks, tokens[0]) if tokens else Hooks(blocks)
 
-    def merges(self, step: int) -> bool:
+    def merges_tokens(self, step: int) -> bool:
         """Whether fewer tokens than all attend in step `step`: such steps need less memory."""
-        return any(part.tokens(step) is not None for part in self._active.values())
+        return any(part.token_merging(step) is not None for part in self._active.values())
 
-    def watch(self, result: StepResult) -> None:
+    def on_step_end(self, result: StepResult) -> None:
         """Show every technique a step that was made."""
         for part in self._active.values():
-            part.watch(result)
+            part.on_step_end(result)
 
     def state(self) -> State:
         """What each technique knows after a step, by name."""
@@ -135,13 +137,13 @@ class _FirstOf:
     def __init__(self, policies: list[GuidancePolicy]) -> None:
         self._policies = policies
 
-    def instead(self, step: Step, /) -> Callable[[mx.array], mx.array] | None:
+    def predict_uncond(self, step: Step, /) -> Callable[[mx.array], mx.array] | None:
         for policy in self._policies:
-            make = policy.instead(step)
+            make = policy.predict_uncond(step)
             if make is not None:
                 return make
         return None
 
-    def computed(self, step: Step, halves: Halves, /) -> None:
+    def update(self, step: Step, halves: CFGPredictions, /) -> None:
         for policy in self._policies:
-            policy.computed(step, halves)
+            policy.update(step, halves)

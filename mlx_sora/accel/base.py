@@ -12,14 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlx_sora.models.hooks import StackPolicy, TokenPolicy
+from mlx_sora.models.hooks import BlockStackCache, TokenMerging
 from mlx_sora.sampling.base import State, StepPolicy
-from mlx_sora.sampling.guidance import GuidancePolicy, Part
+from mlx_sora.sampling.guidance import CFGSlice, GuidancePolicy
 from mlx_sora.sampling.loop import StepResult
 
 
 @dataclass(frozen=True)
-class Job:
+class ScheduleInfo:
     """The run that a technique is asked for: its steps, velocity evaluations per step, and T.
 
     guided: with and without prompt. times: flow time at the start of each step. model, size: the
@@ -36,8 +36,8 @@ class Job:
     times: tuple[float, ...] = ()
     model: Path | None = None
     size: tuple[int, int, int] = (0, 0, 0)
-    skipped: frozenset[int] = frozenset()
-    alone: frozenset[int] = frozenset()
+    skipped_steps: frozenset[int] = frozenset()
+    cond_only_steps: frozenset[int] = frozenset()
     agree: Callable[[bool], bool] = bool
 
 
@@ -50,9 +50,9 @@ class Acceleration(ABC):
     """
 
     warnings: tuple[str, ...] = ()
-    skipped: frozenset[int] = frozenset()
-    alone: frozenset[int] = frozenset()
-    tensors: float = 0
+    skipped_steps: frozenset[int] = frozenset()
+    cond_only_steps: frozenset[int] = frozenset()
+    cached_residuals: float = 0
 
     @property
     def policy(self) -> StepPolicy | None:
@@ -64,11 +64,11 @@ class Acceleration(ABC):
         """Says when the half without prompt is not run."""
         return None
 
-    def tokens(self, step: int) -> TokenPolicy | None:
+    def token_merging(self, step: int) -> TokenMerging | None:
         """The tokens that attend in step `step`."""
         return None
 
-    def stack(self, step: int, part: Part) -> StackPolicy | None:
+    def block_cache(self, step: int, part: CFGSlice) -> BlockStackCache | None:
         """What stands for the blocks in one call of the network, in step `step`."""
         return None
 
@@ -84,7 +84,7 @@ class Acceleration(ABC):
         assert not state, "what knows something has to be able to know it again"
 
     @abstractmethod
-    def watch(self, result: StepResult) -> None:
+    def on_step_end(self, result: StepResult) -> None:
         """Look at a step that was made."""
 
     @abstractmethod

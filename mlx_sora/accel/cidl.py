@@ -19,7 +19,7 @@ from typing import Generic, TypeVar
 import mlx.core as mx
 
 from mlx_sora.loading.blocks import BlockSource
-from mlx_sora.memory.residency import Blocks, Residency, spread
+from mlx_sora.memory.residency import Blocks, Residency, evenly_spaced
 
 Block = TypeVar("Block")
 
@@ -64,7 +64,7 @@ class BlockStream(Generic[Block]):
         self._policy = resident if isinstance(resident, Residency) else None
         self._keep: frozenset[int] = frozenset()
         if isinstance(resident, int):
-            self._keep = spread(len(source), max(0, resident))
+            self._keep = evenly_spaced(len(source), max(0, resident))
         self._undecided = self._policy is not None and cyclic
         self._measuring = False
         self._ahead_allowed = prefetch
@@ -109,16 +109,16 @@ class BlockStream(Generic[Block]):
             self._drop(index)
         self._ask_ahead(index)
 
-    def reconsider(self) -> None:
+    def remeasure(self) -> None:
         """The next pass differs in memory (batch, merged tokens): measure again, decide again.
 
         Blocks that stay with a fixed `resident` stay.
         """
         self._undecided = self._policy is not None and self._cyclic
 
-    def lessen(self) -> bool:
+    def shrink(self) -> bool:
         """Have no more stay than is measured to fit, from the next pass on; whether any do now."""
-        self.reconsider()
+        self.remeasure()
         return bool(self._keep)
 
     def close(self) -> None:
@@ -148,7 +148,7 @@ class BlockStream(Generic[Block]):
         room = self._policy.measured(index, Blocks(source.nbytes, source.loading_bytes))
         if room is not None:
             self._measuring = False
-            self._keep = spread(len(source), room.resident)
+            self._keep = evenly_spaced(len(source), room.resident)
             self._ahead_allowed = self._prefetch and room.prefetch
 
     def _take(self, index: int) -> dict[str, mx.array]:

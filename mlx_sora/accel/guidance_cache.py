@@ -13,10 +13,10 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_sora.accel.base import Acceleration, Job
-from mlx_sora.request.modes import Chosen
+from mlx_sora.accel.base import Acceleration, ScheduleInfo
+from mlx_sora.request.modes import ParsedMode
 from mlx_sora.sampling.base import State, Step
-from mlx_sora.sampling.guidance import GuidancePolicy, Halves
+from mlx_sora.sampling.guidance import CFGPredictions, GuidancePolicy
 from mlx_sora.sampling.loop import StepResult
 
 #: Frequencies below this share of the shorter side are low.
@@ -25,7 +25,7 @@ RADIUS = 1 / 5
 #: Shares of the run: low frequencies get the boost until the one, high ones from the other on.
 LOW_UNTIL, HIGH_FROM = 5 / 6, 2 / 3
 
-_HALVES = ("low", "high")
+_BANDS = ("low", "high")
 
 
 class GuidanceCache(Acceleration):
@@ -35,23 +35,27 @@ class GuidanceCache(Acceleration):
     Steps that run no block are not counted as full ones, nor those without guidance.
     """
 
-    def __init__(self, each: int, after: float, boost: float, job: Job) -> None:
+    def __init__(self, each: int, after: float, boost: float, job: ScheduleInfo) -> None:
         self._boost, self._job = boost, job
-        self.alone = _alone(each, math.ceil(after * job.steps), job)
-        self._difference: Halves | None = None
+        self.cond_only_steps = _alone(each, math.ceil(after * job.steps), job)
+        self._difference: CFGPredictions | None = None
         self._halves = self._spared = 0
         if not job.guided:
             self.warnings = ("--guidance-cache changes nothing: there is no guidance.",)
-        elif not self.alone:
+        elif not self.cond_only_steps:
             self.warnings = (f"--guidance-cache saves nothing in {job.steps} steps.",)
 
     @property
     def guidance(self) -> GuidancePolicy:
         return self
 
-    def instead(self, step: Step, /) -> Callable[[mx.array], mx.array] | None:
+    def predict_uncond(self, step: Step, /) -> Callable[[mx.array], mx.array] | None:
         self._halves += 1
-        if step.index not in self.alone or self._difference is None or step.fresh is not None:
+        if (
+            step.index not in self.cond_only_steps
+            or self._difference is None
+            or step.fresh is not None
+        ):
             return None
         self._spared += 1
         low, high = self._difference
@@ -61,16 +65,16 @@ class GuidanceCache(Acceleration):
             high = self._boost * high
         return lambda with_prompt: with_prompt + (low + high)
 
-    def computed(self, step: Step, halves: Halves, /) -> None:
+    def update(self, step: Step, halves: CFGPredictions, /) -> None:
         with_prompt, without = halves
         self._difference = _split(without - with_prompt)
         mx.eval(*self._difference)
 
-    def watch(self, result: StepResult) -> None:
+    def on_step_end(self, result: StepResult) -> None:
         """Everything is known from the evaluations."""
 
     def state(self) -> State:
-        kept = {} if self._difference is None else dict(zip(_HALVES, self._difference, strict=True))
+        kept = {} if self._difference is None else dict(zip(_BANDS, self._difference, strict=True))
         return {"halves": self._halves, "spared": self._spared, "difference": kept}
 
     def restore(self, state: State, /) -> None:
@@ -89,21 +93,21 @@ class GuidanceCache(Acceleration):
         )
 
 
-def _alone(each: int, after: int, job: Job) -> frozenset[int]:
+def _alone(each: int, after: int, job: ScheduleInfo) -> frozenset[int]:
     """Steps with the half with prompt alone."""
     alone, last = set(), None
     for step in range(job.steps if job.guided else 0):
-        if step in job.alone:
+        if step in job.cond_only_steps:
             continue
         due = last is None or step < after or step - last >= each
-        if due and step not in job.skipped:
+        if due and step not in job.skipped_steps:
             last = step
         elif last is not None and step >= after:
             alone.add(step)
     return frozenset(alone)
 
 
-def _split(x: mx.array) -> Halves:
+def _split(x: mx.array) -> CFGPredictions:
     """Low and high frequencies of each frame and channel of x [B, T, H, W, C]."""
     height, width = x.shape[2:4]
     rows, columns = _frequencies(height), _frequencies(width)
@@ -122,7 +126,7 @@ def _frequencies(count: int) -> mx.array:
     return mx.minimum(places, count - places)
 
 
-def start(mode: Chosen, job: Job) -> GuidanceCache:
+def start(mode: ParsedMode, job: ScheduleInfo) -> GuidanceCache:
     """What the option --guidance-cache asks for, unless it is off."""
     values = mode.values
     return GuidanceCache(int(values["each"]), values["after"], values["boost"], job)

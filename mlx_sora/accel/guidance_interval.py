@@ -11,41 +11,41 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_sora.accel.base import Acceleration, Job
+from mlx_sora.accel.base import Acceleration, ScheduleInfo
 from mlx_sora.errors import UsageError
-from mlx_sora.request.modes import Chosen
+from mlx_sora.request.modes import ParsedMode
 from mlx_sora.sampling.base import State, Step
-from mlx_sora.sampling.guidance import GuidancePolicy, Halves
+from mlx_sora.sampling.guidance import CFGPredictions, GuidancePolicy
 from mlx_sora.sampling.loop import StepResult
 
 
 class GuidanceInterval(Acceleration):
     """Guidance where low <= t <= high, t being the flow time that a step begins at."""
 
-    def __init__(self, low: float, high: float, job: Job) -> None:
+    def __init__(self, low: float, high: float, job: ScheduleInfo) -> None:
         self._low, self._high, self._steps = low, high, job.steps
         self._guided = 0
         self._made = 0
         outside = (i for i, t in enumerate(job.times) if not low <= t <= high)
-        self.alone = frozenset(outside if job.guided else ())
+        self.cond_only_steps = frozenset(outside if job.guided else ())
         if not job.guided:
             self.warnings = ("--guidance-interval changes nothing: there is no guidance.",)
-        elif len(self.alone) == job.steps:
+        elif len(self.cond_only_steps) == job.steps:
             self.warnings = ("--guidance-interval covers no step: there will be no guidance.",)
 
     @property
     def guidance(self) -> GuidancePolicy:
         return self
 
-    def instead(self, step: Step, /) -> Callable[[mx.array], mx.array] | None:
-        return (lambda with_prompt: with_prompt) if step.index in self.alone else None
+    def predict_uncond(self, step: Step, /) -> Callable[[mx.array], mx.array] | None:
+        return (lambda with_prompt: with_prompt) if step.index in self.cond_only_steps else None
 
-    def computed(self, step: Step, halves: Halves, /) -> None:
+    def update(self, step: Step, halves: CFGPredictions, /) -> None:
         """Nothing is kept."""
 
-    def watch(self, result: StepResult) -> None:
+    def on_step_end(self, result: StepResult) -> None:
         self._made += 1
-        self._guided += result.step.index not in self.alone
+        self._guided += result.step.index not in self.cond_only_steps
 
     def state(self) -> State:
         return {"made": self._made, "guided": self._guided}
@@ -61,7 +61,7 @@ class GuidanceInterval(Acceleration):
         return f"guidance_interval: guidance in {self._guided} of {self._made} steps"
 
 
-def start(mode: Chosen, job: Job) -> GuidanceInterval:
+def start(mode: ParsedMode, job: ScheduleInfo) -> GuidanceInterval:
     """What the option --guidance-interval asks for, unless it is off."""
     low, high = mode.values["low"], mode.values["high"]
     if low > high:

@@ -18,15 +18,15 @@ from typing import Any, Protocol
 
 import mlx.core as mx
 
-from mlx_sora.accel.base import Acceleration, Job
-from mlx_sora.request.modes import Chosen
+from mlx_sora.accel.base import Acceleration, ScheduleInfo
+from mlx_sora.request.modes import ParsedMode
 from mlx_sora.sampling.base import (
     NOISE_TIME,
     Decision,
-    Run,
     State,
     Step,
     StepPolicy,
+    Trajectory,
     restore,
     state_of,
 )
@@ -36,7 +36,7 @@ from mlx_sora.sampling.loop import StepResult
 TINY = 1e-8
 
 
-class Rule(StepPolicy, Protocol):
+class LeapRule(StepPolicy, Protocol):
     """Says when to leap."""
 
     def earliest(self, steps: int, /) -> int:
@@ -52,7 +52,7 @@ class FixedLeap:
     def earliest(self, steps: int, /) -> int:
         return self.steps
 
-    def start(self, run: Run, /) -> Decision:
+    def start(self, run: Trajectory, /) -> Decision:
         return _WhenReady(run, lambda step: step.index >= self.steps)
 
 
@@ -65,17 +65,17 @@ class TimedLeap:
     def earliest(self, steps: int, /) -> int:
         return 0
 
-    def start(self, run: Run, /) -> Decision:
+    def start(self, run: Trajectory, /) -> Decision:
         return _WhenReady(run, lambda step: bool((step.t <= self.time).all().item()))
 
 
 class _WhenReady:
     """Leaps when `due` says so and no frame waits."""
 
-    def __init__(self, run: Run, due: Callable[[Step], bool]) -> None:
+    def __init__(self, run: Trajectory, due: Callable[[Step], bool]) -> None:
         self._run, self._due = run, due
 
-    def leaps(self, step: Step, z: mx.array, v: mx.array, /) -> bool:
+    def should_leap(self, step: Step, z: mx.array, v: mx.array, /) -> bool:
         return self._due(step) and not any(waiting(self._run, step))
 
 
@@ -119,7 +119,7 @@ class AdaptiveLeap:
     def earliest(self, steps: int, /) -> int:
         return max(1, math.ceil(self.minimum * steps) - 1) + self.patience
 
-    def start(self, run: Run, /) -> SimilarVelocities:
+    def start(self, run: Trajectory, /) -> SimilarVelocities:
         return SimilarVelocities(self, run)
 
 
@@ -129,7 +129,7 @@ class SimilarVelocities:
     similarities: for every step but the first, that of each sample.
     """
 
-    def __init__(self, rule: AdaptiveLeap, run: Run) -> None:
+    def __init__(self, rule: AdaptiveLeap, run: Trajectory) -> None:
         batch = int(run.times.shape[1])
         self.similarities: list[list[float]] = []
         self._minimum = rule.minimum
@@ -138,7 +138,7 @@ class SimilarVelocities:
         self._ready = [False] * batch
         self._previous: mx.array | None = None
 
-    def leaps(self, step: Step, z: mx.array, v: mx.array, /) -> bool:
+    def should_leap(self, step: Step, z: mx.array, v: mx.array, /) -> bool:
         previous, self._previous = self._previous, v
         if previous is None:
             return False
@@ -189,7 +189,7 @@ class ReferenceLeap:
     def earliest(self, steps: int, /) -> int:
         return max(1, self.minimum) + self.patience - 1
 
-    def start(self, run: Run, /) -> SimilarRows:
+    def start(self, run: Trajectory, /) -> SimilarRows:
         return SimilarRows(self)
 
 
@@ -202,7 +202,7 @@ class SimilarRows:
         self._minimum = rule.minimum
         self._previous: mx.array | None = None
 
-    def leaps(self, step: Step, z: mx.array, v: mx.array, /) -> bool:
+    def should_leap(self, step: Step, z: mx.array, v: mx.array, /) -> bool:
         rows = v[0, 0, :, :, 0]
         previous, self._previous = self._previous, rows
         if previous is None:
@@ -241,7 +241,7 @@ def similarity(v: mx.array, previous: mx.array, step: Step) -> list[float]:
     return values
 
 
-def waiting(run: Run, step: Step) -> list[bool]:
+def waiting(run: Trajectory, step: Step) -> list[bool]:
     """Whether, of each sample, a frame that is held in `step` will move in a later one."""
     if run.mask is None or step.x_mask is None:
         return [False] * int(run.times.shape[1])
@@ -261,8 +261,8 @@ class _Agreed:
     def __init__(self, decision: Decision, agree: Callable[[bool], bool]) -> None:
         self._decision, self._agree = decision, agree
 
-    def leaps(self, step: Step, z: mx.array, v: mx.array, /) -> bool:
-        return self._agree(self._decision.leaps(step, z, v))
+    def should_leap(self, step: Step, z: mx.array, v: mx.array, /) -> bool:
+        return self._agree(self._decision.should_leap(step, z, v))
 
     def state(self) -> State:
         return state_of(self._decision)
@@ -274,7 +274,7 @@ class _Agreed:
 class Leap(Acceleration, StepPolicy):
     """A rule at work in the pipeline, and what came of it."""
 
-    def __init__(self, rule: Rule, mode: str, job: Job) -> None:
+    def __init__(self, rule: LeapRule, mode: str, job: ScheduleInfo) -> None:
         """mode: how the option spells the rule."""
         self._rule, self._job = rule, job
         self._decision: Decision | None = None
@@ -286,11 +286,11 @@ class Leap(Acceleration, StepPolicy):
     def policy(self) -> StepPolicy:
         return self
 
-    def start(self, run: Run, /) -> Decision:
+    def start(self, run: Trajectory, /) -> Decision:
         self._decision = self._rule.start(run)
         return _Agreed(self._decision, self._job.agree)
 
-    def watch(self, result: StepResult) -> None:
+    def on_step_end(self, result: StepResult) -> None:
         if result.leapt:
             self._end = result
 
@@ -323,12 +323,12 @@ def _rounded(value: float | list[float]) -> float | list[float]:
     return [round(v, 6) for v in value] if isinstance(value, list) else round(value, 6)
 
 
-def start(mode: Chosen, job: Job) -> Leap:
+def start(mode: ParsedMode, job: ScheduleInfo) -> Leap:
     """What the option --lpl asks for, unless it is off."""
     return Leap(_rule(mode), mode.text, job)
 
 
-def _rule(mode: Chosen) -> Rule:
+def _rule(mode: ParsedMode) -> LeapRule:
     values = mode.values
     if mode.name == "fixed":
         return FixedLeap(int(values["steps"]))

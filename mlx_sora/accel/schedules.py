@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mlx_sora.accel.base import Job
+from mlx_sora.accel.base import ScheduleInfo
 from mlx_sora.errors import UsageError
 from mlx_sora.utils.json import read_object
 
@@ -22,7 +22,7 @@ FOLDER = "step_cache"
 
 
 @dataclass(frozen=True)
-class Table:
+class ScheduleTable:
     """Schedules of one model, number of steps, and size.
 
     orders: order of the forecast → number of computed steps → these steps, by index. errors: how
@@ -55,7 +55,7 @@ def table_path(model: Path, steps: int, size: tuple[int, int, int]) -> Path:
     return model / FOLDER / f"{steps}-steps-{width}x{height}-{frames}.json"
 
 
-def read_schedule(computed: int, order: int, job: Job, file: str = "") -> frozenset[int]:
+def read_schedule(computed: int, order: int, job: ScheduleInfo, file: str = "") -> frozenset[int]:
     """The steps, `computed` of them, in which the blocks run; from `file`, else from the model.
 
     Raises UsageError where there is no such table or schedule.
@@ -78,10 +78,10 @@ def read_schedule(computed: int, order: int, job: Job, file: str = "") -> frozen
     return frozenset(schedules[str(computed)])
 
 
-def read_table(path: Path) -> Table:
+def read_table(path: Path) -> ScheduleTable:
     """A table from its file. Raises UsageError where there is none, or something else."""
     try:
-        table = Table(**read_object(path))
+        table = ScheduleTable(**read_object(path))
         numbers = (table.steps, table.width, table.height, table.num_frames)
         whole = all(type(number) is int for number in numbers)
         steps = range(table.steps)

@@ -15,11 +15,11 @@ from collections.abc import Sequence
 import mlx.core as mx
 
 from mlx_sora.distributed.group import Ranks
-from mlx_sora.distributed.partition import Division, cut
-from mlx_sora.models.hooks import Layout, Share, Whole
+from mlx_sora.distributed.partition import ParallelPlan, split_evenly
+from mlx_sora.models.hooks import Shard, Sharding, Unsharded
 
 
-class Mesh(Layout):
+class SequenceParallel(Sharding):
     """`ranks` in `halves` groups, each for its part of the batch; fills the seam Layout."""
 
     def __init__(self, ranks: Ranks, halves: int = 1) -> None:
@@ -29,27 +29,29 @@ class Mesh(Layout):
         self._ranks = ranks
         parts = ranks.size // halves
         self._group = ranks.split(ranks.rank // parts) if 1 < parts < ranks.size else None
-        self.division = Division(ranks.size, halves, apart=self._group is not None, ring=ranks.ring)
+        self.division = ParallelPlan(
+            ranks.size, halves, subgroups=self._group is not None, ring=ranks.ring
+        )
 
-    def share(self, shape: Sequence[int], stride: int) -> Share:
+    def shard(self, shape: Sequence[int], stride: int) -> Shard:
         batch, frames, tokens = shape
-        division = self.division.of(batch)
+        division = self.division.for_batch(batch)
         if division.ranks == 1:
-            return Whole()
-        half, part = divmod(self._ranks.rank, division.parts)
-        rows = batch // division.halves
-        return _Share(
+            return Unsharded()
+        half, part = divmod(self._ranks.rank, division.sp_degree)
+        rows = batch // division.cfg_degree
+        return _TokenShard(
             self._ranks,
-            self._group if division.apart else None,
-            division.paired,
+            self._group if division.subgroups else None,
+            division.pairwise,
             slice(half * rows, (half + 1) * rows),
             part,
-            cut(frames, division.parts, stride),
-            cut(tokens, division.parts),
+            split_evenly(frames, division.sp_degree, stride),
+            split_evenly(tokens, division.sp_degree),
         )
 
 
-class _Share:
+class _TokenShard:
     """Part `part` of those that `frames` and `places` are cut into, for the samples `rows`.
 
     group: those that share the samples, where they can be spoken to alone; paired: these are two
@@ -66,31 +68,31 @@ class _Share:
         frames: Sequence[range],
         places: Sequence[range],
     ) -> None:
-        self.rows = rows
+        self.batch_slice = rows
         self._ranks, self._group, self._paired = ranks, group, paired
         self._frames, self._places, self._part = frames, places, part
 
-    def enter(self, x: mx.array) -> mx.array:
-        return self.frames(x[self.rows])
+    def scatter(self, x: mx.array) -> mx.array:
+        return self.scatter_frames(x[self.batch_slice])
 
-    def frames(self, x: mx.array) -> mx.array:
+    def scatter_frames(self, x: mx.array) -> mx.array:
         return x if x.shape[1] == 1 else _cut(x, 1, self._frames[self._part])
 
-    def to_space(self, x: mx.array) -> mx.array:
-        return self._exchanged(x, 1, self._frames, self._places)
+    def to_temporal(self, x: mx.array) -> mx.array:
+        return self._all_to_all(x, 1, self._frames, self._places)
 
-    def to_frames(self, x: mx.array) -> mx.array:
-        return self._exchanged(x, 2, self._places, self._frames)
+    def to_spatial(self, x: mx.array) -> mx.array:
+        return self._all_to_all(x, 2, self._places, self._frames)
 
-    def whole(self, x: mx.array) -> mx.array:
-        parts, count = self._ranks.gather(_padded(x, 2, self._places)), len(self._places)
+    def gather(self, x: mx.array) -> mx.array:
+        parts, count = self._ranks.all_gather(_padded(x, 2, self._places)), len(self._places)
         halves = [
             mx.concatenate(_used(parts[i : i + count], 2, self._places), axis=2)
             for i in range(0, len(parts), count)
         ]
         return mx.concatenate(halves)
 
-    def _exchanged(
+    def _all_to_all(
         self, x: mx.array, axis: int, held: Sequence[range], wanted: Sequence[range]
     ) -> mx.array:
         """From its run of `held` along `axis` to all of them, at its run of `wanted` along the
@@ -103,21 +105,21 @@ class _Share:
             other = 1 - self._part
             shape = list(x.shape)
             shape[axis], shape[across] = len(held[other]), len(own)
-            theirs = self._ranks.swap(_cut(x, across, wanted[other]), shape)
+            theirs = self._ranks.exchange(_cut(x, across, wanted[other]), shape)
             parts = [_cut(x, across, own), theirs]
             parts = parts if self._part == 0 else parts[::-1]
         else:
-            everything = self._of_half(_padded(x, axis, held))
+            everything = self._gather_group(_padded(x, axis, held))
             parts = [_cut(part, across, own) for part in everything]
         return mx.concatenate(_used(parts, axis, held), axis=axis)
 
-    def _of_half(self, x: mx.array) -> mx.array:
+    def _gather_group(self, x: mx.array) -> mx.array:
         """The parts x of all that share the samples, in order."""
         if self._group is not None:
-            return self._group.gather(x)
+            return self._group.all_gather(x)
         count = len(self._frames)
         first = self._ranks.rank // count * count
-        return self._ranks.gather(x)[first : first + count]
+        return self._ranks.all_gather(x)[first : first + count]
 
 
 def _cut(x: mx.array, axis: int, run: range) -> mx.array:

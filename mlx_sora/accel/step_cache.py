@@ -14,43 +14,43 @@ from typing import Any, Protocol
 
 import mlx.core as mx
 
-from mlx_sora.accel.base import Acceleration, Job
+from mlx_sora.accel.base import Acceleration, ScheduleInfo
 from mlx_sora.accel.schedules import read_schedule
-from mlx_sora.models.hooks import StackPolicy
-from mlx_sora.request.modes import Chosen
+from mlx_sora.models.hooks import BlockStackCache
+from mlx_sora.request.modes import ParsedMode
 from mlx_sora.sampling.base import State, restore, state_of
-from mlx_sora.sampling.guidance import Part
+from mlx_sora.sampling.guidance import CFGSlice
 from mlx_sora.sampling.loop import StepResult
 
 
-class Rule(Protocol):
+class CacheRule(Protocol):
     """Says in which evaluations the last sum will do. Sees the first sample, [1, T, S, C]."""
 
     #: Steps in which the blocks are known not to run.
-    skipped: frozenset[int]
+    skipped_steps: frozenset[int]
 
     #: Tensors [1, T, S, C] that it keeps besides the sums.
-    tensors: int
+    cached_tensors: int
 
     def reuses(self, step: int, x: mx.array) -> bool:
         """Whether tokens x need no blocks; asked once per evaluation."""
 
-    def computed(self, x: mx.array, out: mx.array) -> None:
+    def update(self, x: mx.array, out: mx.array) -> None:
         """The blocks have made `out` of x."""
 
 
 class Scheduled:
     """The blocks run in the steps of a schedule only."""
 
-    tensors = 0
+    cached_tensors = 0
 
     def __init__(self, computed: frozenset[int], steps: int) -> None:
-        self.skipped = frozenset(range(steps)) - computed
+        self.skipped_steps = frozenset(range(steps)) - computed
 
     def reuses(self, step: int, x: mx.array) -> bool:
-        return step in self.skipped
+        return step in self.skipped_steps
 
-    def computed(self, x: mx.array, out: mx.array) -> None:
+    def update(self, x: mx.array, out: mx.array) -> None:
         """Known beforehand."""
 
 
@@ -67,8 +67,8 @@ class Online:
     of the outcome, the blocks run; in the first `warmup` steps and the last one they always do.
     """
 
-    skipped: frozenset[int] = frozenset()
-    tensors = 3
+    skipped_steps: frozenset[int] = frozenset()
+    cached_tensors = 3
 
     #: Share of a newly measured ratio in the one that is used: NaviCache's filter, once settled.
     GAIN = 0.618
@@ -89,7 +89,7 @@ class Online:
         self._error += self._ratio * _distance(x, before) / self._level
         return self._warmup <= step < self._last and self._error < self._threshold
 
-    def computed(self, x: mx.array, out: mx.array) -> None:
+    def update(self, x: mx.array, out: mx.array) -> None:
         self._error = 0.0
         last, self._computed = self._computed, (_own(x), _own(out))
         self._level = max(_size(out), 1e-12)
@@ -134,7 +134,7 @@ def _distance(a: mx.array, b: mx.array) -> float:
 
 
 @dataclass
-class _Kept:
+class CachedSample:
     """Sums of one sample, [1, T, S, C], with flow time t [1]; the newest last.
 
     evaluation: number of that in which the newest was made; mask [1, T]: which frames moved in it.
@@ -163,7 +163,7 @@ class _Kept:
         }
 
     @classmethod
-    def of(cls, state: State) -> _Kept:
+    def of(cls, state: State) -> CachedSample:
         sums = [(item["sum"], item["t"]) for item in state["sums"]]
         return cls(sums, state["evaluation"], state["mask"])
 
@@ -175,22 +175,22 @@ class StepCache(Acceleration):
     blocks run whatever the rule says; a batch does as its first sample.
     """
 
-    def __init__(self, rule: Rule, order: int, job: Job) -> None:
+    def __init__(self, rule: CacheRule, order: int, job: ScheduleInfo) -> None:
         self._rule, self._order, self._job = rule, order, job
-        self._kept: dict[int, _Kept] = {}
+        self._kept: dict[int, CachedSample] = {}
         self._evaluations = self._saved = 0
         self._reuses = False
         self._computed: dict[int, None] = {}
-        self.skipped = rule.skipped
+        self.skipped_steps = rule.skipped_steps
         samples = 2 if job.guided else 1
-        self.tensors = order + 1 + rule.tensors / samples
+        self.cached_residuals = order + 1 + rule.cached_tensors / samples
 
-    def stack(self, step: int, part: Part) -> StackPolicy:
+    def block_cache(self, step: int, part: CFGSlice) -> BlockStackCache:
         return _Call(self, step, part)
 
-    def sums(self, call: _Call, x: mx.array) -> mx.array | None:
+    def lookup(self, call: _Call, x: mx.array) -> mx.array | None:
         """What stands for the blocks in `call`, or None."""
-        if call.part.first == 0:
+        if call.part.start == 0:
             self._evaluations += 1
             whole = all(map(self._is_fresh, range(call.part.total)))
             same = all(self._same_mask(i, call.mask) for i in range(len(x)))
@@ -199,25 +199,25 @@ class StepCache(Acceleration):
             self._reuses = self._job.agree(reuses)
             self._saved += self._reuses
         if self._reuses:
-            rows = range(call.part.first, call.part.first + len(x))
+            rows = range(call.part.start, call.part.start + len(x))
             found = [self._kept[row].at(call.t[i : i + 1]) for i, row in enumerate(rows)]
             return found[0] if len(found) == 1 else mx.concatenate(found)
         self._computed[call.step] = None
         self._forget(call.part, len(x))
         return None
 
-    def keep(self, call: _Call, x: mx.array, out: mx.array) -> None:
+    def store(self, call: _Call, x: mx.array, out: mx.array) -> None:
         """Take what the blocks added to x in `call`."""
-        if call.part.first == 0:
-            self._rule.computed(x[:1], out[:1])
+        if call.part.start == 0:
+            self._rule.update(x[:1], out[:1])
         for i in range(len(x)):
-            kept = self._kept.setdefault(call.part.first + i, _Kept())
+            kept = self._kept.setdefault(call.part.start + i, CachedSample())
             # Evaluated now: left lazy, it would hold the tensors that it is made of.
             kept.sums.append((_own(out[i : i + 1] - x[i : i + 1]), call.t[i : i + 1]))
             kept.evaluation = self._evaluations
             kept.mask = None if call.mask is None else call.mask[i]
 
-    def watch(self, result: StepResult) -> None:
+    def on_step_end(self, result: StepResult) -> None:
         """Everything is known from the calls."""
 
     def state(self) -> State:
@@ -230,7 +230,7 @@ class StepCache(Acceleration):
         }
 
     def restore(self, state: State, /) -> None:
-        self._kept = {int(row): _Kept.of(kept) for row, kept in state["kept"].items()}
+        self._kept = {int(row): CachedSample.of(kept) for row, kept in state["kept"].items()}
         self._evaluations, self._saved = state["evaluations"], state["saved"]
         self._computed = dict.fromkeys(state["computed"])
         restore(self._rule, state["rule"])
@@ -259,9 +259,9 @@ class StepCache(Acceleration):
             return kept is not None and kept.mask is None and mask is None
         return bool((kept.mask == mask[row]).all().item())
 
-    def _forget(self, part: Part, count: int) -> None:
+    def _forget(self, part: CFGSlice, count: int) -> None:
         """Of samples about to be computed, the sums that will not be needed again."""
-        for row in range(part.first, part.first + count):
+        for row in range(part.start, part.start + count):
             if row in self._kept:
                 sums = self._kept[row].sums
                 del sums[: len(sums) - self._order]
@@ -270,32 +270,32 @@ class StepCache(Acceleration):
 class _Call:
     """One call of the network; fills the seam StackPolicy."""
 
-    def __init__(self, cache: StepCache, step: int, part: Part) -> None:
+    def __init__(self, cache: StepCache, step: int, part: CFGSlice) -> None:
         self._cache, self.step, self.part = cache, step, part
         self.t, self.mask = mx.zeros(0), None
 
     t: mx.array
     mask: mx.array | None
 
-    def instead(self, x: mx.array, t: mx.array, x_mask: mx.array | None) -> mx.array | None:
+    def cached_residual(self, x: mx.array, t: mx.array, x_mask: mx.array | None) -> mx.array | None:
         self.t, self.mask = t, x_mask
-        return self._cache.sums(self, x)
+        return self._cache.lookup(self, x)
 
-    def computed(self, x: mx.array, out: mx.array) -> None:
-        self._cache.keep(self, x, out)
+    def update(self, x: mx.array, out: mx.array) -> None:
+        self._cache.store(self, x, out)
 
 
-def start(mode: Chosen, job: Job) -> StepCache:
+def start(mode: ParsedMode, job: ScheduleInfo) -> StepCache:
     """What the option --step-cache asks for, unless it is off."""
     values, order = mode.values, int(mode.values["order"])
     if mode.name == "online":
-        rule: Rule = Online(values["threshold"], int(values["warmup"]), job.steps)
+        rule: CacheRule = Online(values["threshold"], int(values["warmup"]), job.steps)
         return StepCache(rule, order, job)
     if mode.name == "every":
         computed = every(int(values["each"]), int(values["warmup"]), job.steps)
     else:
         computed = read_schedule(int(values["computed"]), order, job, mode.texts["file"])
     cache = StepCache(Scheduled(computed, job.steps), order, job)
-    if not cache.skipped:
+    if not cache.skipped_steps:
         cache.warnings = (f"--step-cache {mode.text} saves nothing in {job.steps} steps.",)
     return cache

@@ -11,9 +11,9 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_sora.accel.base import Acceleration, Job
-from mlx_sora.models.hooks import TokenPolicy
-from mlx_sora.request.modes import Chosen
+from mlx_sora.accel.base import Acceleration, ScheduleInfo
+from mlx_sora.models.hooks import TokenMerging
+from mlx_sora.request.modes import ParsedMode
 from mlx_sora.sampling.base import State
 from mlx_sora.sampling.loop import StepResult
 
@@ -46,7 +46,7 @@ class PairedFrames:
 class MergedSteps(Acceleration):
     """Frames in pairs during the first `steps` steps of a run."""
 
-    def __init__(self, steps: int, job: Job) -> None:
+    def __init__(self, steps: int, job: ScheduleInfo) -> None:
         self._steps, self._job = min(steps, job.steps), job
         self._made = 0
         if job.frames == 1:
@@ -55,10 +55,10 @@ class MergedSteps(Acceleration):
         elif steps > job.steps:
             self.warnings = (f"--tdtm {steps} covers all of the {job.steps} steps.",)
 
-    def tokens(self, step: int) -> TokenPolicy | None:
+    def token_merging(self, step: int) -> TokenMerging | None:
         return PairedFrames() if step < self._steps else None
 
-    def watch(self, result: StepResult) -> None:
+    def on_step_end(self, result: StepResult) -> None:
         self._made += result.step.index < self._steps
 
     def state(self) -> State:
@@ -86,6 +86,6 @@ class MergedSteps(Acceleration):
         )
 
 
-def start(mode: Chosen, job: Job) -> MergedSteps:
+def start(mode: ParsedMode, job: ScheduleInfo) -> MergedSteps:
     """What the option --tdtm asks for, unless it is off."""
     return MergedSteps(job.steps if mode.name == "all" else int(mode.values["steps"]), job)

@@ -14,11 +14,13 @@ from dataclasses import dataclass, field
 
 import mlx.core as mx
 
-from mlx_sora.models.hooks import ValuePolicy
+from mlx_sora.models.hooks import ValueSharing
 from mlx_sora.models.stdit3 import STDiT3Config
 
 
-def kept_bytes(config: STDiT3Config, latent: Sequence[int], evaluations: int, itemsize: int) -> int:
+def captured_bytes(
+    config: STDiT3Config, latent: Sequence[int], evaluations: int, itemsize: int
+) -> int:
     """Bytes of the values of `evaluations` evaluations of one clip with latents T, H, W."""
     tokens = 1
     for size, patch in zip(latent, config.patch_size, strict=True):
@@ -27,7 +29,7 @@ def kept_bytes(config: STDiT3Config, latent: Sequence[int], evaluations: int, it
 
 
 @dataclass
-class KeptValues:
+class CapturedValues:
     """Values [B · T, heads, S, head size] of every spatial block, by flow time; of one run."""
 
     _kept: dict[float, dict[int, mx.array]] = field(default_factory=dict)
@@ -45,11 +47,11 @@ class KeptValues:
         """Let go of everything."""
         self._kept.clear()
 
-    def keep(self, t: float) -> ValuePolicy:
+    def capture(self, t: float) -> ValueSharing:
         """Keeps the values of the evaluation at flow time t, and changes nothing."""
         return _Keep(self._kept.setdefault(t, {}))
 
-    def share(self, t: float) -> ValuePolicy | None:
+    def reuse(self, t: float) -> ValueSharing | None:
         """Hands out what was kept nearest to flow time t; None when nothing was."""
         if not self._kept:
             return None

@@ -64,19 +64,19 @@ def add_quantize(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Convert and print where the new model is."""
     from mlx_sora.loading.model_folder import find_model
-    from mlx_sora.manage.conversion_plan import Choice
+    from mlx_sora.manage.conversion_plan import ConversionOptions
     from mlx_sora.manage.convert import convert
-    from mlx_sora.manage.download import Progress
+    from mlx_sora.manage.download import DownloadProgress
 
     bars = Bars(quiet=args.quiet)
     try:
         made = convert(
             find_model(args.source),
             args.target,
-            Choice(args.quantize, args.dtype),
+            ConversionOptions(args.quantize, args.dtype),
             overwrite=args.overwrite,
             check=args.check,
-            watch=lambda *facts: bars.show(Progress(*facts)),
+            watch=lambda *facts: bars.show(DownloadProgress(*facts)),
         )
     except KeyboardInterrupt:
         bars.close()

@@ -11,7 +11,7 @@ from mlx_sora.cli.progress import Bars, human_bytes
 from mlx_sora.errors import UsageError
 
 if TYPE_CHECKING:
-    from mlx_sora.manage.download import Outcome
+    from mlx_sora.manage.download import DownloadResult
 
 #: Also `mlx_sora.loading.model_folder.PUBLISHED`, which is not imported for the sake of --help.
 MODEL = "opensora-1.2"
@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
 
     sources, hub = choose_sources(args.source), Hub(choose_endpoint(args.endpoint))
     bars, obtained = Bars(quiet=args.quiet), None
-    outcome: Outcome | None
+    outcome: DownloadResult | None
     try:
         if args.quantize is None:
             outcome = download(weights_root(), sources, hub, bars.show, check=args.check)

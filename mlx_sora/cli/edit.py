@@ -16,7 +16,7 @@ from mlx_sora.cli.generate import (
     load_pipeline,
     show_plans,
 )
-from mlx_sora.cli.ranks import Crew
+from mlx_sora.cli.ranks import CommandGroup
 from mlx_sora.request.edit import INJECT_STEPS, SAMPLER, SHARED, EditRequest
 from mlx_sora.request.generation import options
 from mlx_sora.video.reader import is_video
@@ -50,14 +50,14 @@ def add_parser(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Make one edit, on all ranks that were launched."""
-    crew = Crew()
+    crew = CommandGroup()
     with crew.watched():
         return follow(args, crew)
 
 
-def follow(args: argparse.Namespace, crew: Crew) -> int:
+def follow(args: argparse.Namespace, crew: CommandGroup) -> int:
     """Make the edit; the exit code."""
-    edit = crew.asked(EditRequest, lambda: request_of(args))
+    edit = crew.broadcast_request(EditRequest, lambda: request_of(args))
     renderer = choose_renderer(args, crew)
     try:
         with crew.together():

@@ -12,7 +12,7 @@ from mlx_sora.errors import UsageError
 from mlx_sora.request.generation import GenerationRequest
 
 if TYPE_CHECKING:
-    from mlx_sora.distributed.cost_model import Chip, Forecast, Link
+    from mlx_sora.distributed.cost_model import Chip, Link, StepEstimate
     from mlx_sora.pipeline.pipeline import Pipeline
 
 #: Ranks beyond which nobody has asked; a typing error is likelier.
@@ -82,11 +82,11 @@ def show_forecasts(
 
 def foretold(
     pipeline: Pipeline, request: GenerationRequest, cluster: Cluster
-) -> tuple[Forecast, list[Forecast], int]:
+) -> tuple[StepEstimate, list[StepEstimate], int]:
     """An evaluation on one machine, on the cluster in every way, and evaluations of a step."""
     import mlx.core as mx
 
-    from mlx_sora.distributed.cost_model import foretell
+    from mlx_sora.distributed.cost_model import estimate_step
     from mlx_sora.loading.quantization import quantized_while_loading
     from mlx_sora.loading.sizes import model_sizes
 
@@ -94,13 +94,13 @@ def foretold(
     assert run.work is not None, "a prepared run knows its work"
     model = quantized_while_loading(pipeline.model, run.request.quantize)
     sizes = model_sizes(model, mx.bfloat16)
-    (alone,) = foretell(sizes, run.work, cluster.chip, cluster.link, 1)
-    ways = foretell(sizes, run.work, cluster.chip, cluster.link, cluster.ranks)
+    (alone,) = estimate_step(sizes, run.work, cluster.chip, cluster.link, 1)
+    ways = estimate_step(sizes, run.work, cluster.chip, cluster.link, cluster.ranks)
     return alone, ways, run.work.evaluations // run.settings.steps
 
 
 def forecast_table(
-    cluster: Cluster, alone: Forecast, ways: Iterable[Forecast], per_step: int
+    cluster: Cluster, alone: StepEstimate, ways: Iterable[StepEstimate], per_step: int
 ) -> Iterator[str]:
     """Lines that show what a step would take."""
     yield (
@@ -116,7 +116,7 @@ def forecast_table(
         )
 
 
-def record(way: Forecast, per_step: int) -> dict[str, Any]:
+def record(way: StepEstimate, per_step: int) -> dict[str, Any]:
     """A way as plain JSON values."""
     return {
         "ranks": way.division.ranks,

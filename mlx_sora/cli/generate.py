@@ -28,8 +28,8 @@ from mlx_sora.cli.progress import (
     SilentRenderer,
     plan_table,
 )
-from mlx_sora.cli.prompt_file import Batch, read_batch
-from mlx_sora.cli.ranks import Crew
+from mlx_sora.cli.prompt_file import PromptFile, read_batch
+from mlx_sora.cli.ranks import CommandGroup
 from mlx_sora.errors import UsageError
 from mlx_sora.geometry import parse_frames
 from mlx_sora.request.generation import GenerationRequest
@@ -98,15 +98,15 @@ def add_output_flags(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Make every video asked for, on all ranks that were launched."""
-    crew = Crew()
+    crew = CommandGroup()
     with crew.watched():
         return follow(args, crew)
 
 
-def follow(args: argparse.Namespace, crew: Crew) -> int:
+def follow(args: argparse.Namespace, crew: CommandGroup) -> int:
     """Make one video after the other; the exit code."""
     cluster = read_cluster(args)
-    batch = crew.asked(Batch, lambda: plan_requests(args))
+    batch = crew.broadcast_request(PromptFile, lambda: plan_requests(args))
     renderer = choose_renderer(args, crew)
     try:
         for path in batch.finished:
@@ -129,7 +129,9 @@ def follow(args: argparse.Namespace, crew: Crew) -> int:
     return crew.exit_code(report(batch) if crew.first else 0)
 
 
-def make(pipeline: Pipeline, batch: Batch, renderer: Renderer, resume: str | None = None) -> None:
+def make(
+    pipeline: Pipeline, batch: PromptFile, renderer: Renderer, resume: str | None = None
+) -> None:
     """Make all videos of a batch; notes what fails, where there are several."""
     if len(batch.requests) == 1 and batch.unit == "video":
         renderer.note(f"seed {batch.requests[0].seed}")
@@ -144,7 +146,7 @@ def make(pipeline: Pipeline, batch: Batch, renderer: Renderer, resume: str | Non
             renderer.handle(event)
 
 
-def report(batch: Batch) -> int:
+def report(batch: PromptFile) -> int:
     """Say what failed, a line each; the exit code."""
     for number, error in sorted(batch.failures.items()):
         print(f"error: {batch.unit} {number}: {error}", file=sys.stderr)
@@ -153,7 +155,7 @@ def report(batch: Batch) -> int:
     return 0
 
 
-def show_plans(crew: Crew, plan: Callable[[], Iterable[Plan]], as_json: bool) -> None:
+def show_plans(crew: CommandGroup, plan: Callable[[], Iterable[Plan]], as_json: bool) -> None:
     """What each run would need, on stdout."""
     with crew.together():
         for each in plan():
@@ -161,11 +163,11 @@ def show_plans(crew: Crew, plan: Callable[[], Iterable[Plan]], as_json: bool) ->
                 print(json.dumps(each.to_dict()) if as_json else "\n".join(plan_table(each)))
 
 
-def plan_requests(args: argparse.Namespace) -> Batch:
+def plan_requests(args: argparse.Namespace) -> PromptFile:
     """The requests that the flags mean, checked as far as that goes without a model."""
     typed = explicit_options(args)
     if args.resume is not None:
-        return Batch([resumed(args, typed)])
+        return PromptFile([resumed(args, typed)])
     recorded = None
     if args.config_from_metadata is not None:
         recorded = recorded_options(args.config_from_metadata, typed)
@@ -175,7 +177,7 @@ def plan_requests(args: argparse.Namespace) -> Batch:
         batch = read_batch(args.prompt_file, typed, recorded)
     else:
         requests = build_requests(typed, recorded)
-        batch = Batch([_place(request, index) for index, request in enumerate(requests)])
+        batch = PromptFile([_place(request, index) for index, request in enumerate(requests)])
     outputs = [str(request.output) for request in batch.requests]
     if len(set(outputs)) < len(outputs):
         raise UsageError(
@@ -196,7 +198,7 @@ def resumed(args: argparse.Namespace, typed: Mapping[str, Any]) -> GenerationReq
     return _place(resumed_request(Path(args.resume), typed), 0)
 
 
-def choose_renderer(args: argparse.Namespace, crew: Crew) -> Renderer:
+def choose_renderer(args: argparse.Namespace, crew: CommandGroup) -> Renderer:
     """How the flags want progress shown, by the rank that speaks."""
     if not crew.first:
         return SilentRenderer()

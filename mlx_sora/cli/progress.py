@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from mlx_sora.manage.download import Progress
+    from mlx_sora.manage.download import DownloadProgress
 
 #: Seconds between redraws: lively on a terminal, sparse in a log file.
 _REDRAW_TERMINAL, _REDRAW_LOG = 0.1, 10.0
@@ -245,7 +245,7 @@ class Bars:
         if not self._quiet:
             print(text, file=sys.stderr)
 
-    def show(self, progress: Progress) -> None:
+    def show(self, progress: DownloadProgress) -> None:
         """Draw what a command reports."""
         if self._quiet:
             return
@@ -261,7 +261,7 @@ class Bars:
             self._bar.close()
         self._bar = self._shown = None
 
-    def _open(self, progress: Progress) -> Any:
+    def _open(self, progress: DownloadProgress) -> Any:
         from tqdm import tqdm
 
         return tqdm(

@@ -31,7 +31,7 @@ JSON_SUFFIXES = (".jsonl", ".ndjson")
 
 
 @dataclass
-class Batch:
+class PromptFile:
     """Requests to make in a row. lines: of the file, of each request; none without a file.
 
     unit: what failures are counted in, from 1. finished: what is there already.
@@ -44,7 +44,7 @@ class Batch:
     unit: str = "video"
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Batch:
+    def from_dict(cls, values: Mapping[str, Any]) -> PromptFile:
         """What `to_dict` told."""
         requests = list(map(GenerationRequest.from_dict, values["requests"]))
         return cls(requests, values["lines"], unit=values["unit"])
@@ -55,7 +55,7 @@ class Batch:
         return {"requests": requests, "lines": self.lines, "unit": self.unit}
 
     @property
-    def alone(self) -> bool:
+    def single_process(self) -> bool:
         """Whether a request leaves nothing to other ranks."""
         return any(request.parallel == "off" for request in self.requests)
 
@@ -64,13 +64,15 @@ class Batch:
         return self.lines[index] if self.lines else index + 1
 
 
-def read_batch(path: str, typed: Mapping[str, Any], recorded: Mapping[str, Any] | None) -> Batch:
+def read_batch(
+    path: str, typed: Mapping[str, Any], recorded: Mapping[str, Any] | None
+) -> PromptFile:
     """The requests of a file; options on the command line hold where a line says nothing.
 
     Raises UsageError for a file that cannot be read or has no prompt in it; what is wrong in a
     line becomes a failure of that line.
     """
-    batch, index = Batch(unit="line"), 0
+    batch, index = PromptFile(unit="line"), 0
     for number, text in _lines(path):
         try:
             line = _values(text, Path(path).suffix.lower() in JSON_SUFFIXES)
@@ -132,7 +134,7 @@ def _requests(
     return [replace(each, output=each.output or default) for each in requests]
 
 
-def _add(batch: Batch, number: int, request: GenerationRequest, index: int) -> None:
+def _add(batch: PromptFile, number: int, request: GenerationRequest, index: int) -> None:
     """Add a request with its output filled in, unless that is there already."""
     request = seeded(request, index)
     assert request.output is not None, "_requests gives every request an output"

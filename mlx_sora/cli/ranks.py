@@ -13,11 +13,11 @@ if TYPE_CHECKING:
     from mlx_sora.distributed.group import Ranks
 
 
-class Asked(Protocol):
+class Broadcastable(Protocol):
     """What a command is to make, which a rank can tell the others."""
 
     @property
-    def alone(self) -> bool:
+    def single_process(self) -> bool:
         """Whether one rank is to make it by itself."""
 
     def to_dict(self) -> dict[str, Any]:
@@ -28,18 +28,18 @@ class Asked(Protocol):
         """The same, of such values."""
 
 
-T = TypeVar("T", bound=Asked)
+T = TypeVar("T", bound=Broadcastable)
 
 
-class Crew:
+class CommandGroup:
     """The processes of one command. One alone, as most are, has no use for MLX here."""
 
     def __init__(self) -> None:
         self._ranks: Ranks | None = None
         if launched() is not None:
-            from mlx_sora.distributed.group import join
+            from mlx_sora.distributed.group import init_ranks
 
-            self._ranks = join()
+            self._ranks = init_ranks()
 
     @property
     def first(self) -> bool:
@@ -48,13 +48,13 @@ class Crew:
 
     def together(self) -> AbstractContextManager[None]:
         """What fails in the block on one rank fails on all."""
-        return nullcontext() if self._ranks is None else self._ranks.together()
+        return nullcontext() if self._ranks is None else self._ranks.collective_errors()
 
     def watched(self) -> AbstractContextManager[None]:
         """What ends the block on one rank ends it on all."""
         return nullcontext() if self._ranks is None else self._ranks.watched()
 
-    def asked(self, kind: type[T], plan: Callable[[], T]) -> T:
+    def broadcast_request(self, kind: type[T], plan: Callable[[], T]) -> T:
         """What to make, as the first rank's files, flags and standard input have it."""
         if self._ranks is None:
             return plan()
@@ -62,14 +62,14 @@ class Crew:
         with self.together():
             if self.first:
                 made = plan()
-                if made.alone:
+                if made.single_process:
                     raise UsageError(
                         "--parallel off leaves nothing to the other ranks.",
                         "Start one process, without mlx.launch.",
                     )
-        told = self._ranks.of_first(None if made is None else made.to_dict())
+        told = self._ranks.broadcast_object(None if made is None else made.to_dict())
         return kind.from_dict(told) if made is None else made
 
     def exit_code(self, code: int) -> int:
         """The first rank's exit code; waits until all are done."""
-        return code if self._ranks is None else int(self._ranks.of_first(code))
+        return code if self._ranks is None else int(self._ranks.broadcast_object(code))

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 import mlx.core as mx
 
-from mlx_sora.conditioning.mask_strategy import place
-from mlx_sora.conditioning.media import Media, Patch, Source
+from mlx_sora.conditioning.mask_strategy import apply_mask_strategy
+from mlx_sora.conditioning.media import Media, MediaClip, MediaFile
 from mlx_sora.geometry import FRAMES_PER_CELL, MICRO_FRAME_SIZE, Size
 from mlx_sora.models.vae import Chunk, chunk_plan
 from mlx_sora.sampling.loop import Conditioning
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Task:
+class EncodeTask:
     """One chunk to read and encode, `frames` frames.
 
     owner: the clip, or (counted from -1 downwards) the reference whose latent frames `latents`
@@ -35,11 +35,11 @@ class Task:
     read: Callable[[], np.ndarray]
 
 
-def tasks(media: Media, size: Size) -> list[Task]:
+def encode_tasks(media: Media, size: Size) -> list[EncodeTask]:
     """All chunks to encode, in pictures of `size`; those that no clip needs are left out."""
     found = []
-    for clip in sorted({patch.clip for patch in media.patches}):
-        patches = [patch for patch in media.patches if patch.clip == clip]
+    for clip in sorted({patch.clip for patch in media.media_clips}):
+        patches = [patch for patch in media.media_clips if patch.clip == clip]
         wanted = {index for patch in patches for index in patch.latents}
         chunks = _touched(media.clips.num_frames, wanted)
         found += [_task(clip, chunk, partial(_canvas, patches, chunk, size)) for chunk in chunks]
@@ -56,7 +56,7 @@ def tasks(media: Media, size: Size) -> list[Task]:
     return found
 
 
-class Given:
+class ConditioningLatents:
     """Latents that media came to, [1, T, h, w, C] each, and those of clips that were made."""
 
     def __init__(self, media: Media, latent: tuple[int, int, int], channels: int) -> None:
@@ -64,7 +64,7 @@ class Given:
         self._media, self._latent = media, latent
         frames = [source.latents for source in media.references]
         self._references = [mx.zeros((1, n, *latent[1:], channels)) for n in frames]
-        clips = {patch.clip for patch in media.patches}
+        clips = {patch.clip for patch in media.media_clips}
         self._patches = {clip: mx.zeros((1, *latent, channels)) for clip in clips}
         self._made: dict[int, mx.array] = {}
         first = len(media.references)
@@ -76,7 +76,7 @@ class Given:
             if span.reference >= first
         }
 
-    def fill(self, task: Task, encoded: mx.array) -> None:
+    def fill(self, task: EncodeTask, encoded: mx.array) -> None:
         """Take the latents of a task's chunk."""
         home = self._references[-1 - task.owner] if task.owner < 0 else self._patches[task.owner]
         home[:, task.latents.start : task.latents.stop] = encoded[:, : len(task.latents)]
@@ -87,12 +87,12 @@ class Given:
         z, mask = noise.initial(), self._media.mask(clip)
         if all(share == 1 for share in mask):
             return z, None
-        for patch in self._media.patches:
+        for patch in self._media.media_clips:
             if patch.clip == clip:
                 for index in patch.latents:
                     z[:, index] = self._patches[clip][:, index]
         behind = [self._made.get(i, z[:, :0]) for i in range(clip)]
-        z, _ = place(z, [*self._references, *behind], self._media.spans(clip))
+        z, _ = apply_mask_strategy(z, [*self._references, *behind], self._media.spans(clip))
         return z, Conditioning(mx.array([mask]), noise)
 
     def keep(self, clip: int, latents: mx.array) -> None:
@@ -107,30 +107,30 @@ def _touched(num_frames: int, wanted: set[int]) -> list[Chunk]:
     return [c for c in chunks if wanted & set(range(c.latent, c.latent + c.latents))]
 
 
-def _task(owner: int, chunk: Chunk, read: Callable[[], np.ndarray]) -> Task:
-    return Task(owner, range(chunk.latent, chunk.latent + chunk.latents), chunk.frames, read)
+def _task(owner: int, chunk: Chunk, read: Callable[[], np.ndarray]) -> EncodeTask:
+    return EncodeTask(owner, range(chunk.latent, chunk.latent + chunk.latents), chunk.frames, read)
 
 
-def _reference(owner: int, source: Source, chunk: Chunk, media: Media, size: Size) -> Task:
+def _reference(owner: int, source: MediaFile, chunk: Chunk, media: Media, size: Size) -> EncodeTask:
     """A chunk of a reference; a picture for a video is encoded as the first of still frames."""
     if source.fps is not None:
         return _task(owner, chunk, partial(_footage, source, chunk, size))
     frames = min(media.clips.num_frames, MICRO_FRAME_SIZE)
-    return Task(owner, range(1), frames, partial(_still, source, frames, size))
+    return EncodeTask(owner, range(1), frames, partial(_still, source, frames, size))
 
 
-def _footage(source: Source, chunk: Chunk, size: Size) -> np.ndarray:
+def _footage(source: MediaFile, chunk: Chunk, size: Size) -> np.ndarray:
     return read_video(source.path, chunk.frames, start=chunk.frame, size=size).frames
 
 
-def _still(source: Source, frames: int, size: Size) -> np.ndarray:
+def _still(source: MediaFile, frames: int, size: Size) -> np.ndarray:
     import numpy as np
 
     picture = read_image(source.path, size)
     return np.broadcast_to(picture, (frames, *picture.shape))
 
 
-def _canvas(patches: list[Patch], chunk: Chunk, size: Size) -> np.ndarray:
+def _canvas(patches: list[MediaClip], chunk: Chunk, size: Size) -> np.ndarray:
     """A chunk of a clip: frames that are given, and between them the nearest of those."""
     import numpy as np
 
@@ -146,7 +146,7 @@ def _canvas(patches: list[Patch], chunk: Chunk, size: Size) -> np.ndarray:
     return np.stack([shown[item] for item in nearest])
 
 
-def _pixels(patch: Patch, frames: range, size: Size) -> np.ndarray:
+def _pixels(patch: MediaClip, frames: range, size: Size) -> np.ndarray:
     """What a patch shows in `frames` of its clip."""
     if not is_video(patch.source.path):
         return read_image(patch.source.path, size)[None]

@@ -18,7 +18,7 @@ from mlx_sora.geometry import MAX_LOOPS
 
 
 @dataclass(frozen=True)
-class Placement:
+class MaskGroup:
     """In loop `loop`, put `length` latent frames of a reference into the video.
 
     reference_start, target_start: first frame taken and first frame written; negative counts from
@@ -36,7 +36,7 @@ class Placement:
         return ",".join(str(value) for value in astuple(self))
 
 
-def parse_mask_strategy(text: str | None) -> list[Placement]:
+def parse_mask_strategy(text: str | None) -> list[MaskGroup]:
     """Placements of a mask strategy; none for an empty one. Raises UsageError."""
     groups = text.split(";") if text else []
     if len(groups) > MAX_LOOPS:
@@ -46,13 +46,13 @@ def parse_mask_strategy(text: str | None) -> list[Placement]:
 
 def continuations(
     loops: Iterable[int], references: int, length: int, edit: float = 0.0
-) -> list[Placement]:
+) -> list[MaskGroup]:
     """Begin each of `loops` with the last `length` latent frames of the clip before it.
 
     references: how many the sample has; the clips go behind them, one after the other.
     """
     return [
-        Placement(loop, behind, -length, 0, length, edit)
+        MaskGroup(loop, behind, -length, 0, length, edit)
         for behind, loop in enumerate(loops, start=references)
     ]
 
@@ -69,7 +69,7 @@ def align(position: int, unit: int, limit: int) -> int:
     return units * unit
 
 
-def _parse_placement(group: str) -> Placement:
+def _parse_placement(group: str) -> MaskGroup:
     fields = group.split(",")
     try:
         if len(fields) > 6:
@@ -84,11 +84,11 @@ def _parse_placement(group: str) -> Placement:
             "Write up to five whole numbers and an edit ratio: loop, reference, reference start, "
             "target start, length, edit.",
         ) from error
-    return Placement(*numbers, *edit)
+    return MaskGroup(*numbers, *edit)
 
 
 @dataclass(frozen=True)
-class Span:
+class LatentSpan:
     """Frames `source` of reference `reference` go to frames `target`; edit as in Placement."""
 
     reference: int
@@ -97,13 +97,13 @@ class Span:
     edit: float
 
 
-def resolve(
-    placements: Iterable[Placement],
+def resolve_mask_strategy(
+    placements: Iterable[MaskGroup],
     loop: int,
     lengths: Sequence[int],
     frames: int,
     unit: int | None = None,
-) -> list[Span]:
+) -> list[LatentSpan]:
     """The placements of one loop; references have `lengths` latent frames, the clip has `frames`.
 
     Negative starts count from the end; unit: starts move to its multiples (see `align`). What
@@ -135,12 +135,12 @@ def resolve(
                 f"which has {length} latent frames.",
                 f"Start at one of 0 to {length - 1}.",
             )
-        spans.append(Span(placement.reference, taken, written, placement.edit))
+        spans.append(LatentSpan(placement.reference, taken, written, placement.edit))
     return spans
 
 
-def place(
-    z: mx.array, references: Sequence[mx.array], spans: Iterable[Span]
+def apply_mask_strategy(
+    z: mx.array, references: Sequence[mx.array], spans: Iterable[LatentSpan]
 ) -> tuple[mx.array, mx.array]:
     """Latents z [1, T, H, W, C] with `spans` of references [1, T', H, W, C], and the mask [1, T].
 

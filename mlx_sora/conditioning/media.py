@@ -17,17 +17,17 @@ from typing import Any
 
 from mlx_sora.conditioning.clips import Clips
 from mlx_sora.conditioning.mask_strategy import (
-    Placement,
-    Span,
+    LatentSpan,
+    MaskGroup,
     continuations,
     parse_mask_strategy,
-    resolve,
+    resolve_mask_strategy,
 )
 from mlx_sora.errors import UsageError
 from mlx_sora.geometry import FRAMES_PER_CELL, MICRO_FRAME_SIZE, Size, latent_frames
 from mlx_sora.models.vae import chunk_plan
 from mlx_sora.request.generation import GenerationRequest
-from mlx_sora.request.options import Neighbour, Picture
+from mlx_sora.request.options import ImageReference, VideoReference
 from mlx_sora.text import prompt as syntax
 from mlx_sora.utils.files import sha256
 from mlx_sora.video.reader import Fit, VideoInfo, image_size, is_video, probe_video
@@ -37,7 +37,7 @@ UNIT = latent_frames(MICRO_FRAME_SIZE)
 
 
 @dataclass(frozen=True)
-class Source:
+class MediaFile:
     """A picture or video: size, frames (1 for a picture), checksum, rate (None for a picture)."""
 
     path: str
@@ -47,7 +47,7 @@ class Source:
     fps: float | None = None
 
     @classmethod
-    def of(cls, path: str) -> Source:
+    def of(cls, path: str) -> MediaFile:
         """Looks at the header. Raises UsageError for what cannot be read."""
         if not is_video(path):
             return cls(path, image_size(path), 1, sha256(Path(path)))
@@ -61,13 +61,13 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Patch:
+class MediaClip:
     """Frames `frames` of clip `clip` show `source` from its frame `start` on.
 
     latents: the clip's latent frames that are given by them. edit: as in Placement.
     """
 
-    source: Source
+    source: MediaFile
     start: int
     clip: int
     frames: range
@@ -80,28 +80,28 @@ class Media:
     """All that the clips are given. notes: lines for the user; warnings: what was not as asked."""
 
     clips: Clips
-    patches: tuple[Patch, ...] = ()
-    references: tuple[Source, ...] = ()
-    placements: tuple[Placement, ...] = ()
+    media_clips: tuple[MediaClip, ...] = ()
+    references: tuple[MediaFile, ...] = ()
+    mask_groups: tuple[MaskGroup, ...] = ()
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
 
     @property
-    def sources(self) -> list[Source]:
+    def sources(self) -> list[MediaFile]:
         """Every file once, in order."""
-        found = [patch.source for patch in self.patches] + list(self.references)
+        found = [patch.source for patch in self.media_clips] + list(self.references)
         return list(dict.fromkeys(found))
 
-    def spans(self, clip: int) -> list[Span]:
+    def spans(self, clip: int) -> list[LatentSpan]:
         """What goes from references, and clips before this one behind them, into clip `clip`."""
         latents = latent_frames(self.clips.num_frames)
         lengths = [source.latents for source in self.references] + [latents] * clip
-        return resolve(self.placements, clip, lengths, latents, UNIT)
+        return resolve_mask_strategy(self.mask_groups, clip, lengths, latents, UNIT)
 
     def mask(self, clip: int) -> list[float]:
         """Per latent frame of a clip: 1 is generated, 0 kept, between: from that level on."""
         mask = [1.0] * latent_frames(self.clips.num_frames)
-        given = [(patch.latents, patch.edit) for patch in self.patches if patch.clip == clip]
+        given = [(patch.latents, patch.edit) for patch in self.media_clips if patch.clip == clip]
         given += [(tuple(span.target), span.edit) for span in self.spans(clip)]
         for latents, edit in given:
             for index in latents:
@@ -122,7 +122,11 @@ class Media:
 
 
 def plan_media(
-    request: GenerationRequest, written: syntax.Settings, clips: Clips, size: Size, fps: float
+    request: GenerationRequest,
+    written: syntax.PromptDirectives,
+    clips: Clips,
+    size: Size,
+    fps: float,
 ) -> Media:
     """What a request gives to its clips of `size` pixels. written: settings inside the prompt.
 
@@ -132,7 +136,7 @@ def plan_media(
     strategy = written.mask_strategy
     paths = request.references if references is None else tuple(filter(None, references.split(";")))
     strategy = request.mask_strategy if strategy is None else strategy
-    found = {path: Source.of(path) for path in _paths(request, paths)}
+    found = {path: MediaFile.of(path) for path in _paths(request, paths)}
     patches = [_picture(item, found[item.path], clips) for item in request.images]
     patches += [_neighbour(item, found[item.path], clips) for item in request.videos]
     _check_apart(patches)
@@ -174,7 +178,7 @@ def _paths(request: GenerationRequest, references: Sequence[str]) -> list[str]:
     return list(dict.fromkeys([*paths, *references]))
 
 
-def _picture(item: Picture, source: Source, clips: Clips) -> Patch:
+def _picture(item: ImageReference, source: MediaFile, clips: Clips) -> MediaClip:
     """A picture shown by one frame, and so by the latent frame that stands for it."""
     if source.fps is not None:
         raise UsageError(f"--image {item.path} is a video.", "Give it to --video.")
@@ -187,10 +191,10 @@ def _picture(item: Picture, source: Source, clips: Clips) -> Patch:
     clip, local = clips.locate(frame)
     shown = shown_by_latent(clips.num_frames)
     latent = next(index for index, frames in enumerate(shown) if local in frames)
-    return Patch(source, 0, clip, range(local, local + 1), (latent,), 1 - item.strength)
+    return MediaClip(source, 0, clip, range(local, local + 1), (latent,), 1 - item.strength)
 
 
-def _neighbour(item: Neighbour, source: Source, clips: Clips) -> Patch:
+def _neighbour(item: VideoReference, source: MediaFile, clips: Clips) -> MediaClip:
     """The end of a video before the first clip, or the beginning of one after the last."""
     if source.fps is None:
         raise UsageError(f"--video {item.path} is a picture.", "Give it to --image.")
@@ -217,12 +221,12 @@ def _neighbour(item: Neighbour, source: Source, clips: Clips) -> Patch:
             f"Use at least {len(shown[-1])}.",
         )
     start = source.num_frames - item.frames if before else 0
-    return Patch(source, start, clip, frames, latents, 1 - item.strength)
+    return MediaClip(source, start, clip, frames, latents, 1 - item.strength)
 
 
-def _check_apart(patches: Sequence[Patch]) -> None:
+def _check_apart(patches: Sequence[MediaClip]) -> None:
     """Raise UsageError where two media give the same latent frame."""
-    taken: dict[tuple[int, int], Patch] = {}
+    taken: dict[tuple[int, int], MediaClip] = {}
     for patch in patches:
         for latent in patch.latents:
             other = taken.setdefault((patch.clip, latent), patch)
@@ -235,8 +239,8 @@ def _check_apart(patches: Sequence[Patch]) -> None:
 
 
 def _placements(
-    strategy: str | None, references: Sequence[Source], clips: Clips
-) -> list[Placement]:
+    strategy: str | None, references: Sequence[MediaFile], clips: Clips
+) -> list[MaskGroup]:
     """Placements of a mask strategy that can all be carried out. Raises UsageError."""
     placements = parse_mask_strategy(strategy)
     if references and not placements:
@@ -257,7 +261,7 @@ def _placements(
     return placements
 
 
-def _complaint(item: Placement, lengths: Sequence[int], latents: int, clips: Clips) -> str:
+def _complaint(item: MaskGroup, lengths: Sequence[int], latents: int, clips: Clips) -> str:
     """What is out of range in a placement, or nothing."""
     if not 0 <= item.loop < clips.count:
         return f"there is no loop {item.loop} of {clips.count}"
@@ -273,21 +277,22 @@ def _complaint(item: Placement, lengths: Sequence[int], latents: int, clips: Cli
     return "" if 0 <= item.edit <= 1 else f"an edit of {item.edit:g}, not 0 to 1"
 
 
-def _rates(sources: Iterable[Source], fps: float) -> Iterable[str]:
+def _rates(sources: Iterable[MediaFile], fps: float) -> Iterable[str]:
     for source in sources:
         if source.fps is not None and abs(source.fps - fps) > 0.01 * fps:
             yield f"{source.path} has {source.fps:g} frames per second; they are used at {fps:g}."
 
 
 def _moved(
-    placements: Sequence[Placement], found: dict[str, Source], paths: Sequence[str], clips: Clips
+    placements: Sequence[MaskGroup], found: dict[str, MediaFile], paths: Sequence[str], clips: Clips
 ) -> Iterable[str]:
     """What of a mask strategy had to be moved to the start of a chunk."""
     latents = latent_frames(clips.num_frames)
     for item in placements:
         lengths = [found[path].latents for path in paths] + [latents] * item.loop
         wanted, done = (
-            resolve([item], item.loop, lengths, latents, unit)[0] for unit in (None, UNIT)
+            resolve_mask_strategy([item], item.loop, lengths, latents, unit)[0]
+            for unit in (None, UNIT)
         )
         if (wanted.source, wanted.target) != (done.source, done.target):
             yield (

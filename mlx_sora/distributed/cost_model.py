@@ -13,13 +13,19 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from mlx_sora.distributed.partition import Division, choose, cut, hops, sent_bytes
+from mlx_sora.distributed.partition import (
+    ParallelPlan,
+    choose_parallel,
+    hops,
+    sent_bytes,
+    split_evenly,
+)
 from mlx_sora.errors import UsageError
 from mlx_sora.memory import flops
-from mlx_sora.memory.activations import Mode, transformer_work
+from mlx_sora.memory.activations import ExecutionMode, transformer_work
 from mlx_sora.memory.estimate import ASSUMED, DEVICES
 from mlx_sora.memory.flops import Grid
-from mlx_sora.memory.plan import Job, Model
+from mlx_sora.memory.plan import ModelSizes, Workload
 
 
 @dataclass(frozen=True)
@@ -51,10 +57,10 @@ class Chip:
 
 
 @dataclass(frozen=True)
-class Forecast:
+class StepEstimate:
     """One way to divide a step. computing, exchanging: seconds; sent: bytes, by each rank."""
 
-    division: Division
+    division: ParallelPlan
     computing: float
     exchanging: float
     sent: int
@@ -114,21 +120,25 @@ def read_link(text: str) -> Link:
 
 
 #: Weights of two bytes, as many operations ahead as MLX likes.
-GPU = Mode(gpu=True, throttled=False, itemsize=2)
+GPU = ExecutionMode(gpu=True, throttled=False, itemsize=2)
 
 
-def foretell(model: Model, job: Job, chip: Chip, link: Link, ranks: int) -> list[Forecast]:
+def estimate_step(
+    model: ModelSizes, job: Workload, chip: Chip, link: Link, ranks: int
+) -> list[StepEstimate]:
     """A plain evaluation of `job` divided among `ranks`, in every way, the fastest first.
 
     Embedders and the final layer, below 1 %, are taken as divided too; all blocks as resident.
     """
     asked = ("sequence", "auto") if ranks > 1 else ("auto",)
-    ways = dict.fromkeys(choose(each, ranks, guided=job.guided) for each in asked)
+    ways = dict.fromkeys(choose_parallel(each, ranks, guided=job.guided) for each in asked)
     found = [_forecast(model, job, chip, link, way) for way in ways]
     return sorted(found, key=lambda forecast: forecast.seconds)
 
 
-def _forecast(model: Model, job: Job, chip: Chip, link: Link, division: Division) -> Forecast:
+def _forecast(
+    model: ModelSizes, job: Workload, chip: Chip, link: Link, division: ParallelPlan
+) -> StepEstimate:
     config, batch = model.transformer, 2 if job.guided else 1
     grid = Grid.of(config, job.geometry.latent, batch, job.text_tokens)
     largest = _largest_share(grid, division)
@@ -138,11 +148,11 @@ def _forecast(model: Model, job: Job, chip: Chip, link: Link, division: Division
         (model.transformer_weights.total + largest * moved) / chip.bandwidth,
     )
     sent, waits = sent_bytes(config, grid, division), hops(config, grid, division)
-    return Forecast(division, computing, sent / link.bandwidth + waits * link.latency, sent)
+    return StepEstimate(division, computing, sent / link.bandwidth + waits * link.latency, sent)
 
 
-def _largest_share(grid: Grid, division: Division) -> float:
+def _largest_share(grid: Grid, division: ParallelPlan) -> float:
     """Of an evaluation, what the rank with most to do has: by frames and by places in turn."""
-    frames = max(map(len, cut(grid.frames, division.parts))) / grid.frames
-    places = max(map(len, cut(grid.tokens, division.parts))) / grid.tokens
-    return (frames + places) / 2 / division.halves
+    frames = max(map(len, split_evenly(grid.frames, division.sp_degree))) / grid.frames
+    places = max(map(len, split_evenly(grid.tokens, division.sp_degree))) / grid.tokens
+    return (frames + places) / 2 / division.cfg_degree

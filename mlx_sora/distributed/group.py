@@ -16,7 +16,7 @@ import mlx.core as mx
 
 from mlx_sora import errors
 from mlx_sora.distributed.launch import launched
-from mlx_sora.distributed.watchdog import Watch
+from mlx_sora.distributed.watchdog import Watchdog
 from mlx_sora.errors import MlxSoraError, UsageError
 
 Item = TypeVar("Item")
@@ -32,7 +32,7 @@ class Ranks:
     def __init__(
         self,
         group: mx.distributed.Group | None = None,
-        watch: Watch | None = None,
+        watch: Watchdog | None = None,
         *,
         ring: bool = False,
     ) -> None:
@@ -40,23 +40,23 @@ class Ranks:
         self._receiving: mx.Stream | None = None
         self.rank, self.size = (0, 1) if group is None else (group.rank(), group.size())
         #: Bytes that this rank has sent, as a ring counts them.
-        self.sent = 0
+        self.sent_bytes = 0
 
     @property
     def first(self) -> bool:
         """Whether this is the rank that writes files and speaks to the user."""
         return self.rank == 0
 
-    def gather(self, x: mx.array) -> mx.array:
+    def all_gather(self, x: mx.array) -> mx.array:
         """Arrays of one shape from all, [size, *x.shape], lazy."""
         if self._group is None:
             return x[None]
         if self._watch is not None:
             self._watch.progress()
-        self.sent += (self.size - 1) * x.nbytes
+        self.sent_bytes += (self.size - 1) * x.nbytes
         return mx.distributed.all_gather(x[None], group=self._group)
 
-    def swap(self, x: mx.array, shape: Sequence[int]) -> mx.array:
+    def exchange(self, x: mx.array, shape: Sequence[int]) -> mx.array:
         """x to the neighbour (of ranks 0 and 1, 2 and 3, ...), its array of `shape` in return."""
         if self._receiving is None:
             self._receiving = mx.new_thread_unsafe_stream(mx.cpu)
@@ -64,7 +64,7 @@ class Ranks:
             self._watch.progress()
         x, other = mx.contiguous(x), self.rank ^ 1
         mx.eval(x)
-        self.sent += x.nbytes
+        self.sent_bytes += x.nbytes
         # Both at a time: were all to send first, long arrays would wait for each other for ever.
         theirs = mx.distributed.recv(
             shape, x.dtype, other, group=self._group, stream=self._receiving
@@ -82,52 +82,52 @@ class Ranks:
         except RuntimeError:
             return None
 
-    def gather_bytes(self, data: bytes) -> list[bytes]:
+    def all_gather_bytes(self, data: bytes) -> list[bytes]:
         """What each rank has to say, by rank."""
         if self._group is None:
             return [data]
-        lengths: list[int] = self.gather(mx.array(len(data), mx.int64)).tolist()  # type: ignore[assignment]
+        lengths: list[int] = self.all_gather(mx.array(len(data), mx.int64)).tolist()  # type: ignore[assignment]
         longest = max(lengths)
         if longest == 0:
             return [b""] * self.size
         own = mx.array(memoryview(data.ljust(longest, b"\0")))  # type: ignore[arg-type]
-        found = memoryview(self.gather(own)).tobytes()  # type: ignore[arg-type]
+        found = memoryview(self.all_gather(own)).tobytes()  # type: ignore[arg-type]
         return [found[i * longest : i * longest + n] for i, n in enumerate(lengths)]
 
-    def gather_values(self, value: Any) -> list[Any]:
+    def all_gather_object(self, value: Any) -> list[Any]:
         """Plain JSON values of all, by rank."""
-        return [json.loads(data) for data in self.gather_bytes(json.dumps(value).encode())]
+        return [json.loads(data) for data in self.all_gather_bytes(json.dumps(value).encode())]
 
-    def of_first(self, value: Any) -> Any:
+    def broadcast_object(self, value: Any) -> Any:
         """A plain JSON value of the first rank; what others give is not looked at."""
         data = json.dumps(value).encode() if self.first else b""
-        return json.loads(self.gather_bytes(data)[0])
+        return json.loads(self.all_gather_bytes(data)[0])
 
-    def array_of_first(self, x: mx.array | None) -> mx.array:
+    def broadcast(self, x: mx.array | None) -> mx.array:
         """An array of the first rank, evaluated; what others give is not looked at."""
         if self._group is None:
             assert x is not None, "one process alone has what it asks for"
             return x
         kind = None if x is None else (x.shape, str(x.dtype).split(".")[-1])
-        shape, dtype = self.of_first(kind)
+        shape, dtype = self.broadcast_object(kind)
         own = x if self.first and x is not None else mx.zeros(shape, getattr(mx, dtype))
-        found = mx.contiguous(self.gather(own)[0])
+        found = mx.contiguous(self.all_gather(own)[0])
         mx.eval(found)
         return found
 
-    def unless_one_passes(self, check: Callable[[], None]) -> None:
+    def raise_if_all_fail(self, check: Callable[[], None]) -> None:
         """Raise what `check` raises, where it does on every rank."""
         failure: MlxSoraError | None = None
         try:
             check()
         except MlxSoraError as error:
             failure = error
-        failed = self.gather_values(failure is not None)
+        failed = self.all_gather_object(failure is not None)
         if failure is not None and all(failed):
             raise failure
 
     @contextmanager
-    def together(self) -> Iterator[None]:
+    def collective_errors(self) -> Iterator[None]:
         """What fails on one rank in the block, which is about no exchange, fails on all of them.
 
         All then raise the first rank's error, or else that of the first that has one.
@@ -138,7 +138,7 @@ class Ranks:
         except Exception as error:
             failure = error
         if self.size > 1:
-            failure = self._agreed(failure)
+            failure = self._first_failure(failure)
         if failure is not None:
             if isinstance(failure, MlxSoraError):
                 failure.agreed = True
@@ -157,17 +157,17 @@ class Ranks:
         with self._watch.block():
             yield
 
-    def watching(self, events: Generator[Item, None, None]) -> Generator[Item, None, None]:
+    def watch_events(self, events: Generator[Item, None, None]) -> Generator[Item, None, None]:
         """The same events, in a watched block."""
         with self.watched(), closing(events):
             for event in events:
                 if self._watch is not None:
-                    self._watch.sign()
+                    self._watch.tick()
                 yield event
 
-    def agree(self, facts: Mapping[str, Any]) -> None:
+    def check_equal(self, facts: Mapping[str, Any]) -> None:
         """Raise UsageError, on all ranks, where one knows something else than the first."""
-        told = self.gather_values(dict(facts))
+        told = self.all_gather_object(dict(facts))
         for rank, other in enumerate(told):
             for name in {**told[0], **other}:
                 if other.get(name) != told[0].get(name):
@@ -177,12 +177,12 @@ class Ranks:
                         "Give all ranks the same versions, weights and request.",
                     )
 
-    def _agreed(self, own: Exception | None) -> Exception | None:
-        failures = self.gather_values(None if own is None else told(own))
+    def _first_failure(self, own: Exception | None) -> Exception | None:
+        failures = self.all_gather_object(None if own is None else serialize_error(own))
         for rank, other in enumerate(failures):
             if other is not None:
                 kind, message, fix = other
-                return own if rank == self.rank else error_of(kind, message, fix, rank)
+                return own if rank == self.rank else deserialize_error(kind, message, fix, rank)
         return None
 
 
@@ -191,21 +191,21 @@ def _short(value: Any) -> str:
     return text if len(text) <= 40 else text[:37] + "..."
 
 
-def told(error: Exception) -> tuple[str, str, str]:
+def serialize_error(error: Exception) -> tuple[str, str, str]:
     """Class, message and fix of an error."""
     if isinstance(error, MlxSoraError):
         return type(error).__name__, error.message, error.fix
     return "MlxSoraError", f"{type(error).__name__}: {' '.join(str(error).split())[:300]}", ""
 
 
-def error_of(kind: str, message: str, fix: str, rank: int = 0) -> MlxSoraError:
+def deserialize_error(kind: str, message: str, fix: str, rank: int = 0) -> MlxSoraError:
     """Another rank's error as our own; names the rank unless it is the first."""
     known: type[MlxSoraError] = getattr(errors, kind, MlxSoraError)
     return known(f"rank {rank}: {message}" if rank else message, fix)
 
 
 @cache
-def join() -> Ranks:
+def init_ranks() -> Ranks:
     """The ranks that this process was launched with. Raises MlxSoraError where they do not meet."""
     backend = launched()
     if backend is None:
@@ -220,6 +220,6 @@ def join() -> Ranks:
         ) from None
     ranks = Ranks(group)
     if ranks.size > 1:
-        watch = Watch(ranks.rank, ranks.size, ranks.gather_bytes)
+        watch = Watchdog(ranks.rank, ranks.size, ranks.all_gather_bytes)
         ranks = Ranks(group, watch, ring=backend == "ring")
     return ranks

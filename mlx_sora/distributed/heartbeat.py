@@ -34,12 +34,12 @@ Share = Callable[[bytes], Sequence[bytes]]
 
 
 @dataclass(frozen=True)
-class Patience:
+class Timeouts:
     """Seconds. beat: between signs of life; silence: without any, a rank is lost; idle: a rank that
     others wait for and that uses no processor time hangs; connect: for all to find rank 0.
     """
 
-    beat: float = 1.0
+    interval: float = 1.0
     silence: float = 12.0
     idle: float = 24.0
     connect: float = 20.0
@@ -58,27 +58,27 @@ class Failure:
 
 
 @dataclass
-class _Life:
+class PeerState:
     """What is known of a rank. work: units its main thread has begun; signs: that it has given of
     other work; busy: processor seconds. heard, moved: when it was last heard of, and when any of
     these last grew.
     """
 
     work: int = 0
-    signs: int = 0
-    busy: float = 0.0
+    ticks: int = 0
+    cpu_seconds: float = 0.0
     heard: float = field(default_factory=time.monotonic)
     moved: float = field(default_factory=time.monotonic)
 
-    def told(self, work: int, signs: int, busy: float) -> None:
+    def record_heartbeat(self, work: int, signs: int, busy: float) -> None:
         """Take a sign of life. A small share of a processor is housekeeping, however long."""
         self.heard = time.monotonic()
-        idle = self.busy + 0.03 + HOUSEKEEPING * (self.heard - self.moved)
-        if work > self.work or signs > self.signs or busy > idle:
-            self.work, self.signs, self.busy, self.moved = work, signs, busy, self.heard
+        idle = self.cpu_seconds + 0.03 + HOUSEKEEPING * (self.heard - self.moved)
+        if work > self.work or signs > self.ticks or busy > idle:
+            self.work, self.ticks, self.cpu_seconds, self.moved = work, signs, busy, self.heard
 
 
-class Peers:
+class Heartbeat:
     """This rank's part of the watch; made by all ranks at the same time.
 
     share: a collective of all ranks. failure: why the run is over, once it is. on_failure: called
@@ -92,16 +92,16 @@ class Peers:
         size: int,
         share: Share,
         on_failure: Callable[[Failure], None],
-        patience: Patience | None = None,
+        patience: Timeouts | None = None,
     ) -> None:
         self.rank, self.size = rank, size
         self.failure: Failure | None = None
-        self._patience = patience or Patience()
+        self._patience = patience or Timeouts()
         self._on_failure = on_failure
         self._work, self._signs, self._own = 0, 0, False
         self._known, self._over = threading.Event(), threading.Event()
-        self._lives = {other: _Life() for other in range(size)}
-        self._links: dict[int, _Link] = _meet(rank, size, share, self._patience)
+        self._lives = {other: PeerState() for other in range(size)}
+        self._links: dict[int, _Link] = _rendezvous(rank, size, share, self._patience)
         self._thread = threading.Thread(target=self._watch, name="peers", daemon=True)
         self._thread.start()
 
@@ -109,7 +109,7 @@ class Peers:
         """The main thread begins another unit of work that all ranks do, such as a collective."""
         self._work += 1
 
-    def sign(self) -> None:
+    def tick(self) -> None:
         """The main thread is at work of its own."""
         self._signs += 1
 
@@ -133,7 +133,7 @@ class Peers:
         for link in self._links.values():
             link.send({"work": self._work, "signs": self._signs, "busy": 0.0})
             link.send({"bye": True})
-            link.part(self._patience.beat)
+            link.part(self._patience.interval)
         for link in self._links.values():
             link.socket.close()
 
@@ -150,15 +150,15 @@ class Peers:
                 selector.register(link.socket, selectors.EVENT_READ, rank)
             told = 0.0
             while not self._over.is_set() and self.failure is None:
-                for key, _ in selector.select(self._patience.beat / 4):
+                for key, _ in selector.select(self._patience.interval / 4):
                     self._read(key.data, selector)
-                if time.monotonic() - told >= self._patience.beat:
+                if time.monotonic() - told >= self._patience.interval:
                     told = time.monotonic()
                     self._tell()
                     self._judge()
         if self.failure is not None:
             for link in self._links.values():
-                link.part(self._patience.beat)
+                link.part(self._patience.interval)
             if not self._own:
                 self._on_failure(self.failure)
 
@@ -176,13 +176,13 @@ class Peers:
             elif "bye" in message:
                 link.left = True
             else:
-                self._lives[rank].told(**message)
+                self._lives[rank].record_heartbeat(**message)
 
     def _tell(self) -> None:
         # What watching itself costs is no sign of work.
         busy = time.process_time() - time.thread_time()
         now = {"work": self._work, "signs": self._signs, "busy": busy}
-        self._lives[self.rank].told(**now)  # type: ignore[arg-type]
+        self._lives[self.rank].record_heartbeat(**now)  # type: ignore[arg-type]
         for link in self._links.values():
             link.send(now)
 
@@ -248,7 +248,7 @@ class _Link:
 _ADDRESS = 1024
 
 
-def _meet(rank: int, size: int, share: Share, patience: Patience) -> dict[int, _Link]:
+def _rendezvous(rank: int, size: int, share: Share, patience: Timeouts) -> dict[int, _Link]:
     """Connections by rank: of rank 0 to all others, of any other rank to rank 0."""
     if rank:
         where = json.loads(share(bytes(_ADDRESS))[0].rstrip(b"\0"))
@@ -275,7 +275,7 @@ def _meet(rank: int, size: int, share: Share, patience: Patience) -> dict[int, _
         return links
 
 
-def _call(rank: int, where: dict[str, Any], patience: Patience) -> _Link:
+def _call(rank: int, where: dict[str, Any], patience: Timeouts) -> _Link:
     """The connection of `rank` to rank 0, at the first of its addresses that answers."""
     for host in where["hosts"]:
         try:

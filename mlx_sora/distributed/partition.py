@@ -21,7 +21,7 @@ STREAM = 4
 
 
 @dataclass(frozen=True)
-class Division:
+class ParallelPlan:
     """`ranks` processes in `halves` groups (1 or 2), each with samples of its own.
 
     apart: the groups can exchange among themselves; ring: neighbours can; otherwise everybody hears
@@ -29,47 +29,47 @@ class Division:
     """
 
     ranks: int
-    halves: int = 1
-    apart: bool = False
+    cfg_degree: int = 1
+    subgroups: bool = False
     ring: bool = True
 
-    def of(self, batch: int) -> Division:
+    def for_batch(self, batch: int) -> ParallelPlan:
         """As it is for an evaluation of `batch` samples: one that has no halves is for all."""
-        return self if batch % self.halves == 0 else Division(self.ranks, ring=self.ring)
+        return self if batch % self.cfg_degree == 0 else ParallelPlan(self.ranks, ring=self.ring)
 
     @property
     def mode(self) -> str:
         """How the field calls it; off for one rank."""
         if self.ranks == 1:
             return "off"
-        if self.halves == 1:
+        if self.cfg_degree == 1:
             return "sequence"
-        return "guidance" if self.halves == self.ranks else "both"
+        return "guidance" if self.cfg_degree == self.ranks else "both"
 
     @property
-    def parts(self) -> int:
+    def sp_degree(self) -> int:
         """Ranks that divide the tokens of a sample."""
-        return self.ranks // self.halves
+        return self.ranks // self.cfg_degree
 
     @property
-    def hearing(self) -> int:
+    def fan_out(self) -> int:
         """Ranks that take part in one exchange between blocks."""
-        return self.parts if self.apart or self.paired else self.ranks
+        return self.sp_degree if self.subgroups or self.pairwise else self.ranks
 
     @property
-    def paired(self) -> bool:
+    def pairwise(self) -> bool:
         """Whether two neighbours give each other just what the other lacks."""
-        return self.ring and self.parts == 2 and not self.apart
+        return self.ring and self.sp_degree == 2 and not self.subgroups
 
 
-def choose(asked: str, ranks: int, *, guided: bool) -> Division:
+def choose_parallel(asked: str, ranks: int, *, guided: bool) -> ParallelPlan:
     """How `ranks` make one video. asked: a value of --parallel; guided: it has two halves.
 
     auto splits guidance where it can, as that costs next to no exchange, and each half by sequence.
     Raises UsageError for what cannot be.
     """
     if asked == "off":
-        return Division(1)
+        return ParallelPlan(1)
     if ranks == 1 and asked != "auto":
         raise UsageError(
             f"--parallel {asked} is for several ranks; this process is alone.",
@@ -90,10 +90,10 @@ def choose(asked: str, ranks: int, *, guided: bool) -> Division:
             f"--parallel {asked} is for {wanted}, not {ranks}.", "Leave --parallel out."
         )
     split = asked in ("guidance", "both") or (asked == "auto" and guided and ranks % 2 == 0)
-    return Division(ranks, 2 if split else 1)
+    return ParallelPlan(ranks, 2 if split else 1)
 
 
-def cut(total: int, parts: int, stride: int = 1) -> list[range]:
+def split_evenly(total: int, parts: int, stride: int = 1) -> list[range]:
     """`total` frames or places in `parts` runs as even as can be, cut at multiples of `stride`.
 
     What is left over goes with the last. Where there are fewer than parts, the last run stands
@@ -109,7 +109,7 @@ def cut(total: int, parts: int, stride: int = 1) -> list[range]:
 def sent_bytes(
     config: STDiT3Config,
     grid: Grid,
-    division: Division,
+    division: ParallelPlan,
     *,
     stride: int = 1,
     itemsize: int = STREAM,
@@ -122,30 +122,33 @@ def sent_bytes(
     part. itemsize: of the network's numbers. watched: a cache sees what the blocks made, so that
     all of it is sent instead of the patches it becomes.
     """
-    division = division.of(grid.batch)
-    rows, channels = grid.batch // division.halves, config.hidden_size
-    runs = cut(grid.frames, division.parts, stride), cut(grid.tokens, division.parts)
+    division = division.for_batch(grid.batch)
+    rows, channels = grid.batch // division.cfg_degree, config.hidden_size
+    runs = (
+        split_evenly(grid.frames, division.sp_degree, stride),
+        split_evenly(grid.tokens, division.sp_degree),
+    )
     frames, places = (max(map(len, run)) for run in runs)
     token, between = rows * channels * STREAM, 0
-    if division.paired:
+    if division.pairwise:
         (t0, t1), (s0, s1) = (map(len, run) for run in runs)
         there, back = max(t0 * s1, t1 * s0), min(t0 * s1, t1 * s0)
         between = (config.depth * there + (config.depth - 1) * back) * token
-    elif division.parts > 1:
+    elif division.sp_degree > 1:
         to_space, to_frames = frames * grid.tokens, grid.frames * places
         swapped = config.depth * to_space + (config.depth - 1) * to_frames
-        between = swapped * token * (division.hearing - 1)
+        between = swapped * token * (division.fan_out - 1)
     patch = math.prod(config.patch_size) * config.out_channels * itemsize
     out = rows * grid.frames * places * (channels * STREAM if watched else patch)
     return between + out * (division.ranks - 1)
 
 
-def hops(config: STDiT3Config, grid: Grid, division: Division) -> int:
+def hops(config: STDiT3Config, grid: Grid, division: ParallelPlan) -> int:
     """How often a rank sends in such an evaluation, one after the other.
 
     A gather among r ranks takes r - 1 of them, an exchange of two neighbours one.
     """
-    division = division.of(grid.batch)
-    exchange = 1 if division.paired else division.hearing - 1
-    exchanges = 2 * config.depth - 1 if division.parts > 1 else 0
+    division = division.for_batch(grid.batch)
+    exchange = 1 if division.pairwise else division.fan_out - 1
+    exchanges = 2 * config.depth - 1 if division.sp_degree > 1 else 0
     return exchanges * exchange + division.ranks - 1

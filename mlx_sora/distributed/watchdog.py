@@ -12,7 +12,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from mlx_sora.distributed.heartbeat import Failure, Peers, Share
+from mlx_sora.distributed.heartbeat import Failure, Heartbeat, Share
 from mlx_sora.errors import INTERRUPTED, MlxSoraError, RankLostError
 
 #: Seconds that a broken collective waits for its reason, and that the main thread has to take
@@ -20,12 +20,12 @@ from mlx_sora.errors import INTERRUPTED, MlxSoraError, RankLostError
 GRACE = 3.0
 
 
-class Watch:
+class Watchdog:
     """Over the other ranks of a run, until the process ends. share: a collective of all ranks."""
 
     def __init__(self, rank: int, size: int, share: Share) -> None:
         self._inside, self._noticed = 0, threading.Event()
-        self._peers = Peers(rank, size, share, self._give_up)
+        self._peers = Heartbeat(rank, size, share, self._give_up)
         atexit.register(self._peers.close)
 
     def progress(self) -> None:
@@ -34,9 +34,9 @@ class Watch:
             raise self._lost(self._peers.failure)
         self._peers.progress()
 
-    def sign(self) -> None:
+    def tick(self) -> None:
         """This rank is at work of its own."""
-        self._peers.sign()
+        self._peers.tick()
 
     @contextmanager
     def block(self) -> Iterator[None]:

@@ -18,8 +18,8 @@ from mlx import nn
 from mlx.utils import tree_unflatten
 
 from mlx_sora.errors import WeightsError
-from mlx_sora.loading.checkpoint import Checkpoint, Entry, match, put
-from mlx_sora.loading.file_guard import Stamp, patiently
+from mlx_sora.loading.checkpoint import Checkpoint, Entry, assign, match_keys
+from mlx_sora.loading.file_guard import FileStat, retry_read
 from mlx_sora.loading.safetensors import (
     FIX,
     FLOATS,
@@ -50,7 +50,7 @@ class BlockSource(Generic[Block]):
     rest: Sequence[Entry]
     tensors: Mapping[str, TensorInfo]
     dtype: mx.Dtype
-    stamps: Mapping[Path, Stamp]
+    stamps: Mapping[Path, FileStat]
     read: Reader = load_tensors
 
     def __len__(self) -> int:
@@ -95,7 +95,7 @@ class BlockSource(Generic[Block]):
         for file, entries in files.items():
             try:
                 load = partial(self._load_from, file, entries, stream)
-                weights |= patiently(load, f"block {index} of the {self.name} from {file}")
+                weights |= retry_read(load, f"block {index} of the {self.name} from {file}")
             except WeightsError as error:
                 raise WeightsError(self._fault(index, error.message), error.fix) from error
             except (OSError, RuntimeError) as error:
@@ -144,7 +144,7 @@ class BlockSource(Generic[Block]):
     def _load_from(
         self, file: Path, entries: Sequence[Entry], stream: mx.Stream | None
     ) -> dict[str, mx.array]:
-        if Stamp.of(file) != self.stamps[file]:
+        if FileStat.of(file) != self.stamps[file]:
             raise WeightsError(f"{file} has changed since it was opened.", "Try again.")
         arrays = self.read(file, {e.key: self.tensors[e.key] for e in entries}, stream)
         types = {key: loaded_dtype(self.tensors[key].dtype, self.dtype) for key in arrays}
@@ -178,11 +178,11 @@ def split_blocks(
     owner = {prefix: i for i, prefixes in enumerate(blocks) for prefix in prefixes}
     parts: list[list[Entry]] = [[] for _ in blocks]
     rest: list[Entry] = []
-    for entry in match(network, checkpoint, keys, without):
+    for entry in match_keys(network, checkpoint, keys, without):
         path = entry.parameter.path
         found = next((i for prefix, i in owner.items() if path.startswith(prefix)), None)
         (rest if found is None else parts[found]).append(entry)
-    put(network, checkpoint.load(entry.key for entry in rest), rest, dtype)
+    assign(network, checkpoint.load(entry.key for entry in rest), rest, dtype)
     files = {checkpoint.tensors[entry.key].file for part in parts for entry in part}
     source = BlockSource(
         name=name,
@@ -193,7 +193,7 @@ def split_blocks(
         tensors=checkpoint.tensors,
         dtype=dtype,
         read=checkpoint.read,
-        stamps={file: Stamp.of(file) for file in files},
+        stamps={file: FileStat.of(file) for file in files},
     )
     for index in range(len(source)):
         source.clear(index)

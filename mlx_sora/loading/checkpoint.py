@@ -180,7 +180,7 @@ class Entry:
     parameter: Parameter
 
 
-def match(
+def match_keys(
     module: nn.Module,
     checkpoint: Checkpoint | Mapping[str, mx.array],
     keys: KeyMap,
@@ -211,7 +211,7 @@ def match(
     return list(entries.values())
 
 
-def put(
+def assign(
     module: nn.Module,
     arrays: Mapping[str, mx.array],
     entries: Iterable[Entry],
@@ -227,7 +227,7 @@ def put(
     module.update(tree_unflatten(values))
 
 
-def fill(
+def load_weights(
     module: nn.Module,
     checkpoint: Checkpoint | Mapping[str, mx.array],
     keys: KeyMap,
@@ -240,11 +240,11 @@ def fill(
     checkpoint: from disk (stays lazy), or a dict of arrays.
     dtype: cast floating parameters to it as they are read; None keeps the stored type.
     """
-    entries = match(module, checkpoint, keys, without)
+    entries = match_keys(module, checkpoint, keys, without)
     if isinstance(checkpoint, Checkpoint):
-        put(module, checkpoint.load(entry.key for entry in entries), entries, dtype)
+        assign(module, checkpoint.load(entry.key for entry in entries), entries, dtype)
     else:
-        put(module, checkpoint, entries, dtype)
+        assign(module, checkpoint, entries, dtype)
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ _PORTION = 256 << 20
 
 
 @dataclass(frozen=True)
-class Stamp:
+class FileStat:
     """What tells one state of a file from another."""
 
     device: int
@@ -46,7 +46,7 @@ class Stamp:
     changed: int
 
     @classmethod
-    def of(cls, file: Path) -> Stamp:
+    def of(cls, file: Path) -> FileStat:
         """Of a file as it is now. Raises WeightsError where there is none."""
         try:
             status = file.stat()
@@ -55,12 +55,12 @@ class Stamp:
         return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
 
 
-class SteadyFiles:
+class WeightFileGuard:
     """The weight files of `folder`, which are about to be opened and read lazily."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._before = {file: Stamp.of(file) for file in sorted(folder.glob("*.safetensors"))}
+        self._before = {file: FileStat.of(file) for file in sorted(folder.glob("*.safetensors"))}
 
     @contextmanager
     def read(self) -> Iterator[None]:
@@ -78,7 +78,7 @@ class SteadyFiles:
     def _check(self) -> None:
         for file, stamp in self._before.items():
             try:
-                now = Stamp.of(file)
+                now = FileStat.of(file)
             except WeightsError:  # removed, while MLX holds it
                 continue
             if now != stamp and (now.device, now.inode) == (stamp.device, stamp.inode):
@@ -97,7 +97,7 @@ def read_all(network: nn.Module) -> None:
     mx.eval(waiting)
 
 
-def patiently(read: Callable[[], Result], what: str) -> Result:
+def retry_read(read: Callable[[], Result], what: str) -> Result:
     """The result of `read`, tried again after a while if the disk fails; then its error."""
     for pause in PAUSES:
         try:

@@ -16,9 +16,14 @@ from mlx import nn
 
 from mlx_sora.errors import WeightsError
 from mlx_sora.loading.blocks import BlockSource, split_blocks
-from mlx_sora.loading.checkpoint import Checkpoint, Entry, fill, match
+from mlx_sora.loading.checkpoint import Checkpoint, Entry, load_weights, match_keys
 from mlx_sora.loading.model_folder import ModelFolder
-from mlx_sora.loading.quantization import Quantization, prepare, quantizable, quantizing
+from mlx_sora.loading.quantization import (
+    Quantization,
+    insert_quantized_layers,
+    quantizable_linears,
+    quantizing_reader,
+)
 from mlx_sora.models import stdit3, t5, vae
 from mlx_sora.models.key_map import KeyMap
 from mlx_sora.models.precision import KEEP
@@ -34,7 +39,7 @@ def load_text_encoder(model: ModelFolder, dtype: mx.Dtype) -> tuple[t5.T5Encoder
     The table of T5-XXL is 0.5 GB in float32, of which a prompt needs a few hundred kB.
     """
     network, checkpoint = _text_encoder(model)
-    fill(network, checkpoint, t5.KEYS, dtype=dtype, without=[t5.TABLE])
+    load_weights(network, checkpoint, t5.KEYS, dtype=dtype, without=[t5.TABLE])
     return network, partial(checkpoint.rows, t5.TABLE)
 
 
@@ -80,7 +85,7 @@ def _check_table(checkpoint: Checkpoint, config: t5.T5Config) -> None:
 def load_transformer(model: ModelFolder, dtype: mx.Dtype) -> stdit3.STDiT3:
     """The denoising network."""
     network, checkpoint = _transformer(model, dtype)
-    fill(network, checkpoint, stdit3.KEYS, dtype=dtype)
+    load_weights(network, checkpoint, stdit3.KEYS, dtype=dtype)
     return network
 
 
@@ -115,8 +120,8 @@ def _quantised(
     quantization = Quantization.read(config)
     if quantization is None and model.bits is not None:
         quantization = Quantization(model.bits)
-        checkpoint = quantizing(checkpoint, network, quantization)
-    prepare(network, quantization)
+        checkpoint = quantizing_reader(checkpoint, network, quantization)
+    insert_quantized_layers(network, quantization)
     return checkpoint
 
 
@@ -124,7 +129,7 @@ def load_vae(model: ModelFolder, parts: Sequence[str] = ("decoder",)) -> VideoVA
     """The VAE, or the halves of it that are needed; always in `KEEP.vae`'s type, float32."""
     with _described("vae"):
         network = VideoVAE(VAEConfig.from_dict(model.config("vae")), parts)
-    fill(network, Checkpoint.open(model.vae), keys_for(parts), dtype=KEEP.vae)
+    load_weights(network, Checkpoint.open(model.vae), keys_for(parts), dtype=KEEP.vae)
     return network
 
 
@@ -144,12 +149,12 @@ def match_part(model: ModelFolder, part: str, checkpoint: Checkpoint) -> list[En
     for a checkpoint that is not of it.
     """
     network, keys = _unfilled(model, part)
-    return match(network, checkpoint, keys)
+    return match_keys(network, checkpoint, keys)
 
 
 def quantizable_layers(model: ModelFolder, part: str, quantization: Quantization) -> list[str]:
     """Paths of the layers of `part` that are to be quantised; reads config.json only."""
-    return list(quantizable(_unfilled(model, part)[0], quantization))
+    return list(quantizable_linears(_unfilled(model, part)[0], quantization))
 
 
 def _unfilled(model: ModelFolder, part: str) -> tuple[nn.Module, KeyMap]:
@@ -163,5 +168,5 @@ def _unfilled(model: ModelFolder, part: str) -> tuple[nn.Module, KeyMap]:
             network, keys = stdit3.STDiT3(stdit3.STDiT3Config.from_dict(values)), stdit3.KEYS
         else:
             network, keys = vae.VideoVAE(VAEConfig.from_dict(values)), vae.KEYS
-    prepare(network, Quantization.read(values))
+    insert_quantized_layers(network, Quantization.read(values))
     return network, keys

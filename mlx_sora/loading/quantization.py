@@ -101,7 +101,7 @@ def _rounding(scales: mx.array, biases: mx.array, kind: mx.Dtype) -> float:
     return float(total.item())  # type: ignore[arg-type]
 
 
-def quantizable(network: nn.Module, quantization: Quantization) -> dict[str, nn.Linear]:
+def quantizable_linears(network: nn.Module, quantization: Quantization) -> dict[str, nn.Linear]:
     """The layers of `network` that are to be quantised, by path.
 
     Those whose inputs do not divide into whole groups are left out (STDiT3-3B has such).
@@ -115,12 +115,12 @@ def quantizable(network: nn.Module, quantization: Quantization) -> dict[str, nn.
     }
 
 
-def prepare(network: nn.Module, quantization: Quantization | None) -> None:
+def insert_quantized_layers(network: nn.Module, quantization: Quantization | None) -> None:
     """Replace layers of an unfilled `network` by quantised ones."""
     if quantization is None:
         return
     replaced = []
-    for path, layer in quantizable(network, quantization).items():
+    for path, layer in quantizable_linears(network, quantization).items():
         outputs, inputs = layer.weight.shape
         new = QuantizedLinear(inputs, outputs, bias="bias" in layer, **quantization.to_dict())
         replaced.append((path, new))
@@ -147,7 +147,7 @@ def count_parameters(checkpoint: Checkpoint, quantization: Quantization | None) 
 
 
 @dataclass(frozen=True)
-class Quantizing:
+class QuantizingReader:
     """A Reader for which every tensor of `dense` comes quantised, as three.
 
     dense: weights by key, as they are stored. One after the other is evaluated, so that only one is
@@ -171,7 +171,7 @@ class Quantizing:
         return arrays
 
 
-def quantizing(
+def quantizing_reader(
     checkpoint: Checkpoint, network: nn.Module, quantization: Quantization
 ) -> Checkpoint:
     """`checkpoint` as if it were quantised for `network`, which is not prepared yet.
@@ -179,7 +179,7 @@ def quantizing(
     What it holds in other shapes stays as it is, for matching to find. Raises UsageError for a
     network without a layer that can be quantised.
     """
-    layers = quantizable(network, quantization)
+    layers = quantizable_linears(network, quantization)
     if not layers:
         raise UsageError(
             f"No layer in {checkpoint.path} can be quantised: their inputs are no whole groups of "
@@ -198,7 +198,7 @@ def quantizing(
         tensors[weight] = replace(info, dtype=PACKED, shape=packed)
         for name, shape in zip(names, floats, strict=True):  # whose bytes are those of the weight
             tensors[name] = replace(info, dtype="F32", shape=shape, nbytes=0)
-    return replace(checkpoint, tensors=tensors, read=Quantizing(quantization, dense))
+    return replace(checkpoint, tensors=tensors, read=QuantizingReader(quantization, dense))
 
 
 def quantized_while_loading(model: ModelFolder, bits: int | None) -> ModelFolder:

@@ -10,16 +10,16 @@ from mlx import nn
 from mlx.utils import tree_flatten
 
 from mlx_sora.loading.blocks import BlockSource
-from mlx_sora.loading.checkpoint import Checkpoint, match
+from mlx_sora.loading.checkpoint import Checkpoint, match_keys
 from mlx_sora.loading.model_folder import ModelFolder
 from mlx_sora.loading.networks import stream_text_encoder, stream_transformer
 from mlx_sora.loading.quantization import dense_bytes
-from mlx_sora.memory.planner import Model, Weights
+from mlx_sora.memory.planner import ModelSizes, WeightSizes
 from mlx_sora.models.precision import KEEP
 from mlx_sora.models.vae import VAEConfig, VideoVAE, keys_for
 
 
-def model_sizes(model: ModelFolder, dtype: mx.Dtype, *, encoders: bool = False) -> Model:
+def model_sizes(model: ModelFolder, dtype: mx.Dtype, *, encoders: bool = False) -> ModelSizes:
     """Sizes of `model` with weights in `dtype`, its VAE in float32. Reads headers only.
 
     encoders: also those of the VAE's encoders.
@@ -30,7 +30,7 @@ def model_sizes(model: ModelFolder, dtype: mx.Dtype, *, encoders: bool = False) 
     transformer, transformer_blocks = stream_transformer(model, dtype)
     config = VAEConfig.from_dict(model.config("vae"))
     temporal, spatial, stored = _vae_half(model, config, "decoder")
-    return Model(
+    return ModelSizes(
         text=text.config,
         transformer=transformer.config,
         vae=config,
@@ -46,13 +46,13 @@ def model_sizes(model: ModelFolder, dtype: mx.Dtype, *, encoders: bool = False) 
 def _vae_half(model: ModelFolder, config: VAEConfig, half: str) -> tuple[int, int, int]:
     """Bytes of the temporal and of the spatial encoder or decoder, and of both on disk."""
     vae, checkpoint = VideoVAE(config, (half,)), Checkpoint.open(model.vae)
-    entries = match(vae, checkpoint, keys_for((half,)))
+    entries = match_keys(vae, checkpoint, keys_for((half,)))
     stored = sum(checkpoint.tensors[entry.key].nbytes for entry in entries)
     return _float32_bytes(vae.temporal_vae), _float32_bytes(vae.spatial_vae), stored
 
 
-def _weights(source: BlockSource[Any]) -> Weights:
-    return Weights(
+def _weights(source: BlockSource[Any]) -> WeightSizes:
+    return WeightSizes(
         blocks=source.nbytes,
         loading=source.loading_bytes,
         rest=source.rest_bytes,

@@ -35,7 +35,7 @@ _HALF = 2
 
 
 @dataclass(frozen=True)
-class Choice:
+class ConversionOptions:
     """What a conversion is to change. None keeps.
 
     bits: of the weights of linear layers in T5's and STDiT's blocks. dtype: of T5's and STDiT's
@@ -56,7 +56,7 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class Change:
+class TensorConversion:
     """What becomes of the tensor `key`: another type, or (quantised) three tensors."""
 
     key: str
@@ -95,12 +95,12 @@ class Change:
 
 
 @dataclass(frozen=True)
-class Shard:
+class ShardPlan:
     """One file of a part."""
 
     part: str
     name: str
-    changes: Sequence[Change]
+    changes: Sequence[TensorConversion]
 
     @property
     def path(self) -> str:
@@ -118,7 +118,7 @@ class Shard:
         return sum(change.info.nbytes for change in self.changes)
 
 
-def plan_part(model: ModelFolder, part: str, choice: Choice) -> list[Shard]:
+def plan_part(model: ModelFolder, part: str, choice: ConversionOptions) -> list[ShardPlan]:
     """The files of `part`, blocks in the order of their use, then the rest.
 
     Tensors that no network has a use for are left out. Raises WeightsError for a checkpoint that
@@ -133,14 +133,14 @@ def plan_part(model: ModelFolder, part: str, choice: Choice) -> list[Shard]:
     packed: set[str] = set()
     if choice.quantization is not None:
         packed = {f"{path}.weight" for path in quantizable_layers(model, part, choice.quantization)}
-    groups: dict[int, list[Change]] = {}
+    groups: dict[int, list[TensorConversion]] = {}
     for key, info in checkpoint.tensors.items():
         if key in keys:
             change = _change(key, info, part, choice, quantize=key in packed)
             groups.setdefault(_group(key), []).append(change)
     count = len(groups)
     return [
-        Shard(part, f"model-{number:05}-of-{count:05}.safetensors", groups[group])
+        ShardPlan(part, f"model-{number:05}-of-{count:05}.safetensors", groups[group])
         for number, group in enumerate(sorted(groups), 1)
     ]
 
@@ -154,17 +154,19 @@ def _group(key: str) -> int:
     return next(found, 1 << 30)
 
 
-def _change(key: str, info: TensorInfo, part: str, choice: Choice, *, quantize: bool) -> Change:
+def _change(
+    key: str, info: TensorInfo, part: str, choice: ConversionOptions, *, quantize: bool
+) -> TensorConversion:
     stored = FLOATS[info.dtype][1]
     if part == "vae":  # always computes in float32, so what it loses here is lost
-        return Change(key, info, stored)
+        return TensorConversion(key, info, stored)
     if quantize:
-        return Change(key, info, stored, choice.quantization, choice.mlx_dtype)
+        return TensorConversion(key, info, stored, choice.quantization, choice.mlx_dtype)
     shorten = choice.bits is not None and stored == mx.float32 and len(info.shape) > 1
-    return Change(key, info, choice.mlx_dtype or (mx.bfloat16 if shorten else stored))
+    return TensorConversion(key, info, choice.mlx_dtype or (mx.bfloat16 if shorten else stored))
 
 
-def config_text(model: ModelFolder, part: str, choice: Choice) -> str:
+def config_text(model: ModelFolder, part: str, choice: ConversionOptions) -> str:
     """config.json of the converted part."""
     config = model.config(part)
     if part != "vae" and choice.quantization is not None:
@@ -172,7 +174,7 @@ def config_text(model: ModelFolder, part: str, choice: Choice) -> str:
     return json.dumps(config, indent=2) + "\n"
 
 
-def index_text(shards: Sequence[Shard]) -> str:
+def index_text(shards: Sequence[ShardPlan]) -> str:
     """The index that says which file holds which tensor."""
     weight_map = {name: shard.name for shard in shards for c in shard.changes for name in c.names}
     content = {
@@ -182,7 +184,7 @@ def index_text(shards: Sequence[Shard]) -> str:
     return json.dumps(content, indent=2) + "\n"
 
 
-def small_files(model: ModelFolder, choice: Choice) -> Iterator[tuple[str, bytes]]:
+def small_files(model: ModelFolder, choice: ConversionOptions) -> Iterator[tuple[str, bytes]]:
     """All but weights and their indexes: path in the folder, content."""
     for part in PARTS:
         yield f"{part}/config.json", config_text(model, part, choice).encode()
@@ -192,7 +194,7 @@ def small_files(model: ModelFolder, choice: Choice) -> Iterator[tuple[str, bytes
         yield index.name, index.read_bytes()
 
 
-def source_files(model: ModelFolder, shards: Mapping[str, Sequence[Shard]]) -> list[Path]:
+def source_files(model: ModelFolder, shards: Mapping[str, Sequence[ShardPlan]]) -> list[Path]:
     """Every file that a conversion reads."""
     weights = {c.info.file for part in shards.values() for s in part for c in s.changes}
     configs = {model.path / part / "config.json" for part in PARTS}

@@ -27,8 +27,8 @@ from mlx_sora.loading.networks import match_part
 from mlx_sora.loading.quantization import GROUP
 from mlx_sora.manage.conversion_plan import (
     INDEX,
-    Choice,
-    Shard,
+    ConversionOptions,
+    ShardPlan,
     index_text,
     plan_part,
     small_files,
@@ -36,10 +36,10 @@ from mlx_sora.manage.conversion_plan import (
 )
 from mlx_sora.manage.provenance import FILE, FileOrigin, Provenance
 from mlx_sora.manage.staging import (
+    exclusive,
     filesystem,
     is_free,
-    only_one,
-    refuse_strangers,
+    refuse_unknown_files,
     require_space,
     swap_in,
 )
@@ -53,7 +53,7 @@ JOURNAL = ".conversion.json"
 _CACHE = 1 << 24
 
 #: Told action (check, convert), part, bytes done and bytes in all.
-Watch = Callable[[str, str, int, int], None]
+ProgressCallback = Callable[[str, str, int, int], None]
 
 _DISK = "Check rights and space, or name another destination."
 
@@ -73,10 +73,10 @@ class _Conversion:
     """One conversion under way. written: bytes and checksum of the finished shards by path."""
 
     model: ModelFolder
-    choice: Choice
+    choice: ConversionOptions
     target: Path
-    watch: Watch
-    shards: Mapping[str, Sequence[Shard]]
+    watch: ProgressCallback
+    shards: Mapping[str, Sequence[ShardPlan]]
     record: Mapping[str, Any]
     written: dict[str, tuple[int, str]] = field(default_factory=dict)
 
@@ -84,7 +84,7 @@ class _Conversion:
     def staging(self) -> Path:
         return staging_of(self.target)
 
-    def all_shards(self) -> list[Shard]:
+    def all_shards(self) -> list[ShardPlan]:
         return [shard for part in PARTS for shard in self.shards[part]]
 
     def gather(self) -> None:
@@ -142,7 +142,7 @@ class _Conversion:
         swap_in(self.staging, self.target)
         return sum(size for size, _ in files.values())
 
-    def _write_shard(self, shard: Shard, checkpoint: Checkpoint, done: int, total: int) -> None:
+    def _write_shard(self, shard: ShardPlan, checkpoint: Checkpoint, done: int, total: int) -> None:
         arrays: dict[str, mx.array] = {}
         sources = checkpoint.load(change.key for change in shard.changes)
         for change in shard.changes:
@@ -194,11 +194,11 @@ class _Conversion:
 def convert(
     model: ModelFolder,
     target: Path,
-    choice: Choice,
+    choice: ConversionOptions,
     *,
     overwrite: bool = False,
     check: bool = False,
-    watch: Watch = lambda *_: None,
+    watch: ProgressCallback = lambda *_: None,
 ) -> Converted:
     """Write `model`, changed as `choice` says, to the folder `target`.
 
@@ -222,7 +222,7 @@ def convert(
             _refuse_present(target, present, overwrite or same)
         work = _Conversion(model, choice, target, watch, shards, record)
         target.parent.mkdir(parents=True, exist_ok=True)
-        with only_one(work.staging, "conversion"), memory_scope(_CACHE):
+        with exclusive(work.staging, "conversion"), memory_scope(_CACHE):
             work.gather()
             kept = len(work.written)
             missing = [s for s in work.all_shards() if s.path not in work.written]
@@ -241,7 +241,7 @@ def staging_of(target: Path) -> Path:
     return target.with_name(f".{target.name}.conversion")
 
 
-def _record(model: ModelFolder, choice: Choice, files: Sequence[Path]) -> dict[str, Any]:
+def _record(model: ModelFolder, choice: ConversionOptions, files: Sequence[Path]) -> dict[str, Any]:
     """What makes a conversion the same: options, version, the source as it is and its origin."""
     stamps = [
         (str(file.relative_to(model.path)), file.stat().st_size, file.stat().st_mtime_ns)
@@ -267,7 +267,7 @@ def _refuse_overlap(source: Path, target: Path) -> None:
         )
 
 
-def _require_quantized(model: ModelFolder, shards: Mapping[str, Sequence[Shard]]) -> None:
+def _require_quantized(model: ModelFolder, shards: Mapping[str, Sequence[ShardPlan]]) -> None:
     changes = (change for part in shards.values() for shard in part for change in shard.changes)
     if all(change.quantization is None for change in changes):
         raise UsageError(
@@ -277,11 +277,11 @@ def _require_quantized(model: ModelFolder, shards: Mapping[str, Sequence[Shard]]
         )
 
 
-def _damaged(present: Provenance, target: Path, check: bool, watch: Watch) -> list[str]:
+def _damaged(present: Provenance, target: Path, check: bool, watch: ProgressCallback) -> list[str]:
     """Files that are not as recorded, by size or (check) by checksum."""
     if not check:
-        return present.missized(target)
-    return present.altered(target, lambda *facts: watch("check", *facts))
+        return present.wrong_size(target)
+    return present.wrong_checksum(target, lambda *facts: watch("check", *facts))
 
 
 def _refuse_present(target: Path, present: Provenance | None, overwrite: bool) -> None:
@@ -292,7 +292,7 @@ def _refuse_present(target: Path, present: Provenance | None, overwrite: bool) -
             f"{target} is no model that this program made, so --overwrite does not replace it.",
             "Move it away, or name another destination.",
         )
-    refuse_strangers(target, {*present.files, FILE})
+    refuse_unknown_files(target, {*present.files, FILE})
 
 
 def _known_source(path: Path) -> Provenance | None:

@@ -37,7 +37,7 @@ from mlx_sora.loading.safetensors import loaded_dtype
 from mlx_sora.manage.convert import staging_of
 from mlx_sora.manage.download import STAGING
 from mlx_sora.manage.provenance import FILE, Provenance
-from mlx_sora.manage.smoke_test import Values, scan, try_text_encoder, try_transformer, try_vae
+from mlx_sora.manage.smoke_test import ValueCounts, scan, try_text_encoder, try_transformer, try_vae
 from mlx_sora.models import stdit3, t5, vae
 from mlx_sora.runtime.device import blas_notice, describe, total_memory
 from mlx_sora.text.tokenizer import Tokenizer
@@ -45,7 +45,7 @@ from mlx_sora.text.tokenizer import Tokenizer
 _TRIALS = {"text_encoder": try_text_encoder, "transformer": try_transformer, "vae": try_vae}
 
 #: Told action, path, bytes done and bytes in all while files are read.
-Watch = Callable[[str, str, int, int], None]
+ProgressCallback = Callable[[str, str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Examination:
 
     path: Path
     quick: bool
-    watch: Watch = field(default=lambda *_: None)
+    watch: ProgressCallback = field(default=lambda *_: None)
     failed: set[str] = field(default_factory=set)
 
     def findings(self) -> Iterator[Finding]:
@@ -153,12 +153,12 @@ class Examination:
         if provenance is None:
             yield Finding("note", "files", f"no {FILE}, so there are no checksums to compare.")
             return
-        missized = provenance.missized(self.path)
+        missized = provenance.wrong_size(self.path)
         for name in missized:
             yield self._error(name.split("/")[0], f"{name} is not of the recorded size.")
         altered: list[str] = []
         if not self.quick:
-            altered = provenance.altered(
+            altered = provenance.wrong_checksum(
                 self.path, lambda name, done, total: self.watch("check", name, done, total)
             )
         for name in altered:
@@ -212,7 +212,9 @@ class Examination:
         return ModelFolder(self.path, self.path.name, Defaults())
 
 
-def examine(path: Path, *, quick: bool = False, watch: Watch | None = None) -> Iterator[Finding]:
+def examine(
+    path: Path, *, quick: bool = False, watch: ProgressCallback | None = None
+) -> Iterator[Finding]:
     """What there is to say about the model folder `path` and the machine, as it is found out.
 
     quick: read configurations and headers only. watch: told how far reading is.
@@ -284,6 +286,6 @@ def _conversion_command(known: Provenance, path: Path) -> str:
     return command + (f" --dtype {dtype}" if dtype else "") + " --check --overwrite"
 
 
-def _count(values: Values) -> str:
+def _count(values: ValueCounts) -> str:
     found = [(values.nan, "NaN"), (values.inf, "Inf")]
     return " and ".join(f"{n} {name}" for n, name in found if n)

@@ -25,16 +25,16 @@ from mlx_sora.loading.model_folder import (
     missing_parts,
 )
 from mlx_sora.loading.quantization import Quantization
-from mlx_sora.manage.conversion_plan import Choice
+from mlx_sora.manage.conversion_plan import ConversionOptions
 from mlx_sora.manage.convert import Converted, convert
 from mlx_sora.manage.hub import Hub, RemoteFile
 from mlx_sora.manage.provenance import FILE, FileOrigin, Provenance
-from mlx_sora.manage.sources import Source
+from mlx_sora.manage.sources import PartSource
 from mlx_sora.manage.staging import (
+    exclusive,
     filesystem,
     is_free,
-    only_one,
-    refuse_strangers,
+    refuse_unknown_files,
     require_space,
     swap_in,
 )
@@ -49,7 +49,7 @@ _SPACE = f"Make room, or set {WEIGHTS_VARIABLE} to a folder on another disk."
 
 
 @dataclass(frozen=True)
-class Progress:
+class DownloadProgress:
     """`done` of `total` bytes of the file `path` are checked (action "check") or here ("fetch")."""
 
     action: str
@@ -59,11 +59,11 @@ class Progress:
 
 
 #: Told what happens, file by file.
-Report = Callable[[Progress], None]
+ProgressCallback = Callable[[DownloadProgress], None]
 
 
 @dataclass(frozen=True)
-class Outcome:
+class DownloadResult:
     """Where the model is, how many bytes came over the network for it, and whether it changed."""
 
     path: Path
@@ -73,13 +73,13 @@ class Outcome:
 
 def download(
     root: Path,
-    sources: Sequence[Source],
+    sources: Sequence[PartSource],
     hub: Hub,
-    report: Report,
+    report: ProgressCallback,
     *,
     check: bool = False,
     spare: float = 0.0,
-) -> Outcome:
+) -> DownloadResult:
     """Make `root`/opensora-1.2 the model that `sources` name, fetching only what is not there.
 
     A model that is there is left alone when it is of these sources and each file has its size;
@@ -87,19 +87,19 @@ def download(
     spare: what else must fit on the disk, as a share of all files.
     Raises WeightsError for everything that the network, the server or the disk may do.
     """
-    with filesystem(root, _FIX), only_one(root, "download"):
+    with filesystem(root, _FIX), exclusive(root, "download"):
         target = (root / PUBLISHED).resolve()
-        present = model_at(target)
+        present = installed_model(target)
         if present is not None:
-            sources = [pin(source, present) for source in sources]
+            sources = [pin_revision(source, present) for source in sources]
             damaged = (
-                present.altered(target, partial(_tell, report, "check"))
+                present.wrong_checksum(target, partial(_tell, report, "check"))
                 if check
-                else present.missized(target)
+                else present.wrong_size(target)
             )
-            if not damaged and all(covers(present, source) for source in sources):
-                return Outcome(target, 0, False)
-            refuse_strangers(target, {*present.files, FILE})
+            if not damaged and all(matches_source(present, source) for source in sources):
+                return DownloadResult(target, 0, False)
+            refuse_unknown_files(target, {*present.files, FILE})
         files = [file for source in sources for file in hub.files(source)]
         staging = _staging(target.parent, files)
         checksums = _gather(files, staging, target, report)
@@ -118,10 +118,10 @@ def download(
         }
         Provenance(PUBLISHED, hub.address, origins).write(staging)
         swap_in(staging, target)
-        return Outcome(target, fetched, True)
+        return DownloadResult(target, fetched, True)
 
 
-def model_at(target: Path) -> Provenance | None:
+def installed_model(target: Path) -> Provenance | None:
     """Provenance of the model that is there; None where nothing is."""
     if is_free(target):
         return None
@@ -134,7 +134,7 @@ def model_at(target: Path) -> Provenance | None:
     return found
 
 
-def pin(source: Source, present: Provenance) -> Source:
+def pin_revision(source: PartSource, present: Provenance) -> PartSource:
     """The commit that is there, where none is asked for: a repair does not update."""
     commits = {o.revision for o in _origins(present, source.part) if o.repo == source.repo}
     if source.revision is None and len(commits) == 1:
@@ -142,7 +142,7 @@ def pin(source: Source, present: Provenance) -> Source:
     return source
 
 
-def covers(present: Provenance, source: Source) -> bool:
+def matches_source(present: Provenance, source: PartSource) -> bool:
     """Whether the part that is there is just what `source` names."""
     wanted = (source.repo, source.folder, source.revision)
     found = {(o.repo, o.folder, o.revision) for o in _origins(present, source.part)}
@@ -176,7 +176,7 @@ def _part(staging: Path, file: RemoteFile) -> Path:
 
 
 def _gather(
-    files: Sequence[RemoteFile], staging: Path, target: Path, report: Report
+    files: Sequence[RemoteFile], staging: Path, target: Path, report: ProgressCallback
 ) -> dict[str, str]:
     """SHA-256 of each file that need not be fetched: from an earlier attempt or the old model."""
     checksums: dict[str, str] = {}
@@ -208,7 +208,7 @@ def _missing_bytes(staging: Path, files: Sequence[RemoteFile]) -> int:
     return sum(file.size for file in files) - have
 
 
-def _fetch(hub: Hub, file: RemoteFile, staging: Path, report: Report) -> tuple[str, int]:
+def _fetch(hub: Hub, file: RemoteFile, staging: Path, report: ProgressCallback) -> tuple[str, int]:
     """Fetch and verify one file: its SHA-256, and the bytes that came over the network."""
     part = _part(staging, file)
     before = part.stat().st_size if part.is_file() else 0
@@ -242,12 +242,12 @@ def _check_model(staging: Path, hub: Hub) -> None:
         ) from error
 
 
-def _watch(report: Report, action: str, file: RemoteFile, done: int) -> None:
-    report(Progress(action, file.path, done, file.size))
+def _watch(report: ProgressCallback, action: str, file: RemoteFile, done: int) -> None:
+    report(DownloadProgress(action, file.path, done, file.size))
 
 
-def _tell(report: Report, action: str, path: str, done: int, total: int) -> None:
-    report(Progress(action, path, done, total))
+def _tell(report: ProgressCallback, action: str, path: str, done: int, total: int) -> None:
+    report(DownloadProgress(action, path, done, total))
 
 
 #: What a conversion may take, as a share of the download: half if that is of 16 bits already.
@@ -255,58 +255,60 @@ _SHARE = {8: 0.6, 4: 0.4}
 
 
 @dataclass(frozen=True)
-class Obtained:
+class QuantizedDownload:
     """downloaded: None where nothing had to be; removed: whether the original is gone."""
 
-    downloaded: Outcome | None
+    downloaded: DownloadResult | None
     converted: Converted
     removed: bool
 
 
 def download_quantized(
     root: Path,
-    sources: Sequence[Source],
+    sources: Sequence[PartSource],
     hub: Hub,
-    report: Report,
+    report: ProgressCallback,
     bits: int,
     *,
     check: bool = False,
     remove_original: bool = False,
-) -> Obtained:
+) -> QuantizedDownload:
     """Make `root`/opensora-1.2-8bit (or -4bit) the quantised model of `sources`.
 
     If it is there, of these sources and whole (check: by checksums), nothing is asked of a server.
     remove_original: the download goes once the quantised model is whole. Raises WeightsError.
     """
     target, original = root / QUANTIZED[bits], root / PUBLISHED
-    present = model_at(target)
-    outcome: Outcome | None = None
+    present = installed_model(target)
+    outcome: DownloadResult | None = None
     if present is not None and _is(present, sources, bits):
         damaged = (
-            present.altered(target, lambda *facts: report(Progress("check", *facts)))
+            present.wrong_checksum(target, lambda *facts: report(DownloadProgress("check", *facts)))
             if check
-            else present.missized(target)
+            else present.wrong_size(target)
         )
         if not damaged:
             size = sum(origin.bytes for origin in present.files.values())
             converted = Converted(target, size, len(present.files), False)
-            return Obtained(None, converted, remove_original and _remove(original))
+            return QuantizedDownload(None, converted, remove_original and _remove(original))
     outcome = download(root, sources, hub, report, check=check, spare=_SHARE[bits])
     converted = convert(
         ModelFolder.open(outcome.path),
         target,
-        Choice(bits),
+        ConversionOptions(bits),
         overwrite=present is not None,
         check=check,
-        watch=lambda *facts: report(Progress(*facts)),
+        watch=lambda *facts: report(DownloadProgress(*facts)),
     )
-    return Obtained(outcome, converted, remove_original and _remove(original))
+    return QuantizedDownload(outcome, converted, remove_original and _remove(original))
 
 
-def _is(present: Provenance, sources: Sequence[Source], bits: int) -> bool:
+def _is(present: Provenance, sources: Sequence[PartSource], bits: int) -> bool:
     """Whether what is there was made of `sources` with so many bits."""
     same = present.conversion.get("quantization") == Quantization(bits).to_dict()
-    return same and all(covers(present, pin(source, present)) for source in sources)
+    return same and all(
+        matches_source(present, pin_revision(source, present)) for source in sources
+    )
 
 
 def _remove(original: Path) -> bool:
@@ -316,6 +318,6 @@ def _remove(original: Path) -> bool:
     folder = original.resolve()
     known = Provenance.read(folder)
     with filesystem(folder, "Remove it by hand."):
-        refuse_strangers(folder, {*known.files, FILE} if known else ())
+        refuse_unknown_files(folder, {*known.files, FILE} if known else ())
         shutil.rmtree(folder)
     return True

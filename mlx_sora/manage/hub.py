@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlx_sora import __version__
 from mlx_sora.errors import WeightsError
-from mlx_sora.manage.sources import Source, choose_files
+from mlx_sora.manage.sources import PartSource, choose_files
 from mlx_sora.utils.files import git_sha1, sha256
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ class Hub:
 
         return self.endpoint or str(constants.ENDPOINT)
 
-    def files(self, source: Source) -> list[RemoteFile]:
+    def files(self, source: PartSource) -> list[RemoteFile]:
         """The files of `source` that a model folder needs, at one commit.
 
         Raises WeightsError: unreachable, unknown, gated, only pickles, hostile or useless answers.
@@ -138,7 +138,9 @@ class Hub:
         with _Bounded(part, file.size, watch) as out:
             http_get(url, out, resume_size=out.tell(), headers=headers)
 
-    def _describe(self, source: Source, commit: str, name: str, sibling: RepoSibling) -> RemoteFile:
+    def _describe(
+        self, source: PartSource, commit: str, name: str, sibling: RepoSibling
+    ) -> RemoteFile:
         """Size and checksum: from the listing, else (mirrors that leave them out) by asking."""
         checksum = sibling.lfs.sha256 if sibling.lfs else sibling.blob_id
         size = sibling.lfs.size if sibling.lfs else sibling.size

@@ -105,16 +105,16 @@ class Provenance:
                 raise WeightsError(f"{path} is damaged: see {name!r}.", _FIX)
         return cls(model, endpoint, files, conversion)
 
-    def missized(self, folder: Path) -> list[str]:
+    def wrong_size(self, folder: Path) -> list[str]:
         """Paths whose file is absent from `folder` or has another size. Reads no content."""
         return [name for name, origin in self.files.items() if _size(folder / name) != origin.bytes]
 
-    def altered(self, folder: Path, watch: Callable[[str, int, int], None]) -> list[str]:
+    def wrong_checksum(self, folder: Path, watch: Callable[[str, int, int], None]) -> list[str]:
         """Paths whose content is not the recorded one; reads every file that has the right size.
 
         watch: told path, bytes read and bytes in all.
         """
-        wrong = self.missized(folder)
+        wrong = self.wrong_size(folder)
         for name, origin in self.files.items():
             if name in wrong:
                 continue

@@ -13,10 +13,10 @@ from dataclasses import dataclass, replace
 import mlx.core as mx
 
 from mlx_sora.errors import MlxSoraError
-from mlx_sora.loading.checkpoint import Checkpoint, fill
+from mlx_sora.loading.checkpoint import Checkpoint, load_weights
 from mlx_sora.loading.model_folder import ModelFolder
 from mlx_sora.loading.networks import load_vae
-from mlx_sora.loading.quantization import Quantization, prepare
+from mlx_sora.loading.quantization import Quantization, insert_quantized_layers
 from mlx_sora.loading.safetensors import TensorInfo
 from mlx_sora.memory.limits import memory_scope
 from mlx_sora.models import stdit3, t5
@@ -33,7 +33,7 @@ _BITS = {
 
 
 @dataclass(frozen=True)
-class Values:
+class ValueCounts:
     """What a tensor holds that it should not: numbers of NaN and Inf; empty: nothing but zeros."""
 
     nan: int = 0
@@ -41,7 +41,7 @@ class Values:
     empty: bool = False
 
 
-def scan(info: TensorInfo, watch: Callable[[int], None] = lambda _: None) -> Values:
+def scan(info: TensorInfo, watch: Callable[[int], None] = lambda _: None) -> ValueCounts:
     """Look at every value of a tensor of floats; of other types nothing can be said.
 
     watch: told the bytes read so far.
@@ -49,7 +49,7 @@ def scan(info: TensorInfo, watch: Callable[[int], None] = lambda _: None) -> Val
     import numpy as np
 
     if info.dtype not in _BITS:
-        return Values()
+        return ValueCounts()
     kind, magnitude, exponent = _BITS[info.dtype]
     nan = inf = largest = done = 0
     with info.file.open("rb") as f:
@@ -66,7 +66,7 @@ def scan(info: TensorInfo, watch: Callable[[int], None] = lambda _: None) -> Val
                 inf += int((bits == exponent).sum())
             done += len(raw)
             watch(done)
-    return Values(nan, inf, info.nbytes > 0 and largest == 0)
+    return ValueCounts(nan, inf, info.nbytes > 0 and largest == 0)
 
 
 def first_block(checkpoint: Checkpoint) -> Checkpoint:
@@ -82,8 +82,8 @@ def try_text_encoder(model: ModelFolder) -> None:
     checkpoint = first_block(Checkpoint.open(model.text_encoder))
     with memory_scope():
         network = t5.T5Encoder(config, table=False)
-        prepare(network, Quantization.read(values))
-        fill(network, checkpoint, t5.KEYS, dtype=mx.float32, without=[t5.TABLE])
+        insert_quantized_layers(network, Quantization.read(values))
+        load_weights(network, checkpoint, t5.KEYS, dtype=mx.float32, without=[t5.TABLE])
         ids = range(min(8, config.vocab_size))
         embeddings = checkpoint.rows(t5.TABLE, ids).astype(mx.float32)
         _check("text states", network(embeddings[None]))
@@ -95,9 +95,9 @@ def try_transformer(model: ModelFolder) -> None:
     config = replace(stdit3.STDiT3Config.from_dict(values), depth=1)
     with memory_scope():
         network = stdit3.STDiT3(config)
-        prepare(network, Quantization.read(values))
+        insert_quantized_layers(network, Quantization.read(values))
         checkpoint = first_block(Checkpoint.open(model.transformer))
-        fill(network, checkpoint, stdit3.KEYS, dtype=mx.float32)
+        load_weights(network, checkpoint, stdit3.KEYS, dtype=mx.float32)
         text = _noise(4, config.caption_channels)
         z = _noise(1, 2, 4, 4, config.in_channels)
         conditions = network.prepare([text], z.shape[1:4], height=32, width=32, fps=24)

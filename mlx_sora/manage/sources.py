@@ -23,7 +23,7 @@ _TEXT = re.compile(rf"({_REPO})?(?:@([\w./-]+))?(?::([\w./-]*))?")
 
 
 @dataclass(frozen=True)
-class Source:
+class PartSource:
     """One part of the model: hub repository, folder in it ("" is its root) and revision.
 
     revision: branch, tag or commit; None is the repository's main branch.
@@ -41,17 +41,17 @@ class Source:
 #: Open-Sora 1.2 as published. Its T5 comes from PixArt-Sigma, whose files are safetensors; those of
 #: DeepFloyd/t5-v1_1-xxl, which Open-Sora itself names, are pickles.
 SOURCES = (
-    Source("transformer", "hpcai-tech/OpenSora-STDiT-v3"),
-    Source("vae", "hpcai-tech/OpenSora-VAE-v1.2"),
-    Source("text_encoder", "PixArt-alpha/pixart_sigma_sdxlvae_T5_diffusers", "text_encoder"),
-    Source("tokenizer", "PixArt-alpha/pixart_sigma_sdxlvae_T5_diffusers", "tokenizer"),
+    PartSource("transformer", "hpcai-tech/OpenSora-STDiT-v3"),
+    PartSource("vae", "hpcai-tech/OpenSora-VAE-v1.2"),
+    PartSource("text_encoder", "PixArt-alpha/pixart_sigma_sdxlvae_T5_diffusers", "text_encoder"),
+    PartSource("tokenizer", "PixArt-alpha/pixart_sigma_sdxlvae_T5_diffusers", "tokenizer"),
 )
 PARTS = tuple(source.part for source in SOURCES)
 
 
 def choose_sources(
     overrides: Iterable[str] = (), environment: Mapping[str, str] | None = None
-) -> tuple[Source, ...]:
+) -> tuple[PartSource, ...]:
     """The table with what environment and `overrides` (PART=..., last wins) put in its place.
 
     Raises UsageError for an override that names no part or no repository.
@@ -84,7 +84,7 @@ def choose_endpoint(flag: str | None, environment: Mapping[str, str] | None = No
     return endpoint or None
 
 
-def _override(source: Source, text: str) -> Source:
+def _override(source: PartSource, text: str) -> PartSource:
     """`source` with what `text` names; another repository starts from its main branch."""
     match = _TEXT.fullmatch(text)
     if match is None or not text:
@@ -111,7 +111,7 @@ _PLAIN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 _INDEX = ".safetensors.index.json"
 
 
-def choose_files(source: Source, names: Sequence[str]) -> list[str]:
+def choose_files(source: PartSource, names: Sequence[str]) -> list[str]:
     """Names of the files that `source` needs: configuration and weights, or the tokenizer model.
 
     Weights: model.safetensors, else the only index with all of its shards, else the only
@@ -146,7 +146,7 @@ def _inside(name: str) -> bool:
     return name.isprintable() and "\\" not in name and not {"", ".", ".."} & set(parts)
 
 
-def _weights(source: Source, names: Sequence[str]) -> list[str]:
+def _weights(source: PartSource, names: Sequence[str]) -> list[str]:
     if "model.safetensors" in names:
         return ["model.safetensors"]
     indexes = [name for name in names if name.endswith(_INDEX)]
@@ -176,7 +176,7 @@ def _weights(source: Source, names: Sequence[str]) -> list[str]:
     )
 
 
-def _shards(source: Source, stem: str, names: Sequence[str]) -> list[str]:
+def _shards(source: PartSource, stem: str, names: Sequence[str]) -> list[str]:
     """All shards of the set `stem`, which must be complete."""
     matches = [m for name in names if (m := _SHARD.fullmatch(name)) and m["stem"] == stem]
     counts = {int(m["count"]) for m in matches}

@@ -28,7 +28,7 @@ def filesystem(root: Path, fix: str) -> Iterator[None]:
 
 
 @contextmanager
-def only_one(folder: Path, what: str) -> Iterator[None]:
+def exclusive(folder: Path, what: str) -> Iterator[None]:
     """Hold `folder` against another `what`; the system lets go when the process ends."""
     folder.mkdir(parents=True, exist_ok=True)
     handle = os.open(folder, os.O_RDONLY)
@@ -48,7 +48,7 @@ def is_free(target: Path) -> bool:
     return not os.path.lexists(target) or (target.is_dir() and not any(target.iterdir()))
 
 
-def refuse_strangers(target: Path, known: Collection[str]) -> None:
+def refuse_unknown_files(target: Path, known: Collection[str]) -> None:
     """Raise WeightsError if a folder about to be replaced holds other files than `known`."""
     for path in sorted(target.rglob("*")):
         name = path.relative_to(target).as_posix()
@@ -68,14 +68,14 @@ def require_space(place: Path, needed: int, action: str, fix: str) -> None:
         )
 
 
-def replaced(target: Path) -> Path:
+def replaced_path(target: Path) -> Path:
     """Where the folder that was in `target` waits for its successor."""
     return target.with_name(f".{target.name}.replaced")
 
 
 def swap_in(staging: Path, target: Path) -> None:
     """Put the finished folder `staging` in place of `target`; whatever was there goes."""
-    old = replaced(target)
+    old = replaced_path(target)
     shutil.rmtree(old, ignore_errors=True)
     if target.exists():
         os.rename(target, old)

@@ -23,7 +23,7 @@ CHAIN = PIECE // 2
 
 
 @dataclass(frozen=True)
-class Mode:
+class ExecutionMode:
     """How MLX runs. gpu: on whole tensors; throttled: as `planner.within` has it, with no effect
     on GPUs; itemsize: bytes of a matrix product's operands.
     """
@@ -37,7 +37,7 @@ class Mode:
         return throttled if self.throttled and not self.gpu else free
 
 
-def text_encoder_work(config: T5Config, tokens: int, mode: Mode) -> int:
+def text_encoder_work(config: T5Config, tokens: int, mode: ExecutionMode) -> int:
     """T5 on one prompt of `tokens` tokens: one block, and the position bias that all share."""
     bias = FLOAT * config.num_heads * tokens**2
     x, inner, wide = (
@@ -48,7 +48,7 @@ def text_encoder_work(config: T5Config, tokens: int, mode: Mode) -> int:
     return int(mode.pick(1, 2.3) * peak)
 
 
-def transformer_work(config: STDiT3Config, grid: Grid, mode: Mode) -> int:
+def transformer_work(config: STDiT3Config, grid: Grid, mode: ExecutionMode) -> int:
     """One pair of STDiT3 blocks, its input included."""
     stream = FLOAT * grid.size * config.hidden_size
     factor = 1 + mode.pick(8.1, 17.5)
@@ -58,18 +58,20 @@ def transformer_work(config: STDiT3Config, grid: Grid, mode: Mode) -> int:
     return int(factor * stream + mode.pick(4, 8) * piece)
 
 
-def dense_work(largest: int, mode: Mode) -> int:
+def dense_work(largest: int, mode: ExecutionMode) -> int:
     """Layers that are dequantised for their use: two at a time, free ones four."""
     return 0 if mode.gpu else int(mode.pick(2, 4) * largest)
 
 
-def keys_values(config: STDiT3Config, grid: Grid, mode: Mode) -> int:
+def keys_values(config: STDiT3Config, grid: Grid, mode: ExecutionMode) -> int:
     """Text keys and values of all blocks, which stay for the run."""
     each = mode.itemsize * grid.batch * grid.text * config.hidden_size
     return 2 * 2 * config.depth * each
 
 
-def spatial_work(config: VAEConfig, size: Size, frames: int, mode: Mode, tiles: int = 1) -> int:
+def spatial_work(
+    config: VAEConfig, size: Size, frames: int, mode: ExecutionMode, tiles: int = 1
+) -> int:
     """The image decoder on `frames` frames of `size` pixels at once, in `tiles` x `tiles` tiles."""
     widths, (width, height) = config.spatial.block_out_channels, size
     widest = max(widths[:2])  # the second width comes enlarged into the last block
@@ -89,7 +91,9 @@ def spatial_work(config: VAEConfig, size: Size, frames: int, mode: Mode, tiles: 
     return int(most + mode.pick(0, CHAIN)) + beside + 4 * kernel
 
 
-def temporal_work(config: VAEConfig, num_frames: int, height: int, width: int, mode: Mode) -> int:
+def temporal_work(
+    config: VAEConfig, num_frames: int, height: int, width: int, mode: ExecutionMode
+) -> int:
     """The temporal decoder on the largest chunk of a clip, latents `height` x `width`."""
     temporal = config.temporal
     chunks = chunk_plan(num_frames, config.micro_frame_size, temporal.factor)
@@ -106,7 +110,7 @@ def temporal_work(config: VAEConfig, num_frames: int, height: int, width: int, m
 
 
 def spatial_encoder_work(
-    config: VAEConfig, height: int, width: int, frames: int, mode: Mode
+    config: VAEConfig, height: int, width: int, frames: int, mode: ExecutionMode
 ) -> int:
     """The image encoder on `frames` frames of `height` x `width` pixels at once."""
     widths = config.spatial.block_out_channels
@@ -115,7 +119,7 @@ def spatial_encoder_work(
 
 
 def temporal_encoder_work(
-    config: VAEConfig, frames: int, height: int, width: int, mode: Mode
+    config: VAEConfig, frames: int, height: int, width: int, mode: ExecutionMode
 ) -> int:
     """The temporal encoder on a chunk of `frames` frames, latents `height` x `width`."""
     temporal = config.temporal

@@ -12,10 +12,10 @@ import mlx.core as mx
 from mlx import nn
 from mlx.utils import tree_flatten
 
-from mlx_sora.memory.plan import FLOAT, Job, Machine, Model, Plan, Weights
+from mlx_sora.memory.plan import FLOAT, Machine, ModelSizes, Plan, WeightSizes, Workload
 from mlx_sora.memory.planner import make_plan
 from mlx_sora.memory.profiles import PROFILES
-from mlx_sora.memory.requirements import BlocksNeed, DecodingNeed, find_needs
+from mlx_sora.memory.requirements import BlockStageMemory, VaeStageMemory, stage_requirements
 from mlx_sora.models.stdit3 import STDiT3, STDiT3Config
 from mlx_sora.models.t5 import T5Config, T5Encoder
 from mlx_sora.models.vae import VAEConfig, VideoVAE, chunk_plan
@@ -88,7 +88,11 @@ class Estimate:
 
 
 def estimate(
-    model: Model, job: Job, device: Device, itemsize: int, efficiency: Efficiency = ASSUMED
+    model: ModelSizes,
+    job: Workload,
+    device: Device,
+    itemsize: int,
+    efficiency: Efficiency = ASSUMED,
 ) -> Estimate:
     """What `job` takes on `device`, weights of `itemsize` bytes in memory, within its profile.
 
@@ -100,21 +104,21 @@ def estimate(
     plan = make_plan(model, job, machine, device.budget)
     seconds = {}
     for stage, need in zip(
-        plan.stages, find_needs(model, job, machine, throttled=False), strict=True
+        plan.stages, stage_requirements(model, job, machine, throttled=False), strict=True
     ):
-        moving = touched(need, model, job) / (device.bandwidth * efficiency.bandwidth)
+        moving = bytes_touched(need, model, job) / (device.bandwidth * efficiency.bandwidth)
         working = max(stage.flops / (device.flops * efficiency.flops), moving)
         reading = stage.read / (device.disk * efficiency.disk)
         seconds[stage.stage] = max(working, reading) if stage.prefetch else working + reading
     return Estimate(seconds, plan)
 
 
-def touched(need: BlocksNeed | DecodingNeed, model: Model, job: Job) -> int:
+def bytes_touched(need: BlockStageMemory | VaeStageMemory, model: ModelSizes, job: Workload) -> int:
     """Bytes that a stage moves through memory: its weights and the activations of every block.
 
     Each pass reads all weights; activations of a block are taken to be written and read once.
     """
-    if isinstance(need, BlocksNeed):
+    if isinstance(need, BlockStageMemory):
         return need.passes * (need.weights.total + 2 * need.work * len(need.weights.blocks))
     config = model.vae
     frames = max(need.spatial)
@@ -133,7 +137,7 @@ def shape_sizes(
     text: T5Config | None = None,
     transformer: STDiT3Config | None = None,
     vae: VAEConfig | None = None,
-) -> Model:
+) -> ModelSizes:
     """A model whose weights take `itemsize` bytes in memory and on disk, its VAE float32's.
 
     Configurations left out are Open-Sora 1.2's. Builds the networks, allocates nothing.
@@ -146,7 +150,7 @@ def shape_sizes(
     temporal, spatial = (
         FLOAT * _count(part) for part in (decoder.temporal_vae, decoder.spatial_vae)
     )
-    return Model(
+    return ModelSizes(
         text=text,
         transformer=transformer,
         vae=vae,
@@ -158,10 +162,12 @@ def shape_sizes(
     )
 
 
-def _weights(network: nn.Module, blocks: list[int], itemsize: int) -> Weights:
+def _weights(network: nn.Module, blocks: list[int], itemsize: int) -> WeightSizes:
     rest = itemsize * (_count(network) - sum(blocks))
     sizes = tuple(itemsize * count for count in blocks)
-    return Weights(sizes, loading=max(sizes), rest=rest, stored_blocks=sum(sizes), stored_rest=rest)
+    return WeightSizes(
+        sizes, loading=max(sizes), rest=rest, stored_blocks=sum(sizes), stored_rest=rest
+    )
 
 
 def _count(network: nn.Module) -> int:

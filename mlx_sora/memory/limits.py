@@ -64,7 +64,7 @@ def memory_scope(cache_limit: int | None = None) -> Iterator[None]:
 
 
 @contextmanager
-def returned_at_once() -> Iterator[None]:
+def return_freed_memory() -> Iterator[None]:
     """While this runs, freed memory of 1 MiB and more goes back to the system at once (glibc).
 
     Left alone, glibc takes up to 32 MiB at a time from heaps that it cannot shrink in the middle:

@@ -15,7 +15,7 @@ FLOAT = 4
 
 
 @dataclass(frozen=True)
-class Weights:
+class WeightSizes:
     """Bytes of a network. blocks: each in memory; loading: the most that loading one takes; rest:
     all else in memory; stored: blocks, and all else, on disk; dense: the largest quantised layer
     once dequantised.
@@ -38,7 +38,7 @@ class Weights:
 
 
 @dataclass(frozen=True)
-class Model:
+class ModelSizes:
     """Configurations and sizes. temporal, spatial: of the decoders; vae_stored: both, on disk.
 
     encoders: temporal, spatial and both on disk, of the encoders; only where media are given.
@@ -47,8 +47,8 @@ class Model:
     text: T5Config
     transformer: STDiT3Config
     vae: VAEConfig
-    text_weights: Weights
-    transformer_weights: Weights
+    text_weights: WeightSizes
+    transformer_weights: WeightSizes
     temporal: int
     spatial: int
     vae_stored: int
@@ -56,7 +56,7 @@ class Model:
 
 
 @dataclass(frozen=True)
-class Reading:
+class MediaWorkload:
     """Media to encode: chunks, frames of the longest, pixels of the largest source frame."""
 
     chunks: int
@@ -65,18 +65,18 @@ class Reading:
 
 
 @dataclass(frozen=True)
-class Kind:
+class StepVariant:
     """What an evaluation leaves out. merged: tokens of pairs of frames attend as one; alone: the
     half without prompt is not run; skipped: no block is.
     """
 
-    merged: bool = False
-    alone: bool = False
-    skipped: bool = False
+    tokens_merged: bool = False
+    cond_only: bool = False
+    blocks_skipped: bool = False
 
 
 @dataclass(frozen=True)
-class Job:
+class Workload:
     """One run. evaluations: velocities that are computed; spared: of them, those that leave
     something out, how many of each kind. streams: residual streams of all halves that are kept
     from one to the next.
@@ -91,36 +91,36 @@ class Job:
     geometry: Geometry
     text_tokens: int
     evaluations: int
-    spared: tuple[tuple[Kind, int], ...] = ()
-    streams: float = 0
+    variants: tuple[tuple[StepVariant, int], ...] = ()
+    cached_residuals: float = 0
     guided: bool = True
     sequential: bool = False
-    halved: bool = False
+    cfg_parallel: bool = False
     inverts: bool = False
-    kept: int = 0
-    reading: Reading | None = None
+    captured_bytes: int = 0
+    media: MediaWorkload | None = None
     clips: int = 1
-    shared: int = 0
-    tiles: int = 1
+    shared_frames: int = 0
+    vae_tiles: int = 1
 
     @property
     def batch(self) -> int:
-        return 2 if self.guided and not (self.sequential or self.halved) else 1
+        return 2 if self.guided and not (self.sequential or self.cfg_parallel) else 1
 
     @property
-    def kinds(self) -> dict[Kind, int]:
+    def evaluations_by_variant(self) -> dict[StepVariant, int]:
         """Every evaluation, by kind."""
-        rest = self.evaluations - sum(count for _, count in self.spared)
-        return {Kind(): rest, **dict(self.spared)}
+        rest = self.evaluations - sum(count for _, count in self.variants)
+        return {StepVariant(): rest, **dict(self.variants)}
 
     @property
-    def passes(self) -> int:
+    def block_passes(self) -> int:
         """Passes through the blocks."""
         twice = self.guided and self.sequential
         each = {
-            kind: count * (2 if twice and not kind.alone else 1)
-            for kind, count in self.kinds.items()
-            if not kind.skipped
+            kind: count * (2 if twice and not kind.cond_only else 1)
+            for kind, count in self.evaluations_by_variant.items()
+            if not kind.blocks_skipped
         }
         return sum(each.values()) + self.inverts * self.evaluations
 

@@ -13,30 +13,39 @@ import mlx.core as mx
 
 from mlx_sora.errors import MemoryBudgetError
 from mlx_sora.geometry import MAX_TILES
-from mlx_sora.memory.limits import memory_scope, returned_at_once
-from mlx_sora.memory.plan import Job, Kind, Machine, Model, Plan, Reading, StagePlan, Weights
-from mlx_sora.memory.profiles import show_bytes
-from mlx_sora.memory.requirements import MIN_CACHE, OUTSIDE, Need, find_needs
+from mlx_sora.memory.limits import memory_scope, return_freed_memory
+from mlx_sora.memory.plan import (
+    Machine,
+    MediaWorkload,
+    ModelSizes,
+    Plan,
+    StagePlan,
+    StepVariant,
+    WeightSizes,
+    Workload,
+)
+from mlx_sora.memory.profiles import format_bytes
+from mlx_sora.memory.requirements import MIN_CACHE, OUTSIDE, StageMemory, stage_requirements
 
 __all__ = [
     "MIN_CACHE",
     "OUTSIDE",
-    "Job",
-    "Kind",
     "Machine",
-    "Model",
+    "MediaWorkload",
+    "ModelSizes",
     "Plan",
-    "Reading",
     "StagePlan",
-    "Weights",
+    "StepVariant",
+    "WeightSizes",
+    "Workload",
     "make_plan",
-    "within",
+    "stage_limits",
 ]
 
 
 def make_plan(
-    model: Model,
-    job: Job,
+    sizes: ModelSizes,
+    workload: Workload,
     machine: Machine,
     budget: int | None = None,
     *,
@@ -47,24 +56,24 @@ def make_plan(
     Without one, all blocks are resident, or none if `streamed`. With one, blocks are streamed and
     as many stay as there is room for. Raises MemoryBudgetError naming the smallest that would do.
     """
-    smallest = _smallest(model, job, machine)
-    free = find_needs(model, job, machine, throttled=False)
+    smallest = _smallest(sizes, workload, machine)
+    free = stage_requirements(sizes, workload, machine, throttled=False)
     if budget is None:
         stages = [need.unbounded(machine, streamed) for need in free]
-        return Plan(_repeated(stages, job), None, smallest)
+        return Plan(_repeated(stages, workload), None, smallest)
     stages = []
-    for index, tight in enumerate(find_needs(model, job, machine, throttled=True)):
+    for index, tight in enumerate(stage_requirements(sizes, workload, machine, throttled=True)):
         if tight.least > budget:
-            raise _refusal(tight, budget, model, job, machine)
-        need = free[index] if free[index].easy <= budget else tight
+            raise _refusal(tight, budget, sizes, workload, machine)
+        need = free[index] if free[index].comfortable <= budget else tight
         stages.append(need.fit(budget, machine))
-    return Plan(_repeated(stages, job), budget, smallest)
+    return Plan(_repeated(stages, workload), budget, smallest)
 
 
-def _repeated(stages: Sequence[StagePlan], job: Job) -> tuple[StagePlan, ...]:
+def _repeated(stages: Sequence[StagePlan], job: Workload) -> tuple[StagePlan, ...]:
     """The stages with the reading and the work of all clips: each reads the weights again."""
     frames, clips = job.geometry.num_frames, job.clips
-    new = frames + (clips - 1) * (frames - job.shared)
+    new = frames + (clips - 1) * (frames - job.shared_frames)
     work = {"denoise": clips, "decode": new / frames}
     return tuple(
         replace(stage, read=stage.read * clips, flops=int(stage.flops * work[stage.stage]))
@@ -75,13 +84,13 @@ def _repeated(stages: Sequence[StagePlan], job: Job) -> tuple[StagePlan, ...]:
 
 
 @contextmanager
-def within(stage: StagePlan) -> Iterator[None]:
+def stage_limits(stage: StagePlan) -> Iterator[None]:
     """Run a stage under the limits of its plan, without holes in the heap.
 
     Left alone, MLX's scheduler allocates for operations far ahead of the one that runs, which
     nearly doubles the peak. Where that does not fit it is held back, which keeps a core busy.
     """
-    with memory_scope(stage.cache_limit), returned_at_once():
+    with memory_scope(stage.cache_limit), return_freed_memory():
         previous = mx.set_memory_limit(stage.memory_limit)
         try:
             yield
@@ -90,7 +99,7 @@ def within(stage: StagePlan) -> Iterator[None]:
 
 
 def _refusal(
-    need: Need, budget: int, model: Model, job: Job, machine: Machine
+    need: StageMemory, budget: int, model: ModelSizes, job: Workload, machine: Machine
 ) -> MemoryBudgetError:
     """Says which stage does not fit, and what would: another budget, or the first way around."""
     smallest = _smallest(model, job, machine)
@@ -103,28 +112,29 @@ def _refusal(
     elif least and ways[least] < smallest:
         fix += f" ({_option(ways[least])} with {least})"
     return MemoryBudgetError(
-        f"Stage {need.stage} needs {show_bytes(need.least)}, the budget is {show_bytes(budget)}.",
+        f"Stage {need.stage} needs {format_bytes(need.least)}, "
+        f"the budget is {format_bytes(budget)}.",
         f"{fix}, or make a smaller video.",
     )
 
 
-def _ways(job: Job) -> Iterator[tuple[str, Job]]:
+def _ways(job: Workload) -> Iterator[tuple[str, Workload]]:
     """The same video in less memory, by flags, the best pictures first; the last approximate."""
     apart = replace(job, sequential=True)
     if job.batch > 1:
         yield "--sequential-guidance", apart
     most = min(MAX_TILES, min(job.geometry.latent[1:]) // 2)
-    for tiles in range(job.tiles + 1, most + 1):
-        yield f"--vae-tiles {tiles}", replace(job, tiles=tiles)
-    for tiles in range(job.tiles + 1, most + 1):
+    for tiles in range(job.vae_tiles + 1, most + 1):
+        yield f"--vae-tiles {tiles}", replace(job, vae_tiles=tiles)
+    for tiles in range(job.vae_tiles + 1, most + 1):
         if job.batch > 1:
-            yield f"--sequential-guidance --vae-tiles {tiles}", replace(apart, tiles=tiles)
+            yield f"--sequential-guidance --vae-tiles {tiles}", replace(apart, vae_tiles=tiles)
 
 
-def _smallest(model: Model, job: Job, machine: Machine) -> int:
-    return max(need.least for need in find_needs(model, job, machine, throttled=True))
+def _smallest(model: ModelSizes, job: Workload, machine: Machine) -> int:
+    return max(need.least for need in stage_requirements(model, job, machine, throttled=True))
 
 
 def _option(count: int) -> str:
     """Bytes as --memory-budget takes them."""
-    return show_bytes(count).replace(" ", "")
+    return format_bytes(count).replace(" ", "")

@@ -49,7 +49,7 @@ def parse_bytes(text: str) -> int:
     return int(float(match[1]) * _UNITS[match[2].upper()])
 
 
-def show_bytes(count: int) -> str:
+def format_bytes(count: int) -> str:
     """`3.30 GB` or `812 MB`, rounded up so that the number shown would do."""
     if count >= 10**9:
         return f"{-(-count // 10**7) / 100:.2f} GB"

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from mlx_sora.memory import flops
 from mlx_sora.memory.activations import (
-    Mode,
+    ExecutionMode,
     dense_work,
     keys_values,
     spatial_encoder_work,
@@ -18,8 +18,17 @@ from mlx_sora.memory.activations import (
     transformer_work,
 )
 from mlx_sora.memory.flops import Grid
-from mlx_sora.memory.plan import FLOAT, Job, Kind, Machine, Model, Reading, StagePlan, Weights
-from mlx_sora.memory.residency import Blocks, Room, choose
+from mlx_sora.memory.plan import (
+    FLOAT,
+    Machine,
+    MediaWorkload,
+    ModelSizes,
+    StagePlan,
+    StepVariant,
+    WeightSizes,
+    Workload,
+)
+from mlx_sora.memory.residency import Blocks, Room, choose_resident
 from mlx_sora.models.stdit3 import STDiT3Config
 from mlx_sora.models.vae import VAEConfig, chunk_plan
 from mlx_sora.models.vae_tiling import tiling_cost
@@ -38,7 +47,7 @@ MIN_CACHE = 32 << 20
 
 
 @dataclass(frozen=True)
-class BlocksNeed:
+class BlockStageMemory:
     """Encoding or denoising. fixed: all but blocks, activations and cache; reserve: of it, what is
     not there yet after the first pass.
     """
@@ -46,7 +55,7 @@ class BlocksNeed:
     stage: str
     fixed: int
     work: int
-    weights: Weights
+    weights: WeightSizes
     passes: int
     flops: int
     throttled: bool
@@ -57,7 +66,7 @@ class BlocksNeed:
         return self.fixed + self.work + MIN_CACHE + self.weights.loading
 
     @property
-    def easy(self) -> int:
+    def comfortable(self) -> int:
         """With loading ahead."""
         return self.least + max(self.weights.blocks)
 
@@ -66,7 +75,7 @@ class BlocksNeed:
         weights, size = self.weights, max(self.weights.blocks)
         room = budget - self.fixed - self.work
         cache = _cache(room - size - weights.loading, self.work, machine)
-        kept = choose(room - cache, Blocks(weights.blocks, weights.loading))
+        kept = choose_resident(room - cache, Blocks(weights.blocks, weights.loading))
         if self.passes == 1:  # what stays is never used again
             kept = replace(kept, resident=0)
         return self._plan(kept, cache)
@@ -99,7 +108,7 @@ class BlocksNeed:
 
 
 @dataclass(frozen=True)
-class DecodingNeed:
+class VaeStageMemory:
     """Decoding, or encoding media (stage read). fixed: not MLX's; weights: of the temporal and the
     spatial half; temporal: activations of the one; spatial: of the other, by frames at a time;
     queue: all that the temporal decoder makes, kept where it leaves before the other comes.
@@ -120,7 +129,7 @@ class DecodingNeed:
         return self.fixed + MIN_CACHE + self._in_turn(min(self.spatial))
 
     @property
-    def easy(self) -> int:
+    def comfortable(self) -> int:
         """As good as it gets: more frames at a time are no faster."""
         return self.least
 
@@ -164,13 +173,15 @@ def _cache(spare: int, work: int, machine: Machine) -> int:
 
 
 #: Of a stage.
-Need = BlocksNeed | DecodingNeed
+StageMemory = BlockStageMemory | VaeStageMemory
 
 
-def find_needs(model: Model, job: Job, machine: Machine, *, throttled: bool) -> tuple[Need, ...]:
+def stage_requirements(
+    model: ModelSizes, job: Workload, machine: Machine, *, throttled: bool
+) -> tuple[StageMemory, ...]:
     """What encoding, reading media, denoising and decoding need, with MLX held back or not."""
-    mode = Mode(machine.gpu, throttled, machine.itemsize)
-    reading = () if job.reading is None else (_reading(model, job, job.reading, mode),)
+    mode = ExecutionMode(machine.gpu, throttled, machine.itemsize)
+    reading = () if job.media is None else (_reading(model, job, job.media, mode),)
     return (
         _encoding(model, job, mode),
         *reading,
@@ -179,8 +190,8 @@ def find_needs(model: Model, job: Job, machine: Machine, *, throttled: bool) -> 
     )
 
 
-def _encoding(model: Model, job: Job, mode: Mode) -> BlocksNeed:
-    return BlocksNeed(
+def _encoding(model: ModelSizes, job: Workload, mode: ExecutionMode) -> BlockStageMemory:
+    return BlockStageMemory(
         stage="encode",
         fixed=OUTSIDE + model.text_weights.rest,
         work=text_encoder_work(model.text, job.text_tokens, mode)
@@ -192,13 +203,15 @@ def _encoding(model: Model, job: Job, mode: Mode) -> BlocksNeed:
     )
 
 
-def _reading(model: Model, job: Job, media: Reading, mode: Mode) -> DecodingNeed:
+def _reading(
+    model: ModelSizes, job: Workload, media: MediaWorkload, mode: ExecutionMode
+) -> VaeStageMemory:
     """Reading and encoding media, the spatial encoder before the temporal one."""
     config, (width, height) = model.vae, job.geometry.size
     _, rows, columns = job.geometry.latent
     temporal, spatial, stored = model.encoders
     frames = 3 * media.longest * FLOAT * 3 * width * height
-    return DecodingNeed(
+    return VaeStageMemory(
         stage="read",
         fixed=OUTSIDE + ENCODER + READER_PER_PIXEL * media.pixels,
         weights=(temporal, spatial),
@@ -217,35 +230,38 @@ def _reading(model: Model, job: Job, media: Reading, mode: Mode) -> DecodingNeed
     )
 
 
-def _denoising(model: Model, job: Job, mode: Mode) -> BlocksNeed:
+def _denoising(model: ModelSizes, job: Workload, mode: ExecutionMode) -> BlockStageMemory:
     config, guided = model.transformer, 2 if job.guided else 1
     grid = Grid.of(config, job.geometry.latent, job.batch, job.text_tokens)
     everyone = replace(grid, batch=guided)
-    one, streams = replace(grid, batch=1), int(job.streams * stream_bytes(config, everyone))
-    alone = any(kind.alone for kind, _ in job.spared)
+    one, streams = (
+        replace(grid, batch=1),
+        int(job.cached_residuals * stream_bytes(config, everyone)),
+    )
+    alone = any(kind.cond_only for kind, _ in job.variants)
     operations = sum(
-        count * _evaluation(config, one if kind.alone else everyone, kind)
-        for kind, count in job.kinds.items()
+        count * _evaluation(config, one if kind.cond_only else everyone, kind)
+        for kind, count in job.evaluations_by_variant.items()
     )
     if job.inverts:
         # The way back merges tokens in the same steps.
         operations += sum(
-            count * _evaluation(config, one, Kind(merged=kind.merged))
-            for kind, count in job.kinds.items()
+            count * _evaluation(config, one, StepVariant(tokens_merged=kind.tokens_merged))
+            for kind, count in job.evaluations_by_variant.items()
         )
-    return BlocksNeed(
+    return BlockStageMemory(
         stage="denoise",
         fixed=OUTSIDE
         + model.transformer_weights.rest
         + keys_values(config, everyone, mode)
         + alone * keys_values(config, one, mode)
-        + job.kept
+        + job.captured_bytes
         + streams
         + (_writer(job) if job.clips > 1 else 0),
         work=transformer_work(config, grid, mode)
         + dense_work(model.transformer_weights.dense, mode),
         weights=model.transformer_weights,
-        passes=job.passes,
+        passes=job.block_passes,
         throttled=mode.throttled,
         reserve=_later(config, grid, job, mode),
         flops=operations
@@ -254,11 +270,11 @@ def _denoising(model: Model, job: Job, mode: Mode) -> BlocksNeed:
     )
 
 
-def _evaluation(config: STDiT3Config, grid: Grid, kind: Kind) -> int:
+def _evaluation(config: STDiT3Config, grid: Grid, kind: StepVariant) -> int:
     """Operations of one evaluation."""
-    if kind.skipped:
+    if kind.blocks_skipped:
         config = replace(config, depth=0)
-    return flops.transformer_flops(config, grid, merged=kind.merged)
+    return flops.transformer_flops(config, grid, merged=kind.tokens_merged)
 
 
 def stream_bytes(config: STDiT3Config, grid: Grid) -> int:
@@ -266,23 +282,23 @@ def stream_bytes(config: STDiT3Config, grid: Grid) -> int:
     return FLOAT * grid.size * config.hidden_size
 
 
-def _later(config: STDiT3Config, grid: Grid, job: Job, mode: Mode) -> int:
+def _later(config: STDiT3Config, grid: Grid, job: Workload, mode: ExecutionMode) -> int:
     """Bytes that denoising holds, but not after its first pass."""
     if job.inverts:  # that pass has no guidance and has kept the values of one evaluation at most
         first, last = replace(grid, batch=1), replace(grid, batch=2 if job.guided else 1)
         wider = transformer_work(config, grid, mode) - transformer_work(config, first, mode)
-        return job.kept + keys_values(config, last, mode) + wider
+        return job.captured_bytes + keys_values(config, last, mode) + wider
     everyone, one = replace(grid, batch=2 if job.guided else 1), replace(grid, batch=1)
-    streams = int(job.streams * stream_bytes(config, everyone))
+    streams = int(job.cached_residuals * stream_bytes(config, everyone))
     # The pass without prompt has keys and values of its own, and so has that with prompt alone.
     if job.guided and job.sequential:
         streams += keys_values(config, one, mode)
-    if any(kind.alone for kind, _ in job.spared):
+    if any(kind.cond_only for kind, _ in job.variants):
         streams += keys_values(config, one, mode)
     return streams
 
 
-def _decoding(model: Model, job: Job, mode: Mode) -> DecodingNeed:
+def _decoding(model: ModelSizes, job: Workload, mode: ExecutionMode) -> VaeStageMemory:
     config, (width, height) = model.vae, job.geometry.decoded
     _, rows, columns = job.geometry.latent
     chunks = chunk_plan(job.geometry.num_frames, config.micro_frame_size, config.temporal.factor)
@@ -290,19 +306,19 @@ def _decoding(model: Model, job: Job, mode: Mode) -> DecodingNeed:
     # A chunk's frames in float32: in batches, put together, and on their way to the file.
     frames = 3 * longest * FLOAT * 3 * width * height
     # As if the first level, which is a small part, were in tiles as well.
-    each = tiling_cost(2 * rows, 2 * columns, job.tiles)
+    each = tiling_cost(2 * rows, 2 * columns, job.vae_tiles)
     each *= flops.spatial_decoder_flops(config.spatial, rows, columns)
     operations = sum(
         flops.temporal_decoder_flops(config.temporal, chunk.latents, rows, columns)
         + int(chunk.frames * each)
         for chunk in chunks
     )
-    return DecodingNeed(
+    return VaeStageMemory(
         fixed=OUTSIDE + _writer(job),
         weights=(model.temporal, model.spatial),
         temporal=temporal_work(config, job.geometry.num_frames, rows, columns, mode),
         spatial={
-            n: frames + spatial_work(config, job.geometry.decoded, n, mode, job.tiles)
+            n: frames + spatial_work(config, job.geometry.decoded, n, mode, job.vae_tiles)
             for n in _batches(config, longest)
         },
         read=model.vae_stored,
@@ -312,7 +328,7 @@ def _decoding(model: Model, job: Job, mode: Mode) -> DecodingNeed:
     )
 
 
-def _writer(job: Job) -> int:
+def _writer(job: Workload) -> int:
     """Bytes of the video encoder while a file is open."""
     width, height = job.geometry.decoded
     return ENCODER + ENCODER_PER_PIXEL * width * height

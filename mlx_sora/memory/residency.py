@@ -11,14 +11,14 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from mlx_sora.memory.limits import current_rss
-from mlx_sora.memory.profiles import show_bytes
+from mlx_sora.memory.profiles import format_bytes
 
 #: Bytes of a process outside MLX where the system does not tell (macOS): interpreter and libraries.
 ASSUMED_OUTSIDE = 256 << 20
 
 
 @dataclass(frozen=True)
-class Reading:
+class MemorySample:
     """Bytes now. active, peak: MLX's, the peak since it was last reset; outside: not MLX's."""
 
     active: int
@@ -46,7 +46,7 @@ class Room:
     prefetch: bool
 
 
-def choose(room: int, blocks: Blocks) -> Room:
+def choose_resident(room: int, blocks: Blocks) -> Room:
     """What fits into `room` bytes, which are there for blocks alone.
 
     All blocks, or one that computes, one on its way and as many more as there is space for. Where
@@ -59,7 +59,7 @@ def choose(room: int, blocks: Blocks) -> Room:
     return Room(min(count - 1, max(0, spare // size)), prefetch=spare >= 0)
 
 
-def spread(blocks: int, count: int) -> frozenset[int]:
+def evenly_spaced(blocks: int, count: int) -> frozenset[int]:
     """`count` of `blocks` indices, evenly apart.
 
     Between two streamed blocks there is then as much computing as can be for the loader to hide
@@ -69,11 +69,11 @@ def spread(blocks: int, count: int) -> frozenset[int]:
     return frozenset(i * blocks // count for i in range(count))
 
 
-def read_memory() -> Reading:
+def sample_memory() -> MemorySample:
     """This process now."""
     active, rss = mx.get_active_memory(), current_rss()
     unknown = ASSUMED_OUTSIDE if rss is None else rss - active - mx.get_cache_memory()
-    return Reading(active, mx.get_peak_memory(), max(0, unknown))
+    return MemorySample(active, mx.get_peak_memory(), max(0, unknown))
 
 
 class Residency:
@@ -92,7 +92,7 @@ class Residency:
         cache_limit: int = 0,
         reserve: int = 0,
         throttled: bool = False,
-        read: Callable[[], Reading] = read_memory,
+        read: Callable[[], MemorySample] = sample_memory,
         reset: Callable[[], None] = mx.reset_peak_memory,
         limit: Callable[[int], int] = mx.set_memory_limit,
     ) -> None:
@@ -100,7 +100,7 @@ class Residency:
         #: Largest peak of MLX's memory so far: measuring resets MLX's own record of it.
         self.peak = 0
         self._read, self._reset, self._limit = read, reset, limit
-        self._first: Reading | None = None
+        self._first: MemorySample | None = None
         self._throttled = throttled
         self._limit_before: int | None = None
 
@@ -124,7 +124,7 @@ class Residency:
         growth = max(0, reading.active - self._first.active) if self._first else 0
         work = reading.peak - min(blocks.nbytes[: index + 1])
         to_come = growth * (count - index - 1)
-        return choose(self.budget - work - to_come - reading.outside, blocks)
+        return choose_resident(self.budget - work - to_come - reading.outside, blocks)
 
     def end(self) -> None:
         """Nothing more to measure now: MLX schedules as before."""
@@ -133,7 +133,7 @@ class Residency:
             self._limit_before = None
 
 
-class Guard:
+class BudgetMonitor:
     """Looks at the process between two pieces of work of `stage`. budget: None never minds.
 
     A run that has outgrown its budget takes less at a time and says so, once; it is not ended,
@@ -142,12 +142,12 @@ class Guard:
     """
 
     def __init__(
-        self, stage: str, budget: int | None, read: Callable[[], Reading] = read_memory
+        self, stage: str, budget: int | None, read: Callable[[], MemorySample] = sample_memory
     ) -> None:
         self._stage, self._budget, self._read = stage, budget, read
         self._told = False
 
-    def look(self, lessen: Callable[[], bool]) -> str | None:
+    def check(self, lessen: Callable[[], bool]) -> str | None:
         """Have `lessen` act where the budget is exceeded; the warning, the first time.
 
         lessen: makes the next piece of work smaller, if it can.
@@ -165,6 +165,6 @@ class Guard:
         self._told = True
         follows = "it goes on with less at a time" if less else "nothing is left to save"
         return (
-            f"Stage {self._stage} has come to {show_bytes(used)}, over the budget of "
-            f"{show_bytes(self._budget)}: {follows}."
+            f"Stage {self._stage} has come to {format_bytes(used)}, over the budget of "
+            f"{format_bytes(self._budget)}: {follows}."
         )

@@ -43,7 +43,7 @@ class ResidentBlocks(Generic[Block]):
         """Nothing to do: the block stays."""
 
 
-class TokenPolicy(Protocol):
+class TokenMerging(Protocol):
     """Fewer tokens around attention: `merge` before, `unmerge` after, in every block.
 
     Called around self-attention (on the modulated input, before the gate) and around
@@ -61,7 +61,7 @@ class TokenPolicy(Protocol):
         """Attention's result [B, T', S, C] back to `frames` frames, [B, T, S, C]."""
 
 
-class AllTokens:
+class NoMerging:
     """Every token attends."""
 
     stride = 1
@@ -73,31 +73,31 @@ class AllTokens:
         return x
 
 
-class ValuePolicy(Protocol):
+class ValueSharing(Protocol):
     """What attention within frames hands out for its values, block by block."""
 
     def values(self, v: mx.array, block: int) -> mx.array:
         """v [B · T, heads, S, head size] of spatial block `block`, or what stands for it."""
 
 
-class StackPolicy(Protocol):
+class BlockStackCache(Protocol):
     """What all blocks together add to the tokens, where something else knows it well enough.
 
     For one evaluation of the network: `instead` before the blocks; where it gives nothing, the
     blocks run, and `computed` is shown the outcome. Else no block is even asked for.
     """
 
-    def instead(self, x: mx.array, t: mx.array, x_mask: mx.array | None) -> mx.array | None:
+    def cached_residual(self, x: mx.array, t: mx.array, x_mask: mx.array | None) -> mx.array | None:
         """What stands for the sum, [B, T, S, C], at tokens x [B, T, S, C] and flow times t [B].
 
         x_mask [B, T]: false for frames that are at t = 0. None has the blocks run.
         """
 
-    def computed(self, x: mx.array, out: mx.array) -> None:
+    def update(self, x: mx.array, out: mx.array) -> None:
         """The blocks have made `out` of x, still lazy."""
 
 
-class Share(Protocol):
+class Shard(Protocol):
     """What one process computes of an evaluation that several make together.
 
     b of the B samples; in spatial blocks all tokens of t of their T frames, in temporal blocks all
@@ -105,58 +105,58 @@ class Share(Protocol):
     """
 
     @property
-    def rows(self) -> slice:
+    def batch_slice(self) -> slice:
         """The b samples."""
 
-    def enter(self, x: mx.array) -> mx.array:
+    def scatter(self, x: mx.array) -> mx.array:
         """Tokens of all, [B, T, S, C], to those of the first spatial block, [b, t, S, C]."""
 
-    def frames(self, x: mx.array) -> mx.array:
+    def scatter_frames(self, x: mx.array) -> mx.array:
         """Something per frame, [b, T, ...], to that of the t frames; [b, 1, ...] is for all."""
 
-    def to_space(self, x: mx.array) -> mx.array:
+    def to_temporal(self, x: mx.array) -> mx.array:
         """From a spatial to a temporal block: [b, t, S, C] to [b, T, s, C]."""
 
-    def to_frames(self, x: mx.array) -> mx.array:
+    def to_spatial(self, x: mx.array) -> mx.array:
         """From a temporal to a spatial block: [b, T, s, C] to [b, t, S, C]."""
 
-    def whole(self, x: mx.array) -> mx.array:
+    def gather(self, x: mx.array) -> mx.array:
         """After the last block: [b, T, s, C] to what all have made, [B, T, S, C]."""
 
 
-class Layout(Protocol):
+class Sharding(Protocol):
     """How several processes divide the evaluations of a network among them."""
 
-    def share(self, shape: Sequence[int], stride: int) -> Share:
+    def shard(self, shape: Sequence[int], stride: int) -> Shard:
         """This process's part of tokens `shape`, (B, T, S); `stride` as in TokenPolicy."""
 
 
-class Whole:
+class Unsharded:
     """One process makes all of it; fills Layout and Share."""
 
-    rows = slice(None)
+    batch_slice = slice(None)
 
-    def share(self, shape: Sequence[int], stride: int) -> Whole:
+    def shard(self, shape: Sequence[int], stride: int) -> Unsharded:
         return self
 
-    def enter(self, x: mx.array) -> mx.array:
+    def scatter(self, x: mx.array) -> mx.array:
         return x
 
-    def frames(self, x: mx.array) -> mx.array:
+    def scatter_frames(self, x: mx.array) -> mx.array:
         return x
 
-    def to_space(self, x: mx.array) -> mx.array:
+    def to_temporal(self, x: mx.array) -> mx.array:
         return x
 
-    def to_frames(self, x: mx.array) -> mx.array:
+    def to_spatial(self, x: mx.array) -> mx.array:
         return x
 
-    def whole(self, x: mx.array) -> mx.array:
+    def gather(self, x: mx.array) -> mx.array:
         return x
 
 
 @dataclass(frozen=True)
-class Context(Generic[Block]):
+class Hooks(Generic[Block]):
     """What one run puts into the seams. blocks: None means the network's own, resident.
 
     values: None leaves every attention its own; in a layout it sees the values of this process's
@@ -164,7 +164,7 @@ class Context(Generic[Block]):
     """
 
     blocks: BlockProvider[Block] | None = None
-    tokens: TokenPolicy = field(default_factory=AllTokens)
-    values: ValuePolicy | None = None
-    stack: StackPolicy | None = None
-    layout: Layout = field(default_factory=Whole)
+    token_merging: TokenMerging = field(default_factory=NoMerging)
+    value_sharing: ValueSharing | None = None
+    block_cache: BlockStackCache | None = None
+    sharding: Sharding = field(default_factory=Unsharded)

@@ -23,7 +23,7 @@ CONV3D = (0, 2, 3, 4, 1)
 
 
 @dataclass(frozen=True)
-class Rule:
+class KeyRule:
     """One exception: checkpoint names that fully match `pattern` go to `target` in another layout.
 
     target: parameter path as an `re` replacement template; None keeps the name.
@@ -57,7 +57,7 @@ class KeyMap:
     optional: parameters that have a computed default when the checkpoint does not hold them.
     """
 
-    rules: Sequence[Rule] = ()
+    rules: Sequence[KeyRule] = ()
     optional: frozenset[str] = field(default_factory=frozenset)
 
     def place(self, key: str, shape: Shape) -> Parameter | None:
@@ -73,11 +73,11 @@ class KeyMap:
         return Parameter(key, shape, lambda a: a)
 
 
-def _fits(rule: Rule, ndim: int) -> bool:
+def _fits(rule: KeyRule, ndim: int) -> bool:
     return not rule.axes or len(rule.axes) == ndim
 
 
-def _new_shape(rule: Rule, shape: Shape) -> Shape:
+def _new_shape(rule: KeyRule, shape: Shape) -> Shape:
     if rule.axes and _fits(rule, len(shape)):
         shape = tuple(shape[a] for a in rule.axes)
     if rule.flatten:
@@ -87,7 +87,7 @@ def _new_shape(rule: Rule, shape: Shape) -> Shape:
     return shape
 
 
-def _convert(rule: Rule, array: mx.array) -> mx.array:
+def _convert(rule: KeyRule, array: mx.array) -> mx.array:
     shape = _new_shape(rule, array.shape)
     if rule.axes and _fits(rule, array.ndim):
         # Left as a strided view, a kernel would be copied again by every convolution.

@@ -19,8 +19,8 @@ from mlx import nn
 
 from mlx_sora.errors import UsageError
 from mlx_sora.models.config import MAX_DEPTH, read_config, require
-from mlx_sora.models.hooks import Context, ResidentBlocks, Share, TokenPolicy, Whole
-from mlx_sora.models.key_map import CONV3D, KeyMap, Rule
+from mlx_sora.models.hooks import Hooks, ResidentBlocks, Shard, TokenMerging, Unsharded
+from mlx_sora.models.key_map import CONV3D, KeyMap, KeyRule
 from mlx_sora.models.ops import add_gated, attention, gelu_tanh, in_pieces, modulate, silu
 from mlx_sora.models.precision import KEEP
 from mlx_sora.models.quantized import for_pieces
@@ -276,7 +276,7 @@ class STDiT3Block(nn.Module):
         text: KeysValues,
         mask: mx.array | None,
         rope: Rope,
-        tokens: TokenPolicy,
+        tokens: TokenMerging,
         exchange: Exchange | None = None,
     ) -> mx.array:
         """x [B, T, S, C], modulation float32 [B, 1 or T, 6, C] to x [B, T, S, C].
@@ -341,7 +341,7 @@ class Conditions:
     text_mask: mx.array | None
     position: mx.array
     fps: mx.array
-    still: tuple[mx.array, mx.array]
+    t0: tuple[mx.array, mx.array]
     keys_values: dict[int, tuple[KeysValues, KeysValues]] = field(default_factory=dict)
 
 
@@ -414,7 +414,7 @@ class STDiT3(nn.Module):
             *_padded(packed, lengths),
             position=position,
             fps=fps_embedding,
-            still=(still, self._modulation(still)),
+            t0=(still, self._modulation(still)),
         )
 
     def __call__(
@@ -423,37 +423,37 @@ class STDiT3(nn.Module):
         t: mx.array,
         conditions: Conditions,
         x_mask: mx.array | None = None,
-        context: Context[BlockPair] | None = None,
+        hooks: Hooks[BlockPair] | None = None,
     ) -> mx.array:
         """Prediction float32 [B, T, H, W, out_channels] for latents z at times t [B] in [0, 1000].
 
         x_mask [B, T]: false frames are taken to be at t = 0. context: what fills the seams.
         """
-        context = context or Context()
+        hooks = hooks or Hooks()
         embedding = self.t_embedder(t, self.dtype) + conditions.fps
         modulation = _six(self._modulation(embedding))
         if x_mask is not None:
             x_mask = x_mask.astype(mx.bool_)
-            still = _six(conditions.still[1])
+            still = _six(conditions.t0[1])
             modulation = mx.where(x_mask[:, :, None, None], modulation, still)
         x = self.x_embedder(z.astype(self.dtype)).astype(KEEP.residual) + conditions.position
-        stack = context.stack
-        known = None if stack is None else stack.instead(x, t, x_mask)
-        share: Share = Whole()
+        stack = hooks.block_cache
+        known = None if stack is None else stack.cached_residual(x, t, x_mask)
+        share: Shard = Unsharded()
         if known is not None:
             x = x + known
         else:
-            share = context.layout.share(x.shape[:3], context.tokens.stride)
-            tokens, x = x, self._blocks(share.enter(x), modulation, conditions, context, share)
+            share = hooks.sharding.shard(x.shape[:3], hooks.token_merging.stride)
+            tokens, x = x, self._blocks(share.scatter(x), modulation, conditions, hooks, share)
             if stack is not None:
-                x, share = share.whole(x), Whole()
-                stack.computed(tokens, x)
-        mask = None if x_mask is None else x_mask[share.rows]
+                x, share = share.gather(x), Unsharded()
+                stack.update(tokens, x)
+        mask = None if x_mask is None else x_mask[share.batch_slice]
         out = self.final_layer(
-            x, embedding[share.rows], conditions.still[0][share.rows], mask, self.dtype
+            x, embedding[share.batch_slice], conditions.t0[0][share.batch_slice], mask, self.dtype
         )
         # Gathered as patches, which are far fewer bytes than tokens.
-        out = share.whole(out)
+        out = share.gather(out)
         return self._unpatchify(out.astype(KEEP.residual), z.shape[1:4])
 
     def _modulation(self, embedding: mx.array) -> mx.array:
@@ -466,28 +466,28 @@ class STDiT3(nn.Module):
         x: mx.array,
         modulation: mx.array,
         conditions: Conditions,
-        context: Context[BlockPair],
-        share: Share,
+        hooks: Hooks[BlockPair],
+        share: Shard,
     ) -> mx.array:
         """Tokens x [b, t, S, C] of a share to [b, T, s, C]; modulation [B, 1 or T, 6, C]."""
-        modulation = modulation[share.rows]
+        modulation = modulation[share.batch_slice]
         pairs = list(zip(self.spatial_blocks, self.temporal_blocks, strict=True))
-        blocks = context.blocks or ResidentBlocks(pairs)
-        mask = None if conditions.text_mask is None else conditions.text_mask[share.rows]
-        rest = (mask, self.rope, context.tokens)
+        blocks = hooks.blocks or ResidentBlocks(pairs)
+        mask = None if conditions.text_mask is None else conditions.text_mask[share.batch_slice]
+        rest = (mask, self.rope, hooks.token_merging)
         for index in range(self.config.depth):
             spatial, temporal = blocks.get(index)
             if index not in conditions.keys_values:
-                text = conditions.text[share.rows]
+                text = conditions.text[share.batch_slice]
                 both = spatial.cross_attn.keys_values(text), temporal.cross_attn.keys_values(text)
                 conditions.keys_values[index] = both
             first, second = conditions.keys_values[index]
-            values = context.values
+            values = hooks.value_sharing
             # Bound to the block's number; blocks along time keep their values.
             own = None if values is None else partial(values.values, block=index)
-            x = x if index == 0 else share.to_frames(x)
-            x = spatial(x, share.frames(modulation), first, *rest, own)
-            x = temporal(share.to_space(x), modulation, second, *rest)
+            x = x if index == 0 else share.to_spatial(x)
+            x = spatial(x, share.scatter_frames(modulation), first, *rest, own)
+            x = temporal(share.to_temporal(x), modulation, second, *rest)
             blocks.done(index, x)
         return x
 
@@ -522,6 +522,6 @@ def _padded(packed: mx.array, lengths: Sequence[int]) -> tuple[mx.array, mx.arra
 
 #: The patch convolution becomes a matrix; rotary constants may be absent.
 KEYS = KeyMap(
-    rules=(Rule(r"x_embedder\.proj\.weight", axes=CONV3D, flatten=True),),
+    rules=(KeyRule(r"x_embedder\.proj\.weight", axes=CONV3D, flatten=True),),
     optional=frozenset({"rope.freqs"}),
 )

@@ -17,7 +17,7 @@ from mlx import nn
 
 from mlx_sora.models.config import MAX_DEPTH, read_config, require
 from mlx_sora.models.hooks import BlockProvider, ResidentBlocks
-from mlx_sora.models.key_map import KeyMap, Rule
+from mlx_sora.models.key_map import KeyMap, KeyRule
 from mlx_sora.models.ops import attention, gelu_tanh
 from mlx_sora.models.precision import KEEP, check_text_encoder
 
@@ -82,7 +82,7 @@ def position_buckets(length: int, buckets: int, max_distance: int) -> mx.array:
     return mx.array(by_offset)[position[None, :] - position[:, None] + (length - 1)]
 
 
-class SelfAttention(nn.Module):
+class T5Attention(nn.Module):
     """Multi-head attention without biases; block 0's also owns the table of position biases."""
 
     def __init__(self, config: T5Config, has_bias: bool) -> None:
@@ -133,7 +133,7 @@ class AttentionLayer(nn.Module):
 
     def __init__(self, config: T5Config, has_bias: bool) -> None:
         super().__init__()
-        self.SelfAttention = SelfAttention(config, has_bias)
+        self.SelfAttention = T5Attention(config, has_bias)
         self.layer_norm = nn.RMSNorm(config.d_model, config.layer_norm_epsilon)
 
     def __call__(self, x: mx.array, bias: mx.array) -> mx.array:
@@ -170,7 +170,7 @@ class T5Block(nn.Module):
         return out
 
 
-class Stack(nn.Module):
+class T5Stack(nn.Module):
     """Blocks and the norm behind them (the checkpoint's `encoder.`)."""
 
     def __init__(self, config: T5Config) -> None:
@@ -190,7 +190,7 @@ class T5Encoder(nn.Module):
         self.config = config
         if table:
             self.shared = nn.Embedding(config.vocab_size, config.d_model)
-        self.encoder = Stack(config)
+        self.encoder = T5Stack(config)
 
     def embed(self, ids: mx.array) -> mx.array:
         """Embeddings of token ids [B, L] from the resident table: [B, L, D]."""
@@ -242,5 +242,7 @@ class T5Encoder(nn.Module):
 
 #: A decoder, its head and copies of the token table have no use here.
 KEYS = KeyMap(
-    rules=(Rule(r"(encoder|decoder)\.embed_tokens\.weight|decoder\..*|lm_head\..*", ignore=True),)
+    rules=(
+        KeyRule(r"(encoder|decoder)\.embed_tokens\.weight|decoder\..*|lm_head\..*", ignore=True),
+    )
 )

@@ -22,7 +22,7 @@ from mlx_sora.errors import UsageError
 from mlx_sora.geometry import MAX_FRAMES
 from mlx_sora.models import vae_spatial, vae_temporal
 from mlx_sora.models.config import object_of, require
-from mlx_sora.models.key_map import KeyMap, Rule
+from mlx_sora.models.key_map import KeyMap, KeyRule
 from mlx_sora.models.precision import KEEP
 from mlx_sora.models.vae_spatial import PARTS, SpatialVAE, SpatialVAEConfig
 from mlx_sora.models.vae_temporal import TemporalVAE, TemporalVAEConfig
@@ -192,7 +192,7 @@ class VideoVAE(nn.Module):
         num_frames: int,
         micro_batch: int | MicroBatch | None = None,
         *,
-        in_turn: bool = False,
+        sequential_offload: bool = False,
         tiles: int = 1,
         chosen: slice = ALL,
     ) -> Iterator[mx.array]:
@@ -214,7 +214,9 @@ class VideoVAE(nn.Module):
             )
         parts: Iterable[mx.array] = (self._decode_time(z, chunk) for chunk in plan[chosen])
         size = micro_batch or self.config.micro_batch_size
-        return self._decode_space(parts, partial(decode_tiled, tiles=tiles), size, in_turn)
+        return self._decode_space(
+            parts, partial(decode_tiled, tiles=tiles), size, sequential_offload
+        )
 
     def _decode_time(self, z: mx.array, chunk: Chunk) -> mx.array:
         """Latents of a chunk's frames for the spatial VAE, [frames, h, w, C], evaluated."""
@@ -230,9 +232,9 @@ class VideoVAE(nn.Module):
         parts: Iterable[mx.array],
         decode: Callable[[SpatialVAE, mx.array], mx.array],
         micro_batch: int | MicroBatch | None,
-        in_turn: bool,
+        sequential_offload: bool,
     ) -> Iterator[mx.array]:
-        if in_turn:
+        if sequential_offload:
             parts = list(parts)
             del self["temporal_vae"]
             mx.clear_cache()
@@ -273,7 +275,7 @@ class VideoVAE(nn.Module):
         chunks: Iterable[mx.array],
         micro_batch: int | None = None,
         *,
-        in_turn: bool = False,
+        sequential_offload: bool = False,
     ) -> Iterator[mx.array]:
         """Encode chunks of one or of several clips, each by itself, to the posteriors' means.
 
@@ -282,7 +284,7 @@ class VideoVAE(nn.Module):
         """
         size = micro_batch or self.config.micro_batch_size
         parts = (self._encode_space(chunk, size) for chunk in chunks)
-        if in_turn:
+        if sequential_offload:
             kept = list(parts)
             del self["spatial_vae"]
             mx.clear_cache()
@@ -331,7 +333,7 @@ def _in_batches(
     return out
 
 
-def _under(rules: Sequence[Rule], stored: str, path: str) -> tuple[Rule, ...]:
+def _under(rules: Sequence[KeyRule], stored: str, path: str) -> tuple[KeyRule, ...]:
     """Rules of a network for checkpoint names that begin with `stored`, parameters with `path`."""
     stored = re.escape(stored)
     nested = [
@@ -340,12 +342,14 @@ def _under(rules: Sequence[Rule], stored: str, path: str) -> tuple[Rule, ...]:
         else replace(rule, pattern=f"{stored}(?:{rule.pattern})", target=path + rule.target)
         for rule in rules
     ]
-    return (*nested, Rule(rf"{stored}(.*)", rf"{path}\1"))
+    return (*nested, KeyRule(rf"{stored}(.*)", rf"{path}\1"))
 
 
 _HALVES = {
-    "encoder": Rule(r"(spatial_vae\.module|temporal_vae)\.(encoder|quant_conv)\..*", ignore=True),
-    "decoder": Rule(
+    "encoder": KeyRule(
+        r"(spatial_vae\.module|temporal_vae)\.(encoder|quant_conv)\..*", ignore=True
+    ),
+    "decoder": KeyRule(
         r"(spatial_vae\.module|temporal_vae)\.(decoder|post_quant_conv)\..*", ignore=True
     ),
 }
@@ -356,7 +360,7 @@ def keys_for(parts: Sequence[str] = PARTS) -> KeyMap:
     return KeyMap(
         rules=(
             *(rule for part, rule in _HALVES.items() if part not in parts),
-            Rule(r"scale|shift", flatten=True),
+            KeyRule(r"scale|shift", flatten=True),
             *_under(vae_spatial.RULES, "spatial_vae.module.", "spatial_vae."),
             *_under(vae_temporal.RULES, "temporal_vae.", "temporal_vae."),
         ),

@@ -16,7 +16,7 @@ from mlx import nn
 from mlx_sora.models import ops
 from mlx_sora.models.config import MAX_DEPTH, read_config, require
 from mlx_sora.models.conv import Conv2d, Downsample2d, GroupNorm, Pointwise, Upsample2d
-from mlx_sora.models.key_map import KeyMap, Rule
+from mlx_sora.models.key_map import KeyMap, KeyRule
 
 #: Epsilon of every group norm.
 EPS = 1e-6
@@ -137,7 +137,7 @@ def _resnets(inputs: int, outputs: int, count: int, groups: int) -> list[ResnetB
     return [ResnetBlock(inputs if i == 0 else outputs, outputs, groups) for i in range(count)]
 
 
-class Encoder(nn.Module):
+class SpatialEncoder(nn.Module):
     """Frames to twice the latent channels (mean and log-variance before the quant conv)."""
 
     def __init__(self, config: SpatialVAEConfig) -> None:
@@ -159,7 +159,7 @@ class Encoder(nn.Module):
         return self.conv_out(ops.silu(self.conv_norm_out(self.mid_block(x))))
 
 
-class Decoder(nn.Module):
+class SpatialDecoder(nn.Module):
     """Latents to frames; one residual block more per level than the encoder."""
 
     def __init__(self, config: SpatialVAEConfig) -> None:
@@ -196,11 +196,11 @@ class SpatialVAE(nn.Module):
         self.config = config
         channels = config.latent_channels
         if "encoder" in parts:
-            self.encoder = Encoder(config)
+            self.encoder = SpatialEncoder(config)
             self.quant_conv = Pointwise(2 * channels, 2 * channels)
         if "decoder" in parts:
             self.post_quant_conv = Pointwise(channels, channels)
-            self.decoder = Decoder(config)
+            self.decoder = SpatialDecoder(config)
 
     def encode(self, x: mx.array) -> mx.array:
         """Frames [N, H, W, 3] to moments [N, H//f, W//f, 2C]: mean, then log-variance."""
@@ -216,7 +216,7 @@ _ATTENTION = r"(.*\battentions\.\d+\.)"
 #: Linear layers may be stored as 1x1 convolutions; older files name those of attention otherwise.
 RULES = (
     *(
-        Rule(rf"{_ATTENTION}{old}\.(weight|bias)", rf"\1{new}.\2", squeeze=True)
+        KeyRule(rf"{_ATTENTION}{old}\.(weight|bias)", rf"\1{new}.\2", squeeze=True)
         for old, new in (
             ("query", "to_q"),
             ("key", "to_k"),
@@ -224,9 +224,9 @@ RULES = (
             ("proj_attn", r"to_out.0"),
         )
     ),
-    Rule(rf"{_ATTENTION}to_(q|k|v|out\.0)\.weight", squeeze=True),
-    Rule(r"(.*\.)?(conv_shortcut|quant_conv|post_quant_conv)\.weight", squeeze=True),
-    Rule(r".*\bconv(1|2|_in|_out)?\.weight", axes=(2, 3, 0, 1)),
+    KeyRule(rf"{_ATTENTION}to_(q|k|v|out\.0)\.weight", squeeze=True),
+    KeyRule(r"(.*\.)?(conv_shortcut|quant_conv|post_quant_conv)\.weight", squeeze=True),
+    KeyRule(r".*\bconv(1|2|_in|_out)?\.weight", axes=(2, 3, 0, 1)),
 )
 
 KEYS = KeyMap(rules=RULES)

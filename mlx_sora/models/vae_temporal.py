@@ -15,7 +15,7 @@ from mlx import nn
 from mlx_sora.models import ops
 from mlx_sora.models.config import MAX_DEPTH, read_config, require
 from mlx_sora.models.conv import CausalConv3d, GroupNorm, Pointwise
-from mlx_sora.models.key_map import KeyMap, Rule
+from mlx_sora.models.key_map import KeyMap, KeyRule
 from mlx_sora.models.vae_spatial import PARTS
 
 #: Epsilon of every group norm; statistics run over all frames of the chunk.
@@ -90,7 +90,7 @@ def _level(inputs: int, outputs: int, config: TemporalVAEConfig) -> list[ResBloc
     ]
 
 
-class Encoder(nn.Module):
+class TemporalEncoder(nn.Module):
     """[B, T, H, W, C], T a multiple of the factor, to [B, T / factor, H, W, 2 latent_embed_dim]."""
 
     def __init__(self, config: TemporalVAEConfig) -> None:
@@ -120,7 +120,7 @@ class Encoder(nn.Module):
         return self.conv2(ops.silu(self.norm1(x)))
 
 
-class Decoder(nn.Module):
+class TemporalDecoder(nn.Module):
     """[B, t, H, W, latent_embed_dim] to [B, factor t, H, W, in_out_channels]."""
 
     def __init__(self, config: TemporalVAEConfig) -> None:
@@ -165,11 +165,11 @@ class TemporalVAE(nn.Module):
         super().__init__()
         self.config = config
         if "encoder" in parts:
-            self.encoder = Encoder(config)
+            self.encoder = TemporalEncoder(config)
             self.quant_conv = Pointwise(2 * config.latent_embed_dim, 2 * config.embed_dim)
         if "decoder" in parts:
             self.post_quant_conv = Pointwise(config.embed_dim, config.latent_embed_dim)
-            self.decoder = Decoder(config)
+            self.decoder = TemporalDecoder(config)
 
     def encode(self, x: mx.array) -> mx.array:
         """[B, F, H, W, C] to moments [B, ceil(F / factor), H, W, 2 embed_dim]: mean, log-variance.
@@ -188,13 +188,13 @@ class TemporalVAE(nn.Module):
 
 #: The reference wraps each convolution in a module of its own, whose name adds nothing.
 RULES = (
-    Rule(
+    KeyRule(
         r"(.*\.conv3|encoder\.conv2|quant_conv|post_quant_conv)\.conv\.weight",
         r"\1.weight",
         squeeze=True,
     ),
-    Rule(r"(.*)\.conv\.weight", r"\1.weight", axes=(2, 3, 4, 0, 1)),
-    Rule(r"(.*)\.conv\.bias", r"\1.bias"),
+    KeyRule(r"(.*)\.conv\.weight", r"\1.weight", axes=(2, 3, 4, 0, 1)),
+    KeyRule(r"(.*)\.conv\.bias", r"\1.bias"),
 )
 
 KEYS = KeyMap(rules=RULES)

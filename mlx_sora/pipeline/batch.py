@@ -15,20 +15,20 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from mlx_sora.distributed.group import Ranks, error_of, told
+from mlx_sora.distributed.group import Ranks, deserialize_error, serialize_error
 from mlx_sora.errors import MlxSoraError, UsageError
 from mlx_sora.memory.limits import release
-from mlx_sora.pipeline.locks import claimed_by_first, one_at_a_time
+from mlx_sora.pipeline.locks import output_lock_on_rank0, process_lock
 from mlx_sora.pipeline.pipeline import Pipeline, seeded
-from mlx_sora.pipeline.run import Run
-from mlx_sora.pipeline.transfer import Parcel
+from mlx_sora.pipeline.run import GenerationRun
+from mlx_sora.pipeline.transfer import VideoTransfer
 from mlx_sora.request.generation import GenerationRequest
 from mlx_sora.runtime.events import Event, Finished, RequestFailed, RequestStarted
 
 log = logging.getLogger(__name__)
 
 
-class Batch(Pipeline):
+class BatchRun(Pipeline):
     """Many requests with the model of a pipeline.
 
     Several ranks take the videos in turn where there are as many (data parallel): each makes its
@@ -47,19 +47,19 @@ class Batch(Pipeline):
 
     def events(self) -> Generator[Event, None, None]:
         """Events of all requests: `Finished` or `RequestFailed` for each of them."""
-        return self.ranks.watching(self._all())
+        return self.ranks.watch_events(self._all())
 
     def _all(self) -> Generator[Event, None, None]:
         self._agree(self.ranks, self._requests)
-        runs: dict[int, Run] = {}
+        runs: dict[int, GenerationRun] = {}
         for index, request in enumerate(self._requests):
             try:
                 runs[index] = self._begin(seeded(request, self.ranks), runs.values())
             except Exception as error:
                 yield RequestFailed(index, as_known(error))
-        with one_at_a_time(), tempfile.TemporaryDirectory(prefix="mlx_sora-") as folder:
+        with process_lock(), tempfile.TemporaryDirectory(prefix="mlx_sora-") as folder:
             texts: dict[int, _TextsOnDisk] = {}
-            left = {index: run for index, run in runs.items() if run.needs_text}
+            left = {index: run for index, run in runs.items() if run.has_steps_left}
             for number, group in enumerate(_alike(left)):
                 store = _TextsOnDisk(Path(folder), f"{number}-")
                 yield from self._encode([runs[i] for i in group], store, ranks=self.ranks)
@@ -71,12 +71,12 @@ class Batch(Pipeline):
                 yield from self._make_one(index, runs.pop(index), texts.get(index))
 
     def _in_turn(
-        self, runs: dict[int, Run], texts: Mapping[int, _TextsOnDisk]
+        self, runs: dict[int, GenerationRun], texts: Mapping[int, _TextsOnDisk]
     ) -> Generator[Event, None, None]:
         """The videos in rounds, one for each rank; the first tells of the others' afterwards."""
         ranks, order = self.ranks, list(runs)
         for start in range(0, len(order), ranks.size):
-            indices, parcel = order[start : start + ranks.size], Parcel()
+            indices, parcel = order[start : start + ranks.size], VideoTransfer()
             if ranks.rank < len(indices):
                 own = indices[ranks.rank]
                 parcel = yield from self._packed(own, runs[own], texts[own])
@@ -87,7 +87,9 @@ class Batch(Pipeline):
                 if rank != ranks.rank:
                     yield from self._unpacked(index, run, other)
 
-    def _packed(self, index: int, run: Run, texts: _TextsOnDisk) -> Generator[Event, None, Parcel]:
+    def _packed(
+        self, index: int, run: GenerationRun, texts: _TextsOnDisk
+    ) -> Generator[Event, None, VideoTransfer]:
         """A video of this rank, for the first to put in its place where that is not this one."""
         run.more["parallel"] = {"ranks": self.ranks.size, "mode": "prompts"}
         with tempfile.TemporaryDirectory(prefix="mlx_sora-") as folder:
@@ -96,30 +98,34 @@ class Batch(Pipeline):
             for event in self._make_one(index, run, texts):
                 yield event
                 if isinstance(event, RequestFailed):
-                    return Parcel(error=told(event.error))
+                    return VideoTransfer(error=serialize_error(event.error))
                 if isinstance(event, Finished):
-                    return Parcel() if self.ranks.first else Parcel.of(event.video, Path(folder))
+                    return (
+                        VideoTransfer()
+                        if self.ranks.first
+                        else VideoTransfer.of(event.video, Path(folder))
+                    )
         raise AssertionError("a request ends with Finished or RequestFailed")
 
-    def _unpacked(self, index: int, run: Run, parcel: Parcel) -> Iterator[Event]:
+    def _unpacked(self, index: int, run: GenerationRun, parcel: VideoTransfer) -> Iterator[Event]:
         """What became of another rank's video."""
         yield RequestStarted(index, len(self._requests), run.request.prompt, run.settings.seed)
         try:
             if parcel.error is not None:
-                raise error_of(*parcel.error)
+                raise deserialize_error(*parcel.error)
             yield Finished(parcel.delivered(run, written=self.ranks.first))
         except Exception as error:
             yield RequestFailed(index, as_known(error))
 
     def _make_one(
-        self, index: int, run: Run, texts: _TextsOnDisk | None
+        self, index: int, run: GenerationRun, texts: _TextsOnDisk | None
     ) -> Generator[Event, None, None]:
         prompt, seed = run.request.prompt, run.settings.seed
         yield RequestStarted(index, len(self._requests), prompt, seed)
         try:
             yield from run.begin()
             made = self._make(run, {} if texts is None else texts.of(run))
-            with claimed_by_first(run.output, run.ranks):
+            with output_lock_on_rank0(run.output, run.ranks):
                 yield from made
         except Exception as error:
             failure = as_known(error)
@@ -133,9 +139,9 @@ class Batch(Pipeline):
     def _ranks(self, request: GenerationRequest) -> Ranks:
         return Ranks() if self._apart else self.ranks
 
-    def _begin(self, request: GenerationRequest, others: Iterable[Run]) -> Run:
+    def _begin(self, request: GenerationRequest, others: Iterable[GenerationRun]) -> GenerationRun:
         """The run of a request. Raises UsageError where another goes to the same file."""
-        with self.ranks.together():
+        with self.ranks.collective_errors():
             request.validate()
             if self._apart:
                 request = _alone(request)
@@ -145,7 +151,7 @@ class Batch(Pipeline):
                     f"Two videos would go to one file, {run.output}.",
                     "Put {seed} or {index} into the output.",
                 )
-        run.checkpoints = run.checkpoints.among(run.ranks)
+        run.checkpoints = run.checkpoints.shared_across(run.ranks)
         return run
 
 
@@ -156,7 +162,7 @@ class _TextsOnDisk(MutableMapping[str, mx.array]):
         self._folder, self._prefix = folder, prefix
         self._files: dict[str, Path] = {}
 
-    def of(self, run: Run) -> dict[str, mx.array]:
+    def of(self, run: GenerationRun) -> dict[str, mx.array]:
         """The states that a run needs, in memory."""
         return {text: self[text] for text in run.settings.all_texts}
 
@@ -204,7 +210,7 @@ def _alone(request: GenerationRequest) -> GenerationRequest:
     return replace(request, parallel="auto") if request.parallel == "prompts" else request
 
 
-def _alike(runs: Mapping[int, Run]) -> list[list[int]]:
+def _alike(runs: Mapping[int, GenerationRun]) -> list[list[int]]:
     """Numbers of runs that T5 can serve together: of one number format, bits, limit and checks."""
     groups: dict[object, list[int]] = defaultdict(list)
     for index, run in runs.items():

@@ -19,16 +19,16 @@ import mlx.core as mx
 
 from mlx_sora import __version__
 from mlx_sora.accel import Accelerations
-from mlx_sora.accel.schedules import Table
-from mlx_sora.models.hooks import Context
+from mlx_sora.accel.schedules import ScheduleTable
+from mlx_sora.models.hooks import Hooks
 from mlx_sora.models.stdit3 import STDiT3
 from mlx_sora.pipeline.pipeline import Pipeline
-from mlx_sora.pipeline.run import Run
+from mlx_sora.pipeline.run import GenerationRun
 from mlx_sora.pipeline.stages import Texts, bound
 from mlx_sora.request.generation import GenerationRequest
 from mlx_sora.sampling import SAMPLERS
 from mlx_sora.sampling.base import Step, Velocity
-from mlx_sora.sampling.guidance import Part, guided
+from mlx_sora.sampling.guidance import CFGSlice, guided
 from mlx_sora.sampling.loop import denoise
 from mlx_sora.sampling.noise import Noise
 
@@ -56,13 +56,13 @@ class Probe(Accelerations):
     given: mx.array | None = None
     seen: mx.array
 
-    def stack(self, step: int, part: Part) -> Probe:
+    def block_cache(self, step: int, part: CFGSlice) -> Probe:
         return self
 
-    def instead(self, x: mx.array, t: mx.array, x_mask: mx.array | None) -> mx.array | None:
+    def cached_residual(self, x: mx.array, t: mx.array, x_mask: mx.array | None) -> mx.array | None:
         return self.given
 
-    def computed(self, x: mx.array, out: mx.array) -> None:
+    def update(self, x: mx.array, out: mx.array) -> None:
         self.seen = out - x
         mx.eval(self.seen)
 
@@ -72,13 +72,13 @@ def calibrate(
     requests: Sequence[GenerationRequest],
     reach: int = REACH,
     tell: Callable[[int], None] = lambda done: None,
-) -> Table:
+) -> ScheduleTable:
     """The table of schedules for the size and steps of `requests`, which differ in prompt and seed.
 
     reach: the longest segment. tell: called with the number of prompts that are done.
     """
     found: dict[int, list[Errors]] = {0: [], 1: []}
-    run: Run | None = None
+    run: GenerationRun | None = None
     for done, request in enumerate(requests, start=1):
         run = pipe._prepare(request.with_seed())
         for order, errors in _measured(pipe, run, reach).items():
@@ -90,7 +90,7 @@ def calibrate(
     chosen = {
         str(order): dict(schedules(_mean(each), steps, order)) for order, each in found.items()
     }
-    return Table(
+    return ScheduleTable(
         steps=steps,
         width=width,
         height=height,
@@ -139,7 +139,7 @@ def _mean(found: Sequence[Errors]) -> Errors:
     return {key: sum(each[key] for each in found) / len(found) for key in found[0]}
 
 
-def _measured(pipe: Pipeline, run: Run, reach: int) -> dict[int, Errors]:
+def _measured(pipe: Pipeline, run: GenerationRun, reach: int) -> dict[int, Errors]:
     """Errors of all segments on one prompt, for both orders."""
     texts: dict[str, mx.array] = {}
     for _ in pipe._encode([run], texts):
@@ -148,12 +148,12 @@ def _measured(pipe: Pipeline, run: Run, reach: int) -> dict[int, Errors]:
     with lifetimes.stage(plan), lifetimes.transformer(plan) as (network, blocks):
         probe = Probe({}, pipe._job(run.settings))
         run.accelerations = probe
-        velocity = _velocity(run, network, texts, Context(blocks))
+        velocity = _velocity(run, network, texts, Hooks(blocks))
         path = list(_exact(run, velocity, network.config.in_channels, probe))
         return {order: dict(_segments(path, velocity, probe, reach, order)) for order in (0, 1)}
 
 
-def _velocity(run: Run, network: STDiT3, texts: Texts, context: Context[Any]) -> Velocity:
+def _velocity(run: GenerationRun, network: STDiT3, texts: Texts, context: Hooks[Any]) -> Velocity:
     return guided(
         partial(bound, network, run, lambda index, t: context),
         [texts[run.settings.text]],
@@ -162,10 +162,10 @@ def _velocity(run: Run, network: STDiT3, texts: Texts, context: Context[Any]) ->
     )
 
 
-def _exact(run: Run, velocity: Velocity, channels: int, probe: Probe) -> Iterator[Made]:
+def _exact(run: GenerationRun, velocity: Velocity, channels: int, probe: Probe) -> Iterator[Made]:
     settings = run.settings
     sampler = SAMPLERS["rflow"]
-    times = sampler.timesteps(settings.steps, **settings.told.sizes)
+    times = sampler.timesteps(settings.steps, **settings.model_args.sizes)
     noise = Noise([settings.seed], (*settings.geometry.latent, channels))
     for done in denoise(velocity, noise.initial(), times, sampler):
         yield Made(done.step, done.z_in, done.v, probe.seen)

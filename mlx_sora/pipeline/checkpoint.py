@@ -19,7 +19,7 @@ import mlx.core as mx
 from mlx_sora.errors import UsageError, WeightsError
 from mlx_sora.runtime.device import versions
 from mlx_sora.sampling.base import State
-from mlx_sora.utils.files import published, writing
+from mlx_sora.utils.files import atomic_write, explain_os_errors
 from mlx_sora.utils.json import parse_object
 from mlx_sora.video.output_path import CHECKPOINT
 
@@ -68,11 +68,11 @@ class Snapshot:
         """Write it to `path`, in place of what is there. Raises MlxSoraError."""
         arrays: dict[str, mx.array] = {}
         found = {f.name: getattr(self, f.name) for f in fields(self)}
-        record = json.dumps(put_away(found, "run", arrays))
+        record = json.dumps(flatten_state(found, "run", arrays))
         metadata = {"format": str(FORMAT), "record": record, "sha256": _digest(record, arrays)}
-        with writing(path):
+        with explain_os_errors(path):
             path.parent.mkdir(exist_ok=True)  # that of a sequence of pictures
-            with published(path, overwrite=True) as file, file.partial.open("wb") as handle:
+            with atomic_write(path, overwrite=True) as file, file.partial.open("wb") as handle:
                 mx.save_safetensors(handle, arrays, metadata)
 
     @classmethod
@@ -93,7 +93,7 @@ class Snapshot:
             assert isinstance(arrays, dict)
             if _digest(metadata["record"], arrays) != metadata["sha256"]:
                 raise ValueError("its checksum is wrong")
-            record = take_out(parse_object(metadata["record"]), arrays)
+            record = unflatten_state(parse_object(metadata["record"]), arrays)
             record |= {name: tuple(record[name]) for name in _LISTS}
             if not _sound(record):
                 raise ValueError("its record is of another kind")
@@ -153,22 +153,22 @@ def _digest(record: str, arrays: Mapping[str, mx.array]) -> str:
     return found.hexdigest()
 
 
-def put_away(value: Any, name: str, arrays: dict[str, mx.array]) -> Any:
+def flatten_state(value: Any, name: str, arrays: dict[str, mx.array]) -> Any:
     """`value` as JSON; its arrays go into `arrays`, and their names stand for them."""
     if isinstance(value, mx.array):
         arrays[name] = value
         return {_TENSOR: name}
     if isinstance(value, Mapping):
-        return {key: put_away(item, f"{name}.{key}", arrays) for key, item in value.items()}
+        return {key: flatten_state(item, f"{name}.{key}", arrays) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [put_away(item, f"{name}.{i}", arrays) for i, item in enumerate(value)]
+        return [flatten_state(item, f"{name}.{i}", arrays) for i, item in enumerate(value)]
     return value
 
 
-def take_out(value: Any, arrays: Mapping[str, mx.array]) -> Any:
+def unflatten_state(value: Any, arrays: Mapping[str, mx.array]) -> Any:
     """The inverse of `put_away`."""
     if isinstance(value, dict):
         if value.keys() == {_TENSOR}:
             return arrays[value[_TENSOR]]
-        return {key: take_out(item, arrays) for key, item in value.items()}
-    return [take_out(item, arrays) for item in value] if isinstance(value, list) else value
+        return {key: unflatten_state(item, arrays) for key, item in value.items()}
+    return [unflatten_state(item, arrays) for item in value] if isinstance(value, list) else value

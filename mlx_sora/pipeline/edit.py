@@ -19,21 +19,21 @@ import mlx.core as mx
 
 from mlx_sora.accel import Accelerations
 from mlx_sora.accel.cidl import BlockStream
-from mlx_sora.accel.value_sharing import KeptValues, kept_bytes
-from mlx_sora.distributed.partition import Division
+from mlx_sora.accel.value_sharing import CapturedValues, captured_bytes
+from mlx_sora.distributed.partition import ParallelPlan
 from mlx_sora.errors import UsageError
 from mlx_sora.geometry import Size
 from mlx_sora.memory.limits import StageMeter
-from mlx_sora.memory.planner import Job as Work
-from mlx_sora.memory.planner import Plan, Reading
-from mlx_sora.memory.profiles import show_bytes
-from mlx_sora.models.hooks import Context
+from mlx_sora.memory.planner import MediaWorkload, Plan
+from mlx_sora.memory.planner import Workload as Work
+from mlx_sora.memory.profiles import format_bytes
+from mlx_sora.models.hooks import Hooks
 from mlx_sora.models.stdit3 import BlockPair, STDiT3, STDiT3Config
 from mlx_sora.models.vae import Chunk, VAEConfig, chunk_plan
-from mlx_sora.pipeline.locks import alone
+from mlx_sora.pipeline.locks import run_exclusively
 from mlx_sora.pipeline.pipeline import Pipeline
-from mlx_sora.pipeline.run import Run
-from mlx_sora.pipeline.settings import Settings, settle
+from mlx_sora.pipeline.run import GenerationRun
+from mlx_sora.pipeline.settings import ResolvedRequest, resolve
 from mlx_sora.pipeline.stages import Texts, bound
 from mlx_sora.request.edit import EditRequest
 from mlx_sora.request.generation import GenerationRequest
@@ -65,24 +65,24 @@ class Editing(Pipeline):
         edit.validate()
         self._edit = edit
         self._size, frames, fps = _look_at(edit.video, self.model.defaults.fps)
-        self._request = edit.settled(frames, fps)
-        source, _ = settle(replace(self._request, prompt=edit.source_prompt), self.model)
+        self._request = edit.resolved_target(frames, fps)
+        source, _ = resolve(replace(self._request, prompt=edit.source_prompt), self.model)
         if source.geometry.num_frames > frames:
             raise UsageError(
                 f"{edit.video} has {frames} frames, {source.geometry.num_frames} were asked for.",
                 f"Give --num-frames {frames} or less.",
             )
         self._source_text = source.text
-        self._injected = edit.injected(source.steps)
+        self._injected = edit.resolved_inject_steps(source.steps)
 
     def events(self) -> Generator[Event, None, None]:
         """Events of the edit, `Finished` the last. Bad requests raise here, before any work."""
         ranks = self._ranks(self._request)
         with ranks.watched():
             self._agree(ranks, [self._request], **self._told)
-            with ranks.together():
+            with ranks.collective_errors():
                 run = self._begin()
-        return ranks.watching(alone(run.output, self._events(run), ranks))
+        return ranks.watch_events(run_exclusively(run.output, self._events(run), ranks))
 
     def needs(self) -> Plan:
         """What the edit would need, stage by stage, without making it."""
@@ -97,7 +97,7 @@ class Editing(Pipeline):
             "inject_steps": self._injected,
         }
 
-    def _begin(self) -> Run:
+    def _begin(self) -> GenerationRun:
         run = self._prepare(self._request)
         run.more["edit"] = self._told
         fit = Fit.of(self._size, run.settings.geometry.decoded)
@@ -108,7 +108,7 @@ class Editing(Pipeline):
     def _work(
         self,
         request: GenerationRequest,
-        settings: Settings,
+        settings: ResolvedRequest,
         accelerations: Accelerations,
         text_tokens: int,
     ) -> Work:
@@ -122,29 +122,29 @@ class Editing(Pipeline):
             work,
             text_tokens=max(text_tokens, len(source.ids)),
             inverts=True,
-            kept=kept_bytes(config, settings.geometry.latent, kept, dtype.size),
-            reading=Reading(len(chunks), chunks[0].frames, math.prod(self._size)),
+            captured_bytes=captured_bytes(config, settings.geometry.latent, kept, dtype.size),
+            media=MediaWorkload(len(chunks), chunks[0].frames, math.prod(self._size)),
         )
 
-    def _division(self, request: GenerationRequest, settings: Settings) -> Division:
+    def _division(self, request: GenerationRequest, settings: ResolvedRequest) -> ParallelPlan:
         """Values are kept by those who share them again, which halves would change."""
         division = super()._division(request, settings)
-        if not self._injected or division.halves == 1:
+        if not self._injected or division.cfg_degree == 1:
             return division
         if request.parallel != "auto":
             raise UsageError(
                 f"--parallel {request.parallel} does not go with injected values.",
                 "Use --parallel sequence, or --inject-steps 0.",
             )
-        return Division(division.ranks)
+        return ParallelPlan(division.ranks)
 
-    def _chunks(self, settings: Settings) -> list[Chunk]:
+    def _chunks(self, settings: ResolvedRequest) -> list[Chunk]:
         """Pieces of the video that are encoded one after the other."""
         config = VAEConfig.from_dict(self.model.config("vae"))
         frames = settings.geometry.num_frames
         return chunk_plan(frames, config.micro_frame_size, config.temporal.factor)
 
-    def _events(self, run: Run) -> Generator[Event, None, None]:
+    def _events(self, run: GenerationRun) -> Generator[Event, None, None]:
         yield from (Warned(warning) for warning in run.warnings)
         texts: dict[str, mx.array] = {}
         yield from self._encode([run], texts, also=[self._source_text])
@@ -161,13 +161,13 @@ class Editing(Pipeline):
         yield run.close_stage(meter)
         yield Finished((yield from self._decode(run, latents)))
 
-    def _encode_video(self, run: Run) -> Generator[Event, None, mx.array]:
+    def _encode_video(self, run: GenerationRun) -> Generator[Event, None, mx.array]:
         """Latents of the source, [1, T, h, w, C], chunk by chunk."""
         chunks, plan = self._chunks(run.settings), run.plan.stage("read")
         yield StageStarted("read", len(chunks))
         latents = None
         with StageMeter("read") as meter, self._lifetimes(run).stage(plan):
-            with run.ranks.together():
+            with run.ranks.collective_errors():
                 if run.ranks.first:
                     geometry = run.settings.geometry
                     frames = _frames(self._edit.video, geometry.num_frames, geometry.decoded)
@@ -175,7 +175,7 @@ class Editing(Pipeline):
                     encoded = yield from self._encoded(run, plan, parts, len(chunks))
                     latents = mx.concatenate(encoded, axis=1)
                     del encoded, parts, frames
-            latents = run.ranks.array_of_first(latents)
+            latents = run.ranks.broadcast(latents)
         yield run.close_stage(meter)
         return latents
 
@@ -188,16 +188,16 @@ class _Way:
 
     def __init__(
         self,
-        run: Run,
+        run: GenerationRun,
         network: STDiT3,
         blocks: BlockStream[BlockPair] | None,
         injected: int,
     ) -> None:
         self._run, self._network, self._blocks = run, network, blocks
         self._steps, self._injected = run.settings.steps, injected
-        self._kept = KeptValues()
+        self._kept = CapturedValues()
         self._sampler = SAMPLERS[run.settings.sampler]
-        self._times = self._sampler.timesteps(self._steps, **run.settings.told.sizes)
+        self._times = self._sampler.timesteps(self._steps, **run.settings.model_args.sizes)
 
     def back(self, z: mx.array, text: mx.array) -> Generator[Event, None, mx.array]:
         """The noise that latents z come from under `text`; keeps the values nearest to it.
@@ -205,11 +205,11 @@ class _Way:
         Without guidance, whose flow does not lead back.
         """
 
-        def context(index: int, t: mx.array) -> Context[BlockPair]:
+        def context(index: int, t: mx.array) -> Hooks[BlockPair]:
             step = self._steps - 1 - index
-            plain = self._run.accelerations.context(step, self._blocks)
+            plain = self._run.accelerations.hooks(step, self._blocks)
             keeps = step < self._injected
-            return replace(plain, values=self._kept.keep(_time(t))) if keeps else plain
+            return replace(plain, value_sharing=self._kept.capture(_time(t))) if keeps else plain
 
         velocity = guided(
             partial(bound, self._network, self._run, context), [text], self._network.null_text, 1.0
@@ -222,7 +222,7 @@ class _Way:
         if self._kept.evaluations:
             yield Noted(
                 f"values of {self._kept.evaluations} evaluations kept: "
-                f"{show_bytes(self._kept.nbytes)}"
+                f"{format_bytes(self._kept.nbytes)}"
             )
         return z
 
@@ -232,23 +232,23 @@ class _Way:
         settings = run.settings
         negative = None if settings.negative is None else texts[settings.negative]
 
-        def context(index: int, t: mx.array) -> Context[BlockPair]:
-            plain = accelerations.context(index, self._blocks)
+        def context(index: int, t: mx.array) -> Hooks[BlockPair]:
+            plain = accelerations.hooks(index, self._blocks)
             shares = index < self._injected
-            return replace(plain, values=self._kept.share(_time(t))) if shares else plain
+            return replace(plain, value_sharing=self._kept.reuse(_time(t))) if shares else plain
 
         velocity = guided(
             partial(bound, self._network, run, context),
             [texts[settings.text]],
             self._network.null_text if negative is None else lambda n: negative,
             settings.guidance,
-            sequential=run.request.sequential_guidance and run.division.halves == 1,
+            sequential=run.request.sequential_guidance and run.division.cfg_degree == 1,
         )
         if self._blocks is not None:
-            self._blocks.reconsider()  # guidance takes more memory than the way back did
+            self._blocks.remeasure()  # guidance takes more memory than the way back did
         for done in denoise(velocity, z, self._times, self._sampler, policy=accelerations.policy):
             z, index = self._check(done), done.step.index
-            accelerations.watch(done)
+            accelerations.on_step_end(done)
             self._next_is(index, index + 1)
             if index + 1 == self._injected:
                 self._kept.clear()
@@ -264,9 +264,9 @@ class _Way:
 
     def _next_is(self, step: int, following: int) -> None:
         """Where the next step merges tokens and this one does not, or the reverse, say so."""
-        merges = self._run.accelerations.merges
+        merges = self._run.accelerations.merges_tokens
         if self._blocks is not None and following >= 0 and merges(step) != merges(following):
-            self._blocks.reconsider()
+            self._blocks.remeasure()
 
 
 def _time(t: mx.array) -> float:

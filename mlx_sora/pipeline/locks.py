@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 
 @contextmanager
-def claimed(output: Path | None) -> Iterator[None]:
+def output_lock(output: Path | None) -> Iterator[None]:
     """Hold `output` against other runs, of this process or others. Raises UsageError.
 
     The system lets go when a process ends in whatever way, so no claim outlives its run; what a
@@ -62,7 +62,7 @@ def claimed(output: Path | None) -> Iterator[None]:
                 place.parent.rmdir()
 
 
-def is_claimed(output: Path) -> bool:
+def is_locked(output: Path) -> bool:
     """Whether a run is making `output` now."""
     from filelock import Timeout
 
@@ -78,23 +78,23 @@ def is_claimed(output: Path) -> bool:
 
 
 @contextmanager
-def claimed_by_first(output: Path | None, ranks: Ranks) -> Iterator[None]:
+def output_lock_on_rank0(output: Path | None, ranks: Ranks) -> Iterator[None]:
     """`claimed` by the rank that writes; what refuses it ends all of them."""
     with ExitStack() as held:
-        with ranks.together():
+        with ranks.collective_errors():
             if ranks.first:
-                held.enter_context(claimed(output))
+                held.enter_context(output_lock(output))
         yield
 
 
-def alone(
+def run_exclusively(
     output: Path | None, events: Generator[Event, None, None], ranks: Ranks
 ) -> Generator[Event, None, None]:
     """The events of a run that has the process and `output` for itself, from its first event on.
 
     It holds neither any more when it says that it has finished.
     """
-    with one_at_a_time(), claimed_by_first(output, ranks), closing(events):
+    with process_lock(), output_lock_on_rank0(output, ranks), closing(events):
         for event in events:
             if isinstance(event, Finished):
                 break
@@ -121,7 +121,7 @@ _turn = threading.Lock()
 
 
 @contextmanager
-def one_at_a_time() -> Iterator[None]:
+def process_lock() -> Iterator[None]:
     """Hold the process's turn. Raises UsageError where another run, of any thread, has it."""
     if not _turn.acquire(blocking=False):
         raise UsageError(

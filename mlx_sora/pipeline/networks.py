@@ -10,7 +10,7 @@ import mlx.core as mx
 
 from mlx_sora.accel.cidl import BlockStream
 from mlx_sora.loading.blocks import BlockSource
-from mlx_sora.loading.file_guard import SteadyFiles, patiently, read_all
+from mlx_sora.loading.file_guard import WeightFileGuard, read_all, retry_read
 from mlx_sora.loading.model_folder import ModelFolder
 from mlx_sora.loading.networks import (
     ReadRows,
@@ -20,15 +20,15 @@ from mlx_sora.loading.networks import (
     stream_transformer,
 )
 from mlx_sora.memory.limits import memory_scope, release
-from mlx_sora.memory.planner import StagePlan, within
-from mlx_sora.memory.residency import Guard, Residency
+from mlx_sora.memory.planner import StagePlan, stage_limits
+from mlx_sora.memory.residency import BudgetMonitor, Residency
 from mlx_sora.models.stdit3 import BlockPair, STDiT3
 from mlx_sora.models.t5 import T5Block, T5Encoder
 from mlx_sora.runtime.device import known_error
 
 
 @dataclass(frozen=True)
-class Lifetimes:
+class NetworkLoader:
     """Opens networks of `model` in `dtype`. budget: bytes for the whole process, if there is one.
 
     streamed: blocks come from disk while others compute, even without a budget.
@@ -40,14 +40,14 @@ class Lifetimes:
     streamed: bool = False
 
     @contextmanager
-    def stage(self, plan: StagePlan) -> Iterator[Guard]:
+    def stage(self, plan: StagePlan) -> Iterator[BudgetMonitor]:
         """Memory limits of one stage; what it used is given back when it ends.
 
         MLX's errors about memory and time come out as MlxSoraErrors.
         """
-        with memory_scope() if self.budget is None else within(plan):
+        with memory_scope() if self.budget is None else stage_limits(plan):
             try:
-                yield Guard(plan.stage, self.budget)
+                yield BudgetMonitor(plan.stage, self.budget)
             except (RuntimeError, MemoryError) as error:
                 known = known_error(error, plan.stage)
                 if known is None:
@@ -62,8 +62,8 @@ class Lifetimes:
     ) -> Iterator[tuple[T5Encoder, ReadRows, BlockStream[T5Block] | None]]:
         """T5, the reader of its embedding rows, and the stream of its blocks where there is one."""
         if not self.streamed:
-            with SteadyFiles(self.model.text_encoder).read():
-                yield *patiently(self._text_encoder, "the text encoder"), None
+            with WeightFileGuard(self.model.text_encoder).read():
+                yield *retry_read(self._text_encoder, "the text encoder"), None
             return
         network, rows, source = stream_text_encoder(self.model, self.dtype)
         # One pass: a block that stays would never be used again.
@@ -76,8 +76,8 @@ class Lifetimes:
     ) -> Iterator[tuple[STDiT3, BlockStream[BlockPair] | None]]:
         """The transformer, and the stream of its block pairs where there is one."""
         if not self.streamed:
-            with SteadyFiles(self.model.transformer).read():
-                network = patiently(self._transformer, "the transformer")
+            with WeightFileGuard(self.model.transformer).read():
+                network = retry_read(self._transformer, "the transformer")
             yield network, None
             return
         network, source = stream_transformer(self.model, self.dtype)

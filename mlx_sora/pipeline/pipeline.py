@@ -18,23 +18,23 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 
 from mlx_sora.accel import Accelerations
-from mlx_sora.accel.base import Job
-from mlx_sora.conditioning.latents import tasks
-from mlx_sora.distributed.group import Ranks, join
-from mlx_sora.distributed.partition import Division, choose
+from mlx_sora.accel.base import ScheduleInfo
+from mlx_sora.conditioning.latents import encode_tasks
+from mlx_sora.distributed.group import Ranks, init_ranks
+from mlx_sora.distributed.partition import ParallelPlan, choose_parallel
 from mlx_sora.errors import UsageError
 from mlx_sora.loading.model_folder import BUNDLED, PUBLISHED, ModelFolder, find_model, fingerprint
 from mlx_sora.loading.quantization import quantization_record, quantized_while_loading
 from mlx_sora.loading.sizes import model_sizes
 from mlx_sora.memory.limits import default_cache_limit
-from mlx_sora.memory.planner import Job as Work
-from mlx_sora.memory.planner import Kind, Machine, Plan, Reading, make_plan
+from mlx_sora.memory.planner import Machine, MediaWorkload, Plan, StepVariant, make_plan
+from mlx_sora.memory.planner import Workload as Work
 from mlx_sora.models.ops import on_gpu
-from mlx_sora.pipeline.locks import alone
+from mlx_sora.pipeline.locks import run_exclusively
 from mlx_sora.pipeline.preview import Previews
 from mlx_sora.pipeline.resume import attach, resumed_request, with_seed
-from mlx_sora.pipeline.run import Run
-from mlx_sora.pipeline.settings import Settings, settle
+from mlx_sora.pipeline.run import GenerationRun
+from mlx_sora.pipeline.settings import ResolvedRequest, resolve
 from mlx_sora.pipeline.stages import Stages, Texts
 from mlx_sora.request.generation import GenerationRequest, label
 from mlx_sora.request.presets import filled
@@ -60,7 +60,7 @@ class Pipeline(Stages):
         self.model = model
         self.dtype = dtype
         #: The processes that mlx.launch started with this one; most often it is alone.
-        self.ranks = join()
+        self.ranks = init_ranks()
         default_dtype(requested=dtype)  # refuses what the device cannot do, before any work
 
     @classmethod
@@ -100,19 +100,19 @@ class Pipeline(Stages):
         with ranks.watched():
             request = seeded(request, ranks)
             self._agree(ranks, [request])
-            with ranks.together():
+            with ranks.collective_errors():
                 request.validate()
                 run = self._begun(request, None if resume is None else Path(resume))
-            run.checkpoints = run.checkpoints.among(ranks)
-        return ranks.watching(alone(run.output, self._events(run), ranks))
+            run.checkpoints = run.checkpoints.shared_across(ranks)
+        return ranks.watch_events(run_exclusively(run.output, self._events(run), ranks))
 
     def resume(self, checkpoint: str | Path, **options: Any) -> Video:
         """Finish the video of a checkpoint, beside it. options: such as change nothing it shows."""
         values: dict[str, Any] = {}
-        with self.ranks.together():
+        with self.ranks.collective_errors():
             if self.ranks.first:
                 values = resumed_request(Path(checkpoint), options).to_dict()
-        request = GenerationRequest.from_dict(self.ranks.of_first(values))
+        request = GenerationRequest.from_dict(self.ranks.broadcast_object(values))
         for event in self.stream(request, checkpoint):
             if isinstance(event, Finished):
                 return event.video
@@ -124,9 +124,9 @@ class Pipeline(Stages):
         All text is encoded before the first video is made; a request that fails, even before any
         work, leaves the others alone.
         """
-        from mlx_sora.pipeline.batch import Batch
+        from mlx_sora.pipeline.batch import BatchRun
 
-        return Batch(self, requests).events()
+        return BatchRun(self, requests).events()
 
     def edit(self, video: str | Path, **options: Any) -> Video:
         """Change what a video shows: `source_prompt` says what that is, `prompt` what it shall be.
@@ -145,7 +145,7 @@ class Pipeline(Stages):
         """Events of one edit, as `stream` has those of a generation."""
         from mlx_sora.pipeline.edit import Editing
 
-        with self._ranks(edit.target).together():
+        with self._ranks(edit.target).collective_errors():
             editing = Editing(self, edit)
         return editing.events()
 
@@ -162,7 +162,7 @@ class Pipeline(Stages):
         """
         return self.prepared(request).plan
 
-    def prepared(self, request: GenerationRequest) -> Run:
+    def prepared(self, request: GenerationRequest) -> GenerationRun:
         """The run as it would begin. Raises as `plan` does."""
         request.validate()
         return self._prepare(request.with_seed())
@@ -179,7 +179,7 @@ class Pipeline(Stages):
             "machine": describe(),
         }
 
-    def _begun(self, request: GenerationRequest, resume: Path | None = None) -> Run:
+    def _begun(self, request: GenerationRequest, resume: Path | None = None) -> GenerationRun:
         """A prepared run that keeps checkpoints, if it was asked to, and goes on from its own."""
         run = self._prepare(request)
         if run.ranks.first and (request.checkpoint_every is not None or resume is not None):
@@ -193,19 +193,19 @@ class Pipeline(Stages):
     def _agree(self, ranks: Ranks, requests: Sequence[GenerationRequest], **more: Any) -> None:
         """Raise UsageError where ranks have other versions, weights, requests or `more`."""
         if ranks.size > 1:
-            with ranks.together():
+            with ranks.collective_errors():
                 weights = fingerprint(self.model)
             asked: dict[str, Any] = {"requests": [request.to_dict() for request in requests]}
             if len(requests) == 1:
                 asked = {label(name): value for name, value in requests[0].to_dict().items()}
-            ranks.agree({**versions(), "weights": weights, **asked, **more})
+            ranks.check_equal({**versions(), "weights": weights, **asked, **more})
 
-    def _division(self, request: GenerationRequest, settings: Settings) -> Division:
+    def _division(self, request: GenerationRequest, settings: ResolvedRequest) -> ParallelPlan:
         """What each of them does of it."""
         ranks = self._ranks(request).size
-        return choose(request.parallel, ranks, guided=settings.guidance != 1)
+        return choose_parallel(request.parallel, ranks, guided=settings.guidance != 1)
 
-    def _prepare(self, request: GenerationRequest) -> Run:
+    def _prepare(self, request: GenerationRequest) -> GenerationRun:
         """Decide everything that can be decided without weights; raises UsageError."""
         request, ranks = filled(request), self._ranks(request)
         if request.model is not None and find_model(request.model).path != self.model.path:
@@ -214,30 +214,32 @@ class Pipeline(Stages):
                 "Make a pipeline of that model, or leave the request's model open.",
             )
         dtype = default_dtype(requested=self.dtype if request.dtype == "auto" else request.dtype)
-        settings, warnings = settle(request, self.model)
+        settings, warnings = resolve(request, self.model)
         division = self._division(request, settings)
         job = self._job(settings)
         if division.ranks > 1:
-            job = replace(job, agree=ranks.of_first)
+            job = replace(job, agree=ranks.broadcast_object)
         accelerations = Accelerations(settings.accelerations, job)
         output = _output(request, settings, checked=self.ranks.first)
         warnings += accelerations.warnings
         tokenizer = Tokenizer.load(self.model.tokenizer)
         length = max(len(tokenizer.encode(text).ids) for text in settings.all_texts)
         work = self._work(request, settings, accelerations, length)
-        work = replace(work, halved=work.guided and division.halves > 1)
+        work = replace(work, cfg_parallel=work.guided and division.cfg_degree > 1)
         plan = self._plan(request, settings, dtype, work)
-        run = Run(request, settings, dtype, output, accelerations, tokenizer, plan, warnings)
+        run = GenerationRun(
+            request, settings, dtype, output, accelerations, tokenizer, plan, warnings
+        )
         run.ranks, run.division, run.work = ranks, division, work
         run.previews = Previews.of(request, self.model, settings, output)
         run.more |= quantization_record(quantized_while_loading(self.model, request.quantize))
         return run
 
-    def _job(self, settings: Settings) -> Job:
+    def _job(self, settings: ResolvedRequest) -> ScheduleInfo:
         """The run as accelerations see it."""
         geometry, sampler = settings.geometry, SAMPLERS[settings.sampler]
-        times = sampler.timesteps(settings.steps, **settings.told.sizes)
-        return Job(
+        times = sampler.timesteps(settings.steps, **settings.model_args.sizes)
+        return ScheduleInfo(
             steps=settings.steps,
             evaluations=sampler.evaluations,
             frames=geometry.latent[0],
@@ -250,20 +252,20 @@ class Pipeline(Stages):
     def _plan(
         self,
         request: GenerationRequest,
-        settings: Settings,
+        settings: ResolvedRequest,
         dtype: mx.Dtype,
         work: Work,
     ) -> Plan:
         """Memory, reading and work per stage. Reads headers only; raises MemoryBudgetError."""
         machine = Machine(on_gpu(), default_cache_limit() or total_memory(), dtype.size)
         model = quantized_while_loading(self.model, request.quantize)
-        sizes = model_sizes(model, dtype, encoders=work.reading is not None)
+        sizes = model_sizes(model, dtype, encoders=work.media is not None)
         return make_plan(sizes, work, machine, settings.memory_budget, streamed=request.ci_dl)
 
     def _work(
         self,
         request: GenerationRequest,
-        settings: Settings,
+        settings: ResolvedRequest,
         accelerations: Accelerations,
         text_tokens: int,
     ) -> Work:
@@ -273,26 +275,26 @@ class Pipeline(Stages):
             geometry=settings.geometry,
             text_tokens=text_tokens,
             evaluations=settings.steps * per_step,
-            spared=_spared(accelerations, settings.steps, per_step),
-            streams=accelerations.tensors,
+            variants=_spared(accelerations, settings.steps, per_step),
+            cached_residuals=accelerations.cached_residuals,
             guided=settings.guidance != 1,
             sequential=request.sequential_guidance,
-            reading=_reading(settings),
+            media=_reading(settings),
             clips=settings.clips.count,
-            shared=settings.clips.shared,
-            tiles=settings.vae_tiles,
+            shared_frames=settings.clips.shared,
+            vae_tiles=settings.vae_tiles,
         )
 
-    def _events(self, run: Run) -> Generator[Event, None, None]:
+    def _events(self, run: GenerationRun) -> Generator[Event, None, None]:
         texts: dict[str, mx.array] = {}
         yield from run.begin()
-        if run.needs_text:
+        if run.has_steps_left:
             yield from self._encode([run], texts)
         yield from self._make(run, texts)
 
-    def _make(self, run: Run, texts: Texts) -> Generator[Event, None, None]:
+    def _make(self, run: GenerationRun, texts: Texts) -> Generator[Event, None, None]:
         """All clips of a run whose text is encoded, each written as soon as it is made."""
-        given = (yield from self._read(run)) if run.needs_text else None
+        given = (yield from self._read(run)) if run.has_steps_left else None
         with ExitStack() as opened:
             writer: FrameWriter | None = None
             for clip in range(run.settings.clips.count):
@@ -311,14 +313,14 @@ class Pipeline(Stages):
         run.checkpoints.remove()
         yield Finished(video)
 
-    def _decode(self, run: Run, latents: mx.array) -> Generator[Event, None, Video]:
+    def _decode(self, run: GenerationRun, latents: mx.array) -> Generator[Event, None, Video]:
         """The latents of a run's only clip to the finished video."""
         with self._written(run) as writer:
             yield from self._decode_clip(run, 0, latents, writer)
         return self._finished(run, writer)
 
     @contextmanager
-    def _written(self, run: Run) -> Iterator[FrameWriter]:
+    def _written(self, run: GenerationRun) -> Iterator[FrameWriter]:
         """What takes a run's frames; signed and closed, by all ranks, as the block ends well."""
         with ExitStack() as opened:
             writer = self._writer(run)
@@ -326,19 +328,19 @@ class Pipeline(Stages):
             yield writer
             if run.request.embed_metadata:
                 writer.metadata = run.record()
-            with run.ranks.together():
+            with run.ranks.collective_errors():
                 opened.close()
 
-    def _finished(self, run: Run, writer: FrameWriter) -> Video:
+    def _finished(self, run: GenerationRun, writer: FrameWriter) -> Video:
         """The video, once its writer has closed; also writes the sidecar that was asked for."""
         kept = writer.frames if isinstance(writer, KeptFrames) else None
         video = run.video(writer.path, kept)
-        with run.ranks.together():
+        with run.ranks.collective_errors():
             if video.path is not None and run.request.metadata:
                 write_sidecar(video.path, video.metadata, run.request.overwrite)
         return video
 
-    def _writer(self, run: Run) -> FrameWriter:
+    def _writer(self, run: GenerationRun) -> FrameWriter:
         if not run.ranks.first:
             return CountedFrames()
         if run.output is None:
@@ -354,10 +356,10 @@ class Pipeline(Stages):
 
 def seeded(request: GenerationRequest, ranks: Ranks) -> GenerationRequest:
     """The request with a seed, the same on all ranks."""
-    return replace(request, seed=ranks.of_first(with_seed(request).seed))
+    return replace(request, seed=ranks.broadcast_object(with_seed(request).seed))
 
 
-def _output(request: GenerationRequest, settings: Settings, *, checked: bool) -> Path | None:
+def _output(request: GenerationRequest, settings: ResolvedRequest, *, checked: bool) -> Path | None:
     """Where the video goes; raises UsageError where it cannot, if that is to be checked."""
     if request.output is None:
         return None
@@ -375,25 +377,25 @@ def _output(request: GenerationRequest, settings: Settings, *, checked: bool) ->
     return path
 
 
-def _reading(settings: Settings) -> Reading | None:
+def _reading(settings: ResolvedRequest) -> MediaWorkload | None:
     """What is to be encoded of media, if anything."""
-    todo = tasks(settings.media, settings.geometry.size)
+    todo = encode_tasks(settings.media, settings.geometry.size)
     if not todo:
         return None
     pixels = max(source.size.width * source.size.height for source in settings.media.sources)
-    return Reading(len(todo), max(task.frames for task in todo), pixels)
+    return MediaWorkload(len(todo), max(task.frames for task in todo), pixels)
 
 
 def _spared(
     accelerations: Accelerations, steps: int, per_step: int
-) -> tuple[tuple[Kind, int], ...]:
+) -> tuple[tuple[StepVariant, int], ...]:
     """Evaluations that leave something out, by kind, as far as that is known before the run."""
     kinds = Counter(
-        Kind(
-            merged=accelerations.merges(step),
-            alone=step in accelerations.alone,
-            skipped=step in accelerations.skipped,
+        StepVariant(
+            tokens_merged=accelerations.merges_tokens(step),
+            cond_only=step in accelerations.cond_only_steps,
+            blocks_skipped=step in accelerations.skipped_steps,
         )
         for step in range(steps)
     )
-    return tuple((kind, count * per_step) for kind, count in kinds.items() if kind != Kind())
+    return tuple((kind, count * per_step) for kind, count in kinds.items() if kind != StepVariant())

@@ -14,7 +14,7 @@ from mlx_sora.errors import MlxSoraError, UsageError
 from mlx_sora.loading.model_folder import ModelFolder
 from mlx_sora.loading.networks import load_vae
 from mlx_sora.models.stdit3 import STDiT3Config
-from mlx_sora.pipeline.settings import Settings
+from mlx_sora.pipeline.settings import ResolvedRequest
 from mlx_sora.request.generation import GenerationRequest
 from mlx_sora.runtime.events import Event, PreviewReady, Warned
 from mlx_sora.video.frames import KeptFrames, to_uint8
@@ -30,7 +30,7 @@ class Previews:
 
     every: int
     model: ModelFolder
-    settings: Settings
+    settings: ResolvedRequest
     output: Path | None
     map: PreviewMap | None
 
@@ -39,7 +39,7 @@ class Previews:
         cls,
         request: GenerationRequest,
         model: ModelFolder,
-        settings: Settings,
+        settings: ResolvedRequest,
         output: Path | None,
     ) -> Previews | None:
         """What the request asks for. Raises UsageError where the VAE would not fit its budget."""

@@ -22,12 +22,12 @@ from mlx_sora.errors import MlxSoraError, UsageError, WeightsError
 from mlx_sora.memory.limits import release
 from mlx_sora.pipeline.checkpoint import (
     Snapshot,
-    put_away,
+    flatten_state,
     read_record,
-    take_out,
+    unflatten_state,
 )
-from mlx_sora.pipeline.locks import is_claimed
-from mlx_sora.pipeline.settings import Settings
+from mlx_sora.pipeline.locks import is_locked
+from mlx_sora.pipeline.settings import ResolvedRequest
 from mlx_sora.request.generation import GenerationRequest, label, options
 from mlx_sora.request.modes import MAX_STEPS
 from mlx_sora.request.presets import filled
@@ -36,7 +36,7 @@ from mlx_sora.sampling.base import State
 from mlx_sora.video.output_path import CHECKPOINT, checkpoint_path, output_path
 
 if TYPE_CHECKING:
-    from mlx_sora.pipeline.run import Run
+    from mlx_sora.pipeline.run import GenerationRun
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ log = logging.getLogger(__name__)
 _SETTLED = ("prompt", "negative_prompt", "resolution", "aspect_ratio", "preset", "model", "dtype")
 
 
-def attach(run: Run, weights: str, resume: Path | None) -> None:
+def attach(run: GenerationRun, weights: str, resume: Path | None) -> None:
     """Have a run keep checkpoints, and go on from the one that is its own.
 
     weights: the model's fingerprint. resume: the checkpoint to go on from; without, the one beside
@@ -65,7 +65,7 @@ def attach(run: Run, weights: str, resume: Path | None) -> None:
     if source != path and path.exists() and not request.overwrite:
         raise UsageError(f"{path} exists already.", "Go on with it, or give --overwrite.")
     found = Snapshot.load(source)
-    stranger = _stranger(source, found, own)
+    stranger = checkpoint_mismatch(source, found, own)
     if stranger is not None and (resume is not None or not request.overwrite):
         raise stranger
     if stranger is not None:
@@ -84,7 +84,7 @@ def attach(run: Run, weights: str, resume: Path | None) -> None:
     release()
 
 
-def identity(run: Run, weights: str) -> dict[str, Any]:
+def identity(run: GenerationRun, weights: str) -> dict[str, Any]:
     """All that the latents of a run depend on, as JSON values.
 
     Every option that a replay takes over is part of it, also those still to come.
@@ -95,7 +95,10 @@ def identity(run: Run, weights: str) -> dict[str, Any]:
     found["dtype"] = str(run.dtype).removeprefix("mlx.core.")
     found["weights"] = weights
     # Tables that were searched beforehand may have been searched again.
-    found["schedule"] = [sorted(run.accelerations.skipped), sorted(run.accelerations.alone)]
+    found["schedule"] = [
+        sorted(run.accelerations.skipped_steps),
+        sorted(run.accelerations.cond_only_steps),
+    ]
     plain: dict[str, Any] = _plain(found)
     return plain
 
@@ -158,14 +161,14 @@ class Checkpoints:
         known = self._known
         return known.finished[clip] if known is not None and clip < known.clip else None
 
-    def begun(self, clip: int) -> Snapshot | None:
+    def restored(self, clip: int) -> Snapshot | None:
         """What was made of a clip before, if anything was."""
         known = self._known
         if known is None or self._source is None or clip != known.clip or not known.steps:
             return None
         return Snapshot.load(self._source)
 
-    def among(self, ranks: Ranks) -> Checkpoints:
+    def shared_across(self, ranks: Ranks) -> Checkpoints:
         """These of the first rank, as all ranks have them."""
         return self if ranks.size == 1 else SharedCheckpoints(self, ranks)
 
@@ -192,7 +195,7 @@ class Checkpoints:
             self._known = replace(self._known, warnings=tuple(warnings))
 
     @contextmanager
-    def kept(self) -> Iterator[None]:
+    def save_on_error(self) -> Iterator[None]:
         """Whatever ends the block early, the last step that was finished in it is written."""
         before = self._known
         try:
@@ -242,9 +245,9 @@ class SharedCheckpoints(Checkpoints):
 
     def begun(self, clip: int) -> Snapshot | None:
         found = None
-        with self._ranks.together():
+        with self._ranks.collective_errors():
             if self._ranks.first:
-                found = self._own.begun(clip)
+                found = self._own.restored(clip)
         names = ("latents", "steps", "state")
         told = _told(self._ranks, found and {name: getattr(found, name) for name in names})
         return None if told is None else Snapshot({}, {}, "", **told)
@@ -260,7 +263,7 @@ class SharedCheckpoints(Checkpoints):
 
     @contextmanager
     def kept(self) -> Iterator[None]:
-        with self._own.kept():
+        with self._own.save_on_error():
             yield
 
     def remove(self) -> None:
@@ -270,9 +273,9 @@ class SharedCheckpoints(Checkpoints):
 def _told(ranks: Ranks, value: Any) -> Any:
     """What the first rank knows: plain values and arrays."""
     arrays: dict[str, mx.array] = {}
-    record = ranks.of_first(put_away(value, "told", arrays))
-    names = ranks.of_first(list(arrays))
-    return take_out(record, {name: ranks.array_of_first(arrays.get(name)) for name in names})
+    record = ranks.broadcast_object(flatten_state(value, "told", arrays))
+    names = ranks.broadcast_object(list(arrays))
+    return unflatten_state(record, {name: ranks.broadcast(arrays.get(name)) for name in names})
 
 
 def _asked(request: GenerationRequest) -> dict[str, Any]:
@@ -292,7 +295,9 @@ def _plain(value: Any) -> Any:
     return json.loads(json.dumps(value))
 
 
-def _stranger(source: Path, found: Snapshot, own: Mapping[str, Any]) -> MlxSoraError | None:
+def checkpoint_mismatch(
+    source: Path, found: Snapshot, own: Mapping[str, Any]
+) -> MlxSoraError | None:
     """What to say where a checkpoint is not of this run."""
     names = [n for n in {**own, **found.identity} if own.get(n) != found.identity.get(n)]
     if not names:
@@ -313,7 +318,7 @@ def _other_versions(source: Path, found: Snapshot, new: Snapshot) -> Iterator[st
             yield f"{source} was written with {name} {old}, this is {now}: roundings may differ."
 
 
-def _note(source: Path, found: Snapshot, settings: Settings) -> str:
+def _note(source: Path, found: Snapshot, settings: ResolvedRequest) -> str:
     """Where the run goes on, for the user."""
     clips = settings.clips.count
     if found.clip == clips:
@@ -340,7 +345,7 @@ def _seed_left_behind(request: GenerationRequest, template: str, index: int) -> 
             continue
         make = partial(output_path, template, prompt=request.prompt, seed=seed, index=index)
         for output in (make(num_frames=frames) for frames in (1, 2)):
-            if file == checkpoint_path(output) and not is_claimed(output):
+            if file == checkpoint_path(output) and not is_locked(output):
                 return seed
     return None
 

@@ -12,17 +12,17 @@ import mlx.core as mx
 
 from mlx_sora.accel import Accelerations
 from mlx_sora.accel.cidl import BlockStream
-from mlx_sora.accel.sequence_parallel import Mesh
+from mlx_sora.accel.sequence_parallel import SequenceParallel
 from mlx_sora.distributed.group import Ranks
-from mlx_sora.distributed.partition import Division
+from mlx_sora.distributed.partition import ParallelPlan
 from mlx_sora.memory.limits import StageMeter
-from mlx_sora.memory.planner import Job as Work
 from mlx_sora.memory.planner import Plan
-from mlx_sora.models.hooks import Layout, Whole
+from mlx_sora.memory.planner import Workload as Work
+from mlx_sora.models.hooks import Sharding, Unsharded
 from mlx_sora.pipeline.checkpoint import Snapshot
 from mlx_sora.pipeline.preview import Previews
 from mlx_sora.pipeline.resume import Checkpoints
-from mlx_sora.pipeline.settings import Settings
+from mlx_sora.pipeline.settings import ResolvedRequest
 from mlx_sora.request.generation import GenerationRequest
 from mlx_sora.runtime.events import Event, Noted, StageFinished, Warned
 from mlx_sora.runtime.health import Health
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class Run:
+class GenerationRun:
     """State of one generation.
 
     output: where the video goes, None to keep its frames. accelerations: what is at work in this
@@ -48,7 +48,7 @@ class Run:
     """
 
     request: GenerationRequest
-    settings: Settings
+    settings: ResolvedRequest
     dtype: mx.Dtype
     output: Path | None
     accelerations: Accelerations
@@ -56,7 +56,7 @@ class Run:
     plan: Plan
     warnings: list[str]
     ranks: Ranks = field(default_factory=Ranks)
-    division: Division = field(default_factory=lambda: Division(1))
+    division: ParallelPlan = field(default_factory=lambda: ParallelPlan(1))
     work: Work | None = None
     streamed: dict[str, dict[str, Any]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
@@ -73,12 +73,16 @@ class Run:
         return Health(self.dtype, self.settings.guidance, self.request.health_check)
 
     @cached_property
-    def layout(self) -> Layout:
+    def layout(self) -> Sharding:
         """How this process shares evaluations with the others; asked for by all of them."""
-        return Whole() if self.division.ranks == 1 else Mesh(self.ranks, self.division.halves)
+        return (
+            Unsharded()
+            if self.division.ranks == 1
+            else SequenceParallel(self.ranks, self.division.cfg_degree)
+        )
 
     @property
-    def needs_text(self) -> bool:
+    def has_steps_left(self) -> bool:
         """Whether steps are left to be made."""
         return self.checkpoints.finished(self.settings.clips.count - 1) is None
 
@@ -93,8 +97,8 @@ class Run:
         The value is what an interrupted run made of the clip, if anything.
         """
         if clip:
-            self.accelerations = self.accelerations.anew()
-        begun = self.checkpoints.begun(clip)
+            self.accelerations = self.accelerations.fresh_copy()
+        begun = self.checkpoints.restored(clip)
         if begun is not None and begun.state is not None:
             self.accelerations.restore(begun.state["accelerations"])
         return begun
@@ -102,7 +106,7 @@ class Run:
     def step_made(self, done: StepResult) -> Iterator[Event]:
         """Take account of a step; the last one of a clip ends it."""
         index, total = done.step.index, done.step.total
-        self.accelerations.watch(done)
+        self.accelerations.on_step_end(done)
         self.checkpoints.note_warnings(self.warnings)
         if done.leapt or index + 1 == total:
             self.clips.append(self.accelerations.record())

@@ -31,7 +31,7 @@ from mlx_sora.text.cleaning import preprocess
 
 
 @dataclass(frozen=True)
-class Settings:
+class ResolvedRequest:
     """Every option decided.
 
     texts: the prompt as the text encoder gets it, scored and cleaned, for each clip. negative: the
@@ -74,7 +74,7 @@ class Settings:
         return list(dict.fromkeys([*self.texts, *negative]))
 
     @property
-    def told(self) -> ModelArguments:
+    def model_args(self) -> ModelArguments:
         """What the networks are told of a clip."""
         return model_arguments(self.geometry.size, self.geometry.num_frames, self.fps)
 
@@ -94,7 +94,7 @@ class Settings:
         return record
 
 
-def settle(request: GenerationRequest, model: ModelFolder) -> tuple[Settings, list[str]]:
+def resolve(request: GenerationRequest, model: ModelFolder) -> tuple[ResolvedRequest, list[str]]:
     """Decide every option of a validated request that has a seed; also the warnings.
 
     Raises UsageError for sizes and lengths that no model can make.
@@ -126,7 +126,7 @@ def settle(request: GenerationRequest, model: ModelFolder) -> tuple[Settings, li
     scores = syntax.Scores(chosen("aesthetic"), request.motion, request.camera)
     prompt = syntax.prepare_prompt(request.prompt, scores)
     media = plan_media(request, prompt.settings, clips, size, chosen("fps"))
-    settings = Settings(
+    settings = ResolvedRequest(
         model=model.name,
         texts=tuple(map(prompt.text, range(clips.count))),
         negative=None if request.negative_prompt is None else preprocess(request.negative_prompt),
@@ -148,7 +148,9 @@ def settle(request: GenerationRequest, model: ModelFolder) -> tuple[Settings, li
     return settings, warnings
 
 
-def _lost(request: GenerationRequest, prompt: syntax.Prompt, settings: Settings) -> Iterable[str]:
+def _lost(
+    request: GenerationRequest, prompt: syntax.Prompt, settings: ResolvedRequest
+) -> Iterable[str]:
     """What of the prompts has no effect."""
     made = settings.clips.count
     unmade = [scene for scene in prompt.scenes if scene.start >= made]

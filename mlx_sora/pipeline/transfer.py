@@ -9,8 +9,8 @@ from typing import Any
 
 from mlx_sora.distributed.group import Ranks
 from mlx_sora.errors import MlxSoraError
-from mlx_sora.pipeline.run import Run
-from mlx_sora.utils.files import published
+from mlx_sora.pipeline.run import GenerationRun
+from mlx_sora.utils.files import atomic_write
 from mlx_sora.video import Video
 from mlx_sora.video.output_path import is_sequence
 
@@ -19,7 +19,7 @@ PLAIN = ("width", "height", "num_frames", "fps", "seed", "warnings", "timings", 
 
 
 @dataclass(frozen=True)
-class Parcel:
+class VideoTransfer:
     """values: plain ones of the video. error: class, message and fix where there is none.
 
     files: contents by name; the frames, uint8, under an empty name where there is no file.
@@ -30,7 +30,7 @@ class Parcel:
     files: Mapping[str, bytes] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, video: Video, folder: Path) -> Parcel:
+    def of(cls, video: Video, folder: Path) -> VideoTransfer:
         """A video whose files are all that `folder` shows; hidden ones are for the run itself."""
         shown = [file for file in sorted(folder.iterdir()) if not file.name.startswith(".")]
         files = {file.name: file.read_bytes() for file in shown}
@@ -39,14 +39,14 @@ class Parcel:
         values = {name: getattr(video, name) for name in (*PLAIN, "metadata")}
         return cls(values, files=files)
 
-    def exchanged(self, ranks: Ranks) -> list[Parcel]:
+    def exchanged(self, ranks: Ranks) -> list[VideoTransfer]:
         """Those of all ranks, in order."""
         sizes = {name: len(content) for name, content in self.files.items()}
-        heads = ranks.gather_values([self.values, self.error, sizes])
-        bodies = ranks.gather_bytes(b"".join(self.files.values()))
+        heads = ranks.all_gather_object([self.values, self.error, sizes])
+        bodies = ranks.all_gather_bytes(b"".join(self.files.values()))
         return [_opened(head, body) for head, body in zip(heads, bodies, strict=True)]
 
-    def delivered(self, run: Run, *, written: bool) -> Video:
+    def delivered(self, run: GenerationRun, *, written: bool) -> Video:
         """The video of `run` in its place, if it is to be written here.
 
         Raises MlxSoraError where that fails.
@@ -70,7 +70,7 @@ class Parcel:
             if is_sequence(output):
                 output.parent.mkdir(exist_ok=True)
             for name, content in self.files.items():
-                with published(output.parent / name, overwrite) as file:
+                with atomic_write(output.parent / name, overwrite) as file:
                     file.partial.write_bytes(content)
                 if name == output.name:
                     found = file.path
@@ -81,10 +81,10 @@ class Parcel:
         return found
 
 
-def _opened(head: list[Any], body: bytes) -> Parcel:
+def _opened(head: list[Any], body: bytes) -> VideoTransfer:
     values, error, sizes = head
     files, start = {}, 0
     for name, size in sizes.items():
         files[name] = body[start : start + size]
         start += size
-    return Parcel(values, None if error is None else tuple(error), files)
+    return VideoTransfer(values, None if error is None else tuple(error), files)

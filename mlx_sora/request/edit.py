@@ -87,7 +87,7 @@ class EditRequest:
         return own | {"target": self.target.to_dict()}
 
     @property
-    def alone(self) -> bool:
+    def single_process(self) -> bool:
         """Whether it leaves nothing to other ranks."""
         return self.target.parallel == "off"
 
@@ -102,7 +102,7 @@ class EditRequest:
             if name not in SHARED and getattr(self.target, name) != getattr(default, name):
                 raise UsageError(f"{label(name)} has no place in an edit.", "Leave it out.")
 
-    def injected(self, steps: int) -> int:
+    def resolved_inject_steps(self, steps: int) -> int:
         """In how many of `steps` steps values are shared. Raises UsageError."""
         if self.inject_steps is None:
             return min(INJECT_STEPS, steps)
@@ -112,7 +112,7 @@ class EditRequest:
             )
         return self.inject_steps
 
-    def settled(self, num_frames: int, fps: float) -> GenerationRequest:
+    def resolved_target(self, num_frames: int, fps: float) -> GenerationRequest:
         """The target with what it leaves open of a video with so many frames. Raises UsageError.
 
         The seed is 0: an edit draws no random numbers.

@@ -24,19 +24,19 @@ from mlx_sora.request.modes import (
     TDTM,
 )
 from mlx_sora.request.options import (
-    Neighbour,
+    ImageReference,
     Option,
-    Picture,
+    VideoReference,
     as_bits,
     as_bool,
     as_float,
     as_frames,
+    as_images,
     as_int,
-    as_neighbours,
     as_path,
     as_paths,
-    as_pictures,
     as_text,
+    as_videos,
     option,
     parallel,
     technique,
@@ -157,9 +157,9 @@ class GenerationRequest:
         "camera motion added to the prompt, such as 'pan left'",
         metavar="TEXT",
     )
-    images: tuple[Picture, ...] = option(
+    images: tuple[ImageReference, ...] = option(
         (),
-        as_pictures,
+        as_images,
         "--image",
         "a picture that FRAME shows: a number, negative from the end, first (default) or last; "
         "below STRENGTH 1 it is made anew from that much of it; can be repeated",
@@ -167,9 +167,9 @@ class GenerationRequest:
         group="conditioning",
         many=True,
     )
-    videos: tuple[Neighbour, ...] = option(
+    videos: tuple[VideoReference, ...] = option(
         (),
-        as_neighbours,
+        as_videos,
         "--video",
         "a video that goes on: the new one begins with its last FRAMES (17), or with SIDE after "
         "(default before) ends with its first; one of each connects two; can be repeated",
@@ -294,7 +294,7 @@ class GenerationRequest:
         for name, spec in options().items():
             value = getattr(self, name)
             if value is not None:
-                object.__setattr__(self, name, spec.read(value, label(name)))
+                object.__setattr__(self, name, spec.convert(value, label(name)))
             elif name in REQUIRED:
                 raise UsageError(f"{name} is missing.", f"Give {label(name)}.")
 

@@ -51,7 +51,7 @@ class Mode:
 
 
 @dataclass(frozen=True)
-class Chosen:
+class ParsedMode:
     """A mode as it was asked for: every number and text has its value."""
 
     name: str
@@ -74,9 +74,9 @@ class Modes:
 
     def __call__(self, value: Any) -> str:
         """The value with every number spelt out; raises ValueError that names what is expected."""
-        return self.read(value).text
+        return self.parse(value).text
 
-    def read(self, value: Any) -> Chosen:
+    def parse(self, value: Any) -> ParsedMode:
         """The mode that a value means; raises ValueError as a call does."""
         if isinstance(value, bool) or not isinstance(value, (str, numbers.Real)):
             raise ValueError(self.forms)
@@ -94,7 +94,7 @@ class Modes:
         except ValueError as error:
             raise ValueError(f"{mode.form if name else self.forms}{error}") from None
         spelt = _spelt(mode, values) + [f"{key}={text}" for key, text in texts.items() if text]
-        return Chosen(name, values, _joined(name, spelt), texts)
+        return ParsedMode(name, values, _joined(name, spelt), texts)
 
 
 def _read_texts(mode: Mode, given: list[str]) -> tuple[dict[str, str], list[str]]:

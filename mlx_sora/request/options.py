@@ -88,7 +88,7 @@ def as_frames(value: Any) -> int | str:
     return as_int(value)
 
 
-class Picture(NamedTuple):
+class ImageReference(NamedTuple):
     """A picture that frame `frame` shows (negative: from the end).
 
     strength: 1 keeps it as it is; below, it is denoised anew from that much of it.
@@ -99,7 +99,7 @@ class Picture(NamedTuple):
     strength: float = 1.0
 
 
-class Neighbour(NamedTuple):
+class VideoReference(NamedTuple):
     """A video before or after the one to be made, which takes over `frames` of its frames.
 
     frames: the last of a video before, the first of one after. strength: as in Picture.
@@ -111,29 +111,29 @@ class Neighbour(NamedTuple):
     strength: float = 1.0
 
 
-def as_pictures(value: Any) -> tuple[Picture, ...]:
+def as_images(value: Any) -> tuple[ImageReference, ...]:
     """Pictures, each a path or (path, frame, strength); a frame may also be "first" or "last"."""
     expected = "paths, each perhaps with a frame (a number, first or last) and a strength (0 to 1)"
 
-    def read(path: Any, frame: Any = 0, strength: Any = 1.0) -> Picture:
+    def read(path: Any, frame: Any = 0, strength: Any = 1.0) -> ImageReference:
         named = {"first": 0, "last": -1}.get(frame) if isinstance(frame, str) else None
         number = as_int(frame) if named is None else named
-        return Picture(as_path(path), number, _as_strength(strength))
+        return ImageReference(as_path(path), number, _as_strength(strength))
 
     return _each(value, read, expected)
 
 
-def as_neighbours(value: Any) -> tuple[Neighbour, ...]:
+def as_videos(value: Any) -> tuple[VideoReference, ...]:
     """Videos, each a path or (path, before or after, frames, strength)."""
     expected = "paths, each perhaps with before or after, frames to use and a strength (0 to 1)"
 
     def read(
         path: Any, side: Any = "before", frames: Any = MICRO_FRAME_SIZE, strength: Any = 1.0
-    ) -> Neighbour:
+    ) -> VideoReference:
         count = as_int(frames)
         if side not in ("before", "after") or count < 1:
             raise ValueError
-        return Neighbour(as_path(path), side, count, _as_strength(strength))
+        return VideoReference(as_path(path), side, count, _as_strength(strength))
 
     return _each(value, read, expected)
 
@@ -193,7 +193,7 @@ class Option:
     group: str = "generation"
     many: bool = False
 
-    def read(self, value: Any, label: str) -> Any:
+    def convert(self, value: Any, label: str) -> Any:
         """A value as the field's type. Raises UsageError, which calls the option `label`."""
         try:
             parsed = self.parse(value)

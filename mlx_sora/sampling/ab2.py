@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from mlx_sora.sampling.base import Field, Run, State, Step, Stepper
+from mlx_sora.sampling.base import State, Step, Stepper, Trajectory, VelocityFn
 from mlx_sora.sampling.rflow import RFlow
 
 
@@ -18,7 +18,7 @@ from mlx_sora.sampling.rflow import RFlow
 class AdamsBashforth(RFlow):
     """The times of rectified flow; each step also uses the velocity of the one before."""
 
-    def start(self, run: Run, /) -> Stepper:
+    def start(self, run: Trajectory, /) -> Stepper:
         """State for one run."""
         return _TwoSteps()
 
@@ -37,7 +37,7 @@ class _TwoSteps:
     def restore(self, state: State, /) -> None:
         self._last = (state["v"], state["dt"]) if state else None
 
-    def step(self, field: Field, z: mx.array, v: mx.array, step: Step, /) -> mx.array:
+    def step(self, velocity_fn: VelocityFn, z: mx.array, v: mx.array, step: Step, /) -> mx.array:
         """z after one step; an Euler step at first, and for frames that only now begin to move."""
         last, self._last = self._last, (v, step.dt)
         if last is None:

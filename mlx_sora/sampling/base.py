@@ -47,7 +47,7 @@ def restore(part: object, state: State) -> None:
 
 
 @dataclass(frozen=True)
-class Run:
+class Trajectory:
     """What a run is about. times [N + 1, B]: flow times, each step's end is the next one's start.
 
     mask [B, T] of the frames, as in `loop.Conditioning`, or None.
@@ -91,13 +91,13 @@ class Velocity(Protocol):
 
 
 #: A velocity inside one step: z and t [B] to v. Frames that do not move are held by the loop.
-Field = Callable[[mx.array, mx.array], mx.array]
+VelocityFn = Callable[[mx.array, mx.array], mx.array]
 
 
 class Stepper(Protocol):
     """A sampler at work in one run; keeps the history its method needs."""
 
-    def step(self, field: Field, z: mx.array, v: mx.array, step: Step, /) -> mx.array:
+    def step(self, velocity_fn: VelocityFn, z: mx.array, v: mx.array, step: Step, /) -> mx.array:
         """z at step.t_next. v is field(z, step.t); further evaluations are the method's own."""
 
 
@@ -122,14 +122,14 @@ class Sampler(Protocol):
         Raises UsageError where no schedule exists.
         """
 
-    def start(self, run: Run, /) -> Stepper:
+    def start(self, run: Trajectory, /) -> Stepper:
         """State for one run."""
 
 
 class Decision(Protocol):
     """A step policy at work in one run."""
 
-    def leaps(self, step: Step, z: mx.array, v: mx.array, /) -> bool:
+    def should_leap(self, step: Step, z: mx.array, v: mx.array, /) -> bool:
         """Whether to go from z straight to t = 0 along v = velocity(z, step.t), and end the run.
 
         Asked once per step, before it is made. z and v may still be lazy.
@@ -139,15 +139,15 @@ class Decision(Protocol):
 class StepPolicy(Protocol):
     """Says when the rest of the steps is not worth making."""
 
-    def start(self, run: Run, /) -> Decision:
+    def start(self, run: Trajectory, /) -> Decision:
         """State for one run."""
 
 
 class AllSteps:
     """Every step is made."""
 
-    def start(self, run: Run, /) -> AllSteps:
+    def start(self, run: Trajectory, /) -> AllSteps:
         return self
 
-    def leaps(self, step: Step, z: mx.array, v: mx.array, /) -> bool:
+    def should_leap(self, step: Step, z: mx.array, v: mx.array, /) -> bool:
         return False

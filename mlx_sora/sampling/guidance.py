@@ -25,30 +25,30 @@ class Network(Protocol):
 
 
 @dataclass(frozen=True)
-class Part:
+class CFGSlice:
     """Which samples of an evaluation a call is about: those from `first` on, of `total`.
 
     Samples with prompt come first, then those without where they are run.
     """
 
-    first: int
+    start: int
     total: int
 
 
 #: Binds a network to one text [n, C_text] per sample, for calls about that part of evaluations.
-Bind = Callable[[Sequence[mx.array], Part], Network]
+Bind = Callable[[Sequence[mx.array], CFGSlice], Network]
 
 #: Predictions with prompt and without, [B, T, H, W, C] each.
-Halves = tuple[mx.array, mx.array]
+CFGPredictions = tuple[mx.array, mx.array]
 
 
 class GuidancePolicy(Protocol):
     """Says in which steps the half without prompt is not run, and what stands for it."""
 
-    def instead(self, step: Step, /) -> Callable[[mx.array], mx.array] | None:
+    def predict_uncond(self, step: Step, /) -> Callable[[mx.array], mx.array] | None:
         """Makes that half of the half with prompt [B, T, H, W, C]; None has both run."""
 
-    def computed(self, step: Step, halves: Halves, /) -> None:
+    def update(self, step: Step, halves: CFGPredictions, /) -> None:
         """Both halves have been run in `step`; they may still be lazy."""
 
 
@@ -70,9 +70,9 @@ def guided(
     """
     count = len(text)
     if scale == 1.0:
-        return _Plain(bind(text, Part(0, count)))
+        return _Plain(bind(text, CFGSlice(0, count)))
     null = [null_text(len(sample)) for sample in text]
-    whole, rest = Part(0, 2 * count), Part(count, 2 * count)
+    whole, rest = CFGSlice(0, 2 * count), CFGSlice(count, 2 * count)
     run = (
         _Sequential(bind(text, whole), bind(null, rest))
         if sequential
@@ -80,7 +80,7 @@ def guided(
     )
     if policy is None:
         return _Guided(run, scale)
-    return _Spared(run, scale, policy, lambda: _Plain(bind(text, Part(0, count))))
+    return _Spared(run, scale, policy, lambda: _Plain(bind(text, CFGSlice(0, count))))
 
 
 class _Plain:
@@ -97,7 +97,7 @@ class _Batched:
     def __init__(self, network: Network) -> None:
         self._network = network
 
-    def __call__(self, z: mx.array, t: mx.array, step: Step, /) -> Halves:
+    def __call__(self, z: mx.array, t: mx.array, step: Step, /) -> CFGPredictions:
         x_mask = None if step.x_mask is None else mx.tile(step.x_mask, (2, 1))
         both = _velocity(self._network, mx.concatenate([z, z]), mx.tile(t, 2), x_mask, step.index)
         return both[: len(z)], both[len(z) :]
@@ -109,7 +109,7 @@ class _Sequential:
     def __init__(self, network: Network, null: Network) -> None:
         self._network, self._null = network, null
 
-    def __call__(self, z: mx.array, t: mx.array, step: Step, /) -> Halves:
+    def __call__(self, z: mx.array, t: mx.array, step: Step, /) -> CFGPredictions:
         with_prompt = _velocity(self._network, z, t, step.x_mask, step.index)
         # Evaluated before the other half is built, or both would be in memory together.
         mx.eval(with_prompt)
@@ -141,10 +141,10 @@ class _Spared(_Guided):
         self._alone = cache(alone)
 
     def __call__(self, z: mx.array, t: mx.array, step: Step, /) -> mx.array:
-        make = self._policy.instead(step)
+        make = self._policy.predict_uncond(step)
         if make is None:
             halves = self._run(z, t, step)
-            self._policy.computed(step, halves)
+            self._policy.update(step, halves)
         else:
             with_prompt = self._alone()(z, t, step)
             halves = with_prompt, make(with_prompt)
@@ -157,6 +157,6 @@ def _velocity(
     return network(z, t, x_mask, index)[..., : z.shape[-1]]
 
 
-def _mix(halves: Halves, scale: float) -> mx.array:
+def _mix(halves: CFGPredictions, scale: float) -> mx.array:
     with_prompt, without = halves
     return without + scale * (with_prompt - without)

@@ -15,12 +15,12 @@ from mlx_sora.sampling.base import (
     NOISE_TIME,
     AllSteps,
     Decision,
-    Run,
     Sampler,
     State,
     Step,
     Stepper,
     StepPolicy,
+    Trajectory,
     Velocity,
     restore,
     state_of,
@@ -43,7 +43,7 @@ class Conditioning:
 
 
 @dataclass(frozen=True)
-class Progress:
+class RestoredSteps:
     """Where a run stands: steps made, and `StepResult.state` after the last of them."""
 
     steps: int
@@ -102,7 +102,7 @@ def denoise(
     *,
     policy: StepPolicy | None = None,
     conditioning: Conditioning | None = None,
-    made: Progress | None = None,
+    restored: RestoredSteps | None = None,
 ) -> Iterator[StepResult]:
     """Follow the flow from z [B, T, H, W, C] along `times` [N + 1, B or 1]; yields every step made.
 
@@ -112,12 +112,12 @@ def denoise(
     """
     times = mx.broadcast_to(times, (times.shape[0], z.shape[0]))
     mask = None if conditioning is None else mx.broadcast_to(conditioning.mask, z.shape[:2])
-    run = Run(times, mask)
+    run = Trajectory(times, mask)
     parts = _Parts(sampler.start(run), (policy or AllSteps()).start(run))
-    if made is not None:
-        parts.restore(made.state)
+    if restored is not None:
+        parts.restore(restored.state)
     for step in _steps(run):
-        if made is not None and step.index < made.steps:
+        if restored is not None and step.index < restored.steps:
             continue
         began = time.perf_counter()
         still = z
@@ -129,7 +129,7 @@ def denoise(
             return velocity(_held(step, z, still), t, step)
 
         z_in, v = z, velocity(z, step.t, step)
-        leapt = parts.policy.leaps(step, z_in, v)
+        leapt = parts.policy.should_leap(step, z_in, v)
         if leapt:
             z = z_in + v * (step.t / NOISE_TIME).reshape(-1, 1, 1, 1, 1)
         else:
@@ -142,7 +142,7 @@ def denoise(
             return
 
 
-def _steps(run: Run) -> Iterator[Step]:
+def _steps(run: Trajectory) -> Iterator[Step]:
     """The steps of a run, with the frames that move in each and those that begin to."""
     moved = None if run.mask is None else run.mask == 1
     for index in range(run.steps):

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from mlx_sora.sampling.base import Field, Step
+from mlx_sora.sampling.base import Step, VelocityFn
 from mlx_sora.sampling.rflow import RFlow
 
 
@@ -22,7 +22,7 @@ class Midpoint(RFlow):
     def evaluations(self) -> int:
         return 2
 
-    def step(self, field: Field, z: mx.array, v: mx.array, step: Step, /) -> mx.array:
+    def step(self, velocity_fn: VelocityFn, z: mx.array, v: mx.array, step: Step, /) -> mx.array:
         """z after one step: half of it to find the middle, all of it along the velocity there."""
         middle = (step.t + step.t_next) / 2
-        return z + field(z + v * (step.dt / 2), middle) * step.dt
+        return z + velocity_fn(z + v * (step.dt / 2), middle) * step.dt

@@ -16,7 +16,7 @@ from urllib.parse import unquote_plus
 from mlx_sora.errors import UsageError
 
 
-class Rule(NamedTuple):
+class CleaningRule(NamedTuple):
     """Replace every match of `pattern`; `why` says what the training captions were rid of."""
 
     pattern: str
@@ -34,62 +34,64 @@ _DASHES = (
 _AFTER_SCHEME = ":(?:/{1,3}|[a-zA-Z0-9%])"
 
 
-def _links(scheme: str, why: str) -> Rule:
+def _links(scheme: str, why: str) -> CleaningRule:
     """Without schemes of links and bare hosts.
 
     Where no host begins, none begins in the letters, dots and dashes that follow: they are passed
     over at once, up to a scheme among them, as trying each of them takes quadratic time.
     """
     start = rf"\b{scheme}{_AFTER_SCHEME}"
-    return Rule(rf"{start}|\b{_HOST}|(\b(?:(?!{start})[a-zA-Z0-9.\-])+)", r"\1", why)
+    return CleaningRule(rf"{start}|\b{_HOST}|(\b(?:(?!{start})[a-zA-Z0-9.\-])+)", r"\1", why)
 
 
 LINK_RULES = (
-    Rule("<person>", "person", "a placeholder for names, not markup"),
+    CleaningRule("<person>", "person", "a placeholder for names, not markup"),
     _links("https?", "scheme of a link, bare hosts"),
     _links("www", "hosts the first pass laid bare"),
 )
 
 # The look-behinds in two rules keep runs of a million characters from taking quadratic time.
 SYMBOL_RULES = (
-    Rule(r"@\w+\b", "", "nicknames"),
-    Rule("[\u31c0-\u9fff]+", "", "CJK strokes, enclosed and compatibility forms, ideographs"),
-    Rule(f"[{_DASHES}]+", "-", "one dash for all dashes"),
-    Rule("[`´«»“”¨]", '"', "one double quote"),
-    Rule("[‘’]", "'", "one single quote"),
-    Rule("&quot;?", "", "entity left over"),
-    Rule("&amp", "", "entity left over"),
-    Rule(r"(?:\d{1,3}\.){3}\d{1,3}", " ", "IP addresses"),
-    Rule(r"\d:\d\d\s+$", "", "article time stamp at the end"),
-    Rule(r"\\n", " ", "line break spelt out"),
-    Rule(r"#\d{1,3}\b", "", "ranks (#1); four digits stay"),
-    Rule(r"#\d{5,}\b", "", "item numbers (#12345)"),
-    Rule(r"\b\d{6,}\b", "", "long numbers"),
-    Rule(rf"(?<!\S)\S+\.{_FILE}", "", "file names"),
-    Rule("[\"']{2,}", '"', "repeated quotes"),
-    Rule(r"\.{2,}", " ", "ellipses"),
-    Rule(r"[#®•©™&@·º½¾¿¡§~()\[\]{}|\\/*]+", " ", "decoration and brackets"),
-    Rule(r"(?<!\s)\s+\.\s+", " ", "lonely full stops"),
+    CleaningRule(r"@\w+\b", "", "nicknames"),
+    CleaningRule(
+        "[\u31c0-\u9fff]+", "", "CJK strokes, enclosed and compatibility forms, ideographs"
+    ),
+    CleaningRule(f"[{_DASHES}]+", "-", "one dash for all dashes"),
+    CleaningRule("[`´«»“”¨]", '"', "one double quote"),
+    CleaningRule("[‘’]", "'", "one single quote"),
+    CleaningRule("&quot;?", "", "entity left over"),
+    CleaningRule("&amp", "", "entity left over"),
+    CleaningRule(r"(?:\d{1,3}\.){3}\d{1,3}", " ", "IP addresses"),
+    CleaningRule(r"\d:\d\d\s+$", "", "article time stamp at the end"),
+    CleaningRule(r"\\n", " ", "line break spelt out"),
+    CleaningRule(r"#\d{1,3}\b", "", "ranks (#1); four digits stay"),
+    CleaningRule(r"#\d{5,}\b", "", "item numbers (#12345)"),
+    CleaningRule(r"\b\d{6,}\b", "", "long numbers"),
+    CleaningRule(rf"(?<!\S)\S+\.{_FILE}", "", "file names"),
+    CleaningRule("[\"']{2,}", '"', "repeated quotes"),
+    CleaningRule(r"\.{2,}", " ", "ellipses"),
+    CleaningRule(r"[#®•©™&@·º½¾¿¡§~()\[\]{}|\\/*]+", " ", "decoration and brackets"),
+    CleaningRule(r"(?<!\s)\s+\.\s+", " ", "lonely full stops"),
 )
 
 WORD_RULES = (
-    Rule(r"\b[a-zA-Z]{1,3}\d{3,15}\b", "", "ids like jc6640"),
-    Rule(r"\b[a-zA-Z]+\d+[a-zA-Z]+\b", "", "ids like jc6640vc"),
-    Rule(r"\b\d+[a-zA-Z]+\d+\b", "", "ids like 6640vc231"),
-    Rule(r"(worldwide\s+)?(free\s+)?shipping", "", "shop talk"),
-    Rule(r"(free\s)?download(\sfree)?", "", "shop talk"),
-    Rule(r"\bclick\b\s(?:for|on)\s\w+", "", "calls to click"),
-    Rule(rf"\b{_FILE}(\simages?)?", "", "file types"),
-    Rule(r"\bpage\s+\d+\b", "", "page numbers"),
-    Rule(r"\b\d*[a-zA-Z]+\d+[a-zA-Z]+\d+[a-zA-Z\d]*\b", " ", "ids like j2d1a2a"),
-    Rule(r"\b\d+\.?\d*[xх×]\d+\.?\d*\b", "", "sizes (x Latin, Cyrillic or ×)"),
-    Rule(r"\b\s+:\s+", ": ", "space before a colon"),
-    Rule(r"(\D[,./])\b", r"\1 ", "space after punctuation"),
-    Rule(r"\s+", " ", "one space"),
-    Rule("^[\"']([\\w\\W]+)[\"']$", r"\1", "quotes around everything"),
-    Rule(r"^['_,\-:;]", "", "punctuation in front"),
-    Rule(r"['_,\-:+]$", "", "punctuation at the end"),
-    Rule(r"^\.\S+$", "", "a lone dotted word"),
+    CleaningRule(r"\b[a-zA-Z]{1,3}\d{3,15}\b", "", "ids like jc6640"),
+    CleaningRule(r"\b[a-zA-Z]+\d+[a-zA-Z]+\b", "", "ids like jc6640vc"),
+    CleaningRule(r"\b\d+[a-zA-Z]+\d+\b", "", "ids like 6640vc231"),
+    CleaningRule(r"(worldwide\s+)?(free\s+)?shipping", "", "shop talk"),
+    CleaningRule(r"(free\s)?download(\sfree)?", "", "shop talk"),
+    CleaningRule(r"\bclick\b\s(?:for|on)\s\w+", "", "calls to click"),
+    CleaningRule(rf"\b{_FILE}(\simages?)?", "", "file types"),
+    CleaningRule(r"\bpage\s+\d+\b", "", "page numbers"),
+    CleaningRule(r"\b\d*[a-zA-Z]+\d+[a-zA-Z]+\d+[a-zA-Z\d]*\b", " ", "ids like j2d1a2a"),
+    CleaningRule(r"\b\d+\.?\d*[xх×]\d+\.?\d*\b", "", "sizes (x Latin, Cyrillic or ×)"),
+    CleaningRule(r"\b\s+:\s+", ": ", "space before a colon"),
+    CleaningRule(r"(\D[,./])\b", r"\1 ", "space after punctuation"),
+    CleaningRule(r"\s+", " ", "one space"),
+    CleaningRule("^[\"']([\\w\\W]+)[\"']$", r"\1", "quotes around everything"),
+    CleaningRule(r"^['_,\-:;]", "", "punctuation in front"),
+    CleaningRule(r"['_,\-:+]$", "", "punctuation at the end"),
+    CleaningRule(r"^\.\S+$", "", "a lone dotted word"),
 )
 
 #: Characters of a prompt, of which T5 reads 300 tokens, and how often "<" may be in it: Python's
@@ -122,7 +124,7 @@ def clean(text: str) -> str:
     return _apply(WORD_RULES, text).strip()
 
 
-def _apply(rules: tuple[Rule, ...], text: str) -> str:
+def _apply(rules: tuple[CleaningRule, ...], text: str) -> str:
     for rule in rules:
         text = re.sub(rule.pattern, rule.replacement, text)
     return text

@@ -27,7 +27,7 @@ class Scene:
 
 
 @dataclass(frozen=True)
-class Settings:
+class PromptDirectives:
     """Conditioning a prompt carries: paths joined by ';', and a mask strategy. None: not given."""
 
     reference_path: str | None = None
@@ -63,7 +63,7 @@ class Prompt:
     """A prompt ready for the tokenizer. A plain prompt is one scene from loop 0 on."""
 
     scenes: tuple[Scene, ...]
-    settings: Settings = Settings()
+    settings: PromptDirectives = PromptDirectives()
 
     def text(self, loop: int = 0) -> str:
         """Text of generation number `loop`."""
@@ -84,14 +84,14 @@ def prepare_prompt(prompt: str, scores: Scores | None = None) -> Prompt:
     return Prompt(tuple(scenes), settings)
 
 
-def split_settings(prompt: str) -> tuple[str, Settings]:
+def split_settings(prompt: str) -> tuple[str, PromptDirectives]:
     """Text and settings of a prompt that may end in one flat JSON object.
 
     Raises UsageError for broken JSON, a second object, an unknown key, a value that is no string.
     """
     text, brace, rest = prompt.partition("{")
     if not brace:
-        return text, Settings()
+        return text, PromptDirectives()
     example = '{"reference_path": "a.png", "mask_strategy": "0"}'
     fix = f"Braces hold settings, such as {example} at the end; remove them otherwise."
     if "{" in rest:
@@ -105,7 +105,7 @@ def split_settings(prompt: str) -> tuple[str, Settings]:
             raise UsageError(f"Unknown setting {key!r}.", f"Choose of {', '.join(_SETTINGS)}.")
         if value is not None and not isinstance(value, str):
             raise UsageError(f"Setting {key!r} is {value!r}, not a text.", fix)
-    return text, Settings(**values)
+    return text, PromptDirectives(**values)
 
 
 def split_scenes(text: str) -> list[Scene]:

@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass
-class PublishedFile:
+class PartialFile:
     """partial: where to write; path: where the file is to be, and is once the block has ended."""
 
     partial: Path
@@ -38,7 +38,7 @@ class PublishedFile:
 
 
 @contextmanager
-def writing(path: Path) -> Iterator[None]:
+def explain_os_errors(path: Path) -> Iterator[None]:
     """Say in one line what the file system refused inside, and what to do about it."""
     try:
         yield
@@ -49,11 +49,11 @@ def writing(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def published(path: Path, overwrite: bool = False) -> Iterator[PublishedFile]:
+def atomic_write(path: Path, overwrite: bool = False) -> Iterator[PartialFile]:
     """A file to write in the block; after an error nothing is left of it."""
     sweep(path)
-    file = PublishedFile(partial_name(path), path)
-    with writing(path):
+    file = PartialFile(partial_name(path), path)
+    with explain_os_errors(path):
         try:
             yield file
             file.path = publish(file.partial, path, overwrite)

@@ -46,7 +46,7 @@ class Video:
 
         A video that is in a file already can only be copied, to the same kind of file.
         """
-        from mlx_sora.utils.files import published
+        from mlx_sora.utils.files import atomic_write
         from mlx_sora.video.output_path import check_output
         from mlx_sora.video.writer import save_frames
 
@@ -60,6 +60,6 @@ class Video:
                 "Give output=... that way, or none to keep the frames.",
             )
         check_output(path, overwrite, num_frames=self.num_frames)
-        with published(path, overwrite) as file:
+        with atomic_write(path, overwrite) as file:
             shutil.copyfile(self.path, file.partial)
         return file.path

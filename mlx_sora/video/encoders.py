@@ -30,7 +30,7 @@ CRF = "16"
 BT709, LIMITED_RANGE = 1, 1
 
 
-class Encoder(Protocol):
+class FrameEncoder(Protocol):
     """What `mlx_sora.video.writer` asks of a format."""
 
     def add(self, frame: np.ndarray) -> None: ...

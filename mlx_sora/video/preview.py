@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlx_sora.errors import WeightsError
-from mlx_sora.utils.files import published
+from mlx_sora.utils.files import atomic_write
 from mlx_sora.video.encoders import AnimationEncoder, save_png
 
 if TYPE_CHECKING:
@@ -53,12 +53,12 @@ class PreviewMap:
             raise WeightsError(f"{file} is no map for previews: {error}.", "Delete it.") from error
         return made
 
-    def frames(self, z: np.ndarray, alone: Sequence[bool]) -> np.ndarray:
+    def frames(self, z: np.ndarray, single_frame: Sequence[bool]) -> np.ndarray:
         """Latents [T, h, w, C], enlarged: uint8 [T, H, W, 3]. alone: which stand for one frame."""
         import numpy as np
         from PIL import Image
 
-        kinds = self.weights[[0 if one else 1 for one in alone]]
+        kinds = self.weights[[0 if one else 1 for one in single_frame]]
         colours = np.einsum("thwf,tfc->thwc", neighbourhoods(z), kinds)
         pictures = np.rint(np.clip(colours, 0, 1) * 255).astype(np.uint8)
         height, width = z.shape[1:3]
@@ -89,7 +89,7 @@ def write_preview(path: Path, frames: np.ndarray, fps: float) -> None:
     Raises MlxSoraError or OSError where that cannot be written.
     """
     path.parent.mkdir(exist_ok=True)  # that of a sequence of pictures
-    with published(path, overwrite=True) as file:
+    with atomic_write(path, overwrite=True) as file:
         if len(frames) == 1:
             save_png(frames[0], file.partial, None)
             return

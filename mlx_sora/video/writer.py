@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 from mlx_sora.errors import MlxSoraError
 from mlx_sora.utils.files import (
+    atomic_write,
     discard,
+    explain_os_errors,
     free_names,
     partial_name,
     publish,
-    published,
     sweep,
     sync,
-    writing,
 )
-from mlx_sora.video.encoders import AnimationEncoder, Encoder, Mp4Encoder, PngEncoder, save_png
+from mlx_sora.video.encoders import AnimationEncoder, FrameEncoder, Mp4Encoder, PngEncoder, save_png
 from mlx_sora.video.output_path import (
     check_format,
     check_output,
@@ -63,7 +63,7 @@ def checked_writer(
 
     Raises MlxSoraError where the file system refuses.
     """
-    with writing(path):
+    with explain_os_errors(path):
         kind = SequenceWriter if is_sequence(path) else FileWriter
         return kind(path, size, fps, metadata, overwrite)
 
@@ -97,7 +97,7 @@ class VideoWriter:
                 f"expected uint8 [n, {height}, {width}, 3], "
                 f"found {frames.dtype.name} {list(frames.shape)}"
             )
-        with writing(self.path):
+        with explain_os_errors(self.path):
             for frame in frames:
                 self._add(frame)
                 self.num_frames += 1
@@ -115,7 +115,7 @@ class VideoWriter:
             if kind is None:
                 if not self.num_frames:
                     raise MlxSoraError("No frame was decoded, so nothing was written.")
-                with writing(self.path):
+                with explain_os_errors(self.path):
                     self._finish()
         finally:
             self._discard()
@@ -146,7 +146,7 @@ class FileWriter(VideoWriter):
     ) -> None:
         super().__init__(path, size, fps, metadata, overwrite)
         self._partial = partial_name(path)
-        self._encoder: Encoder
+        self._encoder: FrameEncoder
         kind = path.suffix.lower().removeprefix(".")
         if kind == "mp4":
             try:
@@ -230,7 +230,7 @@ def write_sidecar(path: str | Path, record: Mapping[str, Any], overwrite: bool =
     """Write `record` as JSON beside the video `path`, whole or not at all; its path."""
     import json
 
-    with published(sidecar_path(Path(path)), overwrite) as file:
+    with atomic_write(sidecar_path(Path(path)), overwrite) as file:
         text = json.dumps(record, ensure_ascii=False, indent=2) + "\n"
         file.partial.write_text(text, encoding="utf-8")
     return file.path

@@ -22,7 +22,7 @@ from mlx_sora.pipeline.stages import Stages
 from mlx_sora.runtime.device import versions
 
 #: So that a test does not wait as long as a user would.
-peers.Patience = functools.partial(peers.Patience, 0.2, 8.0, 9.0)  # type: ignore[misc]
+peers.Timeouts = functools.partial(peers.Timeouts, 0.2, 8.0, 9.0)  # type: ignore[misc]
 
 
 def fault(kind: str) -> None:

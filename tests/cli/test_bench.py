@@ -91,9 +91,11 @@ def test_default_budgets_span_what_is_possible(
 
 
 def test_spread() -> None:
-    assert memory.spread(281_400_000, 315_000_000) == [n * MB for n in (282, 290, 298, 307, 315)]
-    assert memory.spread(10**9, 16 * 10**9) == [n * 10**9 for n in (1, 2, 4, 8, 16)]
-    assert memory.spread(300 * MB, 200 * MB) == [300 * MB]
+    assert memory.evenly_spaced_budgets(281_400_000, 315_000_000) == [
+        n * MB for n in (282, 290, 298, 307, 315)
+    ]
+    assert memory.evenly_spaced_budgets(10**9, 16 * 10**9) == [n * 10**9 for n in (1, 2, 4, 8, 16)]
+    assert memory.evenly_spaced_budgets(300 * MB, 200 * MB) == [300 * MB]
 
 
 def test_the_smallest_budget_is_measured_and_one_below_is_refused(

@@ -102,13 +102,13 @@ def _config(part: str) -> Callable[[bytes, Path], None]:
 
 def _model_index(data: bytes, folder: Path) -> None:
     from mlx_sora.loading.model_folder import ModelFolder
-    from mlx_sora.pipeline.settings import settle
+    from mlx_sora.pipeline.settings import resolve
     from mlx_sora.request.generation import GenerationRequest
 
     path = _model(folder)
     (path / "model_index.json").write_bytes(data)
     request = GenerationRequest(prompt="a cat", seed=1)
-    settle(request, ModelFolder.open(path))
+    resolve(request, ModelFolder.open(path))
 
 
 def _provenance(data: bytes, folder: Path) -> None:
@@ -119,7 +119,7 @@ def _provenance(data: bytes, folder: Path) -> None:
     mending(folder)
     found = Provenance.read(folder)
     if found is not None:
-        found.missized(folder)
+        found.wrong_size(folder)
 
 
 def _spiece(data: bytes, folder: Path) -> None:
@@ -166,11 +166,11 @@ def _strategy(data: bytes, folder: Path) -> None:
 
     size, clips = Size(64, 64), Clips(34, 3)
     sources = [
-        media.Source("a.png", size, 1, "0" * 64),
-        media.Source("b.mp4", size, 40, "1" * 64, 24.0),
+        media.MediaFile("a.png", size, 1, "0" * 64),
+        media.MediaFile("b.mp4", size, 40, "1" * 64, 24.0),
     ]
     placements = media._placements(_text(data), sources, clips)
-    found = media.Media(clips, references=tuple(sources), placements=tuple(placements))
+    found = media.Media(clips, references=tuple(sources), mask_groups=tuple(placements))
     for clip in range(clips.count):
         found.mask(clip)
 
@@ -179,7 +179,7 @@ def _options(data: bytes, folder: Path) -> None:
     """A JSON object of options, as far as a run gets without weights."""
     from mlx_sora.cli.flags import build_requests
     from mlx_sora.loading.model_folder import BUNDLED, find_model
-    from mlx_sora.pipeline.settings import settle
+    from mlx_sora.pipeline.settings import resolve
     from mlx_sora.video.output_path import output_path
 
     try:
@@ -192,7 +192,7 @@ def _options(data: bytes, folder: Path) -> None:
     for request in build_requests(values | {"seed": [seed]}):
         if request.output is not None:
             output_path(request.output, prompt=request.prompt, seed=1, num_frames=17)
-        settle(request, find_model(BUNDLED))
+        resolve(request, find_model(BUNDLED))
 
 
 def _words(data: bytes, folder: Path) -> None:
@@ -205,7 +205,7 @@ def _words(data: bytes, folder: Path) -> None:
 
     text = _text(data)
     readers: list[Callable[[], Any]] = [
-        *(lambda n=n, o=o: o.read(text, label(n)) for n, o in options().items()),
+        *(lambda n=n, o=o: o.convert(text, label(n)) for n, o in options().items()),
         lambda: parse_frames(text),
         lambda: parse_bytes(text),
         lambda: profile(text),
@@ -280,12 +280,12 @@ def _video(data: bytes, folder: Path) -> None:
 
 
 def _table(data: bytes, folder: Path) -> None:
-    from mlx_sora.accel.base import Job
+    from mlx_sora.accel.base import ScheduleInfo
     from mlx_sora.accel.schedules import read_schedule
 
     path = folder / "table.json"
     path.write_bytes(data)
-    read_schedule(8, 0, Job(30, 1, 17, model=folder, size=(64, 64, 17)), str(path))
+    read_schedule(8, 0, ScheduleInfo(30, 1, 17, model=folder, size=(64, 64, 17)), str(path))
 
 
 def _checkpoint(data: bytes, folder: Path) -> None:

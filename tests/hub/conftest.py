@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from mlx_sora.loading.model_folder import WEIGHTS_VARIABLE
-from mlx_sora.manage.download import Outcome, Progress, download
+from mlx_sora.manage.download import DownloadProgress, DownloadResult, download
 from mlx_sora.manage.hub import Hub
 from mlx_sora.manage.sources import ENDPOINT_VARIABLE, choose_endpoint, choose_sources
 from tests.hub.published import repos
@@ -19,7 +19,7 @@ from tests.hub.server import FakeHub, serve
 #: Small, so that the tiny files come in several pieces.
 CHUNK = 1 << 14
 
-Get = Callable[..., Outcome]
+Get = Callable[..., DownloadResult]
 
 
 @pytest.fixture(autouse=True)
@@ -79,8 +79,8 @@ def get(hub: FakeHub, root: Path) -> Get:
     """Download into `root` from the local hub; keywords: sources, check, report."""
 
     def run(
-        *sources: str, check: bool = False, report: Callable[[Progress], None] | None = None
-    ) -> Outcome:
+        *sources: str, check: bool = False, report: Callable[[DownloadProgress], None] | None = None
+    ) -> DownloadResult:
         chosen = choose_sources(sources, environment={})
         server = Hub(choose_endpoint(hub.endpoint, {}))
         return download(root, chosen, server, report or (lambda _: None), check=check)

@@ -10,9 +10,9 @@ import pytest
 from mlx_sora.errors import WeightsError
 from mlx_sora.loading.model_folder import PUBLISHED, find_model
 from mlx_sora.loading.networks import load_text_encoder, load_transformer, load_vae
-from mlx_sora.manage.download import STAGING, Progress
+from mlx_sora.manage.download import STAGING, DownloadProgress
 from mlx_sora.manage.provenance import Provenance
-from mlx_sora.manage.staging import replaced
+from mlx_sora.manage.staging import replaced_path
 from mlx_sora.text.tokenizer import Tokenizer
 from mlx_sora.utils.files import sha256
 from tests.hub.conftest import CHUNK, Get
@@ -53,7 +53,7 @@ def whole_size() -> int:
 def test_a_fresh_download_is_a_model(get: Get, hub: FakeHub, root: Path) -> None:
     import mlx.core as mx
 
-    seen: list[Progress] = []
+    seen: list[DownloadProgress] = []
     outcome = get(report=seen.append)
     assert outcome.path == root / PUBLISHED
     assert (outcome.changed, outcome.fetched) == (True, whole_size())
@@ -115,7 +115,7 @@ def test_an_interrupted_download_is_no_model_and_continues(
 ) -> None:
     size = len(repositories()[STDIT]["model.safetensors"])
 
-    def interrupt(progress: Progress) -> None:
+    def interrupt(progress: DownloadProgress) -> None:
         if progress.path == LARGE and progress.done > size // 2:
             raise KeyboardInterrupt
 
@@ -139,7 +139,7 @@ def test_an_interrupted_download_is_no_model_and_continues(
 
 
 def test_a_spoilt_beginning_is_found_and_fetched_anew(get: Get, root: Path) -> None:
-    def interrupt(progress: Progress) -> None:
+    def interrupt(progress: DownloadProgress) -> None:
         if progress.path == LARGE and progress.done > 3 * CHUNK:
             raise KeyboardInterrupt
 
@@ -218,7 +218,7 @@ def test_a_failed_replacement_leaves_the_old_model(get: Get, hub: FakeHub, root:
         get("vae=@v2")
     assert {name: (folder / name).read_bytes() for name in names(folder)} == before
     assert not get().changed
-    assert not replaced(root / PUBLISHED).exists()
+    assert not replaced_path(root / PUBLISHED).exists()
 
 
 def test_another_repository_and_folder(get: Get, hub: FakeHub) -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from mlx_sora.errors import WeightsError
 from mlx_sora.loading.model_folder import PUBLISHED, WEIGHTS_VARIABLE
-from mlx_sora.manage.download import STAGING, Progress, download
+from mlx_sora.manage.download import STAGING, DownloadProgress, download
 from mlx_sora.manage.hub import ATTEMPTS, Hub
 from mlx_sora.manage.sources import choose_sources
 from mlx_sora.manage.staging import MARGIN
@@ -167,7 +167,7 @@ def test_space_counts_what_is_there(
 ) -> None:
     """A disk with room for the rest alone is enough to go on."""
 
-    def interrupt(progress: Progress) -> None:
+    def interrupt(progress: DownloadProgress) -> None:
         if progress.path == "vae/model.safetensors" and progress.done > 6 * CHUNK:
             raise KeyboardInterrupt
 
@@ -182,7 +182,7 @@ def test_space_counts_what_is_there(
 def test_a_disk_that_fills_up(
     refused: Any, get: Get, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(progress: Progress) -> None:
+    def full(progress: DownloadProgress) -> None:
         if progress.done > 5 * CHUNK:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -278,7 +278,7 @@ def test_files_of_someone_else_are_not_replaced(get: Get, hub: FakeHub) -> None:
 
 
 def test_two_at_once(get: Get, hub: FakeHub) -> None:
-    def second(progress: Progress) -> None:
+    def second(progress: DownloadProgress) -> None:
         if progress.action == "fetch":
             with pytest.raises(WeightsError, match="Another download"):
                 get()

@@ -9,7 +9,7 @@ from pathlib import Path
 from mlx_sora.errors import MemoryBudgetError
 from mlx_sora.geometry import Size, plan_geometry
 from mlx_sora.memory.estimate import DEVICES, Device, Estimate, estimate, shape_sizes
-from mlx_sora.memory.plan import Job, Model
+from mlx_sora.memory.plan import ModelSizes, Workload
 from mlx_sora.request.generation import GenerationRequest, options
 from mlx_sora.request.options import Option
 
@@ -54,9 +54,9 @@ def estimates_table() -> str:
     return "\n".join(rows) + "\n"
 
 
-def _estimate(model: Model, frames: int, device: Device) -> tuple[str, str]:
+def _estimate(model: ModelSizes, frames: int, device: Device) -> tuple[str, str]:
     """Time and peak; an asterisk where guidance has to take two passes."""
-    job, mark = Job(plan_geometry(_SIZE, frames), _TOKENS, _STEPS), ""
+    job, mark = Workload(plan_geometry(_SIZE, frames), _TOKENS, _STEPS), ""
     try:
         found = estimate(model, job, device, _ITEMSIZE)
     except MemoryBudgetError:

@@ -18,12 +18,12 @@ import mlx_sora  # noqa: F401  (before mlx.core, so that the fast BLAS is in pla
 # isort: split
 import mlx.core as mx
 
-from mlx_sora.accel.sequence_parallel import Mesh
+from mlx_sora.accel.sequence_parallel import SequenceParallel
 from mlx_sora.accel.tdtm import PairedFrames
-from mlx_sora.distributed.group import Ranks, join
+from mlx_sora.distributed.group import Ranks, init_ranks
 from mlx_sora.distributed.partition import hops, sent_bytes
 from mlx_sora.memory.flops import Grid
-from mlx_sora.models.hooks import AllTokens, Context
+from mlx_sora.models.hooks import Hooks, NoMerging
 from mlx_sora.models.stdit3 import BlockPair, STDiT3
 from tests.unit.accel.nets import STDIT, random_weights
 
@@ -67,14 +67,14 @@ class Watcher:
     def __init__(self) -> None:
         self.made: mx.array | None = None
 
-    def instead(self, x: mx.array, t: mx.array, x_mask: mx.array | None) -> mx.array | None:
+    def cached_residual(self, x: mx.array, t: mx.array, x_mask: mx.array | None) -> mx.array | None:
         return None
 
-    def computed(self, x: mx.array, out: mx.array) -> None:
+    def update(self, x: mx.array, out: mx.array) -> None:
         self.made = out - x
 
 
-def outcomes(network: STDiT3, case: Case, context: Context[BlockPair]) -> list[mx.array]:
+def outcomes(network: STDiT3, case: Case, context: Hooks[BlockPair]) -> list[mx.array]:
     """Two evaluations in a row, and what a stack policy saw of the blocks in each."""
     z = mx.random.normal((case.batch, *case.grid, 4), key=mx.random.key(4))
     text = mx.random.normal((8, network.config.caption_channels), key=mx.random.key(5))
@@ -86,7 +86,7 @@ def outcomes(network: STDiT3, case: Case, context: Context[BlockPair]) -> list[m
     found = []
     for t in (900.0, 600.0):
         watcher = Watcher() if case.watched else None
-        seams = replace(context, stack=watcher)
+        seams = replace(context, block_cache=watcher)
         out = network(z, mx.array([t] * case.batch), conditions, mask, seams)
         mx.eval(out)
         found.append(out)
@@ -108,18 +108,18 @@ def counted_hops() -> Iterator[list[int]]:
         found.append(1)
         return swap_of(ranks, x, shape)
 
-    gather_of, swap_of = Ranks.gather, Ranks.swap
+    gather_of, swap_of = Ranks.all_gather, Ranks.exchange
     with patch.object(Ranks, "gather", gather), patch.object(Ranks, "swap", swap):
         yield found
 
 
 def compare(network: STDiT3, case: Case, ranks: Ranks) -> dict[str, float]:
-    tokens = PairedFrames() if case.merged else AllTokens()
-    alone = outcomes(network, case, Context(tokens=tokens))
-    mesh = Mesh(ranks, case.halves)
-    before = ranks.sent
+    tokens = PairedFrames() if case.merged else NoMerging()
+    alone = outcomes(network, case, Hooks(token_merging=tokens))
+    mesh = SequenceParallel(ranks, case.halves)
+    before = ranks.sent_bytes
     with counted_hops() as hopped:
-        together = outcomes(network, case, Context(tokens=tokens, layout=mesh))
+        together = outcomes(network, case, Hooks(token_merging=tokens, sharding=mesh))
     grid = Grid.of(network.config, case.grid, case.batch, 8)
     how = {"stride": tokens.stride, "watched": case.watched}
     foretold = sent_bytes(network.config, grid, mesh.division, **how)  # type: ignore[arg-type]
@@ -128,7 +128,7 @@ def compare(network: STDiT3, case: Case, ranks: Ranks) -> dict[str, float]:
     ]
     return {
         "difference": max(map(float, differences)),  # type: ignore[arg-type]
-        "sent": ranks.sent - before,
+        "sent": ranks.sent_bytes - before,
         "foretold": 2 * foretold,
         "hops": sum(hopped),
         "foretold hops": 2 * hops(network.config, grid, mesh.division),
@@ -136,7 +136,7 @@ def compare(network: STDiT3, case: Case, ranks: Ranks) -> dict[str, float]:
 
 
 def main() -> None:
-    ranks = join()
+    ranks = init_ranks()
     network = STDiT3(STDIT)
     # As small as trained weights are, so that rounding does not grow from block to block.
     weights = {name: value / 3 for name, value in random_weights(network, 2).items()}

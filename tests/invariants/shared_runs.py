@@ -101,7 +101,7 @@ def resumed(pipe: Pipeline, folder: Path, *, first_together: bool) -> dict[str, 
         for event in begin(pipe, **options, output=str(output), parallel=modes[0]):
             if isinstance(event, StepFinished) and event.step == 2 and pipe.ranks.first:
                 shutil.copy(checkpoint_path(output), kept)
-    pipe.ranks.of_first(None)  # the file is written
+    pipe.ranks.broadcast_object(None)  # the file is written
     if not pipe.ranks.first and first_together:
         return {}
     frames = str(output.with_suffix("")) + "/"
@@ -127,7 +127,7 @@ def of_two_minds(pipe: Pipeline) -> dict[str, Any]:
 def failing(pipe: Pipeline) -> dict[str, Any]:
     """What all ranks raise where the second fails."""
     try:
-        with pipe.ranks.together():
+        with pipe.ranks.collective_errors():
             if not pipe.ranks.first:
                 raise UsageError("It went wrong.", "Mend it.")
     except UsageError as error:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from mlx_sora.distributed.partition import cut
+from mlx_sora.distributed.partition import split_evenly
 from tests.launching import launch
 
 #: In standard deviations: products of fewer rows may be added up in another order.
@@ -74,7 +74,7 @@ def test_a_video_made_together_is_that_of_one_process(
 @pytest.mark.parametrize("stride", [1, 2])
 def test_cuts_cover_everything_once_and_evenly(stride: int) -> None:
     for total, parts in itertools.product(range(1, 20), range(1, 9)):
-        runs = cut(total, parts, stride)
+        runs = split_evenly(total, parts, stride)
         own = list(dict.fromkeys(runs))
         assert len(runs) == parts
         assert [i for run in own for i in run] == list(range(total))

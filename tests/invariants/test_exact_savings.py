@@ -19,7 +19,7 @@ import pytest
 from mlx import nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mlx_sora.loading.checkpoint import Checkpoint, fill
+from mlx_sora.loading.checkpoint import Checkpoint, load_weights
 from mlx_sora.loading.model_folder import Defaults, ModelFolder
 from mlx_sora.loading.networks import load_text_encoder
 from mlx_sora.models import conv, ops, stdit3, t5
@@ -230,7 +230,9 @@ def test_embedding_rows_from_disk(text_encoder: ModelFolder) -> None:
     """Rows read one by one are the rows of the table; the states are those of the whole table."""
     whole = T5Encoder(T5)
     checkpoint = Checkpoint.open(text_encoder.text_encoder)
-    fill(whole, checkpoint, t5.KEYS, dtype=mx.float32, without=["encoder.embed_tokens.weight"])
+    load_weights(
+        whole, checkpoint, t5.KEYS, dtype=mx.float32, without=["encoder.embed_tokens.weight"]
+    )
     lean, rows = load_text_encoder(text_encoder, mx.float32)
     assert "shared" not in lean
     ids = token_ids(11)

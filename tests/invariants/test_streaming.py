@@ -8,7 +8,7 @@ import mlx.core as mx
 import pytest
 
 from mlx_sora.accel.cidl import BlockStream
-from mlx_sora.loading.checkpoint import Checkpoint, fill
+from mlx_sora.loading.checkpoint import Checkpoint, load_weights
 from mlx_sora.loading.model_folder import ModelFolder
 from mlx_sora.loading.networks import (
     load_text_encoder,
@@ -17,8 +17,8 @@ from mlx_sora.loading.networks import (
     stream_transformer,
 )
 from mlx_sora.memory.limits import release
-from mlx_sora.memory.residency import Reading, Residency
-from mlx_sora.models.hooks import TokenPolicy
+from mlx_sora.memory.residency import MemorySample, Residency
+from mlx_sora.models.hooks import TokenMerging
 from mlx_sora.models.key_map import KeyMap
 from mlx_sora.models.vae import VAEConfig, VideoVAE
 from mlx_sora.models.vae_spatial import SpatialVAEConfig
@@ -56,7 +56,7 @@ def test_t5_embedding_rows_come_along(model: ModelFolder) -> None:
     assert mx.array_equal(rows([3, 0, 39]), whole([3, 0, 39]))
 
 
-CASES: dict[str, tuple[TokenPolicy | None, bool]] = {
+CASES: dict[str, tuple[TokenMerging | None, bool]] = {
     "plain": (None, False),
     "merged": (nets.MergedPairs(), False),
     "merged, x_mask": (nets.MergedPairs(), True),
@@ -106,7 +106,7 @@ def test_stdit3_with_measured_residency_that_is_reconsidered(model: ModelFolder,
     room = kept * size + (0 if kept == len(source) else size + source.loading_bytes)
     policy = Residency(
         work + room,
-        read=lambda: Reading(active=0, peak=work + size, outside=0),
+        read=lambda: MemorySample(active=0, peak=work + size, outside=0),
         reset=lambda: None,
     )
     found = []
@@ -117,7 +117,7 @@ def test_stdit3_with_measured_residency_that_is_reconsidered(model: ModelFolder,
             if step == 1:
                 policy.budget = 2 * size + work
                 kept = 0
-                blocks.reconsider()
+                blocks.remeasure()
     assert all(mx.array_equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
@@ -155,7 +155,7 @@ def lazy_vae(root: Path) -> tuple[VideoVAE, VideoVAE]:
     first, second = (VideoVAE(config, ("decoder",)) for _ in range(2))
     mx.save_safetensors(str(root / "model.safetensors"), nets.random_weights(first, 6))
     for network in (first, second):
-        fill(network, Checkpoint.open(root), KeyMap())
+        load_weights(network, Checkpoint.open(root), KeyMap())
     return first, second
 
 
@@ -167,7 +167,7 @@ def test_vae_networks_in_turn(tmp_path: Path) -> None:
     temporal = sum(value.nbytes for value in nets.leaves(vae.temporal_vae).values())
     release()
     before = mx.get_active_memory()
-    chunks = vae.decode_chunks(z, 34, in_turn=True)
+    chunks = vae.decode_chunks(z, 34, sequential_offload=True)
     found = [next(chunks)]
     held = mx.get_active_memory() - before - found[0].nbytes
     assert spatial <= held < spatial + temporal // 2

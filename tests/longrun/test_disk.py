@@ -23,7 +23,7 @@ from mlx_sora.loading import file_guard as steady
 from mlx_sora.loading.model_folder import ModelFolder, find_model
 from mlx_sora.loading.networks import stream_transformer
 from mlx_sora.loading.safetensors import TensorInfo, load_tensors
-from mlx_sora.pipeline.locks import claimed
+from mlx_sora.pipeline.locks import output_lock
 from mlx_sora.video.output_path import existing_files
 from mlx_sora.video.writer import open_writer, save_frames, write_sidecar
 from tests.longrun.table import Fault
@@ -222,7 +222,7 @@ def test_holders_of_an_output_that_are_killed(tmp_path: Path, fault: Fault) -> N
     output = tmp_path / "a.mp4"
     for _ in range(20):
         killed_holder(output)
-        with claimed(output):
+        with output_lock(output):
             output.touch()
     assert [file.name for file in tmp_path.iterdir()] == ["a.mp4"]
     fault("two runs on one output, the first is killed", "all", 20, 0, "refused, then free")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import mlx.core as mx
 import pytest
 
-from mlx_sora.loading.checkpoint import fill
+from mlx_sora.loading.checkpoint import load_weights
 from mlx_sora.models import stdit3, t5
 from tests.parity.golden import Case, channels_first, channels_last
 from tests.parity.test_stdit3 import prepare
@@ -25,7 +25,7 @@ def cosine(a: mx.array, b: mx.array) -> float:
 @pytest.mark.golden("t5")
 def test_t5(case: Case) -> None:
     encoder = t5.T5Encoder(t5.T5Config.from_dict(case.config["constructor"]))
-    fill(encoder, case.weights, t5.KEYS, dtype=mx.bfloat16)
+    load_weights(encoder, case.weights, t5.KEYS, dtype=mx.bfloat16)
     out = encoder(encoder.embed(case["in.input_ids"]), case["in.attention_mask"])
     assert out.dtype == mx.bfloat16
     assert cosine(out, case["out.last_hidden_state"]) >= ALIKE
@@ -35,7 +35,7 @@ def test_t5(case: Case) -> None:
 def test_stdit3(case: Case) -> None:
     config = stdit3.STDiT3Config.from_dict(case.config["constructor"])
     model = stdit3.STDiT3(config, mx.bfloat16)
-    fill(model, case.weights, stdit3.KEYS, dtype=mx.bfloat16)
+    load_weights(model, case.weights, stdit3.KEYS, dtype=mx.bfloat16)
     z, mask = channels_last(case["in.x"]), case.get("in.x_mask")
     out = model(z, case["in.timestep"], prepare(model, case), x_mask=mask)
     assert out.dtype == mx.float32

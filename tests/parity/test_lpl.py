@@ -10,14 +10,14 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_sora.accel.base import Job
+from mlx_sora.accel.base import ScheduleInfo
 from mlx_sora.accel.lpl import FixedLeap, ReferenceLeap, SimilarRows
 from mlx_sora.accel.tdtm import MergedSteps
-from mlx_sora.loading.checkpoint import fill
-from mlx_sora.models.hooks import Context
+from mlx_sora.loading.checkpoint import load_weights
+from mlx_sora.models.hooks import Hooks
 from mlx_sora.models.stdit3 import KEYS, STDiT3, STDiT3Config, unpadded
-from mlx_sora.sampling.base import Run, Step, StepPolicy, Velocity
-from mlx_sora.sampling.guidance import Network, Part, guided
+from mlx_sora.sampling.base import Step, StepPolicy, Trajectory, Velocity
+from mlx_sora.sampling.guidance import CFGSlice, Network, guided
 from mlx_sora.sampling.loop import StepResult, denoise
 from mlx_sora.sampling.rflow import RFlow
 from tests.parity.golden import Case, channels_first, channels_last, relative_error
@@ -37,13 +37,13 @@ class Recorded:
     left: list[int] = field(default_factory=list)
     decision: SimilarRows | None = None
 
-    def start(self, run: Run, /) -> Recorded:
+    def start(self, run: Trajectory, /) -> Recorded:
         self.decision = self.rule.start(run)
         return self
 
-    def leaps(self, step: Step, z: mx.array, v: mx.array, /) -> bool:
+    def should_leap(self, step: Step, z: mx.array, v: mx.array, /) -> bool:
         assert self.decision is not None
-        leaps = self.decision.leaps(step, z, v)
+        leaps = self.decision.should_leap(step, z, v)
         self.best.append(self.decision.patience.best)
         self.left.append(self.decision.patience.left)
         return leaps
@@ -141,11 +141,11 @@ def guided_model(case: Case) -> Velocity:
     """The case's network under guidance, merging tokens in the steps that its constructor says."""
     constructor = case.config["constructor"]
     model = STDiT3(STDiT3Config.from_dict(constructor))
-    fill(model, case.weights, KEYS)
+    load_weights(model, case.weights, KEYS)
     grid = case["in.z_init"].shape[2:]
-    merged = MergedSteps(constructor["merge_steps"], Job(1000, 1, grid[0]))
+    merged = MergedSteps(constructor["merge_steps"], ScheduleInfo(1000, 1, grid[0]))
 
-    def bind(text: Sequence[mx.array], part: Part) -> Network:
+    def bind(text: Sequence[mx.array], part: CFGSlice) -> Network:
         conditions = model.prepare(
             text,
             grid,
@@ -155,8 +155,8 @@ def guided_model(case: Case) -> Velocity:
         )
 
         def network(z: mx.array, t: mx.array, x_mask: mx.array | None, index: int, /) -> mx.array:
-            tokens = merged.tokens(index)
-            context = None if tokens is None else Context(tokens=tokens)
+            tokens = merged.token_merging(index)
+            context = None if tokens is None else Hooks(token_merging=tokens)
             return model(z, t, conditions, x_mask, context)
 
         return network

@@ -5,7 +5,11 @@ from __future__ import annotations
 import mlx.core as mx
 import pytest
 
-from mlx_sora.conditioning.mask_strategy import parse_mask_strategy, place, resolve
+from mlx_sora.conditioning.mask_strategy import (
+    apply_mask_strategy,
+    parse_mask_strategy,
+    resolve_mask_strategy,
+)
 from mlx_sora.errors import UsageError
 from tests.parity.golden import Case, channels_last
 
@@ -25,13 +29,13 @@ def test_mask_strategies(case: Case) -> None:
             z, references = sample(case, index, number)
             lengths = [reference.shape[1] for reference in references]
             try:
-                spans = resolve(
+                spans = resolve_mask_strategy(
                     parse_mask_strategy(strategy), row["loop_i"], lengths, z.shape[1], row["align"]
                 )
             except UsageError:
                 refused += 1
                 continue
-            placed, mask = place(z, references, spans)
+            placed, mask = apply_mask_strategy(z, references, spans)
             if row["error"] is None:
                 expected = channels_last(case[f"out.{index}.z"])[number : number + 1]
                 assert mx.array_equal(placed, expected), row

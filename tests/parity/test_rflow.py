@@ -9,9 +9,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_sora.loading.checkpoint import fill
+from mlx_sora.loading.checkpoint import load_weights
 from mlx_sora.models.stdit3 import KEYS, STDiT3, STDiT3Config, unpadded
-from mlx_sora.sampling.guidance import Network, Part, guided
+from mlx_sora.sampling.guidance import CFGSlice, Network, guided
 from mlx_sora.sampling.loop import Conditioning, StepResult, denoise
 from mlx_sora.sampling.rflow import RFlow, add_noise
 from tests.parity.golden import Case, channels_first, channels_last, relative_error
@@ -73,10 +73,10 @@ def conditioning(case: Case) -> Conditioning | None:
 def sample(case: Case, *, sequential: bool) -> tuple[list[StepResult], list[mx.array | None]]:
     """All steps of the case's run, and the frame mask of each call of the network."""
     model = STDiT3(STDiT3Config.from_dict(case.config["constructor"]))
-    fill(model, case.weights, KEYS)
+    load_weights(model, case.weights, KEYS)
     masks: list[mx.array | None] = []
 
-    def bind(text: Sequence[mx.array], part: Part) -> Network:
+    def bind(text: Sequence[mx.array], part: CFGSlice) -> Network:
         conditions = model.prepare(
             text,
             case["in.z_init"].shape[2:],

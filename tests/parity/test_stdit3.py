@@ -9,7 +9,7 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-from mlx_sora.loading.checkpoint import fill
+from mlx_sora.loading.checkpoint import load_weights
 from mlx_sora.models.stdit3 import KEYS, Conditions, STDiT3, STDiT3Config, unpadded
 from tests.parity.golden import Case, channels_first, channels_last, relative_error
 
@@ -19,7 +19,7 @@ TOLERANCE = 1e-4
 def load(case: Case) -> STDiT3:
     """The case's network, with the case's weights."""
     model = STDiT3(STDiT3Config.from_dict(case.config["constructor"]))
-    fill(model, case.weights, KEYS)
+    load_weights(model, case.weights, KEYS)
     return model
 
 
@@ -52,7 +52,7 @@ def test_forward(case: Case) -> None:
 @pytest.mark.golden("stdit3")
 def test_rotary_constants_may_be_absent(case: Case) -> None:
     model = STDiT3(STDiT3Config.from_dict(case.config["constructor"]))
-    fill(model, {k: v for k, v in case.weights.items() if k != "rope.freqs"}, KEYS)
+    load_weights(model, {k: v for k, v in case.weights.items() if k != "rope.freqs"}, KEYS)
     assert relative_error(forward(model, case), case["out.output"]) <= TOLERANCE
 
 

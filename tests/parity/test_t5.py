@@ -5,7 +5,7 @@ from __future__ import annotations
 import mlx.core as mx
 import pytest
 
-from mlx_sora.loading.checkpoint import fill
+from mlx_sora.loading.checkpoint import load_weights
 from mlx_sora.models.t5 import KEYS, T5Config, T5Encoder
 from tests.parity.golden import Case, relative_error
 
@@ -14,7 +14,7 @@ TOLERANCE = 1e-4
 
 def load(case: Case) -> T5Encoder:
     encoder = T5Encoder(T5Config.from_dict(case.config["constructor"]))
-    fill(encoder, case.weights, KEYS)
+    load_weights(encoder, case.weights, KEYS)
     return encoder
 
 
@@ -60,7 +60,7 @@ def test_rows_from_outside(case: Case) -> None:
     whole = load(case)
     lean = T5Encoder(T5Config.from_dict(case.config["constructor"]), table=False)
     weights = {k: v for k, v in case.weights.items() if k != "shared.weight"}
-    fill(lean, weights, KEYS)
+    load_weights(lean, weights, KEYS)
     ids, mask = case["in.input_ids"], case["in.attention_mask"]
     rows = sorted(set(ids.flatten().tolist()))
     table = case.weights["shared.weight"][mx.array(rows)]

@@ -6,14 +6,14 @@ import mlx.core as mx
 import pytest
 
 from mlx_sora.accel.tdtm import PairedFrames
-from mlx_sora.models.hooks import Context
+from mlx_sora.models.hooks import Hooks
 from tests.parity.golden import Case, channels_first, channels_last, relative_error
 from tests.parity.test_stdit3 import Recorder, load, prepare
 
 TOLERANCE = 1e-4
 
 
-def run(case: Case, context: Context | None) -> dict[str, mx.array]:
+def run(case: Case, context: Hooks | None) -> dict[str, mx.array]:
     """The case's pass: `output`, and blocks as spatial.i and temporal.i, in its token order."""
     model, seen = load(case), dict[str, mx.array]()
     conditions = prepare(model, case)
@@ -29,7 +29,7 @@ def run(case: Case, context: Context | None) -> dict[str, mx.array]:
 
 @pytest.mark.golden("tdtm")
 def test_merged(case: Case) -> None:
-    seen, plain = run(case, Context(tokens=PairedFrames())), run(case, None)
+    seen, plain = run(case, Hooks(token_merging=PairedFrames())), run(case, None)
     expected = {name: x for name, x in case.tensors.items() if name.startswith("out.merged")}
     assert expected
     for name, x in expected.items():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import mlx.core as mx
 import pytest
 
-from mlx_sora.loading.checkpoint import fill
+from mlx_sora.loading.checkpoint import load_weights
 from mlx_sora.models import vae_spatial, vae_temporal
 from mlx_sora.models.vae import EncodeNoise, Posterior, VAEConfig, VideoVAE, keys_for
 from mlx_sora.models.vae_spatial import SpatialVAE, SpatialVAEConfig
@@ -47,14 +47,14 @@ def video_vae(case: Case) -> VideoVAE:
     halves = {"encoder": "encoder.", "decoder": "decoder."}
     parts = [p for p, name in halves.items() if any(f".{name}" in key for key in case.weights)]
     vae = VideoVAE(VAEConfig.from_dict(values), parts)
-    fill(vae, case.weights, keys_for(parts))
+    load_weights(vae, case.weights, keys_for(parts))
     return vae
 
 
 @pytest.mark.golden("vae_spatial")
 def test_spatial(case: Case) -> None:
     vae = SpatialVAE(SpatialVAEConfig.from_dict(case.config["constructor"]))
-    fill(vae, case.weights, vae_spatial.KEYS)
+    load_weights(vae, case.weights, vae_spatial.KEYS)
     moments = vae.encode(channels_last(case["in.x"]))
     expect(case, "moments", moments)
     expect_posterior(case, "", moments)
@@ -64,7 +64,7 @@ def test_spatial(case: Case) -> None:
 @pytest.mark.golden("vae_temporal")
 def test_temporal_encode(case: Case) -> None:
     vae = TemporalVAE(TemporalVAEConfig.from_dict(case.config["constructor"]))
-    fill(vae, case.weights, vae_temporal.KEYS)
+    load_weights(vae, case.weights, vae_temporal.KEYS)
     for frames in frames_of(case, "in.enc#.x"):
         moments = vae.encode(channels_last(case[f"in.enc{frames}.x"]))
         expect_posterior(case, f"enc{frames}.", moments)
@@ -73,7 +73,7 @@ def test_temporal_encode(case: Case) -> None:
 @pytest.mark.golden("vae_temporal")
 def test_temporal_decode(case: Case) -> None:
     vae = TemporalVAE(TemporalVAEConfig.from_dict(case.config["constructor"]))
-    fill(vae, case.weights, vae_temporal.KEYS)
+    load_weights(vae, case.weights, vae_temporal.KEYS)
     for frames in frames_of(case, "in.dec#.z"):
         z = channels_last(case[f"in.dec{frames}.z"])
         assert z.shape[1] == vae.config.latent_frames(frames)

@@ -37,12 +37,12 @@ def add_parser(benches: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure; rank 0 prints."""
-    from mlx_sora.distributed.group import join
+    from mlx_sora.distributed.group import init_ranks
     from mlx_sora.runtime.device import default_dtype
 
     if args.runs < 1:
         raise UsageError(f"--runs {args.runs} measures nothing.", "Give 1 or more.")
-    ranks = join()
+    ranks = init_ranks()
     if ranks.size == 1:
         raise UsageError(
             "A link has two ends.",
@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
         )
     latency = _gather(ranks, 1, 20 * args.runs) / (ranks.size - 1)
     bandwidth = (ranks.size - 1) * LARGE / _gather(ranks, LARGE // 4, args.runs)
-    slowest = min(ranks.gather_values(_flops(default_dtype(), args.runs)))
+    slowest = min(ranks.all_gather_object(_flops(default_dtype(), args.runs)))
     if ranks.first:
         print(f"{ranks.size} ranks; a gather of {LARGE >> 20} MiB from each, and a pair of blocks")
         print(
@@ -66,7 +66,7 @@ def _gather(ranks: Ranks, numbers: int, runs: int) -> float:
 
     own = mx.full((numbers,), float(ranks.rank))
     mx.eval(own)
-    return _median(lambda: mx.eval(ranks.gather(own)), runs)
+    return _median(lambda: mx.eval(ranks.all_gather(own)), runs)
 
 
 def _flops(dtype: Any, runs: int) -> float:

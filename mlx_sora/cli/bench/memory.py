@@ -13,7 +13,7 @@ from mlx_sora.cli.bench.measure import PEAK, Measured, measure
 from mlx_sora.cli.flags import add_debug_flag, add_request_flags, as_words, explicit_options
 from mlx_sora.cli.generate import load_pipeline
 from mlx_sora.errors import MemoryBudgetError
-from mlx_sora.memory.profiles import parse_bytes, show_bytes
+from mlx_sora.memory.profiles import format_bytes, parse_bytes
 from mlx_sora.request.generation import GenerationRequest
 from mlx_sora.runtime.events import STAGES
 
@@ -44,7 +44,7 @@ SPREAD = 5
 
 
 @dataclass(frozen=True)
-class Row:
+class BudgetRow:
     """One budget in bytes, None for all resident. Measured, or `reason` says why not."""
 
     budget: int | None
@@ -88,13 +88,13 @@ def run(args: argparse.Namespace) -> int:
     options = {"prompt": PROMPT, **explicit_options(args), "seed": 0}
     request = GenerationRequest.from_dict(options)
     request.validate()
-    files = Files(Path(args.folder), "memory", args.replacing)
+    files = BenchFiles(Path(args.folder), "memory", args.replacing)
     files.check()
     pipeline = load_pipeline(request.model, request.dtype)
     plan = pipeline.plan(request)
     rows = []
     print(HEADING, flush=True)
-    for budget in (None, *(args.budgets or spread(plan.smallest, plan.peak))):
+    for budget in (None, *(args.budgets or evenly_spaced_budgets(plan.smallest, plan.peak))):
         row = measure_row(pipeline, request, budget)
         print(line(row), flush=True)
         rows.append(row)
@@ -108,14 +108,14 @@ def parse_budgets(text: str) -> list[int]:
     return sorted({parse_bytes(word) for word in text.split(",")})
 
 
-def spread(smallest: int, peak: int) -> list[int]:
+def evenly_spaced_budgets(smallest: int, peak: int) -> list[int]:
     """Budgets from the smallest to the peak of all resident, in even ratios, of whole MB."""
     ratio = max(1.0, peak / smallest)
     steps = (smallest * ratio ** (i / (SPREAD - 1)) for i in range(SPREAD))
     return sorted({-(-int(step) // 10**6) * 10**6 for step in steps})
 
 
-def measure_row(pipeline: Pipeline, request: GenerationRequest, budget: int | None) -> Row:
+def measure_row(pipeline: Pipeline, request: GenerationRequest, budget: int | None) -> BudgetRow:
     """Run within `budget`, or say why that is not possible. Raises ChildFailed."""
     from mlx_sora.runtime.device import total_memory
 
@@ -124,19 +124,21 @@ def measure_row(pipeline: Pipeline, request: GenerationRequest, budget: int | No
     try:
         needed = pipeline.plan(request).peak
     except MemoryBudgetError:
-        smallest = show_bytes(pipeline.plan(replace(request, memory_budget=None)).smallest)
-        return Row(budget, reason=f"refused. The smallest budget that would do is {smallest}.")
-    if needed > total_memory():
-        has = show_bytes(total_memory())
-        return Row(
-            budget, reason=f"not run. It needs {show_bytes(needed)}, this machine has {has}."
+        smallest = format_bytes(pipeline.plan(replace(request, memory_budget=None)).smallest)
+        return BudgetRow(
+            budget, reason=f"refused. The smallest budget that would do is {smallest}."
         )
-    return Row(budget, measure(as_words(request.to_dict())))
+    if needed > total_memory():
+        has = format_bytes(total_memory())
+        return BudgetRow(
+            budget, reason=f"not run. It needs {format_bytes(needed)}, this machine has {has}."
+        )
+    return BudgetRow(budget, measure(as_words(request.to_dict())))
 
 
-def line(row: Row) -> str:
+def line(row: BudgetRow) -> str:
     """The row as a line of the table."""
-    name = "none" if row.budget is None else show_bytes(row.budget)
+    name = "none" if row.budget is None else format_bytes(row.budget)
     found = row.measured
     if found is None:
         return f"{name:<10}  {row.reason}"
@@ -144,22 +146,24 @@ def line(row: Row) -> str:
     denoising = found.stream.get("denoise")
     resident = f"{denoising['resident']} of {denoising['blocks']}" if denoising else "all"
     read = sum(stage["bytes_read"] for stage in found.stream.values())
-    streamed = show_bytes(read) if denoising else "-"
+    streamed = format_bytes(read) if denoising else "-"
     stages = "".join(f"{found.stages[name]:>9.2f}" for name in STAGES)
     return (
-        f"{name:<10}{found.seconds:>9.2f}{stages}{show_bytes(found.peak):>10}{used:>7}"
-        f"{show_bytes(found.mlx_peak):>10}{resident:>10}{streamed:>10}"
+        f"{name:<10}{found.seconds:>9.2f}{stages}{format_bytes(found.peak):>10}{used:>7}"
+        f"{format_bytes(found.mlx_peak):>10}{resident:>10}{streamed:>10}"
     )
 
 
-def record(pipeline: Pipeline, request: GenerationRequest, rows: Sequence[Row]) -> dict[str, Any]:
+def record(
+    pipeline: Pipeline, request: GenerationRequest, rows: Sequence[BudgetRow]
+) -> dict[str, Any]:
     """All of it as plain JSON values, with the settings and the machine."""
-    from mlx_sora.pipeline.settings import settle
+    from mlx_sora.pipeline.settings import resolve
     from mlx_sora.runtime.device import describe
 
     plan = pipeline.plan(request)
     return {
-        "settings": settle(request, pipeline.model)[0].to_dict(),
+        "settings": resolve(request, pipeline.model)[0].to_dict(),
         "plan": {"peak": plan.peak, "smallest": plan.smallest},
         "peak_is": PEAK,
         "rows": [asdict(row) for row in rows],
@@ -172,7 +176,7 @@ Draw = Callable[[Path], None]
 
 
 @dataclass(frozen=True)
-class Files:
+class BenchFiles:
     """Where a bench called `name` leaves its results."""
 
     folder: Path
@@ -197,16 +201,16 @@ class Files:
 
     def write(self, record: Mapping[str, Any], draw: Draw) -> None:
         """Write both and print their paths; only the JSON where nothing can draw."""
-        from mlx_sora.utils.files import published
+        from mlx_sora.utils.files import atomic_write
 
         text = json.dumps(record, indent=2) + "\n"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with published(self._json, self.overwrite) as file:
+            with atomic_write(self._json, self.overwrite) as file:
                 file.partial.write_text(text, encoding="utf-8")
             print(file.path)
             if _can_draw():
-                with published(self._png, self.overwrite) as file:
+                with atomic_write(self._png, self.overwrite) as file:
                     draw(file.partial)
                 print(file.path)
         except OSError as error:

@@ -12,7 +12,7 @@ from mlx import nn
 from mlx.utils import tree_flatten
 
 from mlx_sora.loading.model_folder import Defaults, ModelFolder
-from mlx_sora.models.hooks import BlockProvider, Context, TokenPolicy
+from mlx_sora.models.hooks import BlockProvider, Hooks, TokenMerging
 from mlx_sora.models.stdit3 import BlockPair, STDiT3, STDiT3Config
 from mlx_sora.models.t5 import T5Config, T5Encoder
 
@@ -103,7 +103,7 @@ def t5_states(network: T5Encoder, blocks: BlockProvider[object] | None = None) -
 def steps(
     network: STDiT3,
     blocks: BlockProvider[BlockPair] | None = None,
-    tokens: TokenPolicy | None = None,
+    tokens: TokenMerging | None = None,
     *,
     count: int = 2,
     masked: bool = False,
@@ -113,9 +113,9 @@ def steps(
     z = mx.random.normal((2, *GRID, config.in_channels), key=mx.random.key(4))
     text = mx.random.normal((8, config.caption_channels), key=mx.random.key(5))
     conditions = network.prepare([text[:5], text[:8]], GRID, height=40, width=48, fps=24)
-    context: Context[BlockPair] = Context(blocks)
+    context: Hooks[BlockPair] = Hooks(blocks)
     if tokens is not None:
-        context = Context(blocks, tokens)
+        context = Hooks(blocks, tokens)
     x_mask = mx.array([[False, True, True, True]] * 2) if masked else None
     for step in range(count):
         t = mx.array([900.0 - 300 * step] * 2)

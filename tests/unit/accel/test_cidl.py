@@ -15,7 +15,7 @@ from mlx_sora.loading.blocks import BlockSource
 from mlx_sora.loading.model_folder import ModelFolder
 from mlx_sora.loading.networks import load_text_encoder, stream_text_encoder, stream_transformer
 from mlx_sora.memory.limits import release
-from mlx_sora.memory.residency import Reading, Residency
+from mlx_sora.memory.residency import MemorySample, Residency
 from mlx_sora.models.stdit3 import BlockPair, STDiT3
 from tests.unit.accel import nets
 from tests.unit.accel.reading import Log, no_loader_left, t5
@@ -207,7 +207,7 @@ def test_twenty_runs_leave_no_thread_and_no_memory(wide: ModelFolder) -> None:
 # Deciding what stays.
 
 
-def scripted(readings: list[Reading], budget: int) -> tuple[Residency, list[Reading]]:
+def scripted(readings: list[MemorySample], budget: int) -> tuple[Residency, list[MemorySample]]:
     """A policy that sees `readings` one after the other (begin, first block, second block)."""
     left = list(readings)
     return Residency(budget, read=lambda: left.pop(0), reset=lambda: None), left
@@ -219,9 +219,9 @@ def test_two_blocks_are_measured_alone_and_then_some_stay(model: ModelFolder) ->
     work, growth, outside = 5000, 700, 300
     policy, left = scripted(
         [
-            Reading(0, 0, 0),
-            Reading(active=1000 + small, peak=work + small, outside=0),
-            Reading(active=1000 + small + growth, peak=work + small, outside=outside),
+            MemorySample(0, 0, 0),
+            MemorySample(active=1000 + small, peak=work + small, outside=0),
+            MemorySample(active=1000 + small + growth, peak=work + small, outside=outside),
         ],
         budget=work + (DEPTH - 2) * growth + outside + size + loading + 2 * size + 10,
     )
@@ -247,9 +247,9 @@ def test_reconsidering_lets_go_first_and_measures_anew(model: ModelFolder) -> No
     everything = 100 * sum(source.nbytes)
     held: list[int] = []
 
-    def read() -> Reading:
+    def read() -> MemorySample:
         held.append(sum(b.layer[0].SelfAttention.q.weight.size > 0 for b in source.blocks))
-        return Reading(0, max(source.nbytes), 0)
+        return MemorySample(0, max(source.nbytes), 0)
 
     policy = Residency(everything, read=read, reset=lambda: None)
     with BlockStream(source, policy, cyclic=True) as blocks:
@@ -257,7 +257,7 @@ def test_reconsidering_lets_go_first_and_measures_anew(model: ModelFolder) -> No
         nets.t5_states(network, blocks)
         assert reader.blocks == [*range(DEPTH), 0]
         policy.budget = 0
-        blocks.reconsider()
+        blocks.remeasure()
         nets.t5_states(network, blocks)
         assert blocks.resident == frozenset()
         assert held == [0, 1, 1] * 2

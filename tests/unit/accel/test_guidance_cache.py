@@ -9,7 +9,7 @@ import mlx.core as mx
 import pytest
 
 from mlx_sora.accel import Accelerations, guidance_cache, guidance_interval
-from mlx_sora.accel.base import Job
+from mlx_sora.accel.base import ScheduleInfo
 from mlx_sora.accel.guidance_cache import GuidanceCache, _split
 from mlx_sora.errors import UsageError
 from mlx_sora.request.modes import GUIDANCE_CACHE, GUIDANCE_INTERVAL
@@ -18,13 +18,13 @@ from mlx_sora.sampling.guidance import guided
 from tests.unit.sampling.flows import latents
 from tests.unit.sampling.test_guidance import NULL, Recorder, null_text
 
-JOB = Job(12, 1, 3, times=tuple(1000.0 - 80 * i for i in range(12)))
+JOB = ScheduleInfo(12, 1, 3, times=tuple(1000.0 - 80 * i for i in range(12)))
 TEXT = [latents(3, (5, 6))]
 Z = latents(0, (1, 3, 4, 6, 2))
 
 
-def cache(text: str, job: Job = JOB) -> GuidanceCache:
-    return guidance_cache.start(GUIDANCE_CACHE.read(text), job)
+def cache(text: str, job: ScheduleInfo = JOB) -> GuidanceCache:
+    return guidance_cache.start(GUIDANCE_CACHE.parse(text), job)
 
 
 def step(index: int, fresh: mx.array | None = None) -> Step:
@@ -43,14 +43,14 @@ def step(index: int, fresh: mx.array | None = None) -> Step:
     ],
 )
 def test_the_schedule_is_as_printed(text: str, full: list[int]) -> None:
-    assert sorted(cache(text).alone) == [i for i in range(12) if i not in full]
+    assert sorted(cache(text).cond_only_steps) == [i for i in range(12) if i not in full]
 
 
 def test_full_steps_are_those_that_run_blocks_and_have_guidance() -> None:
-    part = cache("every:3,after=0", replace(JOB, skipped=frozenset({3, 4, 9})))
-    assert sorted(set(range(12)) - part.alone) == [0, 5, 8, 11]
-    part = cache("every:3,after=0", replace(JOB, alone=frozenset({0, 1, 6})))
-    assert sorted(set(range(12)) - part.alone - {0, 1, 6}) == [2, 5, 8, 11]
+    part = cache("every:3,after=0", replace(JOB, skipped_steps=frozenset({3, 4, 9})))
+    assert sorted(set(range(12)) - part.cond_only_steps) == [0, 5, 8, 11]
+    part = cache("every:3,after=0", replace(JOB, cond_only_steps=frozenset({0, 1, 6})))
+    assert sorted(set(range(12)) - part.cond_only_steps - {0, 1, 6}) == [2, 5, 8, 11]
 
 
 def run(part: Accelerations, seen: Recorder, sequential: bool = False) -> list[mx.array]:
@@ -90,25 +90,25 @@ def test_boost_weighs_low_frequencies_first_and_high_ones_last() -> None:
     part = cache("every:12,after=0,boost=3")
     with_prompt, without = latents(1, Z.shape), latents(2, Z.shape)
     low, high = _split(without - with_prompt)
-    assert part.instead(step(0)) is None
-    part.computed(step(0), (with_prompt, without))
+    assert part.predict_uncond(step(0)) is None
+    part.update(step(0), (with_prompt, without))
     for index, expected in ((1, 3 * low + high), (8, 3 * low + 3 * high), (11, low + 3 * high)):
-        make = part.instead(step(index))
+        make = part.predict_uncond(step(index))
         assert make is not None
         assert mx.allclose(make(with_prompt), with_prompt + expected, atol=1e-5)
 
 
 def test_frames_that_begin_to_move_have_both_halves_run() -> None:
     part = cache("every:12,after=0")
-    assert part.instead(step(1)) is None  # nothing is known yet
-    part.computed(step(1), (Z, Z))
-    assert part.instead(step(2)) is not None
-    assert part.instead(step(3, mx.array([[True, False, False]]))) is None
+    assert part.predict_uncond(step(1)) is None  # nothing is known yet
+    part.update(step(1), (Z, Z))
+    assert part.predict_uncond(step(2)) is not None
+    assert part.predict_uncond(step(3, mx.array([[True, False, False]]))) is None
 
 
 def test_outside_the_interval_there_is_no_guidance() -> None:
     part = Accelerations({"guidance_interval": "500,840"}, JOB)
-    assert sorted(set(range(12)) - part.alone) == [2, 3, 4, 5, 6]
+    assert sorted(set(range(12)) - part.cond_only_steps) == [2, 3, 4, 5, 6]
     found, plain = run(part, Recorder()), run(Accelerations({}, JOB), Recorder())
     alone = guided(Recorder().bind, TEXT, null_text, 1.0)
     for i in range(12):
@@ -118,8 +118,8 @@ def test_outside_the_interval_there_is_no_guidance() -> None:
 
 def test_an_empty_interval_is_refused_and_one_without_steps_warned_of() -> None:
     with pytest.raises(UsageError, match="lower flow time first"):
-        guidance_interval.start(GUIDANCE_INTERVAL.read("900,200"), JOB)
-    part = guidance_interval.start(GUIDANCE_INTERVAL.read("3,4"), JOB)
+        guidance_interval.start(GUIDANCE_INTERVAL.parse("900,200"), JOB)
+    part = guidance_interval.start(GUIDANCE_INTERVAL.parse("3,4"), JOB)
     assert "no step" in part.warnings[0]
 
 
@@ -137,4 +137,4 @@ def test_what_the_null_text_is_has_no_part_in_it() -> None:
     velocity = guided(seen.bind, TEXT, make, 4.0, policy=policy)
     for i in range(4):
         velocity(Z, step(i).t, step(i))
-    assert [(p.first, p.total) for p in seen.parts] == [(0, 2), (0, 1)]
+    assert [(p.start, p.total) for p in seen.parts] == [(0, 2), (0, 1)]

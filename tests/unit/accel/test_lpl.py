@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 from mlx_sora.accel import lpl
-from mlx_sora.accel.base import Job
-from mlx_sora.accel.lpl import AdaptiveLeap, FixedLeap, Leap, ReferenceLeap, Rule, TimedLeap
+from mlx_sora.accel.base import ScheduleInfo
+from mlx_sora.accel.lpl import AdaptiveLeap, FixedLeap, Leap, LeapRule, ReferenceLeap, TimedLeap
 from mlx_sora.request.modes import LPL
 from mlx_sora.sampling import SAMPLERS
-from mlx_sora.sampling.base import Run, Step
+from mlx_sora.sampling.base import Step, Trajectory
 from mlx_sora.sampling.loop import Conditioning, StepResult, denoise
 from mlx_sora.sampling.noise import Noise
 from mlx_sora.sampling.rflow import RFlow
@@ -60,7 +60,7 @@ def turning(cosines: np.ndarray) -> Turning:
 
 
 def run(
-    flow: Turning, rule: Rule, steps: int, given: Conditioning | None = None
+    flow: Turning, rule: LeapRule, steps: int, given: Conditioning | None = None
 ) -> list[StepResult]:
     z = mx.zeros((flow.phi.shape[1], *SHAPE[1:]))
     return list(denoise(flow, z, times(steps), RFlow(), policy=rule, conditioning=given))
@@ -141,7 +141,7 @@ def test_adaptive_is_the_text_of_the_paper(rule: AdaptiveLeap, seed: int) -> Non
 
 
 @pytest.mark.parametrize("rule", [*RULES, FixedLeap(3), ReferenceLeap(), ReferenceLeap(minimum=0)])
-def test_nothing_leaps_before_the_earliest(rule: Rule) -> None:
+def test_nothing_leaps_before_the_earliest(rule: LeapRule) -> None:
     """And with velocities that never change, the adaptive rules leap just then."""
     for steps in (1, 2, 7, 20, 30):
         leap = leap_of(run(turning(np.ones((steps - 1, 1))), rule, steps))
@@ -211,11 +211,11 @@ def test_a_batch_leaps_when_its_last_sample_would() -> None:
 def test_samples_are_judged_by_themselves() -> None:
     cosines = np.random.default_rng(6).uniform(0.5, 1, (9, 2))
     rule = AdaptiveLeap(patience=9)
-    together = rule.start(Run(mx.zeros((11, 2))))
+    together = rule.start(Trajectory(mx.zeros((11, 2))))
     flow = turning(cosines)
     for index in range(10):
         step = Step(index, 10, mx.array([900.0] * 2), mx.array([800.0] * 2))
-        together.leaps(step, mx.zeros(0), flow(mx.zeros((2, *SHAPE[1:])), step.t, step))
+        together.should_leap(step, mx.zeros(0), flow(mx.zeros((2, *SHAPE[1:])), step.t, step))
     assert np.allclose(together.similarities, cosines, rtol=0, atol=1e-5)
 
 
@@ -243,7 +243,7 @@ def test_held_frames_do_not_count() -> None:
     ],
     ids=str,
 )
-def test_no_leap_over_a_frame_that_waits(rule: Rule, alone: int, waiting: int) -> None:
+def test_no_leap_over_a_frame_that_waits(rule: LeapRule, alone: int, waiting: int) -> None:
     """Strength 0.4 on a uniform schedule of 20 steps: the frame begins to move at t = 400."""
     flow = turning(np.ones((19, 1)))
     assert leap_of(run(flow, rule, 20, given(1.0, 1.0, 0.0))) == alone
@@ -267,7 +267,7 @@ def test_a_clip_of_given_frames_only() -> None:
 
 
 @pytest.mark.parametrize("rule", [FixedLeap(3), TimedLeap(700), AdaptiveLeap(), ReferenceLeap()])
-def test_runs_of_one_rule_do_not_disturb_each_other(rule: Rule) -> None:
+def test_runs_of_one_rule_do_not_disturb_each_other(rule: LeapRule) -> None:
     def one(seed: int) -> Iterator[StepResult]:
         return denoise(Curved(), latents(seed), times(30), RFlow(), policy=rule)
 
@@ -280,10 +280,10 @@ def test_runs_of_one_rule_do_not_disturb_each_other(rule: Rule) -> None:
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_the_record_says_where_and_what_was_saved(name: str) -> None:
     sampler, flow = SAMPLERS[name], Curved()
-    part = lpl.start(LPL.read("fixed:3"), Job(8, sampler.evaluations, 3))
+    part = lpl.start(LPL.parse("fixed:3"), ScheduleInfo(8, sampler.evaluations, 3))
     assert part.warnings == ()
     for result in denoise(flow, latents(), times(8), sampler, policy=part.policy):
-        part.watch(result)
+        part.on_step_end(result)
     saved = 8 * sampler.evaluations - flow.calls
     record = {"leapt": True, "after_steps": 3, "t": 625.0, "evaluations_saved": saved}
     assert part.record() == record
@@ -293,10 +293,10 @@ def test_the_record_says_where_and_what_was_saved(name: str) -> None:
 
 
 def test_the_record_keeps_similarities_and_runs_without_a_leap() -> None:
-    part = lpl.start(LPL.read("adaptive:patience=9"), Job(8, 1, 3))
+    part = lpl.start(LPL.parse("adaptive:patience=9"), ScheduleInfo(8, 1, 3))
     results = list(denoise(Curved(), latents(), times(8), RFlow(), policy=part.policy))
     for result in results:
-        part.watch(result)
+        part.on_step_end(result)
     record = part.record()
     assert record["leapt"] is False
     assert len(record["similarities"]) == 7
@@ -319,6 +319,6 @@ def test_the_record_keeps_similarities_and_runs_without_a_leap() -> None:
     ],
 )
 def test_a_leap_that_can_save_nothing_is_said(mode: str, steps: int, useless: bool) -> None:
-    part: Leap = lpl.start(LPL.read(mode), Job(steps, 1, 3))
+    part: Leap = lpl.start(LPL.parse(mode), ScheduleInfo(steps, 1, 3))
     expected = f"--lpl {LPL(mode)} can save nothing in {steps} steps."
     assert part.warnings == ((expected,) if useless else ())

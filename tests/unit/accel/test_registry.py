@@ -9,15 +9,17 @@ from typing import Any
 import pytest
 
 from mlx_sora.accel import ACCELERATIONS, OFF, Accelerations
-from mlx_sora.accel.base import Job
+from mlx_sora.accel.base import ScheduleInfo
 from mlx_sora.accel.tdtm import PairedFrames
-from mlx_sora.models.hooks import AllTokens, ResidentBlocks
+from mlx_sora.models.hooks import NoMerging, ResidentBlocks
 from mlx_sora.request.generation import GenerationRequest, options
 from mlx_sora.sampling.base import AllSteps
-from mlx_sora.sampling.guidance import Part
+from mlx_sora.sampling.guidance import CFGSlice
 
-JOB = Job(steps=6, evaluations=1, frames=5, times=(1000.0, 900.0, 800.0, 600.0, 400.0, 200.0))
-WHOLE = Part(0, 2)
+JOB = ScheduleInfo(
+    steps=6, evaluations=1, frames=5, times=(1000.0, 900.0, 800.0, 600.0, 400.0, 200.0)
+)
+WHOLE = CFGSlice(0, 2)
 
 
 def test_fields_and_techniques_are_the_same() -> None:
@@ -34,11 +36,11 @@ def test_fields_and_techniques_are_the_same() -> None:
 def test_off_is_plain(modes: dict[str, str]) -> None:
     parts = Accelerations(modes, JOB)
     assert isinstance(parts.policy, AllSteps)
-    assert (parts.guidance, parts.stack(0, WHOLE), parts.tensors) == (None, None, 0)
-    assert parts.skipped == parts.alone == frozenset()
-    context = parts.context(0)
-    assert context.stack is None
-    assert isinstance(context.tokens, AllTokens)
+    assert (parts.guidance, parts.block_cache(0, WHOLE), parts.cached_residuals) == (None, None, 0)
+    assert parts.skipped_steps == parts.cond_only_steps == frozenset()
+    context = parts.hooks(0)
+    assert context.block_cache is None
+    assert isinstance(context.token_merging, NoMerging)
     assert context.blocks is None
     assert (parts.record(), parts.summaries(), parts.warnings) == ({}, [], [])
 
@@ -46,37 +48,37 @@ def test_off_is_plain(modes: dict[str, str]) -> None:
 def test_each_fills_its_own_seam() -> None:
     leaping = Accelerations({"lpl": "fixed:2"}, JOB)
     assert not isinstance(leaping.policy, AllSteps)
-    assert isinstance(leaping.context(0).tokens, AllTokens)
+    assert isinstance(leaping.hooks(0).token_merging, NoMerging)
     merging = Accelerations({"tdtm": "2"}, JOB)
     assert isinstance(merging.policy, AllSteps)
-    kinds = [type(merging.context(i).tokens) for i in range(4)]
-    assert kinds == [PairedFrames, PairedFrames, AllTokens, AllTokens]
+    kinds = [type(merging.hooks(i).token_merging) for i in range(4)]
+    assert kinds == [PairedFrames, PairedFrames, NoMerging, NoMerging]
 
     caching = Accelerations({"step_cache": "every:2,warmup=1"}, JOB)
-    assert caching.stack(0, WHOLE) is not None
+    assert caching.block_cache(0, WHOLE) is not None
     assert caching.guidance is None
-    assert (caching.skipped, caching.tensors) == ({1, 3, 5}, 1)
+    assert (caching.skipped_steps, caching.cached_residuals) == ({1, 3, 5}, 1)
     sparing = Accelerations({"guidance_interval": "300,900"}, JOB)
-    assert sparing.stack(0, WHOLE) is None
+    assert sparing.block_cache(0, WHOLE) is None
     assert sparing.guidance is not None
-    assert sparing.alone == {0, 5}
+    assert sparing.cond_only_steps == {0, 5}
 
 
 def test_a_technique_heeds_what_those_before_it_leave_out() -> None:
     """Full guidance waits for a step with guidance whose blocks run."""
     alone = {"guidance_cache": "every:2,after=0"}
-    assert Accelerations(alone, JOB).alone == {1, 3, 5}
+    assert Accelerations(alone, JOB).cond_only_steps == {1, 3, 5}
     cached = Accelerations(alone | {"step_cache": "every:3,warmup=1"}, JOB)
-    assert cached.skipped == {1, 2, 4, 5}
-    assert cached.alone == {1, 2, 4, 5}
+    assert cached.skipped_steps == {1, 2, 4, 5}
+    assert cached.cond_only_steps == {1, 2, 4, 5}
     within = Accelerations(alone | {"guidance_interval": "300,900"}, JOB)
-    assert within.alone == {0, 5} | {2, 4}
+    assert within.cond_only_steps == {0, 5} | {2, 4}
 
 
 def test_without_guidance_there_is_none_to_spare() -> None:
     modes = {"guidance_interval": "300,900", "guidance_cache": "every:2"}
     parts = Accelerations(modes, replace(JOB, guided=False))
-    assert parts.alone == frozenset()
+    assert parts.cond_only_steps == frozenset()
     assert [line.split()[0] for line in parts.warnings] == [
         "--guidance-interval",
         "--guidance-cache",
@@ -96,7 +98,7 @@ def test_together_they_report_one_by_one() -> None:
     for index in range(6):
         step = SimpleNamespace(index=index)
         result: Any = SimpleNamespace(step=step, leapt=index == 5, t=100.0)
-        parts.watch(result)
+        parts.on_step_end(result)
     assert list(parts.record()) == list(ACCELERATIONS)
     assert parts.record()["lpl"]["after_steps"] == 5
     assert parts.record()["tdtm"]["merged_steps"] == 6
@@ -106,4 +108,4 @@ def test_together_they_report_one_by_one() -> None:
 def test_blocks_of_another_are_passed_on() -> None:
     blocks = ResidentBlocks[Any]([])
     for modes in ({}, {"tdtm": "all"}):
-        assert Accelerations(modes, JOB).context(0, blocks).blocks is blocks
+        assert Accelerations(modes, JOB).hooks(0, blocks).blocks is blocks

@@ -9,23 +9,23 @@ import mlx.core as mx
 import pytest
 
 from mlx_sora.accel import step_cache
-from mlx_sora.accel.base import Job
+from mlx_sora.accel.base import ScheduleInfo
 from mlx_sora.accel.cidl import BlockStream
 from mlx_sora.accel.step_cache import Online, StepCache, every
 from mlx_sora.loading.model_folder import ModelFolder
 from mlx_sora.loading.networks import load_transformer, stream_transformer
-from mlx_sora.models.hooks import Context
+from mlx_sora.models.hooks import Hooks
 from mlx_sora.models.stdit3 import STDiT3
 from mlx_sora.request.modes import STEP_CACHE
-from mlx_sora.sampling.guidance import Part
+from mlx_sora.sampling.guidance import CFGSlice
 from tests.unit.accel import nets
 
-JOB = Job(steps=8, evaluations=1, frames=3)
+JOB = ScheduleInfo(steps=8, evaluations=1, frames=3)
 SHAPE = (1, 3, 4, 2)
 
 
-def cache(text: str, job: Job = JOB) -> StepCache:
-    return step_cache.start(STEP_CACHE.read(text), job)
+def cache(text: str, job: ScheduleInfo = JOB) -> StepCache:
+    return step_cache.start(STEP_CACHE.parse(text), job)
 
 
 @dataclass
@@ -42,17 +42,17 @@ class Stack:
         added: float,
         *,
         t: float | None = None,
-        rows: Part | None = None,
+        rows: CFGSlice | None = None,
         mask: mx.array | None = None,
     ) -> mx.array:
         """What the network has after its blocks."""
-        seam = part.stack(step, rows or Part(0, len(x)))
-        known = seam.instead(x, mx.full((len(x),), 1000.0 - step if t is None else t), mask)
+        seam = part.block_cache(step, rows or CFGSlice(0, len(x)))
+        known = seam.cached_residual(x, mx.full((len(x),), 1000.0 - step if t is None else t), mask)
         if known is not None:
             return x + known
         self.calls.append(step)
         out = x + added
-        seam.computed(x, out)
+        seam.update(x, out)
         return out
 
 
@@ -83,7 +83,7 @@ def test_the_schedule_is_as_printed(
         "evaluations": steps,
         "evaluations_saved": steps - len(computed),
     }
-    assert sorted(part.skipped) == [i for i in range(steps) if i not in computed]
+    assert sorted(part.skipped_steps) == [i for i in range(steps) if i not in computed]
     assert part.summary() == (
         f"step_cache: the blocks ran in {len(computed)} of {steps} evaluations; "
         f"{steps - len(computed)} saved"
@@ -116,9 +116,9 @@ def test_every_sample_has_its_own_sum() -> None:
     part, stack = cache("every:2,warmup=1"), Stack()
     sums = mx.array([1.0, 5.0]).reshape(2, 1, 1, 1)
     x = ones(2)
-    seam = part.stack(0, Part(0, 2))
-    assert seam.instead(x, mx.array([9.0, 9.0]), None) is None
-    seam.computed(x, x + sums)
+    seam = part.block_cache(0, CFGSlice(0, 2))
+    assert seam.cached_residual(x, mx.array([9.0, 9.0]), None) is None
+    seam.update(x, x + sums)
     assert mx.array_equal(stack.run(part, 1, x, 0.0), x + sums)
     assert stack.calls == []
 
@@ -127,7 +127,7 @@ def test_halves_in_two_calls_share_the_decision() -> None:
     part, stack = cache("every:2,warmup=1"), Stack()
     for step in range(4):
         for first, added in ((0, 1.0), (1, 5.0)):
-            out = stack.run(part, step, ones(), added, rows=Part(first, 2))
+            out = stack.run(part, step, ones(), added, rows=CFGSlice(first, 2))
             assert mx.array_equal(out, (1 + added) * ones())
     assert stack.calls == [0, 0, 2, 2]
     assert part.record()["evaluations"] == 4
@@ -142,7 +142,7 @@ def test_sums_of_different_ages_are_not_mixed() -> None:
         assert mx.array_equal(stack.run(part, 2, ones(), 9.0), 3 * ones())
         if split:
             for first in (0, 1):
-                stack.run(part, 3, ones(), 4.0, rows=Part(first, 2))
+                stack.run(part, 3, ones(), 4.0, rows=CFGSlice(first, 2))
         else:
             stack.run(part, 3, ones(2), 4.0)
         assert set(stack.calls) == {0, 1, 3}
@@ -169,7 +169,7 @@ def moves(sizes: Sequence[float], threshold: float, warmup: int = 2) -> list[int
     for step, size in enumerate(sizes):
         x = size * ones()
         if not rule.reuses(step, x):
-            rule.computed(x, 3 * x)
+            rule.update(x, 3 * x)
             computed.append(step)
     return computed
 
@@ -201,7 +201,7 @@ def test_online_copes_with_tokens_that_stand_still() -> None:
 )
 def test_tensors_that_are_kept(text: str, guided: bool, tensors: float) -> None:
     text = text.replace("online,", "online:")
-    assert cache(text, replace(JOB, guided=guided)).tensors == tensors
+    assert cache(text, replace(JOB, guided=guided)).cached_residuals == tensors
 
 
 # On a network.
@@ -220,9 +220,9 @@ def path(network: STDiT3, part: StepCache | None, blocks: object = None) -> list
     conditions = network.prepare([text], nets.GRID, height=40, width=48, fps=24)
     found = []
     for step in range(JOB.steps):
-        stack = None if part is None else part.stack(step, Part(0, 1))
+        stack = None if part is None else part.block_cache(step, CFGSlice(0, 1))
         t = mx.array([1000.0 - 100 * step])
-        out = network(z, t, conditions, None, Context(blocks, stack=stack))  # type: ignore[arg-type]
+        out = network(z, t, conditions, None, Hooks(blocks, block_cache=stack))  # type: ignore[arg-type]
         mx.eval(out)
         found.append(out)
         z = z + 0.1 * out[..., : config.in_channels]

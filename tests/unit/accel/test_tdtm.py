@@ -11,9 +11,9 @@ import pytest
 from mlx.utils import tree_unflatten
 
 from mlx_sora.accel import tdtm
-from mlx_sora.accel.base import Job
+from mlx_sora.accel.base import ScheduleInfo
 from mlx_sora.accel.tdtm import MergedSteps, PairedFrames
-from mlx_sora.models.hooks import Context
+from mlx_sora.models.hooks import Hooks
 from mlx_sora.models.stdit3 import STDiT3
 from mlx_sora.request.modes import TDTM
 from tests.unit.accel.nets import STDIT, random_weights
@@ -62,7 +62,7 @@ def predict(
 ) -> mx.array:
     text = [mx.random.normal((n, STDIT.caption_channels), key=mx.random.key(n)) for n in (3, 7)]
     conditions = network.prepare(text, z.shape[1:4], height=40, width=48, fps=24)
-    context = Context(tokens=PairedFrames()) if merged else None
+    context = Hooks(token_merging=PairedFrames()) if merged else None
     out = network(z, mx.array([700.0, 300.0]), conditions, x_mask, context)
     mx.eval(out)
     return out
@@ -106,7 +106,7 @@ def test_the_mask_holds_for_single_frames_of_a_pair(network: STDiT3) -> None:
 def watched(part: MergedSteps, steps: int) -> MergedSteps:
     for index in range(steps):
         result: Any = SimpleNamespace(step=SimpleNamespace(index=index))
-        part.watch(result)
+        part.on_step_end(result)
     return part
 
 
@@ -114,8 +114,10 @@ def watched(part: MergedSteps, steps: int) -> MergedSteps:
     ("asked", "steps", "merged"), [("1", 6, 1), ("4", 6, 4), ("6", 6, 6), ("all", 6, 6)]
 )
 def test_the_first_steps_merge(asked: str, steps: int, merged: int) -> None:
-    part = tdtm.start(TDTM.read(asked), Job(steps, 1, 15))
-    assert [part.tokens(i) is not None for i in range(steps)] == [i < merged for i in range(steps)]
+    part = tdtm.start(TDTM.parse(asked), ScheduleInfo(steps, 1, 15))
+    assert [part.token_merging(i) is not None for i in range(steps)] == [
+        i < merged for i in range(steps)
+    ]
     assert part.warnings == ()
     record = watched(part, steps).record()
     assert record == {"merged_steps": merged, "frames": 15, "attending": 7}
@@ -123,19 +125,19 @@ def test_the_first_steps_merge(asked: str, steps: int, merged: int) -> None:
 
 
 def test_only_steps_that_were_made_count() -> None:
-    part = watched(tdtm.start(TDTM.read("15"), Job(30, 1, 20)), 4)
+    part = watched(tdtm.start(TDTM.parse("15"), ScheduleInfo(30, 1, 20)), 4)
     assert part.record()["merged_steps"] == 4
 
 
 def test_more_steps_than_there_are_is_said() -> None:
-    part = watched(tdtm.start(TDTM.read("31"), Job(30, 1, 20)), 30)
+    part = watched(tdtm.start(TDTM.parse("31"), ScheduleInfo(30, 1, 20)), 30)
     assert part.warnings == ("--tdtm 31 covers all of the 30 steps.",)
     assert part.record()["merged_steps"] == 30
 
 
 def test_an_image_has_nothing_to_merge() -> None:
-    part = watched(tdtm.start(TDTM.read("all"), Job(30, 1, 1)), 30)
+    part = watched(tdtm.start(TDTM.parse("all"), ScheduleInfo(30, 1, 1)), 30)
     assert "single frame" in part.warnings[0]
-    assert part.tokens(0) is None
+    assert part.token_merging(0) is None
     assert part.record() == {"merged_steps": 0, "frames": 1, "attending": 1}
     assert "no frames merged" in part.summary()

@@ -144,13 +144,13 @@ def test_loops_share_frames_without_repeating_them(pipe: Pipeline) -> None:
 
 def test_a_given_latent_ends_one_clip_and_begins_the_next(pipe: Pipeline) -> None:
     """With nothing made anew, a clip's first frames are the last of the one before it."""
-    from mlx_sora.conditioning.latents import Given
-    from mlx_sora.pipeline.settings import settle
+    from mlx_sora.conditioning.latents import ConditioningLatents
+    from mlx_sora.pipeline.settings import resolve
     from mlx_sora.sampling.noise import Noise
 
     request = GenerationRequest(prompt="p", seed=1, loop=3, num_frames=34)
-    media = settle(request, pipe.model)[0].media
-    given, shape = Given(media, (10, 8, 8), 4), (10, 8, 8, 4)
+    media = resolve(request, pipe.model)[0].media
+    given, shape = ConditioningLatents(media, (10, 8, 8), 4), (10, 8, 8, 4)
     z, conditioning = given.begin(0, Noise([1], shape, 0))
     assert conditioning is None
     given.keep(0, z)

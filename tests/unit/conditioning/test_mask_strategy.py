@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from mlx_sora.conditioning.mask_strategy import (
-    Placement,
+    MaskGroup,
     continuations,
     parse_mask_strategy,
 )
@@ -14,14 +14,14 @@ from mlx_sora.errors import UsageError
 
 def test_defaults_fill_the_end_of_a_group() -> None:
     assert parse_mask_strategy("1;0,1,0,-1,2,0.5") == [
-        Placement(loop=1),
-        Placement(reference=1, target_start=-1, length=2, edit=0.5),
+        MaskGroup(loop=1),
+        MaskGroup(reference=1, target_start=-1, length=2, edit=0.5),
     ]
     assert parse_mask_strategy(None) == parse_mask_strategy("") == []
 
 
 def test_text_and_placement_are_one() -> None:
-    placement = Placement(2, 1, -5, 0, 5, 0.25)
+    placement = MaskGroup(2, 1, -5, 0, 5, 0.25)
     assert parse_mask_strategy(str(placement)) == [placement]
 
 

@@ -9,12 +9,12 @@ import pytest
 from PIL import Image
 
 from mlx_sora.conditioning.clips import Clips
-from mlx_sora.conditioning.latents import tasks
+from mlx_sora.conditioning.latents import encode_tasks
 from mlx_sora.conditioning.media import Media, plan_media, shown_by_latent
 from mlx_sora.errors import UsageError
 from mlx_sora.geometry import Size, latent_frames
 from mlx_sora.request.generation import GenerationRequest
-from mlx_sora.text.prompt import Settings
+from mlx_sora.text.prompt import PromptDirectives
 from mlx_sora.utils.files import sha256
 from mlx_sora.video.writer import save_frames
 
@@ -41,7 +41,7 @@ def inside(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def media(clips: Clips = Clips(51), **options: object) -> Media:  # noqa: B008
     request = GenerationRequest.from_dict({"prompt": "p", **options})
-    return plan_media(request, Settings(), clips, SIZE, 24)
+    return plan_media(request, PromptDirectives(), clips, SIZE, 24)
 
 
 def kept(mask: list[float]) -> list[int]:
@@ -89,7 +89,7 @@ def test_a_video_keeps_the_latents_it_shows_whole(video: list[object], latents: 
 def test_two_videos_are_connected() -> None:
     both = media(videos=["clip.mp4", ["clip.mp4", "after"]])
     assert kept(both.mask(0)) == [0, 1, 2, 3, 4, 10, 11, 12, 13, 14]
-    first, last = both.patches
+    first, last = both.media_clips
     assert (first.start, last.start) == (23, 0)
 
 
@@ -100,7 +100,7 @@ def test_strength_is_what_is_not_made_anew() -> None:
 def test_frames_are_counted_over_all_clips() -> None:
     clips = Clips(51, 3, 17)
     plan = media(clips, images=[["a.png", 60], ["b.png", "last"]])
-    assert [(p.clip, p.frames.start) for p in plan.patches] == [(1, 26), (2, 50)]
+    assert [(p.clip, p.frames.start) for p in plan.media_clips] == [(1, 26), (2, 50)]
     assert kept(plan.mask(0)) == []
     assert kept(plan.mask(1)) == [0, 1, 2, 3, 4, 8]
     assert kept(plan.mask(2)) == [0, 1, 2, 3, 4, 14]
@@ -109,7 +109,7 @@ def test_frames_are_counted_over_all_clips() -> None:
 
 def test_every_clip_begins_with_the_one_before() -> None:
     plan = media(Clips(51, 3, 17), references=["a.png"], mask_strategy="0;1,0,0,-1")
-    assert [str(p) for p in plan.placements] == [
+    assert [str(p) for p in plan.mask_groups] == [
         "0,0,0,0,1,0.0",
         "1,0,0,-1,1,0.0",
         "1,1,-5,0,5,0.0",
@@ -121,7 +121,7 @@ def test_every_clip_begins_with_the_one_before() -> None:
 
 def test_settings_in_the_prompt_come_first() -> None:
     request = GenerationRequest(prompt="p", references="b.png", mask_strategy="0")  # type: ignore[arg-type]
-    written = Settings("a.png;clip.mp4", "0,1,0,0,5")
+    written = PromptDirectives("a.png;clip.mp4", "0,1,0,0,5")
     plan = plan_media(request, written, Clips(51), SIZE, 24)
     assert [source.path for source in plan.references] == ["a.png", "clip.mp4"]
     assert kept(plan.mask(0)) == [0, 1, 2, 3, 4]
@@ -129,27 +129,27 @@ def test_settings_in_the_prompt_come_first() -> None:
 
 def test_only_chunks_that_are_needed_are_read() -> None:
     plan = media(images=["a.png", ["b.png", "last"]])
-    first, last = tasks(plan, SIZE)
+    first, last = encode_tasks(plan, SIZE)
     assert (first.latents, last.latents) == (range(5), range(10, 15))
     # Between given frames lie the nearest of them.
     assert [int(frame.mean()) for frame in first.read()] == [50] * 17
     assert [int(frame.mean()) for frame in last.read()] == [200] * 17
-    (still,) = tasks(media(references=["a.png"], mask_strategy="0"), SIZE)
+    (still,) = encode_tasks(media(references=["a.png"], mask_strategy="0"), SIZE)
     assert (still.latents, still.frames) == (range(1), 17)
-    (tail,) = tasks(media(references=["clip.mp4"], mask_strategy="0,0,5,0,5"), SIZE)
+    (tail,) = encode_tasks(media(references=["clip.mp4"], mask_strategy="0,0,5,0,5"), SIZE)
     assert (tail.latents, tail.frames) == (range(5, 10), 17)
     assert abs(float(tail.read()[0].mean()) - (40 + 4 * 17)) < 4
 
 
 def test_the_last_frames_of_a_video_are_laid_at_the_start() -> None:
-    (task,) = tasks(media(videos=[["clip.mp4", "before", 5]]), SIZE)
+    (task,) = encode_tasks(media(videos=[["clip.mp4", "before", 5]]), SIZE)
     pixels = task.read().mean(axis=(1, 2, 3))
     assert np.abs(pixels[:5] - (40 + 4 * np.arange(35, 40))).max() < 4
     assert np.abs(pixels[5:] - pixels[4]).max() == 0
 
 
 def test_a_single_image_is_encoded_alone() -> None:
-    (task,) = tasks(media(Clips(1), images=[["a.png", 0, 0.5]]), SIZE)
+    (task,) = encode_tasks(media(Clips(1), images=[["a.png", 0, 0.5]]), SIZE)
     assert (task.frames, task.latents) == (1, range(1))
 
 
@@ -166,7 +166,7 @@ def test_what_happens_to_media_is_said_and_recorded() -> None:
         "num_frames": 40,
     }
     request = GenerationRequest(prompt="p", videos="clip.mp4")  # type: ignore[arg-type]
-    (warning,) = plan_media(request, Settings(), Clips(51), SIZE, 12).warnings
+    (warning,) = plan_media(request, PromptDirectives(), Clips(51), SIZE, 12).warnings
     assert "24 frames per second" in warning
 
 

@@ -10,9 +10,9 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-from mlx_sora.distributed.heartbeat import Failure, Patience, Peers
+from mlx_sora.distributed.heartbeat import Failure, Heartbeat, Timeouts
 
-PATIENCE = Patience(beat=0.1, silence=2.0, idle=2.5, connect=20.0)
+PATIENCE = Timeouts(interval=0.1, silence=2.0, idle=2.5, connect=20.0)
 
 
 def main(rank: int, size: int, folder: Path, behaviour: str) -> None:
@@ -28,7 +28,7 @@ def main(rank: int, size: int, folder: Path, behaviour: str) -> None:
         os.write(1, json.dumps(asdict(failure)).encode())
         os._exit(failure.exit_code)
 
-    peers = Peers(rank, size, share, stop, PATIENCE)
+    peers = Heartbeat(rank, size, share, stop, PATIENCE)
     peers.progress()
     time.sleep(0.3)
     if behaviour == "dies":

@@ -6,39 +6,49 @@ import math
 
 import pytest
 
-from mlx_sora.distributed.cost_model import LINKS, Chip, Link, chips, foretell, read_chip, read_link
+from mlx_sora.distributed.cost_model import (
+    LINKS,
+    Chip,
+    Link,
+    chips,
+    estimate_step,
+    read_chip,
+    read_link,
+)
 from mlx_sora.errors import UsageError
 from mlx_sora.geometry import Size, plan_geometry
 from mlx_sora.memory.estimate import shape_sizes
-from mlx_sora.memory.plan import Job, Model
+from mlx_sora.memory.plan import ModelSizes, Workload
 
 CHIP = Chip("test", 1e13, math.inf)
 FREE = Link("free", math.inf, 0.0)
 
 
 @pytest.fixture(scope="module")
-def model() -> Model:
+def model() -> ModelSizes:
     return shape_sizes(2)
 
 
-def job(frames: int = 51, guided: bool = True) -> Job:
-    return Job(plan_geometry(Size(426, 240), frames), 60, 30, guided=guided)
+def job(frames: int = 51, guided: bool = True) -> Workload:
+    return Workload(plan_geometry(Size(426, 240), frames), 60, 30, guided=guided)
 
 
-def test_without_cost_of_exchange_work_is_divided(model: Model) -> None:
-    alone = foretell(model, job(), CHIP, FREE, 1)[0]
+def test_without_cost_of_exchange_work_is_divided(model: ModelSizes) -> None:
+    alone = estimate_step(model, job(), CHIP, FREE, 1)[0]
     assert alone.exchanging == alone.sent == 0
-    two = foretell(model, job(), CHIP, FREE, 2)
-    assert [way.division.halves for way in two] == [2, 1], "15 frames do not divide evenly by two"
+    two = estimate_step(model, job(), CHIP, FREE, 2)
+    assert [way.division.cfg_degree for way in two] == [2, 1], (
+        "15 frames do not divide evenly by two"
+    )
     assert two[0].seconds == pytest.approx(alone.seconds / 2)
     # 15 latent frames in 8 and 7; places are even.
     assert two[1].seconds == pytest.approx(alone.seconds * (8 / 15 + 1 / 2) / 2, rel=0.01)
 
 
-def test_the_formula_in_the_docstring(model: Model) -> None:
+def test_the_formula_in_the_docstring(model: ModelSizes) -> None:
     link = Link("slow", 1e8, 0.01)
-    halves, frames = foretell(model, job(), CHIP, link, 2)
-    assert halves.division.halves == 2
+    halves, frames = estimate_step(model, job(), CHIP, link, 2)
+    assert halves.division.cfg_degree == 2
     assert halves.exchanging == pytest.approx(halves.sent / 1e8 + 0.01)
     # Two swaps per pair of blocks but for the last, and what comes out.
     assert frames.exchanging == pytest.approx(frames.sent / 1e8 + (2 * 28 - 1 + 1) * 0.01)
@@ -46,14 +56,14 @@ def test_the_formula_in_the_docstring(model: Model) -> None:
     assert frames.sent > 100 * halves.sent
 
 
-def test_without_guidance_only_frames_and_places_can_be_divided(model: Model) -> None:
-    ways = foretell(model, job(guided=False), CHIP, LINKS[0], 4)
-    assert [way.division.halves for way in ways] == [1]
+def test_without_guidance_only_frames_and_places_can_be_divided(model: ModelSizes) -> None:
+    ways = estimate_step(model, job(guided=False), CHIP, LINKS[0], 4)
+    assert [way.division.cfg_degree for way in ways] == [1]
 
 
-def test_weights_are_read_by_every_rank(model: Model) -> None:
+def test_weights_are_read_by_every_rank(model: ModelSizes) -> None:
     slow = Chip("slow memory", math.inf, 1e9)
-    alone, both = (foretell(model, job(), slow, FREE, ranks)[0].seconds for ranks in (1, 2))
+    alone, both = (estimate_step(model, job(), slow, FREE, ranks)[0].seconds for ranks in (1, 2))
     weights = model.transformer_weights.total / 1e9
     assert both - weights == pytest.approx((alone - weights) / 2)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from mlx_sora.distributed import heartbeat as peers
-from mlx_sora.distributed.heartbeat import Patience, Peers
+from mlx_sora.distributed.heartbeat import Heartbeat, Timeouts
 from mlx_sora.errors import MlxSoraError
 
 CHILD = (sys.executable, "-m", "tests.unit.distributed.heartbeat_child")
@@ -67,7 +67,7 @@ def test_slow_ranks_and_such_that_are_done_are_left_alone(tmp_path: Path) -> Non
 
 def test_a_rank_that_never_comes_is_named() -> None:
     with pytest.raises(MlxSoraError, match=r"Rank 1, 2 did not find rank 0\. Let them"):
-        Peers(0, 3, lambda own: [own] * 3, lambda failure: None, Patience(connect=0.2))
+        Heartbeat(0, 3, lambda own: [own] * 3, lambda failure: None, Timeouts(connect=0.2))
 
 
 @pytest.mark.parametrize(("share", "still"), [(0.0024, True), (0.1, False)])
@@ -76,8 +76,8 @@ def test_sampling_memory_all_the_while_is_no_work(
 ) -> None:
     now = 0.0
     monkeypatch.setattr(peers.time, "monotonic", lambda: now)
-    life = peers._Life()
+    life = peers.PeerState()
     for beat in range(60):
         now = float(beat)
-        life.told(0, 0, 5.0 + share * beat)
+        life.record_heartbeat(0, 0, 5.0 + share * beat)
     assert (life.moved == 0.0) is still

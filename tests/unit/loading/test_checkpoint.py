@@ -11,8 +11,8 @@ import pytest
 from mlx import nn
 
 from mlx_sora.errors import WeightsError
-from mlx_sora.loading.checkpoint import Checkpoint, fill
-from mlx_sora.models.key_map import KeyMap, Rule
+from mlx_sora.loading.checkpoint import Checkpoint, load_weights
+from mlx_sora.models.key_map import KeyMap, KeyRule
 
 
 class Net(nn.Module):
@@ -56,7 +56,7 @@ def test_every_layout_fills_the_module(tmp_path: Path, layout: str) -> None:
     )
     checkpoint = Checkpoint.open(path.parent if "folder" in layout else path)
     net = Net()
-    fill(net, checkpoint, KeyMap())
+    load_weights(net, checkpoint, KeyMap())
     assert mx.array_equal(net.a.weight, tensors()["a.weight"])
     assert mx.array_equal(net.table, tensors()["table"])
     assert checkpoint.nbytes == (6 + 2 + 12) * 4
@@ -79,13 +79,13 @@ def test_rules_rename_permute_and_ignore() -> None:
 
     keys = KeyMap(
         (
-            Rule(r"old\.weight", "kernel", axes=(0, 2, 3, 1), flatten=True),
-            Rule(r"junk.*", ignore=True),
+            KeyRule(r"old\.weight", "kernel", axes=(0, 2, 3, 1), flatten=True),
+            KeyRule(r"junk.*", ignore=True),
         )
     )
     weight = mx.arange(24, dtype=mx.float32).reshape(2, 3, 2, 2)
     net = Conv()
-    fill(net, {"old.weight": weight, "junk.1": mx.zeros(1)}, keys)
+    load_weights(net, {"old.weight": weight, "junk.1": mx.zeros(1)}, keys)
     assert mx.array_equal(net.kernel, weight.transpose(0, 2, 3, 1).reshape(2, 12))
 
 
@@ -93,13 +93,15 @@ def test_optional_parameter_keeps_its_default() -> None:
     weights = tensors()
     del weights["table"]
     net = Net()
-    fill(net, weights, KeyMap(optional=frozenset({"table"})))
+    load_weights(net, weights, KeyMap(optional=frozenset({"table"})))
     assert mx.array_equal(net.table, mx.zeros((4, 3)))
 
 
 def test_dtype_cast() -> None:
     net = Net()
-    fill(net, {k: v.astype(mx.float16) for k, v in tensors().items()}, KeyMap(), dtype=mx.float32)
+    load_weights(
+        net, {k: v.astype(mx.float16) for k, v in tensors().items()}, KeyMap(), dtype=mx.float32
+    )
     assert net.a.weight.dtype == mx.float32
 
 
@@ -119,15 +121,15 @@ def test_mismatch_names_file_key_expected_and_found(
     weights = {k: v for k, v in (tensors() | change).items() if v is not None}
     save(tmp_path, weights)
     with pytest.raises(WeightsError) as error:
-        fill(Net(), Checkpoint.open(tmp_path), KeyMap())
+        load_weights(Net(), Checkpoint.open(tmp_path), KeyMap())
     for word in [*words, str(tmp_path)]:
         assert word in str(error.value)
 
 
 def test_two_names_of_one_weight() -> None:
-    keys = KeyMap((Rule(r"copy", "table"),))
+    keys = KeyMap((KeyRule(r"copy", "table"),))
     with pytest.raises(WeightsError, match="second copy"):
-        fill(Net(), tensors() | {"copy": mx.zeros((4, 3))}, keys)
+        load_weights(Net(), tensors() | {"copy": mx.zeros((4, 3))}, keys)
 
 
 @pytest.mark.parametrize("keep", [0, 5, 8, 40, -1])

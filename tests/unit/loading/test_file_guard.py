@@ -15,7 +15,7 @@ from mlx_sora import Pipeline
 from mlx_sora.accel.cidl import BlockStream
 from mlx_sora.errors import WeightsError
 from mlx_sora.loading import file_guard as module
-from mlx_sora.loading.file_guard import SteadyFiles, read_all
+from mlx_sora.loading.file_guard import WeightFileGuard, read_all
 from mlx_sora.loading.model_folder import ModelFolder, find_model
 from mlx_sora.loading.networks import load_transformer, stream_transformer
 from mlx_sora.loading.safetensors import TensorInfo, load_tensors
@@ -58,7 +58,7 @@ def exchange(file: Path) -> None:
 
 def read_while(model: ModelFolder, harm: Callable[[Path], None]) -> STDiT3:
     """The transformer, read after its file has come to harm."""
-    with SteadyFiles(model.transformer).read():
+    with WeightFileGuard(model.transformer).read():
         network = load_transformer(model, mx.float32)
         harm(last_file(model.transformer))
         read_all(network)
@@ -85,11 +85,11 @@ def test_what_is_replaced_or_removed_is_read_as_it_was(
 
 
 def test_other_errors_pass(model: ModelFolder) -> None:
-    with pytest.raises(RuntimeError, match="mine"), SteadyFiles(model.transformer).read():
+    with pytest.raises(RuntimeError, match="mine"), WeightFileGuard(model.transformer).read():
         raise RuntimeError("mine")
     with (
         pytest.raises(WeightsError, match="Cannot read the weights"),
-        SteadyFiles(model.transformer).read(),
+        WeightFileGuard(model.transformer).read(),
     ):
         raise RuntimeError("[read] Unable to read from file.")
 

@@ -20,12 +20,12 @@ from mlx_sora.loading.networks import (
 )
 from mlx_sora.loading.quantization import (
     Quantization,
-    prepare,
-    quantizable,
+    insert_quantized_layers,
+    quantizable_linears,
     quantized_while_loading,
 )
 from mlx_sora.loading.sizes import model_sizes
-from mlx_sora.manage.conversion_plan import Choice
+from mlx_sora.manage.conversion_plan import ConversionOptions
 from mlx_sora.manage.convert import convert
 from mlx_sora.memory.limits import release
 from mlx_sora.models.quantized import QuantizedLinear
@@ -40,17 +40,17 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> ModelFolder:
     """Quantised to 8 bits."""
     root = tmp_path_factory.mktemp("models")
     (root / "plain").mkdir()
-    made = convert(write_model(root / "plain"), root / "q8", Choice(8))
+    made = convert(write_model(root / "plain"), root / "q8", ConversionOptions(8))
     return ModelFolder.open(made.path)
 
 
 def test_what_is_quantised() -> None:
-    layers = set(quantizable(T5Encoder(T5), Quantization(8)))
+    layers = set(quantizable_linears(T5Encoder(T5), Quantization(8)))
     block = ["SelfAttention.q", "SelfAttention.k", "SelfAttention.v", "SelfAttention.o"]
     names = {f"layer.0.{name}" for name in block}
     names |= {f"layer.1.DenseReluDense.{name}" for name in ("wi_0", "wi_1", "wo")}
     assert layers == {f"encoder.block.{i}.{name}" for i in range(3) for name in names}
-    layers = set(quantizable(STDiT3(STDIT), Quantization(8)))
+    layers = set(quantizable_linears(STDiT3(STDIT), Quantization(8)))
     names = {"attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"}
     names |= {f"cross_attn.{name}" for name in ("q_linear", "kv_linear", "proj")}
     kinds = ("spatial_blocks", "temporal_blocks")
@@ -61,7 +61,9 @@ def test_inputs_that_are_no_whole_groups_stay() -> None:
     """STDiT3-3B/2 has 1872 channels, of which only the wide inputs of fc2 divide by 64."""
     config = STDiT3Config(hidden_size=1872, num_heads=26, depth=1)
     kinds = ("spatial_blocks", "temporal_blocks")
-    assert set(quantizable(STDiT3(config), Quantization(4))) == {f"{k}.0.mlp.fc2" for k in kinds}
+    assert set(quantizable_linears(STDiT3(config), Quantization(4))) == {
+        f"{k}.0.mlp.fc2" for k in kinds
+    }
 
 
 @pytest.mark.parametrize(("bits", "error"), [(8, 0.006), (4, 0.095)])
@@ -141,7 +143,7 @@ def test_sizes(model: ModelFolder) -> None:
 
 def test_files_and_config_must_agree(model: ModelFolder, tmp_path: Path) -> None:
     plain = T5Encoder(T5, table=False)
-    prepare(plain, Quantization.read({}))
+    insert_quantized_layers(plain, Quantization.read({}))
     assert not any(isinstance(layer, QuantizedLinear) for layer in plain.modules())
     broken = ModelFolder(tmp_path, "test", model.defaults)
     (tmp_path / "transformer").mkdir()
@@ -164,7 +166,9 @@ def plain_model(tmp_path: Path, bits: int | None, dtype: mx.Dtype = mx.float32) 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.float16])
 def test_quantised_while_loading_as_if_converted(tmp_path: Path, dtype: mx.Dtype) -> None:
     plain = plain_model(tmp_path / "plain", 8, dtype)
-    converted = ModelFolder.open(convert(plain, tmp_path / "q8", Choice(8, "float32")).path)
+    converted = ModelFolder.open(
+        convert(plain, tmp_path / "q8", ConversionOptions(8, "float32")).path
+    )
     expected = list(nets.steps(load_transformer(converted, mx.float32)))
     whole = nets.steps(load_transformer(plain, mx.float32))
     network, source = stream_transformer(plain, mx.float32)

@@ -15,11 +15,11 @@ from mlx_sora.errors import UsageError, WeightsError
 from mlx_sora.loading.checkpoint import Checkpoint
 from mlx_sora.loading.model_folder import ModelFolder
 from mlx_sora.loading.networks import stream_text_encoder, stream_transformer
-from mlx_sora.manage.conversion_plan import PARTS, Choice, plan_part
-from mlx_sora.manage.convert import JOURNAL, Watch, convert, staging_of
+from mlx_sora.manage.conversion_plan import PARTS, ConversionOptions, plan_part
+from mlx_sora.manage.convert import JOURNAL, ProgressCallback, convert, staging_of
 from mlx_sora.manage.doctor import examine
 from mlx_sora.manage.provenance import FILE, Provenance
-from mlx_sora.manage.staging import only_one
+from mlx_sora.manage.staging import exclusive
 from mlx_sora.memory.limits import release
 from tests.full_size import write_published
 from tests.unit.accel import nets
@@ -33,7 +33,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> ModelFolder:
     return write_model(tmp_path_factory.mktemp("plain"))
 
 
-def stopping_at(shard: int) -> Watch:
+def stopping_at(shard: int) -> ProgressCallback:
     """Interrupts when so many shards of the transformer are done."""
     seen = set[int]()
 
@@ -46,9 +46,15 @@ def stopping_at(shard: int) -> Watch:
 
 
 @pytest.mark.parametrize(
-    "choice", [Choice(), Choice(8), Choice(4, "float32"), Choice(8, "bfloat16")]
+    "choice",
+    [
+        ConversionOptions(),
+        ConversionOptions(8),
+        ConversionOptions(4, "float32"),
+        ConversionOptions(8, "bfloat16"),
+    ],
 )
-def test_one_file_per_block(model: ModelFolder, tmp_path: Path, choice: Choice) -> None:
+def test_one_file_per_block(model: ModelFolder, tmp_path: Path, choice: ConversionOptions) -> None:
     made = ModelFolder.open(convert(model, tmp_path / "made", choice).path)
     for source in (
         stream_text_encoder(made, mx.float32)[2],
@@ -67,7 +73,7 @@ def test_one_file_per_block(model: ModelFolder, tmp_path: Path, choice: Choice) 
 
 
 def test_values_that_are_not_asked_to_change_do_not(model: ModelFolder, tmp_path: Path) -> None:
-    made = convert(model, tmp_path / "made", Choice()).path
+    made = convert(model, tmp_path / "made", ConversionOptions()).path
     for part in PARTS:
         before, after = tensors(model, part), tensors(made, part)
         assert before.keys() == after.keys()
@@ -77,7 +83,7 @@ def test_values_that_are_not_asked_to_change_do_not(model: ModelFolder, tmp_path
 
 
 def test_quantised_are_linear_layers_alone(model: ModelFolder, tmp_path: Path) -> None:
-    made = convert(model, tmp_path / "made", Choice(8)).path
+    made = convert(model, tmp_path / "made", ConversionOptions(8)).path
     assert {k: v.dtype for k, v in tensors(made, "vae").items()} == {
         k: v.dtype for k, v in tensors(model, "vae").items()
     }
@@ -107,7 +113,7 @@ def test_quantised_are_linear_layers_alone(model: ModelFolder, tmp_path: Path) -
 
 
 def test_what_is_written_beside(model: ModelFolder, tmp_path: Path) -> None:
-    made = convert(model, tmp_path / "made", Choice(8)).path
+    made = convert(model, tmp_path / "made", ConversionOptions(8)).path
     assert (made / "tokenizer/spiece.model").read_bytes() == model.tokenizer.read_bytes()
     known = Provenance.read(made)
     assert known is not None
@@ -115,7 +121,7 @@ def test_what_is_written_beside(model: ModelFolder, tmp_path: Path) -> None:
     assert known.conversion["source"] == str(model.path)
     names = {f.relative_to(made).as_posix() for f in made.rglob("*") if f.is_file()}
     assert names == {*known.files, FILE}
-    assert known.altered(made, lambda *_: None) == []
+    assert known.wrong_checksum(made, lambda *_: None) == []
     assert not staging_of(made).exists()
 
 
@@ -124,7 +130,7 @@ def test_an_interrupted_conversion_loads_nowhere_and_goes_on(
 ) -> None:
     target, staging = tmp_path / "made", staging_of(tmp_path / "made")
     with pytest.raises(KeyboardInterrupt):
-        convert(model, target, Choice(8), watch=stopping_at(1))
+        convert(model, target, ConversionOptions(8), watch=stopping_at(1))
     assert not target.exists()
     for folder in (staging, staging / "text_encoder", staging / "transformer"):
         with pytest.raises(WeightsError):
@@ -139,10 +145,10 @@ def test_an_interrupted_conversion_loads_nowhere_and_goes_on(
     damaged.write_bytes(content)
     (staging / "stray").write_text("of another attempt")
     kept = {file: file.stat().st_mtime_ns for file in finished if file != damaged}
-    made = convert(model, target, Choice(8))
+    made = convert(model, target, ConversionOptions(8))
     assert made.kept == len(kept)
     assert kept == {f: (target / f.relative_to(staging)).stat().st_mtime_ns for f in kept}
-    fresh = convert(model, tmp_path / "fresh", Choice(8)).path
+    fresh = convert(model, tmp_path / "fresh", ConversionOptions(8)).path
     for part in PARTS:
         expected = tensors(fresh, part)
         assert all(mx.array_equal(v, expected[k]).item() for k, v in tensors(target, part).items())
@@ -155,47 +161,49 @@ def test_what_is_of_another_attempt_is_not_kept(
 ) -> None:
     target = tmp_path / "made"
     with pytest.raises(KeyboardInterrupt):
-        convert(model, target, Choice(8), watch=stopping_at(1))
+        convert(model, target, ConversionOptions(8), watch=stopping_at(1))
     (staging_of(target) / JOURNAL).write_text(journal)
-    assert convert(model, target, Choice(8)).kept == 0
-    assert convert(model, target, Choice(8)).changed is False
+    assert convert(model, target, ConversionOptions(8)).kept == 0
+    assert convert(model, target, ConversionOptions(8)).changed is False
 
 
 def test_nothing_is_replaced_unasked(model: ModelFolder, tmp_path: Path) -> None:
-    made = convert(model, tmp_path / "made", Choice(8)).path
+    made = convert(model, tmp_path / "made", ConversionOptions(8)).path
     with pytest.raises(UsageError, match="exists"):
-        convert(model, made, Choice(4))
+        convert(model, made, ConversionOptions(4))
     assert json.loads((made / "transformer/config.json").read_text())["quantization"]["bits"] == 8
     (made / "notes.txt").write_text("mine")
     with pytest.raises(WeightsError, match=r"notes\.txt"):
-        convert(model, made, Choice(4), overwrite=True)
+        convert(model, made, ConversionOptions(4), overwrite=True)
     (made / "notes.txt").unlink()
-    convert(model, made, Choice(4), overwrite=True)
+    convert(model, made, ConversionOptions(4), overwrite=True)
     assert json.loads((made / "transformer/config.json").read_text())["quantization"]["bits"] == 4
     other = tmp_path / "other"
     other.mkdir()
     (other / "precious").write_text("mine")
     with pytest.raises(UsageError, match="no model that this program made"):
-        convert(model, other, Choice(4), overwrite=True)
+        convert(model, other, ConversionOptions(4), overwrite=True)
     assert (other / "precious").read_text() == "mine"
 
 
 def test_a_damaged_conversion_is_repeated(model: ModelFolder, tmp_path: Path) -> None:
-    made = convert(model, tmp_path / "made", Choice(8)).path
-    assert not convert(model, made, Choice(8), check=True).changed
+    made = convert(model, tmp_path / "made", ConversionOptions(8)).path
+    assert not convert(model, made, ConversionOptions(8), check=True).changed
     file = made / "transformer/model-00001-of-00004.safetensors"
     content = file.read_bytes()
     file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    assert not convert(model, made, Choice(8)).changed
-    assert convert(model, made, Choice(8), check=True).changed
+    assert not convert(model, made, ConversionOptions(8)).changed
+    assert convert(model, made, ConversionOptions(8), check=True).changed
     assert file.read_bytes() == content
     file.write_bytes(content[:-1])
-    assert convert(model, made, Choice(8)).changed
+    assert convert(model, made, ConversionOptions(8)).changed
     assert file.read_bytes() == content
 
 
 def quantised(model: ModelFolder, tmp_path: Path) -> tuple[ModelFolder, Path]:
-    return ModelFolder.open(convert(model, tmp_path / "q", Choice(8)).path), tmp_path / "made"
+    return ModelFolder.open(
+        convert(model, tmp_path / "q", ConversionOptions(8)).path
+    ), tmp_path / "made"
 
 
 def inside(model: ModelFolder, tmp_path: Path) -> tuple[ModelFolder, Path]:
@@ -224,7 +232,7 @@ def test_refused(
 ) -> None:
     source, target = make(model, tmp_path)
     with pytest.raises(UsageError, match=says):
-        convert(source, target, Choice(8))
+        convert(source, target, ConversionOptions(8))
     assert not target.exists()
     assert not staging_of(target).exists()
 
@@ -239,7 +247,7 @@ def test_nan_is_not_quantised(model: ModelFolder, tmp_path: Path) -> None:
     arrays[key][3, 5] = float("nan")
     mx.save_safetensors(str(file), arrays)
     with pytest.raises(WeightsError, match=rf"{key} .* holds NaN"):
-        convert(ModelFolder.open(root), tmp_path / "made", Choice(8))
+        convert(ModelFolder.open(root), tmp_path / "made", ConversionOptions(8))
     assert not (tmp_path / "made").exists()
 
 
@@ -248,7 +256,7 @@ def test_a_full_disk_is_noticed_first(
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9, 9, 1000))
     with pytest.raises(WeightsError, match="free") as error:
-        convert(model, tmp_path / "made", Choice(8))
+        convert(model, tmp_path / "made", ConversionOptions(8))
     assert "another disk" in error.value.fix
     assert not list(tmp_path.rglob("*.safetensors"))
 
@@ -256,9 +264,9 @@ def test_a_full_disk_is_noticed_first(
 def test_two_at_once(model: ModelFolder, tmp_path: Path) -> None:
     target = tmp_path / "made"
     running = pytest.raises(WeightsError, match="Another conversion into .* is running")
-    with only_one(staging_of(target), "conversion"), running:
-        convert(model, target, Choice(8))
-    assert convert(model, target, Choice(8)).changed
+    with exclusive(staging_of(target), "conversion"), running:
+        convert(model, target, ConversionOptions(8))
+    assert convert(model, target, ConversionOptions(8)).changed
 
 
 @pytest.mark.parametrize("layers", [3, 12])
@@ -274,7 +282,7 @@ def test_memory_is_that_of_two_blocks(tmp_path: Path, layers: int) -> None:
     release()
     before = mx.get_active_memory()
     mx.reset_peak_memory()
-    convert(model, tmp_path / "made", Choice(8))
+    convert(model, tmp_path / "made", ConversionOptions(8))
     peak = mx.get_peak_memory() - before
     assert peak < 2 * block
     assert mx.get_active_memory() - before < 1 << 16
@@ -284,7 +292,8 @@ def test_full_size_on_disk(tmp_path: Path) -> None:
     """The published shapes, from headers alone: what 8 and 4 bits take."""
     model = ModelFolder.open(write_published(tmp_path))
     sizes = {
-        (part, bits): sum(shard.nbytes for shard in plan_part(model, part, Choice(bits))) / 1e9
+        (part, bits): sum(shard.nbytes for shard in plan_part(model, part, ConversionOptions(bits)))
+        / 1e9
         for part in ("text_encoder", "transformer")
         for bits in (8, 4)
     }
@@ -292,7 +301,7 @@ def test_full_size_on_disk(tmp_path: Path) -> None:
     assert sizes["transformer", 8] < 1.4
     assert sizes["text_encoder", 4] < 2.9
     assert sizes["transformer", 4] < 0.8
-    shards = plan_part(model, "text_encoder", Choice(8))
+    shards = plan_part(model, "text_encoder", ConversionOptions(8))
     assert len(shards) == 24 + 1
     assert max(shard.nbytes for shard in shards[:-1]) < 1.01 * min(s.nbytes for s in shards[:-1])
     assert "encoder.embed_tokens.weight" not in {c.key for shard in shards for c in shard.changes}

@@ -45,17 +45,17 @@ def test_damage_is_found(tmp_path: Path) -> None:
     seen: list[tuple[str, int, int]] = []
 
     def altered() -> list[str]:
-        return provenance.altered(tmp_path, lambda *progress: seen.append(progress))
+        return provenance.wrong_checksum(tmp_path, lambda *progress: seen.append(progress))
 
-    assert provenance.missized(tmp_path) == altered() == []
+    assert provenance.wrong_size(tmp_path) == altered() == []
     assert {(name, done) for name, done, _ in seen} == {(n, len(c)) for n, c in CONTENT.items()}
     weights = tmp_path / "vae/model.safetensors"
     weights.write_bytes(CONTENT["vae/model.safetensors"][:-1] + b"S")
-    assert provenance.missized(tmp_path) == []
+    assert provenance.wrong_size(tmp_path) == []
     assert altered() == ["vae/model.safetensors"]
     weights.write_bytes(b"")
     (tmp_path / "vae/config.json").unlink()
-    assert sorted(provenance.missized(tmp_path)) == altered() == sorted(CONTENT)
+    assert sorted(provenance.wrong_size(tmp_path)) == altered() == sorted(CONTENT)
 
 
 def test_checksums_are_those_of_lfs_and_git(tmp_path: Path) -> None:

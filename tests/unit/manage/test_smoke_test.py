@@ -11,10 +11,10 @@ import pytest
 from mlx_sora.loading.checkpoint import Checkpoint
 from mlx_sora.loading.safetensors import read_header
 from mlx_sora.manage import smoke_test as trial
-from mlx_sora.manage.smoke_test import Values, first_block, scan
+from mlx_sora.manage.smoke_test import ValueCounts, first_block, scan
 
 
-def tensors(folder: Path, **arrays: mx.array) -> dict[str, Values]:
+def tensors(folder: Path, **arrays: mx.array) -> dict[str, ValueCounts]:
     path = folder / "model.safetensors"
     mx.save_safetensors(str(path), arrays)
     return {key: scan(info) for key, info in read_header(path).items()}
@@ -37,16 +37,18 @@ def test_every_bad_value_is_counted(
         none=mx.zeros((0, 3)).astype(dtype),
     )
     assert found == {
-        "good": Values(),
-        "bad": Values(nan=2, inf=3),
-        "last": Values(nan=1),
-        "zero": Values(empty=True),
-        "none": Values(),
+        "good": ValueCounts(),
+        "bad": ValueCounts(nan=2, inf=3),
+        "last": ValueCounts(nan=1),
+        "zero": ValueCounts(empty=True),
+        "none": ValueCounts(),
     }
 
 
 def test_other_types_are_let_pass(tmp_path: Path) -> None:
-    assert tensors(tmp_path, packed=mx.full((3,), 0xFFFFFFFF, mx.uint32)) == {"packed": Values()}
+    assert tensors(tmp_path, packed=mx.full((3,), 0xFFFFFFFF, mx.uint32)) == {
+        "packed": ValueCounts()
+    }
 
 
 def test_a_large_tensor_needs_little_memory(tmp_path: Path) -> None:
@@ -55,7 +57,7 @@ def test_a_large_tensor_needs_little_memory(tmp_path: Path) -> None:
     info = read_header(path)["large"]
     tracemalloc.start()
     try:
-        assert scan(info) == Values()
+        assert scan(info) == ValueCounts()
         assert tracemalloc.get_traced_memory()[1] < info.nbytes // 3
     finally:
         tracemalloc.stop()

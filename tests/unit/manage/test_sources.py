@@ -8,7 +8,7 @@ from mlx_sora.errors import UsageError, WeightsError
 from mlx_sora.manage.sources import (
     PARTS,
     SOURCES,
-    Source,
+    PartSource,
     choose_endpoint,
     choose_files,
     choose_sources,
@@ -40,16 +40,16 @@ def test_the_published_repositories() -> None:
 )
 def test_overrides(text: str, expected: tuple[str, str, str | None]) -> None:
     chosen = choose_sources([f"text_encoder={text}"], {})
-    assert chosen[2] == Source("text_encoder", *expected)
+    assert chosen[2] == PartSource("text_encoder", *expected)
     assert chosen[:2] == SOURCES[:2]
     assert chosen[3] == SOURCES[3]
 
 
 def test_the_flag_refines_the_environment() -> None:
     environment = {"MLX_SORA_SOURCE_VAE": "a/b@v1:x"}
-    assert choose_sources((), environment)[1] == Source("vae", "a/b", "x", "v1")
-    assert choose_sources(["vae=@v2"], environment)[1] == Source("vae", "a/b", "x", "v2")
-    assert choose_sources(["vae=c/d"], environment)[1] == Source("vae", "c/d", "x", None)
+    assert choose_sources((), environment)[1] == PartSource("vae", "a/b", "x", "v1")
+    assert choose_sources(["vae=@v2"], environment)[1] == PartSource("vae", "a/b", "x", "v2")
+    assert choose_sources(["vae=c/d"], environment)[1] == PartSource("vae", "c/d", "x", None)
 
 
 @pytest.mark.parametrize(
@@ -88,7 +88,7 @@ def test_weights_are_one_set(names: list[str], weights: list[str], folder: str) 
     start = f"{folder}/" if folder else ""
     listed = [start + name for name in ["config.json", *names]]
     listed += ["elsewhere/model.safetensors", "README.md", f"{start}deeper/model.safetensors"]
-    chosen = choose_files(Source("vae", "a/b", folder), listed)
+    chosen = choose_files(PartSource("vae", "a/b", folder), listed)
     assert chosen == [start + name for name in ["config.json", *weights]]
 
 
@@ -108,12 +108,12 @@ def test_weights_are_one_set(names: list[str], weights: list[str], folder: str) 
 )
 def test_weights_that_cannot_be_chosen(names: list[str], words: str) -> None:
     with pytest.raises(WeightsError, match=words) as error:
-        choose_files(Source("vae", "a/b"), ["config.json", *names])
+        choose_files(PartSource("vae", "a/b"), ["config.json", *names])
     assert "--source vae=" in error.value.fix or "incomplete" in error.value.fix
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=str)
-def test_what_else_is_needed(source: Source) -> None:
+def test_what_else_is_needed(source: PartSource) -> None:
     with pytest.raises(WeightsError, match=r"config\.json|spiece\.model") as error:
         choose_files(source, [f"{source.folder}/model.safetensors".lstrip("/")])
     assert "FOLDER" in error.value.fix

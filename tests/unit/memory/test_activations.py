@@ -11,7 +11,7 @@ from mlx.utils import tree_map
 
 from mlx_sora.geometry import Size
 from mlx_sora.memory.activations import (
-    Mode,
+    ExecutionMode,
     keys_values,
     spatial_work,
     temporal_work,
@@ -20,7 +20,7 @@ from mlx_sora.memory.activations import (
 )
 from mlx_sora.memory.flops import Grid
 from mlx_sora.models import ops
-from mlx_sora.models.hooks import Context, Whole
+from mlx_sora.models.hooks import Hooks, Unsharded
 from mlx_sora.models.stdit3 import STDiT3, STDiT3Config
 from mlx_sora.models.t5 import T5Config, T5Encoder
 from mlx_sora.models.vae import VAEConfig, VideoVAE
@@ -37,10 +37,10 @@ VAE = VAEConfig(
 
 
 @pytest.fixture(autouse=True, params=[True, False], ids=["throttled", "free"])
-def mode(request: pytest.FixtureRequest) -> Iterator[Mode]:
+def mode(request: pytest.FixtureRequest) -> Iterator[ExecutionMode]:
     limit = mx.set_memory_limit(0) if request.param else None
     cache = mx.set_cache_limit(256 << 20)
-    yield Mode(throttled=request.param)
+    yield ExecutionMode(throttled=request.param)
     mx.set_cache_limit(cache)
     if limit is not None:
         mx.set_memory_limit(limit)
@@ -78,7 +78,7 @@ def close(predicted: int, measured: int, slack: float = 1.7) -> bool:
 
 
 @pytest.mark.parametrize(("batch", "frames"), [(2, 8)])
-def test_transformer(mode: Mode, batch: int, frames: int) -> None:
+def test_transformer(mode: ExecutionMode, batch: int, frames: int) -> None:
     config = STDiT3Config(hidden_size=128, depth=1, num_heads=2, caption_channels=32)
     network = STDiT3(config)
     filled(network)
@@ -92,7 +92,7 @@ def test_transformer(mode: Mode, batch: int, frames: int) -> None:
     assert grid.size == batch * frames * 256
     before = mx.get_active_memory()
     measured = (
-        peak(lambda: network._blocks(x, modulation, conditions, Context(), Whole())) + x.nbytes
+        peak(lambda: network._blocks(x, modulation, conditions, Hooks(), Unsharded())) + x.nbytes
     )
     # The constant for pieces weighs more here than at full size.
     assert close(transformer_work(config, grid, mode), measured, 3)
@@ -101,7 +101,7 @@ def test_transformer(mode: Mode, batch: int, frames: int) -> None:
 
 
 @pytest.mark.parametrize("tokens", [60, 300])
-def test_text_encoder(mode: Mode, tokens: int) -> None:
+def test_text_encoder(mode: ExecutionMode, tokens: int) -> None:
     config = T5Config(d_model=256, d_kv=32, d_ff=640, num_layers=2, num_heads=8)
     network = T5Encoder(config, table=False)
     filled(network)
@@ -112,7 +112,7 @@ def test_text_encoder(mode: Mode, tokens: int) -> None:
 
 
 @pytest.mark.parametrize(("frames", "rows", "columns"), [(1, 24, 32), (3, 16, 16)])
-def test_spatial_decoder(mode: Mode, frames: int, rows: int, columns: int) -> None:
+def test_spatial_decoder(mode: ExecutionMode, frames: int, rows: int, columns: int) -> None:
     network = VideoVAE(VAE, ("decoder",)).spatial_vae
     filled(network)
     z = mx.zeros((frames, rows, columns, 4))
@@ -122,7 +122,7 @@ def test_spatial_decoder(mode: Mode, frames: int, rows: int, columns: int) -> No
 
 
 @pytest.mark.parametrize("tiles", [2, 3])
-def test_spatial_decoder_in_tiles(mode: Mode, tiles: int) -> None:
+def test_spatial_decoder_in_tiles(mode: ExecutionMode, tiles: int) -> None:
     network = VideoVAE(VAE, ("decoder",)).spatial_vae
     filled(network)
     z = mx.zeros((1, 24, 32, 4))
@@ -132,7 +132,7 @@ def test_spatial_decoder_in_tiles(mode: Mode, tiles: int) -> None:
 
 
 @pytest.mark.parametrize(("frames", "rows", "columns"), [(17, 18, 20), (17, 8, 8), (5, 18, 32)])
-def test_temporal_decoder(mode: Mode, frames: int, rows: int, columns: int) -> None:
+def test_temporal_decoder(mode: ExecutionMode, frames: int, rows: int, columns: int) -> None:
     network = VideoVAE(VAE, ("decoder",)).temporal_vae
     filled(network)
     z = mx.zeros((1, -(-frames // 4), rows, columns, 4))

@@ -9,7 +9,7 @@ import pytest
 from mlx_sora.errors import MemoryBudgetError
 from mlx_sora.geometry import Size, plan_geometry
 from mlx_sora.memory.estimate import ASSUMED, DEVICES, Device, Efficiency, estimate, shape_sizes
-from mlx_sora.memory.plan import Job, Model
+from mlx_sora.memory.plan import ModelSizes, Workload
 from mlx_sora.memory.profiles import PROFILES
 
 MAC = Device("a Mac", "mac-16gb", flops=4e12, bandwidth=100e9, disk=2e9)
@@ -18,15 +18,15 @@ FAST = 1e30
 
 
 @pytest.fixture(scope="module")
-def model() -> Model:
+def model() -> ModelSizes:
     return shape_sizes(2)
 
 
-def job(frames: int = 51) -> Job:
-    return Job(plan_geometry(Size(426, 240), frames), text_tokens=60, evaluations=30)
+def job(frames: int = 51) -> Workload:
+    return Workload(plan_geometry(Size(426, 240), frames), text_tokens=60, evaluations=30)
 
 
-def test_computing_is_operations_over_speed(model: Model) -> None:
+def test_computing_is_operations_over_speed(model: ModelSizes) -> None:
     device = replace(MAC, bandwidth=FAST, disk=FAST)
     found = estimate(model, job(), device, 2, Efficiency(0.25, 1, 1))
     for stage in found.plan.stages:
@@ -34,7 +34,7 @@ def test_computing_is_operations_over_speed(model: Model) -> None:
     assert found.total == pytest.approx(sum(found.seconds.values()))
 
 
-def test_reading_is_hidden_only_where_it_is_ahead(model: Model) -> None:
+def test_reading_is_hidden_only_where_it_is_ahead(model: ModelSizes) -> None:
     slow = replace(MAC, flops=FAST, bandwidth=FAST, disk=1e6)
     found = estimate(model, job(), slow, 2, Efficiency(1, 1, 0.5))
     for stage in found.plan.stages:
@@ -49,7 +49,7 @@ def test_reading_is_hidden_only_where_it_is_ahead(model: Model) -> None:
     assert together.seconds["encode"] == pytest.approx(encode.read / (MAC.disk * ASSUMED.disk))
 
 
-def test_moving_bytes_counts_where_memory_is_slow(model: Model) -> None:
+def test_moving_bytes_counts_where_memory_is_slow(model: ModelSizes) -> None:
     narrow = replace(MAC, flops=FAST, disk=FAST, bandwidth=1e9)
     found = estimate(model, job(), narrow, 2, Efficiency(1, 1, 1))
     weights = model.transformer_weights.total
@@ -62,7 +62,7 @@ def test_moving_bytes_counts_where_memory_is_slow(model: Model) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES, ids=lambda device: device.name)
-def test_devices(model: Model, device: Device) -> None:
+def test_devices(model: ModelSizes, device: Device) -> None:
     assert device.budget == PROFILES[device.profile]
     assert 1e12 < device.flops < 30e12
     assert 50e9 <= device.bandwidth <= 800e9
@@ -73,6 +73,6 @@ def test_devices(model: Model, device: Device) -> None:
     assert found.total < estimate(model, job(17), replace(device, flops=1e9), 2).total
 
 
-def test_what_does_not_fit_is_refused(model: Model) -> None:
+def test_what_does_not_fit_is_refused(model: ModelSizes) -> None:
     with pytest.raises(MemoryBudgetError):
         estimate(model, job(408), DEVICES[0], 2)

@@ -8,7 +8,7 @@ import pytest
 
 from mlx_sora import GenerationRequest, Pipeline
 from mlx_sora.memory.limits import current_rss
-from mlx_sora.memory.residency import Guard, Reading
+from mlx_sora.memory.residency import BudgetMonitor, MemorySample
 from mlx_sora.models.vae import MicroBatch
 from mlx_sora.runtime.events import Finished, StepFinished, Warned
 
@@ -16,16 +16,16 @@ PROMPT = "a red circle moving right on a black background"
 MB = 1 << 20
 
 
-def guard(*readings: Reading, budget: int | None = 100 * MB) -> Guard:
+def guard(*readings: MemorySample, budget: int | None = 100 * MB) -> BudgetMonitor:
     left = list(readings)
-    return Guard("denoise", budget, read=lambda: left.pop(0))
+    return BudgetMonitor("denoise", budget, read=lambda: left.pop(0))
 
 
 def test_within_the_budget_nothing_is_done() -> None:
     mx.clear_cache()
-    watched = guard(Reading(10 * MB, 40 * MB, 60 * MB))
-    assert watched.look(lambda: pytest.fail("not needed")) is None
-    assert guard(budget=None).look(lambda: pytest.fail("no budget")) is None
+    watched = guard(MemorySample(10 * MB, 40 * MB, 60 * MB))
+    assert watched.check(lambda: pytest.fail("not needed")) is None
+    assert guard(budget=None).check(lambda: pytest.fail("no budget")) is None
 
 
 def test_each_time_it_is_exceeded_less_is_taken_but_it_is_told_once() -> None:
@@ -35,17 +35,17 @@ def test_each_time_it_is_exceeded_less_is_taken_but_it_is_told_once() -> None:
         calls.append(1)
         return True
 
-    over = Reading(10 * MB, 50 * MB, 60 * MB)
+    over = MemorySample(10 * MB, 50 * MB, 60 * MB)
     watched = guard(over, over)
-    warning = watched.look(lessen)
+    warning = watched.check(lessen)
     assert warning is not None
     assert "Stage denoise has come to 116 MB, over the budget of 105 MB" in warning
-    assert watched.look(lessen) is None
+    assert watched.check(lessen) is None
     assert len(calls) == 2
 
 
 def test_where_nothing_is_left_it_says_so() -> None:
-    warning = guard(Reading(0, 0, 101 * MB)).look(lambda: False)
+    warning = guard(MemorySample(0, 0, 101 * MB)).check(lambda: False)
     assert warning is not None
     assert "nothing is left" in warning
 

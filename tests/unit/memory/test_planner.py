@@ -13,15 +13,15 @@ from mlx_sora.geometry import Size, plan_geometry
 from mlx_sora.memory.planner import (
     MIN_CACHE,
     OUTSIDE,
-    Job,
-    Kind,
     Machine,
-    Model,
+    ModelSizes,
     Plan,
     StagePlan,
-    Weights,
+    StepVariant,
+    WeightSizes,
+    Workload,
     make_plan,
-    within,
+    stage_limits,
 )
 from mlx_sora.memory.profiles import PROFILES, parse_bytes
 from mlx_sora.models.stdit3 import STDiT3Config
@@ -31,12 +31,12 @@ from mlx_sora.models.vae import VAEConfig
 MB, GB = 10**6, 10**9
 
 #: Open-Sora 1.2 in float32: T5 v1.1 XXL, STDiT3-XL/2 and the decoders.
-XL = Model(
+XL = ModelSizes(
     text=T5Config(),
     transformer=STDiT3Config.xl_2(),
     vae=VAEConfig(),
-    text_weights=Weights((772 * MB,) * 24, 772 * MB, 0, 24 * 772 * MB, 0),
-    transformer_weights=Weights((170 * MB,) * 28, 170 * MB, 74 * MB, 28 * 170 * MB, 74 * MB),
+    text_weights=WeightSizes((772 * MB,) * 24, 772 * MB, 0, 24 * 772 * MB, 0),
+    transformer_weights=WeightSizes((170 * MB,) * 28, 170 * MB, 74 * MB, 28 * 170 * MB, 74 * MB),
     temporal=661 * MB,
     spatial=198 * MB,
     vae_stored=859 * MB,
@@ -44,8 +44,8 @@ XL = Model(
 CPU = Machine(gpu=False, cache=4 << 30)
 
 
-def job(width: int = 426, height: int = 240, frames: int = 51, **options: object) -> Job:
-    made = Job(plan_geometry(Size(width, height), frames), text_tokens=60, evaluations=30)
+def job(width: int = 426, height: int = 240, frames: int = 51, **options: object) -> Workload:
+    made = Workload(plan_geometry(Size(width, height), frames), text_tokens=60, evaluations=30)
     return replace(made, **options)  # type: ignore[arg-type]
 
 
@@ -159,17 +159,25 @@ def test_without_a_budget_all_stays_or_nothing() -> None:
 
 def test_merged_steps_cost_less() -> None:
     plain = make_plan(XL, job(), CPU).stage("denoise").flops
-    some = make_plan(XL, job(spared=((Kind(merged=True), 15),)), CPU).stage("denoise").flops
-    every = make_plan(XL, job(spared=((Kind(merged=True), 30),)), CPU).stage("denoise").flops
+    some = (
+        make_plan(XL, job(variants=((StepVariant(tokens_merged=True), 15),)), CPU)
+        .stage("denoise")
+        .flops
+    )
+    every = (
+        make_plan(XL, job(variants=((StepVariant(tokens_merged=True), 30),)), CPU)
+        .stage("denoise")
+        .flops
+    )
     assert plain - some == pytest.approx(some - every)
     assert 1.2 < plain / every < 1.45
 
 
 def test_what_evaluations_leave_out_is_not_counted() -> None:
-    def stage(*spared: tuple[Kind, int], **more: object) -> StagePlan:
-        return make_plan(XL, job(spared=spared, **more), CPU, streamed=True).stage("denoise")
+    def stage(*spared: tuple[StepVariant, int], **more: object) -> StagePlan:
+        return make_plan(XL, job(variants=spared, **more), CPU, streamed=True).stage("denoise")
 
-    skipped, alone = Kind(skipped=True), Kind(alone=True)
+    skipped, alone = StepVariant(blocks_skipped=True), StepVariant(cond_only=True)
     exact, half = stage(), stage((skipped, 15))
     blocks = XL.transformer_weights.stored_blocks
     assert exact.read - half.read == pytest.approx(15 * blocks, rel=0.01)
@@ -183,11 +191,13 @@ def test_what_evaluations_leave_out_is_not_counted() -> None:
 
 def test_what_a_cache_keeps_is_counted() -> None:
     plain = make_plan(XL, job(), CPU).stage("denoise")
-    cached = make_plan(XL, job(streams=1.5), CPU).stage("denoise")
+    cached = make_plan(XL, job(cached_residuals=1.5), CPU).stage("denoise")
     tensor = 4 * 2 * 15 * (15 * 27) * 1152
     assert cached.peak - plain.peak == int(1.5 * tensor)
     assert cached.reserve - plain.reserve == int(1.5 * tensor)
-    assert make_plan(XL, job(streams=1.5), CPU).smallest >= make_plan(XL, job(), CPU).smallest
+    assert (
+        make_plan(XL, job(cached_residuals=1.5), CPU).smallest >= make_plan(XL, job(), CPU).smallest
+    )
 
 
 def test_casting_while_loading_takes_more() -> None:
@@ -214,7 +224,7 @@ def test_plan_as_json() -> None:
 def test_limits_hold_within_a_stage_and_are_given_back() -> None:
     stage = make_plan(XL, job(), CPU, 4 * GB).stage("denoise")
     before = mx.set_memory_limit(12 * GB)
-    with pytest.raises(KeyError, match=str(stage.memory_limit)), within(stage):
+    with pytest.raises(KeyError, match=str(stage.memory_limit)), stage_limits(stage):
         raise KeyError(mx.get_memory_limit())
     assert mx.set_memory_limit(before) == 12 * GB
 
@@ -223,17 +233,18 @@ def test_inversion_doubles_the_evaluations_but_not_the_guided_ones() -> None:
     plain, both = (make_plan(XL, job(inverts=i), CPU).stage("denoise") for i in (False, True))
     unguided = make_plan(XL, job(guided=False), CPU).stage("denoise")
     assert both.flops == plain.flops + unguided.flops
-    assert job(inverts=True).passes == 60
-    assert job(inverts=True, sequential=True).passes == 90
+    assert job(inverts=True).block_passes == 60
+    assert job(inverts=True, sequential=True).block_passes == 90
 
 
 def test_kept_values_need_their_room() -> None:
     budget, kept = 4 * GB, GB
     plain, keeping = (
-        make_plan(XL, job(inverts=True, kept=n), CPU, budget).stage("denoise") for n in (0, kept)
+        make_plan(XL, job(inverts=True, captured_bytes=n), CPU, budget).stage("denoise")
+        for n in (0, kept)
     )
     assert keeping.peak <= budget
     assert keeping.resident < plain.resident
     assert keeping.reserve == plain.reserve + kept
     with pytest.raises(MemoryBudgetError):
-        make_plan(XL, job(inverts=True, kept=budget), CPU, budget)
+        make_plan(XL, job(inverts=True, captured_bytes=budget), CPU, budget)

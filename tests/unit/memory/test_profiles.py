@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from mlx_sora.errors import UsageError
-from mlx_sora.memory.profiles import PROFILES, parse_bytes, profile, show_bytes
+from mlx_sora.memory.profiles import PROFILES, format_bytes, parse_bytes, profile
 
 
 @pytest.mark.parametrize(
@@ -38,7 +38,7 @@ def test_what_is_no_amount(text: str) -> None:
     [(1, "1 MB"), (812_000_000, "812 MB"), (812_000_001, "813 MB"), (3_300_000_001, "3.31 GB")],
 )
 def test_what_is_shown_would_do(count: int, text: str) -> None:
-    assert show_bytes(count) == text
+    assert format_bytes(count) == text
     assert parse_bytes(text) >= count
 
 

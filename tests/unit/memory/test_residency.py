@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import pytest
 
-from mlx_sora.memory.residency import Blocks, Reading, Residency, Room, choose, read_memory, spread
+from mlx_sora.memory.residency import (
+    Blocks,
+    MemorySample,
+    Residency,
+    Room,
+    choose_resident,
+    evenly_spaced,
+    sample_memory,
+)
 
 TEN = Blocks([100] * 10, loading=100)
 
@@ -24,20 +32,20 @@ TEN = Blocks([100] * 10, loading=100)
     ],
 )
 def test_choose(room: int, expected: Room) -> None:
-    assert choose(room, TEN) == expected
+    assert choose_resident(room, TEN) == expected
 
 
 def test_loading_may_take_more_than_the_block() -> None:
     casting = Blocks([100] * 10, loading=130)
-    assert choose(229, casting) == Room(0, False)
-    assert choose(230, casting) == Room(0, True)
-    assert choose(1029, casting) == Room(7, True)
-    assert choose(1030, casting) == Room(10, True)
+    assert choose_resident(229, casting) == Room(0, False)
+    assert choose_resident(230, casting) == Room(0, True)
+    assert choose_resident(1029, casting) == Room(7, True)
+    assert choose_resident(1030, casting) == Room(10, True)
 
 
 def test_what_is_chosen_fits() -> None:
     for room in range(0, 1300, 7):
-        chosen = choose(room, TEN)
+        chosen = choose_resident(room, TEN)
         streamed = 0 if chosen.resident == 10 else 2 if chosen.prefetch else 1
         assert (chosen.resident + streamed) * 100 <= max(room, 100)
 
@@ -45,14 +53,14 @@ def test_what_is_chosen_fits() -> None:
 @pytest.mark.parametrize("blocks", range(1, 30))
 def test_spread_is_even(blocks: int) -> None:
     for count in range(blocks + 3):
-        kept = sorted(spread(blocks, count))
+        kept = sorted(evenly_spaced(blocks, count))
         assert len(kept) == min(count, blocks)
         following = [*kept[1:], blocks + kept[0]] if kept else []
         gaps = {b - a for a, b in zip(kept, following, strict=True)}
         assert max(gaps, default=0) - min(gaps, default=0) <= 1
 
 
-def policy(readings: list[Reading], **options: int) -> Residency:
+def policy(readings: list[MemorySample], **options: int) -> Residency:
     left = list(readings)
     return Residency(read=lambda: left.pop(0), reset=lambda: None, **options)
 
@@ -67,7 +75,7 @@ def decide(residency: Residency, blocks: Blocks = TEN) -> Room:
 
 def test_decision_counts_all_that_is_measured() -> None:
     """Work 1000 (peak without a block), 8 blocks to come leave 20 each, 50 lie outside MLX."""
-    readings = [Reading(0, 5000, 0), Reading(400, 1090, 0), Reading(420, 1100, 50)]
+    readings = [MemorySample(0, 5000, 0), MemorySample(400, 1090, 0), MemorySample(420, 1100, 50)]
     fixed = 1000 + 8 * 20 + 50
     for spare, expected in [(0, 0), (300, 3), (799, 7), (800, 10)]:
         total = fixed + 200 + spare
@@ -78,18 +86,20 @@ def test_decision_counts_all_that_is_measured() -> None:
 
 
 def test_shrinking_memory_is_no_growth() -> None:
-    readings = [Reading(0, 0, 0), Reading(400, 1100, 0), Reading(300, 1100, 0)]
+    readings = [MemorySample(0, 0, 0), MemorySample(400, 1100, 0), MemorySample(300, 1100, 0)]
     assert decide(policy(readings, budget=1000 + 200 + 100)) == Room(1, True)
 
 
 def test_a_single_block_decides_at_once() -> None:
-    residency = policy([Reading(0, 0, 0), Reading(400, 1100, 0)], budget=1100)
+    residency = policy([MemorySample(0, 0, 0), MemorySample(400, 1100, 0)], budget=1100)
     residency.begin()
     assert residency.measured(0, Blocks([100], 100)) == Room(1, True)
 
 
 def test_the_largest_peak_is_remembered() -> None:
-    residency = policy([Reading(0, 5000, 0), Reading(1, 10, 0), Reading(1, 11, 0)], budget=1)
+    residency = policy(
+        [MemorySample(0, 5000, 0), MemorySample(1, 10, 0), MemorySample(1, 11, 0)], budget=1
+    )
     decide(residency)
     assert residency.peak == 5000
 
@@ -101,7 +111,7 @@ def test_mlx_is_held_back_only_while_measuring() -> None:
         limits.append(count)
         return limits[-2]
 
-    left = [Reading(0, 0, 0), Reading(1, 10, 0), Reading(1, 11, 0)] * 2
+    left = [MemorySample(0, 0, 0), MemorySample(1, 10, 0), MemorySample(1, 11, 0)] * 2
 
     def make(*, throttled: bool) -> Residency:
         return Residency(
@@ -120,6 +130,6 @@ def test_mlx_is_held_back_only_while_measuring() -> None:
 
 
 def test_reading_this_process() -> None:
-    reading = read_memory()
+    reading = sample_memory()
     assert reading.peak >= reading.active >= 0
     assert 1 << 20 < reading.outside < 1 << 34

@@ -11,7 +11,7 @@ from mlx.utils import tree_map
 
 from mlx_sora.errors import UsageError
 from mlx_sora.models import ops, precision
-from mlx_sora.models.hooks import AllTokens, Context
+from mlx_sora.models.hooks import Hooks, NoMerging
 from mlx_sora.models.precision import KEEP
 from mlx_sora.models.stdit3 import STDiT3, STDiT3Config
 from mlx_sora.models.t5 import T5Config, T5Encoder
@@ -27,7 +27,7 @@ def test_stream_and_modulation_of_a_bfloat16_network(monkeypatch: pytest.MonkeyP
     streams: list[tuple[mx.Dtype, mx.Dtype]] = []
     attending: list[mx.Dtype] = []
 
-    class Watched(AllTokens):
+    class Watched(NoMerging):
         def merge(self, x: mx.array) -> mx.array:
             attending.append(x.dtype)
             return x
@@ -56,7 +56,7 @@ def test_stream_and_modulation_of_a_bfloat16_network(monkeypatch: pytest.MonkeyP
     text = [mx.ones((3, 8), mx.bfloat16)]
     conditions = model.prepare(text, (2, 4, 4), height=32, width=32, fps=24)
     z = mx.ones((1, 2, 4, 4, 4), mx.bfloat16)
-    out = model(z, mx.array([999.0]), conditions, context=Context(Blocks(), Watched()))
+    out = model(z, mx.array([999.0]), conditions, hooks=Hooks(Blocks(), Watched()))
     assert streams == [(KEEP.residual, KEEP.modulation)] * 4
     assert attending == [mx.bfloat16] * 4
     assert out.dtype == KEEP.residual

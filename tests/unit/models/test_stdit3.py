@@ -11,7 +11,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_sora.errors import UsageError, WeightsError
 from mlx_sora.models import ops
-from mlx_sora.models.hooks import Context
+from mlx_sora.models.hooks import Hooks
 from mlx_sora.models.stdit3 import BlockPair, Conditions, STDiT3, STDiT3Config, unpadded
 
 CONFIG = STDiT3Config(
@@ -213,7 +213,7 @@ def test_blocks_come_from_the_provider() -> None:
     mx.eval(expected)
     provider, kept = Evicting(model), conditions(model, 4)
     for _ in range(2):
-        out = model(z, t, kept, context=Context(blocks=provider))
+        out = model(z, t, kept, hooks=Hooks(blocks=provider))
         assert mx.array_equal(out, expected)
     assert provider.order == [0, 1, 0, 1]
 
@@ -238,7 +238,7 @@ def test_tokens_pass_the_policy() -> None:
     """Twice in each of the blocks, on all frames, and with an effect."""
     model, z, t = network(), normal(2, *GRID, 4), mx.array([500.0, 500.0])
     kept, policy = conditions(model, 4, 6), EveryOther()
-    out = model(z, t, kept, context=Context(tokens=policy))
+    out = model(z, t, kept, hooks=Hooks(token_merging=policy))
     assert policy.seen == [(2, 5, 12, 32)] * (2 * 2 * CONFIG.depth)
     assert difference(out, model(z, t, kept)) > 1e-2
 

@@ -12,7 +12,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_sora import geometry
 from mlx_sora.errors import UsageError, WeightsError
-from mlx_sora.loading.checkpoint import fill
+from mlx_sora.loading.checkpoint import load_weights
 from mlx_sora.models import vae_spatial, vae_temporal
 from mlx_sora.models.vae import (
     KEYS,
@@ -285,7 +285,7 @@ def test_both_spellings_of_attention_load(vae: VideoVAE, attention: dict[str, st
     checkpoint = stored(vae, attention)
     assert any(".query." in key for key in checkpoint) == bool(attention)
     loaded = VideoVAE(VAEConfig.from_dict(SMALL))
-    fill(loaded, checkpoint, KEYS)
+    load_weights(loaded, checkpoint, KEYS)
     z = normal(1, 1, 2, 2, 2, 4)
     assert difference(loaded.decode(z, 8), vae.decode(z, 8)) <= SAME
 
@@ -294,17 +294,17 @@ def test_shift_and_scale_of_the_checkpoint_win(vae: VideoVAE) -> None:
     checkpoint = stored(vae)
     z = normal(1, 1, 1, 2, 2, 4)
     loaded = VideoVAE(VAEConfig.from_dict(SMALL))
-    fill(loaded, checkpoint | {"shift": mx.ones((1, 4, 1, 1, 1))}, KEYS)
+    load_weights(loaded, checkpoint | {"shift": mx.ones((1, 4, 1, 1, 1))}, KEYS)
     assert difference(loaded.decode(z, 1), vae.decode(z, 1)) > 1e-2
     without = {k: v for k, v in checkpoint.items() if k not in ("shift", "scale")}
-    fill(loaded := VideoVAE(VAEConfig.from_dict(SMALL)), without, KEYS)
+    load_weights(loaded := VideoVAE(VAEConfig.from_dict(SMALL)), without, KEYS)
     assert difference(loaded.decode(z, 1), vae.decode(z, 1)) <= SAME
 
 
 @pytest.mark.parametrize("part", ["encoder", "decoder"])
 def test_one_half_loads_from_the_whole_checkpoint(vae: VideoVAE, part: str) -> None:
     half = VideoVAE(VAEConfig.from_dict(SMALL), (part,))
-    fill(half, stored(vae), keys_for((part,)))
+    load_weights(half, stored(vae), keys_for((part,)))
     paths = {path for path, _ in tree_flatten(half.parameters())}
     other = ({"encoder", "decoder"} - {part}).pop()
     assert not any(f".{other}." in path for path in paths)
@@ -320,8 +320,8 @@ def test_one_half_loads_from_the_whole_checkpoint(vae: VideoVAE, part: str) -> N
 def test_half_precision_weights_still_compute_in_float32(vae: VideoVAE, dtype: mx.Dtype) -> None:
     halved = {name: value.astype(dtype) for name, value in stored(vae).items()}
     half, full = (VideoVAE(VAEConfig.from_dict(SMALL)) for _ in range(2))
-    fill(half, halved, KEYS)
-    fill(full, halved, KEYS, dtype=mx.float32)
+    load_weights(half, halved, KEYS)
+    load_weights(full, halved, KEYS, dtype=mx.float32)
     z, x = normal(1, 1, 2, 4, 4, 4), normal(2, 1, 8, 32, 32, 3)
     assert half.decode(z.astype(dtype), 8).dtype == mx.float32
     assert difference(half.decode(z, 8), full.decode(z, 8)) <= SAME
@@ -332,7 +332,7 @@ def test_a_missing_tensor_is_named(vae: VideoVAE) -> None:
     checkpoint = stored(vae)
     del checkpoint["temporal_vae.decoder.conv_out.conv.weight"]
     with pytest.raises(WeightsError, match="temporal_vae.decoder.conv_out"):
-        fill(VideoVAE(VAEConfig.from_dict(SMALL)), checkpoint, KEYS)
+        load_weights(VideoVAE(VAEConfig.from_dict(SMALL)), checkpoint, KEYS)
 
 
 def test_temporal_vae_is_causal() -> None:
@@ -359,7 +359,7 @@ def test_chunks_are_encoded_as_the_clip_is(in_turn: bool) -> None:
     clip = normal(3, 1, 42, 16, 24, 3)
     whole = vae.encode(clip)
     pieces = [clip[0, chunk.frame : chunk.frame + chunk.frames] for chunk in vae.chunks(42)]
-    parts = list(vae.encode_chunks(iter(pieces), 3, in_turn=in_turn))
+    parts = list(vae.encode_chunks(iter(pieces), 3, sequential_offload=in_turn))
     assert [part.shape[1] for part in parts] == [5, 5, 2]
     assert difference(mx.concatenate(parts, axis=1), whole) <= SAME
     assert ("spatial_vae" in vae) != in_turn

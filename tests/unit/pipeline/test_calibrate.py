@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from mlx_sora import Pipeline
-from mlx_sora.accel.base import Job
-from mlx_sora.accel.schedules import Table, read_schedule, read_table, table_path
+from mlx_sora.accel.base import ScheduleInfo
+from mlx_sora.accel.schedules import ScheduleTable, read_schedule, read_table, table_path
 from mlx_sora.cli.main import main
 from mlx_sora.errors import UsageError
 from mlx_sora.pipeline.calibrate import Errors, calibrate, requests_for, schedules
@@ -56,12 +56,12 @@ def test_segments_that_were_not_measured_are_not_used() -> None:
 
 
 @pytest.fixture(scope="module")
-def table() -> Table:
+def table() -> ScheduleTable:
     pipe = Pipeline.from_pretrained("shapes")
     return calibrate(pipe, requests_for(["a red circle"], SMALL), reach=4)
 
 
-def test_what_is_measured_on_a_model(table: Table, tmp_path: Path) -> None:
+def test_what_is_measured_on_a_model(table: ScheduleTable, tmp_path: Path) -> None:
     assert (table.steps, table.width, table.height, table.num_frames) == (5, *SIZE)
     for order in ("0", "1"):
         assert list(table.orders[order]) == ["2", "3", "4"]
@@ -69,27 +69,34 @@ def test_what_is_measured_on_a_model(table: Table, tmp_path: Path) -> None:
         assert errors == sorted(errors, reverse=True)
         assert 0 < errors[-1] < errors[0] < 1
     table.write(tmp_path / "t.json")
-    assert read_table(tmp_path / "t.json") == Table(**json.loads((tmp_path / "t.json").read_text()))
+    assert read_table(tmp_path / "t.json") == ScheduleTable(
+        **json.loads((tmp_path / "t.json").read_text())
+    )
     assert any('"3": [0, ' in line for line in (tmp_path / "t.json").read_text().splitlines())
 
 
 def test_a_table_is_found_beside_the_model_or_by_name(tmp_path: Path) -> None:
-    table = Table(5, *SIZE, orders={"0": {"3": [0, 1, 3]}})
-    job = Job(5, 1, 5, model=tmp_path, size=SIZE)
+    table = ScheduleTable(5, *SIZE, orders={"0": {"3": [0, 1, 3]}})
+    job = ScheduleInfo(5, 1, 5, model=tmp_path, size=SIZE)
     table.write(table_path(tmp_path, 5, SIZE))
     assert read_schedule(3, 0, job) == {0, 1, 3}
     other = tmp_path / "Other, or not.json"
     table.write(other)
-    assert read_schedule(3, 0, Job(5, 1, 5, model=Path("none"), size=SIZE), str(other)) == {0, 1, 3}
+    assert read_schedule(
+        3, 0, ScheduleInfo(5, 1, 5, model=Path("none"), size=SIZE), str(other)
+    ) == {0, 1, 3}
     for wrong, says in (
         ({"computed": 4, "order": 0, "job": job}, "It has 3."),
         ({"computed": 3, "order": 1, "job": job}, "It has none."),
-        ({"computed": 3, "order": 0, "job": Job(6, 1, 5, model=tmp_path, size=SIZE)}, "calibrate"),
+        (
+            {"computed": 3, "order": 0, "job": ScheduleInfo(6, 1, 5, model=tmp_path, size=SIZE)},
+            "calibrate",
+        ),
     ):
         with pytest.raises(UsageError, match=says):
             read_schedule(**wrong)  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="this is 6 steps at 32x32, 17 frames"):
-        read_schedule(3, 0, Job(6, 1, 5, model=tmp_path, size=SIZE), str(other))
+        read_schedule(3, 0, ScheduleInfo(6, 1, 5, model=tmp_path, size=SIZE), str(other))
 
 
 @pytest.mark.parametrize(

@@ -83,7 +83,7 @@ def test_an_error_in_a_step_keeps_those_before(
             raise ValueError("broken")
 
     with monkeypatch.context() as patch:
-        patch.setattr("mlx_sora.accel.Accelerations.watch", watch)
+        patch.setattr("mlx_sora.accel.Accelerations.on_step_end", watch)
         with pytest.raises(ValueError, match="broken"):
             finish(pipe.stream(request(output)))
     assert Snapshot.load(checkpoint_path(output)).steps == 1

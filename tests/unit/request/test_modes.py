@@ -35,20 +35,20 @@ MODES = Modes(
     ],
 )
 def test_reading(given: object, text: str, name: str, values: dict[str, float]) -> None:
-    chosen = MODES.read(given)
+    chosen = MODES.parse(given)
     assert (chosen.text, chosen.name, chosen.values) == (text, name, values)
-    assert MODES.read(text) == chosen
+    assert MODES.parse(text) == chosen
     assert MODES(given) == text
 
 
 def test_texts_keep_their_case_and_are_empty_unless_given() -> None:
     modes = Modes(Mode("table", {"count": Number(1, 9), "order": Number(0, 1, 0)}, ("file",)))
     assert modes.forms == "table:COUNT[,order=0,file=FILE]"
-    plain, named = modes.read("Table:3"), modes.read("table:3,FILE=/A b/C:d.json,Order=1")
+    plain, named = modes.parse("Table:3"), modes.parse("table:3,FILE=/A b/C:d.json,Order=1")
     assert (plain.text, plain.texts) == ("table:3,order=0", {"file": ""})
     assert named.texts == {"file": "/A b/C:d.json"}
     assert named.text == "table:3,order=1,file=/A b/C:d.json"
-    assert modes.read(named.text) == named
+    assert modes.parse(named.text) == named
     for wrong in ("table:3,file=", "table:3,file=a,file=b", "table:file=a"):
         with pytest.raises(ValueError, match=r"^table:COUNT"):
             modes(wrong)

@@ -10,7 +10,7 @@ from mlx.utils import tree_flatten
 
 from mlx_sora.models.stdit3 import STDiT3, STDiT3Config
 from mlx_sora.sampling.base import Step
-from mlx_sora.sampling.guidance import Network, Part, guided
+from mlx_sora.sampling.guidance import CFGSlice, Network, guided
 from tests.unit.sampling.flows import SHAPE, latents
 
 TEXT = [latents(3, (5, 6)), latents(4, (2, 6))]
@@ -23,12 +23,12 @@ class Recorder:
 
     def __init__(self) -> None:
         self.bound: list[list[mx.array]] = []
-        self.parts: list[Part] = []
+        self.parts: list[CFGSlice] = []
         self.batches: list[int] = []
         self.masks: list[mx.array | None] = []
         self.indices: list[int] = []
 
-    def bind(self, text: Sequence[mx.array], part: Part) -> Network:
+    def bind(self, text: Sequence[mx.array], part: CFGSlice) -> Network:
         self.bound.append(list(text))
         self.parts.append(part)
         means = mx.stack([sample.mean() for sample in text]).reshape(-1, 1, 1, 1, 1)
@@ -102,7 +102,7 @@ def test_batched_equals_sequential_on_the_real_network(mask: mx.array | None) ->
     filled = {k: 0.3 * latents(i, p.shape) for i, (k, p) in enumerate(_parameters(model))}
     model.load_weights(list(filled.items()))
 
-    def bind(text: Sequence[mx.array], part: Part) -> Network:
+    def bind(text: Sequence[mx.array], part: CFGSlice) -> Network:
         conditions = model.prepare(text, SHAPE[1:4], height=16, width=16, fps=24)
         return lambda z, t, x_mask, index: model(z, t, conditions, x_mask)
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from mlx_sora.sampling import SAMPLERS
-from mlx_sora.sampling.base import Run, Step
-from mlx_sora.sampling.loop import Conditioning, Progress, StepResult, denoise
+from mlx_sora.sampling.base import Step, Trajectory
+from mlx_sora.sampling.loop import Conditioning, RestoredSteps, StepResult, denoise
 from mlx_sora.sampling.midpoint import Midpoint
 from mlx_sora.sampling.noise import Noise
 from mlx_sora.sampling.rflow import RFlow, add_noise
@@ -92,13 +92,13 @@ class LeapAt:
 
     index: int
     seen: list[tuple[int, float]] = field(default_factory=list)
-    runs: list[Run] = field(default_factory=list)
+    runs: list[Trajectory] = field(default_factory=list)
 
-    def start(self, run: Run, /) -> LeapAt:
+    def start(self, run: Trajectory, /) -> LeapAt:
         self.runs.append(run)
         return self
 
-    def leaps(self, step: Step, z: mx.array, v: mx.array, /) -> bool:
+    def should_leap(self, step: Step, z: mx.array, v: mx.array, /) -> bool:
         self.seen.append((step.index, float(step.t[0])))
         return step.index == self.index
 
@@ -183,16 +183,16 @@ def test_a_run_goes_on_where_another_was_interrupted(sampler: str) -> None:
         asked.append(index)
         return draws(index)
 
-    def steps(z: mx.array, made: Progress | None = None) -> Iterator[StepResult]:
+    def steps(z: mx.array, made: RestoredSteps | None = None) -> Iterator[StepResult]:
         given = Conditioning(mx.array([[0.0, 0.5, 1.0], [1.0, 0.3, 0.0]]), noise)
         way = times(8), SAMPLERS[sampler]
-        return denoise(Curved(), z, *way, conditioning=given, made=made)
+        return denoise(Curved(), z, *way, conditioning=given, restored=made)
 
     whole = [(result, result.state()) for result in steps(latents())]
     for result, state in whole:
         made = result.step.index + 1
         asked.clear()
-        rest = list(steps(result.z, Progress(made, state)))
+        rest = list(steps(result.z, RestoredSteps(made, state)))
         assert asked == [index for index in (4, 6) if index >= made]
         assert len(rest) == 8 - made
         for again, (once, _) in zip(rest, whole[made:], strict=True):

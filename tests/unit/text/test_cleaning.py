@@ -15,7 +15,7 @@ from mlx_sora.text import cleaning
 
 
 @pytest.mark.parametrize("rule", cleaning.LINK_RULES + cleaning.SYMBOL_RULES + cleaning.WORD_RULES)
-def test_every_rule_is_a_pattern_with_a_reason(rule: cleaning.Rule) -> None:
+def test_every_rule_is_a_pattern_with_a_reason(rule: cleaning.CleaningRule) -> None:
     assert re.compile(rule.pattern).groups >= rule.replacement.count("\\1")
     assert rule.why
 

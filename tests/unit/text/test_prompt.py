@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from mlx_sora.errors import UsageError
-from mlx_sora.text.prompt import Prompt, Scene, Scores, Settings, prepare_prompt, scene_at
+from mlx_sora.text.prompt import Prompt, PromptDirectives, Scene, Scores, prepare_prompt, scene_at
 
 
 def test_plain_prompt() -> None:
@@ -21,7 +21,7 @@ def test_scores_survive_cleaning_and_are_not_doubled() -> None:
 
 def test_scenes_and_settings() -> None:
     prompt = prepare_prompt('|0| Snow |2| Spring {"reference_path": "a.png"}', Scores(motion=2))
-    assert prompt.settings == Settings(reference_path="a.png")
+    assert prompt.settings == PromptDirectives(reference_path="a.png")
     assert [scene.start for scene in prompt.scenes] == [0, 2]
     assert [prompt.text(loop)[:5] for loop in range(4)] == ["snow ", "snow ", "sprin", "sprin"]
     assert all(scene.text.endswith("motion score: 2.0.") for scene in prompt.scenes)

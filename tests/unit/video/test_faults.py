@@ -17,9 +17,9 @@ import pytest
 
 from mlx_sora import Pipeline, UsageError
 from mlx_sora.errors import MlxSoraError
-from mlx_sora.pipeline.locks import claimed, lock_path
+from mlx_sora.pipeline.locks import lock_path, output_lock
 from mlx_sora.runtime.events import Event, Finished, StageStarted, StepFinished
-from mlx_sora.utils.files import published, writing
+from mlx_sora.utils.files import atomic_write, explain_os_errors
 from mlx_sora.video.writer import open_writer, save_frames, write_sidecar
 
 KINDS = ("a.mp4", "a.gif", "a.webp", "a_%03d.png", "new/a_%03d.png")
@@ -106,9 +106,9 @@ def test_every_refusal_is_a_line(
 
 
 def test_other_errors_are_not_taken_for_the_disk(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="mine"), published(tmp_path / "a"):
+    with pytest.raises(ValueError, match="mine"), atomic_write(tmp_path / "a"):
         raise ValueError("mine")
-    with pytest.raises(KeyboardInterrupt), writing(tmp_path):
+    with pytest.raises(KeyboardInterrupt), explain_os_errors(tmp_path):
         raise KeyboardInterrupt
     assert list(tmp_path.iterdir()) == []
 
@@ -190,10 +190,10 @@ def test_while_a_run_goes_on_its_output_is_taken(pipe: Pipeline, tmp_path: Path,
     run_until(first, "encode")
     with (
         pytest.raises(UsageError, match=f"Another run is making .*{name}"),
-        claimed(tmp_path / name),
+        output_lock(tmp_path / name),
     ):
         pass
-    with claimed(tmp_path / "b.webp"):
+    with output_lock(tmp_path / "b.webp"):
         *_, last = first
     assert isinstance(last, Finished)
     left = {path.name for path in tmp_path.rglob("*") if path.is_file()}
@@ -219,7 +219,7 @@ def killed_holder(output: Path) -> None:
     ) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "held\n"
-        with pytest.raises(UsageError, match="Another run"), claimed(output):
+        with pytest.raises(UsageError, match="Another run"), output_lock(output):
             pass
         process.kill()
 
@@ -228,7 +228,7 @@ def test_other_processes_are_refused_until_the_first_is_killed(tmp_path: Path) -
     output = tmp_path / ("long" * 60 + ".mp4")
     killed_holder(output)
     assert lock_path(output).exists()
-    with claimed(output):
+    with output_lock(output):
         pass
     assert list(tmp_path.iterdir()) == []
 
@@ -241,7 +241,7 @@ def test_where_nothing_can_be_locked_runs_go_on(
 
     monkeypatch.setattr("fcntl.flock", refuse)
     output = tmp_path / "new" / "a.mp4"
-    with claimed(output), claimed(output), claimed(None):
+    with output_lock(output), output_lock(output), output_lock(None):
         assert list(tmp_path.glob("new/*")) == []
     assert list(tmp_path.iterdir()) == []
 
