@@ -17,10 +17,10 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_sora.errors import UsageError, WeightsError
-from mlx_sora.runtime.device import versions
 from mlx_sora.sampling.base import State
 from mlx_sora.utils.files import atomic_write, explain_os_errors
 from mlx_sora.utils.json import parse_object
+from mlx_sora.utils.versions import versions
 from mlx_sora.video.output_path import CHECKPOINT
 
 #: Number of the file's layout; a reader refuses larger ones.

@@ -38,10 +38,11 @@ from mlx_sora.pipeline.settings import ResolvedRequest, resolve
 from mlx_sora.pipeline.stages import Stages, Texts
 from mlx_sora.request.generation import GenerationRequest, label
 from mlx_sora.request.presets import filled
-from mlx_sora.runtime.device import default_dtype, describe, total_memory, versions
+from mlx_sora.runtime.device import default_dtype, describe, total_memory
 from mlx_sora.runtime.events import Event, Finished
 from mlx_sora.sampling import SAMPLERS
 from mlx_sora.text.tokenizer import Tokenizer
+from mlx_sora.utils.versions import versions
 from mlx_sora.video import Video
 from mlx_sora.video.frames import CountedFrames, FrameWriter, KeptFrames
 from mlx_sora.video.output_path import check_output, output_path

@@ -6,7 +6,6 @@ import os
 import platform
 import re
 import sys
-from importlib import metadata
 from pathlib import Path
 
 import mlx.core as mx
@@ -14,6 +13,7 @@ import mlx.core as mx
 from mlx_sora.errors import MemoryBudgetError, MlxSoraError, UsageError
 from mlx_sora.models.precision import check_text_encoder
 from mlx_sora.runtime import blas
+from mlx_sora.utils.versions import versions
 
 #: Values of the `dtype` option. float16 is absent: T5 overflows in it.
 DTYPES = ("auto", "float32", "bfloat16")
@@ -128,17 +128,3 @@ def known_error(error: BaseException, stage: str) -> MlxSoraError | None:
         if isinstance(error, RuntimeError) and re.search(pattern, text):
             return kind(f"Stage {stage}: {what} ({text.rstrip('.')}).", fix)
     return None
-
-
-_PACKAGES = ("mlx-sora", "mlx", "numpy", "safetensors", "av", "pillow", "sentencepiece")
-
-
-def versions() -> dict[str, str]:
-    """Installed version of Python and of each package that shapes a result."""
-    found = {"python": platform.python_version()}
-    for name in _PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from mlx_sora.errors import UsageError
 from mlx_sora.request.generation import options
-from mlx_sora.runtime.device import versions
 from mlx_sora.utils.json import parse_object
+from mlx_sora.utils.versions import versions
 from mlx_sora.video.containers import open_container, open_image
 
 if TYPE_CHECKING:

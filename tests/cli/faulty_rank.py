@@ -19,7 +19,7 @@ from mlx_sora.distributed import heartbeat as peers
 from mlx_sora.distributed.launch import launched_rank
 from mlx_sora.errors import WeightsError
 from mlx_sora.pipeline.stages import Stages
-from mlx_sora.runtime.device import versions
+from mlx_sora.utils.versions import versions
 
 #: So that a test does not wait as long as a user would.
 peers.Timeouts = functools.partial(peers.Timeouts, 0.2, 8.0, 9.0)  # type: ignore[misc]
