@@ -11,7 +11,7 @@ from dataclasses import fields
 from typing import Any, NoReturn
 
 from mlx_sora.errors import UsageError
-from mlx_sora.request.generation import GenerationRequest, options
+from mlx_sora.request.generation import GenerationRequest, options, preset_values
 from mlx_sora.request.options import Option
 from mlx_sora.request.presets import PRESETS
 
@@ -21,8 +21,8 @@ _NAMED_SIZE, _PIXELS = {"resolution", "aspect_ratio"}, {"width", "height"}
 #: Characters read from standard input.
 MAX_STDIN = 1_000_000
 
-#: What a preset may have filled in, which another preset replaces.
-_FILLED = {name for preset in PRESETS.values() for name in preset.values}
+#: Options that a preset may have filled in, which another preset replaces.
+_PRESET_OPTIONS = {name for preset in PRESETS for name in preset_values(preset)}
 
 
 class Parser(argparse.ArgumentParser):
@@ -114,7 +114,7 @@ def build_requests(
     if typed.keys() & _PIXELS:
         base = {name: value for name, value in base.items() if name not in _NAMED_SIZE}
     if "preset" in typed:
-        base = {name: value for name, value in base.items() if name not in _FILLED}
+        base = {name: value for name, value in base.items() if name not in _PRESET_OPTIONS}
     values = base | typed
     seeds = typed.get("seed", [base.get("seed")])
     requests = []

@@ -37,7 +37,6 @@ from mlx_sora.pipeline.run import GenerationRun
 from mlx_sora.pipeline.settings import ResolvedRequest, resolve
 from mlx_sora.pipeline.stages import Stages, Texts
 from mlx_sora.request.generation import GenerationRequest, label
-from mlx_sora.request.presets import filled
 from mlx_sora.runtime.device import default_dtype, describe, total_memory
 from mlx_sora.runtime.events import Event, Finished
 from mlx_sora.sampling import SAMPLERS
@@ -120,10 +119,9 @@ class Pipeline(Stages):
         raise AssertionError("a run ends with Finished or with an error")
 
     def stream_all(self, requests: Sequence[GenerationRequest]) -> Generator[Event, None, None]:
-        """Events of several requests: `Finished` or `RequestFailed` for each of them.
+        """Yield the events of several requests: `Finished` or `RequestFailed` for each of them.
 
-        All text is encoded before the first video is made; a request that fails, even before any
-        work, leaves the others alone.
+        All prompts are encoded before the first video is made. A failure ends its own request only.
         """
         from mlx_sora.pipeline.batch import BatchRun
 
@@ -208,7 +206,7 @@ class Pipeline(Stages):
 
     def _prepare(self, request: GenerationRequest) -> GenerationRun:
         """Decide everything that can be decided without weights; raises UsageError."""
-        request, ranks = filled(request), self._ranks(request)
+        request, ranks = request.with_preset(), self._ranks(request)
         if request.model is not None and find_model(request.model).path != self.model.path:
             raise UsageError(
                 f"This pipeline holds {self.model.name}, the request asks for {request.model}.",

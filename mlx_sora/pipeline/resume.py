@@ -30,7 +30,6 @@ from mlx_sora.pipeline.locks import is_locked
 from mlx_sora.pipeline.settings import ResolvedRequest
 from mlx_sora.request.generation import GenerationRequest, label, options
 from mlx_sora.request.modes import MAX_STEPS
-from mlx_sora.request.presets import filled
 from mlx_sora.runtime.events import Event, Warned
 from mlx_sora.sampling.base import State
 from mlx_sora.video.output_path import CHECKPOINT, checkpoint_path, output_path
@@ -332,7 +331,7 @@ def _seed_left_behind(request: GenerationRequest, template: str, index: int) -> 
 
     What another process is at work on is its own: the same request then means another video.
     """
-    asked = _without_seed(_asked(filled(request)))
+    asked = _without_seed(_asked(request.with_preset()))
     folder = output_path(template, prompt=request.prompt, seed=0, num_frames=0, index=index).parent
     files = [file for file in folder.glob(f"*{CHECKPOINT}") if file.is_file()]
     for file in sorted(files, key=lambda file: file.stat().st_mtime, reverse=True):

@@ -42,7 +42,7 @@ from mlx_sora.request.options import (
     technique,
     tiles,
 )
-from mlx_sora.request.presets import PRESET_HELP, PRESETS
+from mlx_sora.request.presets import PRESETS
 
 SAMPLERS = ("rflow", "midpoint", "ab2")
 DTYPES = ("auto", "float32", "bfloat16")
@@ -215,7 +215,8 @@ class GenerationRequest:
         None,
         as_text,
         "--preset",
-        PRESET_HELP,
+        "fill the options left open: "
+        + "; ".join(f"{name} ({preset.description})" for name, preset in PRESETS.items()),
         choices=tuple(PRESETS),
         group="acceleration",
     )
@@ -321,6 +322,15 @@ class GenerationRequest:
         """This request with a seed: its own, or one drawn from the system's randomness."""
         return self if self.seed is not None else replace(self, seed=drawn_seed())
 
+    def with_preset(self) -> GenerationRequest:
+        """Return this request with the options of its preset where it leaves them open."""
+        if self.preset is None:
+            return self
+        values = preset_values(self.preset)
+        return replace(
+            self, **{name: v for name, v in values.items() if getattr(self, name) in (None, False)}
+        )
+
     def validate(self) -> None:
         """Raise UsageError for a value that no model can serve. Nothing is changed."""
         if not self.prompt.strip():
@@ -365,6 +375,13 @@ def drawn_seed() -> int:
 def options() -> dict[str, Option]:
     """Field name → Option, in the order of the fields."""
     return {f.name: f.metadata["option"] for f in fields(GenerationRequest)}
+
+
+def preset_values(name: str) -> dict[str, Any]:
+    """Return the options that preset `name` decides: its own, and every other technique as off."""
+    techniques = (name for name, option in options().items() if option.group == "acceleration")
+    off = dict.fromkeys((technique for technique in techniques if technique != "preset"), "off")
+    return off | dict(PRESETS[name].values)
 
 
 def label(name: str) -> str:

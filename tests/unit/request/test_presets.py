@@ -10,7 +10,8 @@ from mlx_sora import GenerationRequest, Pipeline
 from mlx_sora.accel import ACCELERATIONS, OFF
 from mlx_sora.cli.flags import build_requests
 from mlx_sora.errors import UsageError
-from mlx_sora.request.presets import PRESETS, filled
+from mlx_sora.request.generation import preset_values
+from mlx_sora.request.presets import PRESETS
 
 SMALL = {"prompt": "a red circle", "seed": 3, "steps": 4, "width": 32, "height": 32}
 
@@ -21,9 +22,9 @@ def test_there_are_these() -> None:
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_decides_every_technique(name: str) -> None:
-    values = PRESETS[name].values
+    values = preset_values(name)
     assert set(ACCELERATIONS) <= set(values) <= {f.name for f in fields(GenerationRequest)}
-    request = filled(GenerationRequest("a", preset=name))
+    request = GenerationRequest("a", preset=name).with_preset()
     assert {key: getattr(request, key) for key in values} == {
         key: ACCELERATIONS[key][0](value) if key in ACCELERATIONS else value
         for key, value in values.items()
@@ -37,13 +38,13 @@ def test_a_preset_decides_every_technique(name: str) -> None:
 @pytest.mark.parametrize("name", PRESETS)
 def test_what_is_given_stays(name: str) -> None:
     given = dict.fromkeys(ACCELERATIONS, OFF) | {"lpl": "fixed:2"}
-    request = filled(GenerationRequest("a", preset=name, **given))  # type: ignore[arg-type]
+    request = GenerationRequest("a", preset=name, **given).with_preset()  # type: ignore[arg-type]
     assert {key: getattr(request, key) for key in given} == given
 
 
 def test_without_a_preset_nothing_changes() -> None:
     request = GenerationRequest("a")
-    assert filled(request) is request
+    assert request.with_preset() is request
 
 
 def test_an_unknown_one_is_told_the_valid_ones() -> None:
@@ -67,12 +68,12 @@ def test_it_is_recorded_with_what_it_meant() -> None:
 
 
 def test_another_preset_replaces_what_a_recorded_one_filled_in() -> None:
-    recorded = filled(GenerationRequest("a", seed=1, preset="fast", motion=3)).to_dict()
+    recorded = GenerationRequest("a", seed=1, preset="fast", motion=3).with_preset().to_dict()
     replayed = build_requests({}, recorded)[0]
-    assert replayed == filled(GenerationRequest("a", seed=1, preset="fast", motion=3))
-    exact = filled(build_requests({"preset": "exact"}, recorded)[0])
+    assert replayed == GenerationRequest("a", seed=1, preset="fast", motion=3).with_preset()
+    exact = build_requests({"preset": "exact"}, recorded)[0].with_preset()
     assert exact.preset == "exact"
     assert exact.motion == 3
     assert all(getattr(exact, name) == OFF for name in ACCELERATIONS)
     mixed = build_requests({"preset": "exact", "lpl": "fixed:3"}, recorded)[0]
-    assert filled(mixed).lpl == "fixed:3"
+    assert mixed.with_preset().lpl == "fixed:3"
