@@ -35,7 +35,7 @@ from mlx_sora.loading.networks import load_transformer
 from mlx_sora.memory.flops import Grid
 from mlx_sora.models.hooks import Hooks, Sharding, Unsharded
 from mlx_sora.models.stdit3 import STDiT3, STDiT3Config
-from tests.launching import launch
+from tests.helpers.ranks import launch
 
 #: Name: ranks, BLAS threads of each, halves of guidance that they are in; 0 if they share nothing.
 WAYS = {

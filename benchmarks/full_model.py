@@ -24,7 +24,7 @@ import mlx.core as mx  # isort: skip
 
 from mlx_sora.loading.model_folder import Defaults, ModelFolder
 from mlx_sora.memory.limits import memory_scope, release
-from tests.full_size import CONFIGS, MANIFESTS
+from tests.helpers.full_size import CONFIGS, MANIFESTS
 
 ROOT = Path(__file__).resolve().parents[1]
 SHAPES = ROOT / "tests" / "parity" / "golden"

@@ -10,7 +10,8 @@ import pytest
 
 import mlx_sora  # noqa: F401  (before mlx.core, so that the fast BLAS is in place)
 
-DEFAULT_GOLDEN = Path(__file__).parent / "parity" / "golden"
+# isort: split
+from tests.helpers.golden import DEFAULT_GOLDEN, find_cases
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -36,8 +37,6 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     marker = metafunc.definition.get_closest_marker("golden")
     if marker is None:
         return
-    from tests.parity.golden import find_cases
-
     cases = find_cases(metafunc.config.getoption("--golden"), *marker.args)
     metafunc.parametrize("case", cases, ids=[case.name for case in cases])
 

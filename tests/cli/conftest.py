@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from mlx_sora.cli import generate, info
-from tests.cli.fakes import FakePipeline
+from tests.helpers.fake_pipeline import FakePipeline
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import pytest
 from mlx_sora.cli.main import main
 from mlx_sora.cli.progress import BarRenderer, JsonRenderer, QuietRenderer
 from mlx_sora.runtime.events import Noted
-from tests.cli.fakes import FakePipeline
+from tests.helpers.fake_pipeline import FakePipeline
 
 
 @pytest.mark.parametrize(

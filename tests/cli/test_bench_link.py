@@ -8,7 +8,7 @@ import pytest
 
 from mlx_sora.cli.main import main
 from mlx_sora.distributed.cost_model import read_chip, read_link
-from tests.launching import launch
+from tests.helpers.ranks import launch
 
 
 def test_two_ranks_over_loopback() -> None:

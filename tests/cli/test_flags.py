@@ -6,7 +6,7 @@ from pathlib import Path
 
 from mlx_sora.cli.main import main
 from mlx_sora.request.generation import options
-from tests.cli.fakes import FakePipeline
+from tests.helpers.fake_pipeline import FakePipeline
 
 WORDS = (
     "generate --prompt p --model shapes --seed 5 --steps 4 --cfg-scale 3 --sampler rflow "

@@ -21,7 +21,7 @@ from mlx_sora.errors import MemoryBudgetError, MlxSoraError, WeightsError
 from mlx_sora.runtime.events import Event, StageProgress
 from mlx_sora.video.metadata import read_metadata
 from mlx_sora.video.writer import write_sidecar
-from tests.cli.fakes import FakePipeline
+from tests.helpers.fake_pipeline import FakePipeline
 
 ROOT = Path(__file__).parents[2]
 
@@ -318,7 +318,7 @@ def test_signals_leave_no_partial_file(folder: Path, number: signal.Signals) -> 
         from mlx_sora.cli import generate
         from mlx_sora.cli.main import main
         from mlx_sora.video import writer
-        from tests.cli.fakes import FakePipeline
+        from tests.helpers.fake_pipeline import FakePipeline
 
         add = writer.SequenceWriter._add
         def add_and_stop(self, frame):

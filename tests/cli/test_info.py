@@ -8,7 +8,7 @@ import pytest
 
 from mlx_sora.cli.main import main
 from mlx_sora.cli.progress import human_bytes
-from tests.cli.fakes import FakePipeline
+from tests.helpers.fake_pipeline import FakePipeline
 
 
 def test_text(pipeline: FakePipeline, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from mlx_sora.video.writer import save_frames
-from tests.launching import ROOT, launch
+from tests.helpers.ranks import ROOT, launch
 
-FAULTY = Path(__file__).with_name("faulty_rank.py")
+FAULTY = ROOT / "tests" / "helpers" / "programs" / "faulty_rank.py"
 WORDS = ["-p", "a red circle", "--seed", "3", "--steps", "4", "--num-frames", "1", "-o", "a.png"]
 
 

@@ -10,7 +10,7 @@ import pytest
 from mlx_sora.cli.main import main
 from mlx_sora.errors import MemoryBudgetError
 from mlx_sora.video.metadata import read_metadata
-from tests.cli.fakes import FakePipeline
+from tests.helpers.fake_pipeline import FakePipeline
 
 COMMAND = ["generate", "--prompt-file"]
 

@@ -11,7 +11,7 @@ import pytest
 
 from mlx_sora.video.metadata import read_metadata
 from mlx_sora.video.writer import save_frames
-from tests.launching import ROOT, free_ports, launch
+from tests.helpers.ranks import ROOT, free_ports, launch
 
 GENERATE = ("-m", "mlx_sora", "generate", "--steps", "1", "--width", "32", "--height", "32")
 

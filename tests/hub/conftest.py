@@ -13,8 +13,8 @@ from mlx_sora.loading.model_folder import WEIGHTS_VARIABLE
 from mlx_sora.manage.download import DownloadProgress, DownloadResult, download
 from mlx_sora.manage.hub import Hub
 from mlx_sora.manage.sources import ENDPOINT_VARIABLE, choose_endpoint, choose_sources
-from tests.hub.published import repos
-from tests.hub.server import FakeHub, serve
+from tests.helpers.hub_server import FakeHub, serve
+from tests.helpers.published import repos
 
 #: Small, so that the tiny files come in several pieces.
 CHUNK = 1 << 14

@@ -17,9 +17,9 @@ from mlx_sora.cli.main import main
 from mlx_sora.loading.model_folder import PUBLISHED
 from mlx_sora.manage.download import STAGING
 from mlx_sora.manage.sources import ENDPOINT_VARIABLE
+from tests.helpers.hub_server import FakeHub, Repo
+from tests.helpers.published import STDIT, VAE, repositories
 from tests.hub.conftest import CHUNK
-from tests.hub.published import STDIT, VAE, repositories
-from tests.hub.server import FakeHub, Repo
 
 #: The command, with pieces so small that a tiny file comes in several.
 PROGRAM = f"""

@@ -15,9 +15,9 @@ from mlx_sora.manage.provenance import Provenance
 from mlx_sora.manage.staging import replaced_path
 from mlx_sora.text.tokenizer import Tokenizer
 from mlx_sora.utils.files import sha256
+from tests.helpers.hub_server import FakeHub, Repo, commit_of
+from tests.helpers.published import PIXART, STDIT, VAE, repositories
 from tests.hub.conftest import CHUNK, Get
-from tests.hub.published import PIXART, STDIT, VAE, repositories
-from tests.hub.server import FakeHub, Repo, commit_of
 
 LARGE = "transformer/model.safetensors"
 LAYOUT = {

@@ -17,9 +17,9 @@ from mlx_sora.manage.download import STAGING, DownloadProgress, download
 from mlx_sora.manage.hub import ATTEMPTS, Hub
 from mlx_sora.manage.sources import choose_sources
 from mlx_sora.manage.staging import MARGIN
+from tests.helpers.hub_server import FakeHub, Repo
+from tests.helpers.published import PIXART, STDIT, VAE, repositories
 from tests.hub.conftest import CHUNK, Get
-from tests.hub.published import PIXART, STDIT, VAE, repositories
-from tests.hub.server import FakeHub, Repo
 
 LARGE = "transformer/model.safetensors"
 

@@ -11,7 +11,7 @@ import pytest
 from mlx_sora.cli.main import main
 from mlx_sora.loading.model_folder import PUBLISHED
 from mlx_sora.manage.sources import ENDPOINT_VARIABLE
-from tests.hub.server import FakeHub
+from tests.helpers.hub_server import FakeHub
 
 LARGE = "transformer/model.safetensors"
 

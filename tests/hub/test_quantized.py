@@ -11,8 +11,8 @@ from mlx_sora.cli.main import main
 from mlx_sora.loading.model_folder import PUBLISHED, QUANTIZED, WEIGHTS_VARIABLE, find_model
 from mlx_sora.manage.provenance import Provenance
 from mlx_sora.manage.sources import ENDPOINT_VARIABLE
-from tests.hub.published import PIXART, STDIT, VAE
-from tests.hub.server import FakeHub, Repo
+from tests.helpers.hub_server import FakeHub, Repo
+from tests.helpers.published import PIXART, STDIT, VAE
 
 COMMAND = ["download", PUBLISHED, "--quantize", "8"]
 MADE = QUANTIZED[8]

@@ -16,7 +16,7 @@ from mlx_sora import GenerationRequest, Pipeline, Video
 from mlx_sora.accel import ACCELERATIONS, OFF
 from mlx_sora.runtime.events import Event, Finished, Noted, StageFinished, StepFinished
 from mlx_sora.video.metadata import read_metadata, replay_options
-from tests.invariants.resumed import check_resumes
+from tests.helpers.resume import check_resumes
 
 #: Modes of each technique to run with, in STEPS steps; the first also in pairs.
 EXAMPLES = {

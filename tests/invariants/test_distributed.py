@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from mlx_sora.distributed.partition import split_evenly
-from tests.launching import launch
+from tests.helpers.ranks import launch
 
 #: In standard deviations: products of fewer rows may be added up in another order.
 TOLERANCE = 1e-5
@@ -17,7 +17,7 @@ TOLERANCE = 1e-5
 
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_together_as_alone(ranks: int) -> None:
-    made = launch(ranks, ["-m", "tests.invariants.shared_evaluations"])
+    made = launch(ranks, ["-m", "tests.helpers.programs.forward_on_ranks"])
     assert [each.returncode for each in made] == [0] * ranks, [each.stderr for each in made]
     found = [json.loads(each.stdout) for each in made]
     for name, case in found[0].items():
@@ -28,9 +28,9 @@ def test_together_as_alone(ranks: int) -> None:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, Any]]]:
-    """What shared_runs found, by rank."""
+    """What runs_on_ranks found, by rank."""
     folder = tmp_path_factory.mktemp("shared")
-    made = launch(2, ["-m", "tests.invariants.shared_runs", str(folder)])
+    made = launch(2, ["-m", "tests.helpers.programs.runs_on_ranks", str(folder)])
     assert [each.returncode for each in made] == [0, 0], [each.stderr for each in made]
     return [json.loads(each.stdout) for each in made]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 
-from tests.invariants.source import sources
+from tests.helpers.source import sources
 
 EVERYWHERE = ("mlx_sora", "tests", "benchmarks", "examples")
 MAX_FILE, MAX_FUNCTION, MAX_PARAMETERS = 400, 60, 8

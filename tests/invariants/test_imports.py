@@ -9,7 +9,7 @@ import sys
 import pytest
 
 import mlx_sora
-from tests.invariants.source import Source, sources
+from tests.helpers.source import Source, sources
 
 HEAVY = {"av", "PIL", "huggingface_hub", "bs4", "ftfy", "numpy", "mlx", "sentencepiece", "tqdm"}
 FOREIGN = {"torch", "transformers", "diffusers", "cv2", "pydantic", "rich", "scipy", "skimage"}

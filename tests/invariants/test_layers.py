@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.invariants.source import Source, sources
+from tests.helpers.source import Source, sources
 
 #: From low to high; a module may import its own layer and those before it.
 LAYERS = (

@@ -11,7 +11,7 @@ from mlx_sora import GenerationRequest, Pipeline, Video
 from mlx_sora.runtime.events import Finished, StepFinished
 from mlx_sora.sampling import SAMPLERS
 from mlx_sora.video.writer import save_frames
-from tests.invariants.resumed import check_resumes
+from tests.helpers.resume import check_resumes
 
 STEPS = 4
 SMALL = {"prompt": "a red circle", "seed": 3, "steps": STEPS, "num_frames": 17}

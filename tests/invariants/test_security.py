@@ -17,7 +17,7 @@ from mlx_sora.video.metadata import read_metadata
 from mlx_sora.video.reader import image_size, probe_video
 from tests.fuzz import samples
 from tests.fuzz.targets import _listing
-from tests.invariants.source import Source, sources
+from tests.helpers.source import Source, sources
 
 #: Modules that run what they read, or unpack what may lie outside.
 CODE = {"pickle", "cPickle", "dill", "joblib", "marshal", "shelve", "torch", "tarfile", "zipfile"}

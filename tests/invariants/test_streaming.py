@@ -23,7 +23,7 @@ from mlx_sora.models.key_map import KeyMap
 from mlx_sora.models.vae import VAEConfig, VideoVAE
 from mlx_sora.models.vae_spatial import SpatialVAEConfig
 from mlx_sora.models.vae_temporal import TemporalVAEConfig
-from tests.unit.accel import nets
+from tests.helpers import networks
 
 PREFETCH = pytest.mark.parametrize("prefetch", [True, False], ids=["prefetch", "serial"])
 
@@ -31,22 +31,22 @@ PREFETCH = pytest.mark.parametrize("prefetch", [True, False], ids=["prefetch", "
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> ModelFolder:
     root = tmp_path_factory.mktemp("model")
-    nets.t5_model(root)
-    return nets.stdit_model(root)
+    networks.t5_model(root)
+    return networks.stdit_model(root)
 
 
 @pytest.fixture(scope="module")
 def states(model: ModelFolder) -> mx.array:
-    return nets.t5_states(load_text_encoder(model, mx.float32)[0])
+    return networks.t5_states(load_text_encoder(model, mx.float32)[0])
 
 
 @PREFETCH
-@pytest.mark.parametrize("resident", range(nets.T5.num_layers + 2))
+@pytest.mark.parametrize("resident", range(networks.T5.num_layers + 2))
 def test_t5(model: ModelFolder, states: mx.array, resident: int, prefetch: bool) -> None:
     network, _, source = stream_text_encoder(model, mx.float32)
     with BlockStream(source, resident, cyclic=True, prefetch=prefetch) as blocks:
         for _ in range(3):
-            assert mx.array_equal(nets.t5_states(network, blocks), states)
+            assert mx.array_equal(networks.t5_states(network, blocks), states)
     assert mx.abs(states).max() > 0.1
 
 
@@ -58,8 +58,8 @@ def test_t5_embedding_rows_come_along(model: ModelFolder) -> None:
 
 CASES: dict[str, tuple[TokenMerging | None, bool]] = {
     "plain": (None, False),
-    "merged": (nets.MergedPairs(), False),
-    "merged, x_mask": (nets.MergedPairs(), True),
+    "merged": (networks.MergedPairs(), False),
+    "merged, x_mask": (networks.MergedPairs(), True),
 }
 
 
@@ -67,14 +67,14 @@ CASES: dict[str, tuple[TokenMerging | None, bool]] = {
 def predictions(model: ModelFolder) -> dict[str, list[mx.array]]:
     whole = load_transformer(model, mx.float32)
     return {
-        name: list(nets.steps(whole, None, tokens, masked=masked))
+        name: list(networks.steps(whole, None, tokens, masked=masked))
         for name, (tokens, masked) in CASES.items()
     }
 
 
 @PREFETCH
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("resident", range(nets.STDIT.depth + 1))
+@pytest.mark.parametrize("resident", range(networks.STDIT.depth + 1))
 def test_stdit3(
     model: ModelFolder,
     predictions: dict[str, list[mx.array]],
@@ -85,7 +85,7 @@ def test_stdit3(
     tokens, masked = CASES[case]
     network, source = stream_transformer(model, mx.float32)
     with BlockStream(source, resident, cyclic=True, prefetch=prefetch) as blocks:
-        found = list(nets.steps(network, blocks, tokens, masked=masked))
+        found = list(networks.steps(network, blocks, tokens, masked=masked))
     assert len(found) == 2
     for a, b in zip(found, predictions[case], strict=True):
         assert mx.array_equal(a, b)
@@ -98,9 +98,9 @@ def test_the_cases_differ(predictions: dict[str, list[mx.array]]) -> None:
     assert not mx.allclose(merged, masked)
 
 
-@pytest.mark.parametrize("kept", [0, 1, 2, nets.STDIT.depth])
+@pytest.mark.parametrize("kept", [0, 1, 2, networks.STDIT.depth])
 def test_stdit3_with_measured_residency_that_is_reconsidered(model: ModelFolder, kept: int) -> None:
-    expected = list(nets.steps(load_transformer(model, mx.float32), count=4))
+    expected = list(networks.steps(load_transformer(model, mx.float32), count=4))
     network, source = stream_transformer(model, mx.float32)
     work, size = 1000, max(source.nbytes)
     room = kept * size + (0 if kept == len(source) else size + source.loading_bytes)
@@ -111,7 +111,7 @@ def test_stdit3_with_measured_residency_that_is_reconsidered(model: ModelFolder,
     )
     found = []
     with BlockStream(source, policy, cyclic=True) as blocks:
-        for step, out in enumerate(nets.steps(network, blocks, count=4)):
+        for step, out in enumerate(networks.steps(network, blocks, count=4)):
             found.append(out)
             assert len(blocks.resident) == kept
             if step == 1:
@@ -126,11 +126,11 @@ def test_stdit3_with_measured_residency_that_is_reconsidered(model: ModelFolder,
 def test_types_are_cast_as_in_whole_networks(
     tmp_path: Path, stored: mx.Dtype, dtype: mx.Dtype
 ) -> None:
-    model = nets.stdit_model(tmp_path, dtype=stored)
-    (expected,) = nets.steps(load_transformer(model, dtype), count=1)
+    model = networks.stdit_model(tmp_path, dtype=stored)
+    (expected,) = networks.steps(load_transformer(model, dtype), count=1)
     network, source = stream_transformer(model, dtype)
     with BlockStream(source, 1) as blocks:
-        (found,) = nets.steps(network, blocks, count=1)
+        (found,) = networks.steps(network, blocks, count=1)
     assert mx.array_equal(found, expected)
 
 
@@ -138,7 +138,9 @@ def test_two_streams_at_once(model: ModelFolder, predictions: dict[str, list[mx.
     """Two runs of one process, step by step in turn, with different work and residencies."""
     (first, source), (second, other) = (stream_transformer(model, mx.float32) for _ in range(2))
     with BlockStream(source, 1, cyclic=True) as a, BlockStream(other, 3, cyclic=True) as b:
-        runs = zip(nets.steps(first, a, nets.MergedPairs()), nets.steps(second, b), strict=True)
+        runs = zip(
+            networks.steps(first, a, networks.MergedPairs()), networks.steps(second, b), strict=True
+        )
         for step, (x, y) in enumerate(runs):
             assert mx.array_equal(x, predictions["merged"][step])
             assert mx.array_equal(y, predictions["plain"][step])
@@ -153,7 +155,7 @@ def lazy_vae(root: Path) -> tuple[VideoVAE, VideoVAE]:
         ),
     )
     first, second = (VideoVAE(config, ("decoder",)) for _ in range(2))
-    mx.save_safetensors(str(root / "model.safetensors"), nets.random_weights(first, 6))
+    mx.save_safetensors(str(root / "model.safetensors"), networks.random_weights(first, 6))
     for network in (first, second):
         load_weights(network, Checkpoint.open(root), KeyMap())
     return first, second
@@ -163,8 +165,8 @@ def test_vae_networks_in_turn(tmp_path: Path) -> None:
     whole, vae = lazy_vae(tmp_path)
     z = mx.random.normal((1, 10, 2, 3, 4), key=mx.random.key(7))
     expected = list(whole.decode_chunks(z, 34))
-    spatial = sum(value.nbytes for value in nets.leaves(vae.spatial_vae).values())
-    temporal = sum(value.nbytes for value in nets.leaves(vae.temporal_vae).values())
+    spatial = sum(value.nbytes for value in networks.leaves(vae.spatial_vae).values())
+    temporal = sum(value.nbytes for value in networks.leaves(vae.temporal_vae).values())
     release()
     before = mx.get_active_memory()
     chunks = vae.decode_chunks(z, 34, sequential_offload=True)

@@ -26,8 +26,8 @@ from mlx_sora.loading.safetensors import TensorInfo, load_tensors
 from mlx_sora.pipeline.locks import output_lock
 from mlx_sora.video.output_path import existing_files
 from mlx_sora.video.writer import open_writer, save_frames, write_sidecar
+from tests.helpers.block_reader import loaders
 from tests.longrun.table import Fault
-from tests.unit.accel.reading import loaders
 from tests.unit.video.test_faults import KINDS, NOISE, files_up_to, killed_holder
 
 #: Sizes that are tried per kind of output.

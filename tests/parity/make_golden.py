@@ -18,7 +18,7 @@ from pathlib import Path
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from tests.conftest import DEFAULT_GOLDEN
+from tests.helpers.golden import DEFAULT_GOLDEN
 
 CASES = (
     "t5_pad40",

@@ -10,7 +10,7 @@ import pytest
 
 from mlx_sora.loading.checkpoint import load_weights
 from mlx_sora.models import stdit3, t5
-from tests.parity.golden import Case, channels_first, channels_last
+from tests.helpers.golden import Case, channels_first, channels_last
 from tests.parity.test_stdit3 import prepare
 
 #: Least cosine between bfloat16's result and the reference's.

@@ -20,7 +20,7 @@ from mlx_sora.sampling.base import Step, StepPolicy, Trajectory, Velocity
 from mlx_sora.sampling.guidance import CFGSlice, Network, guided
 from mlx_sora.sampling.loop import StepResult, denoise
 from mlx_sora.sampling.rflow import RFlow
-from tests.parity.golden import Case, channels_first, channels_last, relative_error
+from tests.helpers.golden import Case, channels_first, channels_last, relative_error
 from tests.parity.test_rflow import conditioning
 
 TRAJECTORY = 1e-3

@@ -6,8 +6,8 @@ import pytest
 
 from mlx_sora.models.vae import KEYS, VAEConfig, VideoVAE, keys_for
 from mlx_sora.models.vae_spatial import PARTS
-from tests.parity.golden import Case
-from tests.parity.manifest import check_manifest, nothing_allocated
+from tests.helpers.golden import Case
+from tests.helpers.manifest import check_manifest, nothing_allocated
 
 HALF = {"encoder": (".encoder.", ".quant_conv."), "decoder": (".decoder.", ".post_quant_conv.")}
 

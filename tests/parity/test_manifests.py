@@ -8,8 +8,8 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mlx_sora.models import stdit3, t5
-from tests.parity.golden import Case
-from tests.parity.manifest import check_manifest, nothing_allocated
+from tests.helpers.golden import Case
+from tests.helpers.manifest import check_manifest, nothing_allocated
 
 
 @pytest.mark.golden("manifest_t5")

@@ -11,7 +11,7 @@ from mlx_sora.conditioning.mask_strategy import (
     resolve_mask_strategy,
 )
 from mlx_sora.errors import UsageError
-from tests.parity.golden import Case, channels_last
+from tests.helpers.golden import Case, channels_last
 
 
 def sample(case: Case, index: int, number: int) -> tuple[mx.array, list[mx.array]]:

@@ -14,7 +14,7 @@ from mlx_sora.models.stdit3 import KEYS, STDiT3, STDiT3Config, unpadded
 from mlx_sora.sampling.guidance import CFGSlice, Network, guided
 from mlx_sora.sampling.loop import Conditioning, StepResult, denoise
 from mlx_sora.sampling.rflow import RFlow, add_noise
-from tests.parity.golden import Case, channels_first, channels_last, relative_error
+from tests.helpers.golden import Case, channels_first, channels_last, relative_error
 
 TRAJECTORY = 1e-3
 NETWORK = 1e-4

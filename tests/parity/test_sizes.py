@@ -8,7 +8,7 @@ import pytest
 
 from mlx_sora import geometry
 from mlx_sora.errors import UsageError
-from tests.parity.golden import Case
+from tests.helpers.golden import Case
 
 
 def table_entry(row: dict[str, Any], *, repaired: bool) -> list[int] | None:

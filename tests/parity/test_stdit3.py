@@ -11,7 +11,7 @@ import pytest
 
 from mlx_sora.loading.checkpoint import load_weights
 from mlx_sora.models.stdit3 import KEYS, Conditions, STDiT3, STDiT3Config, unpadded
-from tests.parity.golden import Case, channels_first, channels_last, relative_error
+from tests.helpers.golden import Case, channels_first, channels_last, relative_error
 
 TOLERANCE = 1e-4
 

@@ -7,7 +7,7 @@ import pytest
 
 from mlx_sora.loading.checkpoint import load_weights
 from mlx_sora.models.t5 import KEYS, T5Config, T5Encoder
-from tests.parity.golden import Case, relative_error
+from tests.helpers.golden import Case, relative_error
 
 TOLERANCE = 1e-4
 

@@ -7,7 +7,7 @@ import pytest
 
 from mlx_sora.accel.tdtm import PairedFrames
 from mlx_sora.models.hooks import Hooks
-from tests.parity.golden import Case, channels_first, channels_last, relative_error
+from tests.helpers.golden import Case, channels_first, channels_last, relative_error
 from tests.parity.test_stdit3 import Recorder, load, prepare
 
 TOLERANCE = 1e-4

@@ -15,7 +15,7 @@ from mlx_sora.geometry import MAX_FRAMES, MICRO_FRAME_SIZE, Size, model_argument
 from mlx_sora.text import cleaning, prompt
 from mlx_sora.text.prompt import Scene, Scores
 from mlx_sora.video.output_path import fill_template
-from tests.parity.golden import Case
+from tests.helpers.golden import Case
 
 
 def agrees(row: dict[str, Any], function: Callable[..., Any], *args: Any) -> None:

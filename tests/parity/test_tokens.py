@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from mlx_sora.text.tokenizer import Tokenizer
-from tests.parity.golden import Case
-from tests.parity.tokenizer_model import spiece_model
+from tests.helpers.golden import Case
+from tests.helpers.tokenizer_model import spiece_model
 
 UNCUT = 10**9
 

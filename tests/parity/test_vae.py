@@ -10,7 +10,7 @@ from mlx_sora.models import vae_spatial, vae_temporal
 from mlx_sora.models.vae import EncodeNoise, Posterior, VAEConfig, VideoVAE, keys_for
 from mlx_sora.models.vae_spatial import SpatialVAE, SpatialVAEConfig
 from mlx_sora.models.vae_temporal import TemporalVAE, TemporalVAEConfig
-from tests.parity.golden import Case, channels_first, channels_last, relative_error
+from tests.helpers.golden import Case, channels_first, channels_last, relative_error
 
 #: Largest error of one network pass, in standard deviations of the reference's output.
 TOLERANCE = 1e-4

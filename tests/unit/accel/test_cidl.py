@@ -17,17 +17,17 @@ from mlx_sora.loading.networks import load_text_encoder, stream_text_encoder, st
 from mlx_sora.memory.limits import release
 from mlx_sora.memory.residency import MemorySample, Residency
 from mlx_sora.models.stdit3 import BlockPair, STDiT3
-from tests.unit.accel import nets
-from tests.unit.accel.reading import Log, no_loader_left, t5
+from tests.helpers import networks
+from tests.helpers.block_reader import Log, no_loader_left, t5
 
-DEPTH = nets.T5.num_layers
+DEPTH = networks.T5.num_layers
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> ModelFolder:
     root = tmp_path_factory.mktemp("model")
-    nets.t5_model(root)
-    return nets.stdit_model(root)
+    networks.t5_model(root)
+    return networks.stdit_model(root)
 
 
 def os_threads() -> int:
@@ -46,8 +46,8 @@ def settle(reader: Log, count: int) -> list[int]:
 def test_blocks_are_read_once_per_pass_in_order_by_one_other_thread(model: ModelFolder) -> None:
     network, source, reader = t5(model)
     with no_loader_left(), BlockStream(source) as blocks:
-        nets.t5_states(network, blocks)
-        nets.t5_states(network, blocks)
+        networks.t5_states(network, blocks)
+        networks.t5_states(network, blocks)
         assert reader.threads == {"load text encoder"}
     assert reader.blocks == [*range(DEPTH)] * 2
     assert blocks.stats.loads == 2 * DEPTH
@@ -78,7 +78,7 @@ def test_without_prefetch_blocks_are_read_when_asked_for(model: ModelFolder) -> 
 def test_the_next_pass_is_read_ahead_only_if_there_is_one(model: ModelFolder, cyclic: bool) -> None:
     network, source, reader = t5(model)
     with BlockStream(source, cyclic=cyclic) as blocks:
-        nets.t5_states(network, blocks)
+        networks.t5_states(network, blocks)
         ahead = [0, 1] if cyclic else []
         assert settle(reader, DEPTH + len(ahead)) == [*range(DEPTH), *ahead]
 
@@ -88,19 +88,19 @@ def test_resident_blocks_are_read_once_and_lie_evenly(model: ModelFolder) -> Non
     with BlockStream(source, 2, cyclic=True) as blocks:
         assert blocks.resident == {0, 2}
         for _ in range(3):
-            nets.t5_states(network, blocks)
+            networks.t5_states(network, blocks)
     assert reader.blocks[: DEPTH + 6] == [*range(DEPTH), 1, 3, 4, 1, 3, 4]
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3])
 @pytest.mark.parametrize("resident", [0, 1, 2])
 def test_shallow_networks(tmp_path: Path, depth: int, resident: int) -> None:
-    model = nets.t5_model(tmp_path, replace(nets.T5, num_layers=depth))
-    expected = nets.t5_states(load_text_encoder(model, mx.float32)[0])
+    model = networks.t5_model(tmp_path, replace(networks.T5, num_layers=depth))
+    expected = networks.t5_states(load_text_encoder(model, mx.float32)[0])
     network, source, _ = t5(model)
     with BlockStream(source, resident, cyclic=True) as blocks:
         for _ in range(3):
-            assert mx.array_equal(nets.t5_states(network, blocks), expected)
+            assert mx.array_equal(networks.t5_states(network, blocks), expected)
 
 
 def test_any_order_of_asking(model: ModelFolder) -> None:
@@ -117,15 +117,15 @@ def test_a_block_without_weights_cannot_compute(model: ModelFolder) -> None:
     text, _, source = stream_text_encoder(model, mx.float32)
     video, _ = stream_transformer(model, mx.float32)
     with BlockStream(source, DEPTH) as blocks:
-        nets.t5_states(text, blocks)
+        networks.t5_states(text, blocks)
     with pytest.raises((ValueError, ZeroDivisionError)):
-        nets.t5_states(text)
-    x = mx.zeros((1, 3, nets.T5.d_model))
+        networks.t5_states(text)
+    x = mx.zeros((1, 3, networks.T5.d_model))
     for block in text.encoder.block[1:]:
         with pytest.raises(ValueError, match=r"."):
             block(x, mx.zeros(1))
     with pytest.raises(ValueError, match=r"."):
-        next(nets.steps(video))
+        next(networks.steps(video))
 
 
 # Memory.
@@ -135,7 +135,7 @@ def test_a_block_without_weights_cannot_compute(model: ModelFolder) -> None:
 def wide(tmp_path_factory: pytest.TempPathFactory) -> ModelFolder:
     """Blocks of 3.7 MB, far above what a few tokens take."""
     root = tmp_path_factory.mktemp("wide")
-    return nets.stdit_model(root, replace(nets.STDIT, hidden_size=160, depth=6))
+    return networks.stdit_model(root, replace(networks.STDIT, hidden_size=160, depth=6))
 
 
 def peak_of_a_step(
@@ -143,7 +143,7 @@ def peak_of_a_step(
 ) -> int:
     """MLX's peak above what the network holds without its blocks, at the third step."""
     with BlockStream(source, resident, cyclic=True, prefetch=prefetch) as blocks:
-        run = nets.steps(network, blocks, count=3)
+        run = networks.steps(network, blocks, count=3)
         next(run)
         base = mx.get_active_memory() - sum(
             source.nbytes[i] for i in range(len(source)) if i in blocks.resident
@@ -170,7 +170,7 @@ def test_weights_leave_memory_when_the_stream_closes(wide: ModelFolder) -> None:
     before = mx.get_active_memory()
     network, source = stream_transformer(wide, mx.float32)
     with BlockStream(source, 6, cyclic=True) as blocks:
-        for _ in nets.steps(network, blocks):
+        for _ in networks.steps(network, blocks):
             pass
         assert mx.get_active_memory() - before > sum(source.nbytes)
     assert mx.get_active_memory() - before < max(source.nbytes)
@@ -185,7 +185,7 @@ def test_twenty_runs_leave_no_thread_and_no_memory(wide: ModelFolder) -> None:
     def run() -> None:
         network, source = stream_transformer(wide, mx.float32)
         with BlockStream(source, 2, cyclic=True) as blocks:
-            for _ in nets.steps(network, blocks, count=1):
+            for _ in networks.steps(network, blocks, count=1):
                 pass
 
     def measure() -> tuple[int, int, int]:
@@ -253,15 +253,15 @@ def test_reconsidering_lets_go_first_and_measures_anew(model: ModelFolder) -> No
 
     policy = Residency(everything, read=read, reset=lambda: None)
     with BlockStream(source, policy, cyclic=True) as blocks:
-        nets.t5_states(network, blocks)
-        nets.t5_states(network, blocks)
+        networks.t5_states(network, blocks)
+        networks.t5_states(network, blocks)
         assert reader.blocks == [*range(DEPTH), 0]
         policy.budget = 0
         blocks.remeasure()
-        nets.t5_states(network, blocks)
+        networks.t5_states(network, blocks)
         assert blocks.resident == frozenset()
         assert held == [0, 1, 1] * 2
-        nets.t5_states(network, blocks)
+        networks.t5_states(network, blocks)
     # With no room even for two blocks nothing is read ahead.
     assert reader.blocks == [*range(DEPTH), 0, *range(DEPTH), *range(DEPTH)]
 
@@ -269,5 +269,5 @@ def test_reconsidering_lets_go_first_and_measures_anew(model: ModelFolder) -> No
 def test_a_single_pass_keeps_nothing(model: ModelFolder) -> None:
     network, source, _ = t5(model)
     with BlockStream(source, Residency(1 << 40)) as blocks:
-        nets.t5_states(network, blocks)
+        networks.t5_states(network, blocks)
         assert blocks.resident == frozenset()

@@ -16,17 +16,17 @@ from mlx_sora.accel.cidl import BlockStream
 from mlx_sora.errors import WeightsError
 from mlx_sora.loading.model_folder import ModelFolder
 from mlx_sora.loading.safetensors import TensorInfo, load_tensors
-from tests.unit.accel import nets
-from tests.unit.accel.reading import Log, loaders, no_loader_left, t5
+from tests.helpers import networks
+from tests.helpers.block_reader import Log, loaders, no_loader_left, t5
 
-DEPTH = nets.T5.num_layers
+DEPTH = networks.T5.num_layers
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> ModelFolder:
     root = tmp_path_factory.mktemp("model")
-    nets.t5_model(root)
-    return nets.stdit_model(root)
+    networks.t5_model(root)
+    return networks.stdit_model(root)
 
 
 def test_an_exception_joins_the_thread(model: ModelFolder) -> None:
@@ -55,7 +55,7 @@ def test_ctrl_c_while_waiting_for_a_block_joins_the_thread(model: ModelFolder) -
     network, source, reader = t5(model, Interrupting())
     started = time.monotonic()
     with no_loader_left(), pytest.raises(KeyboardInterrupt), BlockStream(source) as blocks:
-        nets.t5_states(network, blocks)
+        networks.t5_states(network, blocks)
     assert max(reader.blocks) <= 3
     assert time.monotonic() - started < 5
 
@@ -85,13 +85,13 @@ def rewrite(file: Path) -> None:
 @pytest.mark.parametrize("resident", [0, 2])
 @pytest.mark.parametrize("harm", [truncate, Path.unlink, rewrite])
 def test_a_file_that_fails_in_mid_run(tmp_path: Path, harm: object, resident: int) -> None:
-    model = nets.t5_model(tmp_path)
+    model = networks.t5_model(tmp_path)
     network, source, _ = t5(model)
     with no_loader_left(), BlockStream(source, resident, cyclic=True, prefetch=False) as blocks:
-        nets.t5_states(network, blocks)
+        networks.t5_states(network, blocks)
         harm(first_shard(model))  # type: ignore[operator]
         with pytest.raises(WeightsError) as error:
-            nets.t5_states(network, blocks)
+            networks.t5_states(network, blocks)
         assert loaders() == 0
         assert f"Block {1 if resident else 0} of the text encoder" in str(error.value)
         assert str(first_shard(model)) in str(error.value)
@@ -101,7 +101,7 @@ def test_a_file_that_fails_in_mid_run(tmp_path: Path, harm: object, resident: in
 
 def test_a_file_that_ends_while_it_is_read(tmp_path: Path) -> None:
     """The header is whole and the size was right a moment ago: MLX finds out at evaluation."""
-    model = nets.t5_model(tmp_path)
+    model = networks.t5_model(tmp_path)
 
     class Cutting(Log):
         def __call__(
@@ -118,12 +118,12 @@ def test_a_file_that_ends_while_it_is_read(tmp_path: Path) -> None:
         pytest.raises(WeightsError, match=r"Block 4 of the text encoder: .*model-1\.safet"),
         BlockStream(source) as blocks,
     ):
-        nets.t5_states(network, blocks)
+        networks.t5_states(network, blocks)
     # The next stream is not harmed by it.
-    expected = nets.t5_model(tmp_path / "again")
+    expected = networks.t5_model(tmp_path / "again")
     network, source, _ = t5(expected)
     with BlockStream(source) as blocks:
-        nets.t5_states(network, blocks)
+        networks.t5_states(network, blocks)
 
 
 @pytest.mark.parametrize("failure", [OSError("disk gone"), RuntimeError("bad read")])
@@ -142,4 +142,4 @@ def test_a_failing_read_names_block_and_file(model: ModelFolder, failure: Except
         pytest.raises(WeightsError, match=rf"Block 2 .*model-.*{failure}"),
         BlockStream(source) as blocks,
     ):
-        nets.t5_states(network, blocks)
+        networks.t5_states(network, blocks)

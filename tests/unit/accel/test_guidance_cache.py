@@ -15,7 +15,7 @@ from mlx_sora.errors import UsageError
 from mlx_sora.request.modes import GUIDANCE_CACHE, GUIDANCE_INTERVAL
 from mlx_sora.sampling.base import Step
 from mlx_sora.sampling.guidance import guided
-from tests.unit.sampling.flows import latents
+from tests.helpers.flows import latents
 from tests.unit.sampling.test_guidance import NULL, Recorder, null_text
 
 JOB = ScheduleInfo(12, 1, 3, times=tuple(1000.0 - 80 * i for i in range(12)))

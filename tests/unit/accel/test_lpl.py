@@ -19,7 +19,7 @@ from mlx_sora.sampling.base import Step, Trajectory
 from mlx_sora.sampling.loop import Conditioning, StepResult, denoise
 from mlx_sora.sampling.noise import Noise
 from mlx_sora.sampling.rflow import RFlow
-from tests.unit.sampling.flows import Curved, Straight, latents, times
+from tests.helpers.flows import Curved, Straight, latents, times
 
 SHAPE = (1, 3, 4, 4, 4)
 

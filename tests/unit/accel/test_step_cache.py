@@ -18,7 +18,7 @@ from mlx_sora.models.hooks import Hooks
 from mlx_sora.models.stdit3 import STDiT3
 from mlx_sora.request.modes import STEP_CACHE
 from mlx_sora.sampling.guidance import CFGSlice
-from tests.unit.accel import nets
+from tests.helpers import networks
 
 JOB = ScheduleInfo(steps=8, evaluations=1, frames=3)
 SHAPE = (1, 3, 4, 2)
@@ -209,15 +209,15 @@ def test_tensors_that_are_kept(text: str, guided: bool, tensors: float) -> None:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> ModelFolder:
-    return nets.stdit_model(tmp_path_factory.mktemp("model"))
+    return networks.stdit_model(tmp_path_factory.mktemp("model"))
 
 
 def path(network: STDiT3, part: StepCache | None, blocks: object = None) -> list[mx.array]:
     """Predictions of a few steps, each on the one before."""
     config = network.config
-    z = mx.random.normal((1, *nets.GRID, config.in_channels), key=mx.random.key(4))
+    z = mx.random.normal((1, *networks.GRID, config.in_channels), key=mx.random.key(4))
     text = mx.random.normal((8, config.caption_channels), key=mx.random.key(5))
-    conditions = network.prepare([text], nets.GRID, height=40, width=48, fps=24)
+    conditions = network.prepare([text], networks.GRID, height=40, width=48, fps=24)
     found = []
     for step in range(JOB.steps):
         stack = None if part is None else part.block_cache(step, CFGSlice(0, 1))
@@ -250,6 +250,6 @@ def test_a_cached_step_reads_no_block(model: ModelFolder) -> None:
     network, source = stream_transformer(model, mx.float32)
     with BlockStream(source, cyclic=True) as blocks:
         found = path(network, cache("every:3,warmup=2"), blocks)
-        assert blocks.stats.loads == 4 * nets.STDIT.depth
+        assert blocks.stats.loads == 4 * networks.STDIT.depth
         assert blocks.stats.nbytes == 4 * sum(source.stored_bytes)
     assert all(map(mx.array_equal, whole, found))

@@ -16,7 +16,7 @@ from mlx_sora.accel.tdtm import MergedSteps, PairedFrames
 from mlx_sora.models.hooks import Hooks
 from mlx_sora.models.stdit3 import STDiT3
 from mlx_sora.request.modes import TDTM
-from tests.unit.accel.nets import STDIT, random_weights
+from tests.helpers.networks import STDIT, random_weights
 
 
 def tokens(frames: int) -> mx.array:

@@ -12,12 +12,12 @@ from mlx_sora.loading.model_folder import ModelFolder
 from mlx_sora.loading.networks import load_transformer, stream_transformer
 from mlx_sora.models.hooks import Hooks, ValueSharing
 from mlx_sora.models.stdit3 import BlockPair, STDiT3
-from tests.unit.accel import nets
+from tests.helpers import networks
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> ModelFolder:
-    return nets.stdit_model(tmp_path_factory.mktemp("model"))
+    return networks.stdit_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +26,7 @@ def network(model: ModelFolder) -> STDiT3:
 
 
 def latents(seed: int, batch: int = 1) -> mx.array:
-    z = mx.random.normal((1, *nets.GRID, nets.STDIT.in_channels), key=mx.random.key(seed))
+    z = mx.random.normal((1, *networks.GRID, networks.STDIT.in_channels), key=mx.random.key(seed))
     return mx.tile(z, (batch, 1, 1, 1, 1))
 
 
@@ -39,7 +39,7 @@ def predict(
 ) -> mx.array:
     context = context or Hooks()
     text = [mx.random.normal((n + 3, 32), key=mx.random.key(9)) for n in range(len(z))]
-    conditions = network.prepare(text, nets.GRID, height=40, width=48, fps=24)
+    conditions = network.prepare(text, networks.GRID, height=40, width=48, fps=24)
     context = Hooks(context.blocks, context.token_merging, values)
     out = network(z, mx.full((len(z),), 500.0), conditions, None, context)
     mx.eval(out)
@@ -58,7 +58,7 @@ def test_what_is_kept_is_counted_in_advance(network: STDiT3) -> None:
     kept = CapturedValues()
     for t in (900.0, 800.0):
         predict(network, latents(1), kept.capture(t))
-    assert kept.nbytes == captured_bytes(nets.STDIT, nets.GRID, 2, 4) > 0
+    assert kept.nbytes == captured_bytes(networks.STDIT, networks.GRID, 2, 4) > 0
 
 
 def test_own_values_back_are_the_plain_pass(network: STDiT3) -> None:
@@ -106,12 +106,12 @@ def test_frames_in_time_keep_their_own() -> None:
     class Spy:
         def values(self, v: mx.array, block: int) -> mx.array:
             blocks.append(block)
-            assert v.shape[0] == nets.GRID[0]
+            assert v.shape[0] == networks.GRID[0]
             return v
 
-    network = STDiT3(nets.STDIT)
+    network = STDiT3(networks.STDIT)
     predict(network, latents(1), Spy())
-    assert blocks == list(range(nets.STDIT.depth))
+    assert blocks == list(range(networks.STDIT.depth))
 
 
 def test_streamed_blocks_leave_their_values_behind(model: ModelFolder, network: STDiT3) -> None:
@@ -130,4 +130,4 @@ def test_merged_frames_share_with_merged_frames(network: STDiT3) -> None:
     kept, merged = CapturedValues(), Hooks[BlockPair](token_merging=PairedFrames())
     plain = predict(network, latents(1), kept.capture(500.0), context=merged)
     assert mx.array_equal(predict(network, latents(1), kept.reuse(500.0), context=merged), plain)
-    assert kept.nbytes == captured_bytes(nets.STDIT, nets.GRID, 1, 4) // 2
+    assert kept.nbytes == captured_bytes(networks.STDIT, networks.GRID, 1, 4) // 2

@@ -14,7 +14,7 @@ from mlx_sora.distributed import heartbeat as peers
 from mlx_sora.distributed.heartbeat import Heartbeat, Timeouts
 from mlx_sora.errors import MlxSoraError
 
-CHILD = (sys.executable, "-m", "tests.unit.distributed.heartbeat_child")
+CHILD = (sys.executable, "-m", "tests.helpers.programs.heartbeat_rank")
 
 
 def together(folder: Path, behaviours: list[str]) -> list[tuple[int, dict[str, object] | None]]:

@@ -8,7 +8,7 @@ import mlx.core as mx
 import pytest
 
 from mlx_sora.manage.doctor import examine
-from tests.full_size import write_published
+from tests.helpers.full_size import write_published
 
 
 @pytest.fixture

@@ -31,8 +31,8 @@ from mlx_sora.memory.limits import release
 from mlx_sora.models.quantized import QuantizedLinear
 from mlx_sora.models.stdit3 import STDiT3, STDiT3Config
 from mlx_sora.models.t5 import T5Encoder
-from tests.unit.accel import nets
-from tests.unit.manage.converting import STDIT, T5, write_model
+from tests.helpers import networks
+from tests.helpers.quantizable_model import STDIT, T5, write_model
 
 
 @pytest.fixture(scope="module")
@@ -104,25 +104,25 @@ def dense(network: T5Encoder | STDiT3) -> dict[str, mx.array]:
 def test_text_encoder(model: ModelFolder) -> None:
     """Whole, streamed, and with dequantised weights: the same states, bit for bit."""
     whole, _ = load_text_encoder(model, mx.float32)
-    expected = nets.t5_states(whole)
+    expected = networks.t5_states(whole)
     plain = T5Encoder(whole.config, table=False)
     plain.update(tree_unflatten(list(dense(whole).items())))
-    assert mx.array_equal(nets.t5_states(plain), expected).item()
+    assert mx.array_equal(networks.t5_states(plain), expected).item()
     network, _, source = stream_text_encoder(model, mx.float32)
     with BlockStream(source) as blocks:
-        assert mx.array_equal(nets.t5_states(network, blocks), expected).item()
+        assert mx.array_equal(networks.t5_states(network, blocks), expected).item()
 
 
 @pytest.mark.parametrize("resident", [0, 1])
 def test_transformer(model: ModelFolder, resident: int) -> None:
     whole = load_transformer(model, mx.float32)
-    expected = list(nets.steps(whole))
+    expected = list(networks.steps(whole))
     plain = STDiT3(whole.config)
     plain.update(tree_unflatten(list(dense(whole).items())))
     network, source = stream_transformer(model, mx.float32)
     with BlockStream(source, resident, cyclic=True) as blocks:
         for found, same, out in zip(
-            nets.steps(network, blocks), nets.steps(plain), expected, strict=True
+            networks.steps(network, blocks), networks.steps(plain), expected, strict=True
         ):
             assert mx.array_equal(found, out).item()
             assert mx.array_equal(same, out).item()
@@ -169,16 +169,18 @@ def test_quantised_while_loading_as_if_converted(tmp_path: Path, dtype: mx.Dtype
     converted = ModelFolder.open(
         convert(plain, tmp_path / "q8", ConversionOptions(8, "float32")).path
     )
-    expected = list(nets.steps(load_transformer(converted, mx.float32)))
-    whole = nets.steps(load_transformer(plain, mx.float32))
+    expected = list(networks.steps(load_transformer(converted, mx.float32)))
+    whole = networks.steps(load_transformer(plain, mx.float32))
     network, source = stream_transformer(plain, mx.float32)
     with BlockStream(source, 1, cyclic=True) as blocks:
-        for streamed, found, out in zip(nets.steps(network, blocks), whole, expected, strict=True):
+        for streamed, found, out in zip(
+            networks.steps(network, blocks), whole, expected, strict=True
+        ):
             assert mx.array_equal(streamed, out).item()
             assert mx.array_equal(found, out).item()
     text, _ = load_text_encoder(plain, mx.float32)
     other, _ = load_text_encoder(converted, mx.float32)
-    assert mx.array_equal(nets.t5_states(text), nets.t5_states(other)).item()
+    assert mx.array_equal(networks.t5_states(text), networks.t5_states(other)).item()
 
 
 def test_memory_of_quantising_while_loading(tmp_path: Path) -> None:
@@ -202,6 +204,6 @@ def test_bits_that_are_not_those_of_the_folder(model: ModelFolder, tmp_path: Pat
     assert quantized_while_loading(model, 8) == model
     with pytest.raises(UsageError, match="8 bits in groups of 64, which --quantize cannot change"):
         quantized_while_loading(model, 4)
-    nets.t5_model(tmp_path, replace(nets.T5, d_ff=32))
+    networks.t5_model(tmp_path, replace(networks.T5, d_ff=32))
     with pytest.raises(UsageError, match="can be quantised"):
         load_text_encoder(ModelFolder(tmp_path, "small", model.defaults, bits=8), mx.float32)

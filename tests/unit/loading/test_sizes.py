@@ -14,7 +14,7 @@ from mlx_sora.loading.model_folder import ModelFolder
 from mlx_sora.loading.networks import load_text_encoder, load_transformer
 from mlx_sora.loading.sizes import model_sizes
 from mlx_sora.models.vae import VAEConfig, VideoVAE
-from tests.unit.accel import nets
+from tests.helpers import networks
 
 VAE = {
     "spatial_config": {"block_out_channels": [8, 8], "norm_num_groups": 4},
@@ -26,10 +26,10 @@ VAE = {
 def model(tmp_path_factory: pytest.TempPathFactory) -> ModelFolder:
     """Stored in half precision; the VAE has its encoder, too."""
     root = tmp_path_factory.mktemp("model")
-    nets.t5_model(root, dtype=mx.float16)
+    networks.t5_model(root, dtype=mx.float16)
     vae = VideoVAE(VAEConfig.from_dict(VAE))
     weights = {}
-    for path, value in nets.random_weights(vae, 5).items():
+    for path, value in networks.random_weights(vae, 5).items():
         name = path.replace("spatial_vae.", "spatial_vae.module.")
         weights[name] = value.transpose(2, 3, 0, 1) if value.ndim == 4 else value
         if path.startswith("temporal_vae."):
@@ -39,12 +39,12 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> ModelFolder:
             wrapped = "norm" not in path
             del weights[name]
             weights[f"{stem}.conv.{leaf}" if wrapped else path] = kernel
-    nets.save(root / "vae", VAE, weights)
-    return nets.stdit_model(root, dtype=mx.float16)
+    networks.save(root / "vae", VAE, weights)
+    return networks.stdit_model(root, dtype=mx.float16)
 
 
 def bytes_of(network: nn.Module) -> int:
-    return sum(value.nbytes for value in nets.leaves(network).values())
+    return sum(value.nbytes for value in networks.leaves(network).values())
 
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.float16])
@@ -70,8 +70,8 @@ def test_sizes(model: ModelFolder, dtype: mx.Dtype) -> None:
 
 
 def test_a_checkpoint_of_another_configuration(model: ModelFolder, tmp_path: Path) -> None:
-    nets.t5_model(tmp_path)
-    nets.stdit_model(tmp_path)
+    networks.t5_model(tmp_path)
+    networks.stdit_model(tmp_path)
     config = tmp_path / "transformer" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"depth": 6}))
     with pytest.raises(WeightsError, match=r"missing tensor spatial_blocks\.5"):

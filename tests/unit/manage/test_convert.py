@@ -21,9 +21,9 @@ from mlx_sora.manage.doctor import examine
 from mlx_sora.manage.provenance import FILE, Provenance
 from mlx_sora.manage.staging import exclusive
 from mlx_sora.memory.limits import release
-from tests.full_size import write_published
-from tests.unit.accel import nets
-from tests.unit.manage.converting import STDIT, T5, tensors, write_model
+from tests.helpers import networks
+from tests.helpers.full_size import write_published
+from tests.helpers.quantizable_model import STDIT, T5, tensors, write_model
 
 BLOCKS = 3
 
@@ -215,8 +215,8 @@ def indivisible(model: ModelFolder, tmp_path: Path) -> tuple[ModelFolder, Path]:
     shutil.copytree(model.path, root)
     for part in ("text_encoder", "transformer"):
         shutil.rmtree(root / part)
-    nets.t5_model(root, replace(T5, d_model=32, d_kv=8, d_ff=32))
-    nets.stdit_model(root, replace(STDIT, hidden_size=48, mlp_ratio=1.0, caption_channels=32))
+    networks.t5_model(root, replace(T5, d_model=32, d_kv=8, d_ff=32))
+    networks.stdit_model(root, replace(STDIT, hidden_size=48, mlp_ratio=1.0, caption_channels=32))
     return ModelFolder.open(root), tmp_path / "made"
 
 
@@ -276,7 +276,7 @@ def test_memory_is_that_of_two_blocks(tmp_path: Path, layers: int) -> None:
     write_model(root)
     shutil.rmtree(root / "text_encoder")
     config = replace(T5, d_model=256, d_ff=1024, num_layers=layers)
-    nets.t5_model(root, config)
+    networks.t5_model(root, config)
     model = ModelFolder.open(root)
     block = max(stream_text_encoder(model, mx.float32)[2].nbytes)
     release()

@@ -18,7 +18,7 @@ from mlx_sora.manage.download import STAGING
 from mlx_sora.manage.provenance import FILE, FileOrigin, Provenance
 from mlx_sora.models.t5 import T5Config, T5Encoder
 from mlx_sora.utils.files import sha256
-from tests.hub.published import write_model
+from tests.helpers.published import write_model
 
 PARTS = ("text_encoder", "transformer", "vae")
 

@@ -13,8 +13,8 @@ from mlx_sora.cli.main import main
 from mlx_sora.geometry import RESOLUTIONS, aspect_ratios
 from mlx_sora.memory.plan import Plan
 from mlx_sora.pipeline import pipeline as module
-from tests.full_size import write_published
-from tests.parity.golden import Case
+from tests.helpers.full_size import write_published
+from tests.helpers.golden import Case
 
 LENGTHS = (1, 17, 51, 102, 204, 408)
 

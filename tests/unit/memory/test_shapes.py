@@ -9,7 +9,7 @@ import mlx.core as mx
 from mlx_sora.loading.model_folder import ModelFolder
 from mlx_sora.loading.sizes import model_sizes
 from mlx_sora.memory.estimate import shape_sizes
-from tests.full_size import write_published
+from tests.helpers.full_size import write_published
 
 
 def test_as_the_published_files_have_it(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from mlx_sora.models.vae import VAEConfig, VideoVAE
 from mlx_sora.models.vae_spatial import SpatialVAE, SpatialVAEConfig
 from mlx_sora.models.vae_temporal import TemporalVAEConfig
 from mlx_sora.models.vae_tiling import decode_tiled, moments_of, tile_side, tile_spans
-from tests.unit.accel import nets
+from tests.helpers import networks
 
 TILES = range(2, MAX_TILES + 1)
 
@@ -97,7 +97,7 @@ def small_vae() -> VideoVAE:
         ),
     )
     vae = VideoVAE(config, ("decoder",))
-    vae.update(mx_tree(nets.random_weights(vae, 3)))
+    vae.update(mx_tree(networks.random_weights(vae, 3)))
     mx.eval(vae.parameters())
     return vae
 

@@ -17,7 +17,7 @@ from mlx_sora.loading.model_folder import find_model
 from mlx_sora.runtime.events import Event, Finished, StepFinished
 from mlx_sora.runtime.health import FrameHealth, Health
 from mlx_sora.sampling.loop import StepResult, denoise
-from tests.parity.golden import Case, channels_last
+from tests.helpers.golden import Case, channels_last
 
 PROMPT = "a white circle moving right on a white background"
 HEALTH = Health(mx.float32, 7.0)

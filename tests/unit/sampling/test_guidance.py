@@ -11,7 +11,7 @@ from mlx.utils import tree_flatten
 from mlx_sora.models.stdit3 import STDiT3, STDiT3Config
 from mlx_sora.sampling.base import Step
 from mlx_sora.sampling.guidance import CFGSlice, Network, guided
-from tests.unit.sampling.flows import SHAPE, latents
+from tests.helpers.flows import SHAPE, latents
 
 TEXT = [latents(3, (5, 6)), latents(4, (2, 6))]
 NULL = latents(5, (8, 6))

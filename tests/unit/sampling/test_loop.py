@@ -15,7 +15,7 @@ from mlx_sora.sampling.loop import Conditioning, RestoredSteps, StepResult, deno
 from mlx_sora.sampling.midpoint import Midpoint
 from mlx_sora.sampling.noise import Noise
 from mlx_sora.sampling.rflow import RFlow, add_noise
-from tests.unit.sampling.flows import SHAPE, Curved, Straight, latents, times
+from tests.helpers.flows import SHAPE, Curved, Straight, latents, times
 
 BATCH, FRAMES = SHAPE[:2]
 

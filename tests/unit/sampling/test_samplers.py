@@ -15,7 +15,7 @@ from mlx_sora.sampling import SAMPLERS
 from mlx_sora.sampling.loop import Conditioning, denoise
 from mlx_sora.sampling.noise import Noise
 from mlx_sora.sampling.rflow import RFlow, add_noise
-from tests.unit.sampling.flows import SHAPE, Curved, Straight, latents, times
+from tests.helpers.flows import SHAPE, Curved, Straight, latents, times
 
 #: Order of convergence that each sampler promises.
 ORDERS = {"rflow": 1, "midpoint": 2, "ab2": 2}

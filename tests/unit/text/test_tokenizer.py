@@ -8,7 +8,7 @@ import pytest
 
 from mlx_sora.errors import WeightsError
 from mlx_sora.text.tokenizer import EOS, PAD, Tokenizer
-from tests.parity.tokenizer_model import spiece_model
+from tests.helpers.tokenizer_model import spiece_model
 
 
 @pytest.fixture(scope="module")

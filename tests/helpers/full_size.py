@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from mlx_sora.models.t5 import TABLE
-from tests.conftest import DEFAULT_GOLDEN
-from tests.hub.published import spiece_model
-from tests.parity.golden import Case
+from tests.helpers.golden import DEFAULT_GOLDEN, Case
+from tests.helpers.published import spiece_model
 
 #: The keys of the published config.json files that mean something here.
 CONFIGS: dict[str, dict[str, Any]] = {

@@ -25,7 +25,7 @@ from mlx_sora.distributed.partition import hops, sent_bytes
 from mlx_sora.memory.flops import Grid
 from mlx_sora.models.hooks import Hooks, NoMerging
 from mlx_sora.models.stdit3 import BlockPair, STDiT3
-from tests.unit.accel.nets import STDIT, random_weights
+from tests.helpers.networks import STDIT, random_weights
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ def counted_hops() -> Iterator[list[int]]:
         return swap_of(ranks, x, shape)
 
     gather_of, swap_of = Ranks.all_gather, Ranks.exchange
-    with patch.object(Ranks, "gather", gather), patch.object(Ranks, "swap", swap):
+    with patch.object(Ranks, "all_gather", gather), patch.object(Ranks, "exchange", swap):
         yield found
 
 

@@ -10,17 +10,17 @@ import mlx.core as mx
 
 from mlx_sora.loading.checkpoint import Checkpoint
 from mlx_sora.loading.model_folder import ModelFolder, find_model
-from tests.hub.published import spiece_model
-from tests.unit.accel import nets
+from tests.helpers import networks
+from tests.helpers.published import spiece_model
 
-T5 = replace(nets.T5, vocab_size=128, d_model=64, d_kv=16, d_ff=128, num_layers=3)
-STDIT = replace(nets.STDIT, hidden_size=64, depth=3, caption_channels=64)
+T5 = replace(networks.T5, vocab_size=128, d_model=64, d_kv=16, d_ff=128, num_layers=3)
+STDIT = replace(networks.STDIT, hidden_size=64, depth=3, caption_channels=64)
 
 
 def write_model(root: Path, dtype: mx.Dtype = mx.float32) -> ModelFolder:
     """The model in `root`, its T5 and STDiT in two shards whose border lies within a block."""
-    nets.t5_model(root, T5, dtype)
-    nets.stdit_model(root, STDIT, dtype)
+    networks.t5_model(root, T5, dtype)
+    networks.stdit_model(root, STDIT, dtype)
     shutil.copytree(find_model("shapes").vae, root / "vae")
     (root / "tokenizer").mkdir()
     (root / "tokenizer" / "spiece.model").write_bytes(spiece_model())

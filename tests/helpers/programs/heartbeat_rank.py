@@ -1,4 +1,4 @@
-"""One rank that is watched, for test_peers: RANK SIZE FOLDER BEHAVIOUR. Prints what it learns."""
+"""A watched rank, for test_heartbeat: RANK SIZE FOLDER BEHAVIOUR. Prints what it learns."""
 
 from __future__ import annotations
 

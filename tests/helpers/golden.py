@@ -16,6 +16,9 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+#: The committed cases.
+DEFAULT_GOLDEN = Path(__file__).parents[1] / "parity" / "golden"
+
 #: Families by file-name prefix; a longer prefix wins (`rflow_sample_mask` is still `rflow_sample`).
 FAMILIES = (
     "t5",

@@ -15,9 +15,8 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_sora.manage.sources import SOURCES
-from tests.conftest import DEFAULT_GOLDEN
-from tests.hub.server import Repo
-from tests.parity.golden import Case
+from tests.helpers.golden import DEFAULT_GOLDEN, Case
+from tests.helpers.hub_server import Repo
 
 STDIT, VAE, PIXART = (source.repo for source in SOURCES[:3])
 VOCABULARY = 60
