@@ -44,7 +44,7 @@ class CommandGroup:
     @property
     def first(self) -> bool:
         """Whether this process speaks."""
-        return self._ranks is None or self._ranks.first
+        return self._ranks is None or self._ranks.is_rank0
 
     def together(self) -> AbstractContextManager[None]:
         """What fails in the block on one rank fails on all."""
@@ -52,7 +52,7 @@ class CommandGroup:
 
     def watched(self) -> AbstractContextManager[None]:
         """What ends the block on one rank ends it on all."""
-        return nullcontext() if self._ranks is None else self._ranks.watched()
+        return nullcontext() if self._ranks is None else self._ranks.watchdog_scope()
 
     def broadcast_request(self, kind: type[T], plan: Callable[[], T]) -> T:
         """What to make, as the first rank's files, flags and standard input have it."""

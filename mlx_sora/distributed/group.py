@@ -18,8 +18,10 @@ from mlx_sora import errors
 from mlx_sora.distributed.launch import launched
 from mlx_sora.distributed.watchdog import Watchdog
 from mlx_sora.errors import MlxSoraError, UsageError
+from mlx_sora.utils.state import flatten_state, unflatten_state
 
 Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 class Ranks:
@@ -43,7 +45,7 @@ class Ranks:
         self.sent_bytes = 0
 
     @property
-    def first(self) -> bool:
+    def is_rank0(self) -> bool:
         """Whether this is the rank that writes files and speaks to the user."""
         return self.rank == 0
 
@@ -100,7 +102,7 @@ class Ranks:
 
     def broadcast_object(self, value: Any) -> Any:
         """A plain JSON value of the first rank; what others give is not looked at."""
-        data = json.dumps(value).encode() if self.first else b""
+        data = json.dumps(value).encode() if self.is_rank0 else b""
         return json.loads(self.all_gather_bytes(data)[0])
 
     def broadcast(self, x: mx.array | None) -> mx.array:
@@ -110,10 +112,36 @@ class Ranks:
             return x
         kind = None if x is None else (x.shape, str(x.dtype).split(".")[-1])
         shape, dtype = self.broadcast_object(kind)
-        own = x if self.first and x is not None else mx.zeros(shape, getattr(mx, dtype))
+        own = x if self.is_rank0 and x is not None else mx.zeros(shape, getattr(mx, dtype))
         found = mx.contiguous(self.all_gather(own)[0])
         mx.eval(found)
         return found
+
+    def broadcast_state(self, value: Any) -> Any:
+        """Return rank 0's value: arrays and plain JSON values, nested in mappings and lists.
+
+        Other ranks' values are ignored. With several ranks, tuples come back as lists.
+        """
+        if self._group is None:
+            return value
+        arrays: dict[str, mx.array] = {}
+        record = self.broadcast_object(flatten_state(value, "root", arrays))
+        names = self.broadcast_object(list(arrays))
+        return unflatten_state(record, {name: self.broadcast(arrays.get(name)) for name in names})
+
+    def on_rank0(self, work: Callable[[], Item]) -> Item | None:
+        """Return `work()` on rank 0, None on the others. Its error is raised on all ranks."""
+        with self.collective_errors():
+            return work() if self.is_rank0 else None
+
+    def stage_on_rank0(
+        self, stage: Generator[Item, None, Result]
+    ) -> Generator[Item, None, Result | None]:
+        """Yield the events of `stage` and return its value on rank 0 only, as `on_rank0`."""
+        with self.collective_errors():
+            if self.is_rank0:
+                return (yield from stage)
+        return None
 
     def raise_if_all_fail(self, check: Callable[[], None]) -> None:
         """Raise what `check` raises, where it does on every rank."""
@@ -145,7 +173,7 @@ class Ranks:
             raise failure
 
     @contextmanager
-    def watched(self) -> Iterator[None]:
+    def watchdog_scope(self) -> Iterator[None]:
         """A block whose end by any error or interrupt, on any rank, ends it on all of them.
 
         Raises RankLostError where it was another's. Where the main thread hangs in an exchange that
@@ -159,7 +187,7 @@ class Ranks:
 
     def watch_events(self, events: Generator[Item, None, None]) -> Generator[Item, None, None]:
         """The same events, in a watched block."""
-        with self.watched(), closing(events):
+        with self.watchdog_scope(), closing(events):
             for event in events:
                 if self._watch is not None:
                     self._watch.tick()

@@ -93,7 +93,7 @@ class BatchRun(Pipeline):
         """A video of this rank, for the first to put in its place where that is not this one."""
         run.more["parallel"] = {"ranks": self.ranks.size, "mode": "prompts"}
         with tempfile.TemporaryDirectory(prefix="mlx_sora-") as folder:
-            if run.output is not None and not self.ranks.first:
+            if run.output is not None and not self.ranks.is_rank0:
                 run.output = Path(folder) / run.output.name
             for event in self._make_one(index, run, texts):
                 yield event
@@ -102,7 +102,7 @@ class BatchRun(Pipeline):
                 if isinstance(event, Finished):
                     return (
                         VideoTransfer()
-                        if self.ranks.first
+                        if self.ranks.is_rank0
                         else VideoTransfer.of(event.video, Path(folder))
                     )
         raise AssertionError("a request ends with Finished or RequestFailed")
@@ -113,7 +113,7 @@ class BatchRun(Pipeline):
         try:
             if parcel.error is not None:
                 raise deserialize_error(*parcel.error)
-            yield Finished(parcel.delivered(run, written=self.ranks.first))
+            yield Finished(parcel.delivered(run, written=self.ranks.is_rank0))
         except Exception as error:
             yield RequestFailed(index, as_known(error))
 

@@ -20,14 +20,12 @@ from mlx_sora.errors import UsageError, WeightsError
 from mlx_sora.sampling.base import State
 from mlx_sora.utils.files import atomic_write, explain_os_errors
 from mlx_sora.utils.json import parse_object
+from mlx_sora.utils.state import flatten_state, unflatten_state
 from mlx_sora.utils.versions import versions
 from mlx_sora.video.output_path import CHECKPOINT
 
 #: Number of the file's layout; a reader refuses larger ones.
 FORMAT = 1
-
-#: Stands for a tensor in the record.
-_TENSOR = "$tensor"
 
 #: Fields of Snapshot that are no lists in JSON.
 _LISTS = ("finished", "accounts", "warnings", "resumed")
@@ -151,24 +149,3 @@ def _digest(record: str, arrays: Mapping[str, mx.array]) -> str:
         found.update(f"\n{name} {array.dtype} {array.shape}\n".encode())
         found.update(memoryview(array.reshape(-1).view(mx.uint8)))  # type: ignore[arg-type]
     return found.hexdigest()
-
-
-def flatten_state(value: Any, name: str, arrays: dict[str, mx.array]) -> Any:
-    """`value` as JSON; its arrays go into `arrays`, and their names stand for them."""
-    if isinstance(value, mx.array):
-        arrays[name] = value
-        return {_TENSOR: name}
-    if isinstance(value, Mapping):
-        return {key: flatten_state(item, f"{name}.{key}", arrays) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [flatten_state(item, f"{name}.{i}", arrays) for i, item in enumerate(value)]
-    return value
-
-
-def unflatten_state(value: Any, arrays: Mapping[str, mx.array]) -> Any:
-    """The inverse of `put_away`."""
-    if isinstance(value, dict):
-        if value.keys() == {_TENSOR}:
-            return arrays[value[_TENSOR]]
-        return {key: unflatten_state(item, arrays) for key, item in value.items()}
-    return [unflatten_state(item, arrays) for item in value] if isinstance(value, list) else value

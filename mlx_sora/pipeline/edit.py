@@ -78,7 +78,7 @@ class Editing(Pipeline):
     def events(self) -> Generator[Event, None, None]:
         """Events of the edit, `Finished` the last. Bad requests raise here, before any work."""
         ranks = self._ranks(self._request)
-        with ranks.watched():
+        with ranks.watchdog_scope():
             self._agree(ranks, [self._request], **self._told)
             with ranks.collective_errors():
                 run = self._begin()
@@ -168,7 +168,7 @@ class Editing(Pipeline):
         latents = None
         with StageMeter("read") as meter, self._lifetimes(run).stage(plan):
             with run.ranks.collective_errors():
-                if run.ranks.first:
+                if run.ranks.is_rank0:
                     geometry = run.settings.geometry
                     frames = _frames(self._edit.video, geometry.num_frames, geometry.decoded)
                     parts = (frames[c.frame : c.frame + c.frames] for c in chunks)

@@ -82,7 +82,7 @@ def output_lock_on_rank0(output: Path | None, ranks: Ranks) -> Iterator[None]:
     """`claimed` by the rank that writes; what refuses it ends all of them."""
     with ExitStack() as held:
         with ranks.collective_errors():
-            if ranks.first:
+            if ranks.is_rank0:
                 held.enter_context(output_lock(output))
         yield
 

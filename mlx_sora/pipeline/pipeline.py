@@ -97,7 +97,7 @@ class Pipeline(Stages):
         same; the first one has the files, or the frames.
         """
         ranks = self._ranks(request)
-        with ranks.watched():
+        with ranks.watchdog_scope():
             request = seeded(request, ranks)
             self._agree(ranks, [request])
             with ranks.collective_errors():
@@ -110,7 +110,7 @@ class Pipeline(Stages):
         """Finish the video of a checkpoint, beside it. options: such as change nothing it shows."""
         values: dict[str, Any] = {}
         with self.ranks.collective_errors():
-            if self.ranks.first:
+            if self.ranks.is_rank0:
                 values = resumed_request(Path(checkpoint), options).to_dict()
         request = GenerationRequest.from_dict(self.ranks.broadcast_object(values))
         for event in self.stream(request, checkpoint):
@@ -181,7 +181,7 @@ class Pipeline(Stages):
     def _begun(self, request: GenerationRequest, resume: Path | None = None) -> GenerationRun:
         """A prepared run that keeps checkpoints, if it was asked to, and goes on from its own."""
         run = self._prepare(request)
-        if run.ranks.first and (request.checkpoint_every is not None or resume is not None):
+        if run.ranks.is_rank0 and (request.checkpoint_every is not None or resume is not None):
             attach(run, fingerprint(self.model), resume)
         return run
 
@@ -219,7 +219,7 @@ class Pipeline(Stages):
         if division.ranks > 1:
             job = replace(job, agree=ranks.broadcast_object)
         accelerations = Accelerations(settings.accelerations, job)
-        output = _output(request, settings, checked=self.ranks.first)
+        output = _output(request, settings, checked=self.ranks.is_rank0)
         warnings += accelerations.warnings
         tokenizer = Tokenizer.load(self.model.tokenizer)
         length = max(len(tokenizer.encode(text).ids) for text in settings.all_texts)
@@ -340,7 +340,7 @@ class Pipeline(Stages):
         return video
 
     def _writer(self, run: GenerationRun) -> FrameWriter:
-        if not run.ranks.first:
+        if not run.ranks.is_rank0:
             return CountedFrames()
         if run.output is None:
             return KeptFrames()

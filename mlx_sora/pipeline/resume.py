@@ -20,12 +20,7 @@ import mlx.core as mx
 from mlx_sora.distributed.group import Ranks
 from mlx_sora.errors import MlxSoraError, UsageError, WeightsError
 from mlx_sora.memory.limits import release
-from mlx_sora.pipeline.checkpoint import (
-    Snapshot,
-    flatten_state,
-    read_record,
-    unflatten_state,
-)
+from mlx_sora.pipeline.checkpoint import Snapshot, read_record
 from mlx_sora.pipeline.locks import is_locked
 from mlx_sora.pipeline.settings import ResolvedRequest
 from mlx_sora.request.generation import GenerationRequest, label, options
@@ -237,18 +232,15 @@ class SharedCheckpoints(Checkpoints):
         self._own, self._ranks = own, ranks
         known = own.known
         found = () if known is None else known.finished
-        self._finished: tuple[mx.array, ...] = _told(ranks, found)
+        self._finished: tuple[mx.array, ...] = ranks.broadcast_state(found)
 
     def finished(self, clip: int) -> mx.array | None:
         return self._finished[clip] if clip < len(self._finished) else None
 
-    def begun(self, clip: int) -> Snapshot | None:
-        found = None
-        with self._ranks.collective_errors():
-            if self._ranks.first:
-                found = self._own.restored(clip)
+    def restored(self, clip: int) -> Snapshot | None:
+        found = self._ranks.on_rank0(lambda: self._own.restored(clip))
         names = ("latents", "steps", "state")
-        told = _told(self._ranks, found and {name: getattr(found, name) for name in names})
+        told = self._ranks.broadcast_state(found and {name: getattr(found, name) for name in names})
         return None if told is None else Snapshot({}, {}, "", **told)
 
     def step_made(self, z: mx.array, steps: int, state: State) -> Iterator[Event]:
@@ -261,20 +253,12 @@ class SharedCheckpoints(Checkpoints):
         self._own.note_warnings(warnings)
 
     @contextmanager
-    def kept(self) -> Iterator[None]:
+    def save_on_error(self) -> Iterator[None]:
         with self._own.save_on_error():
             yield
 
     def remove(self) -> None:
         self._own.remove()
-
-
-def _told(ranks: Ranks, value: Any) -> Any:
-    """What the first rank knows: plain values and arrays."""
-    arrays: dict[str, mx.array] = {}
-    record = ranks.broadcast_object(flatten_state(value, "told", arrays))
-    names = ranks.broadcast_object(list(arrays))
-    return unflatten_state(record, {name: ranks.broadcast(arrays.get(name)) for name in names})
 
 
 def _asked(request: GenerationRequest) -> dict[str, Any]:

@@ -86,13 +86,13 @@ class Stages:
         warnings: dict[str, Sequence[str]] = {}
         with StageMeter("encode") as meter, self._lifetimes(run).stage(run.plan.stage("encode")):
             with ranks.collective_errors():
-                if ranks.first:
+                if ranks.is_rank0:
                     warnings = yield from self._encode_here(run, runs, wanted, texts)
             if ranks.size > 1:
                 warnings = ranks.broadcast_object(warnings)
                 for text in wanted:
-                    states = ranks.broadcast(texts[text] if ranks.first else None)
-                    if not ranks.first:
+                    states = ranks.broadcast(texts[text] if ranks.is_rank0 else None)
+                    if not ranks.is_rank0:
                         texts[text] = states
         for each in runs:
             found = [line for text in (*each.settings.all_texts, *also) for line in warnings[text]]
@@ -136,7 +136,7 @@ class Stages:
         with StageMeter("read") as meter, self._lifetimes(run).stage(plan):
             latents: Sequence[mx.array | None] = [None] * len(todo)
             with run.ranks.collective_errors():
-                if run.ranks.first:
+                if run.ranks.is_rank0:
                     pictures = (task.read() for task in todo)
                     latents = yield from self._encoded(run, plan, pictures, len(todo))
             for task, each in zip(todo, latents, strict=True):
@@ -250,7 +250,7 @@ class Stages:
         if blocks is not None and merges(index) != merges(index + 1):
             blocks.remeasure()
         yield StepFinished(index, done.step.total, done.t, done.seconds, done.z)
-        if run.previews is not None and run.ranks.first:
+        if run.previews is not None and run.ranks.is_rank0:
             yield from run.previews.after(index, done.x0)
 
     def _decode_clip(

@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
     latency = _gather(ranks, 1, 20 * args.runs) / (ranks.size - 1)
     bandwidth = (ranks.size - 1) * LARGE / _gather(ranks, LARGE // 4, args.runs)
     slowest = min(ranks.all_gather_object(_flops(default_dtype(), args.runs)))
-    if ranks.first:
+    if ranks.is_rank0:
         print(f"{ranks.size} ranks; a gather of {LARGE >> 20} MiB from each, and a pair of blocks")
         print(
             f"--ranks {ranks.size} --link {bandwidth / 1e9:.3f}GB/s,{latency * 1e3:.3f}ms "

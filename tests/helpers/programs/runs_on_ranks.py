@@ -97,12 +97,12 @@ def resumed(pipe: Pipeline, folder: Path, *, first_together: bool) -> dict[str, 
     modes = ("sequence", "off") if first_together else ("off", "sequence")
     output, kept = folder / f"{first_together}.mp4", folder / f"{first_together}.kept"
     options |= {"checkpoint_every": 1}
-    if pipe.ranks.first or first_together:
+    if pipe.ranks.is_rank0 or first_together:
         for event in begin(pipe, **options, output=str(output), parallel=modes[0]):
-            if isinstance(event, StepFinished) and event.step == 2 and pipe.ranks.first:
+            if isinstance(event, StepFinished) and event.step == 2 and pipe.ranks.is_rank0:
                 shutil.copy(checkpoint_path(output), kept)
     pipe.ranks.broadcast_object(None)  # the file is written
-    if not pipe.ranks.first and first_together:
+    if not pipe.ranks.is_rank0 and first_together:
         return {}
     frames = str(output.with_suffix("")) + "/"
     made = Made.of(begin(pipe, kept, **options, output=frames, parallel=modes[1]))
@@ -116,7 +116,7 @@ def of_two_minds(pipe: Pipeline) -> dict[str, Any]:
     options |= {"step_cache": "online:warmup=2,threshold=0.2"}
     alone = Made.of(begin(pipe, **options, parallel="off"))
     seen = lpl.similarity, step_cache._size
-    if not pipe.ranks.first:
+    if not pipe.ranks.is_rank0:
         lpl.similarity = lambda v, previous, step: [float(step.index)]  # type: ignore[assignment]
         step_cache._size = lambda x: 1.0  # type: ignore[assignment]
     together = Made.of(begin(pipe, **options, parallel="sequence"))
@@ -128,7 +128,7 @@ def failing(pipe: Pipeline) -> dict[str, Any]:
     """What all ranks raise where the second fails."""
     try:
         with pipe.ranks.collective_errors():
-            if not pipe.ranks.first:
+            if not pipe.ranks.is_rank0:
                 raise UsageError("It went wrong.", "Mend it.")
     except UsageError as error:
         return {"message": str(error)}
