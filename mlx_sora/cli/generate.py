@@ -37,7 +37,7 @@ from mlx_sora.runtime.events import RequestFailed
 from mlx_sora.video.output_path import DEFAULT_OUTPUT, check_output, fill_template, output_path
 
 if TYPE_CHECKING:
-    from mlx_sora.memory.planner import Plan
+    from mlx_sora.memory.plan import Plan
     from mlx_sora.pipeline.pipeline import Pipeline
 
 

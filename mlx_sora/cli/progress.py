@@ -26,7 +26,7 @@ from mlx_sora.runtime.events import (
 )
 
 if TYPE_CHECKING:
-    from mlx_sora.memory.planner import Plan
+    from mlx_sora.memory.plan import Plan
 
 from typing import TYPE_CHECKING
 

@@ -14,7 +14,7 @@ from mlx_sora.loading.checkpoint import Checkpoint, match_keys
 from mlx_sora.loading.model_folder import ModelFolder
 from mlx_sora.loading.networks import stream_text_encoder, stream_transformer
 from mlx_sora.loading.quantization import dense_bytes
-from mlx_sora.memory.planner import ModelSizes, WeightSizes
+from mlx_sora.memory.plan import ModelSizes, WeightSizes
 from mlx_sora.models.precision import KEEP
 from mlx_sora.models.vae import VAEConfig, VideoVAE, keys_for
 

@@ -14,33 +14,9 @@ import mlx.core as mx
 from mlx_sora.errors import MemoryBudgetError
 from mlx_sora.geometry import MAX_TILES
 from mlx_sora.memory.limits import memory_scope, return_freed_memory
-from mlx_sora.memory.plan import (
-    Machine,
-    MediaWorkload,
-    ModelSizes,
-    Plan,
-    StagePlan,
-    StepVariant,
-    WeightSizes,
-    Workload,
-)
+from mlx_sora.memory.plan import Machine, ModelSizes, Plan, StagePlan, Workload
 from mlx_sora.memory.profiles import format_bytes
-from mlx_sora.memory.requirements import MIN_CACHE, OUTSIDE, StageMemory, stage_requirements
-
-__all__ = [
-    "MIN_CACHE",
-    "OUTSIDE",
-    "Machine",
-    "MediaWorkload",
-    "ModelSizes",
-    "Plan",
-    "StagePlan",
-    "StepVariant",
-    "WeightSizes",
-    "Workload",
-    "make_plan",
-    "stage_limits",
-]
+from mlx_sora.memory.requirements import StageMemory, stage_requirements
 
 
 def make_plan(
@@ -90,7 +66,7 @@ def stage_limits(stage: StagePlan) -> Iterator[None]:
     Left alone, MLX's scheduler allocates for operations far ahead of the one that runs, which
     nearly doubles the peak. Where that does not fit it is held back, which keeps a core busy.
     """
-    with memory_scope(stage.cache_limit), return_freed_memory():
+    with return_freed_memory(), memory_scope(stage.cache_limit):
         previous = mx.set_memory_limit(stage.memory_limit)
         try:
             yield

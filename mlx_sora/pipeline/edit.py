@@ -24,8 +24,8 @@ from mlx_sora.distributed.partition import ParallelPlan
 from mlx_sora.errors import UsageError
 from mlx_sora.geometry import Size
 from mlx_sora.memory.limits import StageMeter
-from mlx_sora.memory.planner import MediaWorkload, Plan
-from mlx_sora.memory.planner import Workload as Work
+from mlx_sora.memory.plan import MediaWorkload, Plan
+from mlx_sora.memory.plan import Workload as Work
 from mlx_sora.memory.profiles import format_bytes
 from mlx_sora.models.hooks import Hooks
 from mlx_sora.models.stdit3 import BlockPair, STDiT3, STDiT3Config

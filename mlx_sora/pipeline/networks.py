@@ -19,8 +19,9 @@ from mlx_sora.loading.networks import (
     stream_text_encoder,
     stream_transformer,
 )
-from mlx_sora.memory.limits import memory_scope, release
-from mlx_sora.memory.planner import StagePlan, stage_limits
+from mlx_sora.memory.limits import memory_scope
+from mlx_sora.memory.plan import StagePlan
+from mlx_sora.memory.planner import stage_limits
 from mlx_sora.memory.residency import BudgetMonitor, Residency
 from mlx_sora.models.stdit3 import BlockPair, STDiT3
 from mlx_sora.models.t5 import T5Block, T5Encoder
@@ -53,8 +54,6 @@ class NetworkLoader:
                 if known is None:
                     raise
                 raise known from error
-            finally:
-                release()
 
     @contextmanager
     def text_encoder(

@@ -27,8 +27,9 @@ from mlx_sora.loading.model_folder import BUNDLED, PUBLISHED, ModelFolder, find_
 from mlx_sora.loading.quantization import quantization_record, quantized_while_loading
 from mlx_sora.loading.sizes import model_sizes
 from mlx_sora.memory.limits import default_cache_limit
-from mlx_sora.memory.planner import Machine, MediaWorkload, Plan, StepVariant, make_plan
-from mlx_sora.memory.planner import Workload as Work
+from mlx_sora.memory.plan import Machine, MediaWorkload, Plan, StepVariant
+from mlx_sora.memory.plan import Workload as Work
+from mlx_sora.memory.planner import make_plan
 from mlx_sora.models.ops import on_gpu
 from mlx_sora.pipeline.locks import run_exclusively
 from mlx_sora.pipeline.preview import Previews

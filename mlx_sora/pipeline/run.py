@@ -16,8 +16,8 @@ from mlx_sora.accel.sequence_parallel import SequenceParallel
 from mlx_sora.distributed.group import Ranks
 from mlx_sora.distributed.partition import ParallelPlan
 from mlx_sora.memory.limits import StageMeter
-from mlx_sora.memory.planner import Plan
-from mlx_sora.memory.planner import Workload as Work
+from mlx_sora.memory.plan import Plan
+from mlx_sora.memory.plan import Workload as Work
 from mlx_sora.models.hooks import Sharding, Unsharded
 from mlx_sora.pipeline.checkpoint import Snapshot
 from mlx_sora.pipeline.preview import Previews

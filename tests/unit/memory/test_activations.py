@@ -13,7 +13,9 @@ from mlx_sora.geometry import Size
 from mlx_sora.memory.activations import (
     ExecutionMode,
     keys_values,
+    spatial_encoder_work,
     spatial_work,
+    temporal_encoder_work,
     temporal_work,
     text_encoder_work,
     transformer_work,
@@ -139,3 +141,23 @@ def test_temporal_decoder(mode: ExecutionMode, frames: int, rows: int, columns: 
     mx.eval(z)
     measured = peak(lambda: network.decode(z, frames))
     assert close(temporal_work(VAE, frames, rows, columns, mode), measured, 2.5)
+
+
+@pytest.mark.parametrize(("frames", "rows", "columns"), [(1, 96, 128), (3, 64, 64)])
+def test_spatial_encoder(mode: ExecutionMode, frames: int, rows: int, columns: int) -> None:
+    network = VideoVAE(VAE, ("encoder",)).spatial_vae
+    filled(network)
+    x = mx.zeros((frames, rows, columns, 3))
+    mx.eval(x)
+    measured = peak(lambda: network.encode(x))
+    assert close(spatial_encoder_work(VAE, rows, columns, frames, mode), measured, 2)
+
+
+@pytest.mark.parametrize(("frames", "rows", "columns"), [(17, 18, 20), (17, 8, 8), (5, 18, 32)])
+def test_temporal_encoder(mode: ExecutionMode, frames: int, rows: int, columns: int) -> None:
+    network = VideoVAE(VAE, ("encoder",)).temporal_vae
+    filled(network)
+    x = mx.zeros((1, frames, rows, columns, 4))
+    mx.eval(x)
+    measured = peak(lambda: network.encode(x))
+    assert close(temporal_encoder_work(VAE, frames, rows, columns, mode), measured, 2.5)

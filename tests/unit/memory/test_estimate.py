@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
+import mlx.core as mx
 import pytest
 
 from mlx_sora.errors import MemoryBudgetError
 from mlx_sora.geometry import Size, plan_geometry
+from mlx_sora.loading.model_folder import ModelFolder
+from mlx_sora.loading.sizes import model_sizes
 from mlx_sora.memory.estimate import ASSUMED, DEVICES, Device, Efficiency, estimate, shape_sizes
 from mlx_sora.memory.plan import ModelSizes, Workload
 from mlx_sora.memory.profiles import PROFILES
+from tests.helpers.full_size import write_published
 
 MAC = Device("a Mac", "mac-16gb", flops=4e12, bandwidth=100e9, disk=2e9)
 #: So fast that only the other figures count.
@@ -76,3 +81,17 @@ def test_devices(model: ModelSizes, device: Device) -> None:
 def test_what_does_not_fit_is_refused(model: ModelSizes) -> None:
     with pytest.raises(MemoryBudgetError):
         estimate(model, job(408), DEVICES[0], 2)
+
+
+def test_as_the_published_files_have_it(tmp_path: Path) -> None:
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    assert shape_sizes(4) == model_sizes(ModelFolder.open(write_published(tmp_path)), mx.float32)
+    assert mx.get_active_memory() - before < 1 << 20
+
+
+def test_half_the_bytes() -> None:
+    whole, half = shape_sizes(4), shape_sizes(2)
+    assert whole.transformer_weights.stored == 2 * half.transformer_weights.stored
+    assert whole.text_weights.total == 2 * half.text_weights.total
+    assert whole.temporal == half.temporal

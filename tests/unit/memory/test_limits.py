@@ -122,7 +122,7 @@ def test_without_a_current_value_the_record_stands_in(monkeypatch: pytest.Monkey
 HOLES = """
 import ctypes, sys
 from contextlib import nullcontext
-from mlx_sora.memory.limits import current_rss, returned_at_once
+from mlx_sora.memory.limits import current_rss, return_freed_memory
 
 libc = ctypes.CDLL(None)
 libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
@@ -134,7 +134,7 @@ def allocate(size):
     return pointer
 
 libc.free(allocate(30 << 20))  # from here on, glibc takes such sizes from the heap
-with returned_at_once() if sys.argv[1] == "scope" else nullcontext():
+with return_freed_memory() if sys.argv[1] == "scope" else nullcontext():
     blocks = [allocate(4 << 20) for _ in range(32)]
     before = current_rss()
     for block in blocks[:-1]:

@@ -10,20 +10,19 @@ import pytest
 
 from mlx_sora.errors import MemoryBudgetError
 from mlx_sora.geometry import Size, plan_geometry
-from mlx_sora.memory.planner import (
-    MIN_CACHE,
-    OUTSIDE,
+from mlx_sora.memory.plan import (
     Machine,
+    MediaWorkload,
     ModelSizes,
     Plan,
     StagePlan,
     StepVariant,
     WeightSizes,
     Workload,
-    make_plan,
-    stage_limits,
 )
+from mlx_sora.memory.planner import make_plan, stage_limits
 from mlx_sora.memory.profiles import PROFILES, parse_bytes
+from mlx_sora.memory.requirements import MIN_CACHE, OUTSIDE, stage_requirements
 from mlx_sora.models.stdit3 import STDiT3Config
 from mlx_sora.models.t5 import T5Config
 from mlx_sora.models.vae import VAEConfig
@@ -248,3 +247,42 @@ def test_kept_values_need_their_room() -> None:
     assert keeping.reserve == plain.reserve + kept
     with pytest.raises(MemoryBudgetError):
         make_plan(XL, job(inverts=True, captured_bytes=budget), CPU, budget)
+
+
+WITH_ENCODERS = replace(XL, encoders=(580 * MB, 137 * MB, 717 * MB))
+
+
+def test_media_are_a_stage_of_the_plan() -> None:
+    workload = job(media=MediaWorkload(chunks=2, longest=17, pixels=1920 * 1080))
+    plan = make_plan(WITH_ENCODERS, workload, CPU, 3 * GB)
+    assert [stage.stage for stage in plan.stages] == ["encode", "read", "denoise", "decode"]
+    stage = plan.stage("read")
+    assert stage.peak <= 3 * GB
+    assert stage.in_turn
+    once = make_plan(WITH_ENCODERS, job(media=MediaWorkload(1, 17, 10**6)), CPU).stage("read")
+    assert stage.flops == 2 * once.flops
+    assert make_plan(WITH_ENCODERS, job(), CPU).stages[1].stage == "denoise"
+
+
+def test_larger_source_frames_need_more_memory() -> None:
+    large, small = (
+        stage_requirements(
+            WITH_ENCODERS, job(media=MediaWorkload(1, 17, pixels)), CPU, throttled=True
+        )[1].least
+        for pixels in (3840 * 2160, 64 * 64)
+    )
+    assert large - small == 36 * (3840 * 2160 - 64 * 64)
+
+
+def test_each_clip_reads_the_weights_again_and_decodes_its_new_frames() -> None:
+    once = make_plan(XL, job(), CPU)
+    thrice = make_plan(XL, job(clips=3, shared_frames=17), CPU)
+    for stage in ("denoise", "decode"):
+        assert thrice.stage(stage).read == 3 * once.stage(stage).read
+    assert thrice.stage("denoise").flops == 3 * once.stage("denoise").flops
+    assert thrice.stage("decode").flops == pytest.approx(
+        once.stage("decode").flops * (51 + 2 * 34) / 51
+    )
+    assert thrice.stage("encode") == once.stage("encode")
+    # The file stays open while the next clip is denoised.
+    assert thrice.stage("denoise").peak > once.stage("denoise").peak

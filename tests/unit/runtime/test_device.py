@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import pytest
 
-from mlx_sora.errors import UsageError
+from mlx_sora import MemoryBudgetError, Pipeline
+from mlx_sora.errors import MlxSoraError, UsageError
 from mlx_sora.runtime import blas, device
+from mlx_sora.runtime.device import known_error
 
 CPU, GPU = mx.Device(mx.cpu), mx.Device(mx.gpu)
 
@@ -75,3 +79,83 @@ def test_a_container_limit_below_the_ram_wins(monkeypatch: pytest.MonkeyPatch) -
     assert device.total_memory() == machine // 2
     monkeypatch.setattr(device.Path, "read_text", lambda self: "max\n")
     assert device.total_memory() >= machine
+
+
+#: As MLX and its users' reports have them.
+OUT_OF_MEMORY = (
+    "[malloc_or_wait] Unable to allocate 134217728 bytes.",
+    "[malloc] Unable to allocate 9000000000 bytes.",
+    "[metal::malloc] Attempting to allocate 28611722496 bytes which is greater than the maximum "
+    "allowed buffer size of 9534832640 bytes.",
+    "[metal::malloc] Resource limit (499000) exceeded.",
+    "[METAL] Command buffer execution failed: Insufficient Memory "
+    "(00000008:kIOGPUCommandBufferCallbackErrorOutOfMemory)",
+    "std::bad_alloc",
+    "cudaMallocAsync(&ptr, size, stream) failed: out of memory",
+)
+TOO_LONG = (
+    "[METAL] Command buffer execution failed: Caused GPU Timeout Error "
+    "(00000002:kIOGPUCommandBufferCallbackErrorTimeout).",
+    "[METAL] Command buffer execution failed: Impacting Interactivity "
+    "(0000000e:kIOGPUCommandBufferCallbackErrorImpactingInteractivity)",
+    "[METAL] Command buffer execution failed: Caused GPU Hang Error "
+    "(00000003:kIOGPUCommandBufferCallbackErrorHang)",
+)
+OTHERS = ("[matmul] Last dimension of first input", "[read] Unable to read from file.", "")
+
+
+@pytest.mark.parametrize("text", OUT_OF_MEMORY)
+def test_no_memory_is_a_memory_error(text: str) -> None:
+    found = known_error(RuntimeError(text), "denoise")
+    assert isinstance(found, MemoryBudgetError)
+    assert found.exit_code == 3
+    assert "Stage denoise" in str(found)
+    assert "--" in found.fix
+
+
+@pytest.mark.parametrize("text", TOO_LONG)
+def test_the_watchdog_is_explained(text: str) -> None:
+    found = known_error(RuntimeError(text), "decode")
+    assert type(found) is MlxSoraError
+    assert "Stage decode" in str(found)
+    assert "--vae-tiles" in found.fix
+
+
+@pytest.mark.parametrize("text", OTHERS)
+def test_others_are_left_alone(text: str) -> None:
+    assert known_error(RuntimeError(text), "encode") is None
+    assert known_error(ValueError(OUT_OF_MEMORY[0]), "encode") is None
+    assert known_error(KeyboardInterrupt(), "encode") is None
+
+
+def test_pythons_own_memory_error() -> None:
+    assert isinstance(known_error(MemoryError(), "read"), MemoryBudgetError)
+
+
+@pytest.mark.parametrize(
+    ("place", "stage"),
+    [
+        ("mlx_sora.text.encoder.TextEncoder.encode", "encode"),
+        ("mlx_sora.pipeline.stages.denoise", "denoise"),
+        ("mlx_sora.pipeline.stages.to_uint8", "decode"),
+        ("mlx_sora.loading.blocks.load_tensors", "encode"),
+    ],
+)
+def test_every_stage_tells_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, stage: str
+) -> None:
+    tried = []
+
+    def fail(*arguments: Any, **more: Any) -> None:
+        tried.append(arguments)
+        raise RuntimeError(OUT_OF_MEMORY[0])
+
+    monkeypatch.setattr(place, fail)
+    if place.endswith("load_tensors"):
+        monkeypatch.setattr("mlx_sora.loading.checkpoint.load_tensors", fail)
+        monkeypatch.setattr("mlx_sora.loading.blocks.BlockSource._load_from", fail)
+    request = {"steps": 1, "num_frames": 1, "output": tmp_path / "a.png"}
+    with pytest.raises(MemoryBudgetError, match=f"Stage {stage}: there is not enough memory"):
+        Pipeline.from_pretrained("shapes")("a red circle", ci_dl="load" in place, **request)
+    assert len(tried) == 1, "it is not tried again"
+    assert list(tmp_path.iterdir()) == []
