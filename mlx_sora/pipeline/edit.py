@@ -24,8 +24,7 @@ from mlx_sora.distributed.partition import ParallelPlan
 from mlx_sora.errors import UsageError
 from mlx_sora.geometry import Size
 from mlx_sora.memory.limits import StageMeter
-from mlx_sora.memory.plan import MediaWorkload, Plan
-from mlx_sora.memory.plan import Workload as Work
+from mlx_sora.memory.plan import MediaWorkload, Plan, Workload
 from mlx_sora.memory.profiles import format_bytes
 from mlx_sora.models.hooks import Hooks
 from mlx_sora.models.stdit3 import BlockPair, STDiT3, STDiT3Config
@@ -111,7 +110,7 @@ class Editing(Pipeline):
         settings: ResolvedRequest,
         accelerations: Accelerations,
         text_tokens: int,
-    ) -> Work:
+    ) -> Workload:
         work = super()._work(request, settings, accelerations, text_tokens)
         config = STDiT3Config.from_dict(self.model.config("transformer"))
         dtype = default_dtype(requested=self.dtype if request.dtype == "auto" else request.dtype)

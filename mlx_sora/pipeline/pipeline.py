@@ -27,8 +27,7 @@ from mlx_sora.loading.model_folder import BUNDLED, PUBLISHED, ModelFolder, find_
 from mlx_sora.loading.quantization import quantization_record, quantized_while_loading
 from mlx_sora.loading.sizes import model_sizes
 from mlx_sora.memory.limits import default_cache_limit
-from mlx_sora.memory.plan import Machine, MediaWorkload, Plan, StepVariant
-from mlx_sora.memory.plan import Workload as Work
+from mlx_sora.memory.plan import Machine, MediaWorkload, Plan, StepVariant, Workload
 from mlx_sora.memory.planner import make_plan
 from mlx_sora.models.ops import on_gpu
 from mlx_sora.pipeline.locks import run_exclusively
@@ -254,7 +253,7 @@ class Pipeline(Stages):
         request: GenerationRequest,
         settings: ResolvedRequest,
         dtype: mx.Dtype,
-        work: Work,
+        work: Workload,
     ) -> Plan:
         """Memory, reading and work per stage. Reads headers only; raises MemoryBudgetError."""
         machine = Machine(on_gpu(), default_cache_limit() or total_memory(), dtype.size)
@@ -268,10 +267,10 @@ class Pipeline(Stages):
         settings: ResolvedRequest,
         accelerations: Accelerations,
         text_tokens: int,
-    ) -> Work:
+    ) -> Workload:
         """What the run is about, as far as memory and work go."""
         per_step = SAMPLERS[settings.sampler].evaluations
-        return Work(
+        return Workload(
             geometry=settings.geometry,
             text_tokens=text_tokens,
             evaluations=settings.steps * per_step,

@@ -16,8 +16,7 @@ from mlx_sora.accel.sequence_parallel import SequenceParallel
 from mlx_sora.distributed.group import Ranks
 from mlx_sora.distributed.partition import ParallelPlan
 from mlx_sora.memory.limits import StageMeter
-from mlx_sora.memory.plan import Plan
-from mlx_sora.memory.plan import Workload as Work
+from mlx_sora.memory.plan import Plan, Workload
 from mlx_sora.models.hooks import Sharding, Unsharded
 from mlx_sora.pipeline.checkpoint import Snapshot
 from mlx_sora.pipeline.preview import Previews
@@ -57,7 +56,7 @@ class GenerationRun:
     warnings: list[str]
     ranks: Ranks = field(default_factory=Ranks)
     division: ParallelPlan = field(default_factory=lambda: ParallelPlan(1))
-    work: Work | None = None
+    work: Workload | None = None
     streamed: dict[str, dict[str, Any]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     memory: dict[str, int] = field(default_factory=dict)
