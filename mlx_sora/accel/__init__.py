@@ -26,7 +26,7 @@ from mlx_sora.request.modes import (
     Modes,
     ParsedMode,
 )
-from mlx_sora.sampling.base import AllSteps, State, Step, StepPolicy
+from mlx_sora.sampling.base import LeapPolicy, State, Step
 from mlx_sora.sampling.guidance import CFGPredictions, CFGSlice, GuidancePolicy
 from mlx_sora.sampling.loop import StepResult
 
@@ -72,11 +72,11 @@ class Accelerations:
         return [warning for part in self._active.values() for warning in part.warnings]
 
     @property
-    def policy(self) -> StepPolicy:
-        """What says when to leap to the end; no two techniques do."""
+    def policy(self) -> LeapPolicy | None:
+        """Leap policy of the run; at most one technique has one."""
         policies = [part.policy for part in self._active.values() if part.policy is not None]
-        assert len(policies) <= 1, "two techniques want to end the run"
-        return policies[0] if policies else AllSteps()
+        assert len(policies) <= 1, "two techniques end the run"
+        return policies[0] if policies else None
 
     @property
     def guidance(self) -> GuidancePolicy | None:
@@ -114,13 +114,14 @@ class Accelerations:
             part.on_step_end(result)
 
     def state(self) -> State:
-        """What each technique knows after a step, by name."""
-        return {name: part.state() for name, part in self._active.items()}
+        """Return the state of each technique by name; `denoise` saves that of the leap policy."""
+        return {name: {} if t.policy else t.state() for name, t in self._active.items()}
 
     def restore(self, state: State) -> None:
-        """Have each technique know what an interrupted run knew."""
+        """Set the state that each technique had in an interrupted run."""
         for name, part in self._active.items():
-            part.restore(state[name])
+            if part.policy is None:
+                part.restore(state[name])
 
     def record(self) -> dict[str, Any]:
         """What each technique did, by name, for the metadata."""

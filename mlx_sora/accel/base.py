@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_sora.models.hooks import BlockStackCache, TokenMerging
-from mlx_sora.sampling.base import State, StepPolicy
+from mlx_sora.sampling.base import LeapPolicy, State
 from mlx_sora.sampling.guidance import CFGSlice, GuidancePolicy
 from mlx_sora.sampling.loop import StepResult
 
@@ -55,8 +55,8 @@ class Acceleration(ABC):
     cached_residuals: float = 0
 
     @property
-    def policy(self) -> StepPolicy | None:
-        """Says when to leap to the end."""
+    def policy(self) -> LeapPolicy | None:
+        """Policy that ends the run early, if the technique has one."""
         return None
 
     @property
@@ -73,15 +73,12 @@ class Acceleration(ABC):
         return None
 
     def state(self) -> State:
-        """What it knows after a step, so that an interrupted run can go on; see Resumable.
-
-        What a step policy knows is the loop's to keep.
-        """
+        """Return the state after a step: arrays and plain JSON values, in new containers."""
         return {}
 
     def restore(self, state: State, /) -> None:
-        """Know what `state` says."""
-        assert not state, "what knows something has to be able to know it again"
+        """Set the state that an interrupted run had."""
+        assert not state, "a technique with a state overrides restore"
 
     @abstractmethod
     def on_step_end(self, result: StepResult) -> None:

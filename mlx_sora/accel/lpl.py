@@ -1,160 +1,147 @@
-"""LPL, linear proportional leap: once the flow is straight, go to its end in one step.
+"""LPL, linear proportional leap: once the flow is straight, go to t = 0 in one step.
 
-Rules that say when, each a StepPolicy: after a number of steps, at a flow time (which carries over
-to other sizes, unlike a step), or adaptively, from the similarity of successive velocities, by the
-text of the On-device Sora paper or by the rule in its code. Made for any sampler: a rule is asked
-before a step, and sees the guided velocity the step begins with.
+One class per rule: after a number of steps, at a flow time (which other sizes share, unlike a step
+number), or once successive velocities are similar. The last one exists in two forms: the text of
+the On-device Sora paper, and the rule in its code. A rule works with any sampler: it sees the
+guided velocity at the start of a step.
 
-A batch leaps as one, when every sample says so. No rule but the reference's leaps while a frame
-given with a strength still waits for its turn to move: it would stay as it was given.
+A batch leaps when all its samples are ready. While a given frame waits for its first step, only
+the rule of the reference leaps; any other leap would leave that frame as it was given.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Protocol
+from abc import abstractmethod
+from typing import Any
 
 import mlx.core as mx
 
 from mlx_sora.accel.base import Acceleration, ScheduleInfo
 from mlx_sora.request.modes import ParsedMode
-from mlx_sora.sampling.base import (
-    NOISE_TIME,
-    Decision,
-    State,
-    Step,
-    StepPolicy,
-    Trajectory,
-    restore,
-    state_of,
-)
+from mlx_sora.sampling.base import State, Step
 from mlx_sora.sampling.loop import StepResult
 
-#: Norms below this count as this, so that a velocity of zero has similarity 0 to any other.
+#: Lower limit of norms in a cosine: a velocity of zero has similarity 0 to any other.
 TINY = 1e-8
 
 
-class LeapRule(StepPolicy, Protocol):
-    """Says when to leap."""
+class Leap(Acceleration):
+    """Leap of one run and its account. Subclasses hold the rule. Fills `LeapPolicy`."""
 
-    def earliest(self, steps: int, /) -> int:
-        """The first of `steps` steps that can be the leap, by index; known without running."""
+    def __init__(self, mode: ParsedMode, schedule: ScheduleInfo) -> None:
+        self._mode, self._schedule = mode, schedule
+        self._end: StepResult | None = None
+        #: Similarity of successive velocities, for every step but the first, if the rule uses it.
+        self.similarities: list[Any] = []
+        if self._saved(self.earliest) <= 0:
+            self.warnings = (f"--lpl {mode.text} can save nothing in {schedule.steps} steps.",)
 
+    @property
+    @abstractmethod
+    def earliest(self) -> int:
+        """Index of the first step that can be the leap."""
 
-@dataclass(frozen=True)
-class FixedLeap:
-    """Leap after `steps` ordinary steps: steps + 1 evaluations with a first-order sampler."""
+    @abstractmethod
+    def is_ready(self, step: Step, v: mx.array) -> bool:
+        """Return whether the rule leaps in this step, from velocity v [B, T, H, W, C]."""
 
-    steps: int
-
-    def earliest(self, steps: int, /) -> int:
-        return self.steps
-
-    def start(self, run: Trajectory, /) -> Decision:
-        return _WhenReady(run, lambda step: step.index >= self.steps)
-
-
-@dataclass(frozen=True)
-class TimedLeap:
-    """Leap from the first step that begins at flow time `time` or later (t falls from 1000)."""
-
-    time: float
-
-    def earliest(self, steps: int, /) -> int:
-        return 0
-
-    def start(self, run: Trajectory, /) -> Decision:
-        return _WhenReady(run, lambda step: bool((step.t <= self.time).all().item()))
-
-
-class _WhenReady:
-    """Leaps when `due` says so and no frame waits."""
-
-    def __init__(self, run: Trajectory, due: Callable[[Step], bool]) -> None:
-        self._run, self._due = run, due
+    @property
+    def policy(self) -> Leap:
+        return self
 
     def should_leap(self, step: Step, z: mx.array, v: mx.array, /) -> bool:
-        return self._due(step) and not any(waiting(self._run, step))
+        return self._schedule.agree(self.is_ready(step, v))
+
+    def on_step_end(self, result: StepResult) -> None:
+        if result.leapt:
+            self._end = result
+
+    def record(self) -> dict[str, Any]:
+        """Return `leapt`; after a leap also its step, flow time t and the evaluations it saved."""
+        record: dict[str, Any] = {"leapt": self._end is not None}
+        if self._end is not None:
+            record["after_steps"] = self._end.step.index
+            record["t"] = round(self._end.t, 3)
+            record["evaluations_saved"] = self._saved(self._end.step.index)
+        if self.similarities:
+            record["similarities"] = [_rounded(value) for value in self.similarities]
+        return record
+
+    def summary(self) -> str:
+        steps = self._schedule.steps
+        if self._end is None:
+            return f"lpl: no leap in {steps} steps"
+        index = self._end.step.index
+        return (
+            f"lpl: leapt to the end from t = {self._end.t:.0f}, after {index} of "
+            f"{steps} steps; {self._saved(index)} evaluations saved"
+        )
+
+    def _saved(self, index: int) -> int:
+        """Return the evaluations that a leap in step `index` saves; the leap itself takes one."""
+        return (self._schedule.steps - index) * self._schedule.evaluations - 1
 
 
-class Patience:
-    """Counts how often in a row a value has not risen above the best so far by `tolerance`."""
+class FixedLeap(Leap):
+    """Leap after a number of ordinary steps."""
 
-    def __init__(self, tries: int, tolerance: float, best: float = -math.inf) -> None:
-        self._tries, self._tolerance = tries, tolerance
-        self.best, self.left = best, tries
+    @property
+    def earliest(self) -> int:
+        return int(self._mode.values["steps"])
 
-    def runs_out(self, value: float) -> bool:
-        """Take the next value; whether that was the last try."""
-        if value > self.best + self._tolerance:
-            self.best, self.left = value, self._tries
-        else:
-            self.left -= 1
-        return self.left <= 0
-
-    def state(self) -> State:
-        # JSON has no infinity.
-        return {"left": self.left} | ({"best": self.best} if math.isfinite(self.best) else {})
-
-    def restore(self, state: State, /) -> None:
-        self.left, self.best = state["left"], state.get("best", self.best)
+    def is_ready(self, step: Step, v: mx.array) -> bool:
+        return step.index >= self.earliest and step.pending is None
 
 
-@dataclass(frozen=True)
-class AdaptiveLeap:
+class TimedLeap(Leap):
+    """Leap in the first step that starts at a flow time or below (t falls from 1000)."""
+
+    earliest = 0
+
+    def is_ready(self, step: Step, v: mx.array) -> bool:
+        return bool((step.t <= self._mode.values["time"]).all().item()) and step.pending is None
+
+
+class AdaptiveLeap(Leap):
     """Leap when the velocity has stopped becoming steadier; the text of the paper.
 
     The similarity of a step is the cosine between its guided velocity and the one before, over the
-    whole tensor (frames that are held do not count). It is followed from the step that brings the
-    share of velocities seen to `minimum`; once it has failed `patience` times in a row to exceed
+    whole tensor (frames that do not move are left out). It counts from the step that brings the
+    share of velocities seen to `minimum`. Once it has failed `patience` times in a row to exceed
     its best by more than `tolerance`, the sample is ready, and stays so while others are not.
     """
 
-    patience: int = 3
-    tolerance: float = 1e-4
-    minimum: float = 0.5
-
-    def earliest(self, steps: int, /) -> int:
-        return max(1, math.ceil(self.minimum * steps) - 1) + self.patience
-
-    def start(self, run: Trajectory, /) -> SimilarVelocities:
-        return SimilarVelocities(self, run)
-
-
-class SimilarVelocities:
-    """AdaptiveLeap at work in a run.
-
-    similarities: for every step but the first, that of each sample.
-    """
-
-    def __init__(self, rule: AdaptiveLeap, run: Trajectory) -> None:
-        batch = int(run.times.shape[1])
-        self.similarities: list[list[float]] = []
-        self._minimum = rule.minimum
-        self._run = run
-        self._patience = [Patience(rule.patience, rule.tolerance) for _ in range(batch)]
-        self._ready = [False] * batch
+    def __init__(self, mode: ParsedMode, schedule: ScheduleInfo) -> None:
+        super().__init__(mode, schedule)
+        self._plateaus: list[Plateau] = []
+        self._ready: list[bool] = []
         self._previous: mx.array | None = None
 
-    def should_leap(self, step: Step, z: mx.array, v: mx.array, /) -> bool:
+    @property
+    def earliest(self) -> int:
+        values, steps = self._mode.values, self._schedule.steps
+        return max(1, math.ceil(values["minimum"] * steps) - 1) + int(values["patience"])
+
+    def is_ready(self, step: Step, v: mx.array) -> bool:
         previous, self._previous = self._previous, v
         if previous is None:
+            self._ready = [False] * len(v)
+            self._plateaus = [self._plateau() for _ in self._ready]
             return False
         values = similarity(v, previous, step)
         self.similarities.append(values)
-        if step.index + 1 < self._minimum * step.total:
+        if step.index + 1 < self._mode.values["minimum"] * step.total:
             return False
-        for sample, unsettled in enumerate(self._unsettled(step)):
-            if not unsettled and self._patience[sample].runs_out(values[sample]):
+        for sample, changing in enumerate(_changing(step, len(v))):
+            if not changing and self._plateaus[sample].reached(values[sample]):
                 self._ready[sample] = True
         return all(self._ready)
 
     def state(self) -> State:
         return {
             "similarities": list(self.similarities),
-            "patience": [each.state() for each in self._patience],
+            "patience": [plateau.state() for plateau in self._plateaus],
             "ready": list(self._ready),
             "previous": self._previous,
         }
@@ -162,47 +149,33 @@ class SimilarVelocities:
     def restore(self, state: State, /) -> None:
         self.similarities, self._ready = list(state["similarities"]), list(state["ready"])
         self._previous = state["previous"]
-        for patience, known in zip(self._patience, state["patience"], strict=True):
-            patience.restore(known)
+        self._plateaus = [self._plateau() for _ in self._ready]
+        for plateau, saved in zip(self._plateaus, state["patience"], strict=True):
+            plateau.restore(saved)
 
-    def _unsettled(self, step: Step) -> list[bool]:
-        """Samples of which more frames will move, so that similarities do not compare yet."""
-        late = waiting(self._run, step)
-        if step.fresh is None:
-            return late
-        fresh: list[bool] = step.fresh.any(axis=1).tolist()  # type: ignore[assignment]
-        return [a or b for a, b in zip(late, fresh, strict=True)]
+    def _plateau(self) -> Plateau:
+        return Plateau(int(self._mode.values["patience"]), self._mode.values["tolerance"])
 
 
-@dataclass(frozen=True)
-class ReferenceLeap:
-    """The rule in the Python code of On-device Sora, for comparison with it.
+class ReferenceLeap(Leap):
+    """Leap by the rule in the code of On-device Sora, for comparison with it.
 
-    Looks at one frame of one channel of the first sample, row by row; `minimum` is the index of the
-    first step that counts; the best similarity begins at 0.
+    It looks at one frame of one channel of the first sample, row by row. MINIMUM is the index of
+    the first step that counts. The best similarity starts at 0.
     """
 
-    patience: int = 3
-    tolerance: float = 1e-3
-    minimum: int = 14
+    PATIENCE, TOLERANCE, MINIMUM = 3, 1e-3, 14
 
-    def earliest(self, steps: int, /) -> int:
-        return max(1, self.minimum) + self.patience - 1
-
-    def start(self, run: Trajectory, /) -> SimilarRows:
-        return SimilarRows(self)
-
-
-class SimilarRows:
-    """ReferenceLeap at work in a run. similarities: for every step but the first."""
-
-    def __init__(self, rule: ReferenceLeap) -> None:
-        self.similarities: list[float] = []
-        self.patience = Patience(rule.patience, rule.tolerance, best=0.0)
-        self._minimum = rule.minimum
+    def __init__(self, mode: ParsedMode, schedule: ScheduleInfo) -> None:
+        super().__init__(mode, schedule)
+        self.plateau = Plateau(self.PATIENCE, self.TOLERANCE, best=0.0)
         self._previous: mx.array | None = None
 
-    def should_leap(self, step: Step, z: mx.array, v: mx.array, /) -> bool:
+    @property
+    def earliest(self) -> int:
+        return max(1, self.MINIMUM) + self.PATIENCE - 1
+
+    def is_ready(self, step: Step, v: mx.array) -> bool:
         rows = v[0, 0, :, :, 0]
         previous, self._previous = self._previous, rows
         if previous is None:
@@ -212,27 +185,53 @@ class SimilarRows:
         )
         value = float(_cosine(dot, own, other).mean().item())  # type: ignore[arg-type]
         self.similarities.append(value)
-        return step.index >= self._minimum and self.patience.runs_out(value)
+        return step.index >= self.MINIMUM and self.plateau.reached(value)
 
     def state(self) -> State:
         return {
             "similarities": list(self.similarities),
-            "patience": self.patience.state(),
+            "patience": self.plateau.state(),
             "previous": self._previous,
         }
 
     def restore(self, state: State, /) -> None:
         self.similarities, self._previous = list(state["similarities"]), state["previous"]
-        self.patience.restore(state["patience"])
+        self.plateau.restore(state["patience"])
+
+
+class Plateau:
+    """Detector of a value that does not exceed its best by `tolerance`, `patience` times in a row.
+
+    left: further failures until then.
+    """
+
+    def __init__(self, patience: int, tolerance: float, best: float = -math.inf) -> None:
+        self._patience, self._tolerance = patience, tolerance
+        self.best, self.left = best, patience
+
+    def reached(self, value: float) -> bool:
+        """Add the next value; return whether the plateau is reached."""
+        if value > self.best + self._tolerance:
+            self.best, self.left = value, self._patience
+        else:
+            self.left -= 1
+        return self.left <= 0
+
+    def state(self) -> State:
+        # JSON has no infinity.
+        return {"left": self.left} | ({"best": self.best} if math.isfinite(self.best) else {})
+
+    def restore(self, state: State) -> None:
+        self.left, self.best = state["left"], state.get("best", self.best)
 
 
 def similarity(v: mx.array, previous: mx.array, step: Step) -> list[float]:
-    """Cosine between two velocities [B, T, H, W, C] of each sample, over frames that move in both.
+    """Return the cosine between two velocities [B, T, H, W, C] for each sample.
 
-    `previous` is of the step before `step`.
+    previous: of the step before `step`. Only frames that move in both steps count.
     """
     pairs = ((v, previous), (v, v), (previous, previous))
-    # In stages, as one long float32 sum would lose digits that the tolerance needs.
+    # Summed in stages: one long float32 sum would lose digits that the tolerance needs.
     products = [(a * b).sum(axis=(3, 4)).sum(axis=2) for a, b in pairs]
     if step.x_mask is not None:
         moving = step.x_mask if step.fresh is None else step.x_mask & ~step.fresh
@@ -241,99 +240,32 @@ def similarity(v: mx.array, previous: mx.array, step: Step) -> list[float]:
     return values
 
 
-def waiting(run: Trajectory, step: Step) -> list[bool]:
-    """Whether, of each sample, a frame that is held in `step` will move in a later one."""
-    if run.mask is None or step.x_mask is None:
-        return [False] * int(run.times.shape[1])
-    moves_at_last = run.mask * NOISE_TIME >= run.times[-2][:, None]
-    late: list[bool] = (moves_at_last & ~step.x_mask).any(axis=1).tolist()  # type: ignore[assignment]
-    return late
+def _changing(step: Step, samples: int) -> list[bool]:
+    """Return for each sample whether its frames that move are not yet the same in all steps."""
+    masks = [mask for mask in (step.fresh, step.pending) if mask is not None]
+    if not masks:
+        return [False] * samples
+    found: list[bool] = mx.any(mx.stack(masks), axis=(0, 2)).tolist()  # type: ignore[assignment]
+    return found
 
 
 def _cosine(dot: mx.array, a: mx.array, b: mx.array) -> mx.array:
-    """From the products of two vectors with each other and with themselves."""
+    """Return the cosine from the products of two vectors with each other and with themselves."""
     return dot / (mx.maximum(mx.sqrt(a), TINY) * mx.maximum(mx.sqrt(b), TINY))
-
-
-class _Agreed:
-    """A decision that all processes of a run take alike."""
-
-    def __init__(self, decision: Decision, agree: Callable[[bool], bool]) -> None:
-        self._decision, self._agree = decision, agree
-
-    def should_leap(self, step: Step, z: mx.array, v: mx.array, /) -> bool:
-        return self._agree(self._decision.should_leap(step, z, v))
-
-    def state(self) -> State:
-        return state_of(self._decision)
-
-    def restore(self, state: State, /) -> None:
-        restore(self._decision, state)
-
-
-class Leap(Acceleration, StepPolicy):
-    """A rule at work in the pipeline, and what came of it."""
-
-    def __init__(self, rule: LeapRule, mode: str, job: ScheduleInfo) -> None:
-        """mode: how the option spells the rule."""
-        self._rule, self._job = rule, job
-        self._decision: Decision | None = None
-        self._end: StepResult | None = None
-        if self._saved(rule.earliest(job.steps)) <= 0:
-            self.warnings = (f"--lpl {mode} can save nothing in {job.steps} steps.",)
-
-    @property
-    def policy(self) -> StepPolicy:
-        return self
-
-    def start(self, run: Trajectory, /) -> Decision:
-        self._decision = self._rule.start(run)
-        return _Agreed(self._decision, self._job.agree)
-
-    def on_step_end(self, result: StepResult) -> None:
-        if result.leapt:
-            self._end = result
-
-    def record(self) -> dict[str, Any]:
-        """leapt: whether; then steps before it, flow time t, and the evaluations it saved."""
-        record: dict[str, Any] = {"leapt": self._end is not None}
-        if self._end is not None:
-            record["after_steps"] = self._end.step.index
-            record["t"] = round(self._end.t, 3)
-            record["evaluations_saved"] = self._saved(self._end.step.index)
-        values = getattr(self._decision, "similarities", [])
-        if values:
-            record["similarities"] = [_rounded(value) for value in values]
-        return record
-
-    def summary(self) -> str:
-        if self._end is None:
-            return f"lpl: no leap in {self._job.steps} steps"
-        return (
-            f"lpl: leapt to the end from t = {self._end.t:.0f}, after {self._end.step.index} of "
-            f"{self._job.steps} steps; {self._saved(self._end.step.index)} evaluations saved"
-        )
-
-    def _saved(self, index: int) -> int:
-        """Evaluations that a leap in step `index` leaves out; it takes one itself."""
-        return (self._job.steps - index) * self._job.evaluations - 1
 
 
 def _rounded(value: float | list[float]) -> float | list[float]:
     return [round(v, 6) for v in value] if isinstance(value, list) else round(value, 6)
 
 
-def start(mode: ParsedMode, job: ScheduleInfo) -> Leap:
-    """What the option --lpl asks for, unless it is off."""
-    return Leap(_rule(mode), mode.text, job)
+RULES: dict[str, type[Leap]] = {
+    "fixed": FixedLeap,
+    "t": TimedLeap,
+    "adaptive": AdaptiveLeap,
+    "reference": ReferenceLeap,
+}
 
 
-def _rule(mode: ParsedMode) -> LeapRule:
-    values = mode.values
-    if mode.name == "fixed":
-        return FixedLeap(int(values["steps"]))
-    if mode.name == "t":
-        return TimedLeap(values["time"])
-    if mode.name == "adaptive":
-        return AdaptiveLeap(int(values["patience"]), values["tolerance"], values["minimum"])
-    return ReferenceLeap()
+def start(mode: ParsedMode, schedule: ScheduleInfo) -> Leap:
+    """Return the leap that --lpl asks for."""
+    return RULES[mode.name](mode, schedule)

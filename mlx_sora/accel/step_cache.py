@@ -18,7 +18,7 @@ from mlx_sora.accel.base import Acceleration, ScheduleInfo
 from mlx_sora.accel.schedules import read_schedule
 from mlx_sora.models.hooks import BlockStackCache
 from mlx_sora.request.modes import ParsedMode
-from mlx_sora.sampling.base import State, restore, state_of
+from mlx_sora.sampling.base import State
 from mlx_sora.sampling.guidance import CFGSlice
 from mlx_sora.sampling.loop import StepResult
 
@@ -38,6 +38,12 @@ class CacheRule(Protocol):
     def update(self, x: mx.array, out: mx.array) -> None:
         """The blocks have made `out` of x."""
 
+    def state(self) -> State:
+        """Return the state after a step, in new containers."""
+
+    def restore(self, state: State, /) -> None:
+        """Set the state that an interrupted run had."""
+
 
 class Scheduled:
     """The blocks run in the steps of a schedule only."""
@@ -51,7 +57,13 @@ class Scheduled:
         return step in self.skipped_steps
 
     def update(self, x: mx.array, out: mx.array) -> None:
-        """Known beforehand."""
+        """Do nothing: the schedule is fixed."""
+
+    def state(self) -> State:
+        return {}
+
+    def restore(self, state: State, /) -> None:
+        """Do nothing: the schedule is fixed."""
 
 
 def every(each: int, warmup: int, steps: int) -> frozenset[int]:
@@ -226,14 +238,14 @@ class StepCache(Acceleration):
             "evaluations": self._evaluations,
             "saved": self._saved,
             "computed": list(self._computed),
-            "rule": state_of(self._rule),
+            "rule": self._rule.state(),
         }
 
     def restore(self, state: State, /) -> None:
         self._kept = {int(row): CachedSample.of(kept) for row, kept in state["kept"].items()}
         self._evaluations, self._saved = state["evaluations"], state["saved"]
         self._computed = dict.fromkeys(state["computed"])
-        restore(self._rule, state["rule"])
+        self._rule.restore(state["rule"])
 
     def record(self) -> dict[str, Any]:
         """computed: steps in which blocks ran; evaluations made, and of them without blocks."""

@@ -1,6 +1,6 @@
-"""The denoising loop, the only one: from noise (or a masked clip) to latents, step by step.
+"""The denoising loop: from noise (or a partly given clip) to latents, step by step.
 
-Mirrors RFLOW.sample of Open-Sora 1.2, with sampler and policy as parts that can be exchanged.
+Mirrors RFLOW.sample of Open-Sora 1.2, with an exchangeable sampler and leap policy.
 """
 
 from __future__ import annotations
@@ -11,31 +11,18 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from mlx_sora.sampling.base import (
-    NOISE_TIME,
-    AllSteps,
-    Decision,
-    Sampler,
-    State,
-    Step,
-    Stepper,
-    StepPolicy,
-    Trajectory,
-    Velocity,
-    restore,
-    state_of,
-)
+from mlx_sora.sampling.base import NOISE_TIME, LeapPolicy, Sampler, State, Step, Velocity
 from mlx_sora.sampling.rflow import add_noise
 
 
 @dataclass(frozen=True)
 class Conditioning:
-    """Which frames of the first latents are given, and how firmly.
+    """Frames of the first latents that are given.
 
-    mask [B or 1, T] in [0, 1]: 1 generates the frame from the noise that it holds; 0 keeps it as
-    it is; in between it is kept until t has fallen to 1000 · mask, then gets noise of that level,
-    once, and is denoised.
-    noise: step index to standard normal [B, T, H, W, C]; asked only for steps that need it.
+    mask [B or 1, T] in [0, 1]: 1 generates the frame from its noise, 0 keeps the frame unchanged.
+    Between them, the frame is kept until t has fallen to 1000 · mask; then it receives noise of
+    that level, once, and is denoised.
+    noise: returns standard normal [B, T, H, W, C] for a step index; called only where needed.
     """
 
     mask: mx.array
@@ -44,34 +31,19 @@ class Conditioning:
 
 @dataclass(frozen=True)
 class RestoredSteps:
-    """Where a run stands: steps made, and `StepResult.state` after the last of them."""
+    """Progress of an interrupted run: number of steps, and `StepResult.state` after the last."""
 
     steps: int
     state: State
 
 
 @dataclass(frozen=True)
-class _Parts:
-    """What has a memory in a run, maybe."""
-
-    sampler: Stepper
-    policy: Decision
-
-    def state(self) -> State:
-        return {"sampler": state_of(self.sampler), "policy": state_of(self.policy)}
-
-    def restore(self, state: State) -> None:
-        restore(self.sampler, state["sampler"])
-        restore(self.policy, state["policy"])
-
-
-@dataclass(frozen=True)
 class StepResult:
-    """One step made; latents [B, T, H, W, C], all evaluated.
+    """Result of one step. Arrays are evaluated, latents are [B, T, H, W, C].
 
-    z_in: latents that the velocity v was taken at, time step.t. z: latents after the step, at
-    step.t_next. leapt: the run ended here by going straight to t = 0. seconds: wall time.
-    state: what sampler and policy know, until the next step is asked for.
+    z_in, v: latents and velocity at step.t. z: latents at step.t_next.
+    leapt: the step was a leap to t = 0, and the last one. seconds: wall time.
+    state: returns the state of sampler and policy; valid until the next step starts.
     """
 
     step: Step
@@ -89,9 +61,9 @@ class StepResult:
 
     @property
     def x0(self) -> mx.array:
-        """The video's latents as this step foresees them: straight on along v to t = 0."""
-        end = self.z_in + self.v * (self.step.t / NOISE_TIME).reshape(-1, 1, 1, 1, 1)
-        return _held(self.step, end, self.z)
+        """Latents at t = 0 if v stayed constant: an estimate of the result."""
+        end = _leap(self.z_in, self.v, self.step)
+        return _select(self.step, end, self.z)
 
 
 def denoise(
@@ -100,67 +72,83 @@ def denoise(
     times: mx.array,
     sampler: Sampler,
     *,
-    policy: StepPolicy | None = None,
+    policy: LeapPolicy | None = None,
     conditioning: Conditioning | None = None,
     restored: RestoredSteps | None = None,
 ) -> Iterator[StepResult]:
-    """Follow the flow from z [B, T, H, W, C] along `times` [N + 1, B or 1]; yields every step made.
+    """Follow the flow from z [B, T, H, W, C] along `times` [N + 1, B or 1]; yield every step.
 
-    times: from Sampler.timesteps, or any monotonous part of it (rising times invert the flow).
-    made: goes on after the steps that an interrupted run has made, from its z; as it would have.
-    The last result's z is the outcome. Nothing is computed ahead of what is asked for.
+    times: from Sampler.timesteps, or a monotonous part of it (rising times invert the flow).
+    policy: ends the run early; None takes every step.
+    restored: progress of an interrupted run, z being its latents; the result is the same.
+    The z of the last result is the outcome. A step is computed when its result is asked for.
     """
     times = mx.broadcast_to(times, (times.shape[0], z.shape[0]))
     mask = None if conditioning is None else mx.broadcast_to(conditioning.mask, z.shape[:2])
-    run = Trajectory(times, mask)
-    parts = _Parts(sampler.start(run), (policy or AllSteps()).start(run))
+    history: State = {}
     if restored is not None:
-        parts.restore(restored.state)
-    for step in _steps(run):
+        history |= restored.state["sampler"]
+        if policy is not None:
+            policy.restore(restored.state["policy"])
+
+    def state() -> State:
+        return {"sampler": dict(history), "policy": policy.state() if policy else {}}
+
+    for step in _steps(times, mask):
         if restored is not None and step.index < restored.steps:
             continue
-        began = time.perf_counter()
-        still = z
+        start = time.perf_counter()
+        fixed = z
         if conditioning is not None and step.fresh is not None:
             noised = add_noise(z, conditioning.noise(step.index), step.t)
             z = mx.where(_per_frame(step.fresh), noised, z)
 
-        def field(z: mx.array, t: mx.array, step: Step = step, still: mx.array = still) -> mx.array:
-            return velocity(_held(step, z, still), t, step)
+        def velocity_fn(
+            z: mx.array, t: mx.array, step: Step = step, fixed: mx.array = fixed
+        ) -> mx.array:
+            return velocity(_select(step, z, fixed), t, step)
 
         z_in, v = z, velocity(z, step.t, step)
-        leapt = parts.policy.should_leap(step, z_in, v)
-        if leapt:
-            z = z_in + v * (step.t / NOISE_TIME).reshape(-1, 1, 1, 1, 1)
-        else:
-            z = parts.sampler.step(field, z_in, v, step)
-        z = _held(step, z, still)
+        leapt = policy is not None and policy.should_leap(step, z_in, v)
+        z = _leap(z, v, step) if leapt else sampler.step(velocity_fn, z, v, step, history)
+        z = _select(step, z, fixed)
         mx.eval(z, v, z_in)
-        seconds = time.perf_counter() - began
-        yield StepResult(step, z_in, v, z, leapt, seconds, parts.state)
+        yield StepResult(step, z_in, v, z, leapt, time.perf_counter() - start, state)
         if leapt:
             return
 
 
-def _steps(run: Trajectory) -> Iterator[Step]:
-    """The steps of a run, with the frames that move in each and those that begin to."""
-    moved = None if run.mask is None else run.mask == 1
-    for index in range(run.steps):
-        t, t_next = run.times[index], run.times[index + 1]
-        if run.mask is None or moved is None:
-            yield Step(index, run.steps, t, t_next)
-            continue
-        moves = run.mask * NOISE_TIME >= t[:, None]
-        fresh = moves & ~moved
-        yield Step(index, run.steps, t, t_next, moves, fresh if fresh.any().item() else None)
+def _steps(times: mx.array, mask: mx.array | None) -> Iterator[Step]:
+    """Yield the steps of a run. times [N + 1, B], mask [B, T] as in Conditioning."""
+    total = int(times.shape[0]) - 1
+    if mask is None:
+        for index in range(total):
+            yield Step(index, total, times[index], times[index + 1])
+        return
+    levels = mask * NOISE_TIME
+    moved, moves_last = mask == 1, levels >= times[-2][:, None]
+    for index in range(total):
+        t = times[index]
+        moves = levels >= t[:, None]
+        fresh, pending = _or_none(moves & ~moved), _or_none(moves_last & ~moves)
+        yield Step(index, total, t, times[index + 1], moves, fresh, pending)
         moved = moves
 
 
-def _held(step: Step, moved: mx.array, still: mx.array) -> mx.array:
-    """`moved` for the frames that move in this step, `still` for the others."""
-    return moved if step.x_mask is None else mx.where(_per_frame(step.x_mask), moved, still)
+def _or_none(mask: mx.array) -> mx.array | None:
+    return mask if mask.any().item() else None
+
+
+def _leap(z: mx.array, v: mx.array, step: Step) -> mx.array:
+    """Return z at t = 0, on a straight line along v."""
+    return z + v * (step.t / NOISE_TIME).reshape(-1, 1, 1, 1, 1)
+
+
+def _select(step: Step, moved: mx.array, fixed: mx.array) -> mx.array:
+    """Return `moved` for the frames that this step moves, and `fixed` for the others."""
+    return moved if step.x_mask is None else mx.where(_per_frame(step.x_mask), moved, fixed)
 
 
 def _per_frame(mask: mx.array) -> mx.array:
-    """[B, T] to [B, T, 1, 1, 1]."""
+    """Reshape [B, T] to [B, T, 1, 1, 1]."""
     return mask[:, :, None, None, None]

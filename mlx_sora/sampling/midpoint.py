@@ -10,19 +10,21 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from mlx_sora.sampling.base import Step, VelocityFn
+from mlx_sora.sampling.base import State, Step, VelocityFn
 from mlx_sora.sampling.rflow import RFlow
 
 
 @dataclass(frozen=True)
 class Midpoint(RFlow):
-    """The times of rectified flow; each step goes along the velocity of its middle."""
+    """Sampler with the times of rectified flow and second-order steps."""
 
     @property
     def evaluations(self) -> int:
         return 2
 
-    def step(self, velocity_fn: VelocityFn, z: mx.array, v: mx.array, step: Step, /) -> mx.array:
-        """z after one step: half of it to find the middle, all of it along the velocity there."""
-        middle = (step.t + step.t_next) / 2
-        return z + velocity_fn(z + v * (step.dt / 2), middle) * step.dt
+    def step(
+        self, velocity_fn: VelocityFn, z: mx.array, v: mx.array, step: Step, history: State, /
+    ) -> mx.array:
+        """Return z after one step along the velocity at its midpoint."""
+        t_mid = (step.t + step.t_next) / 2
+        return z + velocity_fn(z + v * (step.dt / 2), t_mid) * step.dt

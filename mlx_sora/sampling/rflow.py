@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from mlx_sora.errors import UsageError
-from mlx_sora.sampling.base import NOISE_TIME, Step, Stepper, Trajectory, VelocityFn
+from mlx_sora.sampling.base import NOISE_TIME, State, Step, VelocityFn
 
 #: Area in pixels at which a single image's times are not shifted.
 BASE_AREA = 512 * 512
@@ -80,12 +80,10 @@ class RFlow:
             mx.eval(t)
         return t
 
-    def start(self, run: Trajectory, /) -> Stepper:
-        """The sampler itself: a straight line needs no history."""
-        return self
-
-    def step(self, velocity_fn: VelocityFn, z: mx.array, v: mx.array, step: Step, /) -> mx.array:
-        """z after one Euler step."""
+    def step(
+        self, velocity_fn: VelocityFn, z: mx.array, v: mx.array, step: Step, history: State, /
+    ) -> mx.array:
+        """Return z after one Euler step."""
         return z + v * step.dt
 
 

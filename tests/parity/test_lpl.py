@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import mlx.core as mx
@@ -11,12 +10,13 @@ import numpy as np
 import pytest
 
 from mlx_sora.accel.base import ScheduleInfo
-from mlx_sora.accel.lpl import FixedLeap, ReferenceLeap, SimilarRows
+from mlx_sora.accel.lpl import FixedLeap, ReferenceLeap
 from mlx_sora.accel.tdtm import MergedSteps
 from mlx_sora.loading.checkpoint import load_weights
 from mlx_sora.models.hooks import Hooks
 from mlx_sora.models.stdit3 import KEYS, STDiT3, STDiT3Config, unpadded
-from mlx_sora.sampling.base import Step, StepPolicy, Trajectory, Velocity
+from mlx_sora.request.modes import LPL
+from mlx_sora.sampling.base import LeapPolicy, Step, Velocity
 from mlx_sora.sampling.guidance import CFGSlice, Network, guided
 from mlx_sora.sampling.loop import StepResult, denoise
 from mlx_sora.sampling.rflow import RFlow
@@ -28,29 +28,21 @@ TIMES = 1e-3
 COSINE = 1e-5
 
 
-@dataclass
-class Recorded:
-    """The reference's rule, and its state after each step."""
+class Recorded(ReferenceLeap):
+    """The reference's rule with the options of a case, and its state after each step."""
 
-    rule: ReferenceLeap
-    best: list[float] = field(default_factory=list)
-    left: list[int] = field(default_factory=list)
-    decision: SimilarRows | None = None
+    def __init__(self, options: dict[str, Any]) -> None:
+        self.PATIENCE, self.TOLERANCE = options["tolerance"], options["cos_tolerance"]
+        self.MINIMUM = options["minimum_steps"]
+        self.best: list[float] = []
+        self.left: list[int] = []
+        super().__init__(LPL.parse("reference"), ScheduleInfo(options["num_sampling_steps"], 1, 1))
 
-    def start(self, run: Trajectory, /) -> Recorded:
-        self.decision = self.rule.start(run)
-        return self
-
-    def should_leap(self, step: Step, z: mx.array, v: mx.array, /) -> bool:
-        assert self.decision is not None
-        leaps = self.decision.should_leap(step, z, v)
-        self.best.append(self.decision.patience.best)
-        self.left.append(self.decision.patience.left)
-        return leaps
-
-
-def rule(options: dict[str, Any]) -> ReferenceLeap:
-    return ReferenceLeap(options["tolerance"], options["cos_tolerance"], options["minimum_steps"])
+    def is_ready(self, step: Step, v: mx.array) -> bool:
+        ready = super().is_ready(step, v)
+        self.best.append(self.plateau.best)
+        self.left.append(self.plateau.left)
+        return ready
 
 
 def times(case: Case, rounded: bool) -> tuple[RFlow, mx.array]:
@@ -68,10 +60,7 @@ def check_decisions(case: Case, prefix: str, steps: list[StepResult], policy: Re
     assert leapt == ([] if expected < 0 else [expected])
     seen = np.array([step.step.t for step in steps])[:, 0]
     assert np.abs(seen - np.array(case[f"{prefix}timesteps"])).max() <= TIMES
-    assert policy.decision is not None
-    cosines = np.array(policy.decision.similarities) - np.array(
-        case[f"{prefix}cos_mean_from_step1"]
-    )
+    cosines = np.array(policy.similarities) - np.array(case[f"{prefix}cos_mean_from_step1"])
     assert np.abs(cosines).max() <= COSINE
     # The reference forgets its state as it leaps.
     kept = len(steps) - len(leapt)
@@ -82,7 +71,7 @@ def check_decisions(case: Case, prefix: str, steps: list[StepResult], policy: Re
 
 
 def follow(
-    case: Case, velocity: Velocity, z: mx.array, policy: StepPolicy | None, rounded: bool
+    case: Case, velocity: Velocity, z: mx.array, policy: LeapPolicy | None, rounded: bool
 ) -> list[StepResult]:
     sampler, flow_times = times(case, rounded)
     given = conditioning(case)
@@ -94,7 +83,7 @@ def check_fields(case: Case, start: str, fields: Callable[[str], Velocity]) -> N
     options = case.config["rflow"]
     assert case.config["cases"]
     for name in case.config["cases"]:
-        policy = Recorded(rule(options))
+        policy = Recorded(options)
         z = channels_last(case[start])
         steps = follow(case, fields(name), z, policy, options["use_discrete_timesteps"])
         check_decisions(case, f"out.{name}.", steps, policy)
@@ -168,7 +157,7 @@ def guided_model(case: Case) -> Velocity:
 @pytest.mark.golden("lpl_model", "lpl_tdtm_model")
 def test_model(case: Case) -> None:
     options = case.config["rflow"]
-    policy, z = Recorded(rule(options)), channels_last(case["in.z_init"])
+    policy, z = Recorded(options), channels_last(case["in.z_init"])
     steps = follow(case, guided_model(case), z, policy, options["use_discrete_timesteps"])
     check_decisions(case, "out.", steps, policy)
     for index, step in enumerate(steps):
@@ -176,6 +165,10 @@ def test_model(case: Case) -> None:
         assert relative_error(channels_first(step.z_in), z_in) <= TRAJECTORY, index
         assert relative_error(channels_first(step.v), v) <= TRAJECTORY, index
     assert relative_error(channels_first(steps[-1].z), case["out.final_z"]) <= TRAJECTORY
+
+
+def fixed_leap(after: int, steps: int) -> FixedLeap:
+    return FixedLeap(LPL.parse(f"fixed:{after}"), ScheduleInfo(steps, 1, 1))
 
 
 @pytest.mark.golden("lpl_fixed")
@@ -188,7 +181,7 @@ def test_fixed(case: Case, rounded: bool) -> None:
     total = case.config["rflow"]["num_sampling_steps"]
     assert case.config["targets"]
     for target in (None, *case.config["targets"]):
-        policy = None if target is None else FixedLeap(target)
+        policy = None if target is None else fixed_leap(target, total)
         steps = follow(case, velocity, z, policy, rounded)
         assert len(steps) == (total if target is None else target + 1)
         seen = np.array([step.step.t for step in steps])[:, 0]

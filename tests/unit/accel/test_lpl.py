@@ -12,16 +12,27 @@ import pytest
 
 from mlx_sora.accel import lpl
 from mlx_sora.accel.base import ScheduleInfo
-from mlx_sora.accel.lpl import AdaptiveLeap, FixedLeap, Leap, LeapRule, ReferenceLeap, TimedLeap
+from mlx_sora.accel.lpl import Leap, ReferenceLeap
 from mlx_sora.request.modes import LPL
 from mlx_sora.sampling import SAMPLERS
-from mlx_sora.sampling.base import Step, Trajectory
+from mlx_sora.sampling.base import Step
 from mlx_sora.sampling.loop import Conditioning, StepResult, denoise
 from mlx_sora.sampling.noise import Noise
 from mlx_sora.sampling.rflow import RFlow
 from tests.helpers.flows import Curved, Straight, latents, times
 
 SHAPE = (1, 3, 4, 4, 4)
+
+
+def rule(text: str, steps: int = 8, evaluations: int = 1) -> Leap:
+    """The rule that --lpl `text` means in a run of `steps` steps."""
+    return lpl.start(LPL.parse(text), ScheduleInfo(steps, evaluations, 3))
+
+
+class EarlyReferenceLeap(ReferenceLeap):
+    """The reference's rule, counting from the first step on."""
+
+    MINIMUM = 0
 
 
 def leap_of(results: Sequence[StepResult]) -> int | None:
@@ -60,23 +71,25 @@ def turning(cosines: np.ndarray) -> Turning:
 
 
 def run(
-    flow: Turning, rule: LeapRule, steps: int, given: Conditioning | None = None
+    flow: Turning, leap: str | Leap, steps: int, given: Conditioning | None = None
 ) -> list[StepResult]:
     z = mx.zeros((flow.phi.shape[1], *SHAPE[1:]))
-    return list(denoise(flow, z, times(steps), RFlow(), policy=rule, conditioning=given))
+    policy = rule(leap, steps) if isinstance(leap, str) else leap
+    return list(denoise(flow, z, times(steps), RFlow(), policy=policy, conditioning=given))
 
 
-def by_the_text(cosines: Sequence[float], rule: AdaptiveLeap, steps: int) -> int | None:
+def by_the_text(cosines: Sequence[float], text: str, steps: int) -> int | None:
     """The paper's rule for one sample, written plainly. cosines[k - 1] is that of step k."""
+    values = LPL.parse(text).values
     best, failures = -math.inf, 0
     for index in range(1, steps):
-        if index + 1 < rule.minimum * steps:
+        if index + 1 < values["minimum"] * steps:
             continue
-        if cosines[index - 1] > best + rule.tolerance:
+        if cosines[index - 1] > best + values["tolerance"]:
             best, failures = cosines[index - 1], 0
         else:
             failures += 1
-        if failures == rule.patience:
+        if failures == values["patience"]:
             return index
     return None
 
@@ -85,7 +98,7 @@ def by_the_text(cosines: Sequence[float], rule: AdaptiveLeap, steps: int) -> int
 @pytest.mark.parametrize("steps", [0, 1, 5, 7])
 def test_fixed(name: str, steps: int) -> None:
     flow, sampler = Curved(), SAMPLERS[name]
-    results = list(denoise(flow, latents(), times(8), sampler, policy=FixedLeap(steps)))
+    results = list(denoise(flow, latents(), times(8), sampler, policy=rule(f"fixed:{steps}")))
     plain = list(denoise(Curved(), latents(), times(8), sampler))
     assert leap_of(results) == steps
     assert flow.calls == steps * sampler.evaluations + 1
@@ -96,7 +109,7 @@ def test_fixed(name: str, steps: int) -> None:
 
 
 def test_fixed_beyond_the_end_never_leaps() -> None:
-    results = list(denoise(Curved(), latents(), times(8), RFlow(), policy=FixedLeap(8)))
+    results = list(denoise(Curved(), latents(), times(8), RFlow(), policy=rule("fixed:8")))
     plain = list(denoise(Curved(), latents(), times(8), RFlow()))
     assert leap_of(results) is None
     assert mx.array_equal(results[-1].z, plain[-1].z)
@@ -108,7 +121,7 @@ def test_fixed_beyond_the_end_never_leaps() -> None:
 def test_a_time_is_the_same_for_every_schedule(name: str, steps: int, frames: int) -> None:
     schedule = SAMPLERS[name].timesteps(steps, height=720, width=1280, num_frames=frames)
     flow = Straight(latents(1))
-    *_, last = denoise(flow, latents(), schedule, SAMPLERS[name], policy=TimedLeap(660))
+    *_, last = denoise(flow, latents(), schedule, SAMPLERS[name], policy=rule("t:660"))
     assert last.leapt
     assert last.t <= 660 < float(schedule[last.step.index - 1, 0])
     assert mx.allclose(last.z, flow.end, rtol=0, atol=1e-5)
@@ -116,45 +129,48 @@ def test_a_time_is_the_same_for_every_schedule(name: str, steps: int, frames: in
 
 def test_a_time_is_awaited_by_all_samples() -> None:
     own = mx.array([[1000.0, 1000.0], [600.0, 900.0], [300.0, 700.0], [100.0, 400.0], [0.0, 0.0]])
-    results = list(denoise(Curved(), latents(), own, RFlow(), policy=TimedLeap(700)))
+    results = list(denoise(Curved(), latents(), own, RFlow(), policy=rule("t:700")))
     assert leap_of(results) == 2
 
 
 RULES = (
-    AdaptiveLeap(),
-    AdaptiveLeap(patience=1),
-    AdaptiveLeap(patience=5, tolerance=0.01),
-    AdaptiveLeap(minimum=0.0),
-    AdaptiveLeap(minimum=0.9, patience=2),
-    AdaptiveLeap(tolerance=0.0, minimum=0.34),
+    "adaptive",
+    "adaptive:patience=1",
+    "adaptive:patience=5,tolerance=0.01",
+    "adaptive:minimum=0",
+    "adaptive:minimum=0.9,patience=2",
+    "adaptive:tolerance=0,minimum=0.34",
 )
 
 
-@pytest.mark.parametrize("rule", RULES, ids=str)
+@pytest.mark.parametrize("text", RULES)
 @pytest.mark.parametrize("seed", range(6))
-def test_adaptive_is_the_text_of_the_paper(rule: AdaptiveLeap, seed: int) -> None:
+def test_adaptive_is_the_text_of_the_paper(text: str, seed: int) -> None:
     rng = np.random.default_rng(seed)
     rising = np.linspace(0.6, 0.95, 19) if seed % 2 else 0.8
     cosines = rising + 0.04 * rng.uniform(-1, 1, 19)
-    results = run(turning(cosines[:, None]), rule, 20)
-    assert leap_of(results) == by_the_text(cosines.tolist(), rule, 20)
+    results = run(turning(cosines[:, None]), text, 20)
+    assert leap_of(results) == by_the_text(cosines.tolist(), text, 20)
 
 
-@pytest.mark.parametrize("rule", [*RULES, FixedLeap(3), ReferenceLeap(), ReferenceLeap(minimum=0)])
-def test_nothing_leaps_before_the_earliest(rule: LeapRule) -> None:
+@pytest.mark.parametrize("text", [*RULES, "fixed:3", "reference", "reference from the first step"])
+def test_nothing_leaps_before_the_earliest(text: str) -> None:
     """And with velocities that never change, the adaptive rules leap just then."""
     for steps in (1, 2, 7, 20, 30):
-        leap = leap_of(run(turning(np.ones((steps - 1, 1))), rule, steps))
-        earliest = rule.earliest(steps)
-        if isinstance(rule, ReferenceLeap):
+        if text.endswith("first step"):
+            leap: Leap = EarlyReferenceLeap(LPL.parse("reference"), ScheduleInfo(steps, 1, 3))
+        else:
+            leap = rule(text, steps)
+        index, earliest = leap_of(run(turning(np.ones((steps - 1, 1))), leap, steps)), leap.earliest
+        if isinstance(leap, ReferenceLeap):
             earliest += 1  # its first cosine is better than the 0 it begins with
-        assert leap == (earliest if earliest < steps else None)
+        assert index == (earliest if earliest < steps else None)
 
 
 def test_rising_similarity_is_waited_for() -> None:
     cosines = np.linspace(0.5, 0.99, 29)[:, None]
-    assert leap_of(run(turning(cosines), AdaptiveLeap(), 30)) is None
-    assert leap_of(run(turning(cosines), AdaptiveLeap(tolerance=0.1), 30)) is not None
+    assert leap_of(run(turning(cosines), "adaptive", 30)) is None
+    assert leap_of(run(turning(cosines), "adaptive:tolerance=0.1", 30)) is not None
 
 
 def test_the_whole_tensor_counts() -> None:
@@ -170,8 +186,9 @@ def test_the_whole_tensor_counts() -> None:
         return v
 
     z = mx.array(rng.standard_normal(SHAPE), mx.float32)
-    for rule, leap in ((AdaptiveLeap(), None), (ReferenceLeap(), 17)):
-        assert leap_of(list(denoise(velocity, z, times(30), RFlow(), policy=rule))) == leap
+    for text, leap in (("adaptive", None), ("reference", 17)):
+        results = list(denoise(velocity, z, times(30), RFlow(), policy=rule(text, 30)))
+        assert leap_of(results) == leap
 
 
 def test_cosines_are_exact_for_large_latents() -> None:
@@ -189,19 +206,19 @@ def test_a_velocity_of_zero_is_no_accident() -> None:
     def still(z: mx.array, t: mx.array, step: Step, /) -> mx.array:
         return mx.zeros(z.shape)
 
-    for rule, leap in ((AdaptiveLeap(), 17), (ReferenceLeap(), 16)):
-        results = list(denoise(still, latents(), times(30), RFlow(), policy=rule))
+    for text, leap in (("adaptive", 17), ("reference", 16)):
+        results = list(denoise(still, latents(), times(30), RFlow(), policy=rule(text, 30)))
         assert leap_of(results) == leap
 
 
 def test_a_batch_leaps_when_its_last_sample_would() -> None:
     rng = np.random.default_rng(5)
-    rule = AdaptiveLeap(patience=2, tolerance=1e-3, minimum=0.3)
+    text = "adaptive:patience=2,tolerance=0.001,minimum=0.3"
     found: list[list[int]] = []
     for _ in range(20):
         cosines = 0.8 + 0.1 * rng.uniform(-1, 1, (19, 3))
-        alone = [leap_of(run(turning(cosines[:, [i]]), rule, 20)) for i in range(3)]
-        together = leap_of(run(turning(cosines), rule, 20))
+        alone = [leap_of(run(turning(cosines[:, [i]]), text, 20)) for i in range(3)]
+        together = leap_of(run(turning(cosines), text, 20))
         leaps = [leap for leap in alone if leap is not None]
         assert together == (max(leaps) if len(leaps) == 3 else None)
         found.append(leaps)
@@ -210,8 +227,7 @@ def test_a_batch_leaps_when_its_last_sample_would() -> None:
 
 def test_samples_are_judged_by_themselves() -> None:
     cosines = np.random.default_rng(6).uniform(0.5, 1, (9, 2))
-    rule = AdaptiveLeap(patience=9)
-    together = rule.start(Trajectory(mx.zeros((11, 2))))
+    together = rule("adaptive:patience=9", 10)
     flow = turning(cosines)
     for index in range(10):
         step = Step(index, 10, mx.array([900.0] * 2), mx.array([800.0] * 2))
@@ -228,26 +244,25 @@ def test_held_frames_do_not_count() -> None:
     flow.noisy = (0, 2)
     steady = turning(np.ones((29, 1)))
     steady.noisy = (0, 2)
-    assert leap_of(run(flow, AdaptiveLeap(), 30, given(0.0, 1.0, 0.0))) is None
-    assert leap_of(run(steady, AdaptiveLeap(), 30, given(0.0, 1.0, 0.0))) == 17
-    assert leap_of(run(steady, AdaptiveLeap(), 30, given(1.0, 1.0, 0.0))) != 17
+    assert leap_of(run(flow, "adaptive", 30, given(0.0, 1.0, 0.0))) is None
+    assert leap_of(run(steady, "adaptive", 30, given(0.0, 1.0, 0.0))) == 17
+    assert leap_of(run(steady, "adaptive", 30, given(1.0, 1.0, 0.0))) != 17
 
 
 @pytest.mark.parametrize(
-    ("rule", "alone", "waiting"),
+    ("text", "alone", "waiting"),
     [
-        (FixedLeap(3), 3, 12),
-        (TimedLeap(900), 2, 12),
+        ("fixed:3", 3, 12),
+        ("t:900", 2, 12),
         # The frame begins in step 12; two velocities compare from step 13, and one try is left.
-        (AdaptiveLeap(patience=1, minimum=0.2), 4, 14),
+        ("adaptive:patience=1,minimum=0.2", 4, 14),
     ],
-    ids=str,
 )
-def test_no_leap_over_a_frame_that_waits(rule: LeapRule, alone: int, waiting: int) -> None:
+def test_no_leap_over_a_frame_that_waits(text: str, alone: int, waiting: int) -> None:
     """Strength 0.4 on a uniform schedule of 20 steps: the frame begins to move at t = 400."""
     flow = turning(np.ones((19, 1)))
-    assert leap_of(run(flow, rule, 20, given(1.0, 1.0, 0.0))) == alone
-    results = run(flow, rule, 20, given(1.0, 0.4, 0.0))
+    assert leap_of(run(flow, text, 20, given(1.0, 1.0, 0.0))) == alone
+    results = run(flow, text, 20, given(1.0, 0.4, 0.0))
     assert leap_of(results) == waiting
     assert not mx.array_equal(results[-1].z[:, 1], mx.zeros(SHAPE)[:, 1])
     assert mx.array_equal(results[-1].z[:, 2], mx.zeros(SHAPE)[:, 2])
@@ -255,21 +270,21 @@ def test_no_leap_over_a_frame_that_waits(rule: LeapRule, alone: int, waiting: in
 
 def test_a_frame_that_would_never_move_is_not_waited_for() -> None:
     flow = turning(np.ones((19, 1)))
-    assert leap_of(run(flow, FixedLeap(3), 20, given(1.0, 0.04, 0.0))) == 3
+    assert leap_of(run(flow, "fixed:3", 20, given(1.0, 0.04, 0.0))) == 3
 
 
 def test_a_clip_of_given_frames_only() -> None:
     flow = turning(np.ones((19, 1)))
-    for rule in (FixedLeap(3), TimedLeap(500), AdaptiveLeap()):
-        results = run(flow, rule, 20, given(0.0, 0.0, 0.0))
+    for text in ("fixed:3", "t:500", "adaptive"):
+        results = run(flow, text, 20, given(0.0, 0.0, 0.0))
         assert results[-1].leapt
         assert mx.array_equal(results[-1].z, mx.zeros(SHAPE))
 
 
-@pytest.mark.parametrize("rule", [FixedLeap(3), TimedLeap(700), AdaptiveLeap(), ReferenceLeap()])
-def test_runs_of_one_rule_do_not_disturb_each_other(rule: LeapRule) -> None:
+@pytest.mark.parametrize("text", ["fixed:3", "t:700", "adaptive", "reference"])
+def test_runs_of_one_rule_do_not_disturb_each_other(text: str) -> None:
     def one(seed: int) -> Iterator[StepResult]:
-        return denoise(Curved(), latents(seed), times(30), RFlow(), policy=rule)
+        return denoise(Curved(), latents(seed), times(30), RFlow(), policy=rule(text, 30))
 
     alone = list(one(1))
     for result, first, _ in zip(alone, one(1), one(2), strict=True):
@@ -280,7 +295,7 @@ def test_runs_of_one_rule_do_not_disturb_each_other(rule: LeapRule) -> None:
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_the_record_says_where_and_what_was_saved(name: str) -> None:
     sampler, flow = SAMPLERS[name], Curved()
-    part = lpl.start(LPL.parse("fixed:3"), ScheduleInfo(8, sampler.evaluations, 3))
+    part = rule("fixed:3", evaluations=sampler.evaluations)
     assert part.warnings == ()
     for result in denoise(flow, latents(), times(8), sampler, policy=part.policy):
         part.on_step_end(result)
@@ -293,7 +308,7 @@ def test_the_record_says_where_and_what_was_saved(name: str) -> None:
 
 
 def test_the_record_keeps_similarities_and_runs_without_a_leap() -> None:
-    part = lpl.start(LPL.parse("adaptive:patience=9"), ScheduleInfo(8, 1, 3))
+    part = rule("adaptive:patience=9")
     results = list(denoise(Curved(), latents(), times(8), RFlow(), policy=part.policy))
     for result in results:
         part.on_step_end(result)
@@ -319,6 +334,6 @@ def test_the_record_keeps_similarities_and_runs_without_a_leap() -> None:
     ],
 )
 def test_a_leap_that_can_save_nothing_is_said(mode: str, steps: int, useless: bool) -> None:
-    part: Leap = lpl.start(LPL.parse(mode), ScheduleInfo(steps, 1, 3))
+    part = rule(mode, steps)
     expected = f"--lpl {LPL(mode)} can save nothing in {steps} steps."
     assert part.warnings == ((expected,) if useless else ())

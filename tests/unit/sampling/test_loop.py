@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from mlx_sora.sampling import SAMPLERS
-from mlx_sora.sampling.base import Step, Trajectory
+from mlx_sora.sampling.base import State, Step
 from mlx_sora.sampling.loop import Conditioning, RestoredSteps, StepResult, denoise
 from mlx_sora.sampling.midpoint import Midpoint
 from mlx_sora.sampling.noise import Noise
@@ -92,15 +92,16 @@ class LeapAt:
 
     index: int
     seen: list[tuple[int, float]] = field(default_factory=list)
-    runs: list[Trajectory] = field(default_factory=list)
-
-    def start(self, run: Trajectory, /) -> LeapAt:
-        self.runs.append(run)
-        return self
 
     def should_leap(self, step: Step, z: mx.array, v: mx.array, /) -> bool:
         self.seen.append((step.index, float(step.t[0])))
         return step.index == self.index
+
+    def state(self) -> State:
+        return {}
+
+    def restore(self, state: State, /) -> None:
+        assert state == {}
 
 
 def test_a_leap_goes_straight_to_zero_and_ends_the_run() -> None:
@@ -109,7 +110,6 @@ def test_a_leap_goes_straight_to_zero_and_ends_the_run() -> None:
     assert [r.leapt for r in results] == [False, False, True]
     assert flow.calls == 3
     assert policy.seen == [(0, 1000.0), (1, 875.0), (2, 750.0)]
-    assert [r.steps for r in policy.runs] == [8]
     last = results[-1]
     assert mx.allclose(last.z, last.z_in + 0.75 * last.v, atol=1e-6)
     assert mx.array_equal(last.z, last.x0)
@@ -171,6 +171,19 @@ def test_stages_see_given_frames_at_rest() -> None:
     assert len(seen) == 6
     for z in seen:
         assert mx.array_equal(z[:, 0], start[:, 0])
+
+
+def test_a_step_knows_which_frames_still_wait() -> None:
+    """Frames that no step moves, as with a mask of 0.04, do not wait."""
+    seen: list[list[list[bool]] | None] = []
+
+    def flow(z: mx.array, t: mx.array, step: Step, /) -> mx.array:
+        seen.append(None if step.pending is None else step.pending.tolist())  # type: ignore[arg-type]
+        return z
+
+    given = Conditioning(mx.array([[0.5, 1.0, 0.04]] * BATCH), Noise([1, 2], SHAPE[1:]))
+    list(denoise(flow, latents(), times(4), RFlow(), conditioning=given))
+    assert seen == [[[True, False, False]] * BATCH] * 2 + [None] * 2
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
