@@ -245,7 +245,9 @@ def full_size(folder: Path, keep: bool) -> tuple[dict[str, Any], bool]:
 
 def _largest_block(model: ModelFolder) -> int:
     """Bytes of T5's largest block as it is stored."""
-    return max(shard.stored for shard in plan_part(model, "text_encoder", ConversionOptions())[:-1])
+    return max(
+        shard.source_bytes for shard in plan_part(model, "text_encoder", ConversionOptions())[:-1]
+    )
 
 
 def arguments() -> argparse.Namespace:

@@ -69,7 +69,7 @@ def embedding_table() -> Iterator[Study]:
             "T5's embedding rows read from disk, not the table",
             f"{config.vocab_size} x {config.d_model} float16 on (cached) disk, {PROMPT} rows",
             whole,
-            lambda: evaluated(checkpoint.rows(t5.TABLE, ids).astype(mx.float32)),
+            lambda: evaluated(checkpoint.read_rows(t5.TABLE, ids).astype(mx.float32)),
         )
 
 

@@ -121,7 +121,7 @@ def streamed(
     """A pass with no block staying, and its stream. rate: of the disk; None is the page cache."""
     network, source = stream_transformer(model, mx.float32)
     if rate is not None:
-        source = replace(source, read=Throttled(rate))
+        source = replace(source, reader=Throttled(rate))
     with BlockStream(source, cyclic=True, prefetch=prefetch) as stream:
         yield partial(Passes(network, shape, batch), stream), stream
 

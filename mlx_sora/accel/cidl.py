@@ -96,7 +96,7 @@ class BlockStream(Generic[Block]):
         if index == 0 and self._undecided:
             self._begin_measuring()
         if index not in self._held:
-            self.source.put(index, self._take(index))
+            self.source.assign(index, self._take(index))
             self._held.add(index)
         return self.source.blocks[index]
 
@@ -145,7 +145,7 @@ class BlockStream(Generic[Block]):
     def _decide(self, index: int) -> None:
         assert self._policy is not None
         source = self.source
-        room = self._policy.measured(index, Blocks(source.nbytes, source.loading_bytes))
+        room = self._policy.measured(index, Blocks(source.nbytes, source.load_peak_bytes))
         if room is not None:
             self._measuring = False
             self._keep = evenly_spaced(len(source), room.resident)
@@ -194,7 +194,7 @@ class BlockStream(Generic[Block]):
             raise loaded.error
         index = self._ahead.popleft()
         self.stats.loads += 1
-        self.stats.nbytes += self.source.stored_bytes[index]
+        self.stats.nbytes += self.source.disk_bytes[index]
         self.stats.load_seconds += loaded.seconds
         return loaded.weights
 

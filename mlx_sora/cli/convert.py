@@ -10,7 +10,7 @@ from mlx_sora.cli.flags import add_debug_flag, add_quiet_flag
 from mlx_sora.cli.progress import Bars, human_bytes
 
 if TYPE_CHECKING:
-    from mlx_sora.manage.convert import Converted
+    from mlx_sora.manage.convert import ConversionResult
 
 _EPILOG = """\
 Quantised are the linear layers in the blocks of T5 and STDiT, in groups of 64 weights; other
@@ -30,7 +30,7 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("source", metavar="SRC", help="shapes, opensora-1.2 or a folder")
     parser.add_argument("target", metavar="DST", type=Path, help="the folder to write")
-    add_quantize(parser)
+    add_quantize_flag(parser)
     parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16"),
@@ -49,7 +49,7 @@ def add_parser(commands: Any) -> None:
     parser.set_defaults(run=run)
 
 
-def add_quantize(parser: argparse.ArgumentParser) -> None:
+def add_quantize_flag(parser: argparse.ArgumentParser) -> None:
     """The flag that `download` has, too."""
     parser.add_argument(
         "--quantize",
@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
             ConversionOptions(args.quantize, args.dtype),
             overwrite=args.overwrite,
             check=args.check,
-            watch=lambda *facts: bars.show(DownloadProgress(*facts)),
+            on_progress=lambda *facts: bars.show(DownloadProgress(*facts)),
         )
     except KeyboardInterrupt:
         bars.close()
@@ -84,15 +84,15 @@ def run(args: argparse.Namespace) -> int:
         raise
     finally:
         bars.close()
-    tell(bars, made)
+    note_result(bars, made)
     print(made.path)
     return 0
 
 
-def tell(bars: Bars, made: Converted) -> None:
+def note_result(bars: Bars, made: ConversionResult) -> None:
     """What became of the conversion, in a line."""
-    if not made.changed:
+    if not made.is_new:
         bars.note("already converted")
         return
-    kept = f", {made.kept} files of an earlier attempt kept" if made.kept else ""
+    kept = f", {made.reused_files} files of an earlier attempt kept" if made.reused_files else ""
     bars.note(f"{human_bytes(made.nbytes)} written{kept}")

@@ -34,15 +34,15 @@ def add_parser(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print one line per finding; 0 when there is nothing to mend."""
-    from mlx_sora.manage.doctor import examine, find_folder
+    from mlx_sora.manage.doctor import diagnose, find_folder
     from mlx_sora.manage.download import DownloadProgress
 
     bars = Bars(quiet=not sys.stderr.isatty())
     errors = 0
     try:
         folder = find_folder(args.path)
-        for finding in examine(
-            folder, quick=args.quick, watch=lambda *facts: bars.show(DownloadProgress(*facts))
+        for finding in diagnose(
+            folder, quick=args.quick, on_progress=lambda *facts: bars.show(DownloadProgress(*facts))
         ):
             bars.close()
             fix = f" Mend it: {finding.fix}" if finding.fix else ""

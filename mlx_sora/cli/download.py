@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from mlx_sora.cli.convert import add_quantize, tell
+from mlx_sora.cli.convert import add_quantize_flag, note_result
 from mlx_sora.cli.flags import add_debug_flag, add_quiet_flag
 from mlx_sora.cli.progress import Bars, human_bytes
 from mlx_sora.errors import UsageError
@@ -43,7 +43,7 @@ def add_parser(commands: Any) -> None:
         help="take a part from elsewhere: PART=[REPO][@REVISION][:FOLDER]; may be repeated",
     )
     parser.add_argument("--endpoint", metavar="URL", help="server to ask instead of the hub")
-    add_quantize(parser)
+    add_quantize_flag(parser)
     parser.add_argument(
         "--remove-original",
         action="store_true",
@@ -89,22 +89,22 @@ def run(args: argparse.Namespace) -> int:
                 check=args.check,
                 remove_original=args.remove_original,
             )
-            outcome = obtained.downloaded
+            outcome = obtained.download
     except KeyboardInterrupt:
         bars.close()
         bars.note("What has arrived is kept; the same command continues.")
         raise
     finally:
         bars.close()
-    if outcome is not None and outcome.changed:
-        bars.note(f"{human_bytes(outcome.fetched)} fetched, everything verified")
+    if outcome is not None and outcome.is_new:
+        bars.note(f"{human_bytes(outcome.fetched_bytes)} fetched, everything verified")
     else:
         bars.note("already here" + (", all checksums fit" if args.check else ""))
     path = None if outcome is None else outcome.path
     if obtained is not None:
-        path = obtained.converted.path
-        tell(bars, obtained.converted)
-        if obtained.removed:
+        path = obtained.conversion.path
+        note_result(bars, obtained.conversion)
+        if obtained.original_removed:
             bars.note("the download is removed")
     print(path)
     return 0

@@ -87,12 +87,12 @@ def foretold(
     import mlx.core as mx
 
     from mlx_sora.distributed.cost_model import estimate_step
-    from mlx_sora.loading.quantization import quantized_while_loading
+    from mlx_sora.loading.quantization import choose_quantization
     from mlx_sora.loading.sizes import model_sizes
 
     run = pipeline.prepared(request)
     assert run.work is not None, "a prepared run knows its work"
-    model = quantized_while_loading(pipeline.model, run.request.quantize)
+    model = choose_quantization(pipeline.model, run.request.quantize)
     sizes = model_sizes(model, mx.bfloat16)
     (alone,) = estimate_step(sizes, run.work, cluster.chip, cluster.link, 1)
     ways = estimate_step(sizes, run.work, cluster.chip, cluster.link, cluster.ranks)

@@ -26,7 +26,7 @@ from mlx_sora.loading.safetensors import (
     Reader,
     TensorInfo,
     load_tensors,
-    loaded_dtype,
+    memory_dtype,
 )
 from mlx_sora.models.key_map import KeyMap
 from mlx_sora.runtime.device import known_error
@@ -47,11 +47,11 @@ class BlockSource(Generic[Block]):
     network: nn.Module
     blocks: Sequence[Block]
     entries: Sequence[Sequence[Entry]]
-    rest: Sequence[Entry]
+    non_block_entries: Sequence[Entry]
     tensors: Mapping[str, TensorInfo]
     dtype: mx.Dtype
-    stamps: Mapping[Path, FileStat]
-    read: Reader = load_tensors
+    file_stats: Mapping[Path, FileStat]
+    reader: Reader = load_tensors
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -59,28 +59,28 @@ class BlockSource(Generic[Block]):
     @cached_property
     def nbytes(self) -> tuple[int, ...]:
         """Bytes of each block in memory."""
-        return tuple(self._bytes(block) for block in self.entries)
+        return tuple(self._memory_bytes(block) for block in self.entries)
 
     @cached_property
-    def rest_bytes(self) -> int:
+    def non_block_bytes(self) -> int:
         """Bytes in memory of what is in no block."""
-        return self._bytes(self.rest)
+        return self._memory_bytes(self.non_block_entries)
 
     @cached_property
-    def stored_bytes(self) -> tuple[int, ...]:
+    def disk_bytes(self) -> tuple[int, ...]:
         """Bytes of each block on disk."""
-        return tuple(self._stored(block) for block in self.entries)
+        return tuple(self._disk_bytes(block) for block in self.entries)
 
     @cached_property
-    def stored_rest(self) -> int:
+    def non_block_disk_bytes(self) -> int:
         """Bytes on disk of what is in no block."""
-        return self._stored(self.rest)
+        return self._disk_bytes(self.non_block_entries)
 
     @cached_property
-    def loading_bytes(self) -> int:
+    def load_peak_bytes(self) -> int:
         """The most memory that loading one block takes: itself, and one tensor as it is stored."""
         infos = [self.tensors[entry.key] for block in self.entries for entry in block]
-        return max(self.nbytes) + max(self._transient(info) for info in infos)
+        return max(self.nbytes) + max(self._extra_read_bytes(info) for info in infos)
 
     def load(self, index: int, stream: mx.Stream | None = None) -> dict[str, mx.array]:
         """Weights of block `index` by parameter path, cast and evaluated in the calling thread.
@@ -94,7 +94,7 @@ class BlockSource(Generic[Block]):
         weights: dict[str, mx.array] = {}
         for file, entries in files.items():
             try:
-                load = partial(self._load_from, file, entries, stream)
+                load = partial(self._load_from_file, file, entries, stream)
                 weights |= retry_read(load, f"block {index} of the {self.name} from {file}")
             except WeightsError as error:
                 raise WeightsError(self._fault(index, error.message), error.fix) from error
@@ -106,7 +106,7 @@ class BlockSource(Generic[Block]):
                 ) from error
         return weights
 
-    def put(self, index: int, weights: Mapping[str, mx.array]) -> None:
+    def assign(self, index: int, weights: Mapping[str, mx.array]) -> None:
         """Give block `index` its weights."""
         assert len(weights) == len(self.entries[index])
         self.network.update(tree_unflatten(list(weights.items())))
@@ -121,33 +121,33 @@ class BlockSource(Generic[Block]):
         paths = [entry.parameter.path for entry in self.entries[index]]
         self.network.update(tree_unflatten([(path, empty) for path in paths]))
 
-    def _transient(self, info: TensorInfo) -> int:
+    def _extra_read_bytes(self, info: TensorInfo) -> int:
         """Bytes of a tensor as it is read, where that is not what stays."""
         if info.dtype in FLOATS:
             return info.nbytes if FLOATS[info.dtype][1] != self.dtype else 0
         # What is quantised on the way is read whole, and a copy of it may become float32.
         return 3 * info.nbytes if info.nbytes > prod(info.shape) * mx.uint32.size else 0
 
-    def _bytes(self, entries: Sequence[Entry]) -> int:
+    def _memory_bytes(self, entries: Sequence[Entry]) -> int:
         return sum(
             prod(entry.parameter.shape)
-            * loaded_dtype(self.tensors[entry.key].dtype, self.dtype).size
+            * memory_dtype(self.tensors[entry.key].dtype, self.dtype).size
             for entry in entries
         )
 
-    def _stored(self, entries: Sequence[Entry]) -> int:
+    def _disk_bytes(self, entries: Sequence[Entry]) -> int:
         return sum(self.tensors[entry.key].nbytes for entry in entries)
 
     def _fault(self, index: int, message: str) -> str:
         return f"Block {index} of the {self.name}: {message}"
 
-    def _load_from(
+    def _load_from_file(
         self, file: Path, entries: Sequence[Entry], stream: mx.Stream | None
     ) -> dict[str, mx.array]:
-        if FileStat.of(file) != self.stamps[file]:
+        if FileStat.from_path(file) != self.file_stats[file]:
             raise WeightsError(f"{file} has changed since it was opened.", "Try again.")
-        arrays = self.read(file, {e.key: self.tensors[e.key] for e in entries}, stream)
-        types = {key: loaded_dtype(self.tensors[key].dtype, self.dtype) for key in arrays}
+        arrays = self.reader(file, {e.key: self.tensors[e.key] for e in entries}, stream)
+        types = {key: memory_dtype(self.tensors[key].dtype, self.dtype) for key in arrays}
         casting = any(array.dtype != types[key] for key, array in arrays.items())
         weights: dict[str, mx.array] = {}
         for entry in entries:
@@ -168,7 +168,7 @@ def split_blocks(
     keys: KeyMap,
     *,
     dtype: mx.Dtype,
-    without: Sequence[str] = (),
+    skip_keys: Sequence[str] = (),
 ) -> BlockSource[Block]:
     """Fill all of `network` but its `blocks`, and return where those come from.
 
@@ -178,7 +178,7 @@ def split_blocks(
     owner = {prefix: i for i, prefixes in enumerate(blocks) for prefix in prefixes}
     parts: list[list[Entry]] = [[] for _ in blocks]
     rest: list[Entry] = []
-    for entry in match_keys(network, checkpoint, keys, without):
+    for entry in match_keys(network, checkpoint, keys, skip_keys):
         path = entry.parameter.path
         found = next((i for prefix, i in owner.items() if path.startswith(prefix)), None)
         (rest if found is None else parts[found]).append(entry)
@@ -189,11 +189,11 @@ def split_blocks(
         network=network,
         blocks=tuple(blocks.values()),
         entries=tuple(tuple(part) for part in parts),
-        rest=tuple(rest),
+        non_block_entries=tuple(rest),
         tensors=checkpoint.tensors,
         dtype=dtype,
-        read=checkpoint.read,
-        stamps={file: FileStat.of(file) for file in files},
+        reader=checkpoint.reader,
+        file_stats={file: FileStat.from_path(file) for file in files},
     )
     for index in range(len(source)):
         source.clear(index)

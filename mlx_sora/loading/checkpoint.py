@@ -31,7 +31,7 @@ from mlx_sora.models.key_map import KeyMap, Parameter, Shape
 from mlx_sora.utils.json import read_object
 
 #: Formats that can run code when they are opened, and never are.
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".msgpack", ".h5", ".npy", ".npz")
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".msgpack", ".h5", ".npy", ".npz")
 
 #: Characters of a shard's name.
 MAX_NAME = 200
@@ -49,7 +49,7 @@ class Checkpoint:
 
     path: Path
     tensors: Mapping[str, TensorInfo]
-    read: Reader = load_tensors
+    reader: Reader = load_tensors
 
     @classmethod
     def open(cls, path: str | Path) -> Checkpoint:
@@ -58,7 +58,7 @@ class Checkpoint:
         Raises WeightsError for anything missing, damaged, truncated or ambiguous.
         """
         path = Path(path)
-        source = _source(path)
+        source = _main_file(path)
         if source.suffix == ".json":
             return cls(path, _read_index(source))
         return cls(path, read_header(source))
@@ -80,10 +80,10 @@ class Checkpoint:
             by_file.setdefault(self.tensors[key].file, []).append(key)
         out: dict[str, mx.array] = {}
         for file, names in by_file.items():
-            out |= self.read(file, {name: self.tensors[name] for name in names})
+            out |= self.reader(file, {name: self.tensors[name] for name in names})
         return out
 
-    def rows(self, key: str, rows: Sequence[int]) -> mx.array:
+    def read_rows(self, key: str, rows: Sequence[int]) -> mx.array:
         """Rows of the 2-D tensor `key`, reading nothing else: [len(rows), columns]."""
         info = self.tensors.get(key)
         if info is None:
@@ -101,11 +101,11 @@ class Checkpoint:
         return read_rows(info, rows)
 
 
-def _source(path: Path) -> Path:
+def _main_file(path: Path) -> Path:
     """The file to read first: the file itself, the only index, or the only .safetensors file."""
     if path.is_file():
         if path.suffix not in (".safetensors", ".json"):
-            raise _no_safetensors(path)
+            raise _not_safetensors_error(path)
         return path
     if not path.is_dir():
         raise WeightsError(f"No weights at {path}.", "Check the path given by --model.")
@@ -119,13 +119,13 @@ def _source(path: Path) -> Path:
                 f"{path} holds several candidates ({names}) and no single index.",
                 "Keep one model.safetensors, or the shards with their index.",
             )
-    pickles = sorted(file for file in path.iterdir() if file.suffix.lower() in PICKLES)
+    pickles = sorted(file for file in path.iterdir() if file.suffix.lower() in PICKLE_SUFFIXES)
     if pickles:
-        raise _no_safetensors(pickles[0])
+        raise _not_safetensors_error(pickles[0])
     raise WeightsError(f"No .safetensors file in {path}.", "Check the path given by --model.")
 
 
-def _no_safetensors(path: Path) -> WeightsError:
+def _not_safetensors_error(path: Path) -> WeightsError:
     """The refusal of another format."""
     return WeightsError(
         f"{path} is not a safetensors file.",
@@ -143,7 +143,7 @@ def _read_index(index: Path) -> dict[str, TensorInfo]:
         raise WeightsError(f"Cannot read {index}: {error.strerror}.", FIX) from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise WeightsError(f"{index} is not a valid index (no weight_map).", FIX) from error
-    headers = {name: read_header(_shard(index, name)) for name in sorted(set(files.values()))}
+    headers = {name: read_header(_shard_path(index, name)) for name in sorted(set(files.values()))}
     for key, name in files.items():
         if key not in headers[name]:
             raise WeightsError(f"{index} places {key} in {name}, which does not hold it.", FIX)
@@ -153,7 +153,7 @@ def _read_index(index: Path) -> dict[str, TensorInfo]:
     return {key: headers[name][key] for key, name in files.items()}
 
 
-def _shard(index: Path, name: str) -> Path:
+def _shard_path(index: Path, name: str) -> Path:
     """The file `name` beside an index. Raises WeightsError for one elsewhere, by name or by link.
 
     Links are followed where the index is one, too, as in the hub's cache: then both lie together.
@@ -162,7 +162,7 @@ def _shard(index: Path, name: str) -> Path:
     if Path(name).name != name or not name.isprintable() or len(name) > MAX_NAME:
         raise WeightsError(f"{index} names a file outside its folder: {name}.", FIX)
     if path.suffix != ".safetensors":
-        raise _no_safetensors(path)
+        raise _not_safetensors_error(path)
     if not path.is_file():
         raise WeightsError(f"{index} names {name}, which is missing.", FIX)
     if path.resolve().parent not in (index.parent.resolve(), index.resolve().parent):
@@ -184,7 +184,7 @@ def match_keys(
     module: nn.Module,
     checkpoint: Checkpoint | Mapping[str, mx.array],
     keys: KeyMap,
-    without: Sequence[str] = (),
+    skip_keys: Sequence[str] = (),
 ) -> list[Entry]:
     """Which tensor fills which parameter of `module`: nothing missing, nothing left over.
 
@@ -195,11 +195,11 @@ def match_keys(
     wanted = {path: (tuple(value.shape), value.dtype) for path, value in parameters}
     where = str(checkpoint.path) if isinstance(checkpoint, Checkpoint) else IN_MEMORY
     entries: dict[str, Entry] = {}
-    for found in _found(checkpoint):
-        place = None if found.key in without else keys.place(found.key, found.shape)
+    for found in _stored_tensors(checkpoint):
+        place = None if found.key in skip_keys else keys.place(found.key, found.shape)
         if place is None:
             continue
-        _check(found, place, wanted)
+        _check_fit(found, place, wanted)
         if place.path in entries:
             raise WeightsError(f"{where}: {found.key} is a second copy of {place.path}.", FIX)
         entries[place.path] = Entry(found.key, place)
@@ -233,14 +233,14 @@ def load_weights(
     keys: KeyMap,
     *,
     dtype: mx.Dtype | None = None,
-    without: Sequence[str] = (),
+    skip_keys: Sequence[str] = (),
 ) -> None:
     """Give every parameter of `module` its tensor, after `match` has found all of them fitting.
 
     checkpoint: from disk (stays lazy), or a dict of arrays.
     dtype: cast floating parameters to it as they are read; None keeps the stored type.
     """
-    entries = match_keys(module, checkpoint, keys, without)
+    entries = match_keys(module, checkpoint, keys, skip_keys)
     if isinstance(checkpoint, Checkpoint):
         assign(module, checkpoint.load(entry.key for entry in entries), entries, dtype)
     else:
@@ -248,7 +248,7 @@ def load_weights(
 
 
 @dataclass(frozen=True)
-class _Found:
+class _StoredTensor:
     """One stored tensor: file (or where else), name, shape, type."""
 
     where: str
@@ -257,17 +257,19 @@ class _Found:
     dtype: str
 
 
-def _found(checkpoint: Checkpoint | Mapping[str, mx.array]) -> Iterator[_Found]:
+def _stored_tensors(checkpoint: Checkpoint | Mapping[str, mx.array]) -> Iterator[_StoredTensor]:
     if isinstance(checkpoint, Checkpoint):
         for key, info in checkpoint.tensors.items():
-            yield _Found(str(info.file), key, info.shape, info.dtype)
+            yield _StoredTensor(str(info.file), key, info.shape, info.dtype)
         return
     codes = {dtype: code for code, (_, dtype) in FLOATS.items()} | {mx.uint32: PACKED}
     for key, array in checkpoint.items():
-        yield _Found(IN_MEMORY, key, array.shape, codes.get(array.dtype, str(array.dtype)))
+        yield _StoredTensor(IN_MEMORY, key, array.shape, codes.get(array.dtype, str(array.dtype)))
 
 
-def _check(found: _Found, place: Parameter, wanted: Mapping[str, tuple[Shape, mx.Dtype]]) -> None:
+def _check_fit(
+    found: _StoredTensor, place: Parameter, wanted: Mapping[str, tuple[Shape, mx.Dtype]]
+) -> None:
     """Raise WeightsError unless the tensor `found` may fill `place` of a module with `wanted`."""
     if place.path not in wanted:
         raise WeightsError(

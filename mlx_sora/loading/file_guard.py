@@ -27,13 +27,13 @@ logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 #: Seconds between the attempts of a read that fails: disks wake up, networks come back.
-PAUSES = (0.1, 1.0)
+RETRY_DELAYS = (0.1, 1.0)
 
 #: How the messages of MLX's reader begin (mlx/io/load.h).
-_READER = "[read]"
+_READ_ERROR = "[read]"
 
 #: Bytes of weights that are read at a time.
-_PORTION = 256 << 20
+_EVAL_BYTES = 256 << 20
 
 
 @dataclass(frozen=True)
@@ -43,10 +43,10 @@ class FileStat:
     device: int
     inode: int
     size: int
-    changed: int
+    mtime_ns: int
 
     @classmethod
-    def of(cls, file: Path) -> FileStat:
+    def from_path(cls, file: Path) -> FileStat:
         """Of a file as it is now. Raises WeightsError where there is none."""
         try:
             status = file.stat()
@@ -60,38 +60,40 @@ class WeightFileGuard:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._before = {file: FileStat.of(file) for file in sorted(folder.glob("*.safetensors"))}
+        self._stats = {
+            file: FileStat.from_path(file) for file in sorted(folder.glob("*.safetensors"))
+        }
 
     @contextmanager
-    def read(self) -> Iterator[None]:
+    def check_reads(self) -> Iterator[None]:
         """They are read inside: WeightsError where one was rewritten, or cannot be read."""
         try:
             yield
         except RuntimeError as error:
-            self._check()
-            if not str(error).startswith(_READER):
+            self._refuse_rewritten()
+            if not str(error).startswith(_READ_ERROR):
                 raise
             message = f"Cannot read the weights in {self._folder}: {error}"
             raise WeightsError(message, FIX) from error
-        self._check()
+        self._refuse_rewritten()
 
-    def _check(self) -> None:
-        for file, stamp in self._before.items():
+    def _refuse_rewritten(self) -> None:
+        for file, stamp in self._stats.items():
             try:
-                now = FileStat.of(file)
+                now = FileStat.from_path(file)
             except WeightsError:  # removed, while MLX holds it
                 continue
             if now != stamp and (now.device, now.inode) == (stamp.device, stamp.inode):
                 raise WeightsError(f"{file} was rewritten while it was read.", "Try again.")
 
 
-def read_all(network: nn.Module) -> None:
+def eval_parameters(network: nn.Module) -> None:
     """Read what is lazy in the parameters of `network`, some at a time."""
     waiting: list[mx.array] = []
     parameters: list[tuple[str, mx.array]] = tree_flatten(network.parameters())  # type: ignore[assignment]
     for _, array in parameters:
         waiting.append(array)
-        if sum(each.nbytes for each in waiting) >= _PORTION:
+        if sum(each.nbytes for each in waiting) >= _EVAL_BYTES:
             mx.eval(waiting)
             waiting.clear()
     mx.eval(waiting)
@@ -99,7 +101,7 @@ def read_all(network: nn.Module) -> None:
 
 def retry_read(read: Callable[[], Result], what: str) -> Result:
     """The result of `read`, tried again after a while if the disk fails; then its error."""
-    for pause in PAUSES:
+    for pause in RETRY_DELAYS:
         try:
             return read()
         except (OSError, RuntimeError) as error:

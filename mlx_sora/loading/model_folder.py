@@ -27,10 +27,10 @@ PUBLISHED = "opensora-1.2"
 BUNDLED = "shapes"
 
 #: What `download --quantize` makes of the published model, by bits per weight.
-QUANTIZED = {8: f"{PUBLISHED}-8bit", 4: f"{PUBLISHED}-4bit"}
+QUANTIZED_MODELS = {8: f"{PUBLISHED}-8bit", 4: f"{PUBLISHED}-4bit"}
 
 #: Models that have a name, the ones to take without a choice first.
-NAMES = (PUBLISHED, *QUANTIZED.values(), BUNDLED)
+MODEL_NAMES = (PUBLISHED, *QUANTIZED_MODELS.values(), BUNDLED)
 
 #: Parts with a configuration and weights.
 PARTS = ("text_encoder", "transformer", "vae")
@@ -66,7 +66,7 @@ class ModelFolder:
     path: Path
     name: str
     defaults: Defaults
-    bits: int | None = None
+    quantize_bits: int | None = None
 
     @property
     def transformer(self) -> Path:
@@ -87,7 +87,7 @@ class ModelFolder:
     @classmethod
     def open(cls, path: str | Path) -> ModelFolder:
         """Check that all parts are there. Raises WeightsError naming the first that is not."""
-        path = given_folder(path)
+        path = expand_folder(path)
         if not path.is_dir():
             raise WeightsError(
                 f"No model folder at {path}.",
@@ -107,7 +107,7 @@ class ModelFolder:
         return _read_json(self.path / part / "config.json")
 
 
-def given_folder(path: str | Path) -> Path:
+def expand_folder(path: str | Path) -> Path:
     """A folder as typed, with the home folder in place of ~. Raises WeightsError."""
     try:
         return Path(path).expanduser()
@@ -139,9 +139,9 @@ def find_model(model: str | Path | None = None) -> ModelFolder:
     """
     root = weights_root()
     if model is None:
-        whole = (name for name in NAMES if not missing_parts(root / name))
+        whole = (name for name in MODEL_NAMES if not missing_parts(root / name))
         return ModelFolder.open(root / next(whole, BUNDLED))
-    if str(model) in NAMES:
+    if str(model) in MODEL_NAMES:
         path = root / str(model)
         if not path.is_dir():
             fix = f"Set {WEIGHTS_VARIABLE}, or give the path of a model folder."
@@ -154,7 +154,7 @@ def find_model(model: str | Path | None = None) -> ModelFolder:
 
 def download_command(name: str) -> str:
     """The command that gets the model `name`, the published one or what is made of it."""
-    bits = [bits for bits, quantized in QUANTIZED.items() if quantized == name]
+    bits = [bits for bits, quantized in QUANTIZED_MODELS.items() if quantized == name]
     return f"python -m mlx_sora download {PUBLISHED}" + (f" --quantize {bits[0]}" if bits else "")
 
 

@@ -22,7 +22,7 @@ from mlx_sora.loading.quantization import (
     Quantization,
     insert_quantized_layers,
     quantizable_linears,
-    quantizing_reader,
+    quantize_on_load,
 )
 from mlx_sora.models import stdit3, t5, vae
 from mlx_sora.models.key_map import KeyMap
@@ -39,8 +39,8 @@ def load_text_encoder(model: ModelFolder, dtype: mx.Dtype) -> tuple[t5.T5Encoder
     The table of T5-XXL is 0.5 GB in float32, of which a prompt needs a few hundred kB.
     """
     network, checkpoint = _text_encoder(model)
-    load_weights(network, checkpoint, t5.KEYS, dtype=dtype, without=[t5.TABLE])
-    return network, partial(checkpoint.rows, t5.TABLE)
+    load_weights(network, checkpoint, t5.KEYS, dtype=dtype, skip_keys=[t5.TABLE])
+    return network, partial(checkpoint.read_rows, t5.TABLE)
 
 
 def stream_text_encoder(
@@ -55,22 +55,22 @@ def stream_text_encoder(
         checkpoint,
         t5.KEYS,
         dtype=dtype,
-        without=[t5.TABLE],
+        skip_keys=[t5.TABLE],
     )
-    return network, partial(checkpoint.rows, t5.TABLE), source
+    return network, partial(checkpoint.read_rows, t5.TABLE), source
 
 
 def _text_encoder(model: ModelFolder) -> tuple[t5.T5Encoder, Checkpoint]:
     """T5 without weights, and its checkpoint, which has the table that `network` lacks."""
     values = model.config("text_encoder")
-    with _described("text_encoder"):
+    with _config_errors("text_encoder"):
         network = t5.T5Encoder(t5.T5Config.from_dict(values), table=False)
     checkpoint = Checkpoint.open(model.text_encoder)
-    _check_table(checkpoint, network.config)
-    return network, _quantised(model, network, values, checkpoint)
+    _check_embedding_table(checkpoint, network.config)
+    return network, _quantize_network(model, network, values, checkpoint)
 
 
-def _check_table(checkpoint: Checkpoint, config: t5.T5Config) -> None:
+def _check_embedding_table(checkpoint: Checkpoint, config: t5.T5Config) -> None:
     """Raise WeightsError unless the token table is there with the shape of the configuration."""
     table = checkpoint.tensors.get(t5.TABLE)
     expected = (config.vocab_size, config.d_model)
@@ -108,33 +108,33 @@ def stream_transformer(
 
 def _transformer(model: ModelFolder, dtype: mx.Dtype) -> tuple[stdit3.STDiT3, Checkpoint]:
     values = model.config("transformer")
-    with _described("transformer"):
+    with _config_errors("transformer"):
         network = stdit3.STDiT3(stdit3.STDiT3Config.from_dict(values), dtype)
-    return network, _quantised(model, network, values, Checkpoint.open(model.transformer))
+    return network, _quantize_network(model, network, values, Checkpoint.open(model.transformer))
 
 
-def _quantised(
+def _quantize_network(
     model: ModelFolder, network: nn.Module, config: Mapping[str, Any], checkpoint: Checkpoint
 ) -> Checkpoint:
     """`checkpoint` for `network`, both quantised if the files are or `model` is to be."""
-    quantization = Quantization.read(config)
-    if quantization is None and model.bits is not None:
-        quantization = Quantization(model.bits)
-        checkpoint = quantizing_reader(checkpoint, network, quantization)
+    quantization = Quantization.from_config(config)
+    if quantization is None and model.quantize_bits is not None:
+        quantization = Quantization(model.quantize_bits)
+        checkpoint = quantize_on_load(checkpoint, network, quantization)
     insert_quantized_layers(network, quantization)
     return checkpoint
 
 
 def load_vae(model: ModelFolder, parts: Sequence[str] = ("decoder",)) -> VideoVAE:
     """The VAE, or the halves of it that are needed; always in `KEEP.vae`'s type, float32."""
-    with _described("vae"):
+    with _config_errors("vae"):
         network = VideoVAE(VAEConfig.from_dict(model.config("vae")), parts)
     load_weights(network, Checkpoint.open(model.vae), keys_for(parts), dtype=KEEP.vae)
     return network
 
 
 @contextmanager
-def _described(part: str) -> Iterator[None]:
+def _config_errors(part: str) -> Iterator[None]:
     """Say which config.json is at fault where no network can be built inside."""
     try:
         yield
@@ -148,25 +148,25 @@ def match_part(model: ModelFolder, part: str, checkpoint: Checkpoint) -> list[En
     Reads config.json only. Raises WeightsError for a configuration that describes no network, and
     for a checkpoint that is not of it.
     """
-    network, keys = _unfilled(model, part)
+    network, keys = _empty_network(model, part)
     return match_keys(network, checkpoint, keys)
 
 
 def quantizable_layers(model: ModelFolder, part: str, quantization: Quantization) -> list[str]:
     """Paths of the layers of `part` that are to be quantised; reads config.json only."""
-    return list(quantizable_linears(_unfilled(model, part)[0], quantization))
+    return list(quantizable_linears(_empty_network(model, part)[0], quantization))
 
 
-def _unfilled(model: ModelFolder, part: str) -> tuple[nn.Module, KeyMap]:
+def _empty_network(model: ModelFolder, part: str) -> tuple[nn.Module, KeyMap]:
     """The whole network of `part` without weights, and its key map."""
     values = model.config(part)
     network: nn.Module
-    with _described(part):
+    with _config_errors(part):
         if part == "text_encoder":
             network, keys = t5.T5Encoder(t5.T5Config.from_dict(values)), t5.KEYS
         elif part == "transformer":
             network, keys = stdit3.STDiT3(stdit3.STDiT3Config.from_dict(values)), stdit3.KEYS
         else:
             network, keys = vae.VideoVAE(VAEConfig.from_dict(values)), vae.KEYS
-    insert_quantized_layers(network, Quantization.read(values))
+    insert_quantized_layers(network, Quantization.from_config(values))
     return network, keys

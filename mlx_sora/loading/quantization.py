@@ -27,13 +27,13 @@ from mlx_sora.models.key_map import Shape
 from mlx_sora.models.quantized import WORD, QuantizedLinear
 
 #: Where config.json tells of it.
-KEY = "quantization"
+CONFIG_KEY = "quantization"
 
 BITS = (4, 8)
-GROUP = 64
+GROUP_SIZE = 64
 
 #: Start of the parameter paths of a network's blocks, and the block's number.
-BLOCK = re.compile(r"(?:encoder\.block|spatial_blocks|temporal_blocks)\.(\d+)\.")
+BLOCK_PATH = re.compile(r"(?:encoder\.block|spatial_blocks|temporal_blocks)\.(\d+)\.")
 
 
 @dataclass(frozen=True)
@@ -41,21 +41,21 @@ class Quantization:
     """bits of a weight's code; group_size: weights in a row that share scale and bias."""
 
     bits: int
-    group_size: int = GROUP
+    group_size: int = GROUP_SIZE
 
     @classmethod
-    def read(cls, config: Mapping[str, Any]) -> Quantization | None:
+    def from_config(cls, config: Mapping[str, Any]) -> Quantization | None:
         """What a config.json says, None for a network that is not quantised.
 
         Raises WeightsError for a kind that this package does not write.
         """
-        if config.get(KEY) is None:
+        if config.get(CONFIG_KEY) is None:
             return None
-        values = config[KEY]
+        values = config[CONFIG_KEY]
         for bits in BITS:
             if values == cls(bits).to_dict():
                 return cls(bits)
-        raise WeightsError(f"{KEY} cannot be {values!r} in a model's config.json.", FIX)
+        raise WeightsError(f"{CONFIG_KEY} cannot be {values!r} in a model's config.json.", FIX)
 
     def to_dict(self) -> dict[str, int]:
         """For config.json."""
@@ -64,7 +64,7 @@ class Quantization:
     def __str__(self) -> str:
         return f"{self.bits} bits in groups of {self.group_size}"
 
-    def shapes(self, shape: Shape) -> dict[str, Shape]:
+    def packed_shapes(self, shape: Shape) -> dict[str, Shape]:
         """Shapes of what the weight [outputs, inputs] of a layer becomes, by parameter name."""
         outputs, inputs = shape
         groups = (outputs, inputs // self.group_size)
@@ -86,14 +86,16 @@ class Quantization:
             stream=stream,
         )
         if dtype is None:
-            dtype = min((mx.float16, mx.bfloat16), key=lambda kind: _rounding(scales, biases, kind))
+            dtype = min(
+                (mx.float16, mx.bfloat16), key=lambda kind: _rounding_error(scales, biases, kind)
+            )
         floats = {"scales": scales, "biases": biases}
         return {"weight": packed} | {
             name: value.astype(dtype, stream=stream) for name, value in floats.items()
         }
 
 
-def _rounding(scales: mx.array, biases: mx.array, kind: mx.Dtype) -> float:
+def _rounding_error(scales: mx.array, biases: mx.array, kind: mx.Dtype) -> float:
     """Squared error that storing scales and biases in `kind` adds to the largest codes."""
     error = scales.astype(kind).astype(mx.float32) - scales
     shift = biases.astype(kind).astype(mx.float32) - biases
@@ -110,7 +112,7 @@ def quantizable_linears(network: nn.Module, quantization: Quantization) -> dict[
         path: layer
         for path, layer in network.named_modules()
         if isinstance(layer, nn.Linear)
-        and BLOCK.match(path)
+        and BLOCK_PATH.match(path)
         and layer.weight.shape[1] % quantization.group_size == 0
     }
 
@@ -155,23 +157,23 @@ class QuantizingReader:
     """
 
     quantization: Quantization
-    dense: Mapping[str, TensorInfo]
+    weights: Mapping[str, TensorInfo]
 
     def __call__(
         self, file: Path, tensors: Mapping[str, TensorInfo], stream: mx.Stream | None = None
     ) -> dict[str, mx.array]:
-        weights = {key: self.dense[key] for key in tensors if key in self.dense}
-        made = {name for key in weights for name in _names(key)}
+        weights = {key: self.weights[key] for key in tensors if key in self.weights}
+        made = {name for key in weights for name in _packed_names(key)}
         others = {key: info for key, info in tensors.items() if key not in made}
         arrays = load_tensors(file, weights | others, stream)
         for key in weights:
             parts = self.quantization.quantize(arrays.pop(key), mx.float32, stream)
             mx.eval(parts)
-            arrays |= dict(zip(_names(key), parts.values(), strict=True))
+            arrays |= dict(zip(_packed_names(key), parts.values(), strict=True))
         return arrays
 
 
-def quantizing_reader(
+def quantize_on_load(
     checkpoint: Checkpoint, network: nn.Module, quantization: Quantization
 ) -> Checkpoint:
     """`checkpoint` as if it were quantised for `network`, which is not prepared yet.
@@ -193,44 +195,46 @@ def quantizing_reader(
         if info is None or info.shape != layer.weight.shape:
             continue
         dense[key] = info
-        packed, *floats = quantization.shapes(info.shape).values()
-        weight, *names = _names(key)
+        packed, *floats = quantization.packed_shapes(info.shape).values()
+        weight, *names = _packed_names(key)
         tensors[weight] = replace(info, dtype=PACKED, shape=packed)
         for name, shape in zip(names, floats, strict=True):  # whose bytes are those of the weight
             tensors[name] = replace(info, dtype="F32", shape=shape, nbytes=0)
-    return replace(checkpoint, tensors=tensors, read=QuantizingReader(quantization, dense))
+    return replace(checkpoint, tensors=tensors, reader=QuantizingReader(quantization, dense))
 
 
-def quantized_while_loading(model: ModelFolder, bits: int | None) -> ModelFolder:
+def choose_quantization(model: ModelFolder, bits: int | None) -> ModelFolder:
     """`model` to be loaded with so many bits per weight; None is as it is.
 
     Raises UsageError for a folder that is quantised to others.
     """
     if bits is None:
         return model
-    found = {kind for part in PARTS if (kind := Quantization.read(model.config(part))) is not None}
+    found = {
+        kind for part in PARTS if (kind := Quantization.from_config(model.config(part))) is not None
+    }
     others = found - {Quantization(bits)}
     if others:
         raise UsageError(
             f"{model.name} is quantised to {others.pop()}, which --quantize cannot change.",
             "Leave --quantize out, or take the model that it was made from.",
         )
-    return replace(model, bits=None if found else bits)
+    return replace(model, quantize_bits=None if found else bits)
 
 
-def _names(key: str) -> tuple[str, str, str]:
+def _packed_names(key: str) -> tuple[str, str, str]:
     """Names of what a weight becomes, the weight's own first."""
     stem = key.removesuffix("weight")
     return key, f"{stem}scales", f"{stem}biases"
 
 
-def quantization_record(model: ModelFolder) -> dict[str, Any]:
+def quantization_metadata(model: ModelFolder) -> dict[str, Any]:
     """For a video's metadata: {"quantization": {part: bits and group size}}, or {} without any.
 
     Raises WeightsError for a config.json that cannot be read.
     """
-    found = {part: Quantization.read(model.config(part)) for part in PARTS}
-    if model.bits is not None:
-        found |= dict.fromkeys(("text_encoder", "transformer"), Quantization(model.bits))
+    found = {part: Quantization.from_config(model.config(part)) for part in PARTS}
+    if model.quantize_bits is not None:
+        found |= dict.fromkeys(("text_encoder", "transformer"), Quantization(model.quantize_bits))
     parts = {part: kind.to_dict() for part, kind in found.items() if kind is not None}
     return {"quantization": parts} if parts else {}

@@ -100,8 +100,8 @@ def _check_layout(path: Path, tensors: Mapping[str, TensorInfo], base: int, size
 
 def _tensor_info(path: Path, size: int, base: int, key: str, row: Any) -> TensorInfo:
     try:
-        dtype, shape = row["dtype"], _counts(row["shape"])
-        begin, end = _counts(row["data_offsets"])
+        dtype, shape = row["dtype"], _parse_counts(row["shape"])
+        begin, end = _parse_counts(row["data_offsets"])
         width = _SIZES[dtype]
         if len(shape) > MAX_DIMENSIONS:
             raise ValueError
@@ -121,7 +121,7 @@ def _tensor_info(path: Path, size: int, base: int, key: str, row: Any) -> Tensor
     return TensorInfo(path, dtype, shape, base + begin, expected)
 
 
-def _counts(values: Any) -> tuple[int, ...]:
+def _parse_counts(values: Any) -> tuple[int, ...]:
     """A list of whole numbers that a file can count. Raises ValueError."""
     if type(values) is not list or not all(type(n) is int and 0 <= n < 1 << 63 for n in values):
         raise ValueError("no list of counts")
@@ -143,7 +143,7 @@ def load_tensors(
     assert isinstance(arrays, dict)
     for key, info in tensors.items():
         array = arrays.get(key)
-        if array is None or array.shape != info.shape or not _same_type(array, info):
+        if array is None or array.shape != info.shape or not _has_dtype(array, info):
             raise WeightsError(f"{file} has changed since it was opened (see {key}).", "Try again.")
     return {key: arrays[key] for key in tensors}
 
@@ -160,12 +160,12 @@ class Reader(Protocol):
         """
 
 
-def loaded_dtype(stored: str, dtype: mx.Dtype) -> mx.Dtype:
+def memory_dtype(stored: str, dtype: mx.Dtype) -> mx.Dtype:
     """Type in memory of a tensor `stored` so, where floats are cast to `dtype`: words are not."""
     return mx.uint32 if stored == PACKED else dtype
 
 
-def _same_type(array: mx.array, info: TensorInfo) -> bool:
+def _has_dtype(array: mx.array, info: TensorInfo) -> bool:
     if info.dtype in FLOATS:
         return bool(array.dtype == FLOATS[info.dtype][1])
     return info.dtype != PACKED or array.dtype == mx.uint32

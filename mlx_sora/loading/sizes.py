@@ -29,21 +29,21 @@ def model_sizes(model: ModelFolder, dtype: mx.Dtype, *, encoders: bool = False) 
     text, _, text_blocks = stream_text_encoder(model, dtype)
     transformer, transformer_blocks = stream_transformer(model, dtype)
     config = VAEConfig.from_dict(model.config("vae"))
-    temporal, spatial, stored = _vae_half(model, config, "decoder")
+    temporal, spatial, stored = _vae_bytes(model, config, "decoder")
     return ModelSizes(
         text=text.config,
         transformer=transformer.config,
         vae=config,
-        text_weights=_weights(text_blocks),
-        transformer_weights=_weights(transformer_blocks),
+        text_weights=_weight_sizes(text_blocks),
+        transformer_weights=_weight_sizes(transformer_blocks),
         temporal=temporal,
         spatial=spatial,
         vae_stored=stored,
-        encoders=_vae_half(model, config, "encoder") if encoders else (0, 0, 0),
+        encoders=_vae_bytes(model, config, "encoder") if encoders else (0, 0, 0),
     )
 
 
-def _vae_half(model: ModelFolder, config: VAEConfig, half: str) -> tuple[int, int, int]:
+def _vae_bytes(model: ModelFolder, config: VAEConfig, half: str) -> tuple[int, int, int]:
     """Bytes of the temporal and of the spatial encoder or decoder, and of both on disk."""
     vae, checkpoint = VideoVAE(config, (half,)), Checkpoint.open(model.vae)
     entries = match_keys(vae, checkpoint, keys_for((half,)))
@@ -51,13 +51,13 @@ def _vae_half(model: ModelFolder, config: VAEConfig, half: str) -> tuple[int, in
     return _float32_bytes(vae.temporal_vae), _float32_bytes(vae.spatial_vae), stored
 
 
-def _weights(source: BlockSource[Any]) -> WeightSizes:
+def _weight_sizes(source: BlockSource[Any]) -> WeightSizes:
     return WeightSizes(
         blocks=source.nbytes,
-        loading=source.loading_bytes,
-        rest=source.rest_bytes,
-        stored_blocks=sum(source.stored_bytes),
-        stored_rest=source.stored_rest,
+        loading=source.load_peak_bytes,
+        rest=source.non_block_bytes,
+        stored_blocks=sum(source.disk_bytes),
+        stored_rest=source.non_block_disk_bytes,
         dense=max(dense_bytes(source.network, source.dtype).values(), default=0),
     )
 

@@ -18,20 +18,20 @@ from mlx_sora.errors import UsageError
 from mlx_sora.loading.checkpoint import Checkpoint
 from mlx_sora.loading.model_folder import PARTS, ModelFolder
 from mlx_sora.loading.networks import match_part, quantizable_layers
-from mlx_sora.loading.quantization import BLOCK, KEY, Quantization
+from mlx_sora.loading.quantization import BLOCK_PATH, CONFIG_KEY, Quantization
 from mlx_sora.loading.safetensors import FLOATS, TensorInfo
 
 INDEX = "model.safetensors.index.json"
 
 #: Halves of the VAE's two networks: files of their own, as each is used without the others.
-_HALVES = tuple(
+_VAE_PREFIXES = tuple(
     f"{network}.{half}."
     for network in ("spatial_vae.module", "temporal_vae")
     for half in ("encoder", "decoder")
 )
 
 #: Bytes of a scale or bias whose type is chosen among those of 16 bits.
-_HALF = 2
+_SCALE_BYTES = 2
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class TensorConversion:
     info: TensorInfo
     dtype: mx.Dtype
     quantization: Quantization | None = None
-    scales: mx.Dtype | None = None
+    scale_dtype: mx.Dtype | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -71,15 +71,15 @@ class TensorConversion:
         if self.quantization is None:
             return (self.key,)
         stem = self.key.removesuffix("weight")
-        return tuple(stem + name for name in self.quantization.shapes(self.info.shape))
+        return tuple(stem + name for name in self.quantization.packed_shapes(self.info.shape))
 
     @property
     def nbytes(self) -> int:
         """Bytes of what is written."""
         if self.quantization is None:
             return prod(self.info.shape) * self.dtype.size
-        shapes = self.quantization.shapes(self.info.shape)
-        width = _HALF if self.scales is None else self.scales.size
+        shapes = self.quantization.packed_shapes(self.info.shape)
+        width = _SCALE_BYTES if self.scale_dtype is None else self.scale_dtype.size
         sizes = {"weight": mx.uint32.size, "scales": width, "biases": width}
         return sum(prod(shape) * sizes[name] for name, shape in shapes.items())
 
@@ -88,7 +88,7 @@ class TensorConversion:
         if self.quantization is None:
             arrays = {self.key: array.astype(self.dtype)}
         else:
-            made = self.quantization.quantize(array, self.scales)
+            made = self.quantization.quantize(array, self.scale_dtype)
             arrays = dict(zip(self.names, made.values(), strict=True))
         mx.eval(arrays)
         return arrays
@@ -100,7 +100,7 @@ class ShardPlan:
 
     part: str
     name: str
-    changes: Sequence[TensorConversion]
+    conversions: Sequence[TensorConversion]
 
     @property
     def path(self) -> str:
@@ -110,34 +110,36 @@ class ShardPlan:
     @property
     def nbytes(self) -> int:
         """Bytes of its tensors."""
-        return sum(change.nbytes for change in self.changes)
+        return sum(change.nbytes for change in self.conversions)
 
     @property
-    def stored(self) -> int:
+    def source_bytes(self) -> int:
         """Bytes of the tensors it is made from."""
-        return sum(change.info.nbytes for change in self.changes)
+        return sum(change.info.nbytes for change in self.conversions)
 
 
-def plan_part(model: ModelFolder, part: str, choice: ConversionOptions) -> list[ShardPlan]:
+def plan_part(model: ModelFolder, part: str, options: ConversionOptions) -> list[ShardPlan]:
     """The files of `part`, blocks in the order of their use, then the rest.
 
     Tensors that no network has a use for are left out. Raises WeightsError for a checkpoint that
     does not fit its configuration, UsageError for one that is quantised already.
     """
-    if Quantization.read(model.config(part)) is not None:
+    if Quantization.from_config(model.config(part)) is not None:
         raise UsageError(
             f"{model.path} is quantised already.", "Convert the model that it was made from."
         )
     checkpoint = Checkpoint.open(model.path / part)
     keys = {entry.key for entry in match_part(model, part, checkpoint)}
     packed: set[str] = set()
-    if choice.quantization is not None:
-        packed = {f"{path}.weight" for path in quantizable_layers(model, part, choice.quantization)}
+    if options.quantization is not None:
+        packed = {
+            f"{path}.weight" for path in quantizable_layers(model, part, options.quantization)
+        }
     groups: dict[int, list[TensorConversion]] = {}
     for key, info in checkpoint.tensors.items():
         if key in keys:
-            change = _change(key, info, part, choice, quantize=key in packed)
-            groups.setdefault(_group(key), []).append(change)
+            change = _plan_tensor(key, info, part, options, quantize=key in packed)
+            groups.setdefault(_shard_order(key), []).append(change)
     count = len(groups)
     return [
         ShardPlan(part, f"model-{number:05}-of-{count:05}.safetensors", groups[group])
@@ -145,38 +147,40 @@ def plan_part(model: ModelFolder, part: str, choice: ConversionOptions) -> list[
     ]
 
 
-def _group(key: str) -> int:
+def _shard_order(key: str) -> int:
     """Number of the block, or of the VAE's half, that a tensor belongs to; the rest comes last."""
-    block = BLOCK.match(key)
+    block = BLOCK_PATH.match(key)
     if block is not None:
         return int(block[1])
-    found = (i for i, half in enumerate(_HALVES) if key.startswith(half))
+    found = (i for i, half in enumerate(_VAE_PREFIXES) if key.startswith(half))
     return next(found, 1 << 30)
 
 
-def _change(
-    key: str, info: TensorInfo, part: str, choice: ConversionOptions, *, quantize: bool
+def _plan_tensor(
+    key: str, info: TensorInfo, part: str, options: ConversionOptions, *, quantize: bool
 ) -> TensorConversion:
     stored = FLOATS[info.dtype][1]
     if part == "vae":  # always computes in float32, so what it loses here is lost
         return TensorConversion(key, info, stored)
     if quantize:
-        return TensorConversion(key, info, stored, choice.quantization, choice.mlx_dtype)
-    shorten = choice.bits is not None and stored == mx.float32 and len(info.shape) > 1
-    return TensorConversion(key, info, choice.mlx_dtype or (mx.bfloat16 if shorten else stored))
+        return TensorConversion(key, info, stored, options.quantization, options.mlx_dtype)
+    shorten = options.bits is not None and stored == mx.float32 and len(info.shape) > 1
+    return TensorConversion(key, info, options.mlx_dtype or (mx.bfloat16 if shorten else stored))
 
 
-def config_text(model: ModelFolder, part: str, choice: ConversionOptions) -> str:
+def config_text(model: ModelFolder, part: str, options: ConversionOptions) -> str:
     """config.json of the converted part."""
     config = model.config(part)
-    if part != "vae" and choice.quantization is not None:
-        config[KEY] = choice.quantization.to_dict()
+    if part != "vae" and options.quantization is not None:
+        config[CONFIG_KEY] = options.quantization.to_dict()
     return json.dumps(config, indent=2) + "\n"
 
 
 def index_text(shards: Sequence[ShardPlan]) -> str:
     """The index that says which file holds which tensor."""
-    weight_map = {name: shard.name for shard in shards for c in shard.changes for name in c.names}
+    weight_map = {
+        name: shard.name for shard in shards for c in shard.conversions for name in c.names
+    }
     content = {
         "metadata": {"total_size": sum(shard.nbytes for shard in shards)},
         "weight_map": weight_map,
@@ -184,10 +188,10 @@ def index_text(shards: Sequence[ShardPlan]) -> str:
     return json.dumps(content, indent=2) + "\n"
 
 
-def small_files(model: ModelFolder, choice: ConversionOptions) -> Iterator[tuple[str, bytes]]:
+def other_files(model: ModelFolder, options: ConversionOptions) -> Iterator[tuple[str, bytes]]:
     """All but weights and their indexes: path in the folder, content."""
     for part in PARTS:
-        yield f"{part}/config.json", config_text(model, part, choice).encode()
+        yield f"{part}/config.json", config_text(model, part, options).encode()
     yield "tokenizer/spiece.model", model.tokenizer.read_bytes()
     index = model.path / "model_index.json"
     if index.is_file():
@@ -196,7 +200,7 @@ def small_files(model: ModelFolder, choice: ConversionOptions) -> Iterator[tuple
 
 def source_files(model: ModelFolder, shards: Mapping[str, Sequence[ShardPlan]]) -> list[Path]:
     """Every file that a conversion reads."""
-    weights = {c.info.file for part in shards.values() for s in part for c in s.changes}
+    weights = {c.info.file for part in shards.values() for s in part for c in s.conversions}
     configs = {model.path / part / "config.json" for part in PARTS}
     index = model.path / "model_index.json"
     return sorted({*weights, *configs, model.tokenizer, *([index] if index.is_file() else [])})

@@ -21,35 +21,41 @@ from mlx_sora.errors import MlxSoraError, WeightsError
 from mlx_sora.loading.checkpoint import Checkpoint
 from mlx_sora.loading.model_folder import (
     BUNDLED,
-    NAMES,
+    MODEL_NAMES,
     PARTS,
     PUBLISHED,
     Defaults,
     ModelFolder,
     download_command,
-    given_folder,
+    expand_folder,
     missing_parts,
     weights_root,
 )
 from mlx_sora.loading.networks import match_part
 from mlx_sora.loading.quantization import Quantization, count_parameters
-from mlx_sora.loading.safetensors import loaded_dtype
-from mlx_sora.manage.convert import staging_of
+from mlx_sora.loading.safetensors import memory_dtype
+from mlx_sora.manage.convert import staging_folder
 from mlx_sora.manage.download import STAGING
 from mlx_sora.manage.provenance import FILE, Provenance
-from mlx_sora.manage.smoke_test import ValueCounts, scan, try_text_encoder, try_transformer, try_vae
+from mlx_sora.manage.smoke_test import (
+    ValueCounts,
+    count_bad_values,
+    run_text_encoder,
+    run_transformer,
+    run_vae,
+)
 from mlx_sora.models import stdit3, t5, vae
 from mlx_sora.runtime.device import blas_notice, describe, total_memory
 from mlx_sora.text.tokenizer import Tokenizer
 
-_TRIALS = {"text_encoder": try_text_encoder, "transformer": try_transformer, "vae": try_vae}
+_SMOKE_TESTS = {"text_encoder": run_text_encoder, "transformer": run_transformer, "vae": run_vae}
 
 #: Told action, path, bytes done and bytes in all while files are read.
 ProgressCallback = Callable[[str, str, int, int], None]
 
 
 @dataclass(frozen=True)
-class Finding:
+class Diagnostic:
     """One line of the report. level: ok, note, warning or error; fix: the command that mends it."""
 
     level: str
@@ -59,47 +65,49 @@ class Finding:
 
 
 @dataclass
-class Examination:
+class ModelChecker:
     """One examination of the model folder `path`; `failed` gathers the parts with an error."""
 
     path: Path
     quick: bool
-    watch: ProgressCallback = field(default=lambda *_: None)
+    on_progress: ProgressCallback = field(default=lambda *_: None)
     failed: set[str] = field(default_factory=set)
 
-    def findings(self) -> Iterator[Finding]:
+    def run(self) -> Iterator[Diagnostic]:
         """Everything there is to say, in order."""
-        absent = list(self._presence())
+        absent = list(self._check_files())
         yield from absent
         if not self.path.is_dir():
             return
-        yield from self._fits()
-        yield from self._together()
-        yield from self._provenance()
+        yield from self._check_weights()
+        yield from self._check_compatibility()
+        yield from self._check_provenance()
         if not self.quick:
-            yield from self._values()
-            yield from self._trials()
+            yield from self._check_values()
+            yield from self._run_smoke_tests()
 
-    def _error(self, part: str, message: str) -> Finding:
+    def _error(self, part: str, message: str) -> Diagnostic:
         self.failed.add(part)
-        return Finding("error", part, message, mending(self.path))
+        return Diagnostic("error", part, message, repair_command(self.path))
 
-    def _presence(self) -> Iterator[Finding]:
+    def _check_files(self) -> Iterator[Diagnostic]:
         if not self.path.is_dir():
             yield self._error("folder", f"there is no model folder at {self.path}.")
             staging = self.path.parent / STAGING
             if self.path.name == PUBLISHED and staging.is_dir():
-                yield Finding("note", "folder", "an interrupted download is there to continue.")
-            if staging_of(self.path).is_dir():
-                yield Finding("note", "folder", "an interrupted conversion is there to continue.")
+                yield Diagnostic("note", "folder", "an interrupted download is there to continue.")
+            if staging_folder(self.path).is_dir():
+                yield Diagnostic(
+                    "note", "folder", "an interrupted conversion is there to continue."
+                )
             return
         absent = missing_parts(self.path)
         for name in absent:
             yield self._error(name.split("/")[0], f"{name} is missing.")
         if not absent:
-            yield Finding("ok", "folder", f"all parts are in {self.path}.")
+            yield Diagnostic("ok", "folder", f"all parts are in {self.path}.")
 
-    def _fits(self) -> Iterator[Finding]:
+    def _check_weights(self) -> Iterator[Diagnostic]:
         """Configuration, file headers, names, shapes and types; no weight is read."""
         for part in PARTS:
             if part in self.failed:
@@ -107,7 +115,7 @@ class Examination:
             try:
                 checkpoint = Checkpoint.open(self.path / part)
                 match_part(self._folder(), part, checkpoint)
-                quantization = Quantization.read(self._folder().config(part))
+                quantization = Quantization.from_config(self._folder().config(part))
             except MlxSoraError as error:
                 yield self._error(part, error.message)
                 continue
@@ -116,9 +124,9 @@ class Examination:
             values = count_parameters(checkpoint, quantization)
             size = f"{values:,} values, {checkpoint.nbytes / 1e6:,.1f} MB"
             how = "" if quantization is None else f", quantised to {quantization}"
-            yield Finding("ok", part, f"fits its configuration: {kinds} tensors, {size}{how}.")
+            yield Diagnostic("ok", part, f"fits its configuration: {kinds} tensors, {size}{how}.")
 
-    def _together(self) -> Iterator[Finding]:
+    def _check_compatibility(self) -> Iterator[Diagnostic]:
         """Whether the parts are of one model."""
         if "tokenizer" not in self.failed:
             try:
@@ -126,7 +134,7 @@ class Examination:
             except MlxSoraError as error:
                 yield self._error("tokenizer", error.message)
             else:
-                yield Finding("ok", "tokenizer", f"loads, {vocabulary} ids.")
+                yield Diagnostic("ok", "tokenizer", f"loads, {vocabulary} ids.")
         if self.failed & {*PARTS, "tokenizer"}:
             return
         model = self._folder()
@@ -143,7 +151,7 @@ class Examination:
                 message = f"parts of different models: {found} {name}, {wanted} {other}."
                 yield self._error("folder", message)
 
-    def _provenance(self) -> Iterator[Finding]:
+    def _check_provenance(self) -> Iterator[Diagnostic]:
         """Files against what was recorded when they came: sizes, and checksums if not quick."""
         try:
             provenance = Provenance.read(self.path)
@@ -151,7 +159,7 @@ class Examination:
             yield self._error("files", error.message)
             return
         if provenance is None:
-            yield Finding("note", "files", f"no {FILE}, so there are no checksums to compare.")
+            yield Diagnostic("note", "files", f"no {FILE}, so there are no checksums to compare.")
             return
         missized = provenance.wrong_size(self.path)
         for name in missized:
@@ -159,7 +167,7 @@ class Examination:
         altered: list[str] = []
         if not self.quick:
             altered = provenance.wrong_checksum(
-                self.path, lambda name, done, total: self.watch("check", name, done, total)
+                self.path, lambda name, done, total: self.on_progress("check", name, done, total)
             )
         for name in altered:
             if name not in missized:
@@ -168,9 +176,9 @@ class Examination:
         if not missized and not altered:
             what = "sizes" if self.quick else "sizes and checksums"
             origin = ", ".join(sorted({o.repo for o in provenance.files.values()}))
-            yield Finding("ok", "files", f"{what} as recorded, from {origin}.")
+            yield Diagnostic("ok", "files", f"{what} as recorded, from {origin}.")
 
-    def _values(self) -> Iterator[Finding]:
+    def _check_values(self) -> Iterator[Diagnostic]:
         """NaN, Inf and tensors of zeros, tensor by tensor."""
         for part in PARTS:
             if part in self.failed:
@@ -180,82 +188,84 @@ class Examination:
             for key, info in checkpoint.tensors.items():
 
                 def read(n: int, before: int = done, part: str = part, total: int = total) -> None:
-                    self.watch("scan", part, before + n, total)
+                    self.on_progress("scan", part, before + n, total)
 
-                values = scan(info, read)
+                values = count_bad_values(info, read)
                 done += info.nbytes
                 if values.nan or values.inf:
                     found = True
-                    yield self._error(part, f"{key} in {info.file.name}: {_count(values)}.")
-                elif values.empty and len(info.shape) > 1:
+                    yield self._error(part, f"{key} in {info.file.name}: {_format_counts(values)}.")
+                elif values.all_zero and len(info.shape) > 1:
                     message = f"{key} in {info.file.name} is all zeros, which is unusual."
-                    yield Finding("warning", part, message)
+                    yield Diagnostic("warning", part, message)
             if not found:
-                yield Finding("ok", part, "no NaN or Inf.")
+                yield Diagnostic("ok", part, "no NaN or Inf.")
 
-    def _trials(self) -> Iterator[Finding]:
+    def _run_smoke_tests(self) -> Iterator[Diagnostic]:
         """A forward pass through one block of each network."""
         for part in PARTS:
             if part in self.failed:
                 continue
             try:
-                _TRIALS[part](self._folder())
+                _SMOKE_TESTS[part](self._folder())
             except MlxSoraError as error:
                 yield self._error(part, f"was tried out: {error.message}")
             except (RuntimeError, ValueError, ArithmeticError) as error:
                 reason = " ".join(str(error).split())[:200]
                 yield self._error(part, f"was tried out, but config.json misleads: {reason}")
             else:
-                yield Finding("ok", part, "was tried out: one block gives finite, varied output.")
+                yield Diagnostic(
+                    "ok", part, "was tried out: one block gives finite, varied output."
+                )
 
     def _folder(self) -> ModelFolder:
         return ModelFolder(self.path, self.path.name, Defaults())
 
 
-def examine(
-    path: Path, *, quick: bool = False, watch: ProgressCallback | None = None
-) -> Iterator[Finding]:
+def diagnose(
+    path: Path, *, quick: bool = False, on_progress: ProgressCallback | None = None
+) -> Iterator[Diagnostic]:
     """What there is to say about the model folder `path` and the machine, as it is found out.
 
     quick: read configurations and headers only. watch: told how far reading is.
     """
-    yield from Examination(path, quick, watch or (lambda *_: None)).findings()
-    yield from machine(path)
+    yield from ModelChecker(path, quick, on_progress or (lambda *_: None)).run()
+    yield from check_machine(path)
 
 
-def machine(path: Path) -> Iterator[Finding]:
+def check_machine(path: Path) -> Iterator[Diagnostic]:
     """Where a model would run, and whether its largest part fits into memory."""
     facts = describe()
     names = f"{facts['device']} ({facts['backend']}), {facts['dtype']}"
     blas = f", matrix products by {facts['blas']}" if facts["backend"] == "cpu" else ""
     memory = total_memory()
-    yield Finding("ok", "machine", f"{names}{blas}, {memory / 1e9:.1f} GB of memory.")
+    yield Diagnostic("ok", "machine", f"{names}{blas}, {memory / 1e9:.1f} GB of memory.")
     notice = blas_notice()
     if notice:
-        yield Finding("warning", "machine", notice)
+        yield Diagnostic("warning", "machine", notice)
     needed, dtype = 0, getattr(mx, str(facts["dtype"]))
     for part in PARTS:
         with suppress(MlxSoraError):
             tensors = Checkpoint.open(path / part).tensors.values()
-            sizes = (prod(i.shape) * loaded_dtype(i.dtype, dtype).size for i in tensors)
+            sizes = (prod(i.shape) * memory_dtype(i.dtype, dtype).size for i in tensors)
             needed = max(needed, sum(sizes))
     if needed > memory:
         message = f"the largest part needs {needed / 1e9:.1f} GB as {facts['dtype']}."
-        yield Finding("warning", "machine", message)
+        yield Diagnostic("warning", "machine", message)
 
 
 def find_folder(model: str | None) -> Path:
     """The folder that `model` means, there or not; `find_model` refuses what is broken."""
     root = weights_root()
     if model is None:
-        return root / next((name for name in NAMES if (root / name).is_dir()), BUNDLED)
-    return root / model if model in NAMES else given_folder(model)
+        return root / next((name for name in MODEL_NAMES if (root / name).is_dir()), BUNDLED)
+    return root / model if model in MODEL_NAMES else expand_folder(model)
 
 
-def mending(path: Path) -> str:
+def repair_command(path: Path) -> str:
     """The command that makes the model in `path` whole again."""
     place, root = path.resolve(), weights_root()
-    name = next((name for name in NAMES if place == (root / name).resolve()), None)
+    name = next((name for name in MODEL_NAMES if place == (root / name).resolve()), None)
     if name == BUNDLED:
         return f"git checkout -- weights/{BUNDLED}"
     try:
@@ -266,7 +276,7 @@ def mending(path: Path) -> str:
         return _conversion_command(known, path)
     if name is None:
         again = "copy the folder again from where it came."
-        return again if path.exists() else f"give {', '.join(NAMES)} or a folder's path."
+        return again if path.exists() else f"give {', '.join(MODEL_NAMES)} or a folder's path."
     command = download_command(name)
     if not path.exists():
         return command
@@ -286,6 +296,6 @@ def _conversion_command(known: Provenance, path: Path) -> str:
     return command + (f" --dtype {dtype}" if dtype else "") + " --check --overwrite"
 
 
-def _count(values: ValueCounts) -> str:
+def _format_counts(values: ValueCounts) -> str:
     found = [(values.nan, "NaN"), (values.inf, "Inf")]
     return " and ".join(f"{n} {name}" for n, name in found if n)

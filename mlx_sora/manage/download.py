@@ -19,26 +19,26 @@ from mlx_sora.errors import WeightsError
 from mlx_sora.loading.checkpoint import Checkpoint
 from mlx_sora.loading.model_folder import (
     PUBLISHED,
-    QUANTIZED,
+    QUANTIZED_MODELS,
     WEIGHTS_VARIABLE,
     ModelFolder,
     missing_parts,
 )
 from mlx_sora.loading.quantization import Quantization
 from mlx_sora.manage.conversion_plan import ConversionOptions
-from mlx_sora.manage.convert import Converted, convert
+from mlx_sora.manage.convert import ConversionResult, convert
 from mlx_sora.manage.hub import Hub, RemoteFile
 from mlx_sora.manage.provenance import FILE, FileOrigin, Provenance
 from mlx_sora.manage.sources import PartSource
 from mlx_sora.manage.staging import (
-    exclusive,
-    filesystem,
+    disk_errors,
+    folder_lock,
     is_free,
     refuse_unknown_files,
-    require_space,
-    swap_in,
+    replace_folder,
+    require_disk_space,
 )
-from mlx_sora.utils.files import sync
+from mlx_sora.utils.files import fsync
 from mlx_sora.utils.json import read_object
 
 #: Hidden, and never a name that `--model` knows.
@@ -67,18 +67,18 @@ class DownloadResult:
     """Where the model is, how many bytes came over the network for it, and whether it changed."""
 
     path: Path
-    fetched: int
-    changed: bool
+    fetched_bytes: int
+    is_new: bool
 
 
 def download(
     root: Path,
     sources: Sequence[PartSource],
     hub: Hub,
-    report: ProgressCallback,
+    on_progress: ProgressCallback,
     *,
     check: bool = False,
-    spare: float = 0.0,
+    extra_space: float = 0.0,
 ) -> DownloadResult:
     """Make `root`/opensora-1.2 the model that `sources` name, fetching only what is not there.
 
@@ -87,13 +87,13 @@ def download(
     spare: what else must fit on the disk, as a share of all files.
     Raises WeightsError for everything that the network, the server or the disk may do.
     """
-    with filesystem(root, _FIX), exclusive(root, "download"):
+    with disk_errors(root, _FIX), folder_lock(root, "download"):
         target = (root / PUBLISHED).resolve()
         present = installed_model(target)
         if present is not None:
             sources = [pin_revision(source, present) for source in sources]
             damaged = (
-                present.wrong_checksum(target, partial(_tell, report, "check"))
+                present.wrong_checksum(target, partial(_tell, on_progress, "check"))
                 if check
                 else present.wrong_size(target)
             )
@@ -101,23 +101,23 @@ def download(
                 return DownloadResult(target, 0, False)
             refuse_unknown_files(target, {*present.files, FILE})
         files = [file for source in sources for file in hub.files(source)]
-        staging = _staging(target.parent, files)
-        checksums = _gather(files, staging, target, report)
+        staging = _prepare_staging(target.parent, files)
+        checksums = _reuse_files(files, staging, target, on_progress)
         missing = _missing_bytes(staging, [f for f in files if f.path not in checksums])
         if missing:
-            missing += int(spare * sum(file.size for file in files))
-        require_space(target.parent, missing, "fetched", _SPACE)
+            missing += int(extra_space * sum(file.size for file in files))
+        require_disk_space(target.parent, missing, "fetched", _SPACE)
         fetched = 0
         for file in files:
             if file.path not in checksums:
-                checksums[file.path], size = _fetch(hub, file, staging, report)
+                checksums[file.path], size = _fetch(hub, file, staging, on_progress)
                 fetched += size
         _check_model(staging, hub)
         origins = {
             f.path: FileOrigin(f.repo, f.revision, f.name, f.size, checksums[f.path]) for f in files
         }
         Provenance(PUBLISHED, hub.address, origins).write(staging)
-        swap_in(staging, target)
+        replace_folder(staging, target)
         return DownloadResult(target, fetched, True)
 
 
@@ -153,12 +153,12 @@ def _origins(present: Provenance, part: str) -> list[FileOrigin]:
     return [origin for path, origin in present.files.items() if path.startswith(f"{part}/")]
 
 
-def _staging(root: Path, files: Sequence[RemoteFile]) -> Path:
+def _prepare_staging(root: Path, files: Sequence[RemoteFile]) -> Path:
     """The folder where files gather, with nothing in it that is not of this download."""
     staging = root / STAGING
     if staging.is_symlink() or (staging.exists() and not staging.is_dir()):
         staging.unlink()
-    expected = {staging / f.path for f in files} | {_part(staging, f) for f in files}
+    expected = {staging / f.path for f in files} | {_partial_path(staging, f) for f in files}
     folders = {path.parent for path in expected}
     for path in sorted(staging.rglob("*"), reverse=True):
         if path.is_symlink() or (path.is_file() and path not in expected):
@@ -170,12 +170,12 @@ def _staging(root: Path, files: Sequence[RemoteFile]) -> Path:
     return staging
 
 
-def _part(staging: Path, file: RemoteFile) -> Path:
+def _partial_path(staging: Path, file: RemoteFile) -> Path:
     """Where the beginning of `file` lies; a file of other content begins elsewhere."""
     return staging / f"{file.path}.{file.checksum[:12]}.part"
 
 
-def _gather(
+def _reuse_files(
     files: Sequence[RemoteFile], staging: Path, target: Path, report: ProgressCallback
 ) -> dict[str, str]:
     """SHA-256 of each file that need not be fetched: from an earlier attempt or the old model."""
@@ -203,14 +203,14 @@ def _link(old: Path, place: Path) -> bool:
 
 def _missing_bytes(staging: Path, files: Sequence[RemoteFile]) -> int:
     """Bytes of `files` that are still to be fetched."""
-    parts = [_part(staging, file) for file in files]
+    parts = [_partial_path(staging, file) for file in files]
     have = sum(part.stat().st_size for part in parts if part.is_file())
     return sum(file.size for file in files) - have
 
 
 def _fetch(hub: Hub, file: RemoteFile, staging: Path, report: ProgressCallback) -> tuple[str, int]:
     """Fetch and verify one file: its SHA-256, and the bytes that came over the network."""
-    part = _part(staging, file)
+    part = _partial_path(staging, file)
     before = part.stat().st_size if part.is_file() else 0
     hub.fetch(file, part, partial(_watch, report, "fetch", file))
     found = file.matches(part, partial(_watch, report, "check", file))
@@ -220,7 +220,7 @@ def _fetch(hub: Hub, file: RemoteFile, staging: Path, report: ProgressCallback) 
             f"{file.name} of {file.repo} arrived with another checksum than the server states.",
             "It is deleted; run the command again, or try another --endpoint.",
         )
-    sync(part)
+    fsync(part)
     os.replace(part, staging / file.path)
     return found, file.size - min(before, file.size)
 
@@ -251,23 +251,23 @@ def _tell(report: ProgressCallback, action: str, path: str, done: int, total: in
 
 
 #: What a conversion may take, as a share of the download: half if that is of 16 bits already.
-_SHARE = {8: 0.6, 4: 0.4}
+_CONVERSION_SHARE = {8: 0.6, 4: 0.4}
 
 
 @dataclass(frozen=True)
 class QuantizedDownload:
     """downloaded: None where nothing had to be; removed: whether the original is gone."""
 
-    downloaded: DownloadResult | None
-    converted: Converted
-    removed: bool
+    download: DownloadResult | None
+    conversion: ConversionResult
+    original_removed: bool
 
 
 def download_quantized(
     root: Path,
     sources: Sequence[PartSource],
     hub: Hub,
-    report: ProgressCallback,
+    on_progress: ProgressCallback,
     bits: int,
     *,
     check: bool = False,
@@ -278,32 +278,38 @@ def download_quantized(
     If it is there, of these sources and whole (check: by checksums), nothing is asked of a server.
     remove_original: the download goes once the quantised model is whole. Raises WeightsError.
     """
-    target, original = root / QUANTIZED[bits], root / PUBLISHED
+    target, original = root / QUANTIZED_MODELS[bits], root / PUBLISHED
     present = installed_model(target)
     outcome: DownloadResult | None = None
-    if present is not None and _is(present, sources, bits):
+    if present is not None and _is_conversion_of(present, sources, bits):
         damaged = (
-            present.wrong_checksum(target, lambda *facts: report(DownloadProgress("check", *facts)))
+            present.wrong_checksum(
+                target, lambda *facts: on_progress(DownloadProgress("check", *facts))
+            )
             if check
             else present.wrong_size(target)
         )
         if not damaged:
             size = sum(origin.bytes for origin in present.files.values())
-            converted = Converted(target, size, len(present.files), False)
-            return QuantizedDownload(None, converted, remove_original and _remove(original))
-    outcome = download(root, sources, hub, report, check=check, spare=_SHARE[bits])
+            converted = ConversionResult(target, size, len(present.files), False)
+            return QuantizedDownload(
+                None, converted, remove_original and _remove_original(original)
+            )
+    outcome = download(
+        root, sources, hub, on_progress, check=check, extra_space=_CONVERSION_SHARE[bits]
+    )
     converted = convert(
         ModelFolder.open(outcome.path),
         target,
         ConversionOptions(bits),
         overwrite=present is not None,
         check=check,
-        watch=lambda *facts: report(DownloadProgress(*facts)),
+        on_progress=lambda *facts: on_progress(DownloadProgress(*facts)),
     )
-    return QuantizedDownload(outcome, converted, remove_original and _remove(original))
+    return QuantizedDownload(outcome, converted, remove_original and _remove_original(original))
 
 
-def _is(present: Provenance, sources: Sequence[PartSource], bits: int) -> bool:
+def _is_conversion_of(present: Provenance, sources: Sequence[PartSource], bits: int) -> bool:
     """Whether what is there was made of `sources` with so many bits."""
     same = present.conversion.get("quantization") == Quantization(bits).to_dict()
     return same and all(
@@ -311,13 +317,13 @@ def _is(present: Provenance, sources: Sequence[PartSource], bits: int) -> bool:
     )
 
 
-def _remove(original: Path) -> bool:
+def _remove_original(original: Path) -> bool:
     """Remove the download, if it is there. Raises WeightsError if its folder holds other files."""
     if not original.exists():
         return False
     folder = original.resolve()
     known = Provenance.read(folder)
-    with filesystem(folder, "Remove it by hand."):
+    with disk_errors(folder, "Remove it by hand."):
         refuse_unknown_files(folder, {*known.files, FILE} if known else ())
         shutil.rmtree(folder)
     return True

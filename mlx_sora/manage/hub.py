@@ -29,9 +29,9 @@ if TYPE_CHECKING:
 #: Attempts in a row that may bring nothing before a file is given up for now.
 ATTEMPTS = 3
 #: Seconds between two such attempts.
-PAUSE = 1.0
+RETRY_DELAY = 1.0
 
-_AGAIN = "Run the command again; it continues where it stopped."
+_RETRY_FIX = "Run the command again; it continues where it stopped."
 
 
 @dataclass(frozen=True)
@@ -48,11 +48,11 @@ class RemoteFile:
     size: int
     checksum: str
 
-    def matches(self, file: Path, watch: Callable[[int], None] | None = None) -> str | None:
+    def matches(self, file: Path, on_progress: Callable[[int], None] | None = None) -> str | None:
         """The SHA-256 of `file` if it is this one, else None. watch: told the bytes read so far."""
         if not file.is_file() or file.is_symlink() or file.stat().st_size != self.size:
             return None
-        found = sha256(file, watch)
+        found = sha256(file, on_progress)
         same = found if len(self.checksum) == len(found) else git_sha1(file)
         return found if same == self.checksum else None
 
@@ -78,55 +78,57 @@ class Hub:
         from huggingface_hub import HfApi
 
         api = HfApi(self.endpoint, library_name="mlx_sora", library_version=__version__)
-        with self._asking(str(source)):
+        with self._client_errors(str(source)):
             try:
                 info = api.model_info(source.repo, revision=source.revision, files_metadata=True)
                 siblings = {str(sibling.rfilename): sibling for sibling in info.siblings or ()}
             except (KeyError, TypeError, AttributeError) as error:
-                raise _nonsense(self.address, source.repo) from error
+                raise _invalid_listing(self.address, source.repo) from error
         commit = str(info.sha)
         if not re.fullmatch(r"[0-9a-f]{40}", commit):
-            raise _nonsense(self.address, source.repo)
+            raise _invalid_listing(self.address, source.repo)
         chosen = choose_files(source, list(siblings))
-        return [self._describe(source, commit, name, siblings[name]) for name in chosen]
+        return [self._remote_file(source, commit, name, siblings[name]) for name in chosen]
 
-    def fetch(self, file: RemoteFile, part: Path, watch: Callable[[int], None]) -> None:
+    def fetch(self, file: RemoteFile, partial: Path, on_progress: Callable[[int], None]) -> None:
         """Bring `part` to the file's size, from where it stands. watch: told the bytes there are.
 
         The content is not checked here. Raises WeightsError; what has arrived stays in `part`,
         except when it is too long to be a beginning of the file.
         """
         vain = 0
-        part.touch()
-        while (before := part.stat().st_size) < file.size:
+        partial.touch()
+        while (before := partial.stat().st_size) < file.size:
             try:
                 with _plain_http():
-                    self._transfer(file, part, watch)
+                    self._continue_file(file, partial, on_progress)
                 reason = "the server ended early"
             except _TooLongError as error:
-                part.unlink()
+                partial.unlink()
                 raise WeightsError(
                     f"{file.name} of {file.repo} is longer than the {file.size} bytes announced.",
                     "The server is not to be trusted with this file; try another --endpoint.",
                 ) from error
             except Exception as error:
-                if not _passing(error):
-                    raise _explained(error, f"{file.repo} {file.name}", self.address) from error
+                if not _is_transient(error):
+                    raise _user_error(error, f"{file.repo} {file.name}", self.address) from error
                 reason = _reason(error)
-            have = part.stat().st_size
+            have = partial.stat().st_size
             vain = 0 if have > before else vain + 1
             if vain >= ATTEMPTS:
                 raise WeightsError(
                     f"{file.name} of {file.repo} stopped at {have} of {file.size} bytes: {reason}.",
-                    _AGAIN,
+                    _RETRY_FIX,
                 )
             if have < file.size:
-                time.sleep(PAUSE)
-        if part.stat().st_size > file.size:
-            part.unlink()
-            raise WeightsError(f"The beginning of {file.name} was too long and is gone.", _AGAIN)
+                time.sleep(RETRY_DELAY)
+        if partial.stat().st_size > file.size:
+            partial.unlink()
+            raise WeightsError(
+                f"The beginning of {file.name} was too long and is gone.", _RETRY_FIX
+            )
 
-    def _transfer(self, file: RemoteFile, part: Path, watch: Callable[[int], None]) -> None:
+    def _continue_file(self, file: RemoteFile, part: Path, watch: Callable[[int], None]) -> None:
         """One request for what `part` lacks."""
         from huggingface_hub.file_download import hf_hub_url, http_get
         from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
@@ -135,10 +137,10 @@ class Hub:
         headers = build_hf_headers(library_name="mlx_sora", library_version=__version__)
         # A compressed body could not be continued in the middle.
         headers["Accept-Encoding"] = "identity"
-        with _Bounded(part, file.size, watch) as out:
+        with _BoundedFile(part, file.size, watch) as out:
             http_get(url, out, resume_size=out.tell(), headers=headers)
 
-    def _describe(
+    def _remote_file(
         self, source: PartSource, commit: str, name: str, sibling: RepoSibling
     ) -> RemoteFile:
         """Size and checksum: from the listing, else (mirrors that leave them out) by asking."""
@@ -148,7 +150,7 @@ class Hub:
             from huggingface_hub import get_hf_file_metadata, hf_hub_url
 
             url = hf_hub_url(source.repo, name, revision=commit, endpoint=self.endpoint)
-            with self._asking(f"{source} {name}"):
+            with self._client_errors(f"{source} {name}"):
                 facts = get_hf_file_metadata(url)
             size, checksum = facts.size, facts.etag
         known = re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", str(checksum))
@@ -161,7 +163,7 @@ class Hub:
         return RemoteFile(path, source.repo, commit, name, size, str(checksum))
 
     @contextmanager
-    def _asking(self, what: str) -> Iterator[None]:
+    def _client_errors(self, what: str) -> Iterator[None]:
         """Turn what the client raises inside into WeightsErrors about `what`."""
         try:
             with _plain_http():
@@ -169,14 +171,14 @@ class Hub:
         except WeightsError:
             raise
         except Exception as error:
-            raise _explained(error, what, self.address) from error
+            raise _user_error(error, what, self.address) from error
 
 
 class _TooLongError(Exception):
     """More bytes than the file may have."""
 
 
-class _Bounded(io.FileIO):
+class _BoundedFile(io.FileIO):
     """A file to append to, which tells how long it is and refuses to outgrow `limit` bytes."""
 
     def __init__(self, path: Path, limit: int, watch: Callable[[int], None]) -> None:
@@ -233,7 +235,7 @@ def _status(error: Exception) -> int:
     return int(getattr(getattr(error, "response", None), "status_code", 0))
 
 
-def _passing(error: Exception) -> bool:
+def _is_transient(error: Exception) -> bool:
     """Whether another attempt may succeed: a lost connection, a cut body, a busy server."""
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
@@ -241,10 +243,10 @@ def _passing(error: Exception) -> bool:
         return _status(error) in (408, 416, 429) or _status(error) >= 500
     if isinstance(error, OfflineModeIsEnabled):
         return False
-    return _of_network(error) or (isinstance(error, OSError) and error.errno is None)
+    return _is_network_error(error) or (isinstance(error, OSError) and error.errno is None)
 
 
-def _of_network(error: Exception) -> bool:
+def _is_network_error(error: Exception) -> bool:
     """Errors of the HTTP client, whichever one this version of huggingface_hub uses."""
     clients = {"requests", "urllib3", "httpx", "httpx2", "httpcore"}
     return isinstance(error, (ConnectionError, TimeoutError)) or any(
@@ -256,14 +258,14 @@ def _reason(error: Exception) -> str:
     return (" ".join(str(error).split()) or type(error).__name__)[:200].rstrip(".")
 
 
-def _nonsense(address: str, repo: str) -> WeightsError:
+def _invalid_listing(address: str, repo: str) -> WeightsError:
     return WeightsError(
         f"What {address} answers about {repo} is no listing of a model repository.",
         "Check --endpoint.",
     )
 
 
-def _explained(error: Exception, what: str, address: str) -> WeightsError:
+def _user_error(error: Exception, what: str, address: str) -> WeightsError:
     """What an error of the client means to the user, and what to do."""
     from huggingface_hub import errors
 
@@ -282,14 +284,14 @@ def _explained(error: Exception, what: str, address: str) -> WeightsError:
         return WeightsError(f"{address} has no {what}.", "Check the revision.")
     if isinstance(error, errors.HfHubHTTPError):
         message = f"{address} answered {status} for {what}."
-        return WeightsError(message, "It has moved or gone." if status == 404 else _AGAIN)
+        return WeightsError(message, "It has moved or gone." if status == 404 else _RETRY_FIX)
     if isinstance(error, ValueError):
-        return _nonsense(address, what)
-    if _of_network(error):
+        return _invalid_listing(address, what)
+    if _is_network_error(error):
         message = f"Cannot reach {address}: {_reason(error)}."
-        return WeightsError(message, f"Check the connection. {_AGAIN}")
+        return WeightsError(message, f"Check the connection. {_RETRY_FIX}")
     if isinstance(error, OSError):
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return WeightsError("The disk is full.", f"Make room. {_AGAIN}")
-        return WeightsError(f"Cannot write {what}: {error.strerror or error}.", _AGAIN)
+            return WeightsError("The disk is full.", f"Make room. {_RETRY_FIX}")
+        return WeightsError(f"Cannot write {what}: {error.strerror or error}.", _RETRY_FIX)
     raise error

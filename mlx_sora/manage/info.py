@@ -9,7 +9,7 @@ from mlx_sora.errors import WeightsError
 from mlx_sora.loading.checkpoint import Checkpoint
 from mlx_sora.loading.model_folder import PARTS, ModelFolder
 from mlx_sora.loading.quantization import Quantization, count_parameters
-from mlx_sora.manage.doctor import Examination
+from mlx_sora.manage.doctor import ModelChecker
 from mlx_sora.manage.provenance import Provenance
 
 
@@ -26,7 +26,7 @@ def describe_model(model: ModelFolder) -> dict[str, Any]:
     }
     facts |= _origin(model)
     checks: dict[str, list[str]] = {}
-    for finding in Examination(model.path, quick=True).findings():
+    for finding in ModelChecker(model.path, quick=True).run():
         mark = "" if finding.level == "ok" else f"{finding.level}: "
         checks.setdefault(finding.subject, []).append(mark + finding.message)
     return facts | {"checks": {subject: " ".join(texts) for subject, texts in checks.items()}}
@@ -34,7 +34,7 @@ def describe_model(model: ModelFolder) -> dict[str, Any]:
 
 def _describe_part(model: ModelFolder, part: str) -> dict[str, Any]:
     checkpoint = Checkpoint.open(model.path / part)
-    quantization = Quantization.read(model.config(part))
+    quantization = Quantization.from_config(model.config(part))
     types = Counter(info.dtype for info in checkpoint.tensors.values())
     facts: dict[str, Any] = {
         "parameters": count_parameters(checkpoint, quantization),

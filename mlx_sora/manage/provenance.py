@@ -44,7 +44,7 @@ class FileOrigin:
     sha256: str
 
     @property
-    def sound(self) -> bool:
+    def is_valid(self) -> bool:
         """Whether every field is of its type, as in a file that we wrote."""
         texts = (self.repo, self.revision, self.name, self.sha256)
         return type(self.bytes) is int and all(isinstance(text, str) for text in texts)
@@ -89,7 +89,7 @@ class Provenance:
             files = {name: FileOrigin(**row) for name, row in content["files"].items()}
             model, endpoint = str(content["model"]), str(content["endpoint"])
             conversion = dict(content.get("conversion", {}))
-            sound = not conversion or _sound(conversion)
+            sound = not conversion or _is_valid_conversion(conversion)
         except FileNotFoundError:
             return None
         except OSError as error:
@@ -101,13 +101,15 @@ class Provenance:
         for name, origin in files.items():
             pure = PurePosixPath(name)
             outside = pure.is_absolute() or ".." in pure.parts or not pure.parts
-            if outside or not name.isprintable() or len(name) > MAX_NAME or not origin.sound:
+            if outside or not name.isprintable() or len(name) > MAX_NAME or not origin.is_valid:
                 raise WeightsError(f"{path} is damaged: see {name!r}.", _FIX)
         return cls(model, endpoint, files, conversion)
 
     def wrong_size(self, folder: Path) -> list[str]:
         """Paths whose file is absent from `folder` or has another size. Reads no content."""
-        return [name for name, origin in self.files.items() if _size(folder / name) != origin.bytes]
+        return [
+            name for name, origin in self.files.items() if _file_size(folder / name) != origin.bytes
+        ]
 
     def wrong_checksum(self, folder: Path, watch: Callable[[str, int, int], None]) -> list[str]:
         """Paths whose content is not the recorded one; reads every file that has the right size.
@@ -127,7 +129,7 @@ class Provenance:
         return sorted(wrong)
 
 
-def _sound(conversion: Mapping[str, Any]) -> bool:
+def _is_valid_conversion(conversion: Mapping[str, Any]) -> bool:
     """Whether it is what `convert` writes: the doctor puts it into a command to be typed."""
     how = conversion["quantization"]
     counts = isinstance(how, dict) and all(type(number) is int for number in how.values())
@@ -138,5 +140,5 @@ def _sound(conversion: Mapping[str, Any]) -> bool:
     )
 
 
-def _size(path: Path) -> int:
+def _file_size(path: Path) -> int:
     return path.stat().st_size if path.is_file() else -1

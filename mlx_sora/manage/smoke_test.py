@@ -21,7 +21,7 @@ from mlx_sora.loading.safetensors import TensorInfo
 from mlx_sora.memory.limits import memory_scope
 from mlx_sora.models import stdit3, t5
 
-_BLOCK = 1 << 23
+_READ_SIZE = 1 << 23
 _LATER_BLOCKS = re.compile(r"(encoder\.block|spatial_blocks|temporal_blocks)\.[1-9]\d*\..*")
 
 #: Type of the bits, mask of exponent and mantissa, mask of the exponent.
@@ -38,10 +38,12 @@ class ValueCounts:
 
     nan: int = 0
     inf: int = 0
-    empty: bool = False
+    all_zero: bool = False
 
 
-def scan(info: TensorInfo, watch: Callable[[int], None] = lambda _: None) -> ValueCounts:
+def count_bad_values(
+    info: TensorInfo, on_progress: Callable[[int], None] = lambda _: None
+) -> ValueCounts:
     """Look at every value of a tensor of floats; of other types nothing can be said.
 
     watch: told the bytes read so far.
@@ -55,7 +57,7 @@ def scan(info: TensorInfo, watch: Callable[[int], None] = lambda _: None) -> Val
     with info.file.open("rb") as f:
         f.seek(info.offset)
         while done < info.nbytes:
-            raw = f.read(min(_BLOCK, info.nbytes - done))
+            raw = f.read(min(_READ_SIZE, info.nbytes - done))
             if not raw:
                 break
             bits = np.frombuffer(raw, dtype=kind) & magnitude
@@ -65,56 +67,56 @@ def scan(info: TensorInfo, watch: Callable[[int], None] = lambda _: None) -> Val
                 nan += int((bits > exponent).sum())
                 inf += int((bits == exponent).sum())
             done += len(raw)
-            watch(done)
+            on_progress(done)
     return ValueCounts(nan, inf, info.nbytes > 0 and largest == 0)
 
 
-def first_block(checkpoint: Checkpoint) -> Checkpoint:
+def keep_first_block(checkpoint: Checkpoint) -> Checkpoint:
     """The checkpoint without the tensors of all blocks but the first."""
     kept = {k: v for k, v in checkpoint.tensors.items() if not _LATER_BLOCKS.fullmatch(k)}
     return replace(checkpoint, tensors=kept)
 
 
-def try_text_encoder(model: ModelFolder) -> None:
+def run_text_encoder(model: ModelFolder) -> None:
     """One block of T5 on the first ids of the table. Raises MlxSoraError."""
     values = model.config("text_encoder")
     config = replace(t5.T5Config.from_dict(values), num_layers=1)
-    checkpoint = first_block(Checkpoint.open(model.text_encoder))
+    checkpoint = keep_first_block(Checkpoint.open(model.text_encoder))
     with memory_scope():
         network = t5.T5Encoder(config, table=False)
-        insert_quantized_layers(network, Quantization.read(values))
-        load_weights(network, checkpoint, t5.KEYS, dtype=mx.float32, without=[t5.TABLE])
+        insert_quantized_layers(network, Quantization.from_config(values))
+        load_weights(network, checkpoint, t5.KEYS, dtype=mx.float32, skip_keys=[t5.TABLE])
         ids = range(min(8, config.vocab_size))
-        embeddings = checkpoint.rows(t5.TABLE, ids).astype(mx.float32)
-        _check("text states", network(embeddings[None]))
+        embeddings = checkpoint.read_rows(t5.TABLE, ids).astype(mx.float32)
+        _check_output("text states", network(embeddings[None]))
 
 
-def try_transformer(model: ModelFolder) -> None:
+def run_transformer(model: ModelFolder) -> None:
     """One spatial and one temporal block on noise under noise. Raises MlxSoraError."""
     values = model.config("transformer")
     config = replace(stdit3.STDiT3Config.from_dict(values), depth=1)
     with memory_scope():
         network = stdit3.STDiT3(config)
-        insert_quantized_layers(network, Quantization.read(values))
-        checkpoint = first_block(Checkpoint.open(model.transformer))
+        insert_quantized_layers(network, Quantization.from_config(values))
+        checkpoint = keep_first_block(Checkpoint.open(model.transformer))
         load_weights(network, checkpoint, stdit3.KEYS, dtype=mx.float32)
         text = _noise(4, config.caption_channels)
         z = _noise(1, 2, 4, 4, config.in_channels)
         conditions = network.prepare([text], z.shape[1:4], height=32, width=32, fps=24)
-        _check("velocity", network(z, mx.array([500.0]), conditions))
+        _check_output("velocity", network(z, mx.array([500.0]), conditions))
 
 
-def try_vae(model: ModelFolder) -> None:
+def run_vae(model: ModelFolder) -> None:
     """Noise to one small frame and back: decoder, then encoder. Raises MlxSoraError."""
     with memory_scope():
         vae = load_vae(model, ("decoder",))
         z = _noise(1, 1, 4, 4, vae.config.temporal.embed_dim)
-        _check("decoded frames", vae.decode(z, 1))
+        _check_output("decoded frames", vae.decode(z, 1))
     del vae
     with memory_scope():
         vae = load_vae(model, ("encoder",))
         side = 4 * vae.config.spatial.factor
-        _check("latents", vae.encode(mx.clip(_noise(1, 1, side, side, 3), -1, 1)))
+        _check_output("latents", vae.encode(mx.clip(_noise(1, 1, side, side, 3), -1, 1)))
 
 
 def _noise(*shape: int) -> mx.array:
@@ -122,7 +124,7 @@ def _noise(*shape: int) -> mx.array:
     return mx.random.normal(shape, key=mx.random.key(0))
 
 
-def _check(what: str, out: mx.array) -> None:
+def _check_output(what: str, out: mx.array) -> None:
     """Raise MlxSoraError unless `out` [.., C] could be the output of a working network."""
     if not mx.isfinite(out).all().item():
         raise MlxSoraError(f"its {what} come out as NaN or Inf.")

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from mlx_sora.errors import UsageError, WeightsError
-from mlx_sora.loading.checkpoint import PICKLES
+from mlx_sora.loading.checkpoint import PICKLE_SUFFIXES
 
 #: Environment variables that replace a source are this and the part's name in capitals.
 SOURCE_VARIABLE = "MLX_SORA_SOURCE_"
@@ -46,7 +46,7 @@ SOURCES = (
     PartSource("text_encoder", "PixArt-alpha/pixart_sigma_sdxlvae_T5_diffusers", "text_encoder"),
     PartSource("tokenizer", "PixArt-alpha/pixart_sigma_sdxlvae_T5_diffusers", "tokenizer"),
 )
-PARTS = tuple(source.part for source in SOURCES)
+SOURCE_PARTS = tuple(source.part for source in SOURCES)
 
 
 def choose_sources(
@@ -58,17 +58,17 @@ def choose_sources(
     """
     environment = os.environ if environment is None else environment
     chosen = {source.part: source for source in SOURCES}
-    for part in PARTS:
+    for part in SOURCE_PARTS:
         text = environment.get(SOURCE_VARIABLE + part.upper())
         if text:
-            chosen[part] = _override(chosen[part], text)
+            chosen[part] = _apply_override(chosen[part], text)
     for override in overrides:
         part, equals, text = override.partition("=")
         if not equals or part not in chosen:
             raise UsageError(
                 f"--source {override!r} names no part.", f"Write {SYNTAX}; parts: {_parts()}."
             )
-        chosen[part] = _override(chosen[part], text)
+        chosen[part] = _apply_override(chosen[part], text)
     return tuple(chosen.values())
 
 
@@ -84,7 +84,7 @@ def choose_endpoint(flag: str | None, environment: Mapping[str, str] | None = No
     return endpoint or None
 
 
-def _override(source: PartSource, text: str) -> PartSource:
+def _apply_override(source: PartSource, text: str) -> PartSource:
     """`source` with what `text` names; another repository starts from its main branch."""
     match = _TEXT.fullmatch(text)
     if match is None or not text:
@@ -103,7 +103,7 @@ def _override(source: PartSource, text: str) -> PartSource:
 
 
 def _parts() -> str:
-    return ", ".join(PARTS)
+    return ", ".join(SOURCE_PARTS)
 
 
 _SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.safetensors")
@@ -119,7 +119,7 @@ def choose_files(source: PartSource, names: Sequence[str]) -> list[str]:
     name of the listing is not one of a file inside the repository.
     """
     for name in names:
-        if not _inside(name):
+        if not _is_inside(name):
             raise WeightsError(
                 f"{source.repo} lists a file {name!r}, which would lie outside its folder.",
                 "Do not use this repository or server.",
@@ -130,7 +130,7 @@ def choose_files(source: PartSource, names: Sequence[str]) -> list[str]:
     if source.part == "tokenizer":
         wanted = ["spiece.model"]
     else:
-        wanted = ["config.json", *_weights(source, local)]
+        wanted = ["config.json", *_weight_files(source, local)]
     for name in wanted:
         if name not in local:
             raise WeightsError(
@@ -140,19 +140,19 @@ def choose_files(source: PartSource, names: Sequence[str]) -> list[str]:
     return [start + name for name in wanted]
 
 
-def _inside(name: str) -> bool:
+def _is_inside(name: str) -> bool:
     """Whether a listed name can only mean a file inside the repository."""
     parts = name.split("/")
     return name.isprintable() and "\\" not in name and not {"", ".", ".."} & set(parts)
 
 
-def _weights(source: PartSource, names: Sequence[str]) -> list[str]:
+def _weight_files(source: PartSource, names: Sequence[str]) -> list[str]:
     if "model.safetensors" in names:
         return ["model.safetensors"]
     indexes = [name for name in names if name.endswith(_INDEX)]
     if len(indexes) == 1:
         stem = indexes[0].removesuffix(_INDEX)
-        return [indexes[0], *_shards(source, stem, names)]
+        return [indexes[0], *_shard_files(source, stem, names)]
     files = [name for name in names if name.endswith(".safetensors")]
     if not indexes and len(files) == 1:
         return files
@@ -162,7 +162,7 @@ def _weights(source: PartSource, names: Sequence[str]) -> list[str]:
             f"{where} holds several sets of weights ({', '.join(sorted(indexes or files)[:3])}).",
             f"Name a repository with one: --source {source.part}=REPO.",
         )
-    pickles = sorted(name for name in names if name.endswith(PICKLES))
+    pickles = sorted(name for name in names if name.endswith(PICKLE_SUFFIXES))
     if pickles:
         default = next(s for s in SOURCES if s.part == source.part)
         raise WeightsError(
@@ -176,7 +176,7 @@ def _weights(source: PartSource, names: Sequence[str]) -> list[str]:
     )
 
 
-def _shards(source: PartSource, stem: str, names: Sequence[str]) -> list[str]:
+def _shard_files(source: PartSource, stem: str, names: Sequence[str]) -> list[str]:
     """All shards of the set `stem`, which must be complete."""
     matches = [m for name in names if (m := _SHARD.fullmatch(name)) and m["stem"] == stem]
     counts = {int(m["count"]) for m in matches}

@@ -10,14 +10,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from mlx_sora.errors import WeightsError
-from mlx_sora.utils.files import sync
+from mlx_sora.utils.files import fsync
 
 #: Bytes to leave free on the disk.
 MARGIN = 64_000_000
 
 
 @contextmanager
-def filesystem(root: Path, fix: str) -> Iterator[None]:
+def disk_errors(root: Path, fix: str) -> Iterator[None]:
     """Say what the disk refused inside, in one line with `fix`."""
     try:
         yield
@@ -28,7 +28,7 @@ def filesystem(root: Path, fix: str) -> Iterator[None]:
 
 
 @contextmanager
-def exclusive(folder: Path, what: str) -> Iterator[None]:
+def folder_lock(folder: Path, what: str) -> Iterator[None]:
     """Hold `folder` against another `what`; the system lets go when the process ends."""
     folder.mkdir(parents=True, exist_ok=True)
     handle = os.open(folder, os.O_RDONLY)
@@ -59,7 +59,7 @@ def refuse_unknown_files(target: Path, known: Collection[str]) -> None:
             )
 
 
-def require_space(place: Path, needed: int, action: str, fix: str) -> None:
+def require_disk_space(place: Path, needed: int, action: str, fix: str) -> None:
     """Raise WeightsError unless `needed` bytes, and some more, are free where `place` is."""
     free = shutil.disk_usage(place).free
     if needed and needed + MARGIN > free:
@@ -68,17 +68,17 @@ def require_space(place: Path, needed: int, action: str, fix: str) -> None:
         )
 
 
-def replaced_path(target: Path) -> Path:
+def backup_path(target: Path) -> Path:
     """Where the folder that was in `target` waits for its successor."""
     return target.with_name(f".{target.name}.replaced")
 
 
-def swap_in(staging: Path, target: Path) -> None:
+def replace_folder(staging: Path, target: Path) -> None:
     """Put the finished folder `staging` in place of `target`; whatever was there goes."""
-    old = replaced_path(target)
+    old = backup_path(target)
     shutil.rmtree(old, ignore_errors=True)
     if target.exists():
         os.rename(target, old)
     os.rename(staging, target)
-    sync(target.parent)
+    fsync(target.parent)
     shutil.rmtree(old, ignore_errors=True)

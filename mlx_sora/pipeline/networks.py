@@ -10,7 +10,7 @@ import mlx.core as mx
 
 from mlx_sora.accel.cidl import BlockStream
 from mlx_sora.loading.blocks import BlockSource
-from mlx_sora.loading.file_guard import WeightFileGuard, read_all, retry_read
+from mlx_sora.loading.file_guard import WeightFileGuard, eval_parameters, retry_read
 from mlx_sora.loading.model_folder import ModelFolder
 from mlx_sora.loading.networks import (
     ReadRows,
@@ -61,7 +61,7 @@ class NetworkLoader:
     ) -> Iterator[tuple[T5Encoder, ReadRows, BlockStream[T5Block] | None]]:
         """T5, the reader of its embedding rows, and the stream of its blocks where there is one."""
         if not self.streamed:
-            with WeightFileGuard(self.model.text_encoder).read():
+            with WeightFileGuard(self.model.text_encoder).check_reads():
                 yield *retry_read(self._text_encoder, "the text encoder"), None
             return
         network, rows, source = stream_text_encoder(self.model, self.dtype)
@@ -75,7 +75,7 @@ class NetworkLoader:
     ) -> Iterator[tuple[STDiT3, BlockStream[BlockPair] | None]]:
         """The transformer, and the stream of its block pairs where there is one."""
         if not self.streamed:
-            with WeightFileGuard(self.model.transformer).read():
+            with WeightFileGuard(self.model.transformer).check_reads():
                 network = retry_read(self._transformer, "the transformer")
             yield network, None
             return
@@ -85,12 +85,12 @@ class NetworkLoader:
 
     def _text_encoder(self) -> tuple[T5Encoder, ReadRows]:
         network, rows = load_text_encoder(self.model, self.dtype)
-        read_all(network)
+        eval_parameters(network)
         return network, rows
 
     def _transformer(self) -> STDiT3:
         network = load_transformer(self.model, self.dtype)
-        read_all(network)
+        eval_parameters(network)
         return network
 
     def _cyclic(self, source: BlockSource[BlockPair], plan: StagePlan) -> BlockStream[BlockPair]:

@@ -24,7 +24,7 @@ from mlx_sora.distributed.group import Ranks, init_ranks
 from mlx_sora.distributed.partition import ParallelPlan, choose_parallel
 from mlx_sora.errors import UsageError
 from mlx_sora.loading.model_folder import BUNDLED, PUBLISHED, ModelFolder, find_model, fingerprint
-from mlx_sora.loading.quantization import quantization_record, quantized_while_loading
+from mlx_sora.loading.quantization import choose_quantization, quantization_metadata
 from mlx_sora.loading.sizes import model_sizes
 from mlx_sora.memory.limits import default_cache_limit
 from mlx_sora.memory.plan import Machine, MediaWorkload, Plan, StepVariant, Workload
@@ -231,7 +231,7 @@ class Pipeline(Stages):
         )
         run.ranks, run.division, run.work = ranks, division, work
         run.previews = Previews.of(request, self.model, settings, output)
-        run.more |= quantization_record(quantized_while_loading(self.model, request.quantize))
+        run.more |= quantization_metadata(choose_quantization(self.model, request.quantize))
         return run
 
     def _job(self, settings: ResolvedRequest) -> ScheduleInfo:
@@ -257,7 +257,7 @@ class Pipeline(Stages):
     ) -> Plan:
         """Memory, reading and work per stage. Reads headers only; raises MemoryBudgetError."""
         machine = Machine(on_gpu(), default_cache_limit() or total_memory(), dtype.size)
-        model = quantized_while_loading(self.model, request.quantize)
+        model = choose_quantization(self.model, request.quantize)
         sizes = model_sizes(model, dtype, encoders=work.media is not None)
         return make_plan(sizes, work, machine, settings.memory_budget, streamed=request.ci_dl)
 

@@ -21,7 +21,7 @@ from mlx_sora.geometry import Size, latent_frames
 from mlx_sora.loading.file_guard import WeightFileGuard
 from mlx_sora.loading.model_folder import ModelFolder
 from mlx_sora.loading.networks import load_vae
-from mlx_sora.loading.quantization import quantized_while_loading
+from mlx_sora.loading.quantization import choose_quantization
 from mlx_sora.memory.limits import StageMeter
 from mlx_sora.memory.plan import StagePlan
 from mlx_sora.memory.residency import BudgetMonitor
@@ -64,7 +64,7 @@ class Stages:
 
     def _lifetimes(self, run: GenerationRun) -> NetworkLoader:
         budget = run.settings.memory_budget
-        model = quantized_while_loading(self.model, run.request.quantize)
+        model = choose_quantization(self.model, run.request.quantize)
         return NetworkLoader(model, run.dtype, budget, run.request.ci_dl or budget is not None)
 
     def _encode(
@@ -150,7 +150,7 @@ class Stages:
     ) -> Generator[Event, None, list[mx.array]]:
         """Latents of `count` parts of media, uint8 [F, H, W, 3], each read when its turn comes."""
         made = list[mx.array]()
-        with WeightFileGuard(self.model.vae).read():
+        with WeightFileGuard(self.model.vae).check_reads():
             vae = load_vae(self.model, ("encoder",))
             pixels = (mx.array(part).astype(mx.float32) / 127.5 - 1 for part in parts)
             encoded = vae.encode_chunks(pixels, plan.micro_batch, sequential_offload=plan.in_turn)
@@ -293,7 +293,7 @@ class Stages:
         health = run.health.frames()
         for first in range(0, total, ranks.size):
             frames = None
-            with ranks.collective_errors(), files.read():
+            with ranks.collective_errors(), files.check_reads():
                 if first + ranks.rank < total:
                     chunk = next(chunks)
                     health.add(chunk)

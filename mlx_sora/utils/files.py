@@ -51,14 +51,14 @@ def explain_os_errors(path: Path) -> Iterator[None]:
 @contextmanager
 def atomic_write(path: Path, overwrite: bool = False) -> Iterator[PartialFile]:
     """A file to write in the block; after an error nothing is left of it."""
-    sweep(path)
+    remove_stale_partials(path)
     file = PartialFile(partial_name(path), path)
     with explain_os_errors(path):
         try:
             yield file
-            file.path = publish(file.partial, path, overwrite)
+            file.path = rename_into_place(file.partial, path, overwrite)
         finally:
-            discard(file.partial)
+            remove_partial(file.partial)
 
 
 def partial_name(path: Path) -> Path:
@@ -66,31 +66,31 @@ def partial_name(path: Path) -> Path:
 
     It tells for which file and by which process of which machine it is written.
     """
-    return path.with_name(f"{_mark(path)}{os.getpid()}-{os.urandom(4).hex()}.partial")
+    return path.with_name(f"{_partial_prefix(path)}{os.getpid()}-{os.urandom(4).hex()}.partial")
 
 
-def discard(partial: Path) -> None:
+def remove_partial(partial: Path) -> None:
     """Remove what was not finished; where the disk no longer lets us, a later run sweeps it."""
     with suppress(OSError):
         partial.unlink()
 
 
-def sweep(path: Path) -> None:
+def remove_stale_partials(path: Path) -> None:
     """Remove what killed processes of this machine have left of `path`."""
-    mark = _mark(path)
+    mark = _partial_prefix(path)
     for file in path.parent.glob(f"{mark}*.partial"):
         process = file.name.removeprefix(mark).partition("-")[0]
-        if process.isdecimal() and not _lives(int(process)):
-            discard(file)
+        if process.isdecimal() and not _process_exists(int(process)):
+            remove_partial(file)
 
 
-def _mark(path: Path) -> str:
+def _partial_prefix(path: Path) -> str:
     """How the hidden names of a file begin on this machine."""
     name, machine = (hashlib.sha256(s.encode()).hexdigest() for s in (path.name, platform.node()))
     return f".{name[:12]}-{machine[:8]}-"
 
 
-def _lives(process: int) -> bool:
+def _process_exists(process: int) -> bool:
     try:
         os.kill(process, 0)
     except ProcessLookupError:
@@ -105,24 +105,24 @@ def free_names(path: Path) -> Iterator[Path]:
     return (path.with_name(f"{path.stem}-{i}{path.suffix}") for i in count(1))
 
 
-def publish(partial: Path, path: Path, overwrite: bool) -> Path:
+def rename_into_place(partial: Path, path: Path, overwrite: bool) -> Path:
     """Rename `partial` to `path`; if a file appeared there meanwhile, to a free name beside it.
 
     Its bytes are on the disk before: some disks tell only then that they are full.
     """
-    sync(partial)
+    fsync(partial)
     if overwrite:
         partial.replace(path)
         return path
     target, others = path, free_names(path)
-    while not _move_unless_taken(partial, target):
+    while not _rename_if_free(partial, target):
         target = next(others)
     if target != path:
         logger.warning("%s appeared meanwhile; wrote %s", path, target)
     return target
 
 
-def _move_unless_taken(partial: Path, target: Path) -> bool:
+def _rename_if_free(partial: Path, target: Path) -> bool:
     try:
         os.link(partial, target)
     except FileExistsError:
@@ -136,12 +136,12 @@ def _move_unless_taken(partial: Path, target: Path) -> bool:
     return True
 
 
-_BLOCK = 1 << 22
+_READ_SIZE = 1 << 22
 
 
-def sha256(path: Path, watch: Callable[[int], None] | None = None) -> str:
+def sha256(path: Path, on_progress: Callable[[int], None] | None = None) -> str:
     """Checksum of a file, in hexadecimal. watch: told the bytes read so far."""
-    return _digest(path, hashlib.sha256(), watch)
+    return _digest(path, hashlib.sha256(), on_progress)
 
 
 def git_sha1(path: Path) -> str:
@@ -150,18 +150,18 @@ def git_sha1(path: Path) -> str:
     return _digest(path, hashlib.sha1(start, usedforsecurity=False), None)
 
 
-def _digest(path: Path, digest: Any, watch: Callable[[int], None] | None) -> str:
+def _digest(path: Path, digest: Any, on_progress: Callable[[int], None] | None) -> str:
     done = 0
     with path.open("rb") as f:
-        while block := f.read(_BLOCK):
+        while block := f.read(_READ_SIZE):
             digest.update(block)
             done += len(block)
-            if watch is not None:
-                watch(done)
+            if on_progress is not None:
+                on_progress(done)
     return str(digest.hexdigest())
 
 
-def sync(file: Path) -> None:
+def fsync(file: Path) -> None:
     """Have a finished file, or a folder's entries, on the disk."""
     handle = os.open(file, os.O_RDONLY)
     try:

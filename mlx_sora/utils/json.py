@@ -35,7 +35,7 @@ def parse_object(text: str | bytes) -> dict[str, Any]:
     """The JSON object that `text` is. Raises ValueError that says what is wrong."""
     try:
         text = text.decode("utf-8-sig") if isinstance(text, bytes) else text
-        value = json.loads(text, object_pairs_hook=_each_once)
+        value = json.loads(text, object_pairs_hook=_unique_keys)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     if not isinstance(value, dict):
@@ -43,7 +43,7 @@ def parse_object(text: str | bytes) -> dict[str, Any]:
     return value
 
 
-def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """An object whose keys differ: readers disagree about which of two equal ones counts."""
     found = dict(pairs)
     if len(found) < len(pairs):

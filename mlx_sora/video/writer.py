@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 from mlx_sora.errors import MlxSoraError
 from mlx_sora.utils.files import (
     atomic_write,
-    discard,
     explain_os_errors,
     free_names,
+    fsync,
     partial_name,
-    publish,
-    sweep,
-    sync,
+    remove_partial,
+    remove_stale_partials,
+    rename_into_place,
 )
 from mlx_sora.video.encoders import AnimationEncoder, FrameEncoder, Mp4Encoder, PngEncoder, save_png
 from mlx_sora.video.output_path import (
@@ -87,7 +87,7 @@ class VideoWriter:
         self.metadata = metadata
         self.overwrite = overwrite
         self.num_frames = 0
-        sweep(path)
+        remove_stale_partials(path)
 
     def write(self, frames: np.ndarray) -> None:
         """Append uint8 frames [n, H, W, 3]."""
@@ -152,7 +152,7 @@ class FileWriter(VideoWriter):
             try:
                 self._encoder = Mp4Encoder(self._partial, *size, fps)
             except BaseException:
-                discard(self._partial)
+                remove_partial(self._partial)
                 raise
         elif kind == "png":
             self._encoder = PngEncoder()
@@ -164,13 +164,13 @@ class FileWriter(VideoWriter):
 
     def _finish(self) -> None:
         self._encoder.save(self._partial, self._record())
-        self.path = publish(self._partial, self.path, self.overwrite)
+        self.path = rename_into_place(self._partial, self.path, self.overwrite)
 
     def _discard(self) -> None:
         try:
             self._encoder.close()
         finally:
-            discard(self._partial)
+            remove_partial(self._partial)
 
 
 class SequenceWriter(VideoWriter):
@@ -205,7 +205,7 @@ class SequenceWriter(VideoWriter):
         assert self._first is not None, "there is a first frame"
         save_png(self._first, self._partials[0], self._record())
         for partial in self._partials:
-            sync(partial)
+            fsync(partial)
         taken = existing_files(self.path)
         if taken and not self.overwrite:
             self.path = next(p for p in free_names(self.path) if not existing_files(p))
@@ -221,7 +221,7 @@ class SequenceWriter(VideoWriter):
 
     def _discard(self) -> None:
         for partial in self._partials:
-            discard(partial)
+            remove_partial(partial)
         if self._new_folder and self.path.parent.is_dir() and not any(self.path.parent.iterdir()):
             self.path.parent.rmdir()
 

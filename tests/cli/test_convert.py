@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from mlx_sora.cli.main import main
-from mlx_sora.manage.convert import staging_of
+from mlx_sora.manage.convert import staging_folder
 from mlx_sora.video.metadata import read_metadata
 
 GENERATE = ["generate", "--steps", "2", "--num-frames", "1", "--seed", "3", "--quiet", "-p"]
@@ -130,7 +130,7 @@ def test_an_interruption_says_how_to_go_on(
         patch.setattr("mlx_sora.manage.convert.index_text", interrupt)
         assert main(["convert", "shapes", "small", "-q", "8"]) == 130
     assert "the same command continues" in capsys.readouterr().err
-    assert staging_of(folder / "small").is_dir()
+    assert staging_folder(folder / "small").is_dir()
     assert main(["doctor", "small", "--quick"]) == 4
     assert "interrupted conversion" in capsys.readouterr().out
     assert main(["convert", "shapes", "small", "-q", "8"]) == 0

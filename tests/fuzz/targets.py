@@ -112,11 +112,11 @@ def _model_index(data: bytes, folder: Path) -> None:
 
 
 def _provenance(data: bytes, folder: Path) -> None:
-    from mlx_sora.manage.doctor import mending
+    from mlx_sora.manage.doctor import repair_command
     from mlx_sora.manage.provenance import FILE, Provenance
 
     (folder / FILE).write_bytes(data)
-    mending(folder)
+    repair_command(folder)
     found = Provenance.read(folder)
     if found is not None:
         found.wrong_size(folder)

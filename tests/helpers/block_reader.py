@@ -56,4 +56,4 @@ def t5(
 ) -> tuple[T5Encoder, BlockSource[T5Block], Log]:
     network, _, source = stream_text_encoder(model, mx.float32)
     reader = reader or Log()
-    return network, replace(source, read=reader), reader
+    return network, replace(source, reader=reader), reader

@@ -12,7 +12,7 @@ from mlx_sora.loading.model_folder import PUBLISHED, find_model
 from mlx_sora.loading.networks import load_text_encoder, load_transformer, load_vae
 from mlx_sora.manage.download import STAGING, DownloadProgress
 from mlx_sora.manage.provenance import Provenance
-from mlx_sora.manage.staging import replaced_path
+from mlx_sora.manage.staging import backup_path
 from mlx_sora.text.tokenizer import Tokenizer
 from mlx_sora.utils.files import sha256
 from tests.helpers.hub_server import FakeHub, Repo, commit_of
@@ -56,7 +56,7 @@ def test_a_fresh_download_is_a_model(get: Get, hub: FakeHub, root: Path) -> None
     seen: list[DownloadProgress] = []
     outcome = get(report=seen.append)
     assert outcome.path == root / PUBLISHED
-    assert (outcome.changed, outcome.fetched) == (True, whole_size())
+    assert (outcome.is_new, outcome.fetched_bytes) == (True, whole_size())
     assert hub.bytes_served == whole_size(), "files that a model does not need were fetched"
     assert names(root) == {f"{PUBLISHED}/{name}" for name in LAYOUT}
     model = find_model()
@@ -95,7 +95,7 @@ def test_a_whole_model_is_left_alone_without_a_request(get: Get, hub: FakeHub) -
     hub.requests.clear()
     for check in (False, True):
         outcome = get(check=check)
-        assert (outcome.changed, outcome.fetched) == (False, 0)
+        assert (outcome.is_new, outcome.fetched_bytes) == (False, 0)
     assert hub.requests == []
 
 
@@ -129,12 +129,12 @@ def test_an_interrupted_download_is_no_model_and_continues(
     assert size // 2 < have < size
     before = hub.bytes_served
     outcome = get()
-    assert outcome.changed
+    assert outcome.is_new
     assert (outcome.path / LARGE).read_bytes() == repositories()[STDIT]["model.safetensors"]
     last = hub.asked("GET", f"/cdn/{STDIT}")[-1]
     assert last.headers["Range"] == f"bytes={have}-"
     fetched_before = have + len(repositories()[STDIT]["config.json"])
-    assert outcome.fetched == hub.bytes_served - before == whole_size() - fetched_before
+    assert outcome.fetched_bytes == hub.bytes_served - before == whole_size() - fetched_before
     assert not (root / STAGING).exists()
 
 
@@ -176,8 +176,8 @@ def test_a_damaged_model_is_mended_with_what_is_damaged(
         file.write_bytes(content[:-1] if damage == "cut" else content[:-1] + b"\x01")
     hub.bytes_served = 0
     outcome = get(check=damage == "flipped")
-    assert outcome.changed
-    assert outcome.fetched == hub.bytes_served == len(content)
+    assert outcome.is_new
+    assert outcome.fetched_bytes == hub.bytes_served == len(content)
     assert file.read_bytes() == content
     assert names(root) == {f"{PUBLISHED}/{name}" for name in LAYOUT}
 
@@ -197,7 +197,7 @@ def test_another_revision_replaces_only_what_differs(get: Get, hub: FakeHub, roo
     config = json.dumps(json.loads((folder / "vae/config.json").read_bytes()) | {"new": 1}).encode()
     hub.repos[VAE].revisions["v2"] = {**hub.repos[VAE].files, "config.json": config}
     outcome = get("vae=@v2")
-    assert (outcome.changed, outcome.fetched) == (True, len(config))
+    assert (outcome.is_new, outcome.fetched_bytes) == (True, len(config))
     assert (folder / "vae/config.json").read_bytes() == config
     provenance = Provenance.read(folder)
     assert provenance is not None
@@ -206,7 +206,7 @@ def test_another_revision_replaces_only_what_differs(get: Get, hub: FakeHub, roo
     assert provenance.files[LARGE].revision == commit_of("main")
     assert names(root) == {f"{PUBLISHED}/{name}" for name in LAYOUT}
     hub.requests.clear()
-    assert not get(f"vae=@{commit_of('v2')}").changed
+    assert not get(f"vae=@{commit_of('v2')}").is_new
     assert hub.requests == []
 
 
@@ -217,8 +217,8 @@ def test_a_failed_replacement_leaves_the_old_model(get: Get, hub: FakeHub, root:
     with pytest.raises(WeightsError, match="no model"):
         get("vae=@v2")
     assert {name: (folder / name).read_bytes() for name in names(folder)} == before
-    assert not get().changed
-    assert not replaced_path(root / PUBLISHED).exists()
+    assert not get().is_new
+    assert not backup_path(root / PUBLISHED).exists()
 
 
 def test_another_repository_and_folder(get: Get, hub: FakeHub) -> None:

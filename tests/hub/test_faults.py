@@ -91,7 +91,7 @@ def test_a_body_that_is_cut_at_each_attempt_ends(refused: Any, hub: FakeHub, roo
 
 def test_a_busy_server_is_asked_again(get: Get, hub: FakeHub) -> None:
     hub.faults.moments["model.safetensors"] = [(503, "")] * (ATTEMPTS - 1)
-    assert get().changed
+    assert get().is_new
 
 
 def test_a_server_that_stays_busy(refused: Any, hub: FakeHub) -> None:
@@ -176,7 +176,7 @@ def test_space_counts_what_is_there(
     total = sum(len(d) for repo in repositories().values() for d in repo.values())
     free = MARGIN + total - len(content()) - 6 * CHUNK
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9, 9, free))
-    assert get().changed
+    assert get().is_new
 
 
 def test_a_disk_that_fills_up(
@@ -188,7 +188,7 @@ def test_a_disk_that_fills_up(
 
     assert "disk is full" in refused(report=full)
     assert list((root / STAGING).rglob("*.part"))
-    assert get().changed
+    assert get().is_new
 
 
 def test_a_folder_that_cannot_be_written(refused: Any, root: Path) -> None:
@@ -269,12 +269,12 @@ def test_files_of_someone_else_are_not_replaced(get: Get, hub: FakeHub) -> None:
     folder = get().path
     (folder / "notes.txt").write_text("mine")
     (folder / ".DS_Store").write_bytes(b"nobody's")
-    assert not get().changed
+    assert not get().is_new
     (folder / LARGE).unlink()
     with pytest.raises(WeightsError, match=r"notes\.txt"):
         get()
     (folder / "notes.txt").unlink()
-    assert get().changed
+    assert get().is_new
 
 
 def test_two_at_once(get: Get, hub: FakeHub) -> None:
@@ -283,7 +283,7 @@ def test_two_at_once(get: Get, hub: FakeHub) -> None:
             with pytest.raises(WeightsError, match="Another download"):
                 get()
 
-    assert get(report=second).changed
+    assert get(report=second).is_new
 
 
 def test_a_damaged_provenance_is_named(get: Get) -> None:

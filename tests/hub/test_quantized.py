@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 
 from mlx_sora.cli.main import main
-from mlx_sora.loading.model_folder import PUBLISHED, QUANTIZED, WEIGHTS_VARIABLE, find_model
+from mlx_sora.loading.model_folder import PUBLISHED, QUANTIZED_MODELS, WEIGHTS_VARIABLE, find_model
 from mlx_sora.manage.provenance import Provenance
 from mlx_sora.manage.sources import ENDPOINT_VARIABLE
 from tests.helpers.hub_server import FakeHub, Repo
 from tests.helpers.published import PIXART, STDIT, VAE
 
 COMMAND = ["download", PUBLISHED, "--quantize", "8"]
-MADE = QUANTIZED[8]
+MADE = QUANTIZED_MODELS[8]
 
 
 def bundled() -> dict[str, Repo]:

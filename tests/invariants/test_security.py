@@ -11,7 +11,7 @@ import pytest
 
 from mlx_sora.cli.main import main
 from mlx_sora.errors import MAX_MESSAGE, MlxSoraError, UsageError, WeightsError, printable
-from mlx_sora.loading.checkpoint import PICKLES, Checkpoint
+from mlx_sora.loading.checkpoint import PICKLE_SUFFIXES, Checkpoint
 from mlx_sora.loading.model_folder import ModelFolder
 from mlx_sora.video.metadata import read_metadata
 from mlx_sora.video.reader import image_size, probe_video
@@ -79,7 +79,7 @@ def test_nothing_reaches_a_shell() -> None:
     assert found == []
 
 
-@pytest.mark.parametrize("suffix", PICKLES)
+@pytest.mark.parametrize("suffix", PICKLE_SUFFIXES)
 @pytest.mark.parametrize("how", ["file", "folder", "index"])
 def test_pickles_are_refused_by_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str, how: str
@@ -223,13 +223,13 @@ def test_a_record_cannot_show_a_picture_that_it_was_not_made_with(
 
 
 def test_a_model_cannot_put_words_into_a_command(tmp_path: Path) -> None:
-    from mlx_sora.manage.doctor import mending
+    from mlx_sora.manage.doctor import repair_command
 
     for data in samples.provenances():
         content = json.loads(data)
         content["conversion"] = {"source": "/tmp", "dtype": "x; touch owned", "quantization": None}
         (tmp_path / "provenance.json").write_text(json.dumps(content))
-        assert "owned" not in mending(tmp_path)
+        assert "owned" not in repair_command(tmp_path)
 
 
 def test_a_model_of_nobody_is_a_plain_error() -> None:

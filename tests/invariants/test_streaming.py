@@ -103,7 +103,7 @@ def test_stdit3_with_measured_residency_that_is_reconsidered(model: ModelFolder,
     expected = list(networks.steps(load_transformer(model, mx.float32), count=4))
     network, source = stream_transformer(model, mx.float32)
     work, size = 1000, max(source.nbytes)
-    room = kept * size + (0 if kept == len(source) else size + source.loading_bytes)
+    room = kept * size + (0 if kept == len(source) else size + source.load_peak_bytes)
     policy = Residency(
         work + room,
         read=lambda: MemorySample(active=0, peak=work + size, outside=0),

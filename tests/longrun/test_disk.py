@@ -19,7 +19,7 @@ import pytest
 
 from mlx_sora.accel.cidl import BlockStream
 from mlx_sora.errors import MlxSoraError, WeightsError
-from mlx_sora.loading import file_guard as steady
+from mlx_sora.loading import file_guard
 from mlx_sora.loading.model_folder import ModelFolder, find_model
 from mlx_sora.loading.networks import stream_transformer
 from mlx_sora.loading.safetensors import TensorInfo, load_tensors
@@ -145,7 +145,7 @@ def sums(model: ModelFolder, reader: Flaky) -> list[float]:
     """A number of each block's weights, streamed twice."""
     _, source = stream_transformer(model, mx.float32)
     found = []
-    with BlockStream(replace(source, read=reader), cyclic=True) as blocks:
+    with BlockStream(replace(source, reader=reader), cyclic=True) as blocks:
         for index in [*range(len(source))] * 2:
             spatial, _ = blocks.get(index)
             total = mx.sum(mx.abs(spatial.mlp.fc1.weight))
@@ -155,7 +155,7 @@ def sums(model: ModelFolder, reader: Flaky) -> list[float]:
 
 
 def test_reads_that_fail_at_random(fault: Fault, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(steady, "PAUSES", (0.0, 0.0))
+    monkeypatch.setattr(file_guard, "RETRY_DELAYS", (0.0, 0.0))
     model = find_model("shapes")
     expected, runs, failures, ended = sums(model, Flaky(0, 0.0)), 200, 0, 0
     for seed in range(runs):

@@ -51,7 +51,7 @@ def test_blocks_are_read_once_per_pass_in_order_by_one_other_thread(model: Model
         assert reader.threads == {"load text encoder"}
     assert reader.blocks == [*range(DEPTH)] * 2
     assert blocks.stats.loads == 2 * DEPTH
-    assert blocks.stats.nbytes == 2 * sum(source.stored_bytes)
+    assert blocks.stats.nbytes == 2 * sum(source.disk_bytes)
 
 
 def test_never_more_than_one_block_ahead(model: ModelFolder) -> None:
@@ -215,7 +215,7 @@ def scripted(readings: list[MemorySample], budget: int) -> tuple[Residency, list
 
 def test_two_blocks_are_measured_alone_and_then_some_stay(model: ModelFolder) -> None:
     _, source, reader = t5(model)
-    small, size, loading = min(source.nbytes), max(source.nbytes), source.loading_bytes
+    small, size, loading = min(source.nbytes), max(source.nbytes), source.load_peak_bytes
     work, growth, outside = 5000, 700, 300
     policy, left = scripted(
         [

@@ -251,5 +251,5 @@ def test_a_cached_step_reads_no_block(model: ModelFolder) -> None:
     with BlockStream(source, cyclic=True) as blocks:
         found = path(network, cache("every:3,warmup=2"), blocks)
         assert blocks.stats.loads == 4 * networks.STDIT.depth
-        assert blocks.stats.nbytes == 4 * sum(source.stored_bytes)
+        assert blocks.stats.nbytes == 4 * sum(source.disk_bytes)
     assert all(map(mx.array_equal, whole, found))

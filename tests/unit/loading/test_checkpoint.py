@@ -210,6 +210,6 @@ def test_nothing_or_pickles_or_several(tmp_path: Path) -> None:
 def test_rows_read_only_what_is_asked(tmp_path: Path, dtype: mx.Dtype) -> None:
     table = mx.random.normal((50, 6), key=mx.random.key(0)).astype(dtype)
     checkpoint = Checkpoint.open(save(tmp_path, {"table": table}))
-    assert mx.array_equal(checkpoint.rows("table", [3, 49, 3]), table[mx.array([3, 49, 3])])
+    assert mx.array_equal(checkpoint.read_rows("table", [3, 49, 3]), table[mx.array([3, 49, 3])])
     with pytest.raises(WeightsError, match="50 rows"):
-        checkpoint.rows("table", [50])
+        checkpoint.read_rows("table", [50])

@@ -14,8 +14,8 @@ import pytest
 from mlx_sora import Pipeline
 from mlx_sora.accel.cidl import BlockStream
 from mlx_sora.errors import WeightsError
-from mlx_sora.loading import file_guard as module
-from mlx_sora.loading.file_guard import WeightFileGuard, read_all
+from mlx_sora.loading import file_guard
+from mlx_sora.loading.file_guard import WeightFileGuard, eval_parameters
 from mlx_sora.loading.model_folder import ModelFolder, find_model
 from mlx_sora.loading.networks import load_transformer, stream_transformer
 from mlx_sora.loading.safetensors import TensorInfo, load_tensors
@@ -26,7 +26,7 @@ PROMPT = "a red circle moving right on a black background"
 
 @pytest.fixture(autouse=True)
 def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "PAUSES", (0.0, 0.0))
+    monkeypatch.setattr(file_guard, "RETRY_DELAYS", (0.0, 0.0))
 
 
 @pytest.fixture
@@ -58,10 +58,10 @@ def exchange(file: Path) -> None:
 
 def read_while(model: ModelFolder, harm: Callable[[Path], None]) -> STDiT3:
     """The transformer, read after its file has come to harm."""
-    with WeightFileGuard(model.transformer).read():
+    with WeightFileGuard(model.transformer).check_reads():
         network = load_transformer(model, mx.float32)
         harm(last_file(model.transformer))
-        read_all(network)
+        eval_parameters(network)
     return network
 
 
@@ -79,17 +79,20 @@ def test_what_is_replaced_or_removed_is_read_as_it_was(
     model: ModelFolder, harm: Callable[[Path], None]
 ) -> None:
     expected = load_transformer(model, mx.float32)
-    read_all(expected)
+    eval_parameters(expected)
     network = read_while(model, harm)
     assert mx.array_equal(network.x_embedder.proj.weight, expected.x_embedder.proj.weight)
 
 
 def test_other_errors_pass(model: ModelFolder) -> None:
-    with pytest.raises(RuntimeError, match="mine"), WeightFileGuard(model.transformer).read():
+    with (
+        pytest.raises(RuntimeError, match="mine"),
+        WeightFileGuard(model.transformer).check_reads(),
+    ):
         raise RuntimeError("mine")
     with (
         pytest.raises(WeightsError, match="Cannot read the weights"),
-        WeightFileGuard(model.transformer).read(),
+        WeightFileGuard(model.transformer).check_reads(),
     ):
         raise RuntimeError("[read] Unable to read from file.")
 
@@ -145,7 +148,7 @@ def test_a_read_that_fails_twice_is_tried_thrice(
 def stream_all(model: ModelFolder, reader: Flaky) -> None:
     """Every block once."""
     _, source = stream_transformer(model, mx.float32)
-    with BlockStream(replace(source, read=reader)) as blocks:
+    with BlockStream(replace(source, reader=reader)) as blocks:
         for index in range(len(source)):
             blocks.get(index)
             blocks.done(index, mx.zeros(1))

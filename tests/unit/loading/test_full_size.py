@@ -7,7 +7,7 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
-from mlx_sora.manage.doctor import examine
+from mlx_sora.manage.doctor import diagnose
 from tests.helpers.full_size import write_published
 
 
@@ -20,7 +20,7 @@ def test_the_published_shapes_fit_without_reading_a_weight(published: Path) -> N
     mx.clear_cache()
     before = mx.get_active_memory()
     mx.reset_peak_memory()
-    found = [f for f in examine(published, quick=True) if f.subject != "machine"]
+    found = [f for f in diagnose(published, quick=True) if f.subject != "machine"]
     assert {f.level for f in found} == {"ok", "note"}, found
     assert mx.get_peak_memory() - before < 1 << 20
     sizes = {f.subject: f.message for f in found if "fits" in f.message}

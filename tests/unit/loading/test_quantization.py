@@ -20,9 +20,9 @@ from mlx_sora.loading.networks import (
 )
 from mlx_sora.loading.quantization import (
     Quantization,
+    choose_quantization,
     insert_quantized_layers,
     quantizable_linears,
-    quantized_while_loading,
 )
 from mlx_sora.loading.sizes import model_sizes
 from mlx_sora.manage.conversion_plan import ConversionOptions
@@ -73,7 +73,7 @@ def test_loss(bits: int, error: float, size: float) -> None:
     weight = size * mx.random.normal((64, 512), key=mx.random.key(1))
     made = Quantization(bits).quantize(weight)
     assert {array.dtype.size for name, array in made.items() if name != "weight"} == {2}
-    assert {name: array.shape for name, array in made.items()} == Quantization(bits).shapes(
+    assert {name: array.shape for name, array in made.items()} == Quantization(bits).packed_shapes(
         weight.shape
     )
     scales, biases = (made[name].astype(mx.float32) for name in ("scales", "biases"))
@@ -87,8 +87,8 @@ def test_loss(bits: int, error: float, size: float) -> None:
 )
 def test_another_kind_of_quantisation_is_refused(values: object) -> None:
     with pytest.raises(WeightsError, match="quantization cannot be"):
-        Quantization.read({"quantization": values})
-    assert Quantization.read({}) is None
+        Quantization.from_config({"quantization": values})
+    assert Quantization.from_config({}) is None
 
 
 def dense(network: T5Encoder | STDiT3) -> dict[str, mx.array]:
@@ -127,7 +127,7 @@ def test_transformer(model: ModelFolder, resident: int) -> None:
             assert mx.array_equal(found, out).item()
             assert mx.array_equal(same, out).item()
         assert blocks.stats.loads > 0
-    assert blocks.stats.nbytes == sum(source.stored_bytes) * blocks.stats.loads / len(source)
+    assert blocks.stats.nbytes == sum(source.disk_bytes) * blocks.stats.loads / len(source)
 
 
 def test_sizes(model: ModelFolder) -> None:
@@ -143,7 +143,7 @@ def test_sizes(model: ModelFolder) -> None:
 
 def test_files_and_config_must_agree(model: ModelFolder, tmp_path: Path) -> None:
     plain = T5Encoder(T5, table=False)
-    insert_quantized_layers(plain, Quantization.read({}))
+    insert_quantized_layers(plain, Quantization.from_config({}))
     assert not any(isinstance(layer, QuantizedLinear) for layer in plain.modules())
     broken = ModelFolder(tmp_path, "test", model.defaults)
     (tmp_path / "transformer").mkdir()
@@ -160,7 +160,7 @@ def test_files_and_config_must_agree(model: ModelFolder, tmp_path: Path) -> None
 
 def plain_model(tmp_path: Path, bits: int | None, dtype: mx.Dtype = mx.float32) -> ModelFolder:
     """The model before it is converted, to be quantised while it is loaded."""
-    return quantized_while_loading(write_model(tmp_path, dtype), bits)
+    return choose_quantization(write_model(tmp_path, dtype), bits)
 
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.float16])
@@ -187,23 +187,25 @@ def test_memory_of_quantising_while_loading(tmp_path: Path) -> None:
     """What stays is counted as quantised; reading a block takes no more than planned."""
     plain = plain_model(tmp_path, 8, mx.float16)
     _, source = stream_transformer(plain, mx.float32)
-    _, whole = stream_transformer(replace(plain, bits=None), mx.float32)
+    _, whole = stream_transformer(replace(plain, quantize_bits=None), mx.float32)
     assert source.nbytes[0] < 0.35 * whole.nbytes[0]
-    assert source.stored_bytes == whole.stored_bytes
+    assert source.disk_bytes == whole.disk_bytes
     release()
     before = mx.get_active_memory()
     mx.reset_peak_memory()
     weights = source.load(0)
     assert mx.get_active_memory() - before >= source.nbytes[0]
-    assert mx.get_peak_memory() - before <= source.loading_bytes + (1 << 14)
+    assert mx.get_peak_memory() - before <= source.load_peak_bytes + (1 << 14)
     del weights
 
 
 def test_bits_that_are_not_those_of_the_folder(model: ModelFolder, tmp_path: Path) -> None:
-    assert quantized_while_loading(model, None) == model
-    assert quantized_while_loading(model, 8) == model
+    assert choose_quantization(model, None) == model
+    assert choose_quantization(model, 8) == model
     with pytest.raises(UsageError, match="8 bits in groups of 64, which --quantize cannot change"):
-        quantized_while_loading(model, 4)
+        choose_quantization(model, 4)
     networks.t5_model(tmp_path, replace(networks.T5, d_ff=32))
     with pytest.raises(UsageError, match="can be quantised"):
-        load_text_encoder(ModelFolder(tmp_path, "small", model.defaults, bits=8), mx.float32)
+        load_text_encoder(
+            ModelFolder(tmp_path, "small", model.defaults, quantize_bits=8), mx.float32
+        )

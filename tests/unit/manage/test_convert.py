@@ -16,10 +16,10 @@ from mlx_sora.loading.checkpoint import Checkpoint
 from mlx_sora.loading.model_folder import ModelFolder
 from mlx_sora.loading.networks import stream_text_encoder, stream_transformer
 from mlx_sora.manage.conversion_plan import PARTS, ConversionOptions, plan_part
-from mlx_sora.manage.convert import JOURNAL, ProgressCallback, convert, staging_of
-from mlx_sora.manage.doctor import examine
+from mlx_sora.manage.convert import JOURNAL, ProgressCallback, convert, staging_folder
+from mlx_sora.manage.doctor import diagnose
 from mlx_sora.manage.provenance import FILE, Provenance
-from mlx_sora.manage.staging import exclusive
+from mlx_sora.manage.staging import folder_lock
 from mlx_sora.memory.limits import release
 from tests.helpers import networks
 from tests.helpers.full_size import write_published
@@ -66,7 +66,7 @@ def test_one_file_per_block(model: ModelFolder, tmp_path: Path, choice: Conversi
         for names, block in zip(files, source.entries, strict=True):
             checkpoint = Checkpoint.open(names.pop())
             assert checkpoint.tensors.keys() == {entry.key for entry in block}
-    assert not [f for f in examine(made.path) if f.level in ("error", "warning")]
+    assert not [f for f in diagnose(made.path) if f.level in ("error", "warning")]
     assert sum(f.stat().st_size for f in made.path.rglob("*.safetensors")) < sum(
         plan.nbytes + 16384 for part in PARTS for plan in plan_part(model, part, choice)
     )
@@ -122,15 +122,15 @@ def test_what_is_written_beside(model: ModelFolder, tmp_path: Path) -> None:
     names = {f.relative_to(made).as_posix() for f in made.rglob("*") if f.is_file()}
     assert names == {*known.files, FILE}
     assert known.wrong_checksum(made, lambda *_: None) == []
-    assert not staging_of(made).exists()
+    assert not staging_folder(made).exists()
 
 
 def test_an_interrupted_conversion_loads_nowhere_and_goes_on(
     model: ModelFolder, tmp_path: Path
 ) -> None:
-    target, staging = tmp_path / "made", staging_of(tmp_path / "made")
+    target, staging = tmp_path / "made", staging_folder(tmp_path / "made")
     with pytest.raises(KeyboardInterrupt):
-        convert(model, target, ConversionOptions(8), watch=stopping_at(1))
+        convert(model, target, ConversionOptions(8), on_progress=stopping_at(1))
     assert not target.exists()
     for folder in (staging, staging / "text_encoder", staging / "transformer"):
         with pytest.raises(WeightsError):
@@ -146,7 +146,7 @@ def test_an_interrupted_conversion_loads_nowhere_and_goes_on(
     (staging / "stray").write_text("of another attempt")
     kept = {file: file.stat().st_mtime_ns for file in finished if file != damaged}
     made = convert(model, target, ConversionOptions(8))
-    assert made.kept == len(kept)
+    assert made.reused_files == len(kept)
     assert kept == {f: (target / f.relative_to(staging)).stat().st_mtime_ns for f in kept}
     fresh = convert(model, tmp_path / "fresh", ConversionOptions(8)).path
     for part in PARTS:
@@ -161,10 +161,10 @@ def test_what_is_of_another_attempt_is_not_kept(
 ) -> None:
     target = tmp_path / "made"
     with pytest.raises(KeyboardInterrupt):
-        convert(model, target, ConversionOptions(8), watch=stopping_at(1))
-    (staging_of(target) / JOURNAL).write_text(journal)
-    assert convert(model, target, ConversionOptions(8)).kept == 0
-    assert convert(model, target, ConversionOptions(8)).changed is False
+        convert(model, target, ConversionOptions(8), on_progress=stopping_at(1))
+    (staging_folder(target) / JOURNAL).write_text(journal)
+    assert convert(model, target, ConversionOptions(8)).reused_files == 0
+    assert convert(model, target, ConversionOptions(8)).is_new is False
 
 
 def test_nothing_is_replaced_unasked(model: ModelFolder, tmp_path: Path) -> None:
@@ -188,15 +188,15 @@ def test_nothing_is_replaced_unasked(model: ModelFolder, tmp_path: Path) -> None
 
 def test_a_damaged_conversion_is_repeated(model: ModelFolder, tmp_path: Path) -> None:
     made = convert(model, tmp_path / "made", ConversionOptions(8)).path
-    assert not convert(model, made, ConversionOptions(8), check=True).changed
+    assert not convert(model, made, ConversionOptions(8), check=True).is_new
     file = made / "transformer/model-00001-of-00004.safetensors"
     content = file.read_bytes()
     file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    assert not convert(model, made, ConversionOptions(8)).changed
-    assert convert(model, made, ConversionOptions(8), check=True).changed
+    assert not convert(model, made, ConversionOptions(8)).is_new
+    assert convert(model, made, ConversionOptions(8), check=True).is_new
     assert file.read_bytes() == content
     file.write_bytes(content[:-1])
-    assert convert(model, made, ConversionOptions(8)).changed
+    assert convert(model, made, ConversionOptions(8)).is_new
     assert file.read_bytes() == content
 
 
@@ -234,7 +234,7 @@ def test_refused(
     with pytest.raises(UsageError, match=says):
         convert(source, target, ConversionOptions(8))
     assert not target.exists()
-    assert not staging_of(target).exists()
+    assert not staging_folder(target).exists()
 
 
 def test_nan_is_not_quantised(model: ModelFolder, tmp_path: Path) -> None:
@@ -264,9 +264,9 @@ def test_a_full_disk_is_noticed_first(
 def test_two_at_once(model: ModelFolder, tmp_path: Path) -> None:
     target = tmp_path / "made"
     running = pytest.raises(WeightsError, match="Another conversion into .* is running")
-    with exclusive(staging_of(target), "conversion"), running:
+    with folder_lock(staging_folder(target), "conversion"), running:
         convert(model, target, ConversionOptions(8))
-    assert convert(model, target, ConversionOptions(8)).changed
+    assert convert(model, target, ConversionOptions(8)).is_new
 
 
 @pytest.mark.parametrize("layers", [3, 12])
@@ -304,4 +304,6 @@ def test_full_size_on_disk(tmp_path: Path) -> None:
     shards = plan_part(model, "text_encoder", ConversionOptions(8))
     assert len(shards) == 24 + 1
     assert max(shard.nbytes for shard in shards[:-1]) < 1.01 * min(s.nbytes for s in shards[:-1])
-    assert "encoder.embed_tokens.weight" not in {c.key for shard in shards for c in shard.changes}
+    assert "encoder.embed_tokens.weight" not in {
+        c.key for shard in shards for c in shard.conversions
+    }

@@ -13,7 +13,7 @@ from mlx.utils import tree_flatten
 
 from mlx_sora.loading.model_folder import BUNDLED, PUBLISHED, WEIGHTS_VARIABLE
 from mlx_sora.manage import doctor
-from mlx_sora.manage.doctor import Finding, examine, find_folder, mending
+from mlx_sora.manage.doctor import Diagnostic, diagnose, find_folder, repair_command
 from mlx_sora.manage.download import STAGING
 from mlx_sora.manage.provenance import FILE, FileOrigin, Provenance
 from mlx_sora.models.t5 import T5Config, T5Encoder
@@ -34,9 +34,9 @@ def model(healthy: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(healthy, tmp_path / "model"))
 
 
-def findings(path: Path, quick: bool = False) -> list[Finding]:
+def findings(path: Path, quick: bool = False) -> list[Diagnostic]:
     """What is said about the model; the machine is none of its business."""
-    return [f for f in examine(path, quick=quick) if f.subject != "machine"]
+    return [f for f in diagnose(path, quick=quick) if f.subject != "machine"]
 
 
 def errors(path: Path, quick: bool = False) -> list[str]:
@@ -82,7 +82,7 @@ def test_a_healthy_model(healthy: Path, quick: bool) -> None:
 
 
 def test_the_machine_is_described(healthy: Path) -> None:
-    (fact, *_) = (f for f in examine(healthy, quick=True) if f.subject == "machine")
+    (fact, *_) = (f for f in diagnose(healthy, quick=True) if f.subject == "machine")
     assert fact.level == "ok"
     for words in ("float32" if "cpu" in fact.message else "float", "GB of memory"):
         assert words in fact.message
@@ -91,7 +91,7 @@ def test_the_machine_is_described(healthy: Path) -> None:
 def test_a_part_larger_than_memory(healthy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "total_memory", lambda: 1_000_000)
     monkeypatch.setattr(doctor, "blas_notice", lambda: "no BLAS")
-    found = [f.message for f in examine(healthy, quick=True) if f.level == "warning"]
+    found = [f.message for f in diagnose(healthy, quick=True) if f.level == "warning"]
     assert found[0] == "no BLAS"
     assert "the largest part needs" in found[1]
 
@@ -308,7 +308,7 @@ def test_quick_reads_no_weights(model: Path, monkeypatch: pytest.MonkeyPatch) ->
     def no(*_: object, **__: object) -> None:
         raise AssertionError("weights were read")
 
-    monkeypatch.setattr(doctor, "scan", no)
+    monkeypatch.setattr(doctor, "count_bad_values", no)
     monkeypatch.setattr("mlx_sora.utils.files.sha256", no)
     monkeypatch.setattr(mx, "load", no)
     assert errors(model, quick=True) == []
@@ -333,7 +333,7 @@ def test_reading_is_reported(healthy: Path) -> None:
     def watch(action: str, path: str, done: int, total: int) -> None:
         seen[action, path] = (done, total)
 
-    list(examine(healthy, watch=watch))
+    list(diagnose(healthy, on_progress=watch))
     assert set(seen) == {("scan", part) for part in PARTS}
     assert all(done == total > 0 for done, total in seen.values())
 
@@ -352,34 +352,34 @@ def test_what_mends_what(model: Path, tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setenv(WEIGHTS_VARIABLE, str(root))
     get = f"python -m mlx_sora download {PUBLISHED}"
     published = root / PUBLISHED
-    assert mending(published) == get
-    assert mending(root / BUNDLED) == f"git checkout -- weights/{BUNDLED}"
-    assert "shapes or a folder" in mending(tmp_path / "gone")
-    assert "copy" in mending(model)
+    assert repair_command(published) == get
+    assert repair_command(root / BUNDLED) == f"git checkout -- weights/{BUNDLED}"
+    assert "shapes or a folder" in repair_command(tmp_path / "gone")
+    assert "copy" in repair_command(model)
     root.mkdir()
     model.rename(published)
-    assert mending(published) == f"mv {published} {published}.old && {get}"
+    assert repair_command(published) == f"mv {published} {published}.old && {get}"
     sign(published)
-    assert mending(published) == f"{get} --check"
+    assert repair_command(published) == f"{get} --check"
 
 
 def test_an_interrupted_download_is_noted(tmp_path: Path) -> None:
     (tmp_path / STAGING).mkdir()
-    assert any("interrupted" in f.message for f in examine(tmp_path / PUBLISHED))
+    assert any("interrupted" in f.message for f in diagnose(tmp_path / PUBLISHED))
 
 
 def test_what_mends_a_conversion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = tmp_path / "weights"
     monkeypatch.setenv(WEIGHTS_VARIABLE, str(root))
     get = f"python -m mlx_sora download {PUBLISHED} --quantize 8"
-    assert mending(root / f"{PUBLISHED}-8bit") == get
+    assert repair_command(root / f"{PUBLISHED}-8bit") == get
     record = {"source": str(tmp_path), "dtype": "bfloat16", "quantization": {"bits": 4}}
     for folder in (tmp_path / "mine", root / PUBLISHED, root / f"{PUBLISHED}-8bit"):
         folder.mkdir(parents=True)
         Provenance(PUBLISHED, "", {}, record).write(folder)
     command = f"python -m mlx_sora convert {tmp_path} {{}} --quantize 4 --dtype bfloat16"
     for folder in (tmp_path / "mine", root / PUBLISHED):
-        assert mending(folder) == command.format(folder) + " --check --overwrite"
-    assert mending(root / f"{PUBLISHED}-8bit") == f"{get} --check"
+        assert repair_command(folder) == command.format(folder) + " --check --overwrite"
+    assert repair_command(root / f"{PUBLISHED}-8bit") == f"{get} --check"
     Provenance(PUBLISHED, "", {}, record | {"source": "/gone"}).write(tmp_path / "mine")
-    assert "/gone again" in mending(tmp_path / "mine")
+    assert "/gone again" in repair_command(tmp_path / "mine")

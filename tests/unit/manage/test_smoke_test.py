@@ -10,14 +10,14 @@ import pytest
 
 from mlx_sora.loading.checkpoint import Checkpoint
 from mlx_sora.loading.safetensors import read_header
-from mlx_sora.manage import smoke_test as trial
-from mlx_sora.manage.smoke_test import ValueCounts, first_block, scan
+from mlx_sora.manage import smoke_test
+from mlx_sora.manage.smoke_test import ValueCounts, count_bad_values, keep_first_block
 
 
 def tensors(folder: Path, **arrays: mx.array) -> dict[str, ValueCounts]:
     path = folder / "model.safetensors"
     mx.save_safetensors(str(path), arrays)
-    return {key: scan(info) for key, info in read_header(path).items()}
+    return {key: count_bad_values(info) for key, info in read_header(path).items()}
 
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])
@@ -25,7 +25,7 @@ def tensors(folder: Path, **arrays: mx.array) -> dict[str, ValueCounts]:
 def test_every_bad_value_is_counted(
     tmp_path: Path, dtype: mx.Dtype, block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trial, "_BLOCK", block)
+    monkeypatch.setattr(smoke_test, "_READ_SIZE", block)
     nan, inf = float("nan"), float("inf")
     largest = mx.finfo(dtype).max
     found = tensors(
@@ -40,7 +40,7 @@ def test_every_bad_value_is_counted(
         "good": ValueCounts(),
         "bad": ValueCounts(nan=2, inf=3),
         "last": ValueCounts(nan=1),
-        "zero": ValueCounts(empty=True),
+        "zero": ValueCounts(all_zero=True),
         "none": ValueCounts(),
     }
 
@@ -57,7 +57,7 @@ def test_a_large_tensor_needs_little_memory(tmp_path: Path) -> None:
     info = read_header(path)["large"]
     tracemalloc.start()
     try:
-        assert scan(info) == ValueCounts()
+        assert count_bad_values(info) == ValueCounts()
         assert tracemalloc.get_traced_memory()[1] < info.nbytes // 3
     finally:
         tracemalloc.stop()
@@ -76,5 +76,5 @@ def test_one_block_is_kept(tmp_path: Path) -> None:
         "t_block.1.weight",
     ]
     mx.save_safetensors(str(tmp_path / "a.safetensors"), {name: mx.zeros(1) for name in names})
-    kept = first_block(Checkpoint.open(tmp_path)).tensors
+    kept = keep_first_block(Checkpoint.open(tmp_path)).tensors
     assert sorted(kept) == sorted(names[i] for i in (0, 3, 5, 7, 8))

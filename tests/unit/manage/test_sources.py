@@ -6,7 +6,7 @@ import pytest
 
 from mlx_sora.errors import UsageError, WeightsError
 from mlx_sora.manage.sources import (
-    PARTS,
+    SOURCE_PARTS,
     SOURCES,
     PartSource,
     choose_endpoint,
@@ -25,7 +25,7 @@ def test_the_published_repositories() -> None:
         "text_encoder": ("PixArt-alpha/pixart_sigma_sdxlvae_T5_diffusers", "text_encoder"),
         "tokenizer": ("PixArt-alpha/pixart_sigma_sdxlvae_T5_diffusers", "tokenizer"),
     }
-    assert tuple(source.part for source in SOURCES) == PARTS
+    assert tuple(source.part for source in SOURCES) == SOURCE_PARTS
 
 
 @pytest.mark.parametrize(

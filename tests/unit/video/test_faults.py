@@ -171,7 +171,7 @@ def test_a_full_disk_leaves_the_checkpoint_to_go_on_from(
 
     output = tmp_path / "a.webp"
     with monkeypatch.context() as patch:
-        patch.setattr("mlx_sora.video.writer.publish", refuse)
+        patch.setattr("mlx_sora.video.writer.rename_into_place", refuse)
         with pytest.raises(MlxSoraError, match="Make room"):
             list(stream(pipe, output, checkpoint_every=1))
     (kept,) = tmp_path.iterdir()

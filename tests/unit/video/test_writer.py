@@ -220,7 +220,7 @@ def test_an_interruption_while_closing_leaves_nothing(
     def interrupt(*arguments: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("mlx_sora.video.writer.publish", interrupt)
+    monkeypatch.setattr("mlx_sora.video.writer.rename_into_place", interrupt)
     monkeypatch.setattr("mlx_sora.video.writer.frame_path", interrupt)
     frames = clip(1) if name == "a.png" else clip()
     with pytest.raises(KeyboardInterrupt):
