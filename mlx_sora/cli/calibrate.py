@@ -8,13 +8,6 @@ from typing import Any
 
 from mlx_sora.cli.flags import add_debug_flag, add_quiet_flag, add_request_flags, explicit_options
 from mlx_sora.cli.progress import Bars
-from mlx_sora.request.generation import options
-
-#: Options of a request that a table is for, or that finding it needs.
-_OWN = (
-    *("model", "steps", "guidance", "resolution", "aspect_ratio", "width", "height"),
-    *("num_frames", "fps", "dtype", "memory_budget", "device_profile", "ci_dl"),
-)
 
 
 def add_parser(commands: Any) -> None:
@@ -50,7 +43,7 @@ def add_parser(commands: Any) -> None:
         metavar="FILE",
         help="default: in the model's folder",
     )
-    add_request_flags(parser, without=options().keys() - set(_OWN))
+    add_request_flags(parser, "calibrate")
     add_quiet_flag(parser)
     add_debug_flag(parser)
     parser.set_defaults(run=run)

@@ -17,8 +17,7 @@ from mlx_sora.cli.generate import (
     show_plans,
 )
 from mlx_sora.cli.ranks import CommandGroup
-from mlx_sora.request.edit import INJECT_STEPS, SAMPLER, SHARED, EditRequest
-from mlx_sora.request.generation import options
+from mlx_sora.request.edit import INJECT_STEPS, SAMPLER, EditRequest
 from mlx_sora.video.reader import is_video
 
 
@@ -42,7 +41,7 @@ def add_parser(commands: Any) -> None:
         help="in how many of the first steps attention within frames uses the video's values: more "
         f"holds the layout better and changes less; needs memory (default {INJECT_STEPS})",
     )
-    add_request_flags(parser, without=options().keys() - set(SHARED))
+    add_request_flags(parser, "edit")
     add_dry_run_flag(parser)
     add_output_flags(parser)
     parser.set_defaults(run=run, parallel_run=True)
@@ -81,7 +80,7 @@ def request_of(args: argparse.Namespace) -> EditRequest:
     typed = explicit_options(args)
     typed.setdefault("output", default_output(args.video))
     own = {"source_prompt": args.source_prompt, "inject_steps": args.inject_steps}
-    edit = EditRequest.of(args.video, typed | own)
+    edit = EditRequest.from_options(args.video, typed | own)
     edit.validate()
     return edit
 

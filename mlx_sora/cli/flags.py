@@ -1,4 +1,4 @@
-"""Turns the fields of `GenerationRequest` into flags, and flags back into requests."""
+"""Flags made from the fields of GenerationRequest, and requests made from flags."""
 
 from __future__ import annotations
 
@@ -6,16 +6,15 @@ import argparse
 import difflib
 import re
 import sys
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import fields
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 from mlx_sora.errors import UsageError
-from mlx_sora.request.generation import GenerationRequest, options, preset_values
+from mlx_sora.request.generation import GenerationRequest, options, options_of, preset_values
 from mlx_sora.request.options import Option
 from mlx_sora.request.presets import PRESETS
 
-#: Asking for one of these drops the other set from a replayed record.
+#: Giving one of these drops the other set from a replayed record.
 _NAMED_SIZE, _PIXELS = {"resolution", "aspect_ratio"}, {"width", "height"}
 
 #: Characters read from standard input.
@@ -26,10 +25,26 @@ _PRESET_OPTIONS = {name for preset in PRESETS for name in preset_values(preset)}
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose errors are UsageErrors, with the nearest flag for a misspelt one."""
+    """argparse with errors as UsageErrors, hints for misspelt flags, and help in two levels."""
 
     def __init__(self, **more: Any) -> None:
         super().__init__(allow_abbrev=False, **more)
+        #: Help of the flags that only --help-all shows.
+        self._advanced: dict[argparse.Action, str | None] = {}
+
+    def hide(self, *actions: argparse.Action) -> None:
+        """Leave flags to --help-all."""
+        if not self._advanced:
+            self.add_argument("--help-all", action=_HelpAll, help="show all options and exit")
+        for action in actions:
+            self._advanced[action], action.help = action.help, argparse.SUPPRESS
+        self.epilog = f"{len(self._advanced)} more options: {self.prog} --help-all"
+
+    def show_all(self) -> None:
+        """Put hidden flags back into the help."""
+        for action, text in self._advanced.items():
+            action.help = text
+        self.epilog = None
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(message + ".", self._hint(message))
@@ -54,34 +69,50 @@ class Parser(argparse.ArgumentParser):
         return found
 
 
+class _HelpAll(argparse.Action):
+    def __init__(self, option_strings: Sequence[str], dest: str, **more: Any) -> None:
+        super().__init__(option_strings, argparse.SUPPRESS, nargs=0, **more)
+
+    def __call__(self, parser: argparse.ArgumentParser, *rest: Any) -> None:
+        assert isinstance(parser, Parser)
+        parser.show_all()
+        parser.print_help()
+        parser.exit()
+
+
 def add_quiet_flag(parser: argparse._ActionsContainer) -> None:
-    """Say nothing while working."""
+    """Add --quiet."""
     parser.add_argument("--quiet", action="store_true", help="print nothing but the path")
 
 
-def add_debug_flag(parser: argparse._ActionsContainer) -> None:
-    """Show where an error comes from; `cli.main` reads it."""
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+def add_debug_flag(parser: argparse._ActionsContainer) -> argparse.Action:
+    """Add --debug, which `cli.main` reads."""
+    return parser.add_argument(
+        "--debug", action="store_true", help="show the traceback of an error"
+    )
 
 
-def add_request_flags(parser: argparse.ArgumentParser, without: Collection[str] = ()) -> None:
-    """One flag per field, but for those in `without`.
+def add_request_flags(parser: Parser, task: str) -> None:
+    """Add a flag for each option of `task`. A flag that is not typed is absent from the namespace.
 
-    A flag that is not given leaves no trace in the namespace.
+    Options that are not common are shown by --help-all only.
     """
     groups: dict[str, Any] = {}
-    defaults = {f.name: f.default for f in fields(GenerationRequest)}
-    for name, option in options().items():
-        if not option.flags or name in without:
+    for name, option in options_of(task).items():
+        if option.python_only:
             continue
         if option.group not in groups:
             groups[option.group] = parser.add_argument_group(option.group)
-        group = groups[option.group]
-        _add_flag(group, name, option, defaults[name])
+        action = _add_flag(groups[option.group], name, option)
+        if not option.common:
+            parser.hide(action)
 
 
 def explicit_options(args: argparse.Namespace) -> dict[str, Any]:
-    """What the user typed, by field name; `seed` is a list, and a prompt of "-" is read."""
+    """Return the options that were typed, by field name. `seed` is a list.
+
+    A prompt of "-" is read from standard input.
+    """
     typed = {name: value for name, value in vars(args).items() if name in options()}
     if typed.get("prompt") == "-":
         if sys.stdin.isatty():
@@ -91,7 +122,7 @@ def explicit_options(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def as_words(values: Mapping[str, Any]) -> list[str]:
-    """The flags that `explicit_options` would read these values from."""
+    """Return the command line that `explicit_options` reads these values from."""
     words = []
     for name, value in values.items():
         flag = options()[name].flags[0]
@@ -107,7 +138,7 @@ def as_words(values: Mapping[str, Any]) -> list[str]:
 def build_requests(
     typed: dict[str, Any], recorded: dict[str, Any] | None = None
 ) -> list[GenerationRequest]:
-    """One validated request per seed (None: none is known); typed options override recorded."""
+    """Return a validated request for each seed. Typed options override recorded ones."""
     base = dict(recorded or {})
     if typed.keys() & _NAMED_SIZE:
         base = {name: value for name, value in base.items() if name not in _PIXELS}
@@ -126,7 +157,7 @@ def build_requests(
 
 
 def seeded(request: GenerationRequest, index: int) -> GenerationRequest:
-    """The request with a seed: its own, that of the checkpoint that it left, or drawn."""
+    """Return the request with a seed: its own, that of its checkpoint, or a random one."""
     if request.checkpoint_every is None:
         return request.with_seed()
     from mlx_sora.pipeline.resume import with_seed
@@ -134,35 +165,26 @@ def seeded(request: GenerationRequest, index: int) -> GenerationRequest:
     return with_seed(request, index)
 
 
-def _add_flag(group: Any, name: str, option: Option, default: Any) -> None:
-    text = option.help.replace("%", "%%")
-    common: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS, "help": text}
-    if isinstance(default, bool):
-        if default:
-            off = [f"--no-{flag.removeprefix('--')}" for flag in option.flags]
-            common["help"] = f"do not {text}"
-            group.add_argument(*off, action="store_false", **common)
-        else:
-            group.add_argument(*option.flags, action="store_true", **common)
-        return
-    if option.many:
+def _add_flag(group: Any, name: str, option: Option) -> Any:
+    more: dict[str, Any]
+    if isinstance(option.default, bool):
+        more = {"action": "store_false" if option.default else "store_true"}
+    elif option.many:
         first, rest = option.metavar.split(" ", 1)
         more = {"nargs": "+", "action": "append", "metavar": (first, rest[1:-1])}
-        group.add_argument(*option.flags, **more, **common)
-        return
+    else:
+        more = {"type": _parser_of(option), "metavar": option.metavar or None}
+        more["choices"] = option.choices or None
+    text = option.flag_help.replace("%", "%%")
     if name == "seed":
-        common |= {"nargs": "+", "help": text + "; several make several videos"}
-    group.add_argument(
-        *option.flags,
-        type=_parser_of(option),
-        choices=option.choices or None,
-        metavar=option.metavar or None,
-        **common,
+        more["nargs"], text = "+", text + "; several make several videos"
+    return group.add_argument(
+        *option.typed_flags, dest=name, default=argparse.SUPPRESS, help=text, **more
     )
 
 
 def _parser_of(option: Option) -> Callable[[str], Any]:
-    """The option's parser, with its complaint in argparse's form."""
+    """Return the reader of the option with its errors in the form of argparse."""
 
     def parse(text: str) -> Any:
         try:
@@ -184,7 +206,7 @@ def _read_stdin() -> str:
 
 
 def parse_args(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
-    """Parsed arguments; without a command, the help is shown and UsageError raised."""
+    """Return the parsed arguments. Without a command, print the help and raise UsageError."""
     args = parser.parse_args(argv)
     if getattr(args, "run", None) is None:
         parser.print_help(sys.stderr)

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from mlx_sora.cli.flags import Parser
 from mlx_sora.errors import UsageError
 from mlx_sora.request.generation import GenerationRequest
 
@@ -28,22 +29,25 @@ class Cluster:
     chip: Chip
 
 
-def add_cluster_flags(parser: argparse.ArgumentParser) -> None:
-    """What to foretell."""
+def add_cluster_flags(parser: Parser) -> None:
+    """Add the flags of `--dry-run` for several machines."""
     group = parser.add_argument_group("several machines, with --dry-run")
-    group.add_argument(
-        "--ranks", type=int, metavar="N", help="also foretell a step on N equal machines"
-    )
-    group.add_argument(
-        "--link",
-        metavar="LINK",
-        help="what joins them: thunderbolt5 (default), 10gbe, wifi, or as `bench link` measured it",
-    )
-    group.add_argument(
-        "--chip",
-        metavar="CHIP",
-        help="what they are: m1, m2, m3, m4, m4-pro, m4-max (default), m1-max, m1-ultra, or as "
-        "`bench link` measured it",
+    parser.hide(
+        group.add_argument(
+            "--ranks", type=int, metavar="N", help="also estimate a step on N equal machines"
+        ),
+        group.add_argument(
+            "--link",
+            metavar="LINK",
+            help="network between them: thunderbolt5 (default), 10gbe, wifi, or a measurement of "
+            "`bench link`",
+        ),
+        group.add_argument(
+            "--chip",
+            metavar="CHIP",
+            help="their chip: m1, m2, m3, m4, m4-pro, m4-max (default), m1-max, m1-ultra, or a "
+            "measurement of `bench link`",
+        ),
     )
 
 

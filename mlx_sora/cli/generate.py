@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlx_sora.cli.flags import (
+    Parser,
     add_debug_flag,
     add_quiet_flag,
     add_request_flags,
@@ -51,25 +52,25 @@ def add_parser(commands: Any) -> None:
         "generate",
         help="make a video or an image from a prompt",
         description="Make a video (or, with --num-frames 1, an image) from a prompt. "
-        "What is left open is the model's default.",
+        "Options that are not given take the model's defaults.",
     )
-    add_request_flags(parser)
+    add_request_flags(parser, "generate")
     parser.add_argument(
         "--config-from-metadata",
         "-C",
         metavar="FILE",
-        help="replay the request inside a video, an image or a JSON file; flags given override it",
+        help="replay the request in a video, an image or a JSON file; other flags override it",
     )
     parser.add_argument(
         "--prompt-file",
         metavar="FILE",
-        help="many videos: a prompt a line, or (.jsonl) an object of options, such as "
-        '{"prompt": "...", "seed": 3}; what is there already is skipped',
+        help="make a video for each line: a prompt, or (.jsonl) an object of options, such as "
+        '{"prompt": "...", "seed": 3}; videos that exist already are skipped',
     )
     parser.add_argument(
         "--resume",
         metavar="FILE",
-        help="finish the video of a checkpoint, beside it; no option may change what it shows",
+        help="finish the video of a checkpoint; only options that do not change it are allowed",
     )
     add_dry_run_flag(parser)
     add_cluster_flags(parser)
@@ -78,7 +79,7 @@ def add_parser(commands: Any) -> None:
 
 
 def add_dry_run_flag(parser: argparse.ArgumentParser) -> None:
-    """Tell what a run would need instead of running it."""
+    """Add --dry-run."""
     parser.add_argument(
         "--dry-run",
         action="store_true",
@@ -86,14 +87,16 @@ def add_dry_run_flag(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_output_flags(parser: argparse.ArgumentParser) -> None:
-    """What the command says while it works."""
+def add_output_flags(parser: Parser) -> None:
+    """Add the flags for what the command prints while it works."""
     group = parser.add_argument_group("progress")
-    group.add_argument("--json-events", action="store_true", help="progress as JSON lines")
     loudness = group.add_mutually_exclusive_group()
     add_quiet_flag(loudness)
-    loudness.add_argument("--verbose", "-v", action="store_true", help="print what is going on")
-    add_debug_flag(group)
+    parser.hide(
+        loudness.add_argument("--verbose", "-v", action="store_true", help="print more messages"),
+        group.add_argument("--json-events", action="store_true", help="progress as JSON lines"),
+        add_debug_flag(group),
+    )
 
 
 def run(args: argparse.Namespace) -> int:

@@ -11,7 +11,7 @@ from mlx_sora.cli.flags import add_debug_flag
 from mlx_sora.cli.generate import load_pipeline
 from mlx_sora.cli.progress import human_bytes
 from mlx_sora.errors import printable
-from mlx_sora.request.generation import DTYPES, options
+from mlx_sora.request.generation import options
 
 
 def add_parser(commands: Any) -> None:
@@ -19,8 +19,9 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "info", help="show the model, its size, and this machine", description=__doc__
     )
-    parser.add_argument("--model", metavar="MODEL", help=options()["model"].help)
-    parser.add_argument("--dtype", choices=DTYPES, default="auto", help=options()["dtype"].help)
+    model, dtype = options()["model"], options()["dtype"]
+    parser.add_argument("--model", metavar="MODEL", help=model.help)
+    parser.add_argument("--dtype", choices=dtype.choices, default="auto", help=dtype.help)
     parser.add_argument("--json", action="store_true", help="as one JSON object")
     add_debug_flag(parser)
     parser.set_defaults(run=run)

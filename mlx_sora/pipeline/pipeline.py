@@ -135,7 +135,7 @@ class Pipeline(Stages):
         """
         from mlx_sora.request.edit import EditRequest as Request
 
-        for event in self.stream_edit(Request.of(video, options)):
+        for event in self.stream_edit(Request.from_options(video, options)):
             if isinstance(event, Finished):
                 return event.video
         raise AssertionError("an edit ends with Finished or with an error")

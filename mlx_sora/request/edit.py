@@ -1,4 +1,4 @@
-"""What a user can ask of an edit: a video, what it shows, what it is to show instead."""
+"""EditRequest: a video, a prompt that describes it, and a prompt for the edited video."""
 
 from __future__ import annotations
 
@@ -8,35 +8,28 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from mlx_sora.errors import UsageError
-from mlx_sora.request.generation import GenerationRequest, label
+from mlx_sora.request.generation import GenerationRequest, options, options_of
 from mlx_sora.request.options import as_int, as_path, as_text
 
-#: For how many of the first steps the source's values are used, unless told otherwise: measured on
-#: the bundled model (benchmarks/editing.py).
+#: Default number of first steps that use the source's values: measured on the bundled model
+#: (benchmarks/editing.py).
 INJECT_STEPS = 2
 
-#: How the flow is followed unless told otherwise: the way back has to be exact.
+#: Default sampler. Inverting a video needs one that is exact both ways.
 SAMPLER = "midpoint"
-
-#: Options of a generation that mean the same in an edit; the others have no place there.
-SHARED = (
-    *("prompt", "negative_prompt", "model", "steps", "guidance", "sequential_guidance", "sampler"),
-    *("resolution", "aspect_ratio", "width", "height", "num_frames", "fps"),
-    *("aesthetic", "motion", "camera", "lpl", "tdtm", "dtype", "quantize"),
-    *("quantize", "memory_budget", "device_profile", "ci_dl", "vae_tiles", "parallel"),
-    *("output", "overwrite", "embed_metadata", "metadata", "health_check"),
-)
 
 
 @dataclass(frozen=True)
 class EditRequest:
-    """One edit. video: path of a video or picture. source_prompt: what it shows.
+    """One edit.
 
-    target: the prompt for what it is to show, and every other option. Size, length and fps that it
-    leaves open are the model's size and the video's own length and fps. inject_steps: in how many
-    of the first steps attention within frames uses the values of the source; None means
-    INJECT_STEPS, or as many steps as there are. Values are brought to their type on construction
-    (UsageError).
+    video: path of a video or an image. source_prompt: describes it.
+    target: the prompt for the edited video, and every other option. An open size is the model's,
+    an open length and frame rate are the video's.
+    inject_steps: number of first steps in which spatial attention uses the values of the source;
+    None: INJECT_STEPS, or all steps if there are fewer.
+
+    The constructor converts values to the types of the fields. Raises UsageError.
     """
 
     video: str
@@ -53,57 +46,56 @@ class EditRequest:
             try:
                 object.__setattr__(self, name, read(value))
             except ValueError as error:
-                given = str(value)[:80]
-                raise UsageError(f"{name} must be {error}, not {given!r}.") from None
+                shown = str(value)[:80]
+                raise UsageError(f"{name} must be {error}, not {shown!r}.") from None
 
     @classmethod
-    def of(cls, video: str | os.PathLike[str], options: Mapping[str, Any]) -> EditRequest:
-        """From keywords: those of an edit, and those that it shares with a generation.
+    def from_options(cls, video: str | os.PathLike[str], values: Mapping[str, Any]) -> EditRequest:
+        """Return an edit from its own options and those that it shares with a generation.
 
-        Without a sampler among them it is SAMPLER.
+        The sampler is SAMPLER unless `values` has one. Raises UsageError.
         """
-        own = {f.name for f in fields(cls)} - {"video", "target"}
-        rest = {name: value for name, value in options.items() if name not in own}
-        strange = [name for name in rest if name not in SHARED]
-        if strange:
+        own_names = {f.name for f in fields(cls)} - {"video", "target"}
+        own = {name: value for name, value in values.items() if name in own_names}
+        target = {name: value for name, value in values.items() if name not in own_names}
+        shared = options_of("edit")
+        unknown = [name for name in target if name not in shared]
+        if unknown:
             raise UsageError(
-                f"An edit has no option {str(strange[0])[:80]!r}.",
-                f"Valid: {', '.join((*sorted(own), *SHARED))}.",
+                f"An edit has no option {str(unknown[0])[:80]!r}.",
+                f"Valid: {', '.join((*sorted(own_names), *shared))}.",
             )
-        given = {name: value for name, value in options.items() if name in own}
-        if "source_prompt" not in given:
-            raise UsageError("source_prompt is missing.", "Say what the video shows.")
-        target = GenerationRequest.from_dict({"sampler": SAMPLER, **rest})
-        return cls(os.fspath(video), target=target, **given)
+        if "source_prompt" not in own:
+            raise UsageError("source_prompt is missing.", "Describe the video in it.")
+        request = GenerationRequest.from_dict({"sampler": SAMPLER, **target})
+        return cls(os.fspath(video), target=request, **own)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> EditRequest:
-        """What `to_dict` told."""
+        """Return the edit of `to_dict`."""
         return cls(**{**values, "target": GenerationRequest.from_dict(values["target"])})
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it as plain JSON values."""
+        """Return all fields as JSON values."""
         own = {f.name: getattr(self, f.name) for f in fields(self)}
         return own | {"target": self.target.to_dict()}
 
     @property
     def single_process(self) -> bool:
-        """Whether it leaves nothing to other ranks."""
+        """True if no other rank takes part."""
         return self.target.parallel == "off"
 
     def validate(self) -> None:
-        """Raise UsageError for a value that no model can serve."""
+        """Raise UsageError for a value that no model supports."""
         if not self.source_prompt.strip():
-            raise UsageError("the source prompt is empty.", "Say in --source-prompt what is shown.")
+            raise UsageError("the source prompt is empty.", "Describe the video: --source-prompt.")
         self.target.validate()
-        default = GenerationRequest()
-        for item in fields(GenerationRequest):
-            name = item.name
-            if name not in SHARED and getattr(self.target, name) != getattr(default, name):
-                raise UsageError(f"{label(name)} has no place in an edit.", "Leave it out.")
+        for name, option in options().items():
+            if "edit" not in option.tasks and getattr(self.target, name) != option.default:
+                raise UsageError(f"An edit does not use {option.label}.", "Leave it out.")
 
     def resolved_inject_steps(self, steps: int) -> int:
-        """In how many of `steps` steps values are shared. Raises UsageError."""
+        """Return `inject_steps` for a run of `steps` steps. Raises UsageError."""
         if self.inject_steps is None:
             return min(INJECT_STEPS, steps)
         if not 0 <= self.inject_steps <= steps:
@@ -113,9 +105,9 @@ class EditRequest:
         return self.inject_steps
 
     def resolved_target(self, num_frames: int, fps: float) -> GenerationRequest:
-        """The target with what it leaves open of a video with so many frames. Raises UsageError.
+        """Return the target with the length and the frame rate of the video where it has none.
 
-        The seed is 0: an edit draws no random numbers.
+        The seed is 0: an edit uses no random numbers.
         """
         target = replace(self.target, seed=0)
         if target.num_frames is None:

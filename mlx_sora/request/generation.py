@@ -1,7 +1,7 @@
-"""What a user can ask for: every option once, with its flags, its type and its help.
+"""GenerationRequest: every option of a video, once.
 
-The command line, the keywords of the Python API, the metadata inside the file and the table in the
-README all follow from the fields of `GenerationRequest`.
+The flags of the command line, the keywords of the Python API, the metadata inside a file and the
+tables of the READMEs all follow from these fields.
 """
 
 from __future__ import annotations
@@ -10,11 +10,18 @@ import difflib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
+from functools import cache, partial
 from typing import Any
 
 from mlx_sora.errors import UsageError
-from mlx_sora.geometry import MAX_LOOPS, MICRO_FRAME_SIZE, Size, parse_frames, resolve_size
-from mlx_sora.request import groups as output_options
+from mlx_sora.geometry import (
+    MAX_LOOPS,
+    MAX_TILES,
+    MICRO_FRAME_SIZE,
+    Size,
+    parse_frames,
+    resolve_size,
+)
 from mlx_sora.request.modes import (
     GUIDANCE_CACHE,
     GUIDANCE_INTERVAL,
@@ -28,280 +35,303 @@ from mlx_sora.request.options import (
     Option,
     VideoReference,
     as_bits,
-    as_bool,
-    as_float,
     as_frames,
     as_images,
-    as_int,
     as_path,
     as_paths,
-    as_text,
+    as_tiles,
     as_videos,
     option,
-    parallel,
-    technique,
-    tiles,
 )
 from mlx_sora.request.presets import PRESETS
 
 SAMPLERS = ("rflow", "midpoint", "ab2")
-DTYPES = ("auto", "float32", "bfloat16")
-MODELS = ("shapes", "opensora-1.2")
 
-#: Largest values that still mean something; beyond them a typing error is likelier than a wish.
+#: Data types of weights and activations. float16 is absent: T5 overflows in it.
+DTYPES = ("auto", "float32", "bfloat16")
+
+#: How ranks split a video; see mlx_sora/distributed/partition.py.
+PARALLEL_MODES = ("auto", "guidance", "sequence", "both", "prompts", "off")
+
+#: Largest values that make sense. Beyond them a typing error is likelier.
 MAX_SEED = 2**63 - 1
 MAX_FPS = 240.0
+
+#: Commands that make videos, and these together with `calibrate`.
+_VIDEO = "generate edit bench"
+_ALL = "generate edit bench calibrate"
+
+_size = partial(option, tasks=_ALL, group="size", common=True)
+_conditioning = partial(option, group="conditioning")
+_acceleration = partial(option, group="acceleration")
+_memory = partial(option, group="memory")
+_output = partial(option, replay=False, group="output")
 
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """One video or image. `None` means the model's default; `seed=None` draws one.
+    """One video or image. `None` stands for the default of the model, or for a random seed.
 
-    Values are brought to their type on construction (UsageError when that cannot be done);
-    `validate()` checks what they mean.
+    The constructor converts values to the types of the fields and raises UsageError if it cannot.
+    `validate()` checks what the values mean.
     """
 
     prompt: str = option(
-        "", as_text, "--prompt -p", "what to show; - reads it from stdin", metavar="TEXT"
+        "text prompt; - reads it from standard input",
+        "",
+        tasks=_VIDEO,
+        aliases="-p",
+        metavar="TEXT",
+        common=True,
     )
     model: str | None = option(
-        None,
-        as_path,
-        "--model",
-        "shapes, opensora-1.2 (-8bit, -4bit) or a folder; default: opensora-1.2 when downloaded, "
-        "else shapes",
+        "shapes, opensora-1.2 (-8bit, -4bit) or a model folder; default: opensora-1.2 if it is "
+        "downloaded, else shapes",
+        tasks=_ALL,
+        parse=as_path,
         metavar="MODEL",
+        common=True,
     )
     seed: int | None = option(
-        None,
-        as_int,
-        "--seed -s",
-        "start of the random numbers; default: drawn, printed and recorded",
-        metavar="N",
+        "random seed; default: a random one, which is printed and recorded",
+        tasks="generate",
+        aliases="-s",
+        low=0,
+        high=MAX_SEED,
+        common=True,
     )
-    steps: int | None = option(None, as_int, "--steps", "denoising steps", metavar="N")
+    steps: int | None = option(
+        "number of denoising steps", tasks=_ALL, low=1, high=MAX_STEPS, common=True
+    )
     guidance: float | None = option(
-        None,
-        as_float,
-        "--guidance --cfg-scale",
-        "how strongly the prompt is followed; 1 turns guidance off and halves the work",
+        "classifier-free guidance scale: a higher one follows the prompt more closely; 1 turns "
+        "guidance off and halves the work",
+        tasks=_ALL,
+        aliases="--cfg-scale",
         metavar="SCALE",
+        low=0,
+        high=100,
+        common=True,
     )
     negative_prompt: str | None = option(
-        None,
-        as_text,
-        "--negative-prompt",
-        "what to steer away from; default: the empty prompt that the model has learned",
+        "what the video should not show; default: the empty prompt that the model has learned",
+        tasks=_VIDEO,
         metavar="TEXT",
+        common=True,
     )
     sequential_guidance: bool = option(
+        "compute the conditional and the unconditional prediction one after the other: the same "
+        "video in less memory",
         False,
-        as_bool,
-        "--sequential-guidance",
-        "evaluate prompt and no-prompt one after the other: the same video in less memory",
+        tasks=_VIDEO,
     )
     sampler: str = option(
+        "solver of the flow ODE; midpoint calls the network twice per step",
         "rflow",
-        as_text,
-        "--sampler",
-        "how the flow is followed; midpoint evaluates the network twice per step",
+        tasks=_VIDEO,
         choices=SAMPLERS,
     )
-    resolution: str | None = option(
-        None,
-        as_text,
-        "--resolution",
-        "144p to 720p; sets the size with --aspect-ratio",
-        metavar="NAME",
-        group="size",
+
+    resolution: str | None = _size(
+        "144p to 720p; sets the size together with --aspect-ratio", metavar="NAME"
     )
-    aspect_ratio: str | None = option(
-        None, as_text, "--aspect-ratio", "width:height, such as 16:9", metavar="W:H", group="size"
-    )
-    width: int | None = option(
-        None, as_int, "--width", "pixels; give --height too", metavar="N", group="size"
-    )
-    height: int | None = option(
-        None, as_int, "--height", "pixels; give --width too", metavar="N", group="size"
-    )
-    num_frames: int | str | None = option(
-        None,
-        as_frames,
-        "--num-frames --frames",
-        "frames, or a length: 2s 4s 8s 16s; 1 makes an image",
+    aspect_ratio: str | None = _size("width:height, such as 16:9", metavar="W:H")
+    width: int | None = _size("width in pixels; needs --height")
+    height: int | None = _size("height in pixels; needs --width")
+    num_frames: int | str | None = _size(
+        "number of frames, or a length: 2s 4s 8s 16s; 1 makes an image",
+        aliases="--frames",
+        parse=as_frames,
         metavar="N",
-        group="size",
     )
-    fps: float | None = option(
-        None,
-        as_float,
-        "--fps",
-        "frames per second that the model is told and the file plays",
+    fps: float | None = _size(
+        "frames per second of the file, which also conditions the model",
         metavar="N",
-        group="size",
+        low=0.1,
+        high=MAX_FPS,
     )
+
     aesthetic: float | None = option(
-        None,
-        as_float,
-        "--aesthetic",
-        "aesthetic score added to the prompt, such as 6.5",
-        metavar="SCORE",
+        "aesthetic score appended to the prompt, such as 6.5", tasks=_VIDEO, metavar="SCORE"
     )
     motion: float | None = option(
-        None, as_float, "--motion", "motion score added to the prompt, such as 10", metavar="SCORE"
+        "motion score appended to the prompt, such as 10", tasks=_VIDEO, metavar="SCORE"
     )
     camera: str | None = option(
-        None,
-        as_text,
-        "--camera",
-        "camera motion added to the prompt, such as 'pan left'",
-        metavar="TEXT",
+        "camera motion appended to the prompt, such as 'pan left'", tasks=_VIDEO, metavar="TEXT"
     )
-    images: tuple[ImageReference, ...] = option(
+
+    images: tuple[ImageReference, ...] = _conditioning(
+        "image to show in FRAME: a number (negative: from the end), first (default) or last; "
+        "STRENGTH 1 (default) keeps the image as it is, less lets denoising change it; can be "
+        "repeated",
         (),
-        as_images,
-        "--image",
-        "a picture that FRAME shows: a number, negative from the end, first (default) or last; "
-        "below STRENGTH 1 it is made anew from that much of it; can be repeated",
+        parse=as_images,
         metavar="PATH [FRAME [STRENGTH]]",
-        group="conditioning",
         many=True,
+        common=True,
     )
-    videos: tuple[VideoReference, ...] = option(
+    videos: tuple[VideoReference, ...] = _conditioning(
+        "video to continue: the new one begins with its last FRAMES (default 17) frames; with SIDE "
+        "after (default before) it ends with its first ones; one of each connects two videos; can "
+        "be repeated",
         (),
-        as_videos,
-        "--video",
-        "a video that goes on: the new one begins with its last FRAMES (17), or with SIDE after "
-        "(default before) ends with its first; one of each connects two; can be repeated",
+        parse=as_videos,
         metavar="PATH [SIDE [FRAMES [STRENGTH]]]",
-        group="conditioning",
         many=True,
+        common=True,
     )
-    mask_strategy: str | None = option(
-        None,
-        as_text,
-        "",
-        "Open-Sora's notation of what is taken from `references`, in latent frames",
-        group="conditioning",
+    mask_strategy: str | None = _conditioning(
+        "Open-Sora's mask strategy: what to take from `references`, in latent frames",
+        python_only=True,
     )
-    references: tuple[str, ...] = option(
-        (), as_paths, "", "pictures and videos of `mask_strategy`", group="conditioning"
+    references: tuple[str, ...] = _conditioning(
+        "images and videos for `mask_strategy`", (), parse=as_paths, python_only=True
     )
-    loop: int = option(
+    loop: int = _conditioning(
+        "number of clips of --num-frames frames; each continues the one before",
         1,
-        as_int,
-        "--loop",
-        "clips of --num-frames in a row, each going on where the one before ends",
-        metavar="N",
-        group="conditioning",
+        low=1,
+        high=MAX_LOOPS,
     )
-    condition_frames: int = option(
-        MICRO_FRAME_SIZE,
-        as_int,
-        "--condition-frames",
+    condition_frames: int = _conditioning(
         "with --loop: frames that a clip takes over from the one before, a multiple of 17",
-        metavar="N",
-        group="conditioning",
+        MICRO_FRAME_SIZE,
     )
-    condition_edit: float = option(
+    condition_edit: float = _conditioning(
+        "with --loop: how much denoising may change these frames, 0 (nothing) to 1",
         0.0,
-        as_float,
-        "--condition-edit",
-        "with --loop: how much of them is made anew, 0 to 1",
         metavar="RATIO",
-        group="conditioning",
+        low=0,
+        high=1,
     )
-    preset: str | None = option(
-        None,
-        as_text,
-        "--preset",
-        "fill the options left open: "
+
+    preset: str | None = _acceleration(
+        "fill in the options that are not given: "
         + "; ".join(f"{name} ({preset.description})" for name, preset in PRESETS.items()),
         choices=tuple(PRESETS),
-        group="acceleration",
+        common=True,
     )
-    lpl: str | None = technique(
-        LPL, "--lpl", "leap over the last steps: {forms}; t is flow time, 1000 to 0"
+    lpl: str | None = _acceleration(
+        "Linear Proportional Leap: replace the last steps by one leap to t = 0: "
+        f"{LPL.forms}; TIME is flow time, 1000 to 0",
+        tasks=_VIDEO,
+        parse=LPL,
+        metavar="MODE",
     )
-    tdtm: int | str | None = technique(
-        TDTM,
-        "--tdtm",
-        "merge pairs of frames around attention in the first steps: {forms}",
-        "STEPS",
+    tdtm: int | str | None = _acceleration(
+        "Temporal Dimension Token Merging: merge pairs of frames around attention in the first "
+        f"steps: {TDTM.forms}",
+        tasks=_VIDEO,
+        parse=TDTM,
+        metavar="STEPS",
     )
-    step_cache: str | None = technique(
-        STEP_CACHE,
-        "--step-cache",
-        "run the blocks in some steps only, and add what they added last in the others: {forms}; "
-        "tables are made by calibrate; order 1 goes on along a line instead",
+    step_cache: str | None = _acceleration(
+        "skip the transformer blocks in most steps and reuse their cached residual: "
+        f"{STEP_CACHE.forms}; calibrate makes the tables; order=1 extrapolates from the last two "
+        "residuals",
+        parse=STEP_CACHE,
+        metavar="MODE",
     )
-    guidance_interval: str | None = technique(
-        GUIDANCE_INTERVAL,
-        "--guidance-interval",
-        "guidance only between two flow times: {forms}",
-        "TIMES",
+    guidance_interval: str | None = _acceleration(
+        f"apply guidance only between two flow times: {GUIDANCE_INTERVAL.forms}",
+        parse=GUIDANCE_INTERVAL,
+        metavar="TIMES",
     )
-    guidance_cache: str | None = technique(
-        GUIDANCE_CACHE,
-        "--guidance-cache",
-        "after a part of the run, evaluate without prompt in every EACH-th step only: {forms}",
+    guidance_cache: str | None = _acceleration(
+        "after 1/3 of the run, compute the unconditional prediction every EACH steps and reuse it "
+        f"in between: {GUIDANCE_CACHE.forms}",
+        parse=GUIDANCE_CACHE,
+        metavar="MODE",
     )
-    dtype: str = option("auto", as_text, "--dtype", "number format of the networks", choices=DTYPES)
-    quantize: int | None = option(
-        None,
-        as_bits,
-        "--quantize -q",
-        "bits per weight while loading, 4 or 8: less memory; convert once to read less, too",
+
+    dtype: str = option("data type of weights and activations", "auto", tasks=_ALL, choices=DTYPES)
+    quantize: int | None = _memory(
+        "quantize the weights to 4 or 8 bits while loading, which saves memory; convert does it "
+        "once and also saves reading",
+        tasks=_VIDEO,
+        aliases="-q",
+        parse=as_bits,
         metavar="BITS",
-        group="memory",
+        common=True,
     )
-    memory_budget: str | None = option(
-        None,
-        as_text,
-        "--memory-budget",
-        "bytes the whole process may use, such as 3.3GB; streams and micro-batches to stay in it",
+    memory_budget: str | None = _memory(
+        "most memory that the process may use, such as 3.3GB; streams weights and decodes fewer "
+        "frames at a time to stay within it",
+        tasks="generate edit calibrate",
         metavar="BYTES",
         replay=False,
-        group="memory",
+        common=True,
     )
-    device_profile: str | None = option(
-        None,
-        as_text,
-        "--device-profile",
-        "the budget of a device, such as iphone-15-pro, ipad-8gb, mac-16gb",
+    device_profile: str | None = _memory(
+        "memory budget of a device, such as iphone-15-pro, ipad-8gb, mac-16gb",
+        tasks="generate edit calibrate",
         metavar="NAME",
         replay=False,
-        group="memory",
     )
-    ci_dl: bool = option(
+    ci_dl: bool = _memory(
+        "Concurrent Inference with Dynamic Loading: read each block from disk while the one before "
+        "computes; a memory budget turns it on",
         False,
-        as_bool,
-        "--ci-dl",
-        "read each block from disk while the one before computes; a budget turns it on",
+        tasks="generate edit calibrate",
         replay=False,
-        group="memory",
     )
-    vae_tiles: int | None = tiles()
-    parallel: str = parallel()
-    output: str | None = output_options.output()
-    overwrite: bool = output_options.overwrite()
-    embed_metadata: bool = output_options.embed_metadata()
-    metadata: bool = output_options.metadata()
-    health_check: bool = output_options.health_check()
-    checkpoint_every: int | None = output_options.checkpoint_every()
-    preview_every: int | None = output_options.preview_every()
+    vae_tiles: int | None = _memory(
+        f"decode frames in N x N overlapping, blended tiles, 2 to {MAX_TILES}: an approximation, "
+        "for large frames in little memory; 1 is off",
+        tasks=_VIDEO,
+        parse=as_tiles,
+        metavar="N",
+    )
+    parallel: str = _memory(
+        "with mlx.launch, what the ranks split: the two predictions of guidance, the sequence of "
+        "tokens, both, or the prompts of --prompt-file; off is for a single process",
+        "auto",
+        tasks=_VIDEO,
+        choices=PARALLEL_MODES,
+        replay=False,
+    )
+
+    output: str | None = _output(
+        "mp4, gif, webp or png; name_%04d.png or FOLDER/ writes one png per frame; {seed} {index} "
+        "{prompt_slug} are filled in",
+        tasks="generate edit",
+        aliases="-o",
+        parse=as_path,
+        metavar="FILE",
+        common=True,
+    )
+    overwrite: bool = _output(
+        "replace an existing output", False, tasks="generate edit", common=True
+    )
+    embed_metadata: bool = _output(
+        "record the request inside the file", True, tasks="generate edit"
+    )
+    metadata: bool = _output(
+        "also write the metadata as JSON beside the output", False, tasks="generate edit"
+    )
+    health_check: bool = _output(
+        "stop at NaN, exploding, flat, black or static results", True, tasks=_VIDEO
+    )
+    checkpoint_every: int | None = _output(
+        "save OUTPUT.checkpoint.safetensors every N steps and at an interrupt; the same command, "
+        "or --resume, continues from it; a finished video removes it",
+        low=1,
+        high=MAX_STEPS,
+    )
+    preview_every: int | None = _output(
+        "every N steps, write the expected video to OUTPUT.preview.gif (.png for an image)",
+        low=1,
+        high=MAX_STEPS,
+    )
 
     def __post_init__(self) -> None:
         for name, spec in options().items():
-            value = getattr(self, name)
-            if value is not None:
-                object.__setattr__(self, name, spec.convert(value, label(name)))
-            elif name in REQUIRED:
-                raise UsageError(f"{name} is missing.", f"Give {label(name)}.")
+            object.__setattr__(self, name, spec.convert(getattr(self, name)))
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> GenerationRequest:
-        """The inverse of `to_dict`. Unknown names raise UsageError with the nearest known one."""
+        """Return the request of `to_dict`. Raises UsageError for an unknown option."""
         known = options()
         for name in values:
             if name not in known:
@@ -311,40 +341,34 @@ class GenerationRequest:
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
-        """Every option that differs from its default, and the prompt, as plain JSON values."""
+        """Return the prompt and every option that differs from its default, as JSON values."""
         return {
-            f.name: getattr(self, f.name)
-            for f in fields(self)
-            if f.name == "prompt" or getattr(self, f.name) != f.default
+            name: getattr(self, name)
+            for name, spec in options().items()
+            if name == "prompt" or getattr(self, name) != spec.default
         }
 
     def with_seed(self) -> GenerationRequest:
-        """This request with a seed: its own, or one drawn from the system's randomness."""
-        return self if self.seed is not None else replace(self, seed=drawn_seed())
+        """Return this request with its own seed, or with a random one of 32 bits."""
+        if self.seed is not None:
+            return self
+        return replace(self, seed=int.from_bytes(os.urandom(4), "big"))
 
     def with_preset(self) -> GenerationRequest:
         """Return this request with the options of its preset where it leaves them open."""
         if self.preset is None:
             return self
-        values = preset_values(self.preset)
-        return replace(
-            self, **{name: v for name, v in values.items() if getattr(self, name) in (None, False)}
-        )
+        values = preset_values(self.preset).items()
+        return replace(self, **{n: v for n, v in values if getattr(self, n) in (None, False)})
 
     def validate(self) -> None:
-        """Raise UsageError for a value that no model can serve. Nothing is changed."""
+        """Raise UsageError for a value that no model supports."""
         if not self.prompt.strip():
             raise UsageError(
                 "the prompt is empty.", "Give --prompt TEXT (or --prompt - for stdin)."
             )
-        _check_range("seed", self.seed, 0, MAX_SEED)
-        _check_range("steps", self.steps, 1, MAX_STEPS)
-        _check_range("guidance", self.guidance, 0, 100)
-        _check_range("checkpoint_every", self.checkpoint_every, 1, MAX_STEPS)
-        _check_range("preview_every", self.preview_every, 1, MAX_STEPS)
-        _check_range("fps", self.fps, 0.1, MAX_FPS)
-        _check_range("loop", self.loop, 1, MAX_LOOPS)
-        _check_range("condition_edit", self.condition_edit, 0, 1)
+        for name, spec in options().items():
+            spec.check_range(getattr(self, name))
         resolve_size(
             ANY_SIZE,
             resolution=self.resolution,
@@ -356,41 +380,29 @@ class GenerationRequest:
             parse_frames(self.num_frames)
 
 
-#: Stands for the model's own size where only the spelling of a request is checked.
+#: Takes the place of the model's own size when a request is checked without a model.
 ANY_SIZE = Size(512, 512)
 
-#: Fields that are never None, whatever is asked.
-REQUIRED = (
-    *("prompt", "sequential_guidance", "sampler", "dtype"),
-    *("images", "videos", "references", "loop", "condition_frames", "condition_edit"),
-    *("ci_dl", "parallel", "overwrite", "embed_metadata", "metadata", "health_check"),
-)
 
-
-def drawn_seed() -> int:
-    """A seed of 32 bits from the system's randomness."""
-    return int.from_bytes(os.urandom(4), "big")
-
-
+@cache
 def options() -> dict[str, Option]:
-    """Field name → Option, in the order of the fields."""
-    return {f.name: f.metadata["option"] for f in fields(GenerationRequest)}
+    """Return the options by field name, in the order of the fields."""
+    return {f.name: Option.from_field(f) for f in fields(GenerationRequest)}
+
+
+def options_of(task: str) -> dict[str, Option]:
+    """Return the options that a command offers, such as generate, edit, calibrate or bench."""
+    return {name: spec for name, spec in options().items() if task in spec.tasks}
+
+
+def label(name: str) -> str:
+    """Return the name of an option in messages: its first flag, or the keyword if it has none."""
+    return options()[name].label
 
 
 def preset_values(name: str) -> dict[str, Any]:
     """Return the options that preset `name` decides: its own, and every other technique as off."""
-    techniques = (name for name, option in options().items() if option.group == "acceleration")
-    off = dict.fromkeys((technique for technique in techniques if technique != "preset"), "off")
+    accelerations = [n for n, spec in options().items() if spec.group == "acceleration"]
+    off = dict.fromkeys(accelerations, "off")
+    del off["preset"]
     return off | dict(PRESETS[name].values)
-
-
-def label(name: str) -> str:
-    """How an error names an option: its first flag, or the keyword where it has none."""
-    flags = options()[name].flags
-    return flags[0] if flags else name
-
-
-def _check_range(name: str, value: float | None, low: float, high: float) -> None:
-    if value is not None and not low <= value <= high:
-        given = str(value)[:40]
-        raise UsageError(f"{label(name)} {given} is out of range.", f"Give {low} to {high}.")

@@ -1,4 +1,8 @@
-"""How a value of an option is read, from the command line, a keyword or a recorded request."""
+"""Option, the description of one field of a request, and the readers of its values.
+
+A value comes from the command line, a keyword of the Python API or a recorded request. A reader
+turns it into the type of the field, or raises ValueError with what is expected.
+"""
 
 from __future__ import annotations
 
@@ -7,26 +11,25 @@ import numbers
 import os
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import Field, dataclass, field
 from typing import Any, NamedTuple
 
 from mlx_sora.errors import UsageError
 from mlx_sora.geometry import MAX_TILES, MICRO_FRAME_SIZE
-from mlx_sora.request.modes import Modes
 
 #: Bytes of a file's name and of a path that file systems take.
 MAX_NAME, MAX_PATH = 255, 4000
 
 
 def as_bool(value: Any) -> bool:
-    """A bool and nothing that merely behaves like one."""
+    """Return a bool. Numbers and texts are refused."""
     if not isinstance(value, bool):
         raise ValueError("true or false")
     return value
 
 
 def as_int(value: Any) -> int:
-    """An integer, also when written as text. Booleans are refused."""
+    """Return an integer, also from text. Booleans are refused."""
     if isinstance(value, str):
         if not re.fullmatch(r"[+-]?[0-9]{1,30}", value.strip()):
             raise ValueError("a whole number")
@@ -37,7 +40,7 @@ def as_int(value: Any) -> int:
 
 
 def as_float(value: Any) -> float:
-    """A finite number, also when written as text. Booleans are refused."""
+    """Return a finite number, also from text. Booleans are refused."""
     if isinstance(value, bool) or not isinstance(value, (str, numbers.Real)):
         raise ValueError("a number")
     try:
@@ -50,15 +53,23 @@ def as_float(value: Any) -> float:
 
 
 def as_bits(value: Any) -> int:
-    """Bits of a quantised weight."""
+    """Return the bits of a quantized weight."""
     bits = as_int(value)
     if bits not in (4, 8):
         raise ValueError("4 or 8")
     return bits
 
 
+def as_tiles(value: Any) -> int:
+    """Return the number of VAE tiles in a row."""
+    count = as_int(value)
+    if not 1 <= count <= MAX_TILES:
+        raise ValueError(f"1 to {MAX_TILES} tiles in a row")
+    return count
+
+
 def as_text(value: Any) -> str:
-    """A string that can be written as UTF-8."""
+    """Return a string that can be encoded as UTF-8."""
     if not isinstance(value, str):
         raise ValueError("text")
     try:
@@ -69,7 +80,7 @@ def as_text(value: Any) -> str:
 
 
 def as_path(value: Any) -> str:
-    """A path, kept as text so that a trailing slash and templates survive."""
+    """Return a path as text, so that a trailing slash and templates survive."""
     if isinstance(value, os.PathLike):
         value = os.fspath(value)
     text = as_text(value)
@@ -82,16 +93,16 @@ def as_path(value: Any) -> str:
 
 
 def as_frames(value: Any) -> int | str:
-    """A number of frames, or a length such as "2s" that `mlx_sora.geometry` resolves."""
+    """Return a number of frames, or a length such as "2s" that `mlx_sora.geometry` resolves."""
     if isinstance(value, str) and not re.fullmatch(r"\s*[+-]?[0-9]+\s*", value):
         return value.strip()
     return as_int(value)
 
 
 class ImageReference(NamedTuple):
-    """A picture that frame `frame` shows (negative: from the end).
+    """An image for frame `frame` (negative: from the end).
 
-    strength: 1 keeps it as it is; below, it is denoised anew from that much of it.
+    strength: 1 keeps the image as it is; a smaller value lets denoising change it.
     """
 
     path: str
@@ -100,9 +111,10 @@ class ImageReference(NamedTuple):
 
 
 class VideoReference(NamedTuple):
-    """A video before or after the one to be made, which takes over `frames` of its frames.
+    """A video that comes before or after the new one, which takes over `frames` of its frames.
 
-    frames: the last of a video before, the first of one after. strength: as in Picture.
+    frames: the last ones of a video before, the first ones of a video after.
+    strength: as in ImageReference.
     """
 
     path: str
@@ -112,7 +124,7 @@ class VideoReference(NamedTuple):
 
 
 def as_images(value: Any) -> tuple[ImageReference, ...]:
-    """Pictures, each a path or (path, frame, strength); a frame may also be "first" or "last"."""
+    """Return images. Each is a path or (path, frame, strength); "first" and "last" are frames."""
     expected = "paths, each perhaps with a frame (a number, first or last) and a strength (0 to 1)"
 
     def read(path: Any, frame: Any = 0, strength: Any = 1.0) -> ImageReference:
@@ -124,7 +136,7 @@ def as_images(value: Any) -> tuple[ImageReference, ...]:
 
 
 def as_videos(value: Any) -> tuple[VideoReference, ...]:
-    """Videos, each a path or (path, before or after, frames, strength)."""
+    """Return videos. Each is a path or (path, before or after, frames, strength)."""
     expected = "paths, each perhaps with before or after, frames to use and a strength (0 to 1)"
 
     def read(
@@ -139,7 +151,7 @@ def as_videos(value: Any) -> tuple[VideoReference, ...]:
 
 
 def as_paths(value: Any) -> tuple[str, ...]:
-    """Paths in a list, or joined by semicolons as Open-Sora writes them."""
+    """Return paths from a list, or from text joined by semicolons as Open-Sora writes them."""
     if isinstance(value, str):
         value = value.split(";") if value else ()
     return _each(value, as_path, "paths, in a list or joined by ;")
@@ -153,7 +165,6 @@ def _as_strength(value: Any) -> float:
 
 
 def _each(value: Any, read: Callable[..., Any], expected: str) -> tuple[Any, ...]:
-    """`read` of every item of a list; an item is a path, or a list that begins with one."""
     items = [value] if isinstance(value, (str, os.PathLike)) else value
     if not isinstance(items, Iterable):
         raise ValueError(expected)
@@ -166,86 +177,115 @@ def _each(value: Any, read: Callable[..., Any], expected: str) -> tuple[Any, ...
 
 
 def _shown(value: Any) -> str:
-    """The beginning of a refused value; Python does not write integers of any length."""
+    """Return the start of a refused value. Python refuses to print very long integers."""
     try:
         return repr(str(value)[:80])
     except (ValueError, RecursionError):
         return f"this {type(value).__name__}"
 
 
+#: Reader of a field that names none, by its type.
+_READERS = {"str": as_text, "int": as_int, "float": as_float, "bool": as_bool}
+
+
 @dataclass(frozen=True)
 class Option:
-    """How one field is offered to the user.
+    """One field of a request: how its value is read and checked, and how commands offer it.
 
-    flags: names on the command line, the primary one first; empty means Python only.
-    parse: text or value to the field's type; raises ValueError that names what is expected.
-    choices: the valid values, when they can be listed.
-    replay: whether `--config-from-metadata` takes it over from a recorded request.
-    group: heading in the help. many: the flag can be repeated, each time with several words.
+    parse: value or text to the type of the field; raises ValueError that names what is expected.
+    tasks: commands that offer the option. common: shown by --help, the others by --help-all.
+    choices: the valid values of a text. low, high: the range that `check_range` allows.
+    aliases: flags beside the one that follows from the name. python_only: there is no flag.
+    many: the flag can be repeated, each time with several words. group: heading in the help.
+    replay: part of what makes the video, so that a replay of the request takes it over.
     """
 
+    name: str
+    default: Any
     help: str
-    flags: tuple[str, ...]
     parse: Callable[[Any], Any]
-    choices: tuple[str, ...] = ()
+    tasks: tuple[str, ...]
+    common: bool = False
     metavar: str = ""
-    replay: bool = True
-    group: str = "generation"
+    choices: tuple[str, ...] = ()
+    low: float | None = None
+    high: float | None = None
+    aliases: tuple[str, ...] = ()
+    python_only: bool = False
     many: bool = False
+    group: str = "generation"
+    replay: bool = True
 
-    def convert(self, value: Any, label: str) -> Any:
-        """A value as the field's type. Raises UsageError, which calls the option `label`."""
+    @classmethod
+    def from_field(cls, field: Field[Any]) -> Option:
+        """Return the option of a field that was made with `option`."""
+        reader = _READERS.get(str(field.type).removesuffix(" | None"))
+        inferred = {"parse": reader, "metavar": "N" if reader is as_int else ""}
+        return cls(field.name, field.default, **(inferred | field.metadata["option"]))
+
+    @property
+    def required(self) -> bool:
+        """True if the value is never None, which stands for the default of the model."""
+        return self.default is not None
+
+    @property
+    def flags(self) -> tuple[str, ...]:
+        """Flags on the command line, the primary one first."""
+        if self.python_only:
+            return ()
+        name = self.name.removesuffix("s") if self.many else self.name
+        return ("--" + name.replace("_", "-"), *self.aliases)
+
+    @property
+    def typed_flags(self) -> tuple[str, ...]:
+        """Flags as a user types them: `--no-...` if the option is on by default."""
+        if self.default is not True:
+            return self.flags
+        return tuple("--no-" + flag.removeprefix("--") for flag in self.flags)
+
+    @property
+    def flag_help(self) -> str:
+        """Help of `typed_flags`."""
+        return f"do not {self.help}" if self.default is True else self.help
+
+    @property
+    def label(self) -> str:
+        """Name in messages: the primary flag, or the keyword if there is none."""
+        return self.flags[0] if self.flags else self.name
+
+    def convert(self, value: Any) -> Any:
+        """Return `value` as the type of the field. Raises UsageError."""
+        if value is None:
+            if self.required:
+                raise UsageError(f"{self.name} is missing.", f"Give {self.label}.")
+            return None
         try:
             parsed = self.parse(value)
         except ValueError as error:
-            raise UsageError(f"{label} must be {error}, not {_shown(value)}.") from None
+            raise UsageError(f"{self.label} must be {error}, not {_shown(value)}.") from None
         if self.choices and parsed not in self.choices:
             valid = ", ".join(self.choices)
-            raise UsageError(f"unknown {label} {_shown(parsed)}.", f"Valid: {valid}.")
+            raise UsageError(f"unknown {self.label} {_shown(parsed)}.", f"Valid: {valid}.")
         return parsed
 
-
-def option(default: Any, parse: Callable[[Any], Any], flags: str, help: str, **more: Any) -> Any:
-    """A dataclass field that carries its `Option`; `flags` are separated by blanks."""
-    made = Option(help=help, flags=tuple(flags.split()), parse=parse, **more)
-    return field(default=default, metadata={"option": made})
-
-
-def technique(modes: Modes, flag: str, help: str, metavar: str = "MODE") -> Any:
-    """The field of an acceleration, whose modes are told in its help where {forms} stands."""
-    text = help.format(forms=modes.forms)
-    return option(None, modes, flag, text, metavar=metavar, group="acceleration")
+    def check_range(self, value: Any) -> None:
+        """Raise UsageError unless a converted value lies from `low` to `high`."""
+        if value is None or self.low is None or self.high is None:
+            return
+        if not self.low <= value <= self.high:
+            raise UsageError(
+                f"{self.label} {str(value)[:40]} is out of range.",
+                f"Give {self.low} to {self.high}.",
+            )
 
 
-def tiles() -> Any:
-    """The field of tiled decoding."""
+def option(
+    help: str, default: Any = None, *, tasks: str = "generate bench", aliases: str = "", **more: Any
+) -> Any:
+    """Return a dataclass field with the description of its Option.
 
-    def parse(value: Any) -> int:
-        count = as_int(value)
-        if not 1 <= count <= MAX_TILES:
-            raise ValueError(f"1 to {MAX_TILES} tiles in a row")
-        return count
-
-    text = (
-        f"decode pictures in N x N blended tiles, 2 to {MAX_TILES}: an approximation, for large "
-        "pictures in little memory; 1 is off"
-    )
-    return option(None, parse, "--vae-tiles", text, metavar="N", group="memory")
-
-
-#: How ranks divide a video, by the field's names; see mlx_sora/distributed/partition.py.
-PARALLEL = ("auto", "guidance", "sequence", "both", "prompts", "off")
-
-
-def parallel() -> Any:
-    """The field of what several ranks do."""
-    return option(
-        "auto",
-        as_text,
-        "--parallel",
-        "with mlx.launch, what ranks divide: the halves of guidance, the sequence of tokens, both, "
-        "or whole prompts of --prompt-file; off leaves all to one rank",
-        choices=PARALLEL,
-        replay=False,
-        group="memory",
-    )
+    Blanks separate `tasks` and `aliases`. What follows from the name and the type of the field
+    needs no mention: the first flag, the reader of a simple type, the metavar of an integer.
+    """
+    described = {"help": help, "tasks": tuple(tasks.split()), "aliases": tuple(aliases.split())}
+    return field(default=default, metadata={"option": described | more})

@@ -12,11 +12,9 @@ import mlx.core as mx
 
 from mlx_sora.errors import MemoryBudgetError, MlxSoraError, UsageError
 from mlx_sora.models.precision import check_text_encoder
+from mlx_sora.request.generation import DTYPES
 from mlx_sora.runtime import blas
 from mlx_sora.utils.versions import versions
-
-#: Values of the `dtype` option. float16 is absent: T5 overflows in it.
-DTYPES = ("auto", "float32", "bfloat16")
 
 
 def default_dtype(device: mx.Device | None = None, requested: str = "auto") -> mx.Dtype:

@@ -1,11 +1,14 @@
-"""Every flag of `generate` reaches the option that it stands for."""
+"""Every flag of `generate` reaches its option, and help has two levels."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
+import pytest
+
 from mlx_sora.cli.main import main
-from mlx_sora.request.generation import options
+from mlx_sora.request.generation import options, options_of
 from tests.helpers.fake_pipeline import FakePipeline
 
 WORDS = (
@@ -74,3 +77,30 @@ def test_every_flag_reaches_its_field(folder: Path, pipeline: FakePipeline) -> N
     python_only = {"mask_strategy", "references"}
     covered = {*expected, *python_only, "sampler", "width", "height"}
     assert covered == set(options())
+
+
+COMMANDS = {name.split()[0]: name for name in ("generate", "edit", "calibrate", "bench memory")}
+
+
+def shown(command: str, flag: str, capsys: pytest.CaptureFixture[str]) -> str:
+    with pytest.raises(SystemExit) as caught:
+        main([*command.split(), flag])
+    assert caught.value.code == 0
+    return capsys.readouterr().out
+
+
+def names(text: str, flag: str) -> bool:
+    return re.search(rf"^  .*{flag}\b", text, re.MULTILINE) is not None
+
+
+@pytest.mark.parametrize(("task", "command"), COMMANDS.items())
+def test_help_shows_common_options_and_help_all_the_rest(
+    task: str, command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    short, full = (shown(command, flag, capsys) for flag in ("--help", "--help-all"))
+    for option in options_of(task).values():
+        for flag in option.typed_flags:
+            assert names(full, flag)
+            assert names(short, flag) == option.common, flag
+    assert f"mlx_sora {command} --help-all" in short
+    assert len(re.findall(r"^  (?:-\w, )?--", short, re.MULTILINE)) <= 30

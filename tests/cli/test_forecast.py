@@ -69,6 +69,6 @@ def test_without_dry_run_the_way_to_start_is_told(capsys: pytest.CaptureFixture[
 
 def test_the_help_names_all_links_and_chips(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        build_parser().parse_args(["generate", "--help"])
+        build_parser().parse_args(["generate", "--help-all"])
     text = " ".join(capsys.readouterr().out.split())
     assert all(name in text for name in [*(link.name for link in LINKS), *chips()])

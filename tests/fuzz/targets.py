@@ -200,12 +200,12 @@ def _words(data: bytes, folder: Path) -> None:
     from mlx_sora.geometry import parse_frames, resolve_size
     from mlx_sora.manage.sources import choose_endpoint, choose_sources
     from mlx_sora.memory.profiles import parse_bytes, profile
-    from mlx_sora.request.generation import ANY_SIZE, label, options
+    from mlx_sora.request.generation import ANY_SIZE, options
     from mlx_sora.video.output_path import fill_template, frame_path, output_path
 
     text = _text(data)
     readers: list[Callable[[], Any]] = [
-        *(lambda n=n, o=o: o.convert(text, label(n)) for n, o in options().items()),
+        *(lambda o=o: o.convert(text) for o in options().values()),
         lambda: parse_frames(text),
         lambda: parse_bytes(text),
         lambda: profile(text),

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 from mlx_sora.errors import MemoryBudgetError
 from mlx_sora.geometry import Size, plan_geometry
 from mlx_sora.memory.estimate import DEVICES, Device, Estimate, estimate, shape_sizes
 from mlx_sora.memory.plan import ModelSizes, Workload
-from mlx_sora.request.generation import GenerationRequest, options
+from mlx_sora.request.generation import options
 from mlx_sora.request.options import Option
 
 README = Path(__file__).parents[2] / "README.md"
@@ -20,26 +20,21 @@ _BLOCK = re.compile(r"(<!-- (\w+): .*? -->\n).*?(<!-- /\2 -->)", re.DOTALL)
 _SIZE, _LENGTHS, _TOKENS, _STEPS, _ITEMSIZE = Size(426, 240), (51, 102), 60, 30, 2
 
 
-def _flags(option: Option, default: object) -> str:
-    """Flags with their value's name; a switch that is on by default is shown by its off form."""
-    if not option.flags:
+def _flags(option: Option) -> str:
+    """Flags of an option and its metavar."""
+    if option.python_only:
         return "(Python only)"
-    names = option.flags
-    if default is True:
-        names = tuple("--no-" + name.removeprefix("--") for name in names)
-    value = "" if isinstance(default, bool) else f" {option.metavar}".rstrip()
-    return " ".join(f"`{name}`" for name in names) + (f" {value.strip()}" if value else "")
+    return " ".join([f"`{name}`" for name in option.typed_flags] + option.metavar.split())
 
 
 def options_table() -> str:
     """Markdown table: one row per field of `GenerationRequest`, in order."""
-    defaults = {field.name: field.default for field in fields(GenerationRequest)}
     rows = ["| flag | keyword | what it does |", "|---|---|---|"]
     for name, option in options().items():
-        text = option.help.replace("%%", "%").replace("|", "\\|")
+        text = option.flag_help.replace("|", "\\|")
         if option.choices:
             text += ": " + ", ".join(f"`{choice}`" for choice in option.choices)
-        rows.append(f"| {_flags(option, defaults[name])} | `{name}` | {text} |")
+        rows.append(f"| {_flags(option)} | `{name}` | {text} |")
     return "\n".join(rows) + "\n"
 
 

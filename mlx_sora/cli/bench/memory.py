@@ -27,11 +27,6 @@ from importlib.util import find_spec
 
 from mlx_sora.errors import MlxSoraError, UsageError
 
-#: Options of `generate` that the bench decides itself.
-DECIDED = (
-    *("seed", "memory_budget", "device_profile", "ci_dl"),
-    *("output", "overwrite", "embed_metadata", "metadata"),
-)
 PROMPT = "a red circle moving right on a black background"
 
 HEADING = (
@@ -79,7 +74,7 @@ def add_parser(benches: Any) -> None:
         "--overwrite", dest="replacing", action="store_true", help="replace existing results"
     )
     add_debug_flag(group)
-    add_request_flags(parser, DECIDED)
+    add_request_flags(parser, "bench")
     parser.set_defaults(run=run)
 
 

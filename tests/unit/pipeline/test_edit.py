@@ -13,8 +13,8 @@ import pytest
 from mlx_sora import Pipeline, Video
 from mlx_sora.errors import MemoryBudgetError, UsageError
 from mlx_sora.loading.networks import load_vae
-from mlx_sora.request.edit import INJECT_STEPS, SHARED, EditRequest
-from mlx_sora.request.generation import GenerationRequest, options
+from mlx_sora.request.edit import INJECT_STEPS, EditRequest
+from mlx_sora.request.generation import GenerationRequest, options_of
 from mlx_sora.runtime.events import Event, Finished, Noted, StepFinished, Warned
 from mlx_sora.video.frames import to_uint8
 from mlx_sora.video.metadata import read_metadata, replay_options
@@ -45,7 +45,7 @@ def edited(pipe: Pipeline, clip: Path) -> Video:
 
 
 def events(pipe: Pipeline, clip: Path, **asked: object) -> list[Event]:
-    return list(pipe.stream_edit(EditRequest.of(clip, {**SMALL, **asked})))
+    return list(pipe.stream_edit(EditRequest.from_options(clip, {**SMALL, **asked})))
 
 
 def latents(run: list[Event]) -> list[mx.array]:
@@ -78,7 +78,7 @@ def test_back_and_forth_under_one_prompt_is_the_video(pipe: Pipeline, clip: Path
 
 def test_an_edit_survives_json() -> None:
     """Its sampler too, which is not the one that an edit has by itself."""
-    edit = EditRequest.of("a.mp4", {**SMALL, "sampler": "rflow", "inject_steps": 1})
+    edit = EditRequest.from_options("a.mp4", {**SMALL, "sampler": "rflow", "inject_steps": 1})
     assert EditRequest.from_dict(json.loads(json.dumps(edit.to_dict()))) == edit
 
 
@@ -127,17 +127,17 @@ def test_shared_values_matter_in_their_steps_only(pipe: Pipeline, clip: Path) ->
 
 def test_what_is_kept_is_planned_and_told(pipe: Pipeline, clip: Path) -> None:
     def peak(inject: int) -> int:
-        edit = EditRequest.of(clip, {**SMALL, "inject_steps": inject})
+        edit = EditRequest.from_options(clip, {**SMALL, "inject_steps": inject})
         return pipe.plan_edit(edit).stage("denoise").peak
 
     run = events(pipe, clip, inject_steps=2)
     notes = [event.message for event in run if isinstance(event, Noted)]
     assert "4 evaluations" in notes[0]
-    assert pipe.plan_edit(EditRequest.of(clip, SMALL)).stage("read").flops > 0
+    assert pipe.plan_edit(EditRequest.from_options(clip, SMALL)).stage("read").flops > 0
     # 5 latent frames of 2 x 2 tokens, 128 channels, 4 blocks, float32.
     assert peak(2) - peak(0) == 4 * 4 * (5 * 2 * 2) * 128 * 4
     plain = pipe.plan(GenerationRequest(prompt=TARGET, steps=3, width=32, height=32))
-    edit = EditRequest.of(clip, {**SMALL, "sampler": "rflow", "guidance": 2.0})
+    edit = EditRequest.from_options(clip, {**SMALL, "sampler": "rflow", "guidance": 2.0})
     assert pipe.plan_edit(edit).stage("denoise").flops > plain.stage("denoise").flops
 
 
@@ -171,7 +171,7 @@ def test_a_picture_is_a_video_of_one_frame(pipe: Pipeline, tmp_path: Path) -> No
 def test_the_first_frames_of_a_long_video(pipe: Pipeline, tmp_path: Path) -> None:
     shades = np.arange(40, dtype=np.uint8)[:, None, None, None]
     path = save_frames(tmp_path / "a.mp4", np.tile(shades, (1, 32, 32, 3)), 24, None, False)
-    edit = EditRequest.of(path, {**SMALL, "num_frames": 20, "steps": 1})
+    edit = EditRequest.from_options(path, {**SMALL, "num_frames": 20, "steps": 1})
     *_, last = pipe.stream_edit(edit)
     assert isinstance(last, Finished)
     assert last.video.num_frames == 20
@@ -202,21 +202,20 @@ def test_what_cannot_be_asked(
     pipe: Pipeline, clip: Path, asked: Mapping[str, object], said: str
 ) -> None:
     with pytest.raises(UsageError, match=said):
-        pipe.stream_edit(EditRequest.of(clip, {**SMALL, **asked}))
+        pipe.stream_edit(EditRequest.from_options(clip, {**SMALL, **asked}))
 
 
 def test_a_request_made_by_hand_is_checked_too(pipe: Pipeline, clip: Path) -> None:
     edit = EditRequest(str(clip), SOURCE, GenerationRequest(prompt=TARGET, seed=4))
-    with pytest.raises(UsageError, match="--seed has no place in an edit"):
+    with pytest.raises(UsageError, match="An edit does not use --seed"):
         pipe.stream_edit(edit)
     with pytest.raises(UsageError, match="source_prompt is missing"):
-        EditRequest.of(clip, {"prompt": TARGET})
+        EditRequest.from_options(clip, {"prompt": TARGET})
 
 
 def test_an_edit_shares_options_that_there_are() -> None:
-    assert set(SHARED) <= set(options())
     left_out = {"seed", "images", "videos", "mask_strategy", "references", "loop"}
-    assert left_out.isdisjoint(SHARED)
+    assert left_out.isdisjoint(options_of("edit"))
 
 
 def test_what_cannot_be_edited(pipe: Pipeline, tmp_path: Path) -> None:
@@ -229,12 +228,12 @@ def test_what_cannot_be_edited(pipe: Pipeline, tmp_path: Path) -> None:
         (tmp_path / "c.mp4", "No such"),
     ):
         with pytest.raises(UsageError, match=said):
-            pipe.stream_edit(EditRequest.of(path, SMALL))
+            pipe.stream_edit(EditRequest.from_options(path, SMALL))
 
 
 def test_values_that_do_not_fit_are_refused_before_any_work(pipe: Pipeline, clip: Path) -> None:
     def edit(**more: object) -> EditRequest:
-        return EditRequest.of(clip, {**SMALL, "steps": 900, **more})
+        return EditRequest.from_options(clip, {**SMALL, "steps": 900, **more})
 
     budget = pipe.plan_edit(edit(inject_steps=0)).smallest
     with pytest.raises(MemoryBudgetError):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from mlx_sora.errors import UsageError
-from mlx_sora.request.generation import MAX_SEED, REQUIRED, GenerationRequest, label, options
+from mlx_sora.request.generation import MAX_SEED, GenerationRequest, label, options
 
 FULL = {
     "prompt": "a cat",
@@ -145,16 +145,16 @@ def test_choices_are_listed() -> None:
         GenerationRequest(prompt="a", dtype="half")
 
 
-@pytest.mark.parametrize("name", REQUIRED)
+@pytest.mark.parametrize("name", [name for name, option in options().items() if option.required])
 def test_what_has_no_model_default_cannot_be_none(name: str) -> None:
     with pytest.raises(UsageError, match=name):
         GenerationRequest.from_dict({name: None})
 
 
-def test_only_required_fields_lack_none() -> None:
-    """Every other default is None, so that "not asked" and "the model's default" are the same."""
-    defaults = {f.name: f.default for f in dataclasses.fields(GenerationRequest)}
-    assert {name for name, value in defaults.items() if value is not None} == set(REQUIRED)
+def test_a_field_is_required_where_its_type_says_so() -> None:
+    """Every other default is None, which stands for the default of the model."""
+    for field in dataclasses.fields(GenerationRequest):
+        assert options()[field.name].required == ("None" not in str(field.type))
 
 
 def test_unknown_names_suggest_the_nearest() -> None:
@@ -234,9 +234,26 @@ def test_requests_are_immutable() -> None:
         GenerationRequest(prompt="a").prompt = "b"  # type: ignore[misc]
 
 
+@pytest.mark.parametrize("name", [name for name, option in options().items() if option.high])
+def test_ranges_are_checked_by_validate(name: str) -> None:
+    option = options()[name]
+    assert option.low is not None
+    assert option.high is not None
+    for value in (option.low, option.high):
+        GenerationRequest.from_dict({"prompt": "a", name: value}).validate()
+    for value in (option.low - 1, option.high + 1):
+        request = GenerationRequest.from_dict({"prompt": "a", name: value})
+        with pytest.raises(UsageError, match=f"Give {option.low} to {option.high}.") as caught:
+            request.validate()
+        assert f"{option.label} {getattr(request, name)} is out of range." in str(caught.value)
+
+
 def test_flags_are_unique_and_the_first_follows_from_the_name() -> None:
     flags = [flag for option in options().values() for flag in option.flags]
     assert len(flags) == len(set(flags))
-    for name, option in options().items():
-        single = name.removesuffix("s") if option.many else name
-        assert not option.flags or option.flags[0] == "--" + single.replace("_", "-")
+    assert [options()[name].flags for name in ("steps", "images", "guidance", "references")] == [
+        ("--steps",),
+        ("--image",),
+        ("--guidance", "--cfg-scale"),
+        (),
+    ]
