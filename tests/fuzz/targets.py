@@ -366,17 +366,10 @@ def import_all() -> None:
         importlib.import_module(f"mlx_sora.{name}")
 
 
-#: What is fuzzed.
+#: Modules that the targets use.
 MODULES = (
-    *("accel.schedules", "cli.flags", "cli.prompt_file", "loading.checkpoint", "loading.doctor"),
-    *(
-        "loading.hub",
-        "loading.networks",
-        "media",
-        "resuming",
-        "settings",
-        "text.prompt",
-        "text.tokenizer",
-    ),
-    *("video.metadata", "video.output", "video.reader"),
+    *("accel.schedules", "cli.flags", "cli.prompt_file", "conditioning.media"),
+    *("loading.checkpoint", "loading.networks", "manage.doctor", "manage.hub"),
+    *("pipeline.resume", "pipeline.settings", "text.prompt", "text.tokenizer"),
+    *("video.metadata", "video.output_path", "video.reader"),
 )
