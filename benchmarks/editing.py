@@ -32,17 +32,19 @@ from benchmarks.ondevice import psnr
 from benchmarks.shapes import world
 from benchmarks.shapes.scorer import FIELDS, FOREGROUND_DISTANCE, read_video
 from mlx_sora import Pipeline, Video
+from mlx_sora.accel import Accelerations
+from mlx_sora.accel.base import ScheduleInfo
 from mlx_sora.accel.value_sharing import CapturedValues
+from mlx_sora.geometry import Size, model_arguments
 from mlx_sora.loading.networks import load_text_encoder, load_transformer, load_vae
-from mlx_sora.models.hooks import Hooks, ValueSharing
-from mlx_sora.models.stdit3 import BlockPair
+from mlx_sora.models.hooks import Unsharded, ValueSharing
+from mlx_sora.pipeline.networks import ClipTransformer
 from mlx_sora.request.edit import INJECT_STEPS, SAMPLER
 from mlx_sora.sampling import SAMPLERS
-from mlx_sora.sampling.guidance import CFGSlice, Network, guided
+from mlx_sora.sampling.guidance import Guidance
 from mlx_sora.sampling.loop import denoise
 from mlx_sora.text.encoder import TextEncoder
 from mlx_sora.text.prompt import prepare_prompt
-from mlx_sora.text.tokenizer import Tokenizer
 from mlx_sora.video.frames import to_uint8
 from mlx_sora.video.reader import read_video as read_frames
 from mlx_sora.video.writer import save_frames
@@ -168,10 +170,12 @@ class Batch:
         self._network = load_transformer(pipe.model, mx.float32)
         self._vae = load_vae(pipe.model, ("encoder", "decoder"))
         network, rows = load_text_encoder(pipe.model, mx.float32)
-        encoder = TextEncoder(network, rows, Tokenizer.load(pipe.model.tokenizer), mx.float32)
+        encoder, tokenizer = TextEncoder(network, rows, mx.float32), pipe.engine.tokenizer
         self._texts = {
             name: [
-                encoder.encode(prepare_prompt(world.caption(getattr(case, name))).text()).states
+                encoder.encode(
+                    tokenizer.encode(prepare_prompt(world.caption(getattr(case, name))).text())
+                )
                 for case in chosen
             ]
             for name in ("truth", "asked")
@@ -218,19 +222,15 @@ class Batch:
         times: mx.array,
         scale: float,
     ) -> mx.array:
-        def bind(text: Sequence[mx.array], part: CFGSlice) -> Network:
-            side = world.SIZE
-            conditions = self._network.prepare(
-                text, z.shape[1:4], height=side, width=side, fps=world.FPS
-            )
-
-            def predict(z: mx.array, t: mx.array, x_mask: mx.array | None, index: int) -> mx.array:
-                context = Hooks[BlockPair](value_sharing=values(index, float(t[0].item())))
-                return self._network(z, t, conditions, x_mask, context)
-
-            return predict
-
-        velocity = guided(bind, self._texts[caption], self._network.null_text, scale)
+        model = ClipTransformer(
+            (self._network, None),
+            model_arguments(Size(world.SIZE, world.SIZE), world.CHUNK, world.FPS),
+            z.shape[1:4],
+            Accelerations({}, ScheduleInfo(len(times) - 1, 1, z.shape[1])),
+            Unsharded(),
+            values,
+        )
+        velocity = Guidance(model, self._texts[caption], self._network.null_text, scale)
         *_, last = denoise(velocity, z, times, self._sampler)
         return last.z
 

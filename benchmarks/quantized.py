@@ -158,7 +158,7 @@ def network_errors(plain: ModelFolder, quantised: ModelFolder) -> dict[str, Any]
     states, velocities = [], []
     for model in (plain, quantised):
         t5, rows = load_text_encoder(model, mx.float32)
-        states.append(TextEncoder(t5, rows, tokenizer, mx.float32).encode(prompt).states)
+        states.append(TextEncoder(t5, rows, mx.float32).encode(tokenizer.encode(prompt)))
         stdit = load_transformer(model, mx.float32)
         z = mx.random.normal((1, 5, 8, 8, 4), key=mx.random.key(1))
         given = stdit.prepare([states[0]], (5, 8, 8), height=64, width=64, fps=24)

@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
     bars = Bars(quiet=args.quiet)
     try:
         table = calibrate(
-            pipe,
+            pipe.engine,
             requests,
             args.reach,
             lambda done: bars.note(f"{done} of {len(requests)} prompts"),

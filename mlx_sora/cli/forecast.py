@@ -94,13 +94,12 @@ def foretold(
     from mlx_sora.loading.quantization import choose_quantization
     from mlx_sora.loading.sizes import model_sizes
 
-    run = pipeline.prepared(request)
-    assert run.work is not None, "a prepared run knows its work"
+    run = pipeline.prepare(request)
     model = choose_quantization(pipeline.model, run.request.quantize)
     sizes = model_sizes(model, mx.bfloat16)
-    (alone,) = estimate_step(sizes, run.work, cluster.chip, cluster.link, 1)
-    ways = estimate_step(sizes, run.work, cluster.chip, cluster.link, cluster.ranks)
-    return alone, ways, run.work.evaluations // run.settings.steps
+    (alone,) = estimate_step(sizes, run.workload, cluster.chip, cluster.link, 1)
+    ways = estimate_step(sizes, run.workload, cluster.chip, cluster.link, cluster.ranks)
+    return alone, ways, run.workload.evaluations // run.settings.steps
 
 
 def forecast_table(

@@ -1,7 +1,7 @@
-"""Several requests in a row: all text is encoded before T5 leaves memory, then video by video.
+"""Several requests: all text is encoded before T5 is freed, then one video after the other.
 
-What fails in one request is told and leaves the others alone. Encoded text waits on disk, so that
-memory does not grow with the number of requests.
+A request that fails does not stop the others. Encoded text waits on disk, so that memory does not
+grow with the number of requests.
 """
 
 from __future__ import annotations
@@ -9,18 +9,21 @@ from __future__ import annotations
 import logging
 import tempfile
 from collections import defaultdict
-from collections.abc import Generator, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
 
-from mlx_sora.distributed.group import Ranks, deserialize_error, serialize_error
+from mlx_sora.distributed.group import deserialize_error, serialize_error
 from mlx_sora.errors import MlxSoraError, UsageError
 from mlx_sora.memory.limits import release
+from mlx_sora.pipeline.engine import Engine
+from mlx_sora.pipeline.generate import generate_clips, prepare
 from mlx_sora.pipeline.locks import output_lock_on_rank0, process_lock
-from mlx_sora.pipeline.pipeline import Pipeline, seeded
+from mlx_sora.pipeline.resume import with_seed
 from mlx_sora.pipeline.run import GenerationRun
+from mlx_sora.pipeline.stages import encode_text
 from mlx_sora.pipeline.transfer import VideoTransfer
 from mlx_sora.request.generation import GenerationRequest
 from mlx_sora.runtime.events import Event, Finished, RequestFailed, RequestStarted
@@ -28,143 +31,149 @@ from mlx_sora.runtime.events import Event, Finished, RequestFailed, RequestStart
 log = logging.getLogger(__name__)
 
 
-class BatchRun(Pipeline):
-    """Many requests with the model of a pipeline.
+def generate_batch(
+    engine: Engine, requests: Sequence[GenerationRequest]
+) -> Generator[Event, None, None]:
+    """Yield the events of all requests: `Finished` or `RequestFailed` for each of them.
 
-    Several ranks take the videos in turn where there are as many (data parallel): each makes its
-    own, alone, and sends the files to the first. Fewer are made by all together, one by one.
+    With data parallelism, ranks make whole videos side by side: each makes its own and sends the
+    files to rank 0. That needs at least as many requests as ranks. Otherwise all ranks make every
+    video together.
     """
+    modes = {request.parallel for request in requests}
+    if "off" in modes:
+        engine = engine.single_process()
+    ranks = engine.ranks
+    checkpoints = any(request.checkpoint_every is not None for request in requests)
+    enough = modes == {"auto"} and len(requests) >= ranks.size and not checkpoints
+    data_parallel = ranks.size > 1 and ("prompts" in modes or enough)
+    return ranks.watch_events(_Batch(engine, requests, data_parallel).events())
 
-    def __init__(self, pipeline: Pipeline, requests: Sequence[GenerationRequest]) -> None:
-        super().__init__(pipeline.model, pipeline.dtype)
-        self._requests = requests
-        asked = {request.parallel for request in requests}
-        if "off" in asked:
-            self.ranks = Ranks()
-        kept = any(request.checkpoint_every is not None for request in requests)
-        enough = asked == {"auto"} and len(requests) >= self.ranks.size and not kept
-        self._apart = self.ranks.size > 1 and ("prompts" in asked or enough)
+
+class _Batch:
+    """Several requests being carried out. data_parallel: every rank makes videos of its own."""
+
+    def __init__(
+        self, engine: Engine, requests: Sequence[GenerationRequest], data_parallel: bool
+    ) -> None:
+        self._engine, self._ranks, self._requests = engine, engine.ranks, requests
+        self._data_parallel = data_parallel
+        self._runs: dict[int, GenerationRun] = {}
 
     def events(self) -> Generator[Event, None, None]:
-        """Events of all requests: `Finished` or `RequestFailed` for each of them."""
-        return self.ranks.watch_events(self._all())
-
-    def _all(self) -> Generator[Event, None, None]:
-        self._agree(self.ranks, self._requests)
-        runs: dict[int, GenerationRun] = {}
+        self._engine.check_equal(self._requests)
         for index, request in enumerate(self._requests):
             try:
-                runs[index] = self._begin(seeded(request, self.ranks), runs.values())
+                self._runs[index] = self._prepare(request)
             except Exception as error:
-                yield RequestFailed(index, as_known(error))
+                yield RequestFailed(index, as_known_error(error))
         with process_lock(), tempfile.TemporaryDirectory(prefix="mlx_sora-") as folder:
-            texts: dict[int, _TextsOnDisk] = {}
-            left = {index: run for index, run in runs.items() if run.has_steps_left}
-            for number, group in enumerate(_alike(left)):
-                store = _TextsOnDisk(Path(folder), f"{number}-")
-                yield from self._encode([runs[i] for i in group], store, ranks=self.ranks)
-                texts |= dict.fromkeys(group, store)
-            if self._apart:
-                yield from self._in_turn(runs, texts)
+            texts = yield from self._encode(Path(folder))
+            if self._data_parallel:
+                yield from self._make_side_by_side(texts)
                 return
-            for index in list(runs):
-                yield from self._make_one(index, runs.pop(index), texts.get(index))
+            for index in list(self._runs):
+                yield from self._make(index, self._runs.pop(index), texts.get(index))
 
-    def _in_turn(
-        self, runs: dict[int, GenerationRun], texts: Mapping[int, _TextsOnDisk]
-    ) -> Generator[Event, None, None]:
-        """The videos in rounds, one for each rank; the first tells of the others' afterwards."""
-        ranks, order = self.ranks, list(runs)
-        for start in range(0, len(order), ranks.size):
-            indices, parcel = order[start : start + ranks.size], VideoTransfer()
-            if ranks.rank < len(indices):
-                own = indices[ranks.rank]
-                parcel = yield from self._packed(own, runs[own], texts[own])
-            for rank, (index, other) in enumerate(
-                zip(indices, parcel.exchanged(ranks), strict=False)
-            ):
-                run = runs.pop(index)
-                if rank != ranks.rank:
-                    yield from self._unpacked(index, run, other)
-
-    def _packed(
-        self, index: int, run: GenerationRun, texts: _TextsOnDisk
-    ) -> Generator[Event, None, VideoTransfer]:
-        """A video of this rank, for the first to put in its place where that is not this one."""
-        run.more["parallel"] = {"ranks": self.ranks.size, "mode": "prompts"}
-        with tempfile.TemporaryDirectory(prefix="mlx_sora-") as folder:
-            if run.output is not None and not self.ranks.is_rank0:
-                run.output = Path(folder) / run.output.name
-            for event in self._make_one(index, run, texts):
-                yield event
-                if isinstance(event, RequestFailed):
-                    return VideoTransfer(error=serialize_error(event.error))
-                if isinstance(event, Finished):
-                    return (
-                        VideoTransfer()
-                        if self.ranks.is_rank0
-                        else VideoTransfer.of(event.video, Path(folder))
-                    )
-        raise AssertionError("a request ends with Finished or RequestFailed")
-
-    def _unpacked(self, index: int, run: GenerationRun, parcel: VideoTransfer) -> Iterator[Event]:
-        """What became of another rank's video."""
-        yield RequestStarted(index, len(self._requests), run.request.prompt, run.settings.seed)
-        try:
-            if parcel.error is not None:
-                raise deserialize_error(*parcel.error)
-            yield Finished(parcel.delivered(run, written=self.ranks.is_rank0))
-        except Exception as error:
-            yield RequestFailed(index, as_known(error))
-
-    def _make_one(
-        self, index: int, run: GenerationRun, texts: _TextsOnDisk | None
-    ) -> Generator[Event, None, None]:
-        prompt, seed = run.request.prompt, run.settings.seed
-        yield RequestStarted(index, len(self._requests), prompt, seed)
-        try:
-            yield from run.begin()
-            made = self._make(run, {} if texts is None else texts.of(run))
-            with output_lock_on_rank0(run.output, run.ranks):
-                yield from made
-        except Exception as error:
-            failure = as_known(error)
-            if run.ranks.size > 1 and not getattr(error, "agreed", False):
-                raise  # the others are elsewhere
-        else:
-            return
-        release()
-        yield RequestFailed(index, failure)
-
-    def _ranks(self, request: GenerationRequest) -> Ranks:
-        return Ranks() if self._apart else self.ranks
-
-    def _begin(self, request: GenerationRequest, others: Iterable[GenerationRun]) -> GenerationRun:
-        """The run of a request. Raises UsageError where another goes to the same file."""
-        with self.ranks.collective_errors():
+    def _prepare(self, request: GenerationRequest) -> GenerationRun:
+        """Prepare a run. Raises UsageError if another one writes to the same file."""
+        ranks, engine = self._ranks, self._engine
+        request = replace(request, seed=ranks.broadcast_object(with_seed(request).seed))
+        with ranks.collective_errors():
             request.validate()
-            if self._apart:
-                request = _alone(request)
-            run = self._begun(request)
-            if run.output is not None and any(run.output == other.output for other in others):
+            if self._data_parallel:
+                request, engine = _as_single_rank(request), engine.single_process()
+            run = prepare(engine, request)
+            others = (other.output for other in self._runs.values())
+            if run.output is not None and run.output in others:
                 raise UsageError(
                     f"Two videos would go to one file, {run.output}.",
                     "Put {seed} or {index} into the output.",
                 )
-        run.checkpoints = run.checkpoints.shared_across(run.ranks)
+        run.checkpoints.share(run.ranks)
         return run
+
+    def _encode(self, folder: Path) -> Generator[Event, None, dict[int, _TextsOnDisk]]:
+        """Encode the text of all runs, in groups that one T5 can serve."""
+        texts: dict[int, _TextsOnDisk] = {}
+        for number, group in enumerate(_encoding_groups(self._runs)):
+            store = _TextsOnDisk(folder, f"{number}-")
+            yield from encode_text([self._runs[i] for i in group], store, self._ranks)
+            texts |= dict.fromkeys(group, store)
+        return texts
+
+    def _make_side_by_side(self, texts: Mapping[int, _TextsOnDisk]) -> Generator[Event, None, None]:
+        """Make the videos in rounds, one per rank; afterwards rank 0 collects the others'."""
+        ranks, order = self._ranks, list(self._runs)
+        for start in range(0, len(order), ranks.size):
+            indices, transfer = order[start : start + ranks.size], VideoTransfer()
+            if ranks.rank < len(indices):
+                own = indices[ranks.rank]
+                transfer = yield from self._make_for_transfer(own, texts[own])
+            transfers = transfer.all_gather(ranks)
+            for rank, (index, other) in enumerate(zip(indices, transfers, strict=False)):
+                run = self._runs.pop(index)
+                if rank != ranks.rank:
+                    yield from self._receive(index, run, other)
+
+    def _make_for_transfer(
+        self, index: int, texts: _TextsOnDisk
+    ) -> Generator[Event, None, VideoTransfer]:
+        """Make a video of this rank; on other ranks than 0, into a temporary folder."""
+        ranks, run = self._ranks, self._runs[index]
+        run.result.metadata["parallel"] = {"ranks": ranks.size, "mode": "prompts"}
+        with tempfile.TemporaryDirectory(prefix="mlx_sora-") as folder:
+            if run.output is not None and not ranks.is_rank0:
+                run = replace(run, output=Path(folder) / run.output.name)
+            for event in self._make(index, run, texts):
+                yield event
+                if isinstance(event, RequestFailed):
+                    return VideoTransfer(error=serialize_error(event.error))
+                if isinstance(event, Finished):
+                    if ranks.is_rank0:
+                        return VideoTransfer()
+                    return VideoTransfer.from_video(event.video, Path(folder))
+        raise AssertionError("a request ends with Finished or RequestFailed")
+
+    def _receive(self, index: int, run: GenerationRun, transfer: VideoTransfer) -> Iterator[Event]:
+        """Yield the events of a video that another rank made."""
+        yield self._started(index, run)
+        try:
+            if transfer.error is not None:
+                raise deserialize_error(*transfer.error)
+            yield Finished(transfer.deliver(run, write=self._ranks.is_rank0))
+        except Exception as error:
+            yield RequestFailed(index, as_known_error(error))
+
+    def _make(
+        self, index: int, run: GenerationRun, texts: _TextsOnDisk | None
+    ) -> Generator[Event, None, None]:
+        yield self._started(index, run)
+        try:
+            yield from run.opening_events()
+            states = {} if texts is None else {text: texts[text] for text in run.encodings}
+            with output_lock_on_rank0(run.output, run.ranks):
+                video = yield from generate_clips(run, states)
+        except Exception as error:
+            failure = as_known_error(error)
+            if run.ranks.size > 1 and not getattr(error, "agreed", False):
+                raise  # the other ranks are elsewhere
+        else:
+            yield Finished(video)
+            return
+        release()
+        yield RequestFailed(index, failure)
+
+    def _started(self, index: int, run: GenerationRun) -> RequestStarted:
+        return RequestStarted(index, len(self._requests), run.request.prompt, run.settings.seed)
 
 
 class _TextsOnDisk(MutableMapping[str, mx.array]):
-    """Texts and their states [n, D], each in a file of `folder` whose name begins with `prefix`."""
+    """Texts and their T5 states [n, D], each in a file of `folder` that begins with `prefix`."""
 
     def __init__(self, folder: Path, prefix: str) -> None:
         self._folder, self._prefix = folder, prefix
         self._files: dict[str, Path] = {}
-
-    def of(self, run: GenerationRun) -> dict[str, mx.array]:
-        """The states that a run needs, in memory."""
-        return {text: self[text] for text in run.settings.all_texts}
 
     def __getitem__(self, text: str) -> mx.array:
         arrays = mx.load(str(self._files[text]), format="safetensors")
@@ -177,7 +186,7 @@ class _TextsOnDisk(MutableMapping[str, mx.array]):
         file = self._files.setdefault(text, self._folder / name)
         try:
             mx.save_safetensors(str(file), {"states": states})
-        except RuntimeError as error:  # MLX's word for a disk that is full or gone
+        except RuntimeError as error:  # MLX's error for a disk that is full or gone
             raise MlxSoraError(
                 f"Cannot write {file}: {error}", "Make room there, or set TMPDIR to another folder."
             ) from error
@@ -192,8 +201,8 @@ class _TextsOnDisk(MutableMapping[str, mx.array]):
         return len(self._files)
 
 
-def as_known(error: Exception) -> MlxSoraError:
-    """An error as one of ours, without the frames that it came from: they hold networks."""
+def as_known_error(error: Exception) -> MlxSoraError:
+    """Return an error as one of ours, without its traceback, whose frames hold networks."""
     log.debug("a request failed", exc_info=error)
     if isinstance(error, MlxSoraError):
         return type(error)(error.message, error.fix)
@@ -201,8 +210,8 @@ def as_known(error: Exception) -> MlxSoraError:
     return MlxSoraError(f"{type(error).__name__}: {reason}")
 
 
-def _alone(request: GenerationRequest) -> GenerationRequest:
-    """The request as a single rank makes it. Raises UsageError for what that does not go with."""
+def _as_single_rank(request: GenerationRequest) -> GenerationRequest:
+    """Return the request as one rank makes it. Raises UsageError if checkpoints are asked for."""
     if request.checkpoint_every is not None:
         raise UsageError(
             "--checkpoint-every does not go with --parallel prompts.", "Leave one of them out."
@@ -210,10 +219,11 @@ def _alone(request: GenerationRequest) -> GenerationRequest:
     return replace(request, parallel="auto") if request.parallel == "prompts" else request
 
 
-def _alike(runs: Mapping[int, GenerationRun]) -> list[list[int]]:
-    """Numbers of runs that T5 can serve together: of one number format, bits, limit and checks."""
+def _encoding_groups(runs: Mapping[int, GenerationRun]) -> list[list[int]]:
+    """Group the runs that have steps left by number format, bits, memory limits and checks."""
     groups: dict[object, list[int]] = defaultdict(list)
     for index, run in runs.items():
-        weights = (run.dtype, run.request.quantize, run.request.health_check)
-        groups[weights, run.settings.memory_budget, run.request.ci_dl].append(index)
+        if run.has_steps_left:
+            weights = (run.dtype, run.request.quantize, run.request.health_check)
+            groups[weights, run.settings.memory_budget, run.request.ci_dl].append(index)
     return list(groups.values())

@@ -1,10 +1,11 @@
-"""Searching step cache schedules on a model's own weights.
+"""Calibration: search step cache schedules on a model's own weights.
 
-On the exact path of a few prompts, every segment of steps that could reuse the sum of its first
-one is tried: how far its velocities, taken with that sum, lead away from the path. The best
-schedule of n computed steps is then the shortest way through n segments. Blocks run in the exact
-steps only, so a prompt takes little more than its video does; the sums of all steps are kept
-meanwhile. The search is that of GCache and LeMiCa; the errors, taken on the path itself, are ours.
+On the exact path of a few prompts, every segment of steps that could reuse the residual of its
+first step is tried: how far do its velocities, computed with that residual, lead away from the
+path? The best schedule of n computed steps is then the shortest path through n segments. Blocks
+run in the exact steps only, so a prompt takes little longer than its video; the residuals of all
+steps stay in memory meanwhile. The search is that of GCache and LeMiCa; measuring the errors on
+the path itself is ours.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -20,83 +20,81 @@ import mlx.core as mx
 from mlx_sora import __version__
 from mlx_sora.accel import Accelerations
 from mlx_sora.accel.schedules import ScheduleTable
-from mlx_sora.models.hooks import Hooks
-from mlx_sora.models.stdit3 import STDiT3
-from mlx_sora.pipeline.pipeline import Pipeline
+from mlx_sora.pipeline.engine import Engine
+from mlx_sora.pipeline.generate import prepare, schedule_info
 from mlx_sora.pipeline.run import GenerationRun
-from mlx_sora.pipeline.stages import Texts, bound
+from mlx_sora.pipeline.stages import clip_guidance, clip_transformer, encode_text
 from mlx_sora.request.generation import GenerationRequest
 from mlx_sora.sampling import SAMPLERS
-from mlx_sora.sampling.base import Step, Velocity
-from mlx_sora.sampling.guidance import CFGSlice, guided
+from mlx_sora.sampling.base import Step
+from mlx_sora.sampling.guidance import CFGSlice, Guidance
 from mlx_sora.sampling.loop import denoise
 from mlx_sora.sampling.noise import Noise
 
-#: Steps that a segment may span, unless told otherwise.
+#: Default of the most steps that a segment may span.
 REACH = 20
 
 #: Error of a segment (the computed step before it, its first step, the step after it). The step
-#: before matters to a forecast only, and is the first step itself where there is none.
+#: before matters to a linear forecast only; it is the first step itself if there is none.
 Errors = dict[tuple[int, int, int], float]
 
 
 @dataclass(frozen=True)
-class Made:
-    """One step of an exact path: its place, latents and velocity, and what the blocks added."""
+class ExactStep:
+    """One step of an exact path: its place, latents, velocity, and the blocks' residual."""
 
     step: Step
     z: mx.array
     v: mx.array
-    sums: mx.array
+    residual: mx.array
 
 
 class Probe(Accelerations):
-    """Fills the seam around the blocks: takes note of their sum, or hands out `given`."""
+    """Block stack cache that records the residual, or returns `forced` in its place."""
 
-    given: mx.array | None = None
-    seen: mx.array
+    forced: mx.array | None = None
+    recorded: mx.array
 
     def block_cache(self, step: int, part: CFGSlice) -> Probe:
         return self
 
     def cached_residual(self, x: mx.array, t: mx.array, x_mask: mx.array | None) -> mx.array | None:
-        return self.given
+        return self.forced
 
     def update(self, x: mx.array, out: mx.array) -> None:
-        self.seen = out - x
-        mx.eval(self.seen)
+        self.recorded = out - x
+        mx.eval(self.recorded)
 
 
 def calibrate(
-    pipe: Pipeline,
+    engine: Engine,
     requests: Sequence[GenerationRequest],
     reach: int = REACH,
-    tell: Callable[[int], None] = lambda done: None,
+    on_progress: Callable[[int], None] = lambda done: None,
 ) -> ScheduleTable:
-    """The table of schedules for the size and steps of `requests`, which differ in prompt and seed.
+    """Return the schedules for the size and steps of `requests`, which differ in prompt and seed.
 
-    reach: the longest segment. tell: called with the number of prompts that are done.
+    reach: the longest segment. on_progress: called with the number of finished prompts.
     """
-    found: dict[int, list[Errors]] = {0: [], 1: []}
-    run: GenerationRun | None = None
+    assert requests, "there is a request"
+    errors: dict[int, list[Errors]] = {0: [], 1: []}
     for done, request in enumerate(requests, start=1):
-        run = pipe._prepare(request.with_seed())
-        for order, errors in _measured(pipe, run, reach).items():
-            found[order].append(errors)
-        tell(done)
-    assert run is not None, "there is a request"
+        run = prepare(engine, request.with_seed())
+        for order, found in _measure(run, reach).items():
+            errors[order].append(found)
+        on_progress(done)
     settings = run.settings
     steps, (width, height) = settings.steps, settings.geometry.size
-    chosen = {
-        str(order): dict(schedules(_mean(each), steps, order)) for order, each in found.items()
+    best = {
+        str(order): dict(schedules(_mean(each), steps, order)) for order, each in errors.items()
     }
     return ScheduleTable(
         steps=steps,
         width=width,
         height=height,
         num_frames=settings.geometry.num_frames,
-        orders={o: {str(n): way for n, (way, _) in own.items()} for o, own in chosen.items()},
-        errors={o: {str(n): round(e, 6) for n, (_, e) in own.items()} for o, own in chosen.items()},
+        orders={o: {str(n): path for n, (path, _) in own.items()} for o, own in best.items()},
+        errors={o: {str(n): round(e, 6) for n, (_, e) in own.items()} for o, own in best.items()},
         about={
             "model": settings.model,
             "guidance": settings.guidance,
@@ -110,91 +108,86 @@ def calibrate(
 def schedules(
     errors: Errors, steps: int, order: int
 ) -> Iterator[tuple[int, tuple[list[int], float]]]:
-    """Of every number of computed steps, the schedule with the least sum of errors, and that sum.
+    """Yield, for every number of computed steps, the best schedule and its sum of errors.
 
-    All begin with step 0.
+    Every schedule begins with step 0. Dynamic programming over the last two computed steps.
     """
-    # What it takes to have computed `before` and then `now` last, and the schedule that does.
-    ways: dict[tuple[int, int], tuple[float, list[int]]] = {(0, 0): (0.0, [0])}
+    # (step computed before, step computed last) -> least error so far, and its schedule.
+    paths: dict[tuple[int, int], tuple[float, list[int]]] = {(0, 0): (0.0, [0])}
     for count in range(1, steps):
         ends = [
-            (sum_ + errors[before, now, steps], way)
-            for (before, now), (sum_, way) in ways.items()
+            (error + errors[before, now, steps], path)
+            for (before, now), (error, path) in paths.items()
             if (before, now, steps) in errors
         ]
         if ends:
-            best, way = min(ends)
-            yield count, (way, best)
+            best, path = min(ends)
+            yield count, (path, best)
         longer: dict[tuple[int, int], tuple[float, list[int]]] = {}
-        for (before, now), (sum_, way) in ways.items():
+        for (before, now), (error, path) in paths.items():
             for then in range(now + 1, steps):
-                error = errors.get((before, now, then))
+                segment = errors.get((before, now, then))
                 state = (now, then) if order else (then, then)
-                if error is not None and sum_ + error < longer.get(state, (math.inf,))[0]:
-                    longer[state] = (sum_ + error, [*way, then])
-        ways = longer
+                if segment is not None and error + segment < longer.get(state, (math.inf,))[0]:
+                    longer[state] = (error + segment, [*path, then])
+        paths = longer
 
 
-def _mean(found: Sequence[Errors]) -> Errors:
-    return {key: sum(each[key] for each in found) / len(found) for key in found[0]}
+def _mean(errors: Sequence[Errors]) -> Errors:
+    return {key: sum(each[key] for each in errors) / len(errors) for key in errors[0]}
 
 
-def _measured(pipe: Pipeline, run: GenerationRun, reach: int) -> dict[int, Errors]:
-    """Errors of all segments on one prompt, for both orders."""
+def _measure(run: GenerationRun, reach: int) -> dict[int, Errors]:
+    """Measure the errors of all segments on one prompt, for both orders of forecast."""
     texts: dict[str, mx.array] = {}
-    for _ in pipe._encode([run], texts):
+    for _ in encode_text([run], texts, run.ranks):
         pass
-    plan, lifetimes = run.plan.stage("denoise"), pipe._lifetimes(run)
-    with lifetimes.stage(plan), lifetimes.transformer(plan) as (network, blocks):
-        probe = Probe({}, pipe._job(run.settings))
-        run.accelerations = probe
-        velocity = _velocity(run, network, texts, Hooks(blocks))
-        path = list(_exact(run, velocity, network.config.in_channels, probe))
-        return {order: dict(_segments(path, velocity, probe, reach, order)) for order in (0, 1)}
+    plan = run.plan.stage("denoise")
+    with run.loader.stage(plan), run.loader.transformer(plan) as transformer:
+        info = schedule_info(run.engine, run.settings, run.ranks, run.parallel)
+        probe = Probe({}, info)
+        velocity = clip_guidance(run, clip_transformer(run, transformer, probe), texts)
+        path = list(_exact_path(run, velocity, transformer[0].config.in_channels, probe))
+        return {
+            order: dict(_segment_errors(path, velocity, probe, reach, order)) for order in (0, 1)
+        }
 
 
-def _velocity(run: GenerationRun, network: STDiT3, texts: Texts, context: Hooks[Any]) -> Velocity:
-    return guided(
-        partial(bound, network, run, lambda index, t: context),
-        [texts[run.settings.text]],
-        network.null_text,
-        run.settings.guidance,
-    )
-
-
-def _exact(run: GenerationRun, velocity: Velocity, channels: int, probe: Probe) -> Iterator[Made]:
-    settings = run.settings
-    sampler = SAMPLERS["rflow"]
+def _exact_path(
+    run: GenerationRun, velocity: Guidance, channels: int, probe: Probe
+) -> Iterator[ExactStep]:
+    settings, sampler = run.settings, SAMPLERS["rflow"]
     times = sampler.timesteps(settings.steps, **settings.model_args.sizes)
     noise = Noise([settings.seed], (*settings.geometry.latent, channels))
-    for done in denoise(velocity, noise.initial(), times, sampler):
-        yield Made(done.step, done.z_in, done.v, probe.seen)
+    for step in denoise(velocity, noise.initial(), times, sampler):
+        yield ExactStep(step.step, step.z_in, step.v, probe.recorded)
 
 
-def _segments(
-    path: Sequence[Made], velocity: Velocity, probe: Probe, reach: int, order: int
+def _segment_errors(
+    path: Sequence[ExactStep], velocity: Guidance, probe: Probe, reach: int, order: int
 ) -> Iterator[tuple[tuple[int, int, int], float]]:
-    """Error of every segment: how far it leads off, as a share of the whole path's length."""
-    length = _rms(sum((made.v * made.step.dt for made in path), mx.zeros(1)))
+    """Yield the error of every segment, as a share of the whole path's length."""
+    length = _rms(sum((each.v * each.step.dt for each in path), mx.zeros(1)))
     for now in range(len(path)):
         earlier = range(max(0, now - reach), now) if order and now else (now,)
         for before in earlier:
-            off = mx.zeros_like(path[0].z)
+            error = mx.zeros_like(path[0].z)
             yield (before, now, now + 1), 0.0
             for then in range(now + 1, min(now + reach, len(path))):
-                made = path[then]
-                probe.given = _forecast(path[before], path[now], made.step)
-                off = off + (velocity(made.z, made.step.t, made.step) - made.v) * made.step.dt
-                yield (before, now, then + 1), _rms(off) / length
-    probe.given = None
+                exact = path[then]
+                probe.forced = _extrapolate(path[before], path[now], exact.step)
+                v = velocity(exact.z, exact.step.t, exact.step)
+                error = error + (v - exact.v) * exact.step.dt
+                yield (before, now, then + 1), _rms(error) / length
+    probe.forced = None
 
 
-def _forecast(before: Made, now: Made, step: Step) -> mx.array:
-    """What a cache that has computed `before` and `now` takes the sum in `step` for."""
+def _extrapolate(before: ExactStep, now: ExactStep, step: Step) -> mx.array:
+    """Return the residual in `step` as a cache that computed `before` and `now` predicts it."""
     if before is now:
-        return now.sums
+        return now.residual
     share = (step.t - now.step.t) / (now.step.t - before.step.t)
-    return now.sums + (now.sums - before.sums) * share.reshape(-1, 1, 1, 1)
+    return now.residual + (now.residual - before.residual) * share.reshape(-1, 1, 1, 1)
 
 
 def _rms(x: mx.array) -> float:
@@ -202,7 +195,7 @@ def _rms(x: mx.array) -> float:
 
 
 def requests_for(prompts: Iterable[str], options: Mapping[str, Any]) -> list[GenerationRequest]:
-    """A request per prompt, seeds counted from 0."""
+    """Return a request per prompt, with seeds 0, 1, 2, ..."""
     return [
         GenerationRequest.from_dict({**options, "prompt": prompt, "seed": seed})
         for seed, prompt in enumerate(prompts)

@@ -1,22 +1,26 @@
-"""What a run knew after a step, as one file that another run can go on from.
+"""Checkpoints of runs: the file format, and the object that writes and restores them.
 
-A safetensors file: latents and states as tensors, and a JSON record in its metadata, which says
-where in the run they belong and what the run was about. It appears under its name whole or not at
-all, and tells when a byte of it has changed.
+A checkpoint is a safetensors file: latents and states are tensors, and a JSON record in the file's
+metadata holds everything else, with a checksum of it all. It lies beside the output, appears under
+its name whole or not at all, and is deleted when the video is finished.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
-from mlx_sora.errors import UsageError, WeightsError
+from mlx_sora.distributed.group import Ranks
+from mlx_sora.errors import MlxSoraError, UsageError, WeightsError
+from mlx_sora.runtime.events import Event, Warned
 from mlx_sora.sampling.base import State
 from mlx_sora.utils.files import atomic_write, explain_os_errors
 from mlx_sora.utils.json import parse_object
@@ -24,10 +28,12 @@ from mlx_sora.utils.state import flatten_state, unflatten_state
 from mlx_sora.utils.versions import versions
 from mlx_sora.video.output_path import CHECKPOINT
 
-#: Number of the file's layout; a reader refuses larger ones.
+log = logging.getLogger(__name__)
+
+#: Version of the file format; others are refused.
 FORMAT = 1
 
-#: Fields of Snapshot that are no lists in JSON.
+#: Fields of Snapshot that are tuples, which JSON has as lists.
 _LISTS = ("finished", "accounts", "warnings", "resumed")
 
 _FIX = "Delete it to begin anew."
@@ -35,14 +41,13 @@ _FIX = "Delete it to begin anew."
 
 @dataclass(frozen=True)
 class Snapshot:
-    """Where a run stands.
+    """State of a run between two steps.
 
     request: its options, seed included. identity: all that its latents depend on, as JSON values.
     output: name of the video, in the folder of the checkpoint. finished: latents [1, T, H, W, C] of
-    the clips whose steps are all made; accounts: what accelerations did in each. latents, steps,
-    state: those of the clip after them, None and nothing where it has not begun. warnings, resumed:
-    what was told, and where the run was taken up before, for the metadata. versions: of what wrote
-    it.
+    the finished clips. accounts: what the accelerations did in each. latents, steps, state: of the
+    clip after them; None, 0 and None if it has not begun. warnings, resumed: warnings so far and
+    earlier resumes, for the metadata. versions: of the packages that wrote the file.
     """
 
     request: Mapping[str, Any]
@@ -59,11 +64,11 @@ class Snapshot:
 
     @property
     def clip(self) -> int:
-        """The clip that is being made, from 0."""
+        """Index of the unfinished clip."""
         return len(self.finished)
 
     def save(self, path: Path) -> None:
-        """Write it to `path`, in place of what is there. Raises MlxSoraError."""
+        """Write to `path`, replacing any file there. Raises MlxSoraError."""
         arrays: dict[str, mx.array] = {}
         found = {f.name: getattr(self, f.name) for f in fields(self)}
         record = json.dumps(flatten_state(found, "run", arrays))
@@ -75,10 +80,9 @@ class Snapshot:
 
     @classmethod
     def load(cls, path: Path) -> Snapshot:
-        """Read it, all arrays evaluated.
+        """Read from `path`, all arrays evaluated.
 
-        Raises UsageError where there is none or it is of a newer version; WeightsError where it is
-        damaged.
+        Raises UsageError if there is none or its format is another; WeightsError if it is damaged.
         """
         metadata = _metadata(path)
         if metadata["format"] != str(FORMAT):
@@ -93,20 +97,125 @@ class Snapshot:
                 raise ValueError("its checksum is wrong")
             record = unflatten_state(parse_object(metadata["record"]), arrays)
             record |= {name: tuple(record[name]) for name in _LISTS}
-            if not _sound(record):
+            if not _is_valid(record):
                 raise ValueError("its record is of another kind")
             return cls(**record)
         except (OSError, RuntimeError, ValueError, TypeError, LookupError) as error:
             raise WeightsError(f"The checkpoint {path} is damaged: {error}.", _FIX) from error
 
 
+class Checkpoints:
+    """Writes a checkpoint every `every` steps and restores an earlier one.
+
+    Without a path it does nothing. Of several ranks the first owns the file and broadcasts what is
+    in it, so that any number of ranks can go on from a checkpoint.
+    """
+
+    def __init__(
+        self,
+        path: Path | None = None,
+        every: int = 1,
+        new: Snapshot | None = None,
+        source: Path | None = None,
+    ) -> None:
+        """new: the run before its first step, or as the file `source` holds it."""
+        self._path, self._every, self._source = path, every, source
+        self._written: Snapshot | None = None
+        # States stay on disk until their clip begins: text is encoded first.
+        self._current = None if new is None else replace(new, latents=None, state=None)
+        self._finished = () if new is None else new.finished
+        self._ranks = Ranks()
+        self._warned = False
+
+    def share(self, ranks: Ranks) -> None:
+        """Broadcast the finished clips of rank 0. Every rank of the run must call it."""
+        self._ranks = ranks
+        self._finished = tuple(ranks.broadcast_state(self._finished))
+
+    def finished(self, clip: int) -> mx.array | None:
+        """Return the latents of a clip whose steps were all made before, or None."""
+        return self._finished[clip] if clip < len(self._finished) else None
+
+    def restored(self, clip: int) -> Snapshot | None:
+        """Return the state of a clip that was interrupted, or None."""
+        snapshot = self._ranks.on_rank0(lambda: self._load(clip))
+        if self._ranks.size == 1:
+            return snapshot
+        names = ("latents", "steps", "state")
+        values = snapshot and {name: getattr(snapshot, name) for name in names}
+        shared = self._ranks.broadcast_state(values)
+        return None if shared is None else Snapshot({}, {}, "", **shared)
+
+    def _load(self, clip: int) -> Snapshot | None:
+        current = self._current
+        if current is None or self._source is None or clip != current.clip or not current.steps:
+            return None
+        return Snapshot.load(self._source)
+
+    def finish_step(self, z: mx.array, steps: int, state: State) -> Iterator[Event]:
+        """Record that `steps` steps of the clip led to z; write when it is time."""
+        if self._current is not None:
+            self._current = replace(self._current, latents=z, steps=steps, state=state)
+            if steps % self._every == 0:
+                yield from self._write()
+
+    def finish_clip(self, z: mx.array, account: Mapping[str, Any]) -> Iterator[Event]:
+        """Record that the clip ended at z. account: what the accelerations did in it."""
+        if self._current is not None:
+            self._current = replace(
+                self._current,
+                finished=(*self._current.finished, z),
+                accounts=(*self._current.accounts, account),
+                latents=None,
+                steps=0,
+                state=None,
+            )
+            yield from self._write()
+
+    def set_warnings(self, warnings: Sequence[str]) -> None:
+        """Record the warnings so far."""
+        if self._current is not None:
+            self._current = replace(self._current, warnings=tuple(warnings))
+
+    @contextmanager
+    def save_on_error(self) -> Iterator[None]:
+        """If anything ends the block early, write the last step that was finished in it."""
+        before = self._current
+        try:
+            yield
+        except BaseException:
+            if self._current is not before:
+                for event in self._write():
+                    log.warning("%s", event.message)
+            raise
+
+    def remove(self) -> None:
+        """Delete the file: the video is finished."""
+        if self._path is not None:
+            self._path.unlink(missing_ok=True)
+
+    def _write(self) -> Iterator[Warned]:
+        """Write the current state once; a run is not lost if that fails."""
+        assert self._path is not None
+        assert self._current is not None
+        if self._current is self._written:
+            return
+        try:
+            self._current.save(self._path)
+        except MlxSoraError as error:
+            if not self._warned:
+                yield Warned(f"{error} The run goes on without a checkpoint.")
+            self._warned = True
+        else:
+            self._written = self._current
+
+
 def read_record(path: Path) -> dict[str, Any]:
-    """The record of a checkpoint alone, unchecked; what `Snapshot.load` raises, or ValueError."""
+    """Return the JSON record alone, unchecked. Raises as `Snapshot.load`, or ValueError."""
     return parse_object(_metadata(path)["record"])
 
 
-def _sound(record: Mapping[str, Any]) -> bool:
-    """Whether every field is of its kind, as in a file that we wrote; output: in its folder."""
+def _is_valid(record: Mapping[str, Any]) -> bool:
     objects = [record[name] for name in ("request", "identity", "versions")]
     objects += [*record["accounts"], *record["resumed"]]
     name, latents, steps = record["output"], record["latents"], record["steps"]
@@ -125,7 +234,6 @@ def _sound(record: Mapping[str, Any]) -> bool:
 
 
 def _metadata(path: Path) -> dict[str, str]:
-    """What stands in the file's header."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -142,7 +250,7 @@ def _metadata(path: Path) -> dict[str, str]:
 
 
 def _digest(record: str, arrays: Mapping[str, mx.array]) -> str:
-    """Checksum of the record and of all tensors, which it evaluates."""
+    """Return the checksum of the record and all tensors; evaluates them."""
     found = hashlib.sha256(record.encode())
     for name in sorted(arrays):
         array = arrays[name]

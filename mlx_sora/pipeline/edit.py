@@ -1,288 +1,252 @@
-"""A video and a new prompt in, the changed video out: encode, invert, denoise, decode.
+"""Editing a video: encode it, invert the flow to noise, denoise under the new prompt, decode.
 
-The VAE turns the video into latents; the flow is followed from them back to the noise they could
-have come from, under a prompt for what they show (RF-Solver, arXiv 2411.04746); from that noise it
-is followed again under the new prompt. What the new prompt does not change comes out as it was, the
-better the more exactly the flow is followed. In the first steps attention within frames uses the
-values of the inversion (`accel/value_sharing.py`), which holds the layout.
+The VAE turns the video into latents. The flow is followed from them back to noise, under a prompt
+for what they show (RF-Solver, arXiv 2411.04746), and forward again under the new prompt. What the
+new prompt does not change comes out as it was; the more exactly the flow is followed, the better.
+In the first steps, attention within frames uses the values of the inversion
+(`accel/value_sharing.py`), which preserves the layout.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Generator
-from dataclasses import replace
-from functools import partial
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
-from mlx_sora.accel import Accelerations
-from mlx_sora.accel.cidl import BlockStream
 from mlx_sora.accel.value_sharing import CapturedValues, captured_bytes
-from mlx_sora.distributed.partition import ParallelPlan
+from mlx_sora.distributed.group import Ranks
 from mlx_sora.errors import UsageError
 from mlx_sora.geometry import Size
-from mlx_sora.memory.limits import StageMeter
-from mlx_sora.memory.plan import MediaWorkload, Plan, Workload
+from mlx_sora.memory.plan import MediaWorkload
 from mlx_sora.memory.profiles import format_bytes
-from mlx_sora.models.hooks import Hooks
-from mlx_sora.models.stdit3 import BlockPair, STDiT3, STDiT3Config
-from mlx_sora.models.vae import Chunk, VAEConfig, chunk_plan
+from mlx_sora.models.hooks import ValueSharing
+from mlx_sora.models.vae import Chunk, chunk_plan
+from mlx_sora.pipeline.engine import Engine
+from mlx_sora.pipeline.generate import finish_video, open_run_writer, plan_run
 from mlx_sora.pipeline.locks import run_exclusively
-from mlx_sora.pipeline.pipeline import Pipeline
-from mlx_sora.pipeline.run import GenerationRun
-from mlx_sora.pipeline.settings import ResolvedRequest, resolve
-from mlx_sora.pipeline.stages import Texts, bound
-from mlx_sora.request.edit import EditRequest
-from mlx_sora.request.generation import GenerationRequest
-from mlx_sora.runtime.device import default_dtype
-from mlx_sora.runtime.events import (
-    Event,
-    Finished,
-    Noted,
-    StageStarted,
-    StepFinished,
-    Warned,
+from mlx_sora.pipeline.networks import StreamedTransformer
+from mlx_sora.pipeline.run import EditSource, GenerationRun
+from mlx_sora.pipeline.settings import resolve
+from mlx_sora.pipeline.stages import (
+    TextStates,
+    clip_guidance,
+    clip_transformer,
+    decode,
+    encode_chunks,
+    encode_text,
+    open_transformer,
+    remeasure_if_merging_changes,
 )
+from mlx_sora.request.edit import EditRequest
+from mlx_sora.runtime.events import Event, Finished, Noted, StageStarted, StepFinished
 from mlx_sora.sampling import SAMPLERS
-from mlx_sora.sampling.guidance import guided
-from mlx_sora.sampling.loop import StepResult, denoise
-from mlx_sora.text.tokenizer import Tokenizer
+from mlx_sora.sampling.guidance import Guidance
+from mlx_sora.sampling.loop import denoise as denoise_steps
+from mlx_sora.text.prompt import prepare_prompt
 from mlx_sora.video.reader import Fit, image_size, is_video, probe_video, read_image, read_video
 
 if TYPE_CHECKING:
     import numpy as np
 
 
-class Editing(Pipeline):
-    """One edit with the model of a pipeline."""
+@dataclass(frozen=True)
+class EditRun:
+    """Plan of one edit: the run that makes the new video, and its source.
 
-    def __init__(self, pipeline: Pipeline, edit: EditRequest) -> None:
-        """Looks at the video's index; raises UsageError for what cannot be edited."""
-        super().__init__(pipeline.model, pipeline.dtype)
-        edit.validate()
-        self._edit = edit
-        self._size, frames, fps = _look_at(edit.video, self.model.defaults.fps)
-        self._request = edit.resolved_target(frames, fps)
-        source, _ = resolve(replace(self._request, prompt=edit.source_prompt), self.model)
-        if source.geometry.num_frames > frames:
-            raise UsageError(
-                f"{edit.video} has {frames} frames, {source.geometry.num_frames} were asked for.",
-                f"Give --num-frames {frames} or less.",
-            )
-        self._source_text = source.text
-        self._injected = edit.resolved_inject_steps(source.steps)
+    chunks: pieces of the video that are encoded one after the other.
+    """
 
-    def events(self) -> Generator[Event, None, None]:
-        """Events of the edit, `Finished` the last. Bad requests raise here, before any work."""
-        ranks = self._ranks(self._request)
-        with ranks.watchdog_scope():
-            self._agree(ranks, [self._request], **self._told)
-            with ranks.collective_errors():
-                run = self._begin()
-        return ranks.watch_events(run_exclusively(run.output, self._events(run), ranks))
+    video: str
+    source: EditSource
+    run: GenerationRun
+    chunks: Sequence[Chunk]
 
-    def needs(self) -> Plan:
-        """What the edit would need, stage by stage, without making it."""
-        return self._begin().plan
 
-    @property
-    def _told(self) -> dict[str, Any]:
-        """What an edit is besides a request."""
-        return {
-            "video": self._edit.video,
-            "source_prompt": self._edit.source_prompt,
-            "inject_steps": self._injected,
-        }
+def prepare_edit(engine: Engine, edit: EditRequest) -> EditRun:
+    """Decide everything about an edit. Reads no weights, and of the video only its index.
 
-    def _begin(self) -> GenerationRun:
-        run = self._prepare(self._request)
-        run.more["edit"] = self._told
-        fit = Fit.of(self._size, run.settings.geometry.decoded)
-        if fit.source != fit.size:
-            run.warnings.append(f"{self._edit.video}: {fit}.")
-        return run
-
-    def _work(
-        self,
-        request: GenerationRequest,
-        settings: ResolvedRequest,
-        accelerations: Accelerations,
-        text_tokens: int,
-    ) -> Workload:
-        work = super()._work(request, settings, accelerations, text_tokens)
-        config = STDiT3Config.from_dict(self.model.config("transformer"))
-        dtype = default_dtype(requested=self.dtype if request.dtype == "auto" else request.dtype)
-        kept = self._injected * SAMPLERS[settings.sampler].evaluations
-        source = Tokenizer.load(self.model.tokenizer).encode(self._source_text)
-        chunks = self._chunks(settings)
-        return replace(
-            work,
-            text_tokens=max(text_tokens, len(source.ids)),
-            inverts=True,
-            captured_bytes=captured_bytes(config, settings.geometry.latent, kept, dtype.size),
-            media=MediaWorkload(len(chunks), chunks[0].frames, math.prod(self._size)),
+    Raises UsageError for a video that cannot be edited, and as `prepare` does.
+    """
+    edit.validate()
+    size, frames, fps = _probe(edit.video, engine.model.defaults.fps)
+    request = edit.resolved_target(frames, fps).with_preset()
+    engine.check_model(request.model)
+    resolved = resolve(request, engine.model)
+    geometry = resolved.geometry
+    if geometry.num_frames > frames:
+        raise UsageError(
+            f"{edit.video} has {frames} frames, {geometry.num_frames} were asked for.",
+            f"Give --num-frames {frames} or less.",
         )
-
-    def _division(self, request: GenerationRequest, settings: ResolvedRequest) -> ParallelPlan:
-        """Values are kept by those who share them again, which halves would change."""
-        division = super()._division(request, settings)
-        if not self._injected or division.cfg_degree == 1:
-            return division
-        if request.parallel != "auto":
-            raise UsageError(
-                f"--parallel {request.parallel} does not go with injected values.",
-                "Use --parallel sequence, or --inject-steps 0.",
-            )
-        return ParallelPlan(division.ranks)
-
-    def _chunks(self, settings: ResolvedRequest) -> list[Chunk]:
-        """Pieces of the video that are encoded one after the other."""
-        config = VAEConfig.from_dict(self.model.config("vae"))
-        frames = settings.geometry.num_frames
-        return chunk_plan(frames, config.micro_frame_size, config.temporal.factor)
-
-    def _events(self, run: GenerationRun) -> Generator[Event, None, None]:
-        yield from (Warned(warning) for warning in run.warnings)
-        texts: dict[str, mx.array] = {}
-        yield from self._encode([run], texts, also=[self._source_text])
-        latents = yield from self._encode_video(run)
-        yield StageStarted("denoise", 2 * run.settings.steps)
-        plan, lifetimes = run.plan.stage("denoise"), self._lifetimes(run)
-        with StageMeter("denoise") as meter, lifetimes.stage(plan):
-            with self._transformer(run) as (network, blocks):
-                way = _Way(run, network, blocks, self._injected)
-                latents = yield from way.back(latents, texts[self._source_text])
-                latents = yield from way.forth(latents, texts)
-                run.note_stream("denoise", blocks)
-            del network, blocks, way
-        yield run.close_stage(meter)
-        yield Finished((yield from self._decode(run, latents)))
-
-    def _encode_video(self, run: GenerationRun) -> Generator[Event, None, mx.array]:
-        """Latents of the source, [1, T, h, w, C], chunk by chunk."""
-        chunks, plan = self._chunks(run.settings), run.plan.stage("read")
-        yield StageStarted("read", len(chunks))
-        latents = None
-        with StageMeter("read") as meter, self._lifetimes(run).stage(plan):
-            with run.ranks.collective_errors():
-                if run.ranks.is_rank0:
-                    geometry = run.settings.geometry
-                    frames = _frames(self._edit.video, geometry.num_frames, geometry.decoded)
-                    parts = (frames[c.frame : c.frame + c.frames] for c in chunks)
-                    encoded = yield from self._encoded(run, plan, parts, len(chunks))
-                    latents = mx.concatenate(encoded, axis=1)
-                    del encoded, parts, frames
-            latents = run.ranks.broadcast(latents)
-        yield run.close_stage(meter)
-        return latents
+    steps = edit.resolved_inject_steps(resolved.steps)
+    vae = engine.vae_config
+    chunks = chunk_plan(geometry.num_frames, vae.micro_frame_size, vae.temporal.factor)
+    evaluations = steps * SAMPLERS[resolved.sampler].evaluations
+    source = EditSource(
+        text=prepare_prompt(edit.source_prompt, resolved.scores).text(),
+        inject_steps=steps,
+        captured=captured_bytes(engine.transformer_config, geometry.latent, evaluations, 1),
+        media=MediaWorkload(len(chunks), chunks[0].frames, math.prod(size)),
+    )
+    run = plan_run(engine, request, resolved, source)
+    run.result.metadata["edit"] = _metadata(edit, steps)
+    fit = Fit.of(size, geometry.decoded)
+    if fit.source != fit.size:
+        run.result.warnings.append(f"{edit.video}: {fit}.")
+    return EditRun(edit.video, source, run, chunks)
 
 
-class _Way:
-    """The way from a video to its noise, and from there to the new one, step by step alike.
+def stream_edit(engine: Engine, edit: EditRequest) -> Generator[Event, None, None]:
+    """Yield the events of an edit, `Finished` last. Bad requests raise here, before any work."""
+    ranks = Ranks() if edit.target.parallel == "off" else engine.ranks
+    with ranks.watchdog_scope():
+        if ranks.size > 1:
+            engine.check_equal([edit.target], **_metadata(edit, edit.inject_steps))
+        with ranks.collective_errors():
+            prepared = prepare_edit(engine, edit)
+    events = run_exclusively(prepared.run.output, edit_video(prepared), ranks)
+    return ranks.watch_events(events)
 
-    Step i of the way back covers the times of step N - 1 - i of the way forth.
+
+def edit_video(edit: EditRun) -> Generator[Event, None, None]:
+    """Carry out an edit; yield its events."""
+    run, texts = edit.run, dict[str, mx.array]()
+    yield from run.opening_events()
+    yield from encode_text([run], texts, run.ranks)
+    latents = yield from _encode_video(edit)
+    latents = yield from _invert_and_regenerate(edit, latents, texts)
+    with open_run_writer(run) as writer:
+        yield from decode(run, 0, latents, writer)
+    yield Finished(finish_video(run, writer))
+
+
+def _encode_video(edit: EditRun) -> Generator[Event, None, mx.array]:
+    """Encode the video, chunk by chunk, to latents [1, T, h, w, C]."""
+    run = edit.run
+    yield StageStarted("read", len(edit.chunks))
+    with run.loader.stage(run.plan.stage("read")) as stage:
+        encoded = yield from encode_chunks(run, stage, _chunk_frames(edit), len(edit.chunks))
+        latents = mx.concatenate(encoded, axis=1)
+        mx.eval(latents)
+        del encoded
+    yield run.result.add_stage(stage.meter)
+    return latents
+
+
+def _chunk_frames(edit: EditRun) -> Iterator[np.ndarray]:
+    """Yield the frames of each chunk, filled into the video's size: uint8 [F, H, W, 3]."""
+    geometry = edit.run.settings.geometry
+    if is_video(edit.video):
+        frames = read_video(edit.video, geometry.num_frames, size=geometry.decoded).frames
+    else:
+        frames = read_image(edit.video, geometry.decoded)[None]
+    for chunk in edit.chunks:
+        yield frames[chunk.frame : chunk.frame + chunk.frames]
+
+
+def _invert_and_regenerate(
+    edit: EditRun, latents: mx.array, texts: TextStates
+) -> Generator[Event, None, mx.array]:
+    run = edit.run
+    yield StageStarted("denoise", 2 * run.settings.steps)
+    with run.loader.stage(run.plan.stage("denoise")) as stage:
+        with open_transformer(run, stage) as transformer:
+            flow = FlowEdit(run, transformer, edit.source.inject_steps)
+            noise = yield from flow.invert(latents, texts[edit.source.text])
+            latents = yield from flow.regenerate(noise, texts)
+            run.result.add_stream("denoise", transformer[1])
+        del transformer, flow, noise
+    yield run.result.add_stage(stage.meter)
+    return latents
+
+
+class FlowEdit:
+    """Both directions of an edit along the flow, with the values that they share.
+
+    Step i of the inversion covers the times of step N - 1 - i of the regeneration.
     """
 
     def __init__(
-        self,
-        run: GenerationRun,
-        network: STDiT3,
-        blocks: BlockStream[BlockPair] | None,
-        injected: int,
+        self, run: GenerationRun, transformer: StreamedTransformer, inject_steps: int
     ) -> None:
-        self._run, self._network, self._blocks = run, network, blocks
-        self._steps, self._injected = run.settings.steps, injected
-        self._kept = CapturedValues()
+        self._run, self._transformer = run, transformer
+        self._steps, self._inject_steps = run.settings.steps, inject_steps
+        self._values = CapturedValues()
         self._sampler = SAMPLERS[run.settings.sampler]
-        self._times = self._sampler.timesteps(self._steps, **run.settings.model_args.sizes)
 
-    def back(self, z: mx.array, text: mx.array) -> Generator[Event, None, mx.array]:
-        """The noise that latents z come from under `text`; keeps the values nearest to it.
+    @cached_property
+    def _times(self) -> mx.array:
+        return self._sampler.timesteps(self._steps, **self._run.settings.model_args.sizes)
+
+    def invert(self, z: mx.array, text: mx.array) -> Generator[Event, None, mx.array]:
+        """Follow the flow from latents z back to noise, under `text`; capture values.
 
         Without guidance, whose flow does not lead back.
         """
 
-        def context(index: int, t: mx.array) -> Hooks[BlockPair]:
-            step = self._steps - 1 - index
-            plain = self._run.accelerations.hooks(step, self._blocks)
-            keeps = step < self._injected
-            return replace(plain, value_sharing=self._kept.capture(_time(t))) if keeps else plain
+        def capture(step: int, t: float) -> ValueSharing | None:
+            return self._values.capture(t) if step < self._inject_steps else None
 
-        velocity = guided(
-            partial(bound, self._network, self._run, context), [text], self._network.null_text, 1.0
-        )
-        for done in denoise(velocity, z, self._times[::-1], self._sampler):
-            z = self._check(done)
-            step = self._steps - 1 - done.step.index
-            self._next_is(step, step - 1)
-            yield StepFinished(done.step.index, 2 * self._steps, done.t, done.seconds, z)
-        if self._kept.evaluations:
+        run = self._run
+        model = clip_transformer(run, self._transformer, run.accelerations, capture)
+        model = replace(model, inverted_steps=self._steps)
+        velocity = Guidance(model, [text], self._transformer[0].null_text, 1.0)
+        for step in denoise_steps(velocity, z, self._times[::-1], self._sampler):
+            z, index = step.z, self._steps - 1 - step.step.index
+            run.health.latents(z, step.step.index, self._steps, given=True)
+            self._remeasure(index, index - 1)
+            yield StepFinished(step.step.index, 2 * self._steps, step.t, step.seconds, z)
+        if self._values.evaluations:
             yield Noted(
-                f"values of {self._kept.evaluations} evaluations kept: "
-                f"{format_bytes(self._kept.nbytes)}"
+                f"values of {self._values.evaluations} evaluations in memory: "
+                f"{format_bytes(self._values.nbytes)}"
             )
         return z
 
-    def forth(self, z: mx.array, texts: Texts) -> Generator[Event, None, mx.array]:
-        """The latents that the noise z leads to under the new prompt."""
+    def regenerate(self, z: mx.array, texts: TextStates) -> Generator[Event, None, mx.array]:
+        """Follow the flow from noise z to latents, under the new prompt; reuse the values."""
+
+        def reuse(step: int, t: float) -> ValueSharing | None:
+            return self._values.reuse(t) if step < self._inject_steps else None
+
         run, accelerations = self._run, self._run.accelerations
-        settings = run.settings
-        negative = None if settings.negative is None else texts[settings.negative]
-
-        def context(index: int, t: mx.array) -> Hooks[BlockPair]:
-            plain = accelerations.hooks(index, self._blocks)
-            shares = index < self._injected
-            return replace(plain, value_sharing=self._kept.reuse(_time(t))) if shares else plain
-
-        velocity = guided(
-            partial(bound, self._network, run, context),
-            [texts[settings.text]],
-            self._network.null_text if negative is None else lambda n: negative,
-            settings.guidance,
-            sequential=run.request.sequential_guidance and run.division.cfg_degree == 1,
-        )
-        if self._blocks is not None:
-            self._blocks.remeasure()  # guidance takes more memory than the way back did
-        for done in denoise(velocity, z, self._times, self._sampler, policy=accelerations.policy):
-            z, index = self._check(done), done.step.index
-            accelerations.on_step_end(done)
-            self._next_is(index, index + 1)
-            if index + 1 == self._injected:
-                self._kept.clear()
-            at = self._steps + index
-            yield StepFinished(at, 2 * self._steps, done.t, done.seconds, z)
-        yield from (Noted(summary) for summary in accelerations.summaries())
+        blocks = self._transformer[1]
+        if blocks is not None:
+            blocks.remeasure()  # guidance takes more memory than the inversion did
+        model = clip_transformer(run, self._transformer, accelerations, reuse)
+        velocity = clip_guidance(run, model, texts)
+        policy = accelerations.policy
+        for step in denoise_steps(velocity, z, self._times, self._sampler, policy=policy):
+            z, index = step.z, step.step.index
+            run.health.latents(z, index, self._steps, given=True)
+            accelerations.on_step_end(step)
+            self._remeasure(index, index + 1)
+            if index + 1 == self._inject_steps:
+                self._values.clear()
+            yield StepFinished(self._steps + index, 2 * self._steps, step.t, step.seconds, z)
+        yield from map(Noted, accelerations.summaries())
         return z
 
-    def _check(self, done: StepResult) -> mx.array:
-        run, total = self._run, done.step.total
-        run.health.latents(done.z, done.step.index, total, given=True)
-        return done.z
-
-    def _next_is(self, step: int, following: int) -> None:
-        """Where the next step merges tokens and this one does not, or the reverse, say so."""
-        merges = self._run.accelerations.merges_tokens
-        if self._blocks is not None and following >= 0 and merges(step) != merges(following):
-            self._blocks.remeasure()
+    def _remeasure(self, step: int, following: int) -> None:
+        blocks = self._transformer[1]
+        remeasure_if_merging_changes(blocks, self._run.accelerations, step, following)
 
 
-def _time(t: mx.array) -> float:
-    """Flow time of the first sample."""
-    return float(t[0].item())  # type: ignore[arg-type]
+def _metadata(edit: EditRequest, inject_steps: int | None) -> dict[str, Any]:
+    return {
+        "video": edit.video,
+        "source_prompt": edit.source_prompt,
+        "inject_steps": inject_steps,
+    }
 
 
-def _look_at(path: str, still_fps: float) -> tuple[Size, int, float]:
-    """Size, frames and fps of a video or picture; `still_fps` for a picture. Raises UsageError."""
+def _probe(path: str, image_fps: float) -> tuple[Size, int, float]:
+    """Return size, frames and fps of a video or picture. Raises UsageError."""
     if not is_video(path):
-        return image_size(path), 1, still_fps
+        return image_size(path), 1, image_fps
     info = probe_video(path)
     return info.size, info.num_frames, round(info.fps, 3)
-
-
-def _frames(path: str, count: int, size: Size) -> np.ndarray:
-    """The first `count` frames, filled into `size`: uint8 [F, H, W, 3]."""
-    if not is_video(path):
-        return read_image(path, size)[None]
-    return read_video(path, count, size=size).frames

@@ -1,14 +1,16 @@
-"""Networks for one stage each: in memory whole, or streamed block by block, as the plan says."""
+"""Opening the networks of a run, whole or streamed block by block, for one stage each."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import mlx.core as mx
 
+from mlx_sora.accel import Accelerations
 from mlx_sora.accel.cidl import BlockStream
+from mlx_sora.geometry import ModelArguments
 from mlx_sora.loading.blocks import BlockSource
 from mlx_sora.loading.file_guard import WeightFileGuard, eval_parameters, retry_read
 from mlx_sora.loading.model_folder import ModelFolder
@@ -19,20 +21,35 @@ from mlx_sora.loading.networks import (
     stream_text_encoder,
     stream_transformer,
 )
-from mlx_sora.memory.limits import memory_scope
+from mlx_sora.memory.limits import StageMeter, memory_scope
 from mlx_sora.memory.plan import StagePlan
 from mlx_sora.memory.planner import stage_limits
 from mlx_sora.memory.residency import BudgetMonitor, Residency
-from mlx_sora.models.stdit3 import BlockPair, STDiT3
+from mlx_sora.models.hooks import Sharding, ValueSharing
+from mlx_sora.models.stdit3 import BlockPair, Conditions, STDiT3
 from mlx_sora.models.t5 import T5Block, T5Encoder
 from mlx_sora.runtime.device import known_error
+from mlx_sora.sampling.guidance import CFGSlice
+
+#: The transformer, and the stream of its block pairs (None if they are resident).
+StreamedTransformer = tuple[STDiT3, BlockStream[BlockPair] | None]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """An open stage: its plan, the meter of its cost and the monitor of its memory budget."""
+
+    plan: StagePlan
+    meter: StageMeter
+    monitor: BudgetMonitor
 
 
 @dataclass(frozen=True)
 class NetworkLoader:
-    """Opens networks of `model` in `dtype`. budget: bytes for the whole process, if there is one.
+    """Opens networks of `model` in `dtype`.
 
-    streamed: blocks come from disk while others compute, even without a budget.
+    budget: bytes for the whole process, or None. streamed: read blocks from disk while others
+    compute, even without a budget.
     """
 
     model: ModelFolder
@@ -41,14 +58,15 @@ class NetworkLoader:
     streamed: bool = False
 
     @contextmanager
-    def stage(self, plan: StagePlan) -> Iterator[BudgetMonitor]:
-        """Memory limits of one stage; what it used is given back when it ends.
+    def stage(self, plan: StagePlan) -> Iterator[Stage]:
+        """Measure a stage and hold it to its memory limits; free its memory when it ends.
 
-        MLX's errors about memory and time come out as MlxSoraErrors.
+        Raises MLX's errors about memory and time as MlxSoraErrors.
         """
-        with memory_scope() if self.budget is None else stage_limits(plan):
+        limits = memory_scope() if self.budget is None else stage_limits(plan)
+        with StageMeter(plan.stage) as meter, limits:
             try:
-                yield BudgetMonitor(plan.stage, self.budget)
+                yield Stage(plan, meter, BudgetMonitor(plan.stage, self.budget))
             except (RuntimeError, MemoryError) as error:
                 known = known_error(error, plan.stage)
                 if known is None:
@@ -59,28 +77,26 @@ class NetworkLoader:
     def text_encoder(
         self, plan: StagePlan
     ) -> Iterator[tuple[T5Encoder, ReadRows, BlockStream[T5Block] | None]]:
-        """T5, the reader of its embedding rows, and the stream of its blocks where there is one."""
+        """Open T5, the reader of its embedding rows, and the stream of its blocks, if streamed."""
         if not self.streamed:
             with WeightFileGuard(self.model.text_encoder).check_reads():
                 yield *retry_read(self._text_encoder, "the text encoder"), None
             return
         network, rows, source = stream_text_encoder(self.model, self.dtype)
-        # One pass: a block that stays would never be used again.
+        # One pass: a resident block would never be used again.
         with BlockStream(source, 0, prefetch=plan.prefetch) as stream:
             yield network, rows, stream
 
     @contextmanager
-    def transformer(
-        self, plan: StagePlan
-    ) -> Iterator[tuple[STDiT3, BlockStream[BlockPair] | None]]:
-        """The transformer, and the stream of its block pairs where there is one."""
+    def transformer(self, plan: StagePlan) -> Iterator[StreamedTransformer]:
+        """Open the transformer, and the stream of its block pairs, if streamed."""
         if not self.streamed:
             with WeightFileGuard(self.model.transformer).check_reads():
                 network = retry_read(self._transformer, "the transformer")
             yield network, None
             return
         network, source = stream_transformer(self.model, self.dtype)
-        with self._cyclic(source, plan) as stream:
+        with self._cyclic_stream(source, plan) as stream:
             yield network, stream
 
     def _text_encoder(self) -> tuple[T5Encoder, ReadRows]:
@@ -93,8 +109,10 @@ class NetworkLoader:
         eval_parameters(network)
         return network
 
-    def _cyclic(self, source: BlockSource[BlockPair], plan: StagePlan) -> BlockStream[BlockPair]:
-        """A stream for many passes; within a budget, what stays is decided by measuring."""
+    def _cyclic_stream(
+        self, source: BlockSource[BlockPair], plan: StagePlan
+    ) -> BlockStream[BlockPair]:
+        """Make a stream for many passes; within a budget, measuring decides what is resident."""
         if self.budget is None:
             return BlockStream(source, plan.resident, cyclic=True, prefetch=plan.prefetch)
         residency = Residency(
@@ -104,3 +122,54 @@ class NetworkLoader:
             throttled=plan.throttled,
         )
         return BlockStream(source, residency, cyclic=True)
+
+
+@dataclass(frozen=True)
+class ClipTransformer:
+    """The transformer with the sizes and hooks of one clip; fills `TextConditionedModel`.
+
+    latent: T, H, W. value_sharing: from step and flow time to the hook of an edit, or None.
+    inverted_steps: N if the flow is inverted; step i then has the hooks of step N - 1 - i.
+    """
+
+    transformer: StreamedTransformer
+    model_args: ModelArguments
+    latent: Sequence[int]
+    accelerations: Accelerations
+    sharding: Sharding
+    value_sharing: Callable[[int, float], ValueSharing | None] | None = None
+    inverted_steps: int | None = None
+
+    def prepare(self, text: Sequence[mx.array]) -> Conditions:
+        """Encode what all steps share: text, position, frame rate."""
+        args = self.model_args
+        return self.transformer[0].prepare(
+            text, self.latent, height=args.height, width=args.width, fps=args.fps
+        )
+
+    def __call__(
+        self,
+        z: mx.array,
+        t: mx.array,
+        conditions: Conditions,
+        x_mask: mx.array | None,
+        step: int,
+        cfg_slice: CFGSlice,
+        /,
+    ) -> mx.array:
+        """Predict [b, T, H, W, out_channels] at z [b, T, H, W, C] and flow times t [b]."""
+        network, blocks = self.transformer
+        values = self.value_sharing
+        if self.inverted_steps is not None:
+            step = self.inverted_steps - 1 - step
+        hooks = replace(
+            self.accelerations.hooks(step, blocks),
+            block_cache=self.accelerations.block_cache(step, cfg_slice),
+            sharding=self.sharding,
+            value_sharing=None if values is None else values(step, _first(t)),
+        )
+        return network(z, t, conditions, x_mask, hooks)
+
+
+def _first(t: mx.array) -> float:
+    return float(t[0].item())  # type: ignore[arg-type]

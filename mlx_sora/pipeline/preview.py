@@ -1,4 +1,4 @@
-"""What a run shows of itself while it denoises: x0 as it foresees it, beside the output."""
+"""Previews: x0 as predicted in a step, shown beside the output while the run denoises."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Previews:
-    """Previews after every `every`-th step, through `map`, or through the VAE where it is None."""
+    """Previews after every `every` steps, through the linear `map`, or the VAE if it is None."""
 
     every: int
     model: ModelFolder
@@ -35,14 +35,17 @@ class Previews:
     map: PreviewMap | None
 
     @classmethod
-    def of(
+    def from_request(
         cls,
         request: GenerationRequest,
         model: ModelFolder,
         settings: ResolvedRequest,
         output: Path | None,
     ) -> Previews | None:
-        """What the request asks for. Raises UsageError where the VAE would not fit its budget."""
+        """Return the previews of a request, or None.
+
+        Raises UsageError if they need the VAE and there is a memory budget.
+        """
         if request.preview_every is None:
             return None
         channels = STDiT3Config.from_dict(model.config("transformer")).in_channels
@@ -56,7 +59,7 @@ class Previews:
         return cls(request.preview_every, model, settings, output, found)
 
     def after(self, index: int, x0: mx.array) -> Iterator[Event]:
-        """Show latents x0 [1, T, h, w, C] as foreseen in step `index`, if it is their turn."""
+        """Write the preview of x0 [1, T, h, w, C], predicted in step `index`, if one is due."""
         if (index + 1) % self.every:
             return
         frames, fps = self._frames(x0)
@@ -71,7 +74,7 @@ class Previews:
         yield PreviewReady(index, frames, None if path is None else str(path))
 
     def _frames(self, x0: mx.array) -> tuple[np.ndarray, float]:
-        """uint8 [F, H, W, 3], and how many there are per second."""
+        """Return frames uint8 [F, H, W, 3] and their number per second."""
         import numpy as np
 
         count = self.settings.geometry.num_frames

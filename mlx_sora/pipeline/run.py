@@ -1,9 +1,9 @@
-"""One generation on its way: what was decided, and what it has cost so far."""
+"""One generation: the frozen plan of what will be done, and the small record of what was done."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,18 +15,20 @@ from mlx_sora.accel.cidl import BlockStream
 from mlx_sora.accel.sequence_parallel import SequenceParallel
 from mlx_sora.distributed.group import Ranks
 from mlx_sora.distributed.partition import ParallelPlan
+from mlx_sora.errors import UsageError
 from mlx_sora.memory.limits import StageMeter
-from mlx_sora.memory.plan import Plan, Workload
+from mlx_sora.memory.plan import MediaWorkload, Plan, Workload
 from mlx_sora.models.hooks import Sharding, Unsharded
-from mlx_sora.pipeline.checkpoint import Snapshot
+from mlx_sora.pipeline.checkpoint import Checkpoints, Snapshot
+from mlx_sora.pipeline.engine import Engine
+from mlx_sora.pipeline.networks import NetworkLoader
 from mlx_sora.pipeline.preview import Previews
-from mlx_sora.pipeline.resume import Checkpoints
 from mlx_sora.pipeline.settings import ResolvedRequest
 from mlx_sora.request.generation import GenerationRequest
 from mlx_sora.runtime.events import Event, Noted, StageFinished, Warned
 from mlx_sora.runtime.health import Health
 from mlx_sora.sampling.loop import StepResult
-from mlx_sora.text.tokenizer import Tokenizer
+from mlx_sora.text.tokenizer import Encoding
 from mlx_sora.video import Video
 from mlx_sora.video.metadata import build_metadata
 
@@ -34,143 +36,189 @@ if TYPE_CHECKING:
     import numpy as np
 
 
-@dataclass
-class GenerationRun:
-    """State of one generation.
+@dataclass(frozen=True)
+class EditSource:
+    """Source video of an edit, as far as planning goes.
 
-    output: where the video goes, None to keep its frames. accelerations: what is at work in this
-    run. plan: memory and reading, stage by stage. streamed: what streams of blocks have read, by
-    stage. seconds, memory: per stage, wall seconds and peak of the resident set in bytes, over all
-    clips. clips: what accelerations did in the clips whose steps are made.
-    more: what else the metadata tell, for a task of its own. notes: what to tell the user at the
-    start. checkpoints: what of the run is kept on disk meanwhile. previews: what is shown of it.
+    text: cleaned source prompt. inject_steps: first steps in which spatial attention uses the
+    values of the inversion. captured: numbers that these values hold. media: the video's chunks.
     """
 
-    request: GenerationRequest
-    settings: ResolvedRequest
-    dtype: mx.Dtype
-    output: Path | None
-    accelerations: Accelerations
-    tokenizer: Tokenizer
-    plan: Plan
-    warnings: list[str]
-    ranks: Ranks = field(default_factory=Ranks)
-    division: ParallelPlan = field(default_factory=lambda: ParallelPlan(1))
-    work: Workload | None = None
-    streamed: dict[str, dict[str, Any]] = field(default_factory=dict)
+    text: str
+    inject_steps: int
+    captured: int
+    media: MediaWorkload
+
+    def add_to(self, workload: Workload, dtype: mx.Dtype) -> Workload:
+        """Return the workload with reading and inversion of the video."""
+        captured_bytes = self.captured * dtype.size
+        return replace(workload, inverts=True, captured_bytes=captured_bytes, media=self.media)
+
+    def parallel_plan(self, plan: ParallelPlan, mode: str) -> ParallelPlan:
+        """Return the plan without CFG parallelism, under which a rank lacks injected values.
+
+        mode: value of --parallel. Raises UsageError if it asks for CFG parallelism.
+        """
+        if not self.inject_steps or plan.cfg_degree == 1:
+            return plan
+        if mode != "auto":
+            raise UsageError(
+                f"--parallel {mode} does not go with injected values.",
+                "Use --parallel sequence, or --inject-steps 0.",
+            )
+        return ParallelPlan(plan.ranks)
+
+
+@dataclass
+class RunResult:
+    """What a run has done so far.
+
+    warnings: for the user and the metadata. clips: account of the accelerations, for each finished
+    clip. seconds, memory: wall seconds and peak resident bytes per stage, over all clips. streamed:
+    what block streams have read, by stage. metadata: further entries of the video's metadata.
+    """
+
+    warnings: list[str] = field(default_factory=list)
+    clips: list[Mapping[str, Any]] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     memory: dict[str, int] = field(default_factory=dict)
-    more: dict[str, Any] = field(default_factory=dict)
-    clips: list[Mapping[str, Any]] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    checkpoints: Checkpoints = field(default_factory=Checkpoints)
-    previews: Previews | None = None
+    streamed: dict[str, dict[str, Any]] = field(default_factory=dict)
+    metadata: dict[str, Any] = field(default_factory=dict)
 
-    @property
-    def health(self) -> Health:
-        """The checks that were asked for."""
-        return Health(self.dtype, self.settings.guidance, self.request.health_check)
+    def add_stream(self, stage: str, stream: BlockStream[Any] | None) -> None:
+        """Add what a block stream did in `stage`; None if all blocks were resident."""
+        if stream is None:
+            return
+        before = self.streamed.get(stage, {})
+        done = {
+            "loads": stream.stats.loads,
+            "bytes_read": stream.stats.nbytes,
+            "seconds_waited": stream.stats.wait_seconds,
+        }
+        self.streamed[stage] = {
+            "blocks": len(stream.source),
+            "resident": len(stream.resident),
+            **{name: round(value + before.get(name, 0), 3) for name, value in done.items()},
+        }
 
-    @cached_property
-    def layout(self) -> Sharding:
-        """How this process shares evaluations with the others; asked for by all of them."""
-        return (
-            Unsharded()
-            if self.division.ranks == 1
-            else SequenceParallel(self.ranks, self.division.cfg_degree)
-        )
-
-    @property
-    def has_steps_left(self) -> bool:
-        """Whether steps are left to be made."""
-        return self.checkpoints.finished(self.settings.clips.count - 1) is None
-
-    def begin(self) -> Iterator[Event]:
-        """What is told at the start."""
-        yield from map(Warned, self.warnings)
-        yield from map(Noted, self.notes)
-
-    def begin_clip(self, clip: int) -> Snapshot | None:
-        """Accelerations at work in one clip know nothing of the next, but what was known before.
-
-        The value is what an interrupted run made of the clip, if anything.
-        """
-        if clip:
-            self.accelerations = self.accelerations.fresh_copy()
-        begun = self.checkpoints.restored(clip)
-        if begun is not None and begun.state is not None:
-            self.accelerations.restore(begun.state["accelerations"])
-        return begun
-
-    def step_made(self, done: StepResult) -> Iterator[Event]:
-        """Take account of a step; the last one of a clip ends it."""
-        index, total = done.step.index, done.step.total
-        self.accelerations.on_step_end(done)
-        self.checkpoints.note_warnings(self.warnings)
-        if done.leapt or index + 1 == total:
-            self.clips.append(self.accelerations.record())
-            yield from self.checkpoints.clip_made(done.z, self.clips[-1])
-        else:
-            state = {**done.state(), "accelerations": self.accelerations.state()}
-            yield from self.checkpoints.step_made(done.z, index + 1, state)
-
-    def note_stream(self, stage: str, stream: BlockStream[Any] | None) -> None:
-        """Record what a stream of blocks did in `stage`; None where all blocks were in memory."""
-        if stream is not None:
-            before = self.streamed.get(stage, {})
-            done = {
-                "loads": stream.stats.loads,
-                "bytes_read": stream.stats.nbytes,
-                "seconds_waited": stream.stats.wait_seconds,
-            }
-            self.streamed[stage] = {
-                "blocks": len(stream.source),
-                "resident": len(stream.resident),
-                **{name: round(value + before.get(name, 0), 3) for name, value in done.items()},
-            }
-
-    def close_stage(self, meter: StageMeter, runs: int = 1) -> StageFinished:
-        """Record what a stage cost, and the event that tells it. runs: how many shared it."""
+    def add_stage(self, meter: StageMeter, runs: int = 1) -> StageFinished:
+        """Add what a stage cost, and return its event. runs: number of runs that shared it."""
         usage = meter.usage
         assert usage is not None, "the meter's block has ended"
-        seconds, stage = usage.seconds / runs, usage.stage
-        self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds
+        stage = usage.stage
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + usage.seconds / runs
         self.memory[stage] = max(self.memory.get(stage, 0), usage.peak_rss)
         return StageFinished(stage, usage.seconds, usage.peak_memory, usage.peak_rss)
 
-    def record(self) -> dict[str, Any]:
-        """The metadata of the video, as far as the run has come."""
+
+@dataclass(frozen=True)
+class GenerationRun:
+    """Plan of one generation: everything that is decided before weights are read.
+
+    output: path of the video, None to hold its frames in memory. encodings: token ids of every
+    text. accelerations: the techniques of the first clip; each later clip gets a fresh copy. plan:
+    memory, reading and work per stage. notes: lines for the user at the start.
+    """
+
+    engine: Engine
+    request: GenerationRequest
+    settings: ResolvedRequest
+    dtype: mx.Dtype
+    ranks: Ranks
+    output: Path | None
+    encodings: Mapping[str, Encoding]
+    accelerations: Accelerations
+    workload: Workload
+    plan: Plan
+    parallel: ParallelPlan
+    previews: Previews | None = None
+    checkpoints: Checkpoints = field(default_factory=Checkpoints)
+    notes: tuple[str, ...] = ()
+    result: RunResult = field(default_factory=RunResult)
+
+    @cached_property
+    def health(self) -> Health:
+        """Checks for results that cannot become a video."""
+        return Health(self.dtype, self.settings.guidance, self.request.health_check)
+
+    @cached_property
+    def sharding(self) -> Sharding:
+        """Division of the transformer's evaluations among the ranks; all ranks must ask for it."""
+        if self.parallel.ranks == 1:
+            return Unsharded()
+        return SequenceParallel(self.ranks, self.parallel.cfg_degree)
+
+    @cached_property
+    def loader(self) -> NetworkLoader:
+        """Opens the networks for one stage each."""
+        budget = self.settings.memory_budget
+        model = self.engine.weights(self.request.quantize)
+        return NetworkLoader(model, self.dtype, budget, self.request.ci_dl or budget is not None)
+
+    @property
+    def has_steps_left(self) -> bool:
+        """True unless a checkpoint holds the latents of all clips."""
+        return self.checkpoints.finished(self.settings.clips.count - 1) is None
+
+    def opening_events(self) -> Iterator[Event]:
+        """Yield the warnings and notes that preparation collected."""
+        yield from map(Warned, self.result.warnings)
+        yield from map(Noted, self.notes)
+
+    def begin_clip(self, clip: int) -> tuple[Accelerations, Snapshot | None]:
+        """Return the accelerations of a clip, and the state of it that a checkpoint holds."""
+        accelerations = self.accelerations.fresh_copy() if clip else self.accelerations
+        snapshot = self.checkpoints.restored(clip)
+        if snapshot is not None and snapshot.state is not None:
+            accelerations.restore(snapshot.state["accelerations"])
+        return accelerations, snapshot
+
+    def finish_step(self, step: StepResult, accelerations: Accelerations) -> Iterator[Event]:
+        """Update accelerations and checkpoint after one step; the last one ends the clip."""
+        index, total = step.step.index, step.step.total
+        accelerations.on_step_end(step)
+        self.checkpoints.set_warnings(self.result.warnings)
+        if step.leapt or index + 1 == total:
+            self.result.clips.append(accelerations.record())
+            yield from self.checkpoints.finish_clip(step.z, self.result.clips[-1])
+        else:
+            state = {**step.state(), "accelerations": accelerations.state()}
+            yield from self.checkpoints.finish_step(step.z, index + 1, state)
+
+    def metadata(self) -> dict[str, Any]:
+        """Return the video's metadata, as far as the run has come."""
+        result = self.result
         record = build_metadata(
             self.request,
             self.settings.to_dict(),
-            warnings=list(dict.fromkeys(self.warnings)),
-            seconds=self.seconds,
-            peak_memory=self.memory,
+            warnings=list(dict.fromkeys(result.warnings)),
+            seconds=result.seconds,
+            peak_memory=result.memory,
         )
-        clips = self.clips or [self.accelerations.record()]
+        clips = result.clips or [self.accelerations.record()]
         done = dict(clips[0])
         if len(clips) > 1:
             done = {name: [clip[name] for clip in clips] for name in done}
-        if self.streamed:
-            done["ci_dl"] = self.streamed
+        if result.streamed:
+            done["ci_dl"] = result.streamed
         if self.ranks.size > 1:
-            record["parallel"] = {"ranks": self.ranks.size, "mode": self.division.mode}
-        return record | {"accelerations": done} | self.more
+            record["parallel"] = {"ranks": self.ranks.size, "mode": self.parallel.mode}
+        return record | {"accelerations": done} | result.metadata
 
     def video(self, path: Path | None, frames: np.ndarray | None) -> Video:
-        """The result, once all stages are over."""
-        size = self.settings.geometry.decoded
+        """Return the finished video, after the last stage."""
+        settings, size = self.settings, self.settings.geometry.decoded
         return Video(
             path=path,
             request=self.request,
             width=size.width,
             height=size.height,
-            num_frames=self.settings.clips.total,
-            fps=self.settings.fps,
-            seed=self.settings.seed,
-            warnings=tuple(dict.fromkeys(self.warnings)),
-            timings=dict(self.seconds),
-            memory=dict(self.memory),
-            metadata=self.record(),
+            num_frames=settings.clips.total,
+            fps=settings.fps,
+            seed=settings.seed,
+            warnings=tuple(dict.fromkeys(self.result.warnings)),
+            timings=dict(self.result.seconds),
+            memory=dict(self.result.memory),
+            metadata=self.metadata(),
             frames=frames,
         )

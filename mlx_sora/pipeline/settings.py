@@ -1,12 +1,12 @@
 """A request with every open option decided: what the pipeline really runs.
 
 The request stays as the user gave it; the model's defaults fill what it leaves open. Whatever is
-not taken literally comes back as a warning, which the progress line and the metadata both show.
+not taken literally becomes a warning, which the progress line and the metadata both show.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -26,18 +26,19 @@ from mlx_sora.geometry import (
 from mlx_sora.loading.model_folder import ModelFolder
 from mlx_sora.memory.profiles import parse_bytes, profile
 from mlx_sora.request.generation import GenerationRequest
-from mlx_sora.text import prompt as syntax
 from mlx_sora.text.cleaning import preprocess
+from mlx_sora.text.prompt import Prompt, Scores, prepare_prompt
 
 
 @dataclass(frozen=True)
 class ResolvedRequest:
-    """Every option decided.
+    """A request with every option decided.
 
-    texts: the prompt as the text encoder gets it, scored and cleaned, for each clip. negative: the
-    same of the negative prompt. geometry: sizes and latent shape of a clip. media: what is given of
-    the clips. fps: of the finished file. accelerations: name to mode, those that are off too.
-    memory_budget: bytes of the whole process, if it is bounded. vae_tiles: in a row, 1 for none.
+    texts: the prompt as T5 gets it, scored and cleaned, for each clip. negative: the cleaned
+    negative prompt. geometry: sizes and latent shape of a clip. media: conditioning of the clips.
+    fps: of the finished file. accelerations: name to mode, "off" included. memory_budget: bytes of
+    the whole process, or None. vae_tiles: tiles in a row, 1 for none. warnings: what is not taken
+    literally.
     """
 
     model: str
@@ -56,6 +57,7 @@ class ResolvedRequest:
     accelerations: Mapping[str, str]
     memory_budget: int | None
     vae_tiles: int
+    warnings: tuple[str, ...] = ()
 
     @property
     def text(self) -> str:
@@ -64,7 +66,7 @@ class ResolvedRequest:
 
     @property
     def clips(self) -> Clips:
-        """The clips that the video consists of."""
+        """Clips of the video."""
         return self.media.clips
 
     @property
@@ -74,13 +76,18 @@ class ResolvedRequest:
         return list(dict.fromkeys([*self.texts, *negative]))
 
     @property
+    def scores(self) -> Scores:
+        """Scores appended to every prompt."""
+        return Scores(self.aesthetic, self.motion, self.camera)
+
+    @property
     def model_args(self) -> ModelArguments:
-        """What the networks are told of a clip."""
+        """Sizes and frame rate that condition the networks."""
         return model_arguments(self.geometry.size, self.geometry.num_frames, self.fps)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values for the metadata."""
-        left_out = {"texts", "negative", "geometry", "media", "accelerations"}
+        """Return plain JSON values for the metadata."""
+        left_out = {"texts", "negative", "geometry", "media", "accelerations", "warnings"}
         record = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in left_out}
         record |= {"text": self.text, **self.accelerations}
         width, height = self.geometry.size
@@ -94,12 +101,49 @@ class ResolvedRequest:
         return record
 
 
-def resolve(request: GenerationRequest, model: ModelFolder) -> tuple[ResolvedRequest, list[str]]:
-    """Decide every option of a validated request that has a seed; also the warnings.
+def resolve(request: GenerationRequest, model: ModelFolder) -> ResolvedRequest:
+    """Decide every option of a validated request that has a seed.
 
-    Raises UsageError for sizes and lengths that no model can make.
+    Raises UsageError for sizes, lengths and media that no model can make.
     """
     assert request.seed is not None, "call request.with_seed() first"
+
+    def value(name: str) -> Any:
+        own = getattr(request, name)
+        return getattr(model.defaults, name) if own is None else own
+
+    geometry, warnings = _resolve_geometry(request, model)
+    clips = Clips(geometry.num_frames, request.loop, request.condition_frames)
+    clips.check()
+    scores = Scores(value("aesthetic"), request.motion, request.camera)
+    prompt = prepare_prompt(request.prompt, scores)
+    media = plan_media(request, prompt.settings, clips, geometry.size, value("fps"))
+    negative = None if request.negative_prompt is None else preprocess(request.negative_prompt)
+    warnings += [*media.warnings, *_ineffective_prompts(prompt, clips.count)]
+    if negative is not None and value("guidance") == 1:
+        warnings.append("--negative-prompt has no effect without guidance.")
+    return ResolvedRequest(
+        model=model.name,
+        texts=tuple(map(prompt.text, range(clips.count))),
+        negative=negative,
+        seed=request.seed,
+        steps=value("steps"),
+        guidance=value("guidance"),
+        sampler=request.sampler,
+        geometry=geometry,
+        media=media,
+        fps=value("fps"),
+        aesthetic=scores.aesthetic,
+        motion=scores.motion,
+        camera=scores.camera,
+        accelerations={name: getattr(request, name) or OFF for name in ACCELERATIONS},
+        memory_budget=_resolve_budget(request),
+        vae_tiles=_resolve_tiles(request, geometry),
+        warnings=tuple(warnings),
+    )
+
+
+def _resolve_geometry(request: GenerationRequest, model: ModelFolder) -> tuple[Geometry, list[str]]:
     defaults = model.defaults
     size = resolve_size(
         Size(defaults.width, defaults.height),
@@ -116,57 +160,23 @@ def resolve(request: GenerationRequest, model: ModelFolder) -> tuple[ResolvedReq
             f"{geometry.num_frames} frames are few for {model.name}: "
             f"below {defaults.warn_below_frames} it tends to noise."
         )
-
-    def chosen(name: str) -> Any:
-        value = getattr(request, name)
-        return getattr(defaults, name) if value is None else value
-
-    clips = Clips(geometry.num_frames, request.loop, request.condition_frames)
-    clips.check()
-    scores = syntax.Scores(chosen("aesthetic"), request.motion, request.camera)
-    prompt = syntax.prepare_prompt(request.prompt, scores)
-    media = plan_media(request, prompt.settings, clips, size, chosen("fps"))
-    settings = ResolvedRequest(
-        model=model.name,
-        texts=tuple(map(prompt.text, range(clips.count))),
-        negative=None if request.negative_prompt is None else preprocess(request.negative_prompt),
-        seed=request.seed,
-        steps=chosen("steps"),
-        guidance=chosen("guidance"),
-        sampler=request.sampler,
-        geometry=geometry,
-        media=media,
-        fps=chosen("fps"),
-        aesthetic=scores.aesthetic,
-        motion=request.motion,
-        camera=request.camera,
-        accelerations={name: getattr(request, name) or OFF for name in ACCELERATIONS},
-        memory_budget=_budget(request),
-        vae_tiles=_tiles(request, geometry),
-    )
-    warnings += [*media.warnings, *_lost(request, prompt, settings)]
-    return settings, warnings
+    return geometry, warnings
 
 
-def _lost(
-    request: GenerationRequest, prompt: syntax.Prompt, settings: ResolvedRequest
-) -> Iterable[str]:
-    """What of the prompts has no effect."""
-    made = settings.clips.count
-    unmade = [scene for scene in prompt.scenes if scene.start >= made]
-    if unmade:
+def _ineffective_prompts(prompt: Prompt, clips: int) -> Iterator[str]:
+    """Yield warnings for scenes and prompts that are ignored."""
+    unused = sum(scene.start >= clips for scene in prompt.scenes)
+    if unused:
         count = len(prompt.scenes)
-        kept = count - len(unmade)
-        only = "only the first is" if kept == 1 else f"only the first {kept} are"
-        yield f"The prompt has {count} scenes; {only} made, for want of --loop."
-    if not syntax.prepare_prompt(request.prompt).text():
+        used = count - unused
+        only = "only the first is" if used == 1 else f"only the first {used} are"
+        yield f"The prompt has {count} scenes; {only} made. Give --loop to make more clips."
+    if prompt.is_empty:
         yield "Nothing is left of the prompt after cleaning; the model gets no subject."
-    if settings.negative is not None and settings.guidance == 1:
-        yield "--negative-prompt has no effect without guidance."
 
 
-def _tiles(request: GenerationRequest, geometry: Geometry) -> int:
-    """Tiles in a row that pictures are decoded in. Raises UsageError for pictures too small."""
+def _resolve_tiles(request: GenerationRequest, geometry: Geometry) -> int:
+    """Return the tiles in a row that frames are decoded in. Raises UsageError if too many."""
     tiles = request.vae_tiles or 1
     if tiles > 1 and min(geometry.latent[1:]) < 2 * tiles:
         raise UsageError(
@@ -176,8 +186,8 @@ def _tiles(request: GenerationRequest, geometry: Geometry) -> int:
     return tiles
 
 
-def _budget(request: GenerationRequest) -> int | None:
-    """Bytes the process may use. Raises UsageError for unknown amounts and profiles, and both."""
+def _resolve_budget(request: GenerationRequest) -> int | None:
+    """Return the bytes that the process may use. Raises UsageError for unknown ones, and two."""
     if request.memory_budget is not None and request.device_profile is not None:
         raise UsageError("--memory-budget and --device-profile exclude each other.", "Give one.")
     if request.device_profile is not None:

@@ -1,35 +1,30 @@
-"""The stages of a run on one model: encode text, read media, denoise, decode.
+"""The stages of a run: encode_text, encode_media, denoise, decode.
 
-Each builds its network, uses it and lets it go before the next one begins. A stage is a generator
-of events whose value is what it made.
+Each is a generator of events that returns what it made. It builds its network, uses it, and frees
+it before the next stage begins, so that a run needs the memory of its largest stage only. Of
+several ranks, the first encodes text and media for all, all denoise one clip together, and each
+decodes every n-th chunk of frames.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING
 
 import mlx.core as mx
 
+from mlx_sora.accel import Accelerations
 from mlx_sora.accel.cidl import BlockStream
 from mlx_sora.conditioning.latents import ConditioningLatents, encode_tasks
 from mlx_sora.distributed.group import Ranks
 from mlx_sora.geometry import Size, latent_frames
 from mlx_sora.loading.file_guard import WeightFileGuard
-from mlx_sora.loading.model_folder import ModelFolder
 from mlx_sora.loading.networks import load_vae
-from mlx_sora.loading.quantization import choose_quantization
-from mlx_sora.memory.limits import StageMeter
-from mlx_sora.memory.plan import StagePlan
-from mlx_sora.memory.residency import BudgetMonitor
-from mlx_sora.models.hooks import Hooks
-from mlx_sora.models.stdit3 import BlockPair, STDiT3, STDiT3Config
+from mlx_sora.models.hooks import ValueSharing
+from mlx_sora.models.stdit3 import BlockPair
 from mlx_sora.models.vae import MicroBatch
-from mlx_sora.pipeline.checkpoint import Snapshot
-from mlx_sora.pipeline.networks import NetworkLoader
+from mlx_sora.pipeline.networks import ClipTransformer, Stage, StreamedTransformer
 from mlx_sora.pipeline.run import GenerationRun
 from mlx_sora.runtime.events import (
     Event,
@@ -39,10 +34,8 @@ from mlx_sora.runtime.events import (
     StepFinished,
     Warned,
 )
-from mlx_sora.sampling import SAMPLERS
-from mlx_sora.sampling.base import Velocity
-from mlx_sora.sampling.guidance import CFGSlice, Network, guided
-from mlx_sora.sampling.loop import RestoredSteps, StepResult, denoise
+from mlx_sora.sampling import SAMPLERS, loop
+from mlx_sora.sampling.guidance import Guidance, GuidancePolicy
 from mlx_sora.sampling.noise import Noise
 from mlx_sora.text.encoder import TextEncoder
 from mlx_sora.video.frames import FrameWriter, to_uint8
@@ -50,300 +43,281 @@ from mlx_sora.video.frames import FrameWriter, to_uint8
 if TYPE_CHECKING:
     import numpy as np
 
-#: Prepared text to its states [n, D].
-Texts = Mapping[str, mx.array]
-
-#: The transformer, the stream of its blocks if they are streamed, and what watches its memory.
-Transformer = tuple[STDiT3, BlockStream[BlockPair] | None, BudgetMonitor]
+#: Cleaned text to its T5 states [n, D].
+TextStates = Mapping[str, mx.array]
 
 
-class Stages:
-    """What a pipeline does with a run, one stage at a time."""
+def encode_text(
+    runs: Sequence[GenerationRun], texts: MutableMapping[str, mx.array], ranks: Ranks
+) -> Generator[Event, None, None]:
+    """Encode all texts of `runs` into `texts`, on rank 0 of `ranks`; broadcast the states.
 
-    model: ModelFolder
+    The runs must agree in number format, memory limits and health checks.
+    """
+    todo = list(dict.fromkeys(text for run in runs for text in run.encodings))
+    yield StageStarted("encode", len(todo))
+    run = max(runs, key=lambda run: run.plan.stage("encode").peak)
+    with run.loader.stage(run.plan.stage("encode")) as stage:
+        warnings = yield from ranks.stage_on_rank0(_encode_texts(run, runs, todo, texts))
+        if ranks.size > 1:
+            warnings = ranks.broadcast_object(warnings)
+            for text in todo:
+                states = ranks.broadcast(texts[text] if ranks.is_rank0 else None)
+                if not ranks.is_rank0:
+                    texts[text] = states
+    for each in runs:
+        own = [line for text in each.encodings for line in warnings[text]]
+        each.result.warnings += own
+        yield from map(Warned, own)
+        finished = each.result.add_stage(stage.meter, len(runs))
+    yield finished
 
-    def _lifetimes(self, run: GenerationRun) -> NetworkLoader:
-        budget = run.settings.memory_budget
-        model = choose_quantization(self.model, run.request.quantize)
-        return NetworkLoader(model, run.dtype, budget, run.request.ci_dl or budget is not None)
 
-    def _encode(
-        self,
-        runs: Sequence[GenerationRun],
-        texts: MutableMapping[str, mx.array],
-        also: Sequence[str] = (),
-        ranks: Ranks | None = None,
-    ) -> Generator[Event, None, None]:
-        """Put the states of all texts of `runs` into `texts`; T5 is gone when this ends.
-
-        The runs agree in number format, memory limits and checks. also: further texts of each.
-        ranks: those that get the states from the first of them; the run's, unless given.
-        """
-        wanted = list(dict.fromkeys(t for run in runs for t in (*run.settings.all_texts, *also)))
-        yield StageStarted("encode", len(wanted))
-        run = max(runs, key=lambda run: run.plan.stage("encode").peak)
-        ranks = ranks or run.ranks
-        warnings: dict[str, Sequence[str]] = {}
-        with StageMeter("encode") as meter, self._lifetimes(run).stage(run.plan.stage("encode")):
-            with ranks.collective_errors():
-                if ranks.is_rank0:
-                    warnings = yield from self._encode_here(run, runs, wanted, texts)
-            if ranks.size > 1:
-                warnings = ranks.broadcast_object(warnings)
-                for text in wanted:
-                    states = ranks.broadcast(texts[text] if ranks.is_rank0 else None)
-                    if not ranks.is_rank0:
-                        texts[text] = states
+def _encode_texts(
+    run: GenerationRun,
+    runs: Sequence[GenerationRun],
+    todo: Sequence[str],
+    texts: MutableMapping[str, mx.array],
+) -> Generator[Event, None, dict[str, Sequence[str]]]:
+    """Encode `todo` with the T5 of `run`; return the warnings of each text."""
+    encodings = {text: encoding for each in runs for text, encoding in each.encodings.items()}
+    warnings: dict[str, Sequence[str]] = {}
+    with run.loader.text_encoder(run.plan.stage("encode")) as (network, rows, blocks):
+        encoder = TextEncoder(network, rows, run.dtype, blocks)
+        for done, text in enumerate(todo, start=1):
+            states = encoder.encode(encodings[text])
+            run.health.text(states)
+            texts[text], warnings[text] = states, encodings[text].warnings
+            yield StageProgress("encode", done, len(todo))
         for each in runs:
-            found = [line for text in (*each.settings.all_texts, *also) for line in warnings[text]]
-            each.warnings += found
-            yield from map(Warned, found)
-            finished = each.close_stage(meter, len(runs))
-        yield finished
+            each.result.add_stream("encode", blocks)
+    return warnings
 
-    def _encode_here(
-        self,
-        run: GenerationRun,
-        runs: Sequence[GenerationRun],
-        wanted: Sequence[str],
-        texts: MutableMapping[str, mx.array],
-    ) -> Generator[Event, None, dict[str, Sequence[str]]]:
-        """The texts' states by the T5 of `run`, and the warnings of each."""
-        plan = run.plan.stage("encode")
-        warnings: dict[str, Sequence[str]] = {}
-        with self._lifetimes(run).text_encoder(plan) as (network, rows, blocks):
-            encoder = TextEncoder(network, rows, run.tokenizer, run.dtype, blocks)
-            for done, text in enumerate(wanted, start=1):
-                encoded = encoder.encode(text)
-                run.health.text(encoded.states)
-                texts[text], warnings[text] = encoded.states, encoded.warnings
-                yield StageProgress("encode", done, len(wanted))
-            for each in runs:
-                each.note_stream("encode", blocks)
-        return warnings
 
-    def _read(self, run: GenerationRun) -> Generator[Event, None, ConditioningLatents]:
-        """Latents of the media that a run is given; the VAE's encoder is gone when this ends."""
-        settings = run.settings
-        channels = STDiT3Config.from_dict(self.model.config("transformer")).in_channels
-        given = ConditioningLatents(settings.media, settings.geometry.latent, channels)
-        todo = encode_tasks(settings.media, settings.geometry.size)
-        if not todo:
-            return given
-        yield from map(Noted, settings.media.notes)
-        yield StageStarted("read", len(todo))
-        plan = run.plan.stage("read")
-        with StageMeter("read") as meter, self._lifetimes(run).stage(plan):
-            latents: Sequence[mx.array | None] = [None] * len(todo)
-            with run.ranks.collective_errors():
-                if run.ranks.is_rank0:
-                    pictures = (task.read() for task in todo)
-                    latents = yield from self._encoded(run, plan, pictures, len(todo))
-            for task, each in zip(todo, latents, strict=True):
-                given.fill(task, run.ranks.broadcast(each))
-            del latents, each
-        yield run.close_stage(meter)
-        return given
+def encode_media(run: GenerationRun) -> Generator[Event, None, ConditioningLatents]:
+    """Encode the pictures and videos of the request, on rank 0; broadcast their latents."""
+    settings = run.settings
+    channels = run.engine.transformer_config.in_channels
+    conditioning = ConditioningLatents(settings.media, settings.geometry.latent, channels)
+    tasks = encode_tasks(settings.media, settings.geometry.size)
+    if not tasks:
+        return conditioning
+    yield from map(Noted, settings.media.notes)
+    yield StageStarted("read", len(tasks))
+    with run.loader.stage(run.plan.stage("read")) as stage:
+        latents = yield from encode_chunks(run, stage, (task.read() for task in tasks), len(tasks))
+        for task, encoded in zip(tasks, latents, strict=True):
+            conditioning.fill(task, encoded)
+        del latents, encoded
+    yield run.result.add_stage(stage.meter)
+    return conditioning
 
-    def _encoded(
-        self, run: GenerationRun, plan: StagePlan, parts: Iterator[np.ndarray], count: int
-    ) -> Generator[Event, None, list[mx.array]]:
-        """Latents of `count` parts of media, uint8 [F, H, W, 3], each read when its turn comes."""
-        made = list[mx.array]()
-        with WeightFileGuard(self.model.vae).check_reads():
-            vae = load_vae(self.model, ("encoder",))
-            pixels = (mx.array(part).astype(mx.float32) / 127.5 - 1 for part in parts)
-            encoded = vae.encode_chunks(pixels, plan.micro_batch, sequential_offload=plan.in_turn)
-            del vae
-            for latents in encoded:
-                run.health.media(latents)
-                made.append(latents)
-                yield StageProgress("read", len(made), count)
-        return made
 
-    def _denoise(
-        self, run: GenerationRun, texts: Texts, clip: int, given: ConditioningLatents
-    ) -> Generator[Event, None, mx.array]:
-        """Latents of a clip, [1, T, H, W, C]; the transformer is gone when this ends."""
-        begun = run.begin_clip(clip)
-        yield StageStarted("denoise", run.settings.steps)
-        plan, lifetimes = run.plan.stage("denoise"), self._lifetimes(run)
-        with StageMeter("denoise") as meter, lifetimes.stage(plan) as guard:
-            with self._transformer(run) as (network, blocks), run.checkpoints.save_on_error():
-                latents = yield from self._steps(
-                    run, texts, (clip, begun), given, (network, blocks, guard)
-                )
-                run.note_stream("denoise", blocks)
-            del network, blocks
-        yield run.close_stage(meter)
-        return latents
+def encode_chunks(
+    run: GenerationRun, stage: Stage, chunks: Iterator[np.ndarray], count: int
+) -> Generator[Event, None, list[mx.array]]:
+    """Encode `count` chunks, uint8 [F, H, W, 3], to latents [1, T, h, w, C] on rank 0; broadcast.
 
-    @contextmanager
-    def _transformer(
-        self, run: GenerationRun
-    ) -> Iterator[tuple[STDiT3, BlockStream[BlockPair] | None]]:
-        """The transformer as Lifetimes opens it, on all ranks or on none."""
-        with ExitStack() as opened:
-            with run.ranks.collective_errors():
-                opening = self._lifetimes(run).transformer(run.plan.stage("denoise"))
-                found = opened.enter_context(opening)
-            yield found
+    Each chunk is read when its turn comes.
+    """
+    stage_on_rank0 = run.ranks.stage_on_rank0(_encode_chunks(run, stage, chunks, count))
+    latents: Sequence[mx.array | None] = (yield from stage_on_rank0) or [None] * count
+    return [run.ranks.broadcast(each) for each in latents]
 
-    def _steps(
-        self,
-        run: GenerationRun,
-        texts: Texts,
-        place: tuple[int, Snapshot | None],
-        given: ConditioningLatents,
-        transformer: Transformer,
-    ) -> Generator[Event, None, mx.array]:
-        """One event per step; the finished latents at the end. place: clip, what there is of it."""
-        settings, geometry = run.settings, run.settings.geometry
-        (network, blocks, guard), (clip, begun) = transformer, place
-        velocity = self._velocity(run, texts, clip, (network, blocks))
-        sampler = SAMPLERS[settings.sampler]
-        times = sampler.timesteps(settings.steps, **settings.model_args.sizes)
-        noise = Noise([settings.seed], (*geometry.latent, network.config.in_channels), clip)
-        z, conditioning = given.begin(clip, noise)
-        made = None
-        if begun is not None and begun.latents is not None and begun.state is not None:
-            z, made = begun.latents, RestoredSteps(begun.steps, begun.state)
-        policy = run.accelerations.policy
-        for done in denoise(
-            velocity, z, times, sampler, policy=policy, conditioning=conditioning, restored=made
-        ):
-            z = done.z
-            run.health.latents(z, done.step.index, done.step.total, given=conditioning is not None)
-            yield from self._after(run, done, blocks)
-            if blocks is not None:
-                yield from warned(run, guard, blocks.shrink)
-        yield from map(Noted, run.accelerations.summaries())
-        return z
 
-    def _velocity(
-        self,
-        run: GenerationRun,
-        texts: Texts,
-        clip: int,
-        transformer: tuple[STDiT3, BlockStream[BlockPair] | None],
-    ) -> Velocity:
-        """The guided velocity of a clip."""
-        settings, (network, blocks) = run.settings, transformer
-        negative = None if settings.negative is None else texts[settings.negative]
-        return guided(
-            partial(bound, network, run, lambda i, t: run.accelerations.hooks(i, blocks)),
-            [texts[settings.texts[clip]]],
-            network.null_text if negative is None else lambda n: negative,
-            settings.guidance,
-            # Where halves are apart, each process has but one of them.
-            sequential=run.request.sequential_guidance and run.division.cfg_degree == 1,
-            policy=run.accelerations.guidance,
-        )
-
-    def _after(
-        self, run: GenerationRun, done: StepResult, blocks: BlockStream[BlockPair] | None
-    ) -> Generator[Event, None, None]:
-        """What follows every step: accounts, and what is told."""
-        index = done.step.index
-        yield from run.step_made(done)
-        merges = run.accelerations.merges_tokens
-        if blocks is not None and merges(index) != merges(index + 1):
-            blocks.remeasure()
-        yield StepFinished(index, done.step.total, done.t, done.seconds, done.z)
-        if run.previews is not None and run.ranks.is_rank0:
-            yield from run.previews.after(index, done.x0)
-
-    def _decode_clip(
-        self, run: GenerationRun, clip: int, latents: mx.array, writer: FrameWriter
-    ) -> Generator[Event, None, None]:
-        """A clip's new frames, 17 at a time straight into the file; then the decoder is gone."""
-        clips, plan = run.settings.clips, run.plan.stage("decode")
-        skipped = clips.skipped(clip)
-        frames, before = clips.num_frames - skipped, writer.num_frames
-        yield StageStarted("decode", frames)
-        with StageMeter("decode") as meter, self._lifetimes(run).stage(plan) as guard:
-            # Chunks do not see each other: what the clip before has shown need not be decoded.
-            new = latents[:, latent_frames(skipped) :]
-            batch = MicroBatch(plan.micro_batch or frames)
-            for chunk in self._frames(run, batch, new, (frames, plan.in_turn)):
-                with run.ranks.collective_errors():
-                    writer.write(chunk)
-                yield StageProgress("decode", writer.num_frames - before, frames)
-                yield from warned(run, guard, batch.halve)
-            del chunk
-        yield run.close_stage(meter)
-
-    def _frames(
-        self, run: GenerationRun, batch: MicroBatch, latents: mx.array, order: tuple[int, bool]
-    ) -> Iterator[np.ndarray]:
-        """The frames of latents chunk by chunk, uint8; ranks decode their chunks side by side.
-
-        order: how many, and whether one decoder leaves before the other comes.
-        """
-        count, in_turn = order
-        ranks, tiles = run.ranks, run.settings.vae_tiles
-        with ranks.collective_errors():
-            files, vae = WeightFileGuard(self.model.vae), load_vae(self.model)
-        total = len(vae.chunks(count))
-        own = slice(ranks.rank, None, ranks.size)
-        chunks = vae.decode_chunks(
-            latents, count, batch, sequential_offload=in_turn, tiles=tiles, chosen=own
-        )
+def _encode_chunks(
+    run: GenerationRun, stage: Stage, chunks: Iterator[np.ndarray], count: int
+) -> Generator[Event, None, list[mx.array]]:
+    encoded = list[mx.array]()
+    plan, model = stage.plan, run.engine.model
+    with WeightFileGuard(model.vae).check_reads():
+        vae = load_vae(model, ("encoder",))
+        pixels = (mx.array(chunk).astype(mx.float32) / 127.5 - 1 for chunk in chunks)
+        latents = vae.encode_chunks(pixels, plan.micro_batch, sequential_offload=plan.in_turn)
         del vae
-        health = run.health.frames()
-        for first in range(0, total, ranks.size):
-            frames = None
-            with ranks.collective_errors(), files.check_reads():
-                if first + ranks.rank < total:
-                    chunk = next(chunks)
-                    health.add(chunk)
-                    frames = to_uint8(chunk)
-                    del chunk
-            yield from frames_of(ranks, frames, run.settings.geometry.decoded)
-        ranks.raise_if_all_fail(health.end)
+        for each in latents:
+            run.health.media(each)
+            encoded.append(each)
+            yield StageProgress("read", len(encoded), count)
+    return encoded
 
 
-def warned(run: GenerationRun, guard: BudgetMonitor, lessen: Callable[[], bool]) -> Iterator[Event]:
-    """Take less memory from now on, by `lessen`, where a run has outgrown its budget."""
-    warning = guard.check(lessen)
+def denoise(
+    run: GenerationRun, clip: int, texts: TextStates, conditioning: ConditioningLatents
+) -> Generator[Event, None, mx.array]:
+    """Denoise one clip to latents [1, T, H, W, C]."""
+    yield StageStarted("denoise", run.settings.steps)
+    with run.loader.stage(run.plan.stage("denoise")) as stage:
+        latents = yield from _denoise_steps(run, stage, clip, texts, conditioning)
+    yield run.result.add_stage(stage.meter)
+    return latents
+
+
+def _denoise_steps(
+    run: GenerationRun,
+    stage: Stage,
+    clip: int,
+    texts: TextStates,
+    conditioning: ConditioningLatents,
+) -> Generator[Event, None, mx.array]:
+    """Make the steps of a clip that are left; yield the events of each."""
+    settings = run.settings
+    accelerations, snapshot = run.begin_clip(clip)
+    with open_transformer(run, stage) as transformer, run.checkpoints.save_on_error():
+        network, blocks = transformer
+        shape = (*settings.geometry.latent, network.config.in_channels)
+        z, given = conditioning.begin(clip, Noise([settings.seed], shape, clip))
+        restored = None
+        if snapshot is not None and snapshot.latents is not None and snapshot.state is not None:
+            z, restored = snapshot.latents, loop.RestoredSteps(snapshot.steps, snapshot.state)
+        model = clip_transformer(run, transformer, accelerations)
+        sampler = SAMPLERS[settings.sampler]
+        for step in loop.denoise(
+            clip_guidance(run, model, texts, clip, accelerations.guidance),
+            z,
+            sampler.timesteps(settings.steps, **settings.model_args.sizes),
+            sampler,
+            policy=accelerations.policy,
+            conditioning=given,
+            restored=restored,
+        ):
+            z, index, total = step.z, step.step.index, step.step.total
+            run.health.latents(z, index, total, given=given is not None)
+            yield from run.finish_step(step, accelerations)
+            remeasure_if_merging_changes(blocks, accelerations, index, index + 1)
+            yield StepFinished(index, total, step.t, step.seconds, z)
+            if run.previews is not None and run.ranks.is_rank0:
+                yield from run.previews.after(index, step.x0)
+            if blocks is not None:
+                yield from shrink_if_over_budget(run, stage, blocks.shrink)
+        yield from map(Noted, accelerations.summaries())
+        run.result.add_stream("denoise", blocks)
+    return z
+
+
+@contextmanager
+def open_transformer(run: GenerationRun, stage: Stage) -> Iterator[StreamedTransformer]:
+    """Open the transformer on all ranks, or raise on all."""
+    with ExitStack() as opened:
+        with run.ranks.collective_errors():
+            transformer = opened.enter_context(run.loader.transformer(stage.plan))
+        yield transformer
+
+
+def clip_transformer(
+    run: GenerationRun,
+    transformer: StreamedTransformer,
+    accelerations: Accelerations,
+    value_sharing: Callable[[int, float], ValueSharing | None] | None = None,
+) -> ClipTransformer:
+    """Give the transformer the sizes of a clip and the hooks of the run's techniques."""
+    settings = run.settings
+    return ClipTransformer(
+        transformer,
+        settings.model_args,
+        settings.geometry.latent,
+        accelerations,
+        run.sharding,
+        value_sharing,
+    )
+
+
+def clip_guidance(
+    run: GenerationRun,
+    model: ClipTransformer,
+    texts: TextStates,
+    clip: int = 0,
+    policy: GuidancePolicy | None = None,
+) -> Guidance:
+    """Return the guided velocity of a clip under its own text."""
+    settings, null_text = run.settings, model.transformer[0].null_text
+    if settings.negative is not None:
+        negative = texts[settings.negative]
+        null_text = lambda length: negative  # noqa: E731
+    # With CFG parallelism each rank already computes one prediction.
+    sequential = run.request.sequential_guidance and run.parallel.cfg_degree == 1
+    text = [texts[settings.texts[clip]]]
+    return Guidance(model, text, null_text, settings.guidance, sequential, policy)
+
+
+def remeasure_if_merging_changes(
+    blocks: BlockStream[BlockPair] | None, accelerations: Accelerations, step: int, following: int
+) -> None:
+    """Have the stream measure memory again if the following step merges tokens and `step` not."""
+    merges = accelerations.merges_tokens
+    if blocks is not None and following >= 0 and merges(step) != merges(following):
+        blocks.remeasure()
+
+
+def shrink_if_over_budget(
+    run: GenerationRun, stage: Stage, shrink: Callable[[], bool]
+) -> Iterator[Event]:
+    """Call `shrink` if the process has outgrown its memory budget; warn once."""
+    warning = stage.monitor.check(shrink)
     if warning is not None:
-        run.warnings.append(warning)
+        run.result.warnings.append(warning)
         yield Warned(warning)
 
 
-def bound(
-    network: STDiT3,
-    run: GenerationRun,
-    context: Callable[[int, mx.array], Hooks[BlockPair]],
-    text: Sequence[mx.array],
-    part: CFGSlice,
-) -> Network:
-    """The network for the video of `run` under one text [n, C] per sample, those of `part`.
+def decode(
+    run: GenerationRun, clip: int, latents: mx.array, writer: FrameWriter
+) -> Generator[Event, None, None]:
+    """Decode the new frames of a clip, one chunk of 17 frames at a time, straight into the file."""
+    clips = run.settings.clips
+    skipped = clips.skipped(clip)
+    frames, before = clips.num_frames - skipped, writer.num_frames
+    yield StageStarted("decode", frames)
+    with run.loader.stage(run.plan.stage("decode")) as stage:
+        # The VAE decodes chunks independently, so frames of the clip before can be left out.
+        new_latents = latents[:, latent_frames(skipped) :]
+        batch = MicroBatch(stage.plan.micro_batch or frames)
+        for chunk in _decoded_chunks(run, stage, batch, new_latents, frames):
+            with run.ranks.collective_errors():
+                writer.write(chunk)
+            yield StageProgress("decode", writer.num_frames - before, frames)
+            yield from shrink_if_over_budget(run, stage, batch.halve)
+        del chunk
+    yield run.result.add_stage(stage.meter)
 
-    context: what fills the network's seams in a step (by index) at flow times t [B], but for the
-    one around all blocks.
-    """
-    settings, told = run.settings, run.settings.model_args
-    conditions = network.prepare(
-        text, settings.geometry.latent, height=told.height, width=told.width, fps=told.fps
+
+def _decoded_chunks(
+    run: GenerationRun, stage: Stage, batch: MicroBatch, latents: mx.array, count: int
+) -> Iterator[np.ndarray]:
+    """Decode latents to `count` frames, uint8 [n, H, W, 3] each; ranks decode side by side."""
+    ranks, model = run.ranks, run.engine.model
+    with ranks.collective_errors():
+        files, vae = WeightFileGuard(model.vae), load_vae(model)
+    total = len(vae.chunks(count))
+    chunks = vae.decode_chunks(
+        latents,
+        count,
+        batch,
+        sequential_offload=stage.plan.in_turn,
+        tiles=run.settings.vae_tiles,
+        chosen=slice(ranks.rank, None, ranks.size),
     )
+    del vae
+    health = run.health.frames()
+    for first in range(0, total, ranks.size):
+        frames = None
+        with ranks.collective_errors(), files.check_reads():
+            if first + ranks.rank < total:
+                chunk = next(chunks)
+                health.add(chunk)
+                frames = to_uint8(chunk)
+                del chunk
+        yield from all_gather_frames(ranks, frames, run.settings.geometry.decoded)
+    ranks.raise_if_all_fail(health.end)
 
-    def velocity(z: mx.array, t: mx.array, x_mask: mx.array | None, index: int) -> mx.array:
-        stack = run.accelerations.block_cache(index, part)
-        seams = replace(context(index, t), block_cache=stack, sharding=run.layout)
-        return network(z, t, conditions, x_mask, seams)
 
-    return velocity
-
-
-def frames_of(ranks: Ranks, own: np.ndarray | None, size: Size) -> Iterator[np.ndarray]:
-    """Frames uint8 [n, H, W, 3] of all ranks, in their order; None from those that have none."""
+def all_gather_frames(ranks: Ranks, frames: np.ndarray | None, size: Size) -> Iterator[np.ndarray]:
+    """Yield the frames uint8 [n, H, W, 3] of all ranks in order; None from a rank without any."""
     import numpy as np
 
     if ranks.size == 1:
-        if own is not None:
-            yield own
+        if frames is not None:
+            yield frames
         return
-    for data in ranks.all_gather_bytes(b"" if own is None else own.tobytes()):
-        if data:
-            yield np.frombuffer(data, np.uint8).reshape(-1, size.height, size.width, 3)
+    for part in ranks.all_gather_bytes(b"" if frames is None else frames.tobytes()):
+        if part:
+            yield np.frombuffer(part, np.uint8).reshape(-1, size.height, size.width, 3)

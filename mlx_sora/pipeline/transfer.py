@@ -1,4 +1,4 @@
-"""A finished video on its way from the rank that made it to the one that has the files."""
+"""Sending a finished video from the rank that made it to rank 0, which writes the files."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ from mlx_sora.utils.files import atomic_write
 from mlx_sora.video import Video
 from mlx_sora.video.output_path import is_sequence
 
-#: What of a video is plain values.
-PLAIN = ("width", "height", "num_frames", "fps", "seed", "warnings", "timings", "memory")
+#: Fields of Video that are plain JSON values.
+VIDEO_FIELDS = ("width", "height", "num_frames", "fps", "seed", "warnings", "timings", "memory")
 
 
 @dataclass(frozen=True)
 class VideoTransfer:
-    """values: plain ones of the video. error: class, message and fix where there is none.
+    """A video, or the error that took its place, as bytes and plain values.
 
-    files: contents by name; the frames, uint8, under an empty name where there is no file.
+    values: fields of the video. error: class, message and fix. files: contents by name; without
+    files, the frames, uint8, under an empty name.
     """
 
     values: Mapping[str, Any] = field(default_factory=dict)
@@ -30,41 +31,40 @@ class VideoTransfer:
     files: Mapping[str, bytes] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, video: Video, folder: Path) -> VideoTransfer:
-        """A video whose files are all that `folder` shows; hidden ones are for the run itself."""
+    def from_video(cls, video: Video, folder: Path) -> VideoTransfer:
+        """Pack a video whose files are all in `folder`; hidden ones belong to the run."""
         shown = [file for file in sorted(folder.iterdir()) if not file.name.startswith(".")]
         files = {file.name: file.read_bytes() for file in shown}
         if video.frames is not None:
             files[""] = video.frames.tobytes()
-        values = {name: getattr(video, name) for name in (*PLAIN, "metadata")}
+        values = {name: getattr(video, name) for name in (*VIDEO_FIELDS, "metadata")}
         return cls(values, files=files)
 
-    def exchanged(self, ranks: Ranks) -> list[VideoTransfer]:
-        """Those of all ranks, in order."""
+    def all_gather(self, ranks: Ranks) -> list[VideoTransfer]:
+        """Return the transfers of all ranks, in order."""
         sizes = {name: len(content) for name, content in self.files.items()}
         heads = ranks.all_gather_object([self.values, self.error, sizes])
         bodies = ranks.all_gather_bytes(b"".join(self.files.values()))
-        return [_opened(head, body) for head, body in zip(heads, bodies, strict=True)]
+        return [_unpack(head, body) for head, body in zip(heads, bodies, strict=True)]
 
-    def delivered(self, run: GenerationRun, *, written: bool) -> Video:
-        """The video of `run` in its place, if it is to be written here.
-
-        Raises MlxSoraError where that fails.
-        """
+    def deliver(self, run: GenerationRun, *, write: bool) -> Video:
+        """Write the video where `run` wants it, if `write`, and return it. Raises MlxSoraError."""
         values = dict(self.values)
         values["warnings"] = tuple(values["warnings"])
-        if not written:
+        if not write:
             return Video(None, run.request, **values)
         if run.output is not None:
-            return Video(self._put(run.output, run.request.overwrite), run.request, **values)
+            return Video(
+                self._write_files(run.output, run.request.overwrite), run.request, **values
+            )
         import numpy as np
 
         shape = (values["num_frames"], values["height"], values["width"], 3)
         frames = np.frombuffer(self.files[""], np.uint8).reshape(shape)
         return Video(None, run.request, **values, frames=frames)
 
-    def _put(self, output: Path, overwrite: bool) -> Path:
-        """All files beside where the video goes; its path."""
+    def _write_files(self, output: Path, overwrite: bool) -> Path:
+        """Write all files beside `output`; return the path of the video."""
         found = output
         try:
             if is_sequence(output):
@@ -81,7 +81,7 @@ class VideoTransfer:
         return found
 
 
-def _opened(head: list[Any], body: bytes) -> VideoTransfer:
+def _unpack(head: list[Any], body: bytes) -> VideoTransfer:
     values, error, sizes = head
     files, start = {}, 0
     for name, size in sizes.items():

@@ -1,162 +1,118 @@
-"""Classifier-free guidance: velocity = without + scale · (with - without) prompt."""
+"""Classifier-free guidance (CFG): v = uncond + scale · (cond - uncond)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import cache
-from typing import Protocol
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import mlx.core as mx
 
-from mlx_sora.sampling.base import Step, Velocity
+from mlx_sora.sampling.base import Step
 
-
-class Network(Protocol):
-    """A network bound to the text of its samples."""
-
-    def __call__(
-        self, z: mx.array, t: mx.array, x_mask: mx.array | None, index: int, /
-    ) -> mx.array:
-        """Prediction [b, T, H, W, C or more] at z [b, ...] and times t [b] in step `index`.
-
-        x_mask [b, T] or None. Only the first C channels, those of z, are the velocity.
-        """
+#: Predictions with and without prompt, (cond, uncond), [B, T, H, W, C] each.
+CFGPredictions = tuple[mx.array, mx.array]
 
 
 @dataclass(frozen=True)
 class CFGSlice:
-    """Which samples of an evaluation a call is about: those from `first` on, of `total`.
+    """Samples of an evaluation that one call computes: those from `start` on, of `total`.
 
-    Samples with prompt come first, then those without where they are run.
+    Cond samples come first, then uncond samples where they are computed.
     """
 
     start: int
     total: int
 
 
-#: Binds a network to one text [n, C_text] per sample, for calls about that part of evaluations.
-Bind = Callable[[Sequence[mx.array], CFGSlice], Network]
+class TextConditionedModel(Protocol):
+    """Network that predicts the velocity of latents under text."""
 
-#: Predictions with prompt and without, [B, T, H, W, C] each.
-CFGPredictions = tuple[mx.array, mx.array]
+    def prepare(self, text: Sequence[mx.array]) -> Any:
+        """Return what all steps share for samples with these texts, one [n, C_text] each."""
+
+    def __call__(
+        self,
+        z: mx.array,
+        t: mx.array,
+        conditions: Any,
+        x_mask: mx.array | None,
+        step: int,
+        cfg_slice: CFGSlice,
+        /,
+    ) -> mx.array:
+        """Predict [b, T, H, W, C or more] at z [b, T, H, W, C] and times t [b] in step `step`.
+
+        conditions: from `prepare`. x_mask [b, T] or None. Channels beyond those of z are ignored.
+        """
 
 
 class GuidancePolicy(Protocol):
-    """Says in which steps the half without prompt is not run, and what stands for it."""
+    """Decides in which steps the uncond prediction is not computed, and what replaces it."""
 
     def predict_uncond(self, step: Step, /) -> Callable[[mx.array], mx.array] | None:
-        """Makes that half of the half with prompt [B, T, H, W, C]; None has both run."""
+        """Return a function from cond to uncond [B, T, H, W, C]; None to compute both."""
 
-    def update(self, step: Step, halves: CFGPredictions, /) -> None:
-        """Both halves have been run in `step`; they may still be lazy."""
+    def update(self, step: Step, predictions: CFGPredictions, /) -> None:
+        """Receive the predictions of a step that computed both; they may still be lazy."""
 
 
-def guided(
-    bind: Bind,
-    text: Sequence[mx.array],
-    null_text: Callable[[int], mx.array],
-    scale: float,
-    *,
-    sequential: bool = False,
-    policy: GuidancePolicy | None = None,
-) -> Velocity:
+@dataclass
+class Guidance:
     """Guided velocity of samples with `text`, one array [n, C_text] each.
 
-    null_text(n) is what stands for no prompt beside a prompt of n tokens. Both halves run in one
-    call, [with, without], as in Open-Sora 1.2; sequential: in two, with half the memory. At scale
-    1 the half without prompt has no weight and is not run at all. policy: spares that half in
-    steps of its choice.
+    null_text(n) replaces a prompt of n tokens in the uncond samples. Both predictions are computed
+    in one call, [cond, uncond], as in Open-Sora 1.2; `sequential` computes them in two calls with
+    half the memory. At scale 1 uncond has no weight and is never computed. policy: replaces uncond
+    in steps of its choice.
     """
-    count = len(text)
-    if scale == 1.0:
-        return _Plain(bind(text, CFGSlice(0, count)))
-    null = [null_text(len(sample)) for sample in text]
-    whole, rest = CFGSlice(0, 2 * count), CFGSlice(count, 2 * count)
-    run = (
-        _Sequential(bind(text, whole), bind(null, rest))
-        if sequential
-        else _Batched(bind([*text, *null], whole))
-    )
-    if policy is None:
-        return _Guided(run, scale)
-    return _Spared(run, scale, policy, lambda: _Plain(bind(text, CFGSlice(0, count))))
 
-
-class _Plain:
-    def __init__(self, network: Network) -> None:
-        self._network = network
+    model: TextConditionedModel
+    text: Sequence[mx.array]
+    null_text: Callable[[int], mx.array]
+    scale: float
+    sequential: bool = False
+    policy: GuidancePolicy | None = None
+    _conditions: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
 
     def __call__(self, z: mx.array, t: mx.array, step: Step, /) -> mx.array:
-        return _velocity(self._network, z, t, step.x_mask, step.index)
-
-
-class _Batched:
-    """Both halves in one call."""
-
-    def __init__(self, network: Network) -> None:
-        self._network = network
-
-    def __call__(self, z: mx.array, t: mx.array, step: Step, /) -> CFGPredictions:
-        x_mask = None if step.x_mask is None else mx.tile(step.x_mask, (2, 1))
-        both = _velocity(self._network, mx.concatenate([z, z]), mx.tile(t, 2), x_mask, step.index)
-        return both[: len(z)], both[len(z) :]
-
-
-class _Sequential:
-    """One half after the other."""
-
-    def __init__(self, network: Network, null: Network) -> None:
-        self._network, self._null = network, null
-
-    def __call__(self, z: mx.array, t: mx.array, step: Step, /) -> CFGPredictions:
-        with_prompt = _velocity(self._network, z, t, step.x_mask, step.index)
-        # Evaluated before the other half is built, or both would be in memory together.
-        mx.eval(with_prompt)
-        return with_prompt, _velocity(self._null, z, t, step.x_mask, step.index)
-
-
-class _Guided:
-    """Both halves in every step."""
-
-    def __init__(self, run: _Batched | _Sequential, scale: float) -> None:
-        self._run, self._scale = run, scale
-
-    def __call__(self, z: mx.array, t: mx.array, step: Step, /) -> mx.array:
-        return _mix(self._run(z, t, step), self._scale)
-
-
-class _Spared(_Guided):
-    """Both halves, but for steps in which a policy makes one of the other."""
-
-    def __init__(
-        self,
-        run: _Batched | _Sequential,
-        scale: float,
-        policy: GuidancePolicy,
-        alone: Callable[[], Velocity],
-    ) -> None:
-        super().__init__(run, scale)
-        self._policy = policy
-        self._alone = cache(alone)
-
-    def __call__(self, z: mx.array, t: mx.array, step: Step, /) -> mx.array:
-        make = self._policy.predict_uncond(step)
-        if make is None:
-            halves = self._run(z, t, step)
-            self._policy.update(step, halves)
+        """Velocity [B, T, H, W, C] at z and flow times t [B], inside `step`."""
+        if self.scale == 1.0:
+            return self._predict_cond(z, t, step)
+        replace_uncond = None if self.policy is None else self.policy.predict_uncond(step)
+        if replace_uncond is not None:
+            cond = self._predict_cond(z, t, step)
+            uncond = replace_uncond(cond)
         else:
-            with_prompt = self._alone()(z, t, step)
-            halves = with_prompt, make(with_prompt)
-        return _mix(halves, self._scale)
+            cond, uncond = self._predict_both(z, t, step)
+            if self.policy is not None:
+                self.policy.update(step, (cond, uncond))
+        return uncond + self.scale * (cond - uncond)
 
+    def _predict_cond(self, z: mx.array, t: mx.array, step: Step) -> mx.array:
+        return self._predict("cond", z, t, step, CFGSlice(0, len(self.text)))
 
-def _velocity(
-    network: Network, z: mx.array, t: mx.array, x_mask: mx.array | None, index: int
-) -> mx.array:
-    return network(z, t, x_mask, index)[..., : z.shape[-1]]
+    def _predict_both(self, z: mx.array, t: mx.array, step: Step) -> CFGPredictions:
+        count = len(self.text)
+        if not self.sequential:
+            z2, t2 = mx.concatenate([z, z]), mx.tile(t, 2)
+            both = self._predict("both", z2, t2, step, CFGSlice(0, 2 * count))
+            return both[:count], both[count:]
+        cond = self._predict("cond", z, t, step, CFGSlice(0, 2 * count))
+        # Evaluated before uncond is built, or both would be in memory together.
+        mx.eval(cond)
+        return cond, self._predict("uncond", z, t, step, CFGSlice(count, 2 * count))
 
-
-def _mix(halves: CFGPredictions, scale: float) -> mx.array:
-    with_prompt, without = halves
-    return without + scale * (with_prompt - without)
+    def _predict(
+        self, texts: str, z: mx.array, t: mx.array, step: Step, cfg_slice: CFGSlice
+    ) -> mx.array:
+        if texts not in self._conditions:
+            cond = [] if texts == "uncond" else list(self.text)
+            uncond = [] if texts == "cond" else [self.null_text(len(text)) for text in self.text]
+            self._conditions[texts] = self.model.prepare(cond + uncond)
+        x_mask = step.x_mask
+        if x_mask is not None:
+            x_mask = mx.tile(x_mask, (len(z) // len(x_mask), 1))
+        conditions = self._conditions[texts]
+        v = self.model(z, t, conditions, x_mask, step.index, cfg_slice)
+        return v[..., : z.shape[-1]]

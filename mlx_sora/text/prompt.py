@@ -60,28 +60,32 @@ class Scores:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt ready for the tokenizer. A plain prompt is one scene from loop 0 on."""
+    """A prompt ready for the tokenizer. A plain prompt is one scene from loop 0 on.
+
+    is_empty: cleaning left nothing of the first scene.
+    """
 
     scenes: tuple[Scene, ...]
     settings: PromptDirectives = PromptDirectives()
+    is_empty: bool = False
 
     def text(self, loop: int = 0) -> str:
-        """Text of generation number `loop`."""
+        """Return the text of generation number `loop`."""
         return scene_at(self.scenes, loop)
 
 
 def prepare_prompt(prompt: str, scores: Scores | None = None) -> Prompt:
-    """Read the syntax of a prompt as the user typed it, append the scores and clean the texts.
+    """Parse the syntax of a prompt as the user typed it, append the scores and clean the texts.
 
     Raises UsageError for settings or scenes that cannot be read.
     """
     text, settings = split_settings(prompt)
     scores = scores or Scores()
+    typed = split_scenes(text)
     scenes = (
-        Scene(scene.start, preprocess(scores.append_to(scene.text.strip())))
-        for scene in split_scenes(text)
+        Scene(scene.start, preprocess(scores.append_to(scene.text.strip()))) for scene in typed
     )
-    return Prompt(tuple(scenes), settings)
+    return Prompt(tuple(scenes), settings, is_empty=not preprocess(scene_at(typed, 0).strip()))
 
 
 def split_settings(prompt: str) -> tuple[str, PromptDirectives]:

@@ -42,6 +42,17 @@ class Encoding:
     cut: str = ""
     num_cut: int = 0
 
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """Warning that the end of the prompt was cut, if it was."""
+        if not self.num_cut:
+            return ()
+        cut = self.cut if len(self.cut) <= 80 else self.cut[:77] + "..."
+        return (
+            f"The prompt is longer than {len(self.ids)} tokens: "
+            f"its last {self.num_cut} were cut ({cut!r}).",
+        )
+
     def padded(self, length: int = MAX_LENGTH) -> tuple[list[int], list[int]]:
         """ids and mask (1 = token), both of `length` entries."""
         missing = length - len(self.ids)

@@ -74,10 +74,10 @@ def test_a_file_is_enough(tmp_path: Path, whole: bytes) -> None:
     file = "a.mp4" + CHECKPOINT
     code, _, errors = run(tmp_path, "generate", "--resume", file, "--steps", "9")
     assert code == 2
-    assert "--steps has no place" in errors
+    assert "--steps cannot be changed" in errors
     code, _, errors = run(tmp_path, "generate", "--resume", file)
     assert code == 0, errors
-    assert "1 of 6 steps are made" in errors
+    assert "1 of 6 steps are done" in errors
     assert (tmp_path / "a.mp4").read_bytes() == whole
 
 
@@ -96,7 +96,7 @@ def test_a_batch_goes_on_where_it_was(tmp_path: Path) -> None:
     code, out, errors = run(tmp_path, *words)
     assert code == 0, errors
     assert "0000-a-red-circle.mp4 is there already" in out
-    assert "2 of 6 steps are made" in out
+    assert "2 of 6 steps are done" in out
     assert len(list(tmp_path.glob("*.mp4"))) == 2
     assert list(tmp_path.glob("*" + CHECKPOINT)) == []
 

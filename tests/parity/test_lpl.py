@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
@@ -14,13 +14,14 @@ from mlx_sora.accel.lpl import FixedLeap, ReferenceLeap
 from mlx_sora.accel.tdtm import MergedSteps
 from mlx_sora.loading.checkpoint import load_weights
 from mlx_sora.models.hooks import Hooks
-from mlx_sora.models.stdit3 import KEYS, STDiT3, STDiT3Config, unpadded
+from mlx_sora.models.stdit3 import KEYS, BlockPair, STDiT3, STDiT3Config, unpadded
 from mlx_sora.request.modes import LPL
 from mlx_sora.sampling.base import LeapPolicy, Step, Velocity
-from mlx_sora.sampling.guidance import CFGSlice, Network, guided
+from mlx_sora.sampling.guidance import Guidance
 from mlx_sora.sampling.loop import StepResult, denoise
 from mlx_sora.sampling.rflow import RFlow
 from tests.helpers.golden import Case, channels_first, channels_last, relative_error
+from tests.helpers.models import BoundModel
 from tests.parity.test_rflow import conditioning
 
 TRAJECTORY = 1e-3
@@ -134,24 +135,20 @@ def guided_model(case: Case) -> Velocity:
     grid = case["in.z_init"].shape[2:]
     merged = MergedSteps(constructor["merge_steps"], ScheduleInfo(1000, 1, grid[0]))
 
-    def bind(text: Sequence[mx.array], part: CFGSlice) -> Network:
-        conditions = model.prepare(
-            text,
-            grid,
-            height=float(case["in.height"][0].item()),
-            width=float(case["in.width"][0].item()),
-            fps=case["in.fps"],
-        )
+    def hooks(step: int) -> Hooks[BlockPair] | None:
+        tokens = merged.token_merging(step)
+        return None if tokens is None else Hooks(token_merging=tokens)
 
-        def network(z: mx.array, t: mx.array, x_mask: mx.array | None, index: int, /) -> mx.array:
-            tokens = merged.token_merging(index)
-            context = None if tokens is None else Hooks(token_merging=tokens)
-            return model(z, t, conditions, x_mask, context)
-
-        return network
-
+    bound = BoundModel(
+        model,
+        grid,
+        hooks,
+        height=float(case["in.height"][0].item()),
+        width=float(case["in.width"][0].item()),
+        fps=case["in.fps"],
+    )
     text = unpadded(case["in.y"].squeeze(1), case.get("in.text_mask"))
-    return guided(bind, text, model.null_text, case.config["rflow"]["cfg_scale"])
+    return Guidance(bound, text, model.null_text, case.config["rflow"]["cfg_scale"])
 
 
 @pytest.mark.golden("lpl_model", "lpl_tdtm_model")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -11,10 +10,11 @@ import pytest
 
 from mlx_sora.loading.checkpoint import load_weights
 from mlx_sora.models.stdit3 import KEYS, STDiT3, STDiT3Config, unpadded
-from mlx_sora.sampling.guidance import CFGSlice, Network, guided
+from mlx_sora.sampling.guidance import Guidance
 from mlx_sora.sampling.loop import Conditioning, StepResult, denoise
 from mlx_sora.sampling.rflow import RFlow, add_noise
 from tests.helpers.golden import Case, channels_first, channels_last, relative_error
+from tests.helpers.models import BoundModel
 
 TRAJECTORY = 1e-3
 NETWORK = 1e-4
@@ -74,29 +74,19 @@ def sample(case: Case, *, sequential: bool) -> tuple[list[StepResult], list[mx.a
     """All steps of the case's run, and the frame mask of each call of the network."""
     model = STDiT3(STDiT3Config.from_dict(case.config["constructor"]))
     load_weights(model, case.weights, KEYS)
-    masks: list[mx.array | None] = []
-
-    def bind(text: Sequence[mx.array], part: CFGSlice) -> Network:
-        conditions = model.prepare(
-            text,
-            case["in.z_init"].shape[2:],
-            height=float(case["in.height"][0]),
-            width=float(case["in.width"][0]),
-            fps=case["in.fps"],
-        )
-
-        def network(z: mx.array, t: mx.array, x_mask: mx.array | None, index: int, /) -> mx.array:
-            masks.append(x_mask)
-            return model(z, t, conditions, x_mask)
-
-        return network
-
+    bound = BoundModel(
+        model,
+        case["in.z_init"].shape[2:],
+        height=float(case["in.height"][0]),
+        width=float(case["in.width"][0]),
+        fps=case["in.fps"],
+    )
     text = unpadded(case["in.y"].squeeze(1), case.get("in.text_mask"))
     scale = case.config["rflow"]["cfg_scale"]
-    velocity = guided(bind, text, model.null_text, scale, sequential=sequential)
+    velocity = Guidance(bound, text, model.null_text, scale, sequential=sequential)
     sampler, times = schedule(case)
     z = channels_last(case["in.z_init"])
-    return list(denoise(velocity, z, times, sampler, conditioning=conditioning(case))), masks
+    return list(denoise(velocity, z, times, sampler, conditioning=conditioning(case))), bound.masks
 
 
 @pytest.mark.golden("rflow_sample")

@@ -158,7 +158,7 @@ def record(
 
     plan = pipeline.plan(request)
     return {
-        "settings": resolve(request, pipeline.model)[0].to_dict(),
+        "settings": resolve(request, pipeline.model).to_dict(),
         "plan": {"peak": plan.peak, "smallest": plan.smallest},
         "peak_is": PEAK,
         "rows": [asdict(row) for row in rows],

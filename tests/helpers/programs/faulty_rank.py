@@ -10,15 +10,15 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Generator
+from collections.abc import Iterator
 from typing import Any
 
-import mlx_sora.pipeline.pipeline
+import mlx_sora.pipeline.engine
 from mlx_sora.cli.main import main
 from mlx_sora.distributed import heartbeat as peers
 from mlx_sora.distributed.launch import launched_rank
 from mlx_sora.errors import WeightsError
-from mlx_sora.pipeline.stages import Stages
+from mlx_sora.pipeline.run import GenerationRun
 from mlx_sora.utils.versions import versions
 
 #: So that a test does not wait as long as a user would.
@@ -43,21 +43,21 @@ def other(kind: str) -> None:
     """Be another than the first rank is."""
     if kind == "other-version":
         real = versions()
-        mlx_sora.pipeline.pipeline.versions = lambda: real | {"mlx": "0.1"}  # type: ignore[attr-defined]
+        mlx_sora.pipeline.engine.versions = lambda: real | {"mlx": "0.1"}  # type: ignore[attr-defined]
     if kind == "other-weights":
-        mlx_sora.pipeline.pipeline.fingerprint = lambda model: "abc"  # type: ignore[attr-defined]
+        mlx_sora.pipeline.engine.fingerprint = lambda model: "abc"  # type: ignore[attr-defined]
 
 
 def begin(kind: str) -> None:
     """Arrange for the fault."""
-    after = Stages._after
+    finish_step = GenerationRun.finish_step
 
-    def then(self: Stages, run: Any, done: Any, blocks: Any) -> Generator[Any, None, None]:
-        yield from after(self, run, done, blocks)
-        if done.step.index == 1:
+    def then(run: GenerationRun, step: Any, accelerations: Any) -> Iterator[Any]:
+        yield from finish_step(run, step, accelerations)
+        if step.step.index == 1:
             fault(kind)
 
-    Stages._after = then  # type: ignore[method-assign]
+    GenerationRun.finish_step = then  # type: ignore[method-assign]
     other(kind)
 
 

@@ -14,7 +14,7 @@ from mlx_sora.accel.guidance_cache import GuidanceCache, _split
 from mlx_sora.errors import UsageError
 from mlx_sora.request.modes import GUIDANCE_CACHE, GUIDANCE_INTERVAL
 from mlx_sora.sampling.base import Step
-from mlx_sora.sampling.guidance import guided
+from mlx_sora.sampling.guidance import Guidance
 from tests.helpers.flows import latents
 from tests.unit.sampling.test_guidance import NULL, Recorder, null_text
 
@@ -55,7 +55,7 @@ def test_full_steps_are_those_that_run_blocks_and_have_guidance() -> None:
 
 def run(part: Accelerations, seen: Recorder, sequential: bool = False) -> list[mx.array]:
     """Guided velocities of all steps; the flow stands still, so that only guidance changes."""
-    velocity = guided(seen.bind, TEXT, null_text, 4.0, sequential=sequential, policy=part.guidance)
+    velocity = Guidance(seen, TEXT, null_text, 4.0, sequential=sequential, policy=part.guidance)
     return [velocity(Z, step(i).t, step(i)) for i in range(12)]
 
 
@@ -110,7 +110,7 @@ def test_outside_the_interval_there_is_no_guidance() -> None:
     part = Accelerations({"guidance_interval": "500,840"}, JOB)
     assert sorted(set(range(12)) - part.cond_only_steps) == [2, 3, 4, 5, 6]
     found, plain = run(part, Recorder()), run(Accelerations({}, JOB), Recorder())
-    alone = guided(Recorder().bind, TEXT, null_text, 1.0)
+    alone = Guidance(Recorder(), TEXT, null_text, 1.0)
     for i in range(12):
         expected = plain[i] if 2 <= i <= 6 else alone(Z, step(i).t, step(i))
         assert mx.array_equal(found[i], expected)
@@ -134,7 +134,7 @@ def test_what_the_null_text_is_has_no_part_in_it() -> None:
     make: Callable[[int], mx.array] = lambda n: NULL[:n]  # noqa: E731
     policy = Accelerations({"guidance_cache": "every:3,after=0"}, JOB).guidance
     seen = Recorder()
-    velocity = guided(seen.bind, TEXT, make, 4.0, policy=policy)
+    velocity = Guidance(seen, TEXT, make, 4.0, policy=policy)
     for i in range(4):
         velocity(Z, step(i).t, step(i))
-    assert [(p.start, p.total) for p in seen.parts] == [(0, 2), (0, 1)]
+    assert [(p.start, p.total) for p in seen.slices] == [(0, 2), (0, 1), (0, 1), (0, 2)]

@@ -149,7 +149,7 @@ def test_a_given_latent_ends_one_clip_and_begins_the_next(pipe: Pipeline) -> Non
     from mlx_sora.sampling.noise import Noise
 
     request = GenerationRequest(prompt="p", seed=1, loop=3, num_frames=34)
-    media = resolve(request, pipe.model)[0].media
+    media = resolve(request, pipe.model).media
     given, shape = ConditioningLatents(media, (10, 8, 8), 4), (10, 8, 8, 4)
     z, conditioning = given.begin(0, Noise([1], shape, 0))
     assert conditioning is None

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from functools import cache
 from pathlib import Path
 
 import pytest
@@ -12,7 +10,6 @@ from mlx_sora import GenerationRequest, MemoryBudgetError, Pipeline
 from mlx_sora.cli.main import main
 from mlx_sora.geometry import RESOLUTIONS, aspect_ratios
 from mlx_sora.memory.plan import Plan
-from mlx_sora.pipeline import pipeline as module
 from tests.helpers.full_size import write_published
 from tests.helpers.golden import Case
 
@@ -25,11 +22,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def pipe(folder: Path) -> Iterator[Pipeline]:
-    """Headers are read once for all plans."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "model_sizes", cache(module.model_sizes))
-        yield Pipeline.from_pretrained(folder)
+def pipe(folder: Path) -> Pipeline:
+    return Pipeline.from_pretrained(folder)
 
 
 def plan(pipe: Pipeline, resolution: str, ratio: str, frames: int, **more: object) -> Plan:

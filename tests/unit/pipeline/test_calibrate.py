@@ -58,7 +58,7 @@ def test_segments_that_were_not_measured_are_not_used() -> None:
 @pytest.fixture(scope="module")
 def table() -> ScheduleTable:
     pipe = Pipeline.from_pretrained("shapes")
-    return calibrate(pipe, requests_for(["a red circle"], SMALL), reach=4)
+    return calibrate(pipe.engine, requests_for(["a red circle"], SMALL), reach=4)
 
 
 def test_what_is_measured_on_a_model(table: ScheduleTable, tmp_path: Path) -> None:

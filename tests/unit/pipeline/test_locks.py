@@ -105,8 +105,8 @@ def test_in_a_batch_each_output_is_held_in_turn(pipe: Pipeline, tmp_path: Path) 
     for event in events:
         if isinstance(event, StageStarted) and event.stage == "denoise":
             break
-    hold = "import sys; from pathlib import Path; from mlx_sora.pipeline.locks import claimed\n"
-    hold += "for name in sys.argv[1:]:\n    with claimed(Path(name)): print('free')"
+    hold = "import sys; from pathlib import Path; from mlx_sora.pipeline.locks import output_lock\n"
+    hold += "for name in sys.argv[1:]:\n    with output_lock(Path(name)): print('free')"
     outcome = subprocess.run(
         [sys.executable, "-c", hold, *(str(request.output) for request in reversed(requests))],
         capture_output=True,

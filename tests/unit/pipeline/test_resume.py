@@ -66,7 +66,7 @@ def test_whoever_stops_listening_loses_no_step(pipe: Pipeline, output: Path) -> 
     assert (found.clip, found.steps) == (0, 1)
     assert [file.name for file in output.parent.iterdir()] == [checkpoint_path(output).name]
     seen, _ = finish(pipe.stream(request(output)))
-    assert "1 of 3 steps are made" in notes(seen)
+    assert "1 of 3 steps are done" in notes(seen)
     assert [file.name for file in output.parent.iterdir()] == [output.name]
 
 
@@ -96,7 +96,7 @@ def test_a_death_while_decoding_needs_no_other_stage(pipe: Pipeline, output: Pat
     run.close()
     seen, path = finish(pipe.stream(request(output)))
     assert stages(seen) == ["decode"]
-    assert "all steps are made" in notes(seen)
+    assert "all steps are done" in notes(seen)
     assert np.array_equal(read_frames(path), read_frames(once))
 
 

@@ -73,8 +73,8 @@ def test_pictures_too_small_for_tiles(
 @pytest.fixture
 def large(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> Pipeline:
     """The pipeline, to be asked for plans only, as if its model were Open-Sora 1.2."""
-    monkeypatch.setattr("mlx_sora.pipeline.pipeline.model_sizes", lambda *_, **__: shape_sizes(4))
-    return pipe
+    monkeypatch.setattr("mlx_sora.pipeline.engine.model_sizes", lambda *_, **__: shape_sizes(4))
+    return Pipeline(pipe.model)
 
 
 def request_of(**more: object) -> GenerationRequest:

@@ -10,8 +10,9 @@ from mlx.utils import tree_flatten
 
 from mlx_sora.models.stdit3 import STDiT3, STDiT3Config
 from mlx_sora.sampling.base import Step
-from mlx_sora.sampling.guidance import CFGSlice, Network, guided
+from mlx_sora.sampling.guidance import CFGSlice, Guidance
 from tests.helpers.flows import SHAPE, latents
+from tests.helpers.models import BoundModel
 
 TEXT = [latents(3, (5, 6)), latents(4, (2, 6))]
 NULL = latents(5, (8, 6))
@@ -19,28 +20,35 @@ T = mx.array([700.0, 400.0])
 
 
 class Recorder:
-    """A made-up network with twice the channels of z; keeps what it was bound and called with."""
+    """A made-up network with twice the channels of z; records texts and calls."""
 
     def __init__(self) -> None:
-        self.bound: list[list[mx.array]] = []
-        self.parts: list[CFGSlice] = []
+        self.texts: list[list[mx.array]] = []
+        self.slices: list[CFGSlice] = []
         self.batches: list[int] = []
         self.masks: list[mx.array | None] = []
         self.indices: list[int] = []
 
-    def bind(self, text: Sequence[mx.array], part: CFGSlice) -> Network:
-        self.bound.append(list(text))
-        self.parts.append(part)
-        means = mx.stack([sample.mean() for sample in text]).reshape(-1, 1, 1, 1, 1)
+    def prepare(self, text: Sequence[mx.array]) -> mx.array:
+        self.texts.append(list(text))
+        return mx.stack([sample.mean() for sample in text]).reshape(-1, 1, 1, 1, 1)
 
-        def network(z: mx.array, t: mx.array, x_mask: mx.array | None, index: int, /) -> mx.array:
-            self.batches.append(len(z))
-            self.masks.append(x_mask)
-            self.indices.append(index)
-            v = mx.tanh(z * means) + t.reshape(-1, 1, 1, 1, 1) / 1000.0
-            return mx.concatenate([v, mx.full(v.shape, 99.0)], axis=-1)
-
-        return network
+    def __call__(
+        self,
+        z: mx.array,
+        t: mx.array,
+        conditions: mx.array,
+        x_mask: mx.array | None,
+        step: int,
+        cfg_slice: CFGSlice,
+        /,
+    ) -> mx.array:
+        self.slices.append(cfg_slice)
+        self.batches.append(len(z))
+        self.masks.append(x_mask)
+        self.indices.append(step)
+        v = mx.tanh(z * conditions) + t.reshape(-1, 1, 1, 1, 1) / 1000.0
+        return mx.concatenate([v, mx.full(v.shape, 99.0)], axis=-1)
 
 
 def step(x_mask: mx.array | None = None) -> Step:
@@ -53,7 +61,7 @@ def null_text(length: int) -> mx.array:
 
 def test_formula() -> None:
     z = latents()
-    v = guided(Recorder().bind, TEXT, null_text, 7.0)(z, T, step())
+    v = Guidance(Recorder(), TEXT, null_text, 7.0)(z, T, step())
     means = [mx.stack([x.mean() for x in half]) for half in (TEXT, [NULL[:5], NULL[:2]])]
     with_, without = (mx.tanh(z * m.reshape(-1, 1, 1, 1, 1)) for m in means)
     expected = without + 7.0 * (with_ - without) + (T / 1000.0).reshape(-1, 1, 1, 1, 1)
@@ -64,10 +72,10 @@ def test_formula() -> None:
 def test_both_halves_in_one_call_prompts_first() -> None:
     seen = Recorder()
     x_mask = mx.array([[True, False, True], [True, True, False]])
-    guided(seen.bind, TEXT, null_text, 4.0)(latents(), T, step(x_mask))
+    Guidance(seen, TEXT, null_text, 4.0)(latents(), T, step(x_mask))
     assert seen.batches == [4]
-    assert [len(sample) for sample in seen.bound[0]] == [5, 2, 5, 2]
-    assert mx.array_equal(seen.bound[0][3], NULL[:2])
+    assert [len(sample) for sample in seen.texts[0]] == [5, 2, 5, 2]
+    assert mx.array_equal(seen.texts[0][3], NULL[:2])
     assert seen.masks[0] is not None
     assert mx.array_equal(seen.masks[0], mx.concatenate([x_mask, x_mask]))
     assert seen.indices == [3]
@@ -75,9 +83,9 @@ def test_both_halves_in_one_call_prompts_first() -> None:
 
 def test_sequential_is_two_calls_of_half_the_size() -> None:
     seen = Recorder()
-    guided(seen.bind, TEXT, null_text, 4.0, sequential=True)(latents(), T, step())
+    Guidance(seen, TEXT, null_text, 4.0, sequential=True)(latents(), T, step())
     assert seen.batches == [2, 2]
-    assert [[len(s) for s in bound] for bound in seen.bound] == [[5, 2], [5, 2]]
+    assert [[len(s) for s in texts] for texts in seen.texts] == [[5, 2], [5, 2]]
     assert seen.indices == [3, 3]
 
 
@@ -86,9 +94,9 @@ def test_scale_one_never_asks_for_the_null_text() -> None:
         raise AssertionError("the half without prompt has no weight")
 
     seen = Recorder()
-    v = guided(seen.bind, TEXT, never, 1.0)(latents(), T, step())
+    v = Guidance(seen, TEXT, never, 1.0)(latents(), T, step())
     assert seen.batches == [2]
-    close = guided(Recorder().bind, TEXT, null_text, 1.0 + 1e-6)(latents(), T, step())
+    close = Guidance(Recorder(), TEXT, null_text, 1.0 + 1e-6)(latents(), T, step())
     assert mx.allclose(v, close, rtol=0, atol=1e-5)
 
 
@@ -102,12 +110,9 @@ def test_batched_equals_sequential_on_the_real_network(mask: mx.array | None) ->
     filled = {k: 0.3 * latents(i, p.shape) for i, (k, p) in enumerate(_parameters(model))}
     model.load_weights(list(filled.items()))
 
-    def bind(text: Sequence[mx.array], part: CFGSlice) -> Network:
-        conditions = model.prepare(text, SHAPE[1:4], height=16, width=16, fps=24)
-        return lambda z, t, x_mask, index: model(z, t, conditions, x_mask)
-
-    batched = guided(bind, TEXT, model.null_text, 7.0)(latents(), T, step(mask))
-    sequential = guided(bind, TEXT, model.null_text, 7.0, sequential=True)
+    bound = BoundModel(model, SHAPE[1:4], height=16, width=16, fps=24)
+    batched = Guidance(bound, TEXT, model.null_text, 7.0)(latents(), T, step(mask))
+    sequential = Guidance(bound, TEXT, model.null_text, 7.0, sequential=True)
     difference = mx.abs(batched - sequential(latents(), T, step(mask))).max()
     assert float(difference / mx.std(batched)) <= 1e-5
 

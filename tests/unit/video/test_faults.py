@@ -210,10 +210,9 @@ def test_a_run_that_ends_early_gives_its_output_back(pipe: Pipeline, tmp_path: P
 
 def killed_holder(output: Path) -> None:
     """Another process holds `output`, which is refused to this one, until it is killed."""
-    hold = (
-        "import sys, time; from pathlib import Path; from mlx_sora.pipeline.locks import claimed\n"
-    )
-    hold += "with claimed(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
+    hold = "import sys, time; from pathlib import Path\n"
+    hold += "from mlx_sora.pipeline.locks import output_lock\n"
+    hold += "with output_lock(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
     with subprocess.Popen(
         [sys.executable, "-c", hold, str(output)], stdout=subprocess.PIPE, text=True
     ) as process:

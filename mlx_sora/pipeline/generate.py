@@ -1,0 +1,240 @@
+"""The road of a request: prepare() decides everything, generate() carries it out."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Generator, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import mlx.core as mx
+
+from mlx_sora.accel import Accelerations
+from mlx_sora.accel.base import ScheduleInfo
+from mlx_sora.conditioning.latents import encode_tasks
+from mlx_sora.distributed.group import Ranks
+from mlx_sora.distributed.partition import ParallelPlan, choose_parallel
+from mlx_sora.loading.quantization import quantization_metadata
+from mlx_sora.memory.plan import MediaWorkload, StepVariant, Workload
+from mlx_sora.memory.planner import make_plan
+from mlx_sora.pipeline.engine import Engine
+from mlx_sora.pipeline.preview import Previews
+from mlx_sora.pipeline.resume import with_checkpoints
+from mlx_sora.pipeline.run import EditSource, GenerationRun, RunResult
+from mlx_sora.pipeline.settings import ResolvedRequest, resolve
+from mlx_sora.pipeline.stages import TextStates, decode, denoise, encode_media, encode_text
+from mlx_sora.request.generation import GenerationRequest
+from mlx_sora.runtime.events import Event
+from mlx_sora.sampling import SAMPLERS
+from mlx_sora.video import Video
+from mlx_sora.video.frames import CountedFrames, FrameWriter, KeptFrames
+from mlx_sora.video.output_path import check_output, output_path
+from mlx_sora.video.writer import checked_writer, write_sidecar
+
+
+def prepare(
+    engine: Engine, request: GenerationRequest, resume: Path | None = None
+) -> GenerationRun:
+    """Decide everything about a validated request that has a seed. Reads no weights.
+
+    resume: a checkpoint to continue from. Raises UsageError, WeightsError, and MemoryBudgetError
+    with the smallest budget that would do.
+    """
+    request = request.with_preset()
+    engine.check_model(request.model)
+    run = plan_run(engine, request, resolve(request, engine.model))
+    if run.ranks.is_rank0 and (request.checkpoint_every is not None or resume is not None):
+        run = with_checkpoints(run, resume)
+    return run
+
+
+def plan_run(
+    engine: Engine,
+    request: GenerationRequest,
+    resolved: ResolvedRequest,
+    source: EditSource | None = None,
+) -> GenerationRun:
+    """Plan the run of a resolved request. source: the video that it edits, if any."""
+    ranks = Ranks() if request.parallel == "off" else engine.ranks
+    dtype = engine.resolve_dtype(request.dtype)
+    parallel = choose_parallel(request.parallel, ranks.size, guided=resolved.guidance != 1)
+    if source is not None:
+        parallel = source.parallel_plan(parallel, request.parallel)
+    accelerations = Accelerations(
+        resolved.accelerations, schedule_info(engine, resolved, ranks, parallel)
+    )
+    output = resolve_output(request, resolved)
+    if output is not None and engine.ranks.is_rank0:
+        check_run_output(output, request, resolved)
+    texts = [*resolved.all_texts, *([] if source is None else [source.text])]
+    encodings = {text: engine.tokenizer.encode(text) for text in dict.fromkeys(texts)}
+    workload = Workload(
+        geometry=resolved.geometry,
+        text_tokens=max(len(encoding.ids) for encoding in encodings.values()),
+        evaluations=resolved.steps * SAMPLERS[resolved.sampler].evaluations,
+        variants=step_variants(accelerations, resolved),
+        cached_residuals=accelerations.cached_residuals,
+        guided=resolved.guidance != 1,
+        sequential=request.sequential_guidance,
+        cfg_parallel=parallel.cfg_degree > 1,
+        media=media_workload(resolved),
+        clips=resolved.clips.count,
+        shared_frames=resolved.clips.shared,
+        vae_tiles=resolved.vae_tiles,
+    )
+    if source is not None:
+        workload = source.add_to(workload, dtype)
+    sizes = engine.sizes(request.quantize, dtype, encoders=workload.media is not None)
+    machine = engine.machine(dtype)
+    plan = make_plan(sizes, workload, machine, resolved.memory_budget, streamed=request.ci_dl)
+    return GenerationRun(
+        engine=engine,
+        request=request,
+        settings=resolved,
+        dtype=dtype,
+        ranks=ranks,
+        output=output,
+        encodings=encodings,
+        accelerations=accelerations,
+        workload=workload,
+        plan=plan,
+        parallel=parallel,
+        previews=Previews.from_request(request, engine.model, resolved, output),
+        result=RunResult(
+            warnings=[*resolved.warnings, *accelerations.warnings],
+            metadata=quantization_metadata(engine.weights(request.quantize)),
+        ),
+    )
+
+
+def schedule_info(
+    engine: Engine, resolved: ResolvedRequest, ranks: Ranks, parallel: ParallelPlan
+) -> ScheduleInfo:
+    """Describe the run to its accelerations."""
+    geometry, sampler = resolved.geometry, SAMPLERS[resolved.sampler]
+    times = sampler.timesteps(resolved.steps, **resolved.model_args.sizes)
+    return ScheduleInfo(
+        steps=resolved.steps,
+        evaluations=sampler.evaluations,
+        frames=geometry.latent[0],
+        guided=resolved.guidance != 1,
+        times=tuple(float(t) for t in times[:-1, 0]),
+        model=engine.model.path,
+        size=(*geometry.size, geometry.num_frames),
+        # Ranks may round differently, so rank 0 decides for all.
+        agree=ranks.broadcast_object if parallel.ranks > 1 else bool,
+    )
+
+
+def step_variants(
+    accelerations: Accelerations, resolved: ResolvedRequest
+) -> tuple[tuple[StepVariant, int], ...]:
+    """Count the evaluations that leave something out, by kind, as far as known before the run."""
+    counts = Counter(
+        StepVariant(
+            tokens_merged=accelerations.merges_tokens(step),
+            cond_only=step in accelerations.cond_only_steps,
+            blocks_skipped=step in accelerations.skipped_steps,
+        )
+        for step in range(resolved.steps)
+    )
+    del counts[StepVariant()]
+    per_step = SAMPLERS[resolved.sampler].evaluations
+    return tuple((variant, count * per_step) for variant, count in counts.items())
+
+
+def media_workload(resolved: ResolvedRequest) -> MediaWorkload | None:
+    """Return the size of the media to encode, or None if there are none."""
+    tasks = encode_tasks(resolved.media, resolved.geometry.size)
+    if not tasks:
+        return None
+    pixels = max(source.size.width * source.size.height for source in resolved.media.sources)
+    return MediaWorkload(len(tasks), max(task.frames for task in tasks), pixels)
+
+
+def resolve_output(request: GenerationRequest, resolved: ResolvedRequest) -> Path | None:
+    """Fill in the template of the output; None if the frames are to stay in memory."""
+    if request.output is None:
+        return None
+    return output_path(
+        request.output,
+        prompt=request.prompt,
+        seed=resolved.seed,
+        num_frames=resolved.clips.total,
+    )
+
+
+def check_run_output(output: Path, request: GenerationRequest, resolved: ResolvedRequest) -> None:
+    """Raise UsageError if the video cannot be written to `output`."""
+    check_output(
+        output,
+        request.overwrite,
+        sidecar=request.metadata,
+        num_frames=resolved.clips.total,
+        size=resolved.geometry.decoded,
+        fps=resolved.fps,
+    )
+
+
+def generate(run: GenerationRun) -> Generator[Event, None, Video]:
+    """Make the video of a run; yield its events."""
+    texts: dict[str, mx.array] = {}
+    yield from run.opening_events()
+    if run.has_steps_left:
+        yield from encode_text([run], texts, run.ranks)
+    return (yield from generate_clips(run, texts))
+
+
+def generate_clips(run: GenerationRun, texts: TextStates) -> Generator[Event, None, Video]:
+    """Make all clips of a run whose text is encoded; write each as soon as it is denoised."""
+    given = (yield from encode_media(run)) if run.has_steps_left else None
+    with ExitStack() as opened:
+        writer: FrameWriter | None = None
+        for clip in range(run.settings.clips.count):
+            latents = run.checkpoints.finished(clip)
+            if given is not None:
+                if latents is None:
+                    latents = yield from denoise(run, clip, texts, given)
+                given.keep(clip, latents)
+            assert latents is not None, "without steps left all clips are finished"
+            # Opened after the first denoising, which may take hours and leave nothing.
+            writer = writer or opened.enter_context(open_run_writer(run))
+            yield from decode(run, clip, latents, writer)
+            del latents
+    assert writer is not None, "there is a first clip"
+    video = finish_video(run, writer)
+    run.checkpoints.remove()
+    return video
+
+
+@contextmanager
+def open_run_writer(run: GenerationRun) -> Iterator[FrameWriter]:
+    """Open the writer of a run; add the metadata and close it, on all ranks, if the block ends."""
+    with ExitStack() as opened:
+        writer = _frame_writer(run)
+        opened.enter_context(writer)
+        yield writer
+        if run.request.embed_metadata:
+            writer.metadata = run.metadata()
+        with run.ranks.collective_errors():
+            opened.close()
+
+
+def finish_video(run: GenerationRun, writer: FrameWriter) -> Video:
+    """Return the video of a closed writer; write the sidecar if the request asks for one."""
+    video = run.video(writer.path, writer.frames if isinstance(writer, KeptFrames) else None)
+    with run.ranks.collective_errors():
+        if video.path is not None and run.request.metadata:
+            write_sidecar(video.path, video.metadata, run.request.overwrite)
+    return video
+
+
+def _frame_writer(run: GenerationRun) -> FrameWriter:
+    if not run.ranks.is_rank0:
+        return CountedFrames()
+    if run.output is None:
+        return KeptFrames()
+    settings = run.settings
+    return checked_writer(
+        run.output, settings.geometry.decoded, settings.fps, overwrite=run.request.overwrite
+    )
