@@ -58,9 +58,9 @@ def encode_text(
     yield StageStarted("encode", len(todo))
     run = max(runs, key=lambda run: run.plan.stage("encode").peak)
     with run.loader.stage(run.plan.stage("encode")) as stage:
-        warnings = yield from ranks.stage_on_rank0(_encode_texts(run, runs, todo, texts))
+        found = yield from ranks.stage_on_rank0(_encode_texts(run, runs, todo, texts))
+        warnings: dict[str, Sequence[str]] = ranks.broadcast_object(found)
         if ranks.size > 1:
-            warnings = ranks.broadcast_object(warnings)
             for text in todo:
                 states = ranks.broadcast(texts[text] if ranks.is_rank0 else None)
                 if not ranks.is_rank0:
