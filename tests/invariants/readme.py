@@ -1,4 +1,4 @@
-"""Tables of the README that follow from the package. As a module, writes them in place."""
+"""Tables of the READMEs that follow from the package. As a module, writes them in place."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from mlx_sora.request.generation import options
 from mlx_sora.request.options import Option
 
 README = Path(__file__).parents[2] / "README.md"
+REQUEST_README = README.parent / "mlx_sora" / "request" / "README.md"
 _BLOCK = re.compile(r"(<!-- (\w+): .*? -->\n).*?(<!-- /\2 -->)", re.DOTALL)
 
 #: What is estimated: 240p at 16:9, a prompt of 60 tokens, 30 steps, weights in bfloat16.
@@ -27,15 +28,36 @@ def _flags(option: Option) -> str:
     return " ".join([f"`{name}`" for name in option.typed_flags] + option.metavar.split())
 
 
+def _help(option: Option) -> str:
+    text = option.flag_help.replace("|", "\\|")
+    if option.choices:
+        text += ": " + ", ".join(f"`{choice}`" for choice in option.choices)
+    return text
+
+
 def options_table() -> str:
-    """Markdown table: one row per field of `GenerationRequest`, in order."""
+    """Markdown table: one row per common option."""
     rows = ["| flag | keyword | what it does |", "|---|---|---|"]
-    for name, option in options().items():
-        text = option.flag_help.replace("|", "\\|")
-        if option.choices:
-            text += ": " + ", ".join(f"`{choice}`" for choice in option.choices)
-        rows.append(f"| {_flags(option)} | `{name}` | {text} |")
+    rows += [
+        f"| {_flags(option)} | `{name}` | {_help(option)} |"
+        for name, option in options().items()
+        if option.common
+    ]
     return "\n".join(rows) + "\n"
+
+
+def all_options_tables() -> str:
+    """Markdown: a heading and a table per group, with a row per option."""
+    groups: dict[str, list[str]] = {}
+    for name, option in options().items():
+        keyword = f"**`{name}`**" if option.common else f"`{name}`"
+        default = "" if option.default in (None, (), "") else f"`{option.default}`"
+        others = ", ".join(task for task in option.tasks if task != "generate")
+        groups.setdefault(option.group, []).append(
+            f"| {_flags(option)} | {keyword} | {default} | {others} | {_help(option)} |\n"
+        )
+    head = "| flag | keyword | default | also in | what it does |\n|---|---|---|---|---|\n"
+    return "".join(f"## {group}\n\n{head}{''.join(rows)}\n" for group, rows in groups.items())
 
 
 def estimates_table() -> str:
@@ -66,13 +88,18 @@ def _duration(found: Estimate) -> str:
     return f"{found.total / 60:.0f} min"
 
 
-TABLES = {"options": options_table, "estimates": estimates_table}
+TABLES = {
+    "options": options_table,
+    "all_options": all_options_tables,
+    "estimates": estimates_table,
+}
 
 
 def with_tables(text: str) -> str:
-    """README `text` with the tables between their markers renewed."""
+    """Return the text of a README with the tables between their markers renewed."""
     return _BLOCK.sub(lambda match: match[1] + TABLES[match[2]]() + match[3], text)
 
 
 if __name__ == "__main__":
-    README.write_text(with_tables(README.read_text(encoding="utf-8")), encoding="utf-8")
+    for path in (README, REQUEST_README):
+        path.write_text(with_tables(path.read_text(encoding="utf-8")), encoding="utf-8")

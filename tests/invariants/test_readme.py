@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.invariants.readme import README, TABLES, with_tables
+from tests.invariants.readme import README, REQUEST_README, TABLES, with_tables
 
 TEXT = README.read_text(encoding="utf-8")
 SETUP = (
@@ -64,13 +64,16 @@ def test_program(program: str, folder: Path) -> None:
     assert run([sys.executable, "-c", program], folder), "no file was written"
 
 
-def test_the_tables_are_in_step() -> None:
-    assert with_tables(TEXT) == TEXT, "run: python -m tests.invariants.readme"
+@pytest.mark.parametrize("path", [README, REQUEST_README], ids=["package", "request"])
+def test_the_tables_are_in_step(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert with_tables(text) == text, "run: python -m tests.invariants.readme"
 
 
 @pytest.mark.parametrize("name", TABLES)
 def test_each_table_has_its_place(name: str) -> None:
-    assert TEXT.count(f"<!-- {name}: ") == TEXT.count(f"<!-- /{name} -->") == 1
+    text = TEXT + REQUEST_README.read_text(encoding="utf-8")
+    assert text.count(f"<!-- {name}: ") == text.count(f"<!-- /{name} -->") == 1
 
 
 def test_links_into_the_repository_exist() -> None:
