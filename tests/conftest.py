@@ -1,9 +1,11 @@
-"""Test-wide options: which folder of golden cases the parity tests run on."""
+"""Options, hooks and fixtures of all tests."""
 
 from __future__ import annotations
 
+import gc
 import signal
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,10 @@ import pytest
 import mlx_sora  # noqa: F401  (before mlx.core, so that the fast BLAS is in place)
 
 # isort: split
+from mlx_sora import Pipeline
+from mlx_sora.loading.model_folder import BUNDLED, WEIGHTS_VARIABLE, ModelFolder, weights_root
+from mlx_sora.text.tokenizer import Tokenizer
+from tests.helpers import networks
 from tests.helpers.golden import DEFAULT_GOLDEN, find_cases
 
 
@@ -30,6 +36,12 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "markers", "golden(family): run once per golden case whose file name starts with `family`"
     )
+
+
+def pytest_collection_finish() -> None:
+    """Keep the collected tests out of the garbage collections that end every stage of a run."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -54,10 +66,44 @@ def interrupts_arrive() -> Iterator[None]:
 @pytest.fixture(scope="session", autouse=True)
 def bundled_model_only(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Tests see the bundled model and no other, whatever was downloaded beside it."""
-    from mlx_sora.loading.model_folder import BUNDLED, WEIGHTS_VARIABLE, weights_root
-
     root = tmp_path_factory.mktemp("weights")
     (root / BUNDLED).symlink_to(weights_root() / BUNDLED)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(WEIGHTS_VARIABLE, str(root))
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def tokenizers_are_read_once() -> Iterator[None]:
+    """Reading the bundled tokenizer takes longer than many a run; a changed file is read anew."""
+
+    @cache
+    def load(path: Path, modified: int, size: int) -> Tokenizer:
+        return read(path)
+
+    def load_unless_changed(path: str | Path) -> Tokenizer:
+        file = Path(path)
+        try:
+            stat = file.stat()
+        except OSError:
+            return read(file)
+        return load(file, stat.st_mtime_ns, stat.st_size)
+
+    read = Tokenizer.load
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Tokenizer, "load", load_unless_changed)
+        yield
+
+
+@pytest.fixture(scope="session")
+def pipe() -> Pipeline:
+    """The bundled model."""
+    return Pipeline.from_pretrained("shapes")
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> ModelFolder:
+    """Small random T5 and STDiT, to be read only. Modules that need another model override it."""
+    root = tmp_path_factory.mktemp("model")
+    networks.t5_model(root)
+    return networks.stdit_model(root)

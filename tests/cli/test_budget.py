@@ -18,11 +18,6 @@ PROMPT = "a red circle moving right on a black background"
 COMMAND = [sys.executable, "-m", "mlx_sora", "generate", "-p", PROMPT, "--steps", "3"]
 
 
-@pytest.fixture(scope="module")
-def pipe() -> Pipeline:
-    return Pipeline.from_pretrained("shapes")
-
-
 #: Runs its words and prints their peak: a child starts with its parent's, and this one's is small.
 MEASURE = """
 import os, subprocess, sys

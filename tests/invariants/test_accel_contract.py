@@ -35,11 +35,6 @@ PAIRS = [{a: EXAMPLES[a][0], b: EXAMPLES[b][0]} for a, b in combinations(EXAMPLE
 
 
 @pytest.fixture(scope="module")
-def pipe() -> Pipeline:
-    return Pipeline.from_pretrained("shapes")
-
-
-@pytest.fixture(scope="module")
 def exact(pipe: Pipeline) -> list[bytes]:
     return latents(pipe)
 

@@ -18,11 +18,6 @@ SMALL = {"prompt": "a red circle", "seed": 3, "steps": STEPS, "num_frames": 17}
 SMALL |= {"width": 32, "height": 32}
 
 
-@pytest.fixture(scope="module")
-def pipe() -> Pipeline:
-    return Pipeline.from_pretrained("shapes")
-
-
 def made(pipe: Pipeline, sampler: str, **options: object) -> tuple[list[np.ndarray], Video]:
     """The latents after each step, and the video."""
     request = GenerationRequest.from_dict({**SMALL, "sampler": sampler, **options})

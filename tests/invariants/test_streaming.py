@@ -29,13 +29,6 @@ PREFETCH = pytest.mark.parametrize("prefetch", [True, False], ids=["prefetch", "
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> ModelFolder:
-    root = tmp_path_factory.mktemp("model")
-    networks.t5_model(root)
-    return networks.stdit_model(root)
-
-
-@pytest.fixture(scope="module")
 def states(model: ModelFolder) -> mx.array:
     return networks.t5_states(load_text_encoder(model, mx.float32)[0])
 

@@ -23,13 +23,6 @@ from tests.helpers.block_reader import Log, no_loader_left, t5
 DEPTH = networks.T5.num_layers
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> ModelFolder:
-    root = tmp_path_factory.mktemp("model")
-    networks.t5_model(root)
-    return networks.stdit_model(root)
-
-
 def os_threads() -> int:
     return len(os.listdir("/proc/self/task"))
 

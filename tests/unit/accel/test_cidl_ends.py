@@ -22,13 +22,6 @@ from tests.helpers.block_reader import Log, loaders, no_loader_left, t5
 DEPTH = networks.T5.num_layers
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> ModelFolder:
-    root = tmp_path_factory.mktemp("model")
-    networks.t5_model(root)
-    return networks.stdit_model(root)
-
-
 def test_an_exception_joins_the_thread(model: ModelFolder) -> None:
     _, source, _ = t5(model, Log(0.02))
     with no_loader_left():

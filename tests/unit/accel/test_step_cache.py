@@ -207,11 +207,6 @@ def test_tensors_that_are_kept(text: str, guided: bool, tensors: float) -> None:
 # On a network.
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> ModelFolder:
-    return networks.stdit_model(tmp_path_factory.mktemp("model"))
-
-
 def path(network: STDiT3, part: StepCache | None, blocks: object = None) -> list[mx.array]:
     """Predictions of a few steps, each on the one before."""
     config = network.config

@@ -16,11 +16,6 @@ from tests.helpers import networks
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> ModelFolder:
-    return networks.stdit_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
 def network(model: ModelFolder) -> STDiT3:
     return load_transformer(model, mx.float32)
 

@@ -23,11 +23,6 @@ PROMPT = world.caption(TRUTH)
 
 
 @pytest.fixture(scope="module")
-def pipe() -> Pipeline:
-    return Pipeline.from_pretrained("shapes")
-
-
-@pytest.fixture(scope="module")
 def real() -> np.ndarray:
     path = world.Path((18, 32), (46, 32), 10, 10)
     return world.render(TRUTH, path, np.linspace(0, 1, 34))

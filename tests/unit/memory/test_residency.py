@@ -187,11 +187,6 @@ def test_a_micro_batch_is_halved_down_to_one_frame() -> None:
     assert batch.frames == 1
 
 
-@pytest.fixture(scope="module")
-def pipe() -> Pipeline:
-    return Pipeline.from_pretrained("shapes")
-
-
 @pytest.mark.skipif(current_rss() is None, reason="the system does not tell what others take")
 def test_memory_that_something_else_takes_is_made_up_for(pipe: Pipeline) -> None:
     """Blocks that stayed go, the VAE takes fewer frames at a time; the video is the same."""

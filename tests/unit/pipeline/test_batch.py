@@ -23,11 +23,6 @@ SHORT = {"seed": 1, "steps": 1, "num_frames": 1}
 PROMPTS = ("a red circle on a black background", "a blue square on a white background")
 
 
-@pytest.fixture(scope="module")
-def pipe() -> Pipeline:
-    return Pipeline.from_pretrained("shapes")
-
-
 def request(prompt: str, **options: object) -> GenerationRequest:
     return GenerationRequest.from_dict({"prompt": prompt, **SHORT, **options})
 

@@ -26,11 +26,6 @@ SMALL = {"source_prompt": SOURCE, "prompt": TARGET, "steps": 3, "width": 32, "he
 
 
 @pytest.fixture(scope="module")
-def pipe() -> Pipeline:
-    return Pipeline.from_pretrained("shapes")
-
-
-@pytest.fixture(scope="module")
 def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """17 frames of a red square that moves to the right."""
     frames = np.full((17, 32, 32, 3), 8, np.uint8)

@@ -28,11 +28,6 @@ from mlx_sora.runtime.events import (
 PROMPT = "a red circle moving right on a black background"
 
 
-@pytest.fixture(scope="module")
-def pipe() -> Pipeline:
-    return Pipeline.from_pretrained("shapes")
-
-
 def asked(**options: object) -> GenerationRequest:
     values = {"prompt": PROMPT, "steps": 1, "num_frames": 1, "seed": 1}
     return GenerationRequest.from_dict({**values, **options})

@@ -30,11 +30,6 @@ PROMPT = "a red circle moving right on a black background"
 
 
 @pytest.fixture(scope="module")
-def pipe() -> Pipeline:
-    return Pipeline.from_pretrained("shapes")
-
-
-@pytest.fixture(scope="module")
 def video(pipe: Pipeline) -> Video:
     return pipe(PROMPT, seed=1, steps=3)
 

@@ -21,11 +21,6 @@ OPTIONS |= {"width": 32, "height": 32}
 
 
 @pytest.fixture(scope="module")
-def pipe() -> Pipeline:
-    return Pipeline.from_pretrained("shapes")
-
-
-@pytest.fixture(scope="module")
 def without_map(tmp_path_factory: pytest.TempPathFactory) -> Pipeline:
     folder = tmp_path_factory.mktemp("model") / "model"
     shutil.copytree(find_model("shapes").path, folder)

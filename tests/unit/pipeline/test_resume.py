@@ -22,11 +22,6 @@ OPTIONS = {"prompt": "a red circle", "seed": 3, "steps": 3, "num_frames": 17}
 OPTIONS |= {"width": 32, "height": 32, "checkpoint_every": 2}
 
 
-@pytest.fixture(scope="module")
-def pipe() -> Pipeline:
-    return Pipeline.from_pretrained("shapes")
-
-
 @pytest.fixture
 def output(tmp_path: Path) -> Path:
     return tmp_path / "a.webp"

@@ -16,11 +16,6 @@ PROMPT = "a red circle moving right on a black background"
 SMALL = {"prompt": PROMPT, "seed": 1, "steps": 2, "num_frames": 17}
 
 
-@pytest.fixture(scope="module")
-def pipe() -> Pipeline:
-    return Pipeline.from_pretrained("shapes")
-
-
 def made(pipe: Pipeline, **more: object) -> Video:
     return pipe(**{**SMALL, **more})  # type: ignore[arg-type]
 

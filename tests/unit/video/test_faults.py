@@ -124,11 +124,6 @@ def run_until(events: Iterator[Event], stage: str) -> None:
 PROMPT = "a red circle moving right on a black background"
 
 
-@pytest.fixture(scope="module")
-def pipe() -> Pipeline:
-    return Pipeline.from_pretrained("shapes")
-
-
 def stream(pipe: Pipeline, output: Path, **options: object) -> Iterator[Event]:
     from mlx_sora import GenerationRequest
 
