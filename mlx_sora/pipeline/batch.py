@@ -224,6 +224,6 @@ def _encoding_groups(runs: Mapping[int, GenerationRun]) -> list[list[int]]:
     groups: dict[object, list[int]] = defaultdict(list)
     for index, run in runs.items():
         if run.has_steps_left:
-            weights = (run.dtype, run.request.quantize, run.request.health_check)
+            weights = (run.engine.mx_dtype, run.engine.model, run.request.health_check)
             groups[weights, run.settings.memory_budget, run.request.ci_dl].append(index)
     return list(groups.values())

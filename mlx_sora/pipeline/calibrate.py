@@ -144,7 +144,7 @@ def _measure(run: GenerationRun, reach: int) -> dict[int, Errors]:
         pass
     plan = run.plan.stage("denoise")
     with run.loader.stage(plan), run.loader.transformer(plan) as transformer:
-        info = schedule_info(run.engine, run.settings, run.ranks, run.parallel)
+        info = schedule_info(run.engine, run.settings, run.parallel)
         probe = Probe({}, info)
         velocity = clip_guidance(run, clip_transformer(run, transformer, probe), texts)
         path = list(_exact_path(run, velocity, transformer[0].config.in_channels, probe))

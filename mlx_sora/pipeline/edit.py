@@ -74,7 +74,7 @@ def prepare_edit(engine: Engine, edit: EditRequest) -> EditRun:
     edit.validate()
     size, frames, fps = _probe(edit.video, engine.model.defaults.fps)
     request = edit.resolved_target(frames, fps).with_preset()
-    engine.check_model(request.model)
+    engine = engine.for_request(request)
     resolved = resolve(request, engine.model)
     geometry = resolved.geometry
     if geometry.num_frames > frames:

@@ -29,18 +29,47 @@ from mlx_sora.utils.versions import versions
 class Engine:
     """Model folder, number format and ranks; holds no weights.
 
-    dtype: auto, float32 or bfloat16. ranks: the processes that mlx.launch started with this one.
+    model: may ask for quantisation on loading. dtype: auto, float32 or bfloat16. ranks: the
+    processes that mlx.launch started with this one, or this process alone.
     """
 
     model: ModelFolder
     dtype: str
     ranks: Ranks
     _sizes: dict[tuple[Any, ...], ModelSizes] = field(default_factory=dict, repr=False)
+    _tokenizer: list[Tokenizer] = field(default_factory=list, repr=False)
 
-    @cached_property
+    def for_request(self, request: GenerationRequest) -> Engine:
+        """Return the engine with the number format, quantisation and ranks that a request asks for.
+
+        Raises UsageError if the request asks for another model, or for what this one cannot do.
+        """
+        if request.model is not None and find_model(request.model).path != self.model.path:
+            raise UsageError(
+                f"This pipeline holds {self.model.name}, the request asks for {request.model}.",
+                "Make a pipeline of that model, or leave the request's model open.",
+            )
+        return replace(
+            self.single_process() if request.parallel == "off" else self,
+            model=choose_quantization(self.model, request.quantize),
+            dtype=self.dtype if request.dtype == "auto" else request.dtype,
+        )
+
+    def single_process(self) -> Engine:
+        """Return the engine as one rank alone uses it."""
+        return self if self.ranks.size == 1 else replace(self, ranks=Ranks())
+
+    @property
     def tokenizer(self) -> Tokenizer:
         """T5's tokenizer, read once."""
-        return Tokenizer.load(self.model.tokenizer)
+        if not self._tokenizer:
+            self._tokenizer.append(Tokenizer.load(self.model.tokenizer))
+        return self._tokenizer[0]
+
+    @cached_property
+    def mx_dtype(self) -> mx.Dtype:
+        """Number format in MLX. Raises UsageError if the device cannot compute in it."""
+        return default_dtype(requested=self.dtype)
 
     @cached_property
     def vae_config(self) -> VAEConfig:
@@ -52,39 +81,20 @@ class Engine:
         """Configuration of the transformer."""
         return STDiT3Config.from_dict(self.model.config("transformer"))
 
-    def single_process(self) -> Engine:
-        """Return this engine as one rank alone uses it."""
-        return self if self.ranks.size == 1 else replace(self, ranks=Ranks())
-
-    def check_model(self, name: str | None) -> None:
-        """Raise UsageError if a request asks for another model than this one."""
-        if name is not None and find_model(name).path != self.model.path:
-            raise UsageError(
-                f"This pipeline holds {self.model.name}, the request asks for {name}.",
-                "Make a pipeline of that model, or leave the request's model open.",
-            )
-
-    def resolve_dtype(self, requested: str = "auto") -> mx.Dtype:
-        """Return the number format of a run; `requested` "auto" means the engine's own."""
-        return default_dtype(requested=self.dtype if requested == "auto" else requested)
-
-    def weights(self, quantize: int | None) -> ModelFolder:
-        """Return the model folder, its weights quantised to `quantize` bits as they are loaded."""
-        return choose_quantization(self.model, quantize)
-
-    def sizes(self, quantize: int | None, dtype: mx.Dtype, *, encoders: bool) -> ModelSizes:
+    def sizes(self, *, encoders: bool) -> ModelSizes:
         """Return the model's sizes in bytes. Reads headers only, once for each kind.
 
         encoders: with the encoders of the VAE.
         """
-        key = (quantize, dtype, encoders)
+        key = (self.model, self.mx_dtype, encoders)
         if key not in self._sizes:
-            self._sizes[key] = model_sizes(self.weights(quantize), dtype, encoders=encoders)
+            self._sizes[key] = model_sizes(self.model, self.mx_dtype, encoders=encoders)
         return self._sizes[key]
 
-    def machine(self, dtype: mx.Dtype) -> Machine:
-        """Return what the planner knows about this machine."""
-        return Machine(on_gpu(), default_cache_limit() or total_memory(), dtype.size)
+    @property
+    def machine(self) -> Machine:
+        """What the planner knows about this machine."""
+        return Machine(on_gpu(), default_cache_limit() or total_memory(), self.mx_dtype.size)
 
     def check_equal(self, requests: Sequence[GenerationRequest], **more: Any) -> None:
         """Raise UsageError if ranks have different versions, weights, requests or `more`."""

@@ -12,7 +12,6 @@ import mlx.core as mx
 from mlx_sora.accel import Accelerations
 from mlx_sora.accel.base import ScheduleInfo
 from mlx_sora.conditioning.latents import encode_tasks
-from mlx_sora.distributed.group import Ranks
 from mlx_sora.distributed.partition import ParallelPlan, choose_parallel
 from mlx_sora.loading.quantization import quantization_metadata
 from mlx_sora.memory.plan import MediaWorkload, StepVariant, Workload
@@ -41,7 +40,7 @@ def prepare(
     with the smallest budget that would do.
     """
     request = request.with_preset()
-    engine.check_model(request.model)
+    engine = engine.for_request(request)
     run = plan_run(engine, request, resolve(request, engine.model))
     if run.ranks.is_rank0 and (request.checkpoint_every is not None or resume is not None):
         run = with_checkpoints(run, resume)
@@ -55,14 +54,12 @@ def plan_run(
     source: EditSource | None = None,
 ) -> GenerationRun:
     """Plan the run of a resolved request. source: the video that it edits, if any."""
-    ranks = Ranks() if request.parallel == "off" else engine.ranks
-    dtype = engine.resolve_dtype(request.dtype)
-    parallel = choose_parallel(request.parallel, ranks.size, guided=resolved.guidance != 1)
+    guided = resolved.guidance != 1
+    parallel = choose_parallel(request.parallel, engine.ranks.size, guided=guided)
     if source is not None:
         parallel = source.parallel_plan(parallel, request.parallel)
-    accelerations = Accelerations(
-        resolved.accelerations, schedule_info(engine, resolved, ranks, parallel)
-    )
+    info = schedule_info(engine, resolved, parallel)
+    accelerations = Accelerations(resolved.accelerations, info)
     output = resolve_output(request, resolved)
     if output is not None and engine.ranks.is_rank0:
         check_run_output(output, request, resolved)
@@ -74,7 +71,7 @@ def plan_run(
         evaluations=resolved.steps * SAMPLERS[resolved.sampler].evaluations,
         variants=step_variants(accelerations, resolved),
         cached_residuals=accelerations.cached_residuals,
-        guided=resolved.guidance != 1,
+        guided=guided,
         sequential=request.sequential_guidance,
         cfg_parallel=parallel.cfg_degree > 1,
         media=media_workload(resolved),
@@ -83,16 +80,14 @@ def plan_run(
         vae_tiles=resolved.vae_tiles,
     )
     if source is not None:
-        workload = source.add_to(workload, dtype)
-    sizes = engine.sizes(request.quantize, dtype, encoders=workload.media is not None)
-    machine = engine.machine(dtype)
-    plan = make_plan(sizes, workload, machine, resolved.memory_budget, streamed=request.ci_dl)
+        workload = source.add_to(workload, engine.mx_dtype)
+    sizes = engine.sizes(encoders=workload.media is not None)
+    budget = resolved.memory_budget
+    plan = make_plan(sizes, workload, engine.machine, budget, streamed=request.ci_dl)
     return GenerationRun(
         engine=engine,
         request=request,
         settings=resolved,
-        dtype=dtype,
-        ranks=ranks,
         output=output,
         encodings=encodings,
         accelerations=accelerations,
@@ -102,13 +97,13 @@ def plan_run(
         previews=Previews.from_request(request, engine.model, resolved, output),
         result=RunResult(
             warnings=[*resolved.warnings, *accelerations.warnings],
-            metadata=quantization_metadata(engine.weights(request.quantize)),
+            metadata=quantization_metadata(engine.model),
         ),
     )
 
 
 def schedule_info(
-    engine: Engine, resolved: ResolvedRequest, ranks: Ranks, parallel: ParallelPlan
+    engine: Engine, resolved: ResolvedRequest, parallel: ParallelPlan
 ) -> ScheduleInfo:
     """Describe the run to its accelerations."""
     geometry, sampler = resolved.geometry, SAMPLERS[resolved.sampler]
@@ -122,7 +117,7 @@ def schedule_info(
         model=engine.model.path,
         size=(*geometry.size, geometry.num_frames),
         # Ranks may round differently, so rank 0 decides for all.
-        agree=ranks.broadcast_object if parallel.ranks > 1 else bool,
+        agree=engine.ranks.broadcast_object if parallel.ranks > 1 else bool,
     )
 
 

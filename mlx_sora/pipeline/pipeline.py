@@ -17,7 +17,7 @@ from mlx_sora.pipeline.locks import run_exclusively
 from mlx_sora.pipeline.resume import resumed_request, with_seed
 from mlx_sora.pipeline.run import GenerationRun
 from mlx_sora.request.generation import GenerationRequest
-from mlx_sora.runtime.device import describe
+from mlx_sora.runtime.device import default_dtype, describe
 from mlx_sora.runtime.events import Event, Finished
 from mlx_sora.video import Video
 
@@ -32,7 +32,7 @@ class Pipeline:
 
     def __init__(self, model: ModelFolder, dtype: str = "auto") -> None:
         self.engine = Engine(model, dtype, init_ranks())
-        self.engine.resolve_dtype()  # refuses what the device cannot do, before any work
+        default_dtype(requested=dtype)  # refuses what the device cannot do, before any work
 
     @classmethod
     def from_pretrained(cls, model: str | Path | None = None, *, dtype: str = "auto") -> Pipeline:

@@ -76,7 +76,7 @@ def identity(run: GenerationRun, weights: str) -> dict[str, Any]:
     names = [name for name in _replayed_options() if name not in _RESOLVED]
     found = {name: getattr(run.request, name) for name in names} | run.settings.to_dict()
     del found["memory_budget"]
-    found["dtype"] = str(run.dtype).removeprefix("mlx.core.")
+    found["dtype"] = str(run.engine.mx_dtype).removeprefix("mlx.core.")
     found["weights"] = weights
     # A schedule table may have been calibrated again since.
     found["schedule"] = [

@@ -123,8 +123,6 @@ class GenerationRun:
     engine: Engine
     request: GenerationRequest
     settings: ResolvedRequest
-    dtype: mx.Dtype
-    ranks: Ranks
     output: Path | None
     encodings: Mapping[str, Encoding]
     accelerations: Accelerations
@@ -136,10 +134,15 @@ class GenerationRun:
     notes: tuple[str, ...] = ()
     result: RunResult = field(default_factory=RunResult)
 
+    @property
+    def ranks(self) -> Ranks:
+        """Ranks that make the video together."""
+        return self.engine.ranks
+
     @cached_property
     def health(self) -> Health:
         """Checks for results that cannot become a video."""
-        return Health(self.dtype, self.settings.guidance, self.request.health_check)
+        return Health(self.engine.mx_dtype, self.settings.guidance, self.request.health_check)
 
     @cached_property
     def sharding(self) -> Sharding:
@@ -152,8 +155,8 @@ class GenerationRun:
     def loader(self) -> NetworkLoader:
         """Opens the networks for one stage each."""
         budget = self.settings.memory_budget
-        model = self.engine.weights(self.request.quantize)
-        return NetworkLoader(model, self.dtype, budget, self.request.ci_dl or budget is not None)
+        streamed = self.request.ci_dl or budget is not None
+        return NetworkLoader(self.engine.model, self.engine.mx_dtype, budget, streamed)
 
     @property
     def has_steps_left(self) -> bool:

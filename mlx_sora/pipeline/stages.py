@@ -83,7 +83,7 @@ def _encode_texts(
     encodings = {text: encoding for each in runs for text, encoding in each.encodings.items()}
     warnings: dict[str, Sequence[str]] = {}
     with run.loader.text_encoder(run.plan.stage("encode")) as (network, rows, blocks):
-        encoder = TextEncoder(network, rows, run.dtype, blocks)
+        encoder = TextEncoder(network, rows, run.engine.mx_dtype, blocks)
         for done, text in enumerate(todo, start=1):
             states = encoder.encode(encodings[text])
             run.health.text(states)

@@ -73,46 +73,43 @@ class Guidance:
     scale: float
     sequential: bool = False
     policy: GuidancePolicy | None = None
-    _conditions: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
+    _prepared: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
 
     def __call__(self, z: mx.array, t: mx.array, step: Step, /) -> mx.array:
-        """Velocity [B, T, H, W, C] at z and flow times t [B], inside `step`."""
-        if self.scale == 1.0:
-            return self._predict_cond(z, t, step)
-        replace_uncond = None if self.policy is None else self.policy.predict_uncond(step)
-        if replace_uncond is not None:
-            cond = self._predict_cond(z, t, step)
-            uncond = replace_uncond(cond)
+        """Return the velocity [B, T, H, W, C] at z and flow times t [B], inside `step`."""
+        count, channels, x_mask = len(self.text), z.shape[-1], step.x_mask
+        policy = None if self.scale == 1.0 else self.policy
+        predict_uncond = None if policy is None else policy.predict_uncond(step)
+        if self.scale == 1.0 or predict_uncond is not None:
+            alone = CFGSlice(0, count)
+            cond = self.model(z, t, self._conditions("cond"), x_mask, step.index, alone)
+            cond = cond[..., :channels]
+            if predict_uncond is None:
+                return cond
+            uncond = predict_uncond(cond)
+            return uncond + self.scale * (cond - uncond)
+        if self.sequential:
+            first, second = CFGSlice(0, 2 * count), CFGSlice(count, 2 * count)
+            cond = self.model(z, t, self._conditions("cond"), x_mask, step.index, first)
+            cond = cond[..., :channels]
+            # Evaluated before uncond is built, or both would be in memory together.
+            mx.eval(cond)
+            uncond = self.model(z, t, self._conditions("uncond"), x_mask, step.index, second)
+            uncond = uncond[..., :channels]
         else:
-            cond, uncond = self._predict_both(z, t, step)
-            if self.policy is not None:
-                self.policy.update(step, (cond, uncond))
+            z, t = mx.concatenate([z, z]), mx.tile(t, 2)
+            x_mask = None if x_mask is None else mx.tile(x_mask, (2, 1))
+            both = CFGSlice(0, 2 * count)
+            v = self.model(z, t, self._conditions("both"), x_mask, step.index, both)
+            cond, uncond = v[:count, ..., :channels], v[count:, ..., :channels]
+        if policy is not None:
+            policy.update(step, (cond, uncond))
         return uncond + self.scale * (cond - uncond)
 
-    def _predict_cond(self, z: mx.array, t: mx.array, step: Step) -> mx.array:
-        return self._predict("cond", z, t, step, CFGSlice(0, len(self.text)))
-
-    def _predict_both(self, z: mx.array, t: mx.array, step: Step) -> CFGPredictions:
-        count = len(self.text)
-        if not self.sequential:
-            z2, t2 = mx.concatenate([z, z]), mx.tile(t, 2)
-            both = self._predict("both", z2, t2, step, CFGSlice(0, 2 * count))
-            return both[:count], both[count:]
-        cond = self._predict("cond", z, t, step, CFGSlice(0, 2 * count))
-        # Evaluated before uncond is built, or both would be in memory together.
-        mx.eval(cond)
-        return cond, self._predict("uncond", z, t, step, CFGSlice(count, 2 * count))
-
-    def _predict(
-        self, texts: str, z: mx.array, t: mx.array, step: Step, cfg_slice: CFGSlice
-    ) -> mx.array:
-        if texts not in self._conditions:
-            cond = [] if texts == "uncond" else list(self.text)
-            uncond = [] if texts == "cond" else [self.null_text(len(text)) for text in self.text]
-            self._conditions[texts] = self.model.prepare(cond + uncond)
-        x_mask = step.x_mask
-        if x_mask is not None:
-            x_mask = mx.tile(x_mask, (len(z) // len(x_mask), 1))
-        conditions = self._conditions[texts]
-        v = self.model(z, t, conditions, x_mask, step.index, cfg_slice)
-        return v[..., : z.shape[-1]]
+    def _conditions(self, samples: str) -> Any:
+        """Return what the model prepared for the samples "cond", "uncond" or "both"."""
+        if samples not in self._prepared:
+            cond = [] if samples == "uncond" else list(self.text)
+            uncond = [] if samples == "cond" else [self.null_text(len(text)) for text in self.text]
+            self._prepared[samples] = self.model.prepare(cond + uncond)
+        return self._prepared[samples]
