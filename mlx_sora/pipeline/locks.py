@@ -1,9 +1,17 @@
-"""One run per output: whoever comes second is told so before it has worked for hours."""
+"""The two locks of a run: one run per process, and one run per output.
+
+MLX's limits of memory and cache, and the peaks that budgets are decided by, belong to the process;
+compiled functions that several threads call have been seen to abort it at exit (MLX 0.32). So the
+second of two runs is refused instead of risked. A thread besides the main one that has made videos
+should end with `mx.clear_streams()`: without it MLX 0.32 aborts the process at exit. A run cannot
+do that itself, because a thread that has cleared its streams cannot compute any more.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import logging
+import threading
 from collections.abc import Generator, Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
@@ -16,60 +24,73 @@ from mlx_sora.runtime.events import Event, Finished
 if TYPE_CHECKING:
     from filelock import FileLock
 
-import threading
-
 logger = logging.getLogger(__name__)
+
+_process = threading.Lock()
+
+
+@contextmanager
+def process_lock() -> Iterator[None]:
+    """Hold the process for one run. Raises UsageError if a run of any thread holds it."""
+    if not _process.acquire(blocking=False):
+        raise UsageError(
+            "Another run of this process is under way.",
+            "Wait for its end, close its generator, or start a process for this one.",
+        )
+    try:
+        yield
+    finally:
+        _process.release()
 
 
 @contextmanager
 def output_lock(output: Path | None) -> Iterator[None]:
     """Hold `output` against other runs, of this process or others. Raises UsageError.
 
-    The system lets go when a process ends in whatever way, so no claim outlives its run; what a
-    killed run leaves is an empty hidden file that the next one takes over. Where the file system
-    has no locks, nothing is held.
+    The operating system frees the lock however the process ends. A killed run leaves an empty
+    hidden file, which the next run reuses. File systems without locks are not protected.
     """
     if output is None:
         yield
         return
     from filelock import Timeout
 
-    place, lock = lock_path(output), _lock(output)
-    made = not place.parent.exists()  # of a sequence; its writer would make it later
-    new, held = not place.exists(), False
+    path, lock = lock_path(output), _file_lock(output)
+    new_folder = not path.parent.exists()  # of a sequence; its writer would make it later
+    new_file, acquired = not path.exists(), False
     try:
-        place.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(exist_ok=True)
         lock.acquire()
-        held = True
+        acquired = True
     except Timeout:
         raise UsageError(
             f"Another run is making {output}.", "Wait for it, or give another --output."
         ) from None
     except OSError as error:
-        logger.debug("cannot lock %s", place, exc_info=error)
-        if new:
+        logger.debug("cannot lock %s", path, exc_info=error)
+        if new_file:
             with suppress(OSError):
-                place.unlink()
+                path.unlink()
     try:
         yield
     finally:
-        if held:
+        if acquired:
             with suppress(OSError):
-                place.unlink()
+                path.unlink()
             lock.release()
-        if made:
+        if new_folder:
             with suppress(OSError):
-                place.parent.rmdir()
+                path.parent.rmdir()
 
 
 def is_locked(output: Path) -> bool:
-    """Whether a run is making `output` now."""
+    """Return whether a run is making `output` now."""
     from filelock import Timeout
 
     if not lock_path(output).exists():
         return False
     try:
-        with _lock(output):
+        with _file_lock(output):
             return False
     except Timeout:
         return True
@@ -79,20 +100,20 @@ def is_locked(output: Path) -> bool:
 
 @contextmanager
 def output_lock_on_rank0(output: Path | None, ranks: Ranks) -> Iterator[None]:
-    """`claimed` by the rank that writes; what refuses it ends all of them."""
-    with ExitStack() as held:
+    """Hold `output` on rank 0, which writes it; raise on all ranks if that is refused."""
+    with ExitStack() as stack:
         with ranks.collective_errors():
             if ranks.is_rank0:
-                held.enter_context(output_lock(output))
+                stack.enter_context(output_lock(output))
         yield
 
 
 def run_exclusively(
     output: Path | None, events: Generator[Event, None, None], ranks: Ranks
 ) -> Generator[Event, None, None]:
-    """The events of a run that has the process and `output` for itself, from its first event on.
+    """Yield the events of a run while it holds the process and `output`.
 
-    It holds neither any more when it says that it has finished.
+    Both locks are free again when the run yields `Finished`.
     """
     with process_lock(), output_lock_on_rank0(output, ranks), closing(events):
         for event in events:
@@ -104,31 +125,14 @@ def run_exclusively(
     yield event
 
 
-def _lock(output: Path) -> FileLock:
-    """The claim to `output`, not yet held: acquiring it never waits; any thread may release it."""
+def _file_lock(output: Path) -> FileLock:
+    # Acquiring it never waits, and any thread may release it.
     from filelock import FileLock
 
     return FileLock(lock_path(output), timeout=0, thread_local=False, is_singleton=False)
 
 
 def lock_path(output: Path) -> Path:
-    """The file that stands for `output`, hidden beside it; short, whatever the name."""
+    """Return the lock file of `output`: hidden, beside it, with a short name."""
     name = hashlib.sha256(output.name.encode()).hexdigest()[:12]
     return output.with_name(f".{name}.lock")
-
-
-_turn = threading.Lock()
-
-
-@contextmanager
-def process_lock() -> Iterator[None]:
-    """Hold the process's turn. Raises UsageError where another run, of any thread, has it."""
-    if not _turn.acquire(blocking=False):
-        raise UsageError(
-            "Another run of this process is under way.",
-            "Wait for its end, close its generator, or start a process for this one.",
-        )
-    try:
-        yield
-    finally:
-        _turn.release()
