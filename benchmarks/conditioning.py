@@ -105,7 +105,7 @@ def measure(pipe: Pipeline, task: str, frames: int, count: int, rows: list[Image
 def join_ratios(frames: np.ndarray, clips: Clips) -> tuple[float, float, float]:
     """Largest change at a join and that between the first clip's chunks, over the usual; that."""
     changes = np.abs(np.diff(frames.astype(float), axis=0)).mean(axis=(1, 2, 3))
-    step = clips.num_frames - clips.shared
+    step = clips.num_frames - clips.shared_frames
     joins = [clips.num_frames - 1 + i * step for i in range(clips.count - 1)]
     usual = float(np.median(np.delete(changes, joins)))
     return float(changes[joins].max()) / usual, float(changes[world.CHUNK - 1]) / usual, usual

@@ -207,7 +207,7 @@ def transformer(brief: bool) -> Iterator[Case]:
     pair, ends = STDiT3(replace(config, depth=1)), STDiT3(replace(config, depth=0))
     randomised(pair, ends)
     for resolution in ("144p", "240p"):
-        size = geometry.image_size(resolution)
+        size = geometry.get_image_size(resolution)
         latent = geometry.plan_geometry(size, FRAMES).latent
         text = [normal(PROMPT, config.caption_channels)] * 2
         known = pair.prepare(text, latent, height=size.height, width=size.width, fps=24)
@@ -216,10 +216,10 @@ def transformer(brief: bool) -> Iterator[Case]:
         modulation = 0.1 * normal(2, 1, 6, config.hidden_size)
         z, t = normal(2, *latent, config.in_channels), mx.array([500.0, 500.0])
         # Text keys and values are a run's, not a step's: they are there from here on.
-        mx.eval(pair._blocks(x[:, :1, :1], modulation, known, Hooks(), Unsharded()), known.fps)
+        mx.eval(pair._run_blocks(x[:, :1, :1], modulation, known, Hooks(), Unsharded()), known.fps)
 
         def blocks(x: mx.array = x, m: mx.array = modulation, known: Any = known) -> mx.array:
-            return pair._blocks(x, m, known, Hooks(), Unsharded())
+            return pair._run_blocks(x, m, known, Hooks(), Unsharded())
 
         def rest(z: mx.array = z, t: mx.array = t, known: Any = known) -> mx.array:
             return ends(z, t, known)
@@ -243,7 +243,7 @@ def transformer(brief: bool) -> Iterator[Case]:
 def autoencoder(brief: bool) -> Iterator[Case]:
     """Decoding and encoding a chunk; --brief in batches of one frame."""
     config = VAEConfig()
-    plan = geometry.plan_geometry(geometry.image_size("240p"), CHUNK)
+    plan = geometry.plan_geometry(geometry.get_image_size("240p"), CHUNK)
     (latents, h, w), (width, height) = plan.latent, plan.decoded
     batch = 1 if brief else config.micro_batch_size or CHUNK
     where = f"{CHUNK} frames of {width} x {height}, in batches of {batch}"

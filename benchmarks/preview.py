@@ -18,14 +18,14 @@ import numpy as np
 
 import mlx_sora  # noqa: F401  (before mlx.core, so that the fast BLAS is in place)
 from benchmarks.shapes import world
-from mlx_sora.conditioning.media import shown_by_latent
+from mlx_sora.conditioning.media import frames_by_latent
 from mlx_sora.loading.model_folder import BUNDLED, find_model
 from mlx_sora.loading.networks import load_vae
 from mlx_sora.video.frames import to_uint8
-from mlx_sora.video.preview import FILE, SCALE, PreviewMap, neighbourhoods
+from mlx_sora.video.preview import PREVIEW_FILE, SCALE, LatentToRGB, neighbourhoods
 
 FRAMES, HELD_OUT = 17, 16
-SHOWN = shown_by_latent(FRAMES)
+SHOWN = frames_by_latent(FRAMES)
 ALONE = [len(frames) == 1 for frames in SHOWN]
 
 
@@ -54,11 +54,11 @@ def fit(pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
     return np.stack(maps)
 
 
-def judged(found: PreviewMap, pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> float:
+def judged(found: LatentToRGB, pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> float:
     """Mean PSNR in dB of previews to the frames in the middle of those that they stand for."""
     middles = [span[len(span) // 2] for span in SHOWN]
     errors = [
-        np.square(found.frames(z, ALONE) / 255 - frames[middles]).mean() for z, frames in pairs
+        np.square(found.decode(z, ALONE) / 255 - frames[middles]).mean() for z, frames in pairs
     ]
     return float(np.mean(-10 * np.log10(errors)))
 
@@ -81,9 +81,9 @@ def main() -> None:
     asked = parser.parse_args()
     seen, held_out = world.split()
     weights = fit(list(clips(seen, asked.clips)))
-    psnr = judged(PreviewMap(weights, 0.0), list(clips(held_out, HELD_OUT)))
+    psnr = judged(LatentToRGB(weights, 0.0), list(clips(held_out, HELD_OUT)))
     record = {"psnr": round(psnr, 1), "clips": asked.clips, "weights": weights.round(4).tolist()}
-    (find_model(BUNDLED).path / FILE).write_text(json.dumps(record) + "\n")
+    (find_model(BUNDLED).path / PREVIEW_FILE).write_text(json.dumps(record) + "\n")
     print(f"{psnr:.1f} dB to the VAE on {HELD_OUT} held-out clips")
 
 

@@ -35,7 +35,7 @@ GRID = (2, 16, 16)
 
 def text_encoder() -> Iterator[Study]:
     config = t5.T5Config(d_model=1024, d_ff=2816, num_heads=16, num_layers=1)
-    encoder = t5.T5Encoder(config, table=False)
+    encoder = t5.T5Encoder(config, embedding=False)
     mx.eval(encoder.parameters())
     padded, mask = normal(1, PADDED, config.d_model), (mx.arange(PADDED) < PROMPT)[None]
     prompt = evaluated(padded[:, :PROMPT])
@@ -56,20 +56,20 @@ def embedding_table() -> Iterator[Study]:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "table.safetensors"
         table = np.resize(pattern, (config.vocab_size, config.d_model))
-        mx.save_safetensors(str(file), {t5.TABLE: mx.array(table)})
+        mx.save_safetensors(str(file), {t5.EMBEDDING_KEY: mx.array(table)})
         del table
         checkpoint = Checkpoint.open(file)
         ids = [(97 * i * i + 5) % config.vocab_size for i in range(PROMPT)]
 
         def whole() -> mx.array:
-            resident = checkpoint.load([t5.TABLE])[t5.TABLE].astype(mx.float32)
+            resident = checkpoint.load([t5.EMBEDDING_KEY])[t5.EMBEDDING_KEY].astype(mx.float32)
             return evaluated(resident[mx.array(ids)])
 
         yield Study(
             "T5's embedding rows read from disk, not the table",
             f"{config.vocab_size} x {config.d_model} float16 on (cached) disk, {PROMPT} rows",
             whole,
-            lambda: evaluated(checkpoint.read_rows(t5.TABLE, ids).astype(mx.float32)),
+            lambda: evaluated(checkpoint.read_rows(t5.EMBEDDING_KEY, ids).astype(mx.float32)),
         )
 
 

@@ -34,10 +34,10 @@ class MlxSoraError(Exception):
     exit_code = 1
 
     #: Of several ranks, all have raised it.
-    agreed = False
+    on_all_ranks = False
 
     #: The rank that reports it: the first of those that are left.
-    speaker = 0
+    reporting_rank = 0
 
     def __init__(self, message: str, fix: str = "") -> None:
         super().__init__(message)
@@ -76,4 +76,4 @@ class RankLostError(MlxSoraError):
     def __init__(self, message: str, fix: str, rank: int, exit_code: int = 1) -> None:
         super().__init__(message, fix)
         self.rank, self.exit_code = rank, exit_code
-        self.speaker = 1 if rank == 0 else 0
+        self.reporting_rank = 1 if rank == 0 else 0

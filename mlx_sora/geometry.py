@@ -120,7 +120,7 @@ def aspect_ratios() -> tuple[str, ...]:
     return tuple(_public_ratio(ratio) for ratio in BUCKET_RATIOS)
 
 
-def image_size(resolution: str, aspect_ratio: str = DEFAULT_ASPECT_RATIO) -> Size:
+def get_image_size(resolution: str, aspect_ratio: str = DEFAULT_ASPECT_RATIO) -> Size:
     """Size of a named resolution at a width:height ratio ("240p", "16:9" -> 426 x 240).
 
     Raises UsageError with the valid values for an unknown one.
@@ -155,7 +155,7 @@ def bucket_size(resolution: str, ratio: str, *, repaired: bool = True) -> Size:
     return Size(int(width), int(height))
 
 
-def num_pixels(resolution: str) -> int:
+def get_num_pixels(resolution: str) -> int:
     """Nominal area of a resolution: its 9:16 (height:width) size, or the square of its side."""
     if resolution in _SQUARES:
         return int(resolution) ** 2
@@ -163,7 +163,7 @@ def num_pixels(resolution: str) -> int:
     return size.width * size.height
 
 
-def num_frames(value: int | float | str) -> int:
+def get_num_frames(value: int | float | str) -> int:
     """Frame count as Open-Sora reads it: an alias ("4s") or anything `int` takes (1.9 -> 1).
 
     Raises ValueError otherwise. For what a user typed use `parse_frames`.
@@ -180,7 +180,7 @@ def parse_frames(value: int | str) -> int:
     """
     aliases = ", ".join(alias for alias in FRAME_ALIASES if alias.endswith("s"))
     try:
-        frames = num_frames(value.strip() if isinstance(value, str) else value)
+        frames = get_num_frames(value.strip() if isinstance(value, str) else value)
     except (ValueError, TypeError, OverflowError):
         frames = 0
     if isinstance(value, bool) or frames < 1 or (isinstance(value, float) and frames != value):
@@ -272,10 +272,10 @@ def resolve_size(
             )
         return check_size(width, height)
     if resolution is not None:
-        return image_size(resolution, aspect_ratio or DEFAULT_ASPECT_RATIO)
+        return get_image_size(resolution, aspect_ratio or DEFAULT_ASPECT_RATIO)
     if aspect_ratio is None:
         return default
-    return _size_of_area(default.width * default.height, aspect_ratio)
+    return _size_from_area(default.width * default.height, aspect_ratio)
 
 
 def plan_geometry(size: Size, frames: int, micro_frame: int | None = MICRO_FRAME_SIZE) -> Geometry:
@@ -324,10 +324,10 @@ def _bucket_ratio(aspect_ratio: str) -> str:
     )
 
 
-def _size_of_area(area: int, aspect_ratio: str) -> Size:
+def _size_from_area(area: int, aspect_ratio: str) -> Size:
     ratio = _bucket_ratio(aspect_ratio)
     for resolution in RESOLUTIONS:
-        if num_pixels(resolution) == area:
+        if get_num_pixels(resolution) == area:
             return bucket_size(resolution, ratio)
     width, height = (int(part) for part in aspect_ratio.split(":"))
     unit = sqrt(area / (width * height)) / PIXELS_PER_CELL

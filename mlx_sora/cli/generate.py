@@ -42,8 +42,8 @@ if TYPE_CHECKING:
     from mlx_sora.pipeline.pipeline import Pipeline
 
 
-from mlx_sora.text.prompt import split_settings
-from mlx_sora.video.metadata import read_metadata, replay_options, same_media
+from mlx_sora.text.prompt import split_directives
+from mlx_sora.video.metadata import read_metadata, replay_options, unchanged_media
 
 
 def add_parser(commands: Any) -> None:
@@ -248,7 +248,7 @@ def recorded_options(source: str, typed: Mapping[str, Any]) -> dict[str, Any]:
     options = replay_options(record, source)
     kept = {name: value for name, value in options.items() if name not in typed}
     present = [path for path in _media(kept) if Path(path).is_file()]
-    same = same_media(record, present)
+    same = unchanged_media(record, present)
     for path in present:
         if path not in same:
             raise UsageError(
@@ -261,6 +261,6 @@ def recorded_options(source: str, typed: Mapping[str, Any]) -> dict[str, Any]:
 def _media(options: Mapping[str, Any]) -> list[str]:
     """Pictures and videos that options ask for, also inside the prompt."""
     request = GenerationRequest.from_dict({"prompt": "", **options})
-    written = split_settings(request.prompt)[1].reference_path or ""
+    written = split_directives(request.prompt)[1].reference_path or ""
     given = [item.path for item in request.images] + [item.path for item in request.videos]
     return [*given, *request.references, *filter(None, written.split(";"))]

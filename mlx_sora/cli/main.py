@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except MlxSoraError as error:
         if debug:
             traceback.print_exc()
-        _report(str(error), error.exit_code, words, error.speaker)
+        _report(str(error), error.exit_code, words, error.reporting_rank)
         return error.exit_code
     except KeyboardInterrupt:
         _report("interrupted.", INTERRUPTED, words)

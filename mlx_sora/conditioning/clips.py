@@ -18,14 +18,14 @@ class Clips:
 
     num_frames: int
     count: int = 1
-    shared: int = MICRO_FRAME_SIZE
+    shared_frames: int = MICRO_FRAME_SIZE
 
     def check(self) -> None:
         """Raise UsageError where clips cannot be joined without a gap."""
         if self.count == 1:
             return
         for name, frames in (
-            ("--condition-frames", self.shared),
+            ("--condition-frames", self.shared_frames),
             ("--num-frames", self.num_frames),
         ):
             if frames % MICRO_FRAME_SIZE or frames < MICRO_FRAME_SIZE:
@@ -33,28 +33,28 @@ class Clips:
                     f"With --loop, {name} {frames} is not in whole chunks of the VAE.",
                     f"Give a multiple of {MICRO_FRAME_SIZE}.",
                 )
-        if self.shared >= self.num_frames:
+        if self.shared_frames >= self.num_frames:
             raise UsageError(
-                f"Clips of {self.num_frames} frames that share {self.shared} add nothing.",
+                f"Clips of {self.num_frames} frames that share {self.shared_frames} add nothing.",
                 "Raise --num-frames, or lower --condition-frames.",
             )
 
     @property
     def total(self) -> int:
         """Frames of the whole video."""
-        return self.num_frames + (self.count - 1) * (self.num_frames - self.shared)
+        return self.num_frames + (self.count - 1) * (self.num_frames - self.shared_frames)
 
     @property
     def shared_latents(self) -> int:
         """Latent frames that two neighbours share."""
-        return latent_frames(self.shared)
+        return latent_frames(self.shared_frames)
 
-    def skipped(self, clip: int) -> int:
+    def frames_to_skip(self, clip: int) -> int:
         """Frames at the beginning of clip `clip` that the one before has shown."""
-        return self.shared if clip else 0
+        return self.shared_frames if clip else 0
 
     def locate(self, frame: int) -> tuple[int, int]:
         """Clip that makes frame `frame` of the video, and the frame's number in that clip."""
-        step = self.num_frames - self.shared
+        step = self.num_frames - self.shared_frames
         clip = 0 if frame < self.num_frames else 1 + (frame - self.num_frames) // step
         return clip, frame - clip * step

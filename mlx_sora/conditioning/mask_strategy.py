@@ -30,7 +30,7 @@ class MaskGroup:
     reference_start: int = 0
     target_start: int = 0
     length: int = 1
-    edit: float = 0.0
+    edit_ratio: float = 0.0
 
     def __str__(self) -> str:
         return ",".join(str(value) for value in astuple(self))
@@ -41,10 +41,10 @@ def parse_mask_strategy(text: str | None) -> list[MaskGroup]:
     groups = text.split(";") if text else []
     if len(groups) > MAX_LOOPS:
         raise UsageError(f"The mask strategy has {len(groups)} groups.", f"Give up to {MAX_LOOPS}.")
-    return [_parse_placement(group) for group in groups]
+    return [_parse_group(group) for group in groups]
 
 
-def continuations(
+def append_generated(
     loops: Iterable[int], references: int, length: int, edit: float = 0.0
 ) -> list[MaskGroup]:
     """Begin each of `loops` with the last `length` latent frames of the clip before it.
@@ -57,7 +57,7 @@ def continuations(
     ]
 
 
-def align(position: int, unit: int, limit: int) -> int:
+def find_nearest_point(position: int, unit: int, limit: int) -> int:
     """`position` moved to the nearest multiple of `unit`: ties down, up only within `limit`.
 
     Chunks of the temporal VAE are independent, so that a clip must not start inside one. Up means
@@ -69,7 +69,7 @@ def align(position: int, unit: int, limit: int) -> int:
     return units * unit
 
 
-def _parse_placement(group: str) -> MaskGroup:
+def _parse_group(group: str) -> MaskGroup:
     fields = group.split(",")
     try:
         if len(fields) > 6:
@@ -94,11 +94,11 @@ class LatentSpan:
     reference: int
     source: range
     target: range
-    edit: float
+    edit_ratio: float
 
 
 def resolve_mask_strategy(
-    placements: Iterable[MaskGroup],
+    groups: Iterable[MaskGroup],
     loop: int,
     lengths: Sequence[int],
     frames: int,
@@ -111,7 +111,7 @@ def resolve_mask_strategy(
     where nothing is left of it for frames that want something.
     """
     spans = []
-    for placement in placements:
+    for placement in groups:
         if placement.loop != loop:
             continue
         if not -len(lengths) <= placement.reference < len(lengths):
@@ -125,7 +125,10 @@ def resolve_mask_strategy(
         source += length if source < 0 else 0
         target += frames if target < 0 else 0
         if unit is not None:
-            source, target = align(source, unit, length), align(target, unit, frames)
+            source, target = (
+                find_nearest_point(source, unit, length),
+                find_nearest_point(target, unit, frames),
+            )
         count = min(placement.length, frames - target, length - source)
         taken = range(length)[source : source + count]
         written = range(frames)[target : target + count]
@@ -135,7 +138,7 @@ def resolve_mask_strategy(
                 f"which has {length} latent frames.",
                 f"Start at one of 0 to {length - 1}.",
             )
-        spans.append(LatentSpan(placement.reference, taken, written, placement.edit))
+        spans.append(LatentSpan(placement.reference, taken, written, placement.edit_ratio))
     return spans
 
 
@@ -150,11 +153,11 @@ def apply_mask_strategy(
     for span in spans:
         if not span.target:
             continue
-        source, target = _slice(span.source), _slice(span.target)
+        source, target = _as_slice(span.source), _as_slice(span.target)
         z[:, target] = references[span.reference][:, source]
-        mask[:, target] = span.edit
+        mask[:, target] = span.edit_ratio
     return z, mask
 
 
-def _slice(span: range) -> slice:
+def _as_slice(span: range) -> slice:
     return slice(span.start, span.stop)

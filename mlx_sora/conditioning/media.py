@@ -19,7 +19,7 @@ from mlx_sora.conditioning.clips import Clips
 from mlx_sora.conditioning.mask_strategy import (
     LatentSpan,
     MaskGroup,
-    continuations,
+    append_generated,
     parse_mask_strategy,
     resolve_mask_strategy,
 )
@@ -30,10 +30,10 @@ from mlx_sora.request.generation import GenerationRequest
 from mlx_sora.request.options import ImageReference, VideoReference
 from mlx_sora.text import prompt as syntax
 from mlx_sora.utils.files import sha256
-from mlx_sora.video.reader import Fit, VideoInfo, image_size, is_video, probe_video
+from mlx_sora.video.reader import ResizeCrop, VideoInfo, image_size, is_video, probe_video
 
 #: Where the VAE's chunks begin, in latent frames: starts of a mask strategy move there.
-UNIT = latent_frames(MICRO_FRAME_SIZE)
+CHUNK_LATENTS = latent_frames(MICRO_FRAME_SIZE)
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class MediaFile:
     fps: float | None = None
 
     @classmethod
-    def of(cls, path: str) -> MediaFile:
+    def from_path(cls, path: str) -> MediaFile:
         """Looks at the header. Raises UsageError for what cannot be read."""
         if not is_video(path):
             return cls(path, image_size(path), 1, sha256(Path(path)))
@@ -67,12 +67,12 @@ class MediaClip:
     latents: the clip's latent frames that are given by them. edit: as in Placement.
     """
 
-    source: MediaFile
+    file: MediaFile
     start: int
     clip: int
     frames: range
     latents: tuple[int, ...]
-    edit: float
+    edit_ratio: float
 
 
 @dataclass(frozen=True)
@@ -87,28 +87,30 @@ class Media:
     warnings: tuple[str, ...] = ()
 
     @property
-    def sources(self) -> list[MediaFile]:
+    def files(self) -> list[MediaFile]:
         """Every file once, in order."""
-        found = [patch.source for patch in self.media_clips] + list(self.references)
+        found = [patch.file for patch in self.media_clips] + list(self.references)
         return list(dict.fromkeys(found))
 
     def spans(self, clip: int) -> list[LatentSpan]:
         """What goes from references, and clips before this one behind them, into clip `clip`."""
         latents = latent_frames(self.clips.num_frames)
         lengths = [source.latents for source in self.references] + [latents] * clip
-        return resolve_mask_strategy(self.mask_groups, clip, lengths, latents, UNIT)
+        return resolve_mask_strategy(self.mask_groups, clip, lengths, latents, CHUNK_LATENTS)
 
     def mask(self, clip: int) -> list[float]:
         """Per latent frame of a clip: 1 is generated, 0 kept, between: from that level on."""
         mask = [1.0] * latent_frames(self.clips.num_frames)
-        given = [(patch.latents, patch.edit) for patch in self.media_clips if patch.clip == clip]
-        given += [(tuple(span.target), span.edit) for span in self.spans(clip)]
+        given = [
+            (patch.latents, patch.edit_ratio) for patch in self.media_clips if patch.clip == clip
+        ]
+        given += [(tuple(span.target), span.edit_ratio) for span in self.spans(clip)]
         for latents, edit in given:
             for index in latents:
                 mask[index] = edit
         return mask
 
-    def record(self) -> list[dict[str, Any]]:
+    def to_metadata(self) -> list[dict[str, Any]]:
         """The files and their checksums, for the metadata."""
         return [
             {
@@ -117,13 +119,13 @@ class Media:
                 "size": str(source.size),
                 "num_frames": source.num_frames,
             }
-            for source in self.sources
+            for source in self.files
         ]
 
 
 def plan_media(
     request: GenerationRequest,
-    written: syntax.PromptDirectives,
+    directives: syntax.PromptDirectives,
     clips: Clips,
     size: Size,
     fps: float,
@@ -132,25 +134,28 @@ def plan_media(
 
     Raises UsageError for media that cannot be read, and for what does not fit the clips.
     """
-    references = written.reference_path
-    strategy = written.mask_strategy
+    references = directives.reference_path
+    strategy = directives.mask_strategy
     paths = request.references if references is None else tuple(filter(None, references.split(";")))
     strategy = request.mask_strategy if strategy is None else strategy
-    found = {path: MediaFile.of(path) for path in _paths(request, paths)}
-    patches = [_picture(item, found[item.path], clips) for item in request.images]
-    patches += [_neighbour(item, found[item.path], clips) for item in request.videos]
-    _check_apart(patches)
-    placements = _placements(strategy, [found[path] for path in paths], clips)
+    found = {path: MediaFile.from_path(path) for path in _media_paths(request, paths)}
+    patches = [_image_clip(item, found[item.path], clips) for item in request.images]
+    patches += [_video_clip(item, found[item.path], clips) for item in request.videos]
+    _check_overlap(patches)
+    placements = _mask_groups(strategy, [found[path] for path in paths], clips)
     loops, shared = range(1, clips.count), clips.shared_latents
-    following = continuations(loops, len(paths), shared, request.condition_edit)
+    following = append_generated(loops, len(paths), shared, request.condition_edit)
     media = Media(
         clips,
         tuple(patches),
         tuple(found[path] for path in paths),
         tuple(placements + following),
-        notes=tuple(f"{source.path}: {Fit.of(source.size, size)}." for source in found.values()),
-        warnings=tuple(_rates(found.values(), fps))
-        + tuple(_moved(placements, found, paths, clips)),
+        notes=tuple(
+            f"{source.path}: {ResizeCrop.from_sizes(source.size, size)}."
+            for source in found.values()
+        ),
+        warnings=tuple(_frame_rate_warnings(found.values(), fps))
+        + tuple(_alignment_warnings(placements, found, paths, clips)),
     )
     for clip in range(clips.count):
         if not any(media.mask(clip)):
@@ -161,7 +166,7 @@ def plan_media(
     return media
 
 
-def shown_by_latent(num_frames: int) -> list[range]:
+def frames_by_latent(num_frames: int) -> list[range]:
     """The frames that each latent frame of a clip stands for."""
     shown = []
     for chunk in chunk_plan(num_frames, MICRO_FRAME_SIZE, FRAMES_PER_CELL):
@@ -173,12 +178,12 @@ def shown_by_latent(num_frames: int) -> list[range]:
     return shown
 
 
-def _paths(request: GenerationRequest, references: Sequence[str]) -> list[str]:
+def _media_paths(request: GenerationRequest, references: Sequence[str]) -> list[str]:
     paths = [item.path for item in request.images] + [item.path for item in request.videos]
     return list(dict.fromkeys([*paths, *references]))
 
 
-def _picture(item: ImageReference, source: MediaFile, clips: Clips) -> MediaClip:
+def _image_clip(item: ImageReference, source: MediaFile, clips: Clips) -> MediaClip:
     """A picture shown by one frame, and so by the latent frame that stands for it."""
     if source.fps is not None:
         raise UsageError(f"--image {item.path} is a video.", "Give it to --video.")
@@ -189,12 +194,12 @@ def _picture(item: ImageReference, source: MediaFile, clips: Clips) -> MediaClip
             f"Give 0 to {clips.total - 1}, first, or last.",
         )
     clip, local = clips.locate(frame)
-    shown = shown_by_latent(clips.num_frames)
+    shown = frames_by_latent(clips.num_frames)
     latent = next(index for index, frames in enumerate(shown) if local in frames)
     return MediaClip(source, 0, clip, range(local, local + 1), (latent,), 1 - item.strength)
 
 
-def _neighbour(item: VideoReference, source: MediaFile, clips: Clips) -> MediaClip:
+def _video_clip(item: VideoReference, source: MediaFile, clips: Clips) -> MediaClip:
     """The end of a video before the first clip, or the beginning of one after the last."""
     if source.fps is None:
         raise UsageError(f"--video {item.path} is a picture.", "Give it to --image.")
@@ -212,7 +217,7 @@ def _neighbour(item: VideoReference, source: MediaFile, clips: Clips) -> MediaCl
     clip = 0 if before else clips.count - 1
     first = 0 if before else clips.num_frames - item.frames
     frames = range(first, first + item.frames)
-    shown = shown_by_latent(clips.num_frames)
+    shown = frames_by_latent(clips.num_frames)
     latents = tuple(i for i, each in enumerate(shown) if set(each) <= set(frames))
     if not latents:
         raise UsageError(
@@ -224,7 +229,7 @@ def _neighbour(item: VideoReference, source: MediaFile, clips: Clips) -> MediaCl
     return MediaClip(source, start, clip, frames, latents, 1 - item.strength)
 
 
-def _check_apart(patches: Sequence[MediaClip]) -> None:
+def _check_overlap(patches: Sequence[MediaClip]) -> None:
     """Raise UsageError where two media give the same latent frame."""
     taken: dict[tuple[int, int], MediaClip] = {}
     for patch in patches:
@@ -232,13 +237,13 @@ def _check_apart(patches: Sequence[MediaClip]) -> None:
             other = taken.setdefault((patch.clip, latent), patch)
             if other is not patch:
                 raise UsageError(
-                    f"{other.source.path} and {patch.source.path} lie on the same frames "
+                    f"{other.file.path} and {patch.file.path} lie on the same frames "
                     f"(one latent frame stands for up to {FRAMES_PER_CELL}).",
                     "Move one of them.",
                 )
 
 
-def _placements(
+def _mask_groups(
     strategy: str | None, references: Sequence[MediaFile], clips: Clips
 ) -> list[MaskGroup]:
     """Placements of a mask strategy that can all be carried out. Raises UsageError."""
@@ -252,7 +257,7 @@ def _placements(
     for item in placements:
         before = min(max(item.loop, 0), clips.count)
         lengths = [source.latents for source in references] + [latents] * before
-        complaint = _complaint(item, lengths, latents, clips)
+        complaint = _out_of_range(item, lengths, latents, clips)
         if complaint:
             raise UsageError(
                 f"Mask strategy {str(item)!r}: {complaint}.",
@@ -261,7 +266,7 @@ def _placements(
     return placements
 
 
-def _complaint(item: MaskGroup, lengths: Sequence[int], latents: int, clips: Clips) -> str:
+def _out_of_range(item: MaskGroup, lengths: Sequence[int], latents: int, clips: Clips) -> str:
     """What is out of range in a placement, or nothing."""
     if not 0 <= item.loop < clips.count:
         return f"there is no loop {item.loop} of {clips.count}"
@@ -274,16 +279,16 @@ def _complaint(item: MaskGroup, lengths: Sequence[int], latents: int, clips: Cli
         return f"the clip has no latent frame {item.target_start} of {latents}"
     if item.length < 1:
         return f"a length of {item.length}"
-    return "" if 0 <= item.edit <= 1 else f"an edit of {item.edit:g}, not 0 to 1"
+    return "" if 0 <= item.edit_ratio <= 1 else f"an edit of {item.edit_ratio:g}, not 0 to 1"
 
 
-def _rates(sources: Iterable[MediaFile], fps: float) -> Iterable[str]:
+def _frame_rate_warnings(sources: Iterable[MediaFile], fps: float) -> Iterable[str]:
     for source in sources:
         if source.fps is not None and abs(source.fps - fps) > 0.01 * fps:
             yield f"{source.path} has {source.fps:g} frames per second; they are used at {fps:g}."
 
 
-def _moved(
+def _alignment_warnings(
     placements: Sequence[MaskGroup], found: dict[str, MediaFile], paths: Sequence[str], clips: Clips
 ) -> Iterable[str]:
     """What of a mask strategy had to be moved to the start of a chunk."""
@@ -292,14 +297,14 @@ def _moved(
         lengths = [found[path].latents for path in paths] + [latents] * item.loop
         wanted, done = (
             resolve_mask_strategy([item], item.loop, lengths, latents, unit)[0]
-            for unit in (None, UNIT)
+            for unit in (None, CHUNK_LATENTS)
         )
         if (wanted.source, wanted.target) != (done.source, done.target):
             yield (
-                f"Mask strategy {str(item)!r}: latent frames {_shown(done.source)} of the "
-                f"reference go to {_shown(done.target)}, where a chunk of the VAE begins."
+                f"Mask strategy {str(item)!r}: latent frames {_format_range(done.source)} of the "
+                f"reference go to {_format_range(done.target)}, where a chunk of the VAE begins."
             )
 
 
-def _shown(frames: range) -> str:
+def _format_range(frames: range) -> str:
     return f"{frames.start} to {frames.stop - 1}" if len(frames) > 1 else str(frames.start)

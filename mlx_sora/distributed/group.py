@@ -169,7 +169,7 @@ class Ranks:
             failure = self._first_failure(failure)
         if failure is not None:
             if isinstance(failure, MlxSoraError):
-                failure.agreed = True
+                failure.on_all_ranks = True
             raise failure
 
     @contextmanager

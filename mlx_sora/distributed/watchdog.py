@@ -49,7 +49,7 @@ class Watchdog:
             # that does so alone will be found to hang.
             raise
         except MlxSoraError as error:
-            if not error.agreed:
+            if not error.on_all_ranks:
                 self._peers.fail(f"stopped: {error.message}", error.exit_code)
             raise
         except Exception as error:
@@ -73,7 +73,7 @@ class Watchdog:
         if self._noticed.wait(GRACE) or not self._inside:
             return
         error = _error(failure)
-        if self._peers.rank == error.speaker:
+        if self._peers.rank == error.reporting_rank:
             os.write(2, f"\nerror: {error}\n".encode())
         os._exit(failure.exit_code)
 

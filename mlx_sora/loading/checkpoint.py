@@ -196,7 +196,7 @@ def match_keys(
     where = str(checkpoint.path) if isinstance(checkpoint, Checkpoint) else IN_MEMORY
     entries: dict[str, Entry] = {}
     for found in _stored_tensors(checkpoint):
-        place = None if found.key in skip_keys else keys.place(found.key, found.shape)
+        place = None if found.key in skip_keys else keys.find_parameter(found.key, found.shape)
         if place is None:
             continue
         _check_fit(found, place, wanted)

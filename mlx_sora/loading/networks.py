@@ -24,10 +24,9 @@ from mlx_sora.loading.quantization import (
     quantizable_linears,
     quantize_on_load,
 )
-from mlx_sora.models import stdit3, t5, vae
+from mlx_sora.models import precision, stdit3, t5, vae
 from mlx_sora.models.key_map import KeyMap
-from mlx_sora.models.precision import KEEP
-from mlx_sora.models.vae import VAEConfig, VideoVAE, keys_for
+from mlx_sora.models.vae import VAEConfig, VideoVAE, key_map
 
 #: Token ids to rows of the embedding table, [len(ids), D].
 ReadRows = Callable[[Sequence[int]], mx.array]
@@ -39,8 +38,8 @@ def load_text_encoder(model: ModelFolder, dtype: mx.Dtype) -> tuple[t5.T5Encoder
     The table of T5-XXL is 0.5 GB in float32, of which a prompt needs a few hundred kB.
     """
     network, checkpoint = _text_encoder(model)
-    load_weights(network, checkpoint, t5.KEYS, dtype=dtype, skip_keys=[t5.TABLE])
-    return network, partial(checkpoint.read_rows, t5.TABLE)
+    load_weights(network, checkpoint, t5.KEYS, dtype=dtype, skip_keys=[t5.EMBEDDING_KEY])
+    return network, partial(checkpoint.read_rows, t5.EMBEDDING_KEY)
 
 
 def stream_text_encoder(
@@ -55,16 +54,16 @@ def stream_text_encoder(
         checkpoint,
         t5.KEYS,
         dtype=dtype,
-        skip_keys=[t5.TABLE],
+        skip_keys=[t5.EMBEDDING_KEY],
     )
-    return network, partial(checkpoint.read_rows, t5.TABLE), source
+    return network, partial(checkpoint.read_rows, t5.EMBEDDING_KEY), source
 
 
 def _text_encoder(model: ModelFolder) -> tuple[t5.T5Encoder, Checkpoint]:
     """T5 without weights, and its checkpoint, which has the table that `network` lacks."""
     values = model.config("text_encoder")
     with _config_errors("text_encoder"):
-        network = t5.T5Encoder(t5.T5Config.from_dict(values), table=False)
+        network = t5.T5Encoder(t5.T5Config.from_dict(values), embedding=False)
     checkpoint = Checkpoint.open(model.text_encoder)
     _check_embedding_table(checkpoint, network.config)
     return network, _quantize_network(model, network, values, checkpoint)
@@ -72,12 +71,12 @@ def _text_encoder(model: ModelFolder) -> tuple[t5.T5Encoder, Checkpoint]:
 
 def _check_embedding_table(checkpoint: Checkpoint, config: t5.T5Config) -> None:
     """Raise WeightsError unless the token table is there with the shape of the configuration."""
-    table = checkpoint.tensors.get(t5.TABLE)
+    table = checkpoint.tensors.get(t5.EMBEDDING_KEY)
     expected = (config.vocab_size, config.d_model)
     if table is None or table.shape != expected:
         found = "missing" if table is None else f"of shape {list(table.shape)}"
         raise WeightsError(
-            f"{checkpoint.path}: {t5.TABLE} is {found}, expected {list(expected)}.",
+            f"{checkpoint.path}: {t5.EMBEDDING_KEY} is {found}, expected {list(expected)}.",
             "The file and its config.json do not belong together.",
         )
 
@@ -126,10 +125,10 @@ def _quantize_network(
 
 
 def load_vae(model: ModelFolder, parts: Sequence[str] = ("decoder",)) -> VideoVAE:
-    """The VAE, or the halves of it that are needed; always in `KEEP.vae`'s type, float32."""
+    """The VAE, or the halves of it that are needed; always in float32."""
     with _config_errors("vae"):
         network = VideoVAE(VAEConfig.from_dict(model.config("vae")), parts)
-    load_weights(network, Checkpoint.open(model.vae), keys_for(parts), dtype=KEEP.vae)
+    load_weights(network, Checkpoint.open(model.vae), key_map(parts), dtype=precision.VAE)
     return network
 
 

@@ -24,7 +24,7 @@ from mlx_sora.loading.model_folder import PARTS, ModelFolder
 from mlx_sora.loading.safetensors import PACKED, TensorInfo, load_tensors
 from mlx_sora.models.config import FIX
 from mlx_sora.models.key_map import Shape
-from mlx_sora.models.quantized import WORD, QuantizedLinear
+from mlx_sora.models.quantized import WORD_BITS, QuantizedLinear
 
 #: Where config.json tells of it.
 CONFIG_KEY = "quantization"
@@ -68,7 +68,7 @@ class Quantization:
         """Shapes of what the weight [outputs, inputs] of a layer becomes, by parameter name."""
         outputs, inputs = shape
         groups = (outputs, inputs // self.group_size)
-        packed = (outputs, inputs * self.bits // WORD)
+        packed = (outputs, inputs * self.bits // WORD_BITS)
         return {"weight": packed, "scales": groups, "biases": groups}
 
     def quantize(
@@ -144,7 +144,7 @@ def count_parameters(checkpoint: Checkpoint, quantization: Quantization | None) 
     if quantization is None:
         return total
     words = sum(prod(i.shape) for i in checkpoint.tensors.values() if i.dtype == PACKED)
-    codes = words * WORD // quantization.bits
+    codes = words * WORD_BITS // quantization.bits
     return total - words + codes - 2 * codes // quantization.group_size
 
 

@@ -15,8 +15,8 @@ from mlx_sora.loading.model_folder import ModelFolder
 from mlx_sora.loading.networks import stream_text_encoder, stream_transformer
 from mlx_sora.loading.quantization import dense_bytes
 from mlx_sora.memory.plan import ModelSizes, WeightSizes
-from mlx_sora.models.precision import KEEP
-from mlx_sora.models.vae import VAEConfig, VideoVAE, keys_for
+from mlx_sora.models import precision
+from mlx_sora.models.vae import VAEConfig, VideoVAE, key_map
 
 
 def model_sizes(model: ModelFolder, dtype: mx.Dtype, *, encoders: bool = False) -> ModelSizes:
@@ -46,7 +46,7 @@ def model_sizes(model: ModelFolder, dtype: mx.Dtype, *, encoders: bool = False) 
 def _vae_bytes(model: ModelFolder, config: VAEConfig, half: str) -> tuple[int, int, int]:
     """Bytes of the temporal and of the spatial encoder or decoder, and of both on disk."""
     vae, checkpoint = VideoVAE(config, (half,)), Checkpoint.open(model.vae)
-    entries = match_keys(vae, checkpoint, keys_for((half,)))
+    entries = match_keys(vae, checkpoint, key_map((half,)))
     stored = sum(checkpoint.tensors[entry.key].nbytes for entry in entries)
     return _float32_bytes(vae.temporal_vae), _float32_bytes(vae.spatial_vae), stored
 
@@ -64,4 +64,4 @@ def _weight_sizes(source: BlockSource[Any]) -> WeightSizes:
 
 def _float32_bytes(network: nn.Module) -> int:
     leaves: list[tuple[str, mx.array]] = tree_flatten(network.parameters())  # type: ignore[assignment]
-    return sum(prod(value.shape) for _, value in leaves) * KEEP.vae.size
+    return sum(prod(value.shape) for _, value in leaves) * precision.VAE.size

@@ -83,11 +83,11 @@ def run_text_encoder(model: ModelFolder) -> None:
     config = replace(t5.T5Config.from_dict(values), num_layers=1)
     checkpoint = keep_first_block(Checkpoint.open(model.text_encoder))
     with memory_scope():
-        network = t5.T5Encoder(config, table=False)
+        network = t5.T5Encoder(config, embedding=False)
         insert_quantized_layers(network, Quantization.from_config(values))
-        load_weights(network, checkpoint, t5.KEYS, dtype=mx.float32, skip_keys=[t5.TABLE])
+        load_weights(network, checkpoint, t5.KEYS, dtype=mx.float32, skip_keys=[t5.EMBEDDING_KEY])
         ids = range(min(8, config.vocab_size))
-        embeddings = checkpoint.read_rows(t5.TABLE, ids).astype(mx.float32)
+        embeddings = checkpoint.read_rows(t5.EMBEDDING_KEY, ids).astype(mx.float32)
         _check_output("text states", network(embeddings[None]))
 
 

@@ -12,14 +12,14 @@ from dataclasses import dataclass
 from mlx_sora.geometry import Size
 from mlx_sora.memory.flops import Grid
 from mlx_sora.memory.plan import FLOAT
-from mlx_sora.models.ops import MIN_ROWS, PIECE
+from mlx_sora.models.ops import MIN_ROWS, SLICE_BYTES
 from mlx_sora.models.stdit3 import STDiT3Config
 from mlx_sora.models.t5 import T5Config
 from mlx_sora.models.vae import VAEConfig, chunk_plan
 from mlx_sora.models.vae_tiling import tile_side
 
 #: What a compiled chain holds besides a VAE's tensors, while those are too small to be cut.
-CHAIN = PIECE // 2
+CHAIN = SLICE_BYTES // 2
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ def text_encoder_work(config: T5Config, tokens: int, mode: ExecutionMode) -> int
     x, inner, wide = (
         FLOAT * tokens * n for n in (config.d_model, config.num_heads * config.d_kv, config.d_ff)
     )
-    logits = 3 * bias if mode.gpu else min(3 * bias, 5 * PIECE)
+    logits = 3 * bias if mode.gpu else min(3 * bias, 5 * SLICE_BYTES)
     peak = 2 * x + bias + max(5 * wide, logits + 4 * inner)
     return int(mode.pick(1, 2.3) * peak)
 
@@ -54,7 +54,7 @@ def transformer_work(config: STDiT3Config, grid: Grid, mode: ExecutionMode) -> i
     factor = 1 + mode.pick(8.1, 17.5)
     if mode.gpu:
         factor += 5 * config.mlp_ratio * mode.itemsize / FLOAT
-    piece = max(PIECE, FLOAT * MIN_ROWS * int(config.hidden_size * config.mlp_ratio))
+    piece = max(SLICE_BYTES, FLOAT * MIN_ROWS * int(config.hidden_size * config.mlp_ratio))
     return int(factor * stream + mode.pick(4, 8) * piece)
 
 
@@ -84,7 +84,7 @@ def spatial_work(
     rows, columns = height // scale, width // scale
     first = FLOAT * frames * rows * columns * widths[-1]
     logits = FLOAT * frames * (rows * columns // 4) ** 2
-    attention = min(mode.pick(3, 4.5) * logits, mode.pick(4, 20) * PIECE)
+    attention = min(mode.pick(3, 4.5) * logits, mode.pick(4, 20) * SLICE_BYTES)
     share = tile_side(rows, tiles) * tile_side(columns, tiles) / (rows * columns)
     beside = first + 2 * FLOAT * frames * height * width * 3
     most = max(share * work, factor * first, attention + 2 * first)

@@ -144,7 +144,7 @@ def shape_sizes(
     """
     text, transformer = text or T5Config(), transformer or STDiT3Config.xl_2()
     vae = vae or VAEConfig()
-    encoder, denoiser = T5Encoder(text, table=False), STDiT3(transformer, mx.float32)
+    encoder, denoiser = T5Encoder(text, embedding=False), STDiT3(transformer, mx.float32)
     decoder = VideoVAE(vae, ("decoder",))
     pairs = zip(denoiser.spatial_blocks, denoiser.temporal_blocks, strict=True)
     temporal, spatial = (

@@ -34,26 +34,26 @@ def read_config(cls: type[Config], values: Mapping[str, Any]) -> Config:
             value = tuple(value)
         if isinstance(default, float) and type(value) is int and abs(value) <= MAX_NUMBER:
             value = float(value)
-        if type(value) is not type(default) or not _sound(value, default):
+        if type(value) is not type(default) or not _is_valid(value, default):
             given = printable(repr(value), 80)
             raise WeightsError(f"{field.name} cannot be {given} in a model's config.json.", FIX)
         known[field.name] = value
     return cls(**known)
 
 
-def _sound(value: Any, default: Any) -> bool:
+def _is_valid(value: Any, default: Any) -> bool:
     """Whether a value is one that some network could have: bounded, and alike within a list."""
     if isinstance(value, tuple):
         kind = type(default[0])
         return 0 < len(value) <= MAX_LIST and all(
-            type(each) is kind and _sound(each, default[0]) for each in value
+            type(each) is kind and _is_valid(each, default[0]) for each in value
         )
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return 0 < value <= MAX_NUMBER
     return True
 
 
-def object_of(values: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+def get_object(values: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     """The object `name` inside a config.json, empty where there is none. Raises WeightsError."""
     found = values.get(name) or {}
     require(isinstance(found, dict), f"{name} is no object")

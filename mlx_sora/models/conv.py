@@ -13,8 +13,7 @@ from collections.abc import Callable, Sequence
 import mlx.core as mx
 from mlx import nn
 
-from mlx_sora.models import ops
-from mlx_sora.models.precision import KEEP
+from mlx_sora.models import ops, precision
 
 #: A tap: which source, row and column of the padded window, kernel slice [O, I].
 Tap = tuple[int, int, int, mx.array]
@@ -34,7 +33,7 @@ def conv2d(x: mx.array, weight: mx.array, bias: mx.array | None = None) -> mx.ar
 
     x [N, H, W, I], weight [3, 3, O, I], bias [O]. Returns [N, H, W, O].
     """
-    if ops.on_gpu() or not _shifting_pays(x):
+    if ops.on_gpu() or not _use_shifted_form(x):
         return plain_conv2d(x, weight, bias)
     return shifted_conv2d(x, weight, bias)
 
@@ -45,12 +44,12 @@ def downsample2d(x: mx.array, weight: mx.array, bias: mx.array | None = None) ->
     Mirrors the asymmetric padding of diffusers' Downsample2D in AutoencoderKL.
     """
     padded = mx.pad(x, [(0, 0), (0, 1), (0, 1), (0, 0)])
-    return _biased(mx.conv2d(padded, weight.transpose(2, 0, 1, 3), stride=2), bias)
+    return _add_bias(mx.conv2d(padded, weight.transpose(2, 0, 1, 3), stride=2), bias)
 
 
 def upsample_conv2d(x: mx.array, weight: mx.array, bias: mx.array | None = None) -> mx.array:
     """Nearest x2, then 3x3 convolution: [N, H, W, I] to [N, 2H, 2W, O]."""
-    if ops.on_gpu() or not _shifting_pays(x):
+    if ops.on_gpu() or not _use_shifted_form(x):
         return plain_conv2d(upsample2x(x), weight, bias)
     return subpixel_conv2d(x, weight, bias)
 
@@ -64,14 +63,14 @@ def causal_conv3d(
     Returns [B, (T + 1 - time_stride) // time_stride rounded up, H, W, O]. Mirrors CausalConv3d of
     Open-Sora 1.2. Runs one sample at a time: MLX's per-frame path on Metal needs a batch of 1.
     """
-    form = plain_conv3d if ops.on_gpu() or not _shifting_pays(x) else shifted_conv3d
+    form = plain_conv3d if ops.on_gpu() or not _use_shifted_form(x) else shifted_conv3d
     samples = [form(x[b : b + 1], weight, bias, time_stride) for b in range(x.shape[0])]
     return samples[0] if len(samples) == 1 else mx.concatenate(samples)
 
 
 def plain_conv2d(x: mx.array, weight: mx.array, bias: mx.array | None = None) -> mx.array:
     """`conv2d` by MLX's own convolution."""
-    return _biased(mx.conv2d(x, weight.transpose(2, 0, 1, 3), padding=1), bias)
+    return _add_bias(mx.conv2d(x, weight.transpose(2, 0, 1, 3), padding=1), bias)
 
 
 def plain_conv3d(
@@ -82,7 +81,7 @@ def plain_conv3d(
     # Time is padded here because Metal's per-frame path requires no padding of its first axis.
     x = mx.pad(x, [(0, 0), (front, 0), (0, 0), (0, 0), (0, 0)])
     kernel = weight.transpose(3, 0, 1, 2, 4)
-    return _biased(mx.conv3d(x, kernel, stride=(time_stride, 1, 1), padding=(0, 1, 1)), bias)
+    return _add_bias(mx.conv3d(x, kernel, stride=(time_stride, 1, 1), padding=(0, 1, 1)), bias)
 
 
 def shifted_conv2d(x: mx.array, weight: mx.array, bias: mx.array | None = None) -> mx.array:
@@ -102,7 +101,7 @@ def subpixel_conv2d(x: mx.array, weight: mx.array, bias: mx.array | None = None)
     for a in (0, 1):
         for b in (0, 1):
             taps = [
-                (0, i, j, _merged(weight, _SOURCES[a][i], _SOURCES[b][j]))
+                (0, i, j, _sum_kernel_slices(weight, _SOURCES[a][i], _SOURCES[b][j]))
                 for i in _SOURCES[a]
                 for j in _SOURCES[b]
             ]
@@ -115,7 +114,7 @@ def subpixel_conv2d(x: mx.array, weight: mx.array, bias: mx.array | None = None)
 _SOURCES = ({0: (0,), 1: (1, 2)}, {1: (0, 1), 2: (2,)})
 
 
-def _merged(weight: mx.array, rows: Sequence[int], columns: Sequence[int]) -> mx.array:
+def _sum_kernel_slices(weight: mx.array, rows: Sequence[int], columns: Sequence[int]) -> mx.array:
     """Sum of the kernel slices at `rows` x `columns`: [O, I]."""
     parts = [weight[i, j] for i in rows for j in columns]
     total = parts[0]
@@ -146,7 +145,7 @@ def _time_padding(weight: mx.array, time_stride: int) -> int:
     return weight.shape[0] - time_stride
 
 
-def _shifting_pays(x: mx.array) -> bool:
+def _use_shifted_form(x: mx.array) -> bool:
     h, w = x.shape[-3], x.shape[-2]
     return (h + 3) * (w + 1) <= MAX_WASTE * h * w
 
@@ -193,7 +192,7 @@ def _sum_taps(
     return mx.concatenate(blocks)[None]
 
 
-def _biased(x: mx.array, bias: mx.array | None) -> mx.array:
+def _add_bias(x: mx.array, bias: mx.array | None) -> mx.array:
     return x if bias is None else x + bias
 
 
@@ -211,7 +210,7 @@ def group_norm(x: mx.array, weight: mx.array, bias: mx.array, groups: int, eps: 
     millions of values loses more than the reference's tolerance.
     """
     mean = _group_mean(x, groups)
-    centred = x.astype(KEEP.statistics) - mean
+    centred = x.astype(precision.STATISTICS) - mean
     variance = _group_mean(centred * centred, groups)
     gain = mx.rsqrt(variance + eps) * weight
     return (centred * gain + bias).astype(x.dtype)
@@ -220,14 +219,14 @@ def group_norm(x: mx.array, weight: mx.array, bias: mx.array, groups: int, eps: 
 def group_moments(x: mx.array, groups: int) -> Moments:
     """Mean and variance that `group_norm` normalises x [N, .., C] with."""
     mean = _group_mean(x, groups)
-    centred = x.astype(KEEP.statistics) - mean
+    centred = x.astype(precision.STATISTICS) - mean
     return mean, _group_mean(centred * centred, groups)
 
 
 def _group_mean(x: mx.array, groups: int) -> mx.array:
     """Mean of each group, repeated over its channels: [N, 1, .., 1, C] in float32."""
     n, c = x.shape[0], x.shape[-1]
-    mean = x.astype(KEEP.statistics)
+    mean = x.astype(precision.STATISTICS)
     while mean.ndim > 2:
         mean = mean.mean(axis=-2)
     mean = mean.reshape(n, groups, c // groups).mean(axis=-1, keepdims=True)
@@ -253,7 +252,7 @@ class GroupNorm(nn.Module):
             return group_norm(x, self.weight, self.bias, self.groups, self.eps)
         mean, variance = self.moments(x, self.groups)
         gain = mx.rsqrt(variance + self.eps) * self.weight
-        return ((x.astype(KEEP.statistics) - mean) * gain + self.bias).astype(x.dtype)
+        return ((x.astype(precision.STATISTICS) - mean) * gain + self.bias).astype(x.dtype)
 
 
 class Conv2d(nn.Module):

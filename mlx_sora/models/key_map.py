@@ -60,7 +60,7 @@ class KeyMap:
     rules: Sequence[KeyRule] = ()
     optional: frozenset[str] = field(default_factory=frozenset)
 
-    def place(self, key: str, shape: Shape) -> Parameter | None:
+    def find_parameter(self, key: str, shape: Shape) -> Parameter | None:
         """Parameter that tensor `key` of `shape` fills, or None if it is to be ignored."""
         for rule in self.rules:
             match = re.fullmatch(rule.pattern, key)
@@ -69,7 +69,7 @@ class KeyMap:
             if rule.ignore:
                 return None
             path = match.expand(rule.target) if rule.target is not None else key
-            return Parameter(path, _new_shape(rule, shape), partial(_convert, rule))
+            return Parameter(path, _target_shape(rule, shape), partial(_convert, rule))
         return Parameter(key, shape, lambda a: a)
 
 
@@ -77,7 +77,7 @@ def _fits(rule: KeyRule, ndim: int) -> bool:
     return not rule.axes or len(rule.axes) == ndim
 
 
-def _new_shape(rule: KeyRule, shape: Shape) -> Shape:
+def _target_shape(rule: KeyRule, shape: Shape) -> Shape:
     if rule.axes and _fits(rule, len(shape)):
         shape = tuple(shape[a] for a in rule.axes)
     if rule.flatten:
@@ -88,7 +88,7 @@ def _new_shape(rule: KeyRule, shape: Shape) -> Shape:
 
 
 def _convert(rule: KeyRule, array: mx.array) -> mx.array:
-    shape = _new_shape(rule, array.shape)
+    shape = _target_shape(rule, array.shape)
     if rule.axes and _fits(rule, array.ndim):
         # Left as a strided view, a kernel would be copied again by every convolution.
         array = mx.contiguous(array.transpose(rule.axes))

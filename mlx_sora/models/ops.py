@@ -14,11 +14,11 @@ from functools import partial
 
 import mlx.core as mx
 
-from mlx_sora.models.precision import KEEP
+from mlx_sora.models import precision
 
 #: On CPU, chains of elementwise operations run on about this many bytes at a time: the pieces stay
 #: in cache, and the transient memory no longer grows with the size of the video.
-PIECE = 8 << 20
+SLICE_BYTES = 8 << 20
 
 #: Fewer queries, or rows of a network's layer, at a time than this would starve the matrix product.
 MIN_QUERIES = 64
@@ -43,7 +43,7 @@ def exp(x: mx.array) -> mx.array:
     """
     if on_gpu() or x.dtype != mx.float32:
         return mx.exp(x)
-    return _product(*_power(_clipped(x)))
+    return _exp2(*_exp2_parts(_exp_input(x)))
 
 
 # Compiled chains of elementwise operations: a few passes over memory instead of one for each. MLX
@@ -52,21 +52,21 @@ def exp(x: mx.array) -> mx.array:
 
 
 @mx.compile
-def _clipped(x: mx.array) -> mx.array:
+def _exp_input(x: mx.array) -> mx.array:
     """x in powers of two, as `_power` takes it."""
     return mx.clip(x * _LOG2_E, -125.0, 125.0)
 
 
 @mx.compile
-def _split(t: mx.array, same: mx.array) -> tuple[mx.array, mx.array]:
+def _split_exponent(t: mx.array, same: mx.array) -> tuple[mx.array, mx.array]:
     """t less its nearest integer, and the bits of two to that integer. same: t, a constant."""
     exponent = (same + 126.5).astype(mx.int32)
     return t - (exponent.astype(mx.float32) - 126.0), (exponent + 1) << 23
 
 
-def _power(t: mx.array) -> tuple[mx.array, mx.array]:
+def _exp2_parts(t: mx.array) -> tuple[mx.array, mx.array]:
     """r in [-1/2, 1/2] and p with 2^t = 2^r · p, for t in [-125, 125]; the slope is all in r."""
-    r, bits = _split(t, mx.stop_gradient(t))
+    r, bits = _split_exponent(t, mx.stop_gradient(t))
     return r, mx.view(bits, mx.float32)
 
 
@@ -78,41 +78,41 @@ def _polynomial(r: mx.array) -> mx.array:
 
 
 @mx.compile
-def _product(r: mx.array, power: mx.array) -> mx.array:
+def _exp2(r: mx.array, power: mx.array) -> mx.array:
     return _polynomial(r) * power
 
 
 @mx.compile
-def _logistic(x: mx.array, r: mx.array, power: mx.array) -> mx.array:
+def _times_sigmoid(x: mx.array, r: mx.array, power: mx.array) -> mx.array:
     """x · sigmoid(-log(2^r · power))."""
     return x / (1.0 + _polynomial(r) * power)
 
 
 @mx.compile
-def _difference(x: mx.array, top: mx.array) -> mx.array:
+def _softmax_input(x: mx.array, top: mx.array) -> mx.array:
     return mx.maximum((x - top) * _LOG2_E, -125.0)
 
 
 @mx.compile
-def _silu_power(x: mx.array) -> mx.array:
+def _silu_input(x: mx.array) -> mx.array:
     return mx.clip(x * -_LOG2_E, -125.0, 125.0)
 
 
 @mx.compile
-def _gelu_power(x: mx.array) -> mx.array:
+def _gelu_input(x: mx.array) -> mx.array:
     c = -2.0 * math.sqrt(2.0 / math.pi) * _LOG2_E
     return mx.clip(x * (c + (c * 0.044715) * (x * x)), -125.0, 125.0)
 
 
 @partial(mx.compile, shapeless=True)
 def _silu_gpu(x: mx.array) -> mx.array:
-    wide = x.astype(KEEP.activation)
+    wide = x.astype(precision.ACTIVATION)
     return (wide * mx.sigmoid(wide)).astype(x.dtype)
 
 
 @partial(mx.compile, shapeless=True)
 def _gelu_tanh_gpu(x: mx.array) -> mx.array:
-    wide = x.astype(KEEP.activation)
+    wide = x.astype(precision.ACTIVATION)
     c = 2.0 * math.sqrt(2.0 / math.pi)
     u = wide * (c + (c * 0.044715) * (wide * wide))
     return (wide * mx.sigmoid(u)).astype(x.dtype)
@@ -134,34 +134,36 @@ def silu(x: mx.array) -> mx.array:
     """x · sigmoid(x)."""
     if on_gpu():
         return _silu_gpu(x)
-    return in_pieces(_silu_rows, x, row_bytes=16 * x.shape[-1])
+    return apply_in_slices(_silu_rows, x, row_bytes=16 * x.shape[-1])
 
 
 def _silu_rows(x: mx.array) -> mx.array:
-    wide = x.astype(KEEP.activation)
-    return _logistic(wide, *_power(_silu_power(wide))).astype(x.dtype)
+    wide = x.astype(precision.ACTIVATION)
+    return _times_sigmoid(wide, *_exp2_parts(_silu_input(wide))).astype(x.dtype)
 
 
 def gelu_tanh(x: mx.array) -> mx.array:
     """Tanh-approximated GELU: 0.5x(1 + tanh u) = x·sigmoid(2u), u = sqrt(2/pi)(x + 0.044715x³)."""
     if on_gpu():
         return _gelu_tanh_gpu(x)
-    wide = x.astype(KEEP.activation)
-    return _logistic(wide, *_power(_gelu_power(wide))).astype(x.dtype)
+    wide = x.astype(precision.ACTIVATION)
+    return _times_sigmoid(wide, *_exp2_parts(_gelu_input(wide))).astype(x.dtype)
 
 
-def in_pieces(function: Callable[[mx.array], mx.array], x: mx.array, row_bytes: int) -> mx.array:
+def apply_in_slices(
+    function: Callable[[mx.array], mx.array], x: mx.array, row_bytes: int
+) -> mx.array:
     """function(x) for a function of each row of x [..., C] by itself; returns [..., C_out].
 
     row_bytes: what one row takes inside `function`. On CPU it runs on PIECE bytes at a time.
     """
     flat = x.reshape(-1, x.shape[-1])
-    rows = _even(flat.shape[0], max(MIN_ROWS, PIECE // row_bytes))
+    rows = _slice_size(flat.shape[0], max(MIN_ROWS, SLICE_BYTES // row_bytes))
     if on_gpu() or flat.shape[0] <= rows:
         return function(x)
     done: list[mx.array] = []
     for start in range(0, flat.shape[0], rows):
-        done.append(function(_after(done, flat[start : start + rows])))
+        done.append(function(_run_after(done, flat[start : start + rows])))
     return mx.concatenate(done).reshape(*x.shape[:-1], -1)
 
 
@@ -177,32 +179,32 @@ def attention(
         return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
     batch, heads, length, _ = q.shape
     query_bytes = heads * k.shape[2] * 4
-    if batch * length * query_bytes <= PIECE:
+    if batch * length * query_bytes <= SLICE_BYTES:
         return _attend(q, k, v, scale, mask)
-    samples = max(1, PIECE // (length * query_bytes))
-    queries = _even(length, max(MIN_QUERIES, PIECE // query_bytes))
+    samples = max(1, SLICE_BYTES // (length * query_bytes))
+    queries = _slice_size(length, max(MIN_QUERIES, SLICE_BYTES // query_bytes))
     done: list[mx.array] = []
     for b in range(0, batch, samples):
         some = slice(b, b + samples)
         row: list[mx.array] = []
         for i in range(0, length, queries):
-            part = _after(row or done, q[some, :, i : i + queries])
-            row.append(_attend(part, k[some], v[some], scale, _part(mask, some, i, queries)))
+            part = _run_after(row or done, q[some, :, i : i + queries])
+            row.append(_attend(part, k[some], v[some], scale, _slice_mask(mask, some, i, queries)))
         done.append(row[0] if len(row) == 1 else mx.concatenate(row, axis=2))
     return mx.concatenate(done)
 
 
-def _even(total: int, most: int) -> int:
+def _slice_size(total: int, most: int) -> int:
     """Size of a piece of `total`, at most `most`, so that all pieces are about equal."""
     return -(-total // -(-total // most))
 
 
-def _after(done: list[mx.array], x: mx.array) -> mx.array:
+def _run_after(done: list[mx.array], x: mx.array) -> mx.array:
     """x, to be computed only when the last of `done` is, so that pieces never pile up."""
     return mx.depends(x, done[-1]) if done else x
 
 
-def _part(mask: mx.array | None, samples: slice, start: int, queries: int) -> mx.array | None:
+def _slice_mask(mask: mx.array | None, samples: slice, start: int, queries: int) -> mx.array | None:
     """What of `mask` belongs to some samples and to `queries` queries from `start` on."""
     if mask is None:
         return None
@@ -219,7 +221,7 @@ def _attend(q: mx.array, k: mx.array, v: mx.array, scale: float, mask: mx.array 
             scores = mx.where(mask, scores, mx.array(-1e30, scores.dtype))
         else:
             scores = scores + mask
-    scores = scores.astype(KEEP.statistics)
-    weights = _product(*_power(_difference(scores, scores.max(axis=-1, keepdims=True))))
+    scores = scores.astype(precision.STATISTICS)
+    weights = _exp2(*_exp2_parts(_softmax_input(scores, scores.max(axis=-1, keepdims=True))))
     # Normalising the output instead of the weights is one pass over [L, d], not [L, M].
     return ((weights @ v) / weights.sum(axis=-1, keepdims=True)).astype(q.dtype)

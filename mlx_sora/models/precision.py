@@ -1,46 +1,38 @@
-"""Which values stay float32 when matrix products run in half precision, and why: one policy.
+"""The types of values that stay float32 when matrix products run in half precision.
 
-Weights and operands of matrix products are in the type of the run (`runtime/device.py`: bfloat16 on
-GPUs, float32 on CPUs); their results are added up in float32 by MLX's kernels. All else is here.
+Weights and operands of matrix products have the dtype of the run (`runtime/device.py`: bfloat16 on
+GPUs, float32 on CPUs). MLX's kernels accumulate their results in float32.
 """
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import mlx.core as mx
 
 from mlx_sora.errors import UsageError
 
+#: Flow times, frame rates and positions, before their embedding is multiplied. Times reach 1000,
+#: where the next bfloat16 is 4 away: whole steps would coincide.
+TIMES = mx.float32
 
-@dataclass(frozen=True)
-class Precision:
-    """Type of each kind of value that does not follow the run's.
+#: STDiT's residual stream, to which 112 branches are added. 8 bits of mantissa lose the small ones,
+#: and with them the velocity, which is the difference of the sum from its input.
+RESIDUAL = mx.float32
 
-    times: flow times, frame rates and positions, before their embedding is multiplied. Times reach
-        1000, where the next bfloat16 is 4 away: whole steps would fall together.
-    residual: STDiT's stream of tokens, to which 112 branches are added; in 8 bits of mantissa the
-        small ones are lost, and with them the velocity that is the sum's difference from its input.
-    modulation: STDiT's shifts, scales and gates, which act on that stream.
-    statistics: means, variances, logits and softmax, of every norm and attention; sums of many.
-    activation: inside GELU and SiLU, which are one pass over memory in any type.
-    vae: all of the VAE, weights too, as the reference keeps it: half precision shows as banding.
-    """
+#: STDiT's shifts, scales and gates, which act on that stream.
+MODULATION = mx.float32
 
-    times: mx.Dtype = mx.float32
-    residual: mx.Dtype = mx.float32
-    modulation: mx.Dtype = mx.float32
-    statistics: mx.Dtype = mx.float32
-    activation: mx.Dtype = mx.float32
-    vae: mx.Dtype = mx.float32
+#: Means, variances, logits and softmax of every norm and attention: sums of many values.
+STATISTICS = mx.float32
 
+#: Inside GELU and SiLU, which are one pass over memory in any type.
+ACTIVATION = mx.float32
 
-#: The one policy of all networks.
-KEEP = Precision()
+#: All of the VAE, weights too, as in the reference: half precision shows as banding.
+VAE = mx.float32
 
 
 def check_text_encoder(dtype: mx.Dtype) -> None:
-    """Raise UsageError for a type that T5's activations overflow in."""
+    """Raise UsageError for a dtype in which T5's activations overflow."""
     if dtype == mx.float16:
         raise UsageError(
             "T5 cannot run in float16: its activations exceed 65504, the largest value there.",

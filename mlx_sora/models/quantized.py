@@ -15,7 +15,7 @@ from mlx import nn
 from mlx_sora.models.ops import on_gpu
 
 #: Bits of the words that quantised weights are packed into.
-WORD = 32
+WORD_BITS = 32
 
 
 class QuantizedLinear(nn.Module):
@@ -31,13 +31,13 @@ class QuantizedLinear(nn.Module):
         super().__init__()
         self.bits, self.group_size = bits, group_size
         self.dense_size = outputs * inputs
-        self.weight = mx.zeros((outputs, inputs * bits // WORD), mx.uint32)
+        self.weight = mx.zeros((outputs, inputs * bits // WORD_BITS), mx.uint32)
         self.scales = mx.zeros((outputs, inputs // group_size))
         self.biases = mx.zeros((outputs, inputs // group_size))
         if bias:
             self.bias = mx.zeros((outputs,))
 
-    def dense(self, x: mx.array) -> mx.array:
+    def dequantize(self, x: mx.array) -> mx.array:
         """W [outputs, inputs], in the type of the scales, for the product with `x`."""
         # Not before x is there: left to itself, MLX begins with the weights of a whole block.
         return mx.dequantize(
@@ -50,7 +50,7 @@ class QuantizedLinear(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         if not on_gpu():
-            return self._multiply(self.dense(x), x)
+            return self._multiply(self.dequantize(x), x)
         out = mx.quantized_matmul(
             x,
             self.weight,
@@ -66,8 +66,8 @@ class QuantizedLinear(nn.Module):
         return mx.addmm(self.bias, x, weight.T) if "bias" in self else x @ weight.T
 
 
-def for_pieces(linear: nn.Module, x: mx.array) -> Callable[[mx.array], mx.array]:
+def dequantize_once(linear: nn.Module, x: mx.array) -> Callable[[mx.array], mx.array]:
     """`linear` for several calls, after `x`: what has to be dequantised is so only once."""
     if isinstance(linear, QuantizedLinear) and not on_gpu():
-        return partial(linear._multiply, linear.dense(x))
+        return partial(linear._multiply, linear.dequantize(x))
     return linear

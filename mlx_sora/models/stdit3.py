@@ -18,19 +18,19 @@ import mlx.core as mx
 from mlx import nn
 
 from mlx_sora.errors import UsageError
+from mlx_sora.models import precision
 from mlx_sora.models.config import MAX_DEPTH, read_config, require
 from mlx_sora.models.hooks import Hooks, ResidentBlocks, Shard, TokenMerging, Unsharded
 from mlx_sora.models.key_map import CONV3D, KeyMap, KeyRule
-from mlx_sora.models.ops import add_gated, attention, gelu_tanh, in_pieces, modulate, silu
-from mlx_sora.models.precision import KEEP
-from mlx_sora.models.quantized import for_pieces
+from mlx_sora.models.ops import add_gated, apply_in_slices, attention, gelu_tanh, modulate, silu
+from mlx_sora.models.quantized import dequantize_once
 
 #: Width of the sinusoids that times and frame rates become, and their longest period.
 FREQUENCIES = 256
 MAX_PERIOD = 10000.0
 
 #: What attention is to use in place of its values, [B', heads, L, head size] as they are.
-Exchange = Callable[[mx.array], mx.array]
+ValueFn = Callable[[mx.array], mx.array]
 
 #: Text keys and values of one attention, each [B, heads, L, head size].
 KeysValues = tuple[mx.array, mx.array]
@@ -82,11 +82,13 @@ class STDiT3Config:
         return self.in_channels * (2 if self.pred_sigma else 1)
 
 
-def sinusoids(values: mx.array) -> mx.array:
+def timestep_embedding(values: mx.array) -> mx.array:
     """Cosines, then sines, of float32 values [B]: [B, FREQUENCIES]."""
     half = FREQUENCIES // 2
-    steps = mx.arange(half, dtype=KEEP.times)
-    angles = values.astype(KEEP.times)[:, None] * mx.exp(steps * (-math.log(MAX_PERIOD) / half))
+    steps = mx.arange(half, dtype=precision.TIMES)
+    angles = values.astype(precision.TIMES)[:, None] * mx.exp(
+        steps * (-math.log(MAX_PERIOD) / half)
+    )
     return mx.concatenate([mx.cos(angles), mx.sin(angles)], axis=-1)
 
 
@@ -97,11 +99,11 @@ def position_embedding(rows: int, columns: int, channels: int, scale: float) -> 
     scale: image side over the training side, so that larger images get finer coordinates.
     """
     base = round(math.sqrt(rows * columns))
-    exponents = mx.arange(0, channels // 2, 2, dtype=KEEP.times) / (channels // 2)
+    exponents = mx.arange(0, channels // 2, 2, dtype=precision.TIMES) / (channels // 2)
     frequencies = 1.0 / mx.power(mx.array(MAX_PERIOD), exponents)
 
     def encode(count: int) -> mx.array:
-        at = mx.arange(count, dtype=KEEP.times) / scale * (base / count)
+        at = mx.arange(count, dtype=precision.TIMES) / scale * (base / count)
         angles = at[:, None] * frequencies
         return mx.concatenate([mx.sin(angles), mx.cos(angles)], axis=-1)
 
@@ -126,7 +128,7 @@ class ScalarEmbedder(nn.Module):
         self.mlp = [nn.Linear(FREQUENCIES, channels), SiLU(), nn.Linear(channels, channels)]
 
     def __call__(self, values: mx.array, dtype: mx.Dtype) -> mx.array:
-        x = sinusoids(values).astype(dtype)
+        x = timestep_embedding(values).astype(dtype)
         for layer in self.mlp:
             x = layer(x)
         return x
@@ -142,8 +144,8 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(hidden, out)
 
     def __call__(self, x: mx.array) -> mx.array:
-        fc1, fc2 = for_pieces(self.fc1, x), for_pieces(self.fc2, x)
-        return in_pieces(lambda rows: fc2(gelu_tanh(fc1(rows))), x, row_bytes=4 * self.hidden)
+        fc1, fc2 = dequantize_once(self.fc1, x), dequantize_once(self.fc2, x)
+        return apply_in_slices(lambda rows: fc2(gelu_tanh(fc1(rows))), x, row_bytes=4 * self.hidden)
 
 
 class CaptionEmbedder(nn.Module):
@@ -186,7 +188,7 @@ class Rope(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         """Rotate interleaved pairs of x [..., T, head size] by position 0..T-1."""
-        periods = 1.0 / self.freqs.astype(KEEP.times)
+        periods = 1.0 / self.freqs.astype(precision.TIMES)
         return mx.fast.rope(
             x, x.shape[-1], traditional=True, base=None, scale=1.0, offset=0, freqs=periods
         )
@@ -206,7 +208,7 @@ class SelfAttention(nn.Module):
             self.q_norm = nn.RMSNorm(config.head_dim, eps=1e-6)
             self.k_norm = nn.RMSNorm(config.head_dim, eps=1e-6)
 
-    def __call__(self, x: mx.array, rope: Rope, exchange: Exchange | None = None) -> mx.array:
+    def __call__(self, x: mx.array, rope: Rope, value_fn: ValueFn | None = None) -> mx.array:
         """[B, T, S, C] to [B, T, S, C]; rope serves temporal attention only."""
         batch, frames, tokens, channels = x.shape
         outer, inner = (tokens, frames) if self.temporal else (frames, tokens)
@@ -217,8 +219,8 @@ class SelfAttention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         if self.temporal and frames > 1:
             q, k = rope(q), rope(k)
-        if exchange is not None:
-            v = exchange(v)
+        if value_fn is not None:
+            v = value_fn(v)
         out = attention(q, k, v, scale=q.shape[-1] ** -0.5)
         out = out.reshape(batch, outer, self.heads, inner, -1)
         out = out.transpose((0, 3, 1, 2, 4) if self.temporal else (0, 1, 3, 2, 4))
@@ -276,20 +278,20 @@ class STDiT3Block(nn.Module):
         text: KeysValues,
         mask: mx.array | None,
         rope: Rope,
-        tokens: TokenMerging,
-        exchange: Exchange | None = None,
+        token_merging: TokenMerging,
+        value_fn: ValueFn | None = None,
     ) -> mx.array:
         """x [B, T, S, C], modulation float32 [B, 1 or T, 6, C] to x [B, T, S, C].
 
         exchange: of the self-attention's values.
         """
         frames = x.shape[1]
-        table = self.scale_shift_table.astype(KEEP.modulation) + modulation
+        table = self.scale_shift_table.astype(precision.MODULATION) + modulation
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = mx.split(table, 6, axis=2)
-        h = tokens.merge(modulate(self.norm1(x), shift, scale).astype(self.dtype))
-        x = add_gated(x, gate, tokens.unmerge(self.attn(h, rope, exchange), frames))
-        h = tokens.merge(x.astype(self.dtype))
-        x = x + tokens.unmerge(self.cross_attn(h, text, mask), frames)
+        h = token_merging.merge(modulate(self.norm1(x), shift, scale).astype(self.dtype))
+        x = add_gated(x, gate, token_merging.unmerge(self.attn(h, rope, value_fn), frames))
+        h = token_merging.merge(x.astype(self.dtype))
+        x = x + token_merging.unmerge(self.cross_attn(h, text, mask), frames)
         h = modulate(self.norm2(x), mlp_shift, mlp_scale).astype(self.dtype)
         return add_gated(x, mlp_gate, self.mlp(h))
 
@@ -305,20 +307,23 @@ class FinalLayer(nn.Module):
             config.hidden_size, math.prod(config.patch_size) * config.out_channels
         )
 
-    def modulated(self, x: mx.array, t: mx.array) -> mx.array:
+    def _norm_modulate(self, x: mx.array, t: mx.array) -> mx.array:
         """Normalised x [B, T, S, C], shifted and scaled by the time embedding t [B, C]."""
-        table = self.scale_shift_table.astype(KEEP.modulation) + t.astype(KEEP.modulation)[:, None]
+        table = (
+            self.scale_shift_table.astype(precision.MODULATION)
+            + t.astype(precision.MODULATION)[:, None]
+        )
         shift, scale = mx.split(table[:, None], 2, axis=2)
         return modulate(self.norm_final(x), shift, scale)
 
     def __call__(
-        self, x: mx.array, t: mx.array, still: mx.array, x_mask: mx.array | None, dtype: mx.Dtype
+        self, x: mx.array, t: mx.array, t0: mx.array, x_mask: mx.array | None, dtype: mx.Dtype
     ) -> mx.array:
         """Patches [B, T, S, patch values]; x_mask [B, T] boolean, false takes `still` for t."""
-        x = self.modulated(x, t)
+        x = self._norm_modulate(x, t)
         if x_mask is not None:
             # The reference modulates still frames twice: first by t, then by t = 0.
-            x = mx.where(x_mask[:, :, None, None], x, self.modulated(x, still))
+            x = mx.where(x_mask[:, :, None, None], x, self._norm_modulate(x, t0))
         out: mx.array = self.linear(x.astype(dtype))
         return out
 
@@ -345,7 +350,7 @@ class Conditions:
     keys_values: dict[int, tuple[KeysValues, KeysValues]] = field(default_factory=dict)
 
 
-def unpadded(y: mx.array, mask: mx.array | None) -> list[mx.array]:
+def drop_padding(y: mx.array, mask: mx.array | None) -> list[mx.array]:
     """Text of each sample without padding: y [B, L, C] to a list of [n_i, C].
 
     mask [b, L], non-zero for tokens; with b < B it is repeated, so that the null half of a guidance
@@ -405,13 +410,13 @@ class STDiT3(nn.Module):
             self.config.hidden_size,
             side / self.config.input_sq_size,
         )
-        rates = mx.array(fps, KEEP.times).reshape(-1)
+        rates = mx.array(fps, precision.TIMES).reshape(-1)
         rates = mx.tile(rates, len(text) // rates.size)
         fps_embedding = self.fps_embedder(rates, self.dtype)
         still = self.t_embedder(mx.zeros(len(text)), self.dtype) + fps_embedding
         packed = self.y_embedder.y_proj(mx.concatenate(list(text)).astype(self.dtype))
         return Conditions(
-            *_padded(packed, lengths),
+            *_pad_text(packed, lengths),
             position=position,
             fps=fps_embedding,
             t0=(still, self._modulation(still)),
@@ -431,12 +436,12 @@ class STDiT3(nn.Module):
         """
         hooks = hooks or Hooks()
         embedding = self.t_embedder(t, self.dtype) + conditions.fps
-        modulation = _six(self._modulation(embedding))
+        modulation = _reshape_modulation(self._modulation(embedding))
         if x_mask is not None:
             x_mask = x_mask.astype(mx.bool_)
-            still = _six(conditions.t0[1])
+            still = _reshape_modulation(conditions.t0[1])
             modulation = mx.where(x_mask[:, :, None, None], modulation, still)
-        x = self.x_embedder(z.astype(self.dtype)).astype(KEEP.residual) + conditions.position
+        x = self.x_embedder(z.astype(self.dtype)).astype(precision.RESIDUAL) + conditions.position
         stack = hooks.block_cache
         known = None if stack is None else stack.cached_residual(x, t, x_mask)
         share: Shard = Unsharded()
@@ -444,7 +449,7 @@ class STDiT3(nn.Module):
             x = x + known
         else:
             share = hooks.sharding.shard(x.shape[:3], hooks.token_merging.stride)
-            tokens, x = x, self._blocks(share.scatter(x), modulation, conditions, hooks, share)
+            tokens, x = x, self._run_blocks(share.scatter(x), modulation, conditions, hooks, share)
             if stack is not None:
                 x, share = share.gather(x), Unsharded()
                 stack.update(tokens, x)
@@ -454,14 +459,14 @@ class STDiT3(nn.Module):
         )
         # Gathered as patches, which are far fewer bytes than tokens.
         out = share.gather(out)
-        return self._unpatchify(out.astype(KEEP.residual), z.shape[1:4])
+        return self._unpatchify(out.astype(precision.RESIDUAL), z.shape[1:4])
 
     def _modulation(self, embedding: mx.array) -> mx.array:
         for layer in self.t_block:
             embedding = layer(embedding)
         return embedding
 
-    def _blocks(
+    def _run_blocks(
         self,
         x: mx.array,
         modulation: mx.array,
@@ -501,12 +506,12 @@ class STDiT3(nn.Module):
         return x[:, : grid[0], : grid[1], : grid[2]]
 
 
-def _six(modulation: mx.array) -> mx.array:
+def _reshape_modulation(modulation: mx.array) -> mx.array:
     """[B, 6C] to float32 [B, 1, 6, C]."""
-    return modulation.astype(KEEP.modulation).reshape(modulation.shape[0], 1, 6, -1)
+    return modulation.astype(precision.MODULATION).reshape(modulation.shape[0], 1, 6, -1)
 
 
-def _padded(packed: mx.array, lengths: Sequence[int]) -> tuple[mx.array, mx.array | None]:
+def _pad_text(packed: mx.array, lengths: Sequence[int]) -> tuple[mx.array, mx.array | None]:
     """Text [sum of lengths, C] as [B, L, C], with a mask [B, 1, 1, L] where lengths differ."""
     longest = max(lengths)
     if min(lengths) == longest:

@@ -15,17 +15,18 @@ from typing import Any
 import mlx.core as mx
 from mlx import nn
 
+from mlx_sora.models import precision
 from mlx_sora.models.config import MAX_DEPTH, read_config, require
 from mlx_sora.models.hooks import BlockProvider, ResidentBlocks
 from mlx_sora.models.key_map import KeyMap, KeyRule
 from mlx_sora.models.ops import attention, gelu_tanh
-from mlx_sora.models.precision import KEEP, check_text_encoder
+from mlx_sora.models.precision import check_text_encoder
 
 #: Bias of padded keys: far below any logit, far from overflowing when added to one.
 MASKED = -1e30
 
 #: Checkpoint name of the token table, for callers that read only the rows they need.
-TABLE = "shared.weight"
+EMBEDDING_KEY = "shared.weight"
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ class T5Attention(nn.Module):
 
     def position_bias(self, length: int) -> mx.array:
         """Bias of every head for `length` tokens: float32 [1, heads, L, L]."""
-        table = self.relative_attention_bias.weight.astype(KEEP.statistics)
+        table = self.relative_attention_bias.weight.astype(precision.STATISTICS)
         buckets = position_buckets(length, table.shape[0], self.max_distance)
         return table.T[:, buckets][None]
 
@@ -185,10 +186,10 @@ class T5Encoder(nn.Module):
     table: hold the embedding table. Without it, the caller reads the rows of `TABLE` it needs.
     """
 
-    def __init__(self, config: T5Config, table: bool = True) -> None:
+    def __init__(self, config: T5Config, embedding: bool = True) -> None:
         super().__init__()
         self.config = config
-        if table:
+        if embedding:
             self.shared = nn.Embedding(config.vocab_size, config.d_model)
         self.encoder = T5Stack(config)
 

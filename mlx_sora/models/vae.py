@@ -20,11 +20,10 @@ from mlx import nn
 
 from mlx_sora.errors import UsageError
 from mlx_sora.geometry import MAX_FRAMES
-from mlx_sora.models import vae_spatial, vae_temporal
-from mlx_sora.models.config import object_of, require
+from mlx_sora.models import precision, vae_spatial, vae_temporal
+from mlx_sora.models.config import get_object, require
 from mlx_sora.models.key_map import KeyMap, KeyRule
-from mlx_sora.models.precision import KEEP
-from mlx_sora.models.vae_spatial import PARTS, SpatialVAE, SpatialVAEConfig
+from mlx_sora.models.vae_spatial import NETWORKS, SpatialVAE, SpatialVAEConfig
 from mlx_sora.models.vae_temporal import TemporalVAE, TemporalVAEConfig
 from mlx_sora.models.vae_tiling import decode_tiled
 
@@ -32,7 +31,7 @@ from mlx_sora.models.vae_tiling import decode_tiled
 LATENT_FACTOR = 0.18215
 
 #: Every chunk.
-ALL = slice(None)
+ALL_CHUNKS = slice(None)
 
 #: Bounds of a posterior's log-variance.
 LOGVAR_RANGE = (-30.0, 20.0)
@@ -101,23 +100,23 @@ class VAEConfig:
         Optional objects `spatial_config` and `temporal_config` hold the networks' constructor
         arguments, which the published file lacks.
         """
-        temporal = TemporalVAEConfig.from_dict(object_of(values, "temporal_config"))
+        temporal = TemporalVAEConfig.from_dict(get_object(values, "temporal_config"))
         outer = {"micro_frame_size": cls.micro_frame_size, "micro_batch_size": cls.micro_batch_size}
         sizes = {name: values.get(name, default) for name, default in outer.items()}
-        sizes |= {n: v for n, v in object_of(values, "vae_2d").items() if n == "micro_batch_size"}
+        sizes |= {n: v for n, v in get_object(values, "vae_2d").items() if n == "micro_batch_size"}
         for name, size in sizes.items():
             whole = type(size) is int and 1 <= size <= MAX_FRAMES
             require(size is None or whole, f"{name} is no number of frames")
         return cls(
-            spatial=SpatialVAEConfig.from_dict(object_of(values, "spatial_config")),
+            spatial=SpatialVAEConfig.from_dict(get_object(values, "spatial_config")),
             temporal=temporal,
             **sizes,
-            shift=_per_channel(values, "shift", cls.shift, temporal.embed_dim),
-            scale=_per_channel(values, "scale", cls.scale, temporal.embed_dim),
+            shift=_read_per_channel(values, "shift", cls.shift, temporal.embed_dim),
+            scale=_read_per_channel(values, "scale", cls.scale, temporal.embed_dim),
         )
 
 
-def _per_channel(
+def _read_per_channel(
     values: Mapping[str, Any], name: str, default: Sequence[float], channels: int
 ) -> tuple[float, ...]:
     """A number per latent channel; one alone is that of all. Raises WeightsError."""
@@ -137,7 +136,7 @@ class Posterior:
     logvar: mx.array
 
     @classmethod
-    def of(cls, moments: mx.array) -> Posterior:
+    def from_moments(cls, moments: mx.array) -> Posterior:
         """From an encoder's moments [.., 2C]."""
         mean, logvar = mx.split(moments, 2, axis=-1)
         return cls(mean, mx.clip(logvar, *LOGVAR_RANGE))
@@ -161,11 +160,11 @@ class EncodeNoise:
 class VideoVAE(nn.Module):
     """Spatial and temporal VAE with the halves that `parts` names ("encoder", "decoder")."""
 
-    def __init__(self, config: VAEConfig, parts: Sequence[str] = PARTS) -> None:
+    def __init__(self, config: VAEConfig, networks: Sequence[str] = NETWORKS) -> None:
         super().__init__()
         self.config = config
-        self.spatial_vae = SpatialVAE(config.spatial, parts)
-        self.temporal_vae = TemporalVAE(config.temporal, parts)
+        self.spatial_vae = SpatialVAE(config.spatial, networks)
+        self.temporal_vae = TemporalVAE(config.temporal, networks)
         self.shift = mx.array(config.shift)[None]
         self.scale = mx.array(config.scale)[None]
 
@@ -194,7 +193,7 @@ class VideoVAE(nn.Module):
         *,
         sequential_offload: bool = False,
         tiles: int = 1,
-        chosen: slice = ALL,
+        selection: slice = ALL_CHUNKS,
     ) -> Iterator[mx.array]:
         """Decode one sample chunk by chunk: yields frames [<= 17, H, W, 3], evaluated, in float32.
 
@@ -212,7 +211,7 @@ class VideoVAE(nn.Module):
                 f"{num_frames} frames are 1 x {latents} latents, not {z.shape[0]} x {z.shape[1]}.",
                 "Decode one sample at a time, with the number of frames it was made for.",
             )
-        parts: Iterable[mx.array] = (self._decode_time(z, chunk) for chunk in plan[chosen])
+        parts: Iterable[mx.array] = (self._decode_time(z, chunk) for chunk in plan[selection])
         size = micro_batch or self.config.micro_batch_size
         return self._decode_space(
             parts, partial(decode_tiled, tiles=tiles), size, sequential_offload
@@ -220,7 +219,7 @@ class VideoVAE(nn.Module):
 
     def _decode_time(self, z: mx.array, chunk: Chunk) -> mx.array:
         """Latents of a chunk's frames for the spatial VAE, [frames, h, w, C], evaluated."""
-        part = z[:, chunk.latent : chunk.latent + chunk.latents].astype(KEEP.vae)
+        part = z[:, chunk.latent : chunk.latent + chunk.latents].astype(precision.VAE)
         part = part * self.scale + self.shift
         frames = self.temporal_vae.decode(part, chunk.frames)[0] / LATENT_FACTOR
         # Evaluated here, so that no later graph keeps the temporal network's activations.
@@ -257,16 +256,20 @@ class VideoVAE(nn.Module):
         b, f, h, w, _ = x.shape
         if noise is None and key is not None:
             noise = self.draw_noise(x.shape, key)
-        frames = x.astype(KEEP.vae).reshape(b * f, h, w, -1)
+        frames = x.astype(precision.VAE).reshape(b * f, h, w, -1)
         micro_batch = micro_batch or self.config.micro_batch_size
-        posterior = Posterior.of(_in_batches(self.spatial_vae.encode, frames, micro_batch))
+        posterior = Posterior.from_moments(
+            _in_batches(self.spatial_vae.encode, frames, micro_batch)
+        )
         z = posterior.sample(noise.spatial if noise else None) * LATENT_FACTOR
         z = z.reshape(b, f, *z.shape[1:])
         parts = []
         for chunk in self.chunks(f):
             moments = self.temporal_vae.encode(z[:, chunk.frame : chunk.frame + chunk.frames])
             span = slice(chunk.latent, chunk.latent + chunk.latents)
-            parts.append(Posterior.of(moments).sample(noise.temporal[:, span] if noise else None))
+            parts.append(
+                Posterior.from_moments(moments).sample(noise.temporal[:, span] if noise else None)
+            )
             mx.eval(parts[-1])
         return (mx.concatenate(parts, axis=1) - self.shift) / self.scale
 
@@ -293,13 +296,13 @@ class VideoVAE(nn.Module):
 
     def _encode_space(self, frames: mx.array, micro_batch: int | None) -> mx.array:
         """Frames of a chunk to what the temporal VAE encodes, [f, h, w, C], evaluated."""
-        moments = _in_batches(self.spatial_vae.encode, frames.astype(KEEP.vae), micro_batch)
-        z = Posterior.of(moments).mean * LATENT_FACTOR
+        moments = _in_batches(self.spatial_vae.encode, frames.astype(precision.VAE), micro_batch)
+        z = Posterior.from_moments(moments).mean * LATENT_FACTOR
         mx.eval(z)
         return z
 
     def _encode_time(self, z: mx.array) -> mx.array:
-        mean = Posterior.of(self.temporal_vae.encode(z[None])).mean
+        mean = Posterior.from_moments(self.temporal_vae.encode(z[None])).mean
         out = (mean - self.shift) / self.scale
         mx.eval(out)
         return out
@@ -333,7 +336,7 @@ def _in_batches(
     return out
 
 
-def _under(rules: Sequence[KeyRule], stored: str, path: str) -> tuple[KeyRule, ...]:
+def _nest_rules(rules: Sequence[KeyRule], stored: str, path: str) -> tuple[KeyRule, ...]:
     """Rules of a network for checkpoint names that begin with `stored`, parameters with `path`."""
     stored = re.escape(stored)
     nested = [
@@ -345,7 +348,7 @@ def _under(rules: Sequence[KeyRule], stored: str, path: str) -> tuple[KeyRule, .
     return (*nested, KeyRule(rf"{stored}(.*)", rf"{path}\1"))
 
 
-_HALVES = {
+_IGNORED = {
     "encoder": KeyRule(
         r"(spatial_vae\.module|temporal_vae)\.(encoder|quant_conv)\..*", ignore=True
     ),
@@ -355,18 +358,18 @@ _HALVES = {
 }
 
 
-def keys_for(parts: Sequence[str] = PARTS) -> KeyMap:
+def key_map(networks: Sequence[str] = NETWORKS) -> KeyMap:
     """Key map of a VideoVAE built with `parts`: the other half's tensors are known and ignored."""
     return KeyMap(
         rules=(
-            *(rule for part, rule in _HALVES.items() if part not in parts),
+            *(rule for part, rule in _IGNORED.items() if part not in networks),
             KeyRule(r"scale|shift", flatten=True),
-            *_under(vae_spatial.RULES, "spatial_vae.module.", "spatial_vae."),
-            *_under(vae_temporal.RULES, "temporal_vae.", "temporal_vae."),
+            *_nest_rules(vae_spatial.RULES, "spatial_vae.module.", "spatial_vae."),
+            *_nest_rules(vae_temporal.RULES, "temporal_vae.", "temporal_vae."),
         ),
         # Both are also in config.json.
         optional=frozenset({"scale", "shift"}),
     )
 
 
-KEYS = keys_for()
+KEYS = key_map()

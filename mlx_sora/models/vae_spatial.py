@@ -22,7 +22,7 @@ from mlx_sora.models.key_map import KeyMap, KeyRule
 EPS = 1e-6
 
 #: The halves a VAE can be built with.
-PARTS = ("encoder", "decoder")
+NETWORKS = ("encoder", "decoder")
 
 
 @dataclass(frozen=True)
@@ -175,13 +175,13 @@ class SpatialDecoder(nn.Module):
         self.conv_out = Conv2d(widths[-1], config.out_channels)
 
     def __call__(self, z: mx.array) -> mx.array:
-        return self.finish(self.begin(z))
+        return self.decode_upper_levels(self.decode_first_level(z))
 
-    def begin(self, z: mx.array) -> mx.array:
+    def decode_first_level(self, z: mx.array) -> mx.array:
         """The part whose activations are small: attention, and up to the first doubling."""
         return self.up_blocks[0](self.mid_block(self.conv_in(z)))
 
-    def finish(self, x: mx.array) -> mx.array:
+    def decode_upper_levels(self, x: mx.array) -> mx.array:
         """What follows `begin`; nothing but its norms looks further than a few pixels."""
         for block in self.up_blocks[1:]:
             x = block(x)
@@ -191,14 +191,14 @@ class SpatialDecoder(nn.Module):
 class SpatialVAE(nn.Module):
     """AutoencoderKL with the halves that `parts` names."""
 
-    def __init__(self, config: SpatialVAEConfig, parts: Sequence[str] = PARTS) -> None:
+    def __init__(self, config: SpatialVAEConfig, networks: Sequence[str] = NETWORKS) -> None:
         super().__init__()
         self.config = config
         channels = config.latent_channels
-        if "encoder" in parts:
+        if "encoder" in networks:
             self.encoder = SpatialEncoder(config)
             self.quant_conv = Pointwise(2 * channels, 2 * channels)
-        if "decoder" in parts:
+        if "decoder" in networks:
             self.post_quant_conv = Pointwise(channels, channels)
             self.decoder = SpatialDecoder(config)
 

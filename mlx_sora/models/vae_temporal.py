@@ -16,7 +16,7 @@ from mlx_sora.models import ops
 from mlx_sora.models.config import MAX_DEPTH, read_config, require
 from mlx_sora.models.conv import CausalConv3d, GroupNorm, Pointwise
 from mlx_sora.models.key_map import KeyMap, KeyRule
-from mlx_sora.models.vae_spatial import PARTS
+from mlx_sora.models.vae_spatial import NETWORKS
 
 #: Epsilon of every group norm; statistics run over all frames of the chunk.
 EPS = 1e-5
@@ -137,7 +137,7 @@ class TemporalDecoder(nn.Module):
         ]
         self.norm1 = GroupNorm(widths[0], config.num_groups, EPS)
         self.conv_out = CausalConv3d(widths[0], config.in_out_channels, bias=True)
-        self._doubles = config.temporal_downsample
+        self._upsample = config.temporal_downsample
 
     def __call__(self, z: mx.array) -> mx.array:
         x = self.conv1(z)
@@ -146,12 +146,12 @@ class TemporalDecoder(nn.Module):
         for i in reversed(range(len(self.block_res_blocks))):
             for block in self.block_res_blocks[i]:
                 x = block(x)
-            if i > 0 and self._doubles[i - 1]:
-                x = _double_time(self.conv_blocks[i - 1](x))
+            if i > 0 and self._upsample[i - 1]:
+                x = _depth_to_time(self.conv_blocks[i - 1](x))
         return self.conv_out(ops.silu(self.norm1(x)))
 
 
-def _double_time(x: mx.array) -> mx.array:
+def _depth_to_time(x: mx.array) -> mx.array:
     """Channel c·2 + s of frame t becomes channel c of frame 2t + s."""
     b, t, h, w, c = x.shape
     x = x.reshape(b, t, h, w, c // 2, 2).transpose(0, 1, 5, 2, 3, 4)
@@ -161,13 +161,13 @@ def _double_time(x: mx.array) -> mx.array:
 class TemporalVAE(nn.Module):
     """VAE_Temporal with the halves that `parts` names."""
 
-    def __init__(self, config: TemporalVAEConfig, parts: Sequence[str] = PARTS) -> None:
+    def __init__(self, config: TemporalVAEConfig, networks: Sequence[str] = NETWORKS) -> None:
         super().__init__()
         self.config = config
-        if "encoder" in parts:
+        if "encoder" in networks:
             self.encoder = TemporalEncoder(config)
             self.quant_conv = Pointwise(2 * config.latent_embed_dim, 2 * config.embed_dim)
-        if "decoder" in parts:
+        if "decoder" in networks:
             self.post_quant_conv = Pointwise(config.embed_dim, config.latent_embed_dim)
             self.decoder = TemporalDecoder(config)
 

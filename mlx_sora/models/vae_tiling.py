@@ -52,14 +52,14 @@ def decode_tiled(vae: SpatialVAE, z: mx.array, tiles: int) -> mx.array:
     if tiles == 1:
         return vae.decode(z)
     decoder = vae.decoder
-    x = decoder.begin(vae.post_quant_conv(z))
+    x = decoder.decode_first_level(vae.post_quant_conv(z))
     mx.eval(x)
-    with moments_of(_thinned(x, tiles), decoder.finish, _norms(vae)):
-        return _tiled(decoder.finish, x, tiles)
+    with use_moments(_subsample(x, tiles), decoder.decode_upper_levels, _upper_level_norms(vae)):
+        return _run_tiled(decoder.decode_upper_levels, x, tiles)
 
 
 @contextmanager
-def moments_of(x: mx.array, network: Network, norms: Sequence[GroupNorm]) -> Iterator[None]:
+def use_moments(x: mx.array, network: Network, norms: Sequence[GroupNorm]) -> Iterator[None]:
     """In the block, `norms` of `network` use the mean and variance that they see in network(x)."""
     found: dict[int, Moments] = {}
 
@@ -86,20 +86,20 @@ def moments_of(x: mx.array, network: Network, norms: Sequence[GroupNorm]) -> Ite
             norm.moments = None
 
 
-def _norms(vae: SpatialVAE) -> list[GroupNorm]:
+def _upper_level_norms(vae: SpatialVAE) -> list[GroupNorm]:
     """Norms of `finish`."""
     decoder = vae.decoder
     modules = [module for block in decoder.up_blocks[1:] for module in block.modules()]
     return [m for m in (*modules, decoder.conv_norm_out) if isinstance(m, GroupNorm)]
 
 
-def _thinned(x: mx.array, tiles: int) -> mx.array:
+def _subsample(x: mx.array, tiles: int) -> mx.array:
     """The middle one of every `tiles` rows and columns."""
     rows, columns = (mx.arange(tiles // 2, n, tiles) for n in x.shape[-3:-1])
     return x[:, rows][:, :, columns]
 
 
-def _tiled(network: Network, x: mx.array, tiles: int) -> mx.array:
+def _run_tiled(network: Network, x: mx.array, tiles: int) -> mx.array:
     """network(x) for a network that enlarges [N, h, w, C] by a whole number, put together."""
     rows, columns = (tile_spans(n, tiles) for n in x.shape[1:3])
     strips = []
@@ -108,13 +108,13 @@ def _tiled(network: Network, x: mx.array, tiles: int) -> mx.array:
         for column in columns:
             parts.append(network(x[:, row, column]))
             mx.eval(parts[-1])
-        strips.append(_joined(parts, columns, axis=2))
+        strips.append(_blend(parts, columns, axis=2))
         mx.eval(strips[-1])
         del parts
-    return _joined(strips, rows, axis=1)
+    return _blend(strips, rows, axis=1)
 
 
-def _joined(parts: Sequence[mx.array], spans: Sequence[slice], axis: int) -> mx.array:
+def _blend(parts: Sequence[mx.array], spans: Sequence[slice], axis: int) -> mx.array:
     """Neighbours in a row along `axis`, blended linearly where they overlap."""
     scale = parts[0].shape[axis] // (spans[0].stop - spans[0].start)
     out, pieces = parts[0], []

@@ -156,7 +156,7 @@ class _Batch:
                 video = yield from generate_clips(run, states)
         except Exception as error:
             failure = as_known_error(error)
-            if run.ranks.size > 1 and not getattr(error, "agreed", False):
+            if run.ranks.size > 1 and not getattr(error, "on_all_ranks", False):
                 raise  # the other ranks are elsewhere
         else:
             yield Finished(video)

@@ -26,7 +26,7 @@ from mlx_sora.utils.files import atomic_write, explain_os_errors
 from mlx_sora.utils.json import parse_object
 from mlx_sora.utils.state import flatten_state, unflatten_state
 from mlx_sora.utils.versions import versions
-from mlx_sora.video.output_path import CHECKPOINT
+from mlx_sora.video.output_path import CHECKPOINT_SUFFIX
 
 log = logging.getLogger(__name__)
 
@@ -245,7 +245,9 @@ def _metadata(path: Path) -> dict[str, str]:
         reason = str(error).splitlines()[0][:120]
         raise WeightsError(f"The checkpoint {path} is damaged: {reason}.", _FIX) from error
     if not {"format", "record", "sha256"} <= found.keys():
-        raise UsageError(f"{path} is no checkpoint of a run.", f"Give a file NAME{CHECKPOINT}.")
+        raise UsageError(
+            f"{path} is no checkpoint of a run.", f"Give a file NAME{CHECKPOINT_SUFFIX}."
+        )
     return found
 
 

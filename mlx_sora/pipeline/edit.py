@@ -47,7 +47,14 @@ from mlx_sora.sampling import SAMPLERS
 from mlx_sora.sampling.guidance import Guidance
 from mlx_sora.sampling.loop import denoise as denoise_steps
 from mlx_sora.text.prompt import prepare_prompt
-from mlx_sora.video.reader import Fit, image_size, is_video, probe_video, read_image, read_video
+from mlx_sora.video.reader import (
+    ResizeCrop,
+    image_size,
+    is_video,
+    probe_video,
+    read_image,
+    read_video,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -94,7 +101,7 @@ def prepare_edit(engine: Engine, edit: EditRequest) -> EditRun:
     )
     run = plan_run(engine, request, resolved, source)
     run.result.metadata["edit"] = _metadata(edit, steps)
-    fit = Fit.of(size, geometry.decoded)
+    fit = ResizeCrop.from_sizes(size, geometry.decoded)
     if fit.source != fit.size:
         run.result.warnings.append(f"{edit.video}: {fit}.")
     return EditRun(edit.video, source, run, chunks)

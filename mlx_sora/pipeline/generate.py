@@ -26,9 +26,9 @@ from mlx_sora.request.generation import GenerationRequest
 from mlx_sora.runtime.events import Event
 from mlx_sora.sampling import SAMPLERS
 from mlx_sora.video import Video
-from mlx_sora.video.frames import CountedFrames, FrameWriter, KeptFrames
+from mlx_sora.video.frames import FrameCounter, FramesInMemory, FrameWriter
 from mlx_sora.video.output_path import check_output, output_path
-from mlx_sora.video.writer import checked_writer, write_sidecar
+from mlx_sora.video.writer import open_checked_writer, write_sidecar
 
 
 def prepare(
@@ -76,7 +76,7 @@ def plan_run(
         cfg_parallel=parallel.cfg_degree > 1,
         media=media_workload(resolved),
         clips=resolved.clips.count,
-        shared_frames=resolved.clips.shared,
+        shared_frames=resolved.clips.shared_frames,
         vae_tiles=resolved.vae_tiles,
     )
     if source is not None:
@@ -143,7 +143,7 @@ def media_workload(resolved: ResolvedRequest) -> MediaWorkload | None:
     tasks = encode_tasks(resolved.media, resolved.geometry.size)
     if not tasks:
         return None
-    pixels = max(source.size.width * source.size.height for source in resolved.media.sources)
+    pixels = max(source.size.width * source.size.height for source in resolved.media.files)
     return MediaWorkload(len(tasks), max(task.frames for task in tasks), pixels)
 
 
@@ -190,7 +190,7 @@ def generate_clips(run: GenerationRun, texts: TextStates) -> Generator[Event, No
             if given is not None:
                 if latents is None:
                     latents = yield from denoise(run, clip, texts, given)
-                given.keep(clip, latents)
+                given.remember(clip, latents)
             assert latents is not None, "without steps left all clips are finished"
             # Opened after the first denoising, which may take hours and leave nothing.
             writer = writer or opened.enter_context(open_run_writer(run))
@@ -217,7 +217,7 @@ def open_run_writer(run: GenerationRun) -> Iterator[FrameWriter]:
 
 def finish_video(run: GenerationRun, writer: FrameWriter) -> Video:
     """Return the video of a closed writer; write the sidecar if the request asks for one."""
-    video = run.video(writer.path, writer.frames if isinstance(writer, KeptFrames) else None)
+    video = run.video(writer.path, writer.frames if isinstance(writer, FramesInMemory) else None)
     with run.ranks.collective_errors():
         if video.path is not None and run.request.metadata:
             write_sidecar(video.path, video.metadata, run.request.overwrite)
@@ -226,10 +226,10 @@ def finish_video(run: GenerationRun, writer: FrameWriter) -> Video:
 
 def _frame_writer(run: GenerationRun) -> FrameWriter:
     if not run.ranks.is_rank0:
-        return CountedFrames()
+        return FrameCounter()
     if run.output is None:
-        return KeptFrames()
+        return FramesInMemory()
     settings = run.settings
-    return checked_writer(
+    return open_checked_writer(
         run.output, settings.geometry.decoded, settings.fps, overwrite=run.request.overwrite
     )

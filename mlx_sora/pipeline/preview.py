@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import mlx.core as mx
 
-from mlx_sora.conditioning.media import shown_by_latent
+from mlx_sora.conditioning.media import frames_by_latent
 from mlx_sora.errors import MlxSoraError, UsageError
 from mlx_sora.loading.model_folder import ModelFolder
 from mlx_sora.loading.networks import load_vae
@@ -17,8 +17,8 @@ from mlx_sora.models.stdit3 import STDiT3Config
 from mlx_sora.pipeline.settings import ResolvedRequest
 from mlx_sora.request.generation import GenerationRequest
 from mlx_sora.runtime.events import Event, PreviewReady, Warned
-from mlx_sora.video.frames import KeptFrames, to_uint8
-from mlx_sora.video.preview import FILE, PreviewMap, preview_path, write_preview
+from mlx_sora.video.frames import FramesInMemory, to_uint8
+from mlx_sora.video.preview import PREVIEW_FILE, LatentToRGB, preview_path, write_preview
 
 if TYPE_CHECKING:
     import numpy as np
@@ -32,7 +32,7 @@ class Previews:
     model: ModelFolder
     settings: ResolvedRequest
     output: Path | None
-    map: PreviewMap | None
+    map: LatentToRGB | None
 
     @classmethod
     def from_request(
@@ -49,11 +49,11 @@ class Previews:
         if request.preview_every is None:
             return None
         channels = STDiT3Config.from_dict(model.config("transformer")).in_channels
-        found = PreviewMap.read(model.path, channels)
+        found = LatentToRGB.load(model.path, channels)
         if found is None and settings.memory_budget is not None:
             raise UsageError(
-                f"{model.name} has no {FILE}, and for previews the VAE would be in memory beside "
-                "the transformer, which no memory budget counts.",
+                f"{model.name} has no {PREVIEW_FILE}, and for previews the VAE would be in memory "
+                "beside the transformer, which no memory budget counts.",
                 "Leave out --preview-every or the budget.",
             )
         return cls(request.preview_every, model, settings, output, found)
@@ -79,10 +79,10 @@ class Previews:
 
         count = self.settings.geometry.num_frames
         if self.map is not None:
-            shown = shown_by_latent(count)
-            frames = self.map.frames(np.array(x0[0]), [len(span) == 1 for span in shown])
+            shown = frames_by_latent(count)
+            frames = self.map.decode(np.array(x0[0]), [len(span) == 1 for span in shown])
             return frames, self.settings.fps * len(shown) / count
-        kept = KeptFrames()
+        kept = FramesInMemory()
         for chunk in load_vae(self.model).decode_chunks(x0, count, tiles=self.settings.vae_tiles):
             kept.write(to_uint8(chunk))
         return kept.frames, self.settings.fps

@@ -21,7 +21,7 @@ from mlx_sora.pipeline.run import GenerationRun
 from mlx_sora.pipeline.settings import ResolvedRequest
 from mlx_sora.request.generation import GenerationRequest, label, options
 from mlx_sora.request.modes import MAX_STEPS
-from mlx_sora.video.output_path import CHECKPOINT, checkpoint_path, output_path
+from mlx_sora.video.output_path import CHECKPOINT_SUFFIX, checkpoint_path, output_path
 
 #: Options that the resolved request says better, or that a checkpoint has under other names.
 _RESOLVED = ("prompt", "negative_prompt", "resolution", "aspect_ratio", "preset", "model", "dtype")
@@ -169,7 +169,7 @@ def _seed_of_checkpoint(request: GenerationRequest, template: str, index: int) -
     """
     own = _options_but_seed(_recorded_options(request.with_preset()))
     folder = output_path(template, prompt=request.prompt, seed=0, num_frames=0, index=index).parent
-    files = [file for file in folder.glob(f"*{CHECKPOINT}") if file.is_file()]
+    files = [file for file in folder.glob(f"*{CHECKPOINT_SUFFIX}") if file.is_file()]
     for file in sorted(files, key=lambda file: file.stat().st_mtime, reverse=True):
         try:
             record = read_record(file)

@@ -96,8 +96,8 @@ class ResolvedRequest:
             record["scenes"] = list(self.texts)
         if self.negative is not None:
             record["negative_text"] = self.negative
-        if self.media.sources:
-            record["media"] = self.media.record()
+        if self.media.files:
+            record["media"] = self.media.to_metadata()
         return record
 
 
@@ -117,7 +117,7 @@ def resolve(request: GenerationRequest, model: ModelFolder) -> ResolvedRequest:
     clips.check()
     scores = Scores(value("aesthetic"), request.motion, request.camera)
     prompt = prepare_prompt(request.prompt, scores)
-    media = plan_media(request, prompt.settings, clips, geometry.size, value("fps"))
+    media = plan_media(request, prompt.directives, clips, geometry.size, value("fps"))
     negative = None if request.negative_prompt is None else preprocess(request.negative_prompt)
     warnings += [*media.warnings, *_ineffective_prompts(prompt, clips.count)]
     if negative is not None and value("guidance") == 1:

@@ -107,7 +107,7 @@ def encode_media(run: GenerationRun) -> Generator[Event, None, ConditioningLaten
     with run.loader.stage(run.plan.stage("read")) as stage:
         latents = yield from encode_chunks(run, stage, (task.read() for task in tasks), len(tasks))
         for task, encoded in zip(tasks, latents, strict=True):
-            conditioning.fill(task, encoded)
+            conditioning.set_latents(task, encoded)
         del latents, encoded
     yield run.result.add_stage(stage.meter)
     return conditioning
@@ -166,7 +166,7 @@ def _denoise_steps(
     with open_transformer(run, stage) as transformer, run.checkpoints.save_on_error():
         network, blocks = transformer
         shape = (*settings.geometry.latent, network.config.in_channels)
-        z, given = conditioning.begin(clip, Noise([settings.seed], shape, clip))
+        z, given = conditioning.initial_latents(clip, Noise([settings.seed], shape, clip))
         restored = None
         if snapshot is not None and snapshot.latents is not None and snapshot.state is not None:
             z, restored = snapshot.latents, loop.RestoredSteps(snapshot.steps, snapshot.state)
@@ -264,7 +264,7 @@ def decode(
 ) -> Generator[Event, None, None]:
     """Decode the new frames of a clip, one chunk of 17 frames at a time, straight into the file."""
     clips = run.settings.clips
-    skipped = clips.skipped(clip)
+    skipped = clips.frames_to_skip(clip)
     frames, before = clips.num_frames - skipped, writer.num_frames
     yield StageStarted("decode", frames)
     with run.loader.stage(run.plan.stage("decode")) as stage:
@@ -294,7 +294,7 @@ def _decoded_chunks(
         batch,
         sequential_offload=stage.plan.in_turn,
         tiles=run.settings.vae_tiles,
-        chosen=slice(ranks.rank, None, ranks.size),
+        selection=slice(ranks.rank, None, ranks.size),
     )
     del vae
     health = run.health.frames()

@@ -34,7 +34,7 @@ _DASHES = (
 _AFTER_SCHEME = ":(?:/{1,3}|[a-zA-Z0-9%])"
 
 
-def _links(scheme: str, why: str) -> CleaningRule:
+def _link_rule(scheme: str, why: str) -> CleaningRule:
     """Without schemes of links and bare hosts.
 
     Where no host begins, none begins in the letters, dots and dashes that follow: they are passed
@@ -46,8 +46,8 @@ def _links(scheme: str, why: str) -> CleaningRule:
 
 LINK_RULES = (
     CleaningRule("<person>", "person", "a placeholder for names, not markup"),
-    _links("https?", "scheme of a link, bare hosts"),
-    _links("www", "hosts the first pass laid bare"),
+    _link_rule("https?", "scheme of a link, bare hosts"),
+    _link_rule("www", "hosts the first pass laid bare"),
 )
 
 # The look-behinds in two rules keep runs of a million characters from taking quadratic time.
@@ -115,16 +115,16 @@ def preprocess(text: str) -> str:
 def clean(text: str) -> str:
     """One pass of cleaning."""
     text = unquote_plus(text).strip().lower()
-    text = _apply(LINK_RULES, text)
+    text = _apply_rules(LINK_RULES, text)
     text = _strip_markup(text)
-    text = _apply(SYMBOL_RULES, text)
+    text = _apply_rules(SYMBOL_RULES, text)
     if len(re.findall("[-_]", text)) > MAX_JOINERS:
         text = re.sub("[-_]", " ", text)
-    text = _repair(text)
-    return _apply(WORD_RULES, text).strip()
+    text = _fix_text(text)
+    return _apply_rules(WORD_RULES, text).strip()
 
 
-def _apply(rules: tuple[CleaningRule, ...], text: str) -> str:
+def _apply_rules(rules: tuple[CleaningRule, ...], text: str) -> str:
     for rule in rules:
         text = re.sub(rule.pattern, rule.replacement, text)
     return text
@@ -148,7 +148,7 @@ def _strip_markup(text: str) -> str:
         ) from error
 
 
-def _repair(text: str) -> str:
+def _fix_text(text: str) -> str:
     import ftfy
 
     return html.unescape(html.unescape(ftfy.fix_text(text))).strip()

@@ -27,17 +27,17 @@ class TextEncoder:
     def __init__(
         self,
         network: T5Encoder,
-        rows: Callable[[Sequence[int]], mx.array],
+        read_embeddings: Callable[[Sequence[int]], mx.array],
         dtype: mx.Dtype,
         blocks: BlockProvider[T5Block] | None = None,
     ) -> None:
-        self._network, self._rows = network, rows
+        self._network, self._read_embeddings = network, read_embeddings
         self._dtype, self._blocks = dtype, blocks
 
     def encode(self, encoding: Encoding) -> mx.array:
         """Return the states [n, D] of one tokenized prompt, evaluated."""
         log.debug("prompt has %d tokens", len(encoding.ids))
-        embeddings = self._rows(encoding.ids)[None].astype(self._dtype)
+        embeddings = self._read_embeddings(encoding.ids)[None].astype(self._dtype)
         states = self._network(embeddings, blocks=self._blocks)[0]
         mx.eval(states)
         return states

@@ -15,7 +15,7 @@ from mlx_sora.geometry import MAX_LOOPS
 from mlx_sora.text.cleaning import preprocess
 from mlx_sora.utils.json import parse_object
 
-_SETTINGS = ("reference_path", "mask_strategy")
+_DIRECTIVES = ("reference_path", "mask_strategy")
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Prompt:
     """
 
     scenes: tuple[Scene, ...]
-    settings: PromptDirectives = PromptDirectives()
+    directives: PromptDirectives = PromptDirectives()
     is_empty: bool = False
 
     def text(self, loop: int = 0) -> str:
@@ -79,7 +79,7 @@ def prepare_prompt(prompt: str, scores: Scores | None = None) -> Prompt:
 
     Raises UsageError for settings or scenes that cannot be read.
     """
-    text, settings = split_settings(prompt)
+    text, settings = split_directives(prompt)
     scores = scores or Scores()
     typed = split_scenes(text)
     scenes = (
@@ -88,7 +88,7 @@ def prepare_prompt(prompt: str, scores: Scores | None = None) -> Prompt:
     return Prompt(tuple(scenes), settings, is_empty=not preprocess(scene_at(typed, 0).strip()))
 
 
-def split_settings(prompt: str) -> tuple[str, PromptDirectives]:
+def split_directives(prompt: str) -> tuple[str, PromptDirectives]:
     """Text and settings of a prompt that may end in one flat JSON object.
 
     Raises UsageError for broken JSON, a second object, an unknown key, a value that is no string.
@@ -105,8 +105,8 @@ def split_settings(prompt: str) -> tuple[str, PromptDirectives]:
     except ValueError as error:
         raise UsageError(f"Settings of the prompt are not JSON: {brace + rest!r}.", fix) from error
     for key, value in values.items():
-        if key not in _SETTINGS:
-            raise UsageError(f"Unknown setting {key!r}.", f"Choose of {', '.join(_SETTINGS)}.")
+        if key not in _DIRECTIVES:
+            raise UsageError(f"Unknown setting {key!r}.", f"Choose of {', '.join(_DIRECTIVES)}.")
         if value is not None and not isinstance(value, str):
             raise UsageError(f"Setting {key!r} is {value!r}, not a text.", fix)
     return text, PromptDirectives(**values)

@@ -53,7 +53,7 @@ class Encoding:
             f"its last {self.num_cut} were cut ({cut!r}).",
         )
 
-    def padded(self, length: int = MAX_LENGTH) -> tuple[list[int], list[int]]:
+    def pad(self, length: int = MAX_LENGTH) -> tuple[list[int], list[int]]:
         """ids and mask (1 = token), both of `length` entries."""
         missing = length - len(self.ids)
         return [*self.ids, *[PAD] * missing], [*[1] * len(self.ids), *[0] * missing]
@@ -72,7 +72,7 @@ class Tokenizer:
             self._specials[f"<extra_id_{number}>"] = size + EXTRA_IDS - 1 - number
         # Text that only normalises to a special token ("＜pad＞") is one too, with the best score.
         self._pieces |= {name: (i, 0.0) for name, i in self._specials.items()}
-        self._longest = max(map(len, self._pieces))
+        self._max_piece_length = max(map(len, self._pieces))
 
     @classmethod
     def load(cls, path: str | Path) -> Tokenizer:
@@ -94,7 +94,7 @@ class Tokenizer:
             raise WeightsError(
                 f"{path} is not T5's: pad, eos, unk are {found}, expected {(PAD, EOS, UNK)}.", fix
             )
-        if tokenizer._longest > MAX_PIECE:
+        if tokenizer._max_piece_length > MAX_PIECE:
             raise WeightsError(f"{path} is not T5's: a piece has over {MAX_PIECE} characters.", fix)
         return tokenizer
 
@@ -129,7 +129,7 @@ class Tokenizer:
         arrivals = [(0, UNK)] * (len(word) + 1)
         for start in range(len(word)):
             score_here = best[start]
-            for end in range(start + 1, min(start + self._longest, len(word)) + 1):
+            for end in range(start + 1, min(start + self._max_piece_length, len(word)) + 1):
                 entry = self._pieces.get(word[start:end])
                 if entry is None and end == start + 1:
                     entry = (UNK, self._unknown_score)

@@ -16,10 +16,22 @@ from typing import Any, BinaryIO
 from mlx_sora.errors import UsageError
 
 #: FFmpeg's names of the containers that are read.
-FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,gif"
+VIDEO_FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,gif"
 
 #: Pillow's names of the pictures that are read. Others bring programs (EPS), or nothing but risk.
-PICTURES = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000", "HEIF")
+IMAGE_FORMATS = (
+    "PNG",
+    "JPEG",
+    "MPO",
+    "WEBP",
+    "GIF",
+    "BMP",
+    "TIFF",
+    "PPM",
+    "AVIF",
+    "JPEG2000",
+    "HEIF",
+)
 
 #: Pixels of a picture or a frame: 8K video has 33 million. RGB takes three bytes of each, and
 #: what decodes it as much again.
@@ -29,7 +41,7 @@ MAX_PIXELS = 40_000_000
 MAX_PACKETS = 250_000
 
 #: Boxes of an mp4 that hold boxes.
-_HOLDERS = (
+_PARENT_BOXES = (
     b"moov",
     b"trak",
     b"mdia",
@@ -50,9 +62,9 @@ def open_container(path: str | Path) -> Any:
     """A PyAV container. Raises UsageError for claims that cannot be true, and what PyAV raises."""
     import av
 
-    _check_counts(Path(path))
+    _check_sample_counts(Path(path))
     options = {
-        "format_whitelist": FORMATS,
+        "format_whitelist": VIDEO_FORMATS,
         "protocol_whitelist": "file",
         "max_pixels": str(MAX_PIXELS),
     }
@@ -61,7 +73,7 @@ def open_container(path: str | Path) -> Any:
 
 
 @contextmanager
-def open_image(path: str | Path, formats: Sequence[str] = PICTURES) -> Iterator[Any]:
+def open_image(path: str | Path, formats: Sequence[str] = IMAGE_FORMATS) -> Iterator[Any]:
     """A Pillow image, its pixels unread. Raises UsageError for too many, and what Pillow raises."""
     from PIL import Image
 
@@ -82,11 +94,11 @@ def check_pixels(path: str | Path, width: int, height: int) -> None:
         )
 
 
-def _check_counts(path: Path) -> None:
+def _check_sample_counts(path: Path) -> None:
     """Raise UsageError for an mp4 with more samples than the file has bytes."""
     size = path.stat().st_size
     with path.open("rb") as file:
-        for count in _counts(file, 0, size):
+        for count in _sample_counts(file, 0, size):
             if count > size:
                 raise UsageError(
                     f"Cannot read {path}: it claims {count} frames in {size} bytes.",
@@ -94,9 +106,9 @@ def _check_counts(path: Path) -> None:
                 )
 
 
-def _counts(file: BinaryIO, start: int, end: int, depth: int = 0) -> Iterator[int]:
+def _sample_counts(file: BinaryIO, start: int, end: int, depth: int = 0) -> Iterator[int]:
     """Samples claimed by the boxes between two places of an mp4; what is none has no such boxes."""
-    while start + 8 <= end and depth < len(_HOLDERS):
+    while start + 8 <= end and depth < len(_PARENT_BOXES):
         file.seek(start)
         head = file.read(32)
         length, kind, header = int.from_bytes(head[:4], "big"), head[4:8], 8
@@ -105,8 +117,8 @@ def _counts(file: BinaryIO, start: int, end: int, depth: int = 0) -> Iterator[in
         stop = start + length if length else end
         if length and length < header:
             return
-        if kind in _HOLDERS:
-            yield from _counts(file, start + header, min(stop, end), depth + 1)
+        if kind in _PARENT_BOXES:
+            yield from _sample_counts(file, start + header, min(stop, end), depth + 1)
         fields = head[header:]
         if kind == b"stsz" and any(fields[4:8]):  # all samples of one size: no table behind it
             yield int.from_bytes(fields[8:12], "big")

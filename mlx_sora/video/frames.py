@@ -21,7 +21,7 @@ def to_uint8(frames: mx.array) -> np.ndarray:
     return np.array(mx.floor(mx.clip(frames, -1, 1) * 127.5 + 128).astype(mx.uint8))
 
 
-class _NoFile(AbstractContextManager["_NoFile"]):
+class _NoOutput(AbstractContextManager["_NoOutput"]):
     """Stands in for a `VideoWriter` where there is no file to put in place."""
 
     def __init__(self) -> None:
@@ -37,7 +37,7 @@ class _NoFile(AbstractContextManager["_NoFile"]):
         """Nothing to put in place."""
 
 
-class CountedFrames(_NoFile):
+class FrameCounter(_NoOutput):
     """For ranks that write nothing."""
 
     def __init__(self) -> None:
@@ -49,7 +49,7 @@ class CountedFrames(_NoFile):
         self.num_frames += len(frames)
 
 
-class KeptFrames(_NoFile):
+class FramesInMemory(_NoOutput):
     """For runs without an output: the frames stay in memory."""
 
     def __init__(self) -> None:
@@ -73,4 +73,4 @@ class KeptFrames(_NoFile):
 
 
 #: Whatever takes the frames of a run.
-FrameWriter = VideoWriter | KeptFrames | CountedFrames
+FrameWriter = VideoWriter | FramesInMemory | FrameCounter

@@ -23,7 +23,7 @@ PNG_KEY = "mlx_sora"
 EXIF_DESCRIPTION = 0x010E
 
 #: Formats of pictures that carry a record.
-WRITTEN = ("PNG", "GIF", "WEBP")
+IMAGE_FORMATS = ("PNG", "GIF", "WEBP")
 
 #: More than a record can need; what is larger was not written by us.
 MAX_BYTES = 1 << 20
@@ -104,7 +104,7 @@ def replay_options(record: Mapping[str, Any], source: str | Path = "the record")
     return chosen
 
 
-def same_media(record: Mapping[str, Any], paths: Sequence[str]) -> set[str]:
+def unchanged_media(record: Mapping[str, Any], paths: Sequence[str]) -> set[str]:
     """Those of `paths` whose content is what the recorded run was given."""
     from mlx_sora.utils.files import sha256
 
@@ -138,7 +138,7 @@ def _read_mp4(path: Path) -> str | None:
 
 
 def _read_image(path: Path) -> str | None:
-    with open_image(path, WRITTEN) as image:
+    with open_image(path, IMAGE_FORMATS) as image:
         if image.format == "PNG":
             found: Any = image.info.get(PNG_KEY)
         elif image.format == "GIF":

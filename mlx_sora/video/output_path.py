@@ -19,7 +19,7 @@ TEMPLATE_NAMES = ("seed", "index", "prompt_slug")
 DEFAULT_OUTPUT = "{prompt_slug}-{seed}"
 
 #: How the name of a checkpoint ends.
-CHECKPOINT = ".checkpoint.safetensors"
+CHECKPOINT_SUFFIX = ".checkpoint.safetensors"
 
 #: GIF stores delays in 1/100 s, and players slow down anything below 2/100 s.
 MAX_GIF_FPS = 50.0
@@ -62,7 +62,7 @@ def output_path(template: str, *, prompt: str, seed: int, num_frames: int, index
     "FOLDER/" becomes FOLDER/frame_%05d.png, a pattern that means one png per frame.
     """
     name = fill_template(template, prompt=prompt, seed=seed, index=index)
-    path = expanded(name)
+    path = expand_path(name)
     if name.endswith(("/", "\\")):
         return path / "frame_%05d.png"
     if not path.suffix and not path.is_dir():
@@ -70,7 +70,7 @@ def output_path(template: str, *, prompt: str, seed: int, num_frames: int, index
     return path
 
 
-def expanded(name: str) -> Path:
+def expand_path(name: str) -> Path:
     """A path with the home folder in place of ~. Raises UsageError for what can be no path."""
     try:
         return Path(as_path(name)).expanduser()
@@ -95,7 +95,7 @@ def frame_path(path: Path, index: int) -> Path:
 
 def checkpoint_path(output: Path) -> Path:
     """Where the checkpoint of a run that writes `output` is: beside it, under its whole name."""
-    return output.with_name(output.name + CHECKPOINT)
+    return output.with_name(output.name + CHECKPOINT_SUFFIX)
 
 
 def existing_files(path: Path) -> list[Path]:

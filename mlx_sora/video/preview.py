@@ -20,28 +20,28 @@ from mlx_sora.video.encoders import AnimationEncoder, save_png
 if TYPE_CHECKING:
     import numpy as np
 
-FILE = "preview.json"
+PREVIEW_FILE = "preview.json"
 
 #: Longer side of a preview in pixels, and pixels per latent, at most.
 MAX_SIDE, SCALE = 256, 8
 
 
 @dataclass(frozen=True)
-class PreviewMap:
+class LatentToRGB:
     """weights: float32 [2, 9 * C + 1, 3], for latents of one frame and of several."""
 
     weights: np.ndarray
     psnr: float
 
     @classmethod
-    def read(cls, model: Path, channels: int) -> PreviewMap | None:
+    def load(cls, model: Path, channels: int) -> LatentToRGB | None:
         """That of a model folder for latents of C channels; None where there is none.
 
         Raises WeightsError for a file that is none.
         """
         import numpy as np
 
-        file = model / FILE
+        file = model / PREVIEW_FILE
         if not file.is_file():
             return None
         try:
@@ -53,7 +53,7 @@ class PreviewMap:
             raise WeightsError(f"{file} is no map for previews: {error}.", "Delete it.") from error
         return made
 
-    def frames(self, z: np.ndarray, single_frame: Sequence[bool]) -> np.ndarray:
+    def decode(self, z: np.ndarray, single_frame: Sequence[bool]) -> np.ndarray:
         """Latents [T, h, w, C], enlarged: uint8 [T, H, W, 3]. alone: which stand for one frame."""
         import numpy as np
         from PIL import Image

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 VIDEO_SUFFIXES = (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".gif")
 
 #: How many times as many pixels a picture may have, scaled so that it covers what it is cut to.
-MAX_CUT = 32
+MAX_CROP_RATIO = 32
 
 #: Intervals between frames may differ from the usual one by this share; more is another rate.
 JITTER = 0.5
@@ -49,7 +49,7 @@ class VideoInfo:
 
 
 @dataclass(frozen=True)
-class Fit:
+class ResizeCrop:
     """How a picture fills a size: scaled, then cut to `size` in the middle."""
 
     source: Size
@@ -57,14 +57,14 @@ class Fit:
     size: Size
 
     @classmethod
-    def of(cls, source: Size, size: Size) -> Fit:
+    def from_sizes(cls, source: Size, size: Size) -> ResizeCrop:
         """Scaled by the factor that just covers `size`; mirrors ResizeCrop of Open-Sora 1.2."""
         across, down = size.width / source.width, size.height / source.height
         if down > across:
             scaled = Size(round(source.width * down), size.height)
         else:
             scaled = Size(size.width, round(source.height * across))
-        if scaled.width * scaled.height > MAX_CUT * size.width * size.height:
+        if scaled.width * scaled.height > MAX_CROP_RATIO * size.width * size.height:
             raise UsageError(f"{source} is too long and thin to fill {size}.", "Cut it first.")
         return cls(source, scaled, size)
 
@@ -85,7 +85,7 @@ def is_video(path: str | Path) -> bool:
 
 def image_size(path: str | Path) -> Size:
     """Upright size of a picture, from its header. Raises UsageError."""
-    with _opened_image(path) as image:
+    with _open_image(path) as image:
         turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
         width, height = image.size
     return Size(height, width) if turned else Size(width, height)
@@ -100,10 +100,10 @@ def read_image(path: str | Path, size: Size | None = None) -> np.ndarray:
     import numpy as np
     from PIL import ImageOps
 
-    with _opened_image(path) as image:
-        picture: Any = _as_rgb(ImageOps.exif_transpose(image), Path(path))
+    with _open_image(path) as image:
+        picture: Any = _to_rgb(ImageOps.exif_transpose(image), Path(path))
     if size is not None:
-        picture = _fill_image(picture, Fit.of(Size(*picture.size), size))
+        picture = _resize_crop_image(picture, ResizeCrop.from_sizes(Size(*picture.size), size))
     pixels: np.ndarray = np.array(picture)
     return pixels
 
@@ -114,13 +114,13 @@ def probe_video(path: str | Path) -> VideoInfo:
     Raises UsageError for a file that is missing, no video, damaged, without frames, or whose frames
     follow each other at varying intervals.
     """
-    with _opened_video(path) as (container, stream):
+    with _open_video(path) as (container, stream):
         try:
             packets = islice(container.demux(stream), MAX_PACKETS + 1)
             stamps = sorted(p.pts for p in packets if p.pts is not None and p.size)
             unit = float(stream.time_base or 1)
         except Exception as error:
-            raise _damaged(path, error) from None
+            raise _read_error(path, error) from None
         context = stream.codec_context
         size, rate = Size(context.width, context.height), stream.average_rate
     if len(stamps) >= MAX_PACKETS:
@@ -129,7 +129,7 @@ def probe_video(path: str | Path) -> VideoInfo:
         raise UsageError(f"{path} holds no frames.", "Give a video with at least one.")
     if len(stamps) > 1:
         rate = _constant_rate(path, [(b - a) * unit for a, b in pairwise(stamps)])
-    first = next(_decoded(path))
+    first = next(_decode_frames(path))
     return VideoInfo(Size(first.shape[1], first.shape[0]), len(stamps), float(rate or 1))
 
 
@@ -149,7 +149,7 @@ def read_video(
 
     info = probe_video(path)
     stop = None if max_frames is None else start + max_frames
-    picked = islice(_decoded(path), start, stop)
+    picked = islice(_decode_frames(path), start, stop)
     frames = [frame if size is None else resize_and_crop(frame[None], size)[0] for frame in picked]
     if not frames:
         raise UsageError(
@@ -167,19 +167,19 @@ def resize_and_crop(frames: np.ndarray, size: Size) -> np.ndarray:
     import numpy as np
 
     _, height, width, _ = frames.shape
-    fit = Fit.of(Size(width, height), size)
+    fit = ResizeCrop.from_sizes(Size(width, height), size)
     if fit.scaled == fit.source:
         scaled = frames
     else:
-        rows = _taps(height, fit.scaled.height)
-        columns = _taps(width, fit.scaled.width)
+        rows = _interpolation_weights(height, fit.scaled.height)
+        columns = _interpolation_weights(width, fit.scaled.width)
         scaled = np.stack([_bilinear(frame, rows, columns) for frame in frames])
     left, top = (fit.scaled.width - size.width) // 2, (fit.scaled.height - size.height) // 2
     cut: np.ndarray = scaled[:, top : top + size.height, left : left + size.width]
     return cut
 
 
-def upright(frame: Any) -> np.ndarray:
+def to_upright_rgb(frame: Any) -> np.ndarray:
     """Pixels of a PyAV frame, turned as its file wants them shown."""
     import numpy as np
 
@@ -188,7 +188,7 @@ def upright(frame: Any) -> np.ndarray:
     return turned
 
 
-def _taps(length: int, target: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _interpolation_weights(length: int, target: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """For each of `target` pixels: the two source pixels around it and the weight of the second."""
     import numpy as np
 
@@ -208,7 +208,7 @@ def _bilinear(frame: np.ndarray, rows: Any, columns: Any) -> np.ndarray:
     return pixels.astype(np.uint8)
 
 
-def _fill_image(image: Any, fit: Fit) -> Any:
+def _resize_crop_image(image: Any, fit: ResizeCrop) -> Any:
     """A Pillow image scaled (bicubic) and cut, as Open-Sora does with pictures."""
     from PIL import Image
 
@@ -220,7 +220,7 @@ def _fill_image(image: Any, fit: Fit) -> Any:
     return image.crop((left, top, left + fit.size.width, top + fit.size.height))
 
 
-def _as_rgb(image: Any, path: Path) -> Any:
+def _to_rgb(image: Any, path: Path) -> Any:
     """A Pillow image of any mode as RGB of 8 bits."""
     import numpy as np
     from PIL import Image
@@ -240,7 +240,7 @@ def _as_rgb(image: Any, path: Path) -> Any:
 
 
 @contextmanager
-def _opened_image(path: str | Path) -> Iterator[Any]:
+def _open_image(path: str | Path) -> Iterator[Any]:
     """A picture to look at and read. Raises UsageError, also for what fails inside."""
     _check_file(path)
     try:
@@ -249,11 +249,11 @@ def _opened_image(path: str | Path) -> Iterator[Any]:
     except UsageError:
         raise
     except Exception as error:  # damaged files fail in many ways inside the library
-        raise _damaged(path, error) from None
+        raise _read_error(path, error) from None
 
 
 @contextmanager
-def _opened_video(path: str | Path) -> Iterator[tuple[Any, Any]]:
+def _open_video(path: str | Path) -> Iterator[tuple[Any, Any]]:
     """The container and its first video stream."""
     _check_file(path)
     try:
@@ -261,7 +261,7 @@ def _opened_video(path: str | Path) -> Iterator[tuple[Any, Any]]:
     except UsageError:
         raise
     except Exception as error:
-        raise _damaged(path, error) from None
+        raise _read_error(path, error) from None
     with container:
         if not container.streams.video:
             raise UsageError(f"{path} has no video in it.", "Give a video file.")
@@ -274,13 +274,13 @@ def _opened_video(path: str | Path) -> Iterator[tuple[Any, Any]]:
         yield container, stream
 
 
-def _decoded(path: str | Path) -> Iterator[np.ndarray]:
+def _decode_frames(path: str | Path) -> Iterator[np.ndarray]:
     """Frames one by one, upright. Raises UsageError for damage, and where there is none."""
-    with _opened_video(path) as (container, stream):
+    with _open_video(path) as (container, stream):
         first = None
         try:
             for frame in container.decode(stream):
-                pixels = upright(frame)
+                pixels = to_upright_rgb(frame)
                 first = pixels.shape if first is None else first
                 if pixels.shape != first:
                     raise UsageError(f"{path} changes its size on the way.", "Make it one size.")
@@ -288,7 +288,7 @@ def _decoded(path: str | Path) -> Iterator[np.ndarray]:
         except (GeneratorExit, UsageError):
             raise
         except Exception as error:
-            raise _damaged(path, error) from None
+            raise _read_error(path, error) from None
         if first is None:
             raise UsageError(f"{path} holds no frames.", "Give a video with at least one.")
 
@@ -311,6 +311,6 @@ def _check_file(path: str | Path) -> None:
         raise UsageError(f"No such file: {path}.", "Give the path of a picture or a video.")
 
 
-def _damaged(path: str | Path, error: Exception) -> UsageError:
+def _read_error(path: str | Path, error: Exception) -> UsageError:
     reason = (str(error).splitlines() or [type(error).__name__])[0][:120].rstrip(".")
     return UsageError(f"Cannot read {path}: {reason}.", "Is it a picture or video, and whole?")

@@ -49,10 +49,10 @@ def open_writer(
     """
     path = Path(path)
     check_output(path, overwrite, size=(width, height), fps=fps)
-    return checked_writer(path, (width, height), fps, metadata, overwrite)
+    return open_checked_writer(path, (width, height), fps, metadata, overwrite)
 
 
-def checked_writer(
+def open_checked_writer(
     path: Path,
     size: tuple[int, int],
     fps: float,
@@ -99,7 +99,7 @@ class VideoWriter:
             )
         with explain_os_errors(self.path):
             for frame in frames:
-                self._add(frame)
+                self._write_frame(frame)
                 self.num_frames += 1
 
     def __enter__(self) -> VideoWriter:
@@ -116,20 +116,20 @@ class VideoWriter:
                 if not self.num_frames:
                     raise MlxSoraError("No frame was decoded, so nothing was written.")
                 with explain_os_errors(self.path):
-                    self._finish()
+                    self._commit()
         finally:
-            self._discard()
+            self._clean_up()
 
     def _record(self) -> dict[str, Any] | None:
         return None if self.metadata is None else dict(self.metadata)
 
-    def _add(self, frame: np.ndarray) -> None:
+    def _write_frame(self, frame: np.ndarray) -> None:
         raise TypeError("use open_writer")
 
-    def _finish(self) -> None:
+    def _commit(self) -> None:
         """Put the finished file in its place."""
 
-    def _discard(self) -> None:
+    def _clean_up(self) -> None:
         """Free everything and remove every partial file; also called after `_finish`."""
 
 
@@ -159,14 +159,14 @@ class FileWriter(VideoWriter):
         else:
             self._encoder = AnimationEncoder(kind, fps)
 
-    def _add(self, frame: np.ndarray) -> None:
+    def _write_frame(self, frame: np.ndarray) -> None:
         self._encoder.add(frame)
 
-    def _finish(self) -> None:
+    def _commit(self) -> None:
         self._encoder.save(self._partial, self._record())
         self.path = rename_into_place(self._partial, self.path, self.overwrite)
 
-    def _discard(self) -> None:
+    def _clean_up(self) -> None:
         try:
             self._encoder.close()
         finally:
@@ -193,7 +193,7 @@ class SequenceWriter(VideoWriter):
         self._partials: list[Path] = []
         self._first: np.ndarray | None = None
 
-    def _add(self, frame: np.ndarray) -> None:
+    def _write_frame(self, frame: np.ndarray) -> None:
         partial = partial_name(self.path)
         self._partials.append(partial)
         if self.num_frames == 0:
@@ -201,7 +201,7 @@ class SequenceWriter(VideoWriter):
         else:
             save_png(frame, partial, None)
 
-    def _finish(self) -> None:
+    def _commit(self) -> None:
         assert self._first is not None, "there is a first frame"
         save_png(self._first, self._partials[0], self._record())
         for partial in self._partials:
@@ -219,7 +219,7 @@ class SequenceWriter(VideoWriter):
             if self.overwrite:
                 stale.unlink()
 
-    def _discard(self) -> None:
+    def _clean_up(self) -> None:
         for partial in self._partials:
             remove_partial(partial)
         if self._new_folder and self.path.parent.is_dir() and not any(self.path.parent.iterdir()):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from mlx_sora.video.output_path import CHECKPOINT
+from mlx_sora.video.output_path import CHECKPOINT_SUFFIX
 
 STEPS = 6
 WORDS = ["generate", "-p", "a red circle", "--steps", str(STEPS), "--width", "32", "--height", "32"]
@@ -59,7 +59,7 @@ def test_the_same_command_finishes_the_same_video(
     assert code == (-9 if number == signal.SIGKILL else 130)
     # A process that is killed leaves its claim's empty file, which the next run takes over.
     left = [file.name for file in tmp_path.iterdir() if file.suffix != ".lock"]
-    assert left == ["a.mp4" + CHECKPOINT]
+    assert left == ["a.mp4" + CHECKPOINT_SUFFIX]
     code, out, errors = run(tmp_path, *WORDS, *words)
     assert code == 0, errors
     made = [line for line in out.splitlines() if '"step_finished"' in line]
@@ -71,7 +71,7 @@ def test_the_same_command_finishes_the_same_video(
 
 def test_a_file_is_enough(tmp_path: Path, whole: bytes) -> None:
     end(tmp_path, signal.SIGTERM, '"step_finished", "step": 0', "--seed", "3", "-o", "a.mp4")
-    file = "a.mp4" + CHECKPOINT
+    file = "a.mp4" + CHECKPOINT_SUFFIX
     code, _, errors = run(tmp_path, "generate", "--resume", file, "--steps", "9")
     assert code == 2
     assert "--steps cannot be changed" in errors
@@ -98,7 +98,7 @@ def test_a_batch_goes_on_where_it_was(tmp_path: Path) -> None:
     assert "0000-a-red-circle.mp4 is there already" in out
     assert "2 of 6 steps are done" in out
     assert len(list(tmp_path.glob("*.mp4"))) == 2
-    assert list(tmp_path.glob("*" + CHECKPOINT)) == []
+    assert list(tmp_path.glob("*" + CHECKPOINT_SUFFIX)) == []
 
 
 @pytest.mark.parametrize(

@@ -169,7 +169,7 @@ def _strategy(data: bytes, folder: Path) -> None:
         media.MediaFile("a.png", size, 1, "0" * 64),
         media.MediaFile("b.mp4", size, 40, "1" * 64, 24.0),
     ]
-    placements = media._placements(_text(data), sources, clips)
+    placements = media._mask_groups(_text(data), sources, clips)
     found = media.Media(clips, references=tuple(sources), mask_groups=tuple(placements))
     for clip in range(clips.count):
         found.mask(clip)

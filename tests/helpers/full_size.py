@@ -8,7 +8,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from mlx_sora.models.t5 import TABLE
+from mlx_sora.models.t5 import EMBEDDING_KEY
 from tests.helpers.golden import DEFAULT_GOLDEN, Case
 from tests.helpers.published import spiece_model
 
@@ -61,7 +61,7 @@ def write_published(folder: Path) -> Path:
         if part != "text_encoder":
             write_hollow(folder / part / "model.safetensors", shapes)
             continue
-        shapes["encoder.embed_tokens.weight"] = shapes[TABLE]
+        shapes["encoder.embed_tokens.weight"] = shapes[EMBEDDING_KEY]
         keys, weight_map = list(shapes), {}
         for number, some in enumerate((keys[:100], keys[100:]), 1):
             name = f"model-{number:05}-of-00002.safetensors"

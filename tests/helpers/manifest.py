@@ -34,7 +34,7 @@ def check_manifest(module: nn.Module, keys: KeyMap, manifest: Mapping[str, Any])
     wanted = {path: tuple(value.shape) for path, value in tree_flatten(module.parameters())}
     filled: dict[str, str] = {}
     for key, (shape, _) in manifest.items():
-        place = keys.place(key, tuple(shape))
+        place = keys.find_parameter(key, tuple(shape))
         assert place is not None, f"{key} is ignored"
         assert place.path in wanted, f"{key} goes to {place.path}, which is no parameter"
         assert place.path not in filled, f"{key} and {filled[place.path]} fill {place.path}"

@@ -208,9 +208,9 @@ def text_encoder(request: pytest.FixtureRequest, tmp_path: Path) -> ModelFolder:
         path: value.astype(request.param)
         for path, value in tree_flatten(randomised(T5Encoder(T5)).parameters())
     }
-    weights["encoder.embed_tokens.weight"] = weights[t5.TABLE]
-    shards = {"a.safetensors": [t5.TABLE]}
-    shards["b.safetensors"] = [key for key in weights if key != t5.TABLE]
+    weights["encoder.embed_tokens.weight"] = weights[t5.EMBEDDING_KEY]
+    shards = {"a.safetensors": [t5.EMBEDDING_KEY]}
+    shards["b.safetensors"] = [key for key in weights if key != t5.EMBEDDING_KEY]
     for name, keys in shards.items():
         mx.save_safetensors(str(folder / name), {key: weights[key] for key in keys})
     index = {"weight_map": {key: name for name, keys in shards.items() for key in keys}}

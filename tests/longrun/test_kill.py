@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from mlx_sora.video.output_path import CHECKPOINT
+from mlx_sora.video.output_path import CHECKPOINT_SUFFIX
 from tests.longrun.table import Fault
 
 STEPS, EVERY = 8, 3
@@ -153,7 +153,7 @@ def check(folder: Path, kind: str, files: dict[str, bytes], end: End) -> int:
     broken = run(folder, words, end)
     assert "Traceback" not in broken.errors
     left = content(folder)
-    finals = {name: data for name, data in left.items() if not name.endswith(CHECKPOINT)}
+    finals = {name: data for name, data in left.items() if not name.endswith(CHECKPOINT_SUFFIX)}
     assert finals.items() <= files.items(), "a broken file under a final name"
     again = run(folder, words)
     if finals == files:  # the signal came too late, and nothing is to be done

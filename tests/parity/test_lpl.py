@@ -14,7 +14,7 @@ from mlx_sora.accel.lpl import FixedLeap, ReferenceLeap
 from mlx_sora.accel.tdtm import MergedSteps
 from mlx_sora.loading.checkpoint import load_weights
 from mlx_sora.models.hooks import Hooks
-from mlx_sora.models.stdit3 import KEYS, BlockPair, STDiT3, STDiT3Config, unpadded
+from mlx_sora.models.stdit3 import KEYS, BlockPair, STDiT3, STDiT3Config, drop_padding
 from mlx_sora.request.modes import LPL
 from mlx_sora.sampling.base import LeapPolicy, Step, Velocity
 from mlx_sora.sampling.guidance import Guidance
@@ -147,7 +147,7 @@ def guided_model(case: Case) -> Velocity:
         width=float(case["in.width"][0].item()),
         fps=case["in.fps"],
     )
-    text = unpadded(case["in.y"].squeeze(1), case.get("in.text_mask"))
+    text = drop_padding(case["in.y"].squeeze(1), case.get("in.text_mask"))
     return Guidance(bound, text, model.null_text, case.config["rflow"]["cfg_scale"])
 
 

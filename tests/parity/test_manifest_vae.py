@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from mlx_sora.models.vae import KEYS, VAEConfig, VideoVAE, keys_for
-from mlx_sora.models.vae_spatial import PARTS
+from mlx_sora.models.vae import KEYS, VAEConfig, VideoVAE, key_map
+from mlx_sora.models.vae_spatial import NETWORKS
 from tests.helpers.golden import Case
 from tests.helpers.manifest import check_manifest, nothing_allocated
 
@@ -20,13 +20,13 @@ def test_every_tensor_has_its_parameter(case: Case) -> None:
 
 
 @pytest.mark.golden("manifest_vae")
-@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("part", NETWORKS)
 def test_one_half_takes_its_tensors_and_ignores_the_other(case: Case, part: str) -> None:
-    keys = keys_for((part,))
-    other = next(p for p in PARTS if p != part)
+    keys = key_map((part,))
+    other = next(p for p in NETWORKS if p != part)
     foreign = {k for k in case.config if any(name in k for name in HALF[other])}
     assert foreign == {
-        k for k, (shape, _) in case.config.items() if not keys.place(k, tuple(shape))
+        k for k, (shape, _) in case.config.items() if not keys.find_parameter(k, tuple(shape))
     }
     with nothing_allocated():
         vae = VideoVAE(VAEConfig.from_dict({}), (part,))

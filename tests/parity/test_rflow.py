@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mlx_sora.loading.checkpoint import load_weights
-from mlx_sora.models.stdit3 import KEYS, STDiT3, STDiT3Config, unpadded
+from mlx_sora.models.stdit3 import KEYS, STDiT3, STDiT3Config, drop_padding
 from mlx_sora.sampling.guidance import Guidance
 from mlx_sora.sampling.loop import Conditioning, StepResult, denoise
 from mlx_sora.sampling.rflow import RFlow, add_noise
@@ -81,7 +81,7 @@ def sample(case: Case, *, sequential: bool) -> tuple[list[StepResult], list[mx.a
         width=float(case["in.width"][0]),
         fps=case["in.fps"],
     )
-    text = unpadded(case["in.y"].squeeze(1), case.get("in.text_mask"))
+    text = drop_padding(case["in.y"].squeeze(1), case.get("in.text_mask"))
     scale = case.config["rflow"]["cfg_scale"]
     velocity = Guidance(bound, text, model.null_text, scale, sequential=sequential)
     sampler, times = schedule(case)

@@ -29,7 +29,7 @@ def test_buckets(case: Case) -> None:
 @pytest.mark.golden("text_sizes")
 def test_areas_and_keys(case: Case) -> None:
     for resolution, pixels in case.config["num_pixels"].items():
-        assert geometry.num_pixels(resolution) == pixels
+        assert geometry.get_num_pixels(resolution) == pixels
     named = dict(zip(geometry.BUCKET_RATIOS, geometry.aspect_ratios(), strict=True))
     for ratio, key in case.config["aspect_ratio_keys"].items():
         width, height = map(int, named[ratio].split(":"))
@@ -41,10 +41,10 @@ def test_areas_and_keys(case: Case) -> None:
 def test_frame_counts(case: Case) -> None:
     for row in case.config["num_frames"]:
         if "out" in row:
-            assert geometry.num_frames(row["in"]) == row["out"]
+            assert geometry.get_num_frames(row["in"]) == row["out"]
         else:
             with pytest.raises(ValueError, match="invalid literal"):
-                geometry.num_frames(row["in"])
+                geometry.get_num_frames(row["in"])
             with pytest.raises(UsageError):
                 geometry.parse_frames(row["in"])
 

@@ -10,7 +10,7 @@ import mlx.core as mx
 import pytest
 
 from mlx_sora.loading.checkpoint import load_weights
-from mlx_sora.models.stdit3 import KEYS, Conditions, STDiT3, STDiT3Config, unpadded
+from mlx_sora.models.stdit3 import KEYS, Conditions, STDiT3, STDiT3Config, drop_padding
 from tests.helpers.golden import Case, channels_first, channels_last, relative_error
 
 TOLERANCE = 1e-4
@@ -25,7 +25,7 @@ def load(case: Case) -> STDiT3:
 
 def prepare(model: STDiT3, case: Case) -> Conditions:
     """The case's text (padded and masked there), sizes and frame rate."""
-    text = unpadded(case["in.y"].squeeze(1), case.get("in.mask"))
+    text = drop_padding(case["in.y"].squeeze(1), case.get("in.mask"))
     return model.prepare(
         text,
         case["in.x"].shape[2:],
@@ -63,7 +63,7 @@ def test_null_text_is_the_null_half(case: Case) -> None:
     if not nulls:
         pytest.skip("the case has no null samples")
     model = load(case)
-    text = unpadded(case["in.y"].squeeze(1), case["in.mask"])
+    text = drop_padding(case["in.y"].squeeze(1), case["in.mask"])
     for sample in text[-nulls:]:
         assert mx.array_equal(model.null_text(len(sample)), sample)
 

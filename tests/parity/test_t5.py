@@ -58,7 +58,7 @@ def test_padding_is_not_needed(case: Case) -> None:
 def test_rows_from_outside(case: Case) -> None:
     """Without a resident table, from the rows of the tokens at hand: the very same states."""
     whole = load(case)
-    lean = T5Encoder(T5Config.from_dict(case.config["constructor"]), table=False)
+    lean = T5Encoder(T5Config.from_dict(case.config["constructor"]), embedding=False)
     weights = {k: v for k, v in case.weights.items() if k != "shared.weight"}
     load_weights(lean, weights, KEYS)
     ids, mask = case["in.input_ids"], case["in.attention_mask"]

@@ -80,7 +80,7 @@ def test_scenes(case: Case) -> None:
 @pytest.mark.golden("text_json_prompt")
 def test_settings_in_the_prompt(case: Case) -> None:
     def read(text: str) -> list[list[str]]:
-        rest, found = prompt.split_settings(text)
+        rest, found = prompt.split_directives(text)
         reference = "REF" if found.reference_path is None else found.reference_path
         strategy = "MS" if found.mask_strategy is None else found.mask_strategy
         return [[rest], [reference], [strategy]]
@@ -93,13 +93,13 @@ def test_settings_in_the_prompt(case: Case) -> None:
 def test_whole_prompt(case: Case) -> None:
     for row in case.config["rows"]:
         ready = prompt.prepare_prompt(row["prompt"], scores(row))
-        assert (ready.settings.reference_path or "") == row["reference"]
-        assert (ready.settings.mask_strategy or "") == row["mask_strategy"]
+        assert (ready.directives.reference_path or "") == row["reference"]
+        assert (ready.directives.mask_strategy or "") == row["mask_strategy"]
         assert [scene.text for scene in ready.scenes] == row["cleaned"]
         marked = row["merged"].startswith("|0|")
         assert (merged(ready.scenes) if marked else ready.text()) == row["merged"]
         assert [ready.text(loop) for loop in range(len(row["loops"]))] == row["loops"]
-        text, _ = prompt.split_settings(row["prompt"])
+        text, _ = prompt.split_directives(row["prompt"])
         texts, _ = split(text)
         assert [scores(row).append_to(part) for part in texts] == row["scored"]
 
@@ -149,7 +149,7 @@ def test_mask_strategy_text(case: Case) -> None:
     for row in case.config["parse"]:
         agrees(row, parse, row["in"])
     for row in case.config["find_nearest_point"]:
-        found = conditioning.align(row["value"], row["point"], row["max_value"])
+        found = conditioning.find_nearest_point(row["value"], row["point"], row["max_value"])
         assert found == row["out"], row
 
 
@@ -158,7 +158,7 @@ def test_latents_of_whole_chunks(case: Case) -> None:
     """What clips share is told in latent frames there, and in frames of whole chunks here."""
 
     def latents(frames: int) -> int:
-        return Clips(MAX_FRAMES, count=2, shared=frames).shared_latents
+        return Clips(MAX_FRAMES, count=2, shared_frames=frames).shared_latents
 
     reached = set(map(latents, range(0, MAX_FRAMES, MICRO_FRAME_SIZE)))
     for row in case.config["dframe_to_frame"]:
@@ -173,7 +173,7 @@ def extended(row: dict[str, Any], loops: list[int]) -> list[str]:
     length, edit = row["condition_frame_length"], row["condition_frame_edit"]
     strategies = []
     for strategy, count in zip(row["mask_strategy_in"], row["refs_len_in"], strict=True):
-        placements = conditioning.continuations(loops, count, length, edit)
+        placements = conditioning.append_generated(loops, count, length, edit)
         written = ";".join(map(str, placements))
         assert conditioning.parse_mask_strategy(written) == placements
         strategies.append(f"{strategy};{written}" if strategy else written)

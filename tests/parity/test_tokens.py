@@ -27,7 +27,7 @@ def test_padding_and_truncation(case: Case, tokenizer: Tokenizer) -> None:
     length = case.config["max_length"]
     for row in case.config["rows"]:
         encoding = tokenizer.encode(row["text"], length)
-        assert encoding.padded(length) == (row["input_ids"], row["attention_mask"]), row["text"]
+        assert encoding.pad(length) == (row["input_ids"], row["attention_mask"]), row["text"]
         assert len(encoding.ids) + encoding.num_cut == row["n_tokens_untruncated"], row["text"]
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from mlx_sora.loading.checkpoint import load_weights
 from mlx_sora.models import vae_spatial, vae_temporal
-from mlx_sora.models.vae import EncodeNoise, Posterior, VAEConfig, VideoVAE, keys_for
+from mlx_sora.models.vae import EncodeNoise, Posterior, VAEConfig, VideoVAE, key_map
 from mlx_sora.models.vae_spatial import SpatialVAE, SpatialVAEConfig
 from mlx_sora.models.vae_temporal import TemporalVAE, TemporalVAEConfig
 from tests.helpers.golden import Case, channels_first, channels_last, relative_error
@@ -33,7 +33,7 @@ def expect(case: Case, name: str, actual: mx.array) -> None:
 
 def expect_posterior(case: Case, prefix: str, moments: mx.array) -> None:
     """Compare mean, log-variance and the sample drawn with the case's noise."""
-    posterior = Posterior.of(moments)
+    posterior = Posterior.from_moments(moments)
     expect(case, f"{prefix}mean", posterior.mean)
     expect(case, f"{prefix}logvar", posterior.logvar)
     noise = channels_last(case[f"in.{prefix}noise"])
@@ -47,7 +47,7 @@ def video_vae(case: Case) -> VideoVAE:
     halves = {"encoder": "encoder.", "decoder": "decoder."}
     parts = [p for p, name in halves.items() if any(f".{name}" in key for key in case.weights)]
     vae = VideoVAE(VAEConfig.from_dict(values), parts)
-    load_weights(vae, case.weights, keys_for(parts))
+    load_weights(vae, case.weights, key_map(parts))
     return vae
 
 

@@ -13,15 +13,15 @@ OPEN_SORA = Size(426, 240)
 
 
 def test_ratios_are_width_to_height() -> None:
-    assert geometry.image_size("240p", "16:9") == Size(426, 240)
-    assert geometry.image_size("240p", "9:16") == Size(240, 426)
-    assert geometry.image_size("720p") == Size(1280, 720)
+    assert geometry.get_image_size("240p", "16:9") == Size(426, 240)
+    assert geometry.get_image_size("240p", "9:16") == Size(240, 426)
+    assert geometry.get_image_size("720p") == Size(1280, 720)
 
 
 @pytest.mark.parametrize("resolution", geometry.RESOLUTIONS)
 @pytest.mark.parametrize("ratio", geometry.aspect_ratios())
 def test_public_ratio_names_the_true_shape(resolution: str, ratio: str) -> None:
-    size = geometry.image_size(resolution, ratio)
+    size = geometry.get_image_size(resolution, ratio)
     width, height = (int(part) for part in ratio.split(":"))
     assert size.width / size.height == pytest.approx(width / height, rel=0.025)
 
@@ -31,7 +31,7 @@ def test_public_ratio_names_the_true_shape(resolution: str, ratio: str) -> None:
 )
 def test_unknown_names_list_the_valid_ones(resolution: str, ratio: str, listed: str) -> None:
     with pytest.raises(UsageError, match=listed):
-        geometry.image_size(resolution, ratio)
+        geometry.get_image_size(resolution, ratio)
 
 
 @pytest.mark.parametrize(
@@ -103,6 +103,6 @@ def test_snapping_is_said() -> None:
 def test_finished_sides_are_even() -> None:
     for resolution in geometry.RESOLUTIONS:
         for ratio in geometry.aspect_ratios():
-            size = geometry.plan_geometry(geometry.image_size(resolution, ratio), 1).decoded
+            size = geometry.plan_geometry(geometry.get_image_size(resolution, ratio), 1).decoded
             assert size.width % 2 == 0
             assert size.height % 2 == 0

@@ -20,7 +20,7 @@ def test_every_frame_is_made_by_one_clip(clips: Clips) -> None:
     made = [
         (clip, frame)
         for clip in range(clips.count)
-        for frame in range(clips.skipped(clip), clips.num_frames)
+        for frame in range(clips.frames_to_skip(clip), clips.num_frames)
     ]
     assert placed == made
 

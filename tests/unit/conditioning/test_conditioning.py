@@ -146,16 +146,16 @@ def test_a_given_latent_ends_one_clip_and_begins_the_next(pipe: Pipeline) -> Non
     request = GenerationRequest(prompt="p", seed=1, loop=3, num_frames=34)
     media = resolve(request, pipe.model).media
     given, shape = ConditioningLatents(media, (10, 8, 8), 4), (10, 8, 8, 4)
-    z, conditioning = given.begin(0, Noise([1], shape, 0))
+    z, conditioning = given.initial_latents(0, Noise([1], shape, 0))
     assert conditioning is None
-    given.keep(0, z)
-    following, conditioning = given.begin(1, Noise([1], shape, 1))
+    given.remember(0, z)
+    following, conditioning = given.initial_latents(1, Noise([1], shape, 1))
     assert conditioning is not None
     assert conditioning.mask.tolist() == [[0] * 5 + [1] * 5]
     assert mx.array_equal(following[:, :5], z[:, 5:])
     assert not mx.array_equal(following[:, 5:], z[:, 5:])
-    given.keep(1, following)
-    assert list(given._made) == [1]  # the first clip is not asked for any more
+    given.remember(1, following)
+    assert list(given._generated) == [1]  # the first clip is not asked for any more
 
 
 def test_memory_does_not_grow_with_the_number_of_clips(pipe: Pipeline) -> None:

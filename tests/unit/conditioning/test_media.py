@@ -10,7 +10,7 @@ from PIL import Image
 
 from mlx_sora.conditioning.clips import Clips
 from mlx_sora.conditioning.latents import encode_tasks
-from mlx_sora.conditioning.media import Media, plan_media, shown_by_latent
+from mlx_sora.conditioning.media import Media, frames_by_latent, plan_media
 from mlx_sora.errors import UsageError
 from mlx_sora.geometry import Size, latent_frames
 from mlx_sora.request.generation import GenerationRequest
@@ -50,7 +50,7 @@ def kept(mask: list[float]) -> list[int]:
 
 @pytest.mark.parametrize("frames", [1, 17, 20, 34, 42, 51])
 def test_every_frame_is_shown_by_one_latent(frames: int) -> None:
-    shown = shown_by_latent(frames)
+    shown = frames_by_latent(frames)
     assert len(shown) == latent_frames(frames)
     assert [frame for each in shown for frame in each] == list(range(frames))
     assert len(shown[0]) == 1 + (frames % 17 - 1) % 4 if frames < 17 else len(shown[0]) == 1
@@ -159,7 +159,7 @@ def test_what_happens_to_media_is_said_and_recorded() -> None:
         "a.png: 30x20, scaled to 24x16, cropped to 16x16.",
         "clip.mp4: 16x16, as it is.",
     )
-    assert plan.record()[1] == {
+    assert plan.to_metadata()[1] == {
         "path": "clip.mp4",
         "sha256": sha256(Path("clip.mp4")),
         "size": "16x16",

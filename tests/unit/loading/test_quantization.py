@@ -96,7 +96,7 @@ def dense(network: T5Encoder | STDiT3) -> dict[str, mx.array]:
     values = dict(tree_flatten(network.parameters()))
     for path, layer in network.named_modules():
         if isinstance(layer, QuantizedLinear):
-            values[f"{path}.weight"] = layer.dense(mx.zeros(1))
+            values[f"{path}.weight"] = layer.dequantize(mx.zeros(1))
             del values[f"{path}.scales"], values[f"{path}.biases"]
     return values
 
@@ -105,7 +105,7 @@ def test_text_encoder(model: ModelFolder) -> None:
     """Whole, streamed, and with dequantised weights: the same states, bit for bit."""
     whole, _ = load_text_encoder(model, mx.float32)
     expected = networks.t5_states(whole)
-    plain = T5Encoder(whole.config, table=False)
+    plain = T5Encoder(whole.config, embedding=False)
     plain.update(tree_unflatten(list(dense(whole).items())))
     assert mx.array_equal(networks.t5_states(plain), expected).item()
     network, _, source = stream_text_encoder(model, mx.float32)
@@ -142,7 +142,7 @@ def test_sizes(model: ModelFolder) -> None:
 
 
 def test_files_and_config_must_agree(model: ModelFolder, tmp_path: Path) -> None:
-    plain = T5Encoder(T5, table=False)
+    plain = T5Encoder(T5, embedding=False)
     insert_quantized_layers(plain, Quantization.from_config({}))
     assert not any(isinstance(layer, QuantizedLinear) for layer in plain.modules())
     broken = ModelFolder(tmp_path, "test", model.defaults)

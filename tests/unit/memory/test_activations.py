@@ -94,7 +94,8 @@ def test_transformer(mode: ExecutionMode, batch: int, frames: int) -> None:
     assert grid.size == batch * frames * 256
     before = mx.get_active_memory()
     measured = (
-        peak(lambda: network._blocks(x, modulation, conditions, Hooks(), Unsharded())) + x.nbytes
+        peak(lambda: network._run_blocks(x, modulation, conditions, Hooks(), Unsharded()))
+        + x.nbytes
     )
     # The constant for pieces weighs more here than at full size.
     assert close(transformer_work(config, grid, mode), measured, 3)
@@ -105,7 +106,7 @@ def test_transformer(mode: ExecutionMode, batch: int, frames: int) -> None:
 @pytest.mark.parametrize("tokens", [60, 300])
 def test_text_encoder(mode: ExecutionMode, tokens: int) -> None:
     config = T5Config(d_model=256, d_kv=32, d_ff=640, num_layers=2, num_heads=8)
-    network = T5Encoder(config, table=False)
+    network = T5Encoder(config, embedding=False)
     filled(network)
     x = mx.zeros((1, tokens, 256))
     mx.eval(x)

@@ -43,7 +43,7 @@ def matrices(network: nn.Module, without: str = "") -> int:
 def test_text_encoder() -> None:
     """One token: every matrix once, and one score and one value per head channel."""
     config = T5Config(d_model=24, d_kv=8, d_ff=40, num_layers=3, num_heads=2)
-    linear = matrices(T5Encoder(config, table=False), "relative_attention_bias")
+    linear = matrices(T5Encoder(config, embedding=False), "relative_attention_bias")
     assert text_encoder_flops(config, 1) == 2 * (linear + 3 * 2 * 16)
     assert text_encoder_flops(config, 7) == 2 * (7 * linear + 3 * 7 * 7 * 2 * 16)
 

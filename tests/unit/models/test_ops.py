@@ -44,7 +44,7 @@ def test_attention_in_pieces(
     monkeypatch: pytest.MonkeyPatch, mask: mx.array | None, piece: int
 ) -> None:
     """Pieces of 64 queries, of one sample, of two samples, and all at once: the same result."""
-    monkeypatch.setattr(ops, "PIECE", piece)
+    monkeypatch.setattr(ops, "SLICE_BYTES", piece)
     q, k, v = normal(3, 2, 150, 8), normal(3, 2, 7, 8, seed=1), normal(3, 2, 7, 8, seed=2)
     out = ops.attention(q, k, v, 0.3, mask)
     np.testing.assert_allclose(np.array(out), plain_attention(q, k, v, 0.3, mask), atol=2e-6)
@@ -52,22 +52,22 @@ def test_attention_in_pieces(
 
 @cpu_only
 def test_attention_never_holds_all_logits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ops, "PIECE", 1 << 20)
+    monkeypatch.setattr(ops, "SLICE_BYTES", 1 << 20)
     q = normal(4, 4, 768, 8)
     mx.eval(q)
     logits = 4 * 4 * 768 * 768 * 4
     before = mx.get_active_memory()
     mx.reset_peak_memory()
     mx.eval(ops.attention(q, q, q, 1.0))
-    assert logits == 36 * ops.PIECE
-    assert mx.get_peak_memory() - before < 20 * ops.PIECE
+    assert logits == 36 * ops.SLICE_BYTES
+    assert mx.get_peak_memory() - before < 20 * ops.SLICE_BYTES
 
 
 @pytest.mark.parametrize("piece", [1, 100, 1 << 20])
 def test_in_pieces(monkeypatch: pytest.MonkeyPatch, piece: int) -> None:
-    monkeypatch.setattr(ops, "PIECE", piece)
+    monkeypatch.setattr(ops, "SLICE_BYTES", piece)
     x, w = normal(2, 5, 3, 4), normal(4, 6, seed=1)
-    out = ops.in_pieces(lambda rows: mx.tanh(rows @ w), x, row_bytes=24)
+    out = ops.apply_in_slices(lambda rows: mx.tanh(rows @ w), x, row_bytes=24)
     np.testing.assert_allclose(np.array(out), np.tanh(np.array(x) @ np.array(w)), atol=1e-6)
 
 
@@ -77,11 +77,11 @@ def test_pieces_have_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def loss(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
         out = ops.attention(q, k, v, 0.5)
-        return (ops.in_pieces(mx.tanh, out, row_bytes=16) ** 2).sum()
+        return (ops.apply_in_slices(mx.tanh, out, row_bytes=16) ** 2).sum()
 
     gradient = mx.grad(loss, argnums=(0, 1, 2))
     whole = gradient(q, k, v)
-    monkeypatch.setattr(ops, "PIECE", 1)
+    monkeypatch.setattr(ops, "SLICE_BYTES", 1)
     for a, b in zip(gradient(q, k, v), whole, strict=True):
         assert float(mx.abs(b).max()) > 0
         np.testing.assert_allclose(np.array(a), np.array(b), rtol=1e-4, atol=1e-5)

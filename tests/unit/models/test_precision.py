@@ -12,7 +12,6 @@ from mlx.utils import tree_map
 from mlx_sora.errors import UsageError
 from mlx_sora.models import ops, precision
 from mlx_sora.models.hooks import Hooks, NoMerging
-from mlx_sora.models.precision import KEEP
 from mlx_sora.models.stdit3 import STDiT3, STDiT3Config
 from mlx_sora.models.t5 import T5Config, T5Encoder
 
@@ -57,10 +56,10 @@ def test_stream_and_modulation_of_a_bfloat16_network(monkeypatch: pytest.MonkeyP
     conditions = model.prepare(text, (2, 4, 4), height=32, width=32, fps=24)
     z = mx.ones((1, 2, 4, 4, 4), mx.bfloat16)
     out = model(z, mx.array([999.0]), conditions, hooks=Hooks(Blocks(), Watched()))
-    assert streams == [(KEEP.residual, KEEP.modulation)] * 4
+    assert streams == [(precision.RESIDUAL, precision.MODULATION)] * 4
     assert attending == [mx.bfloat16] * 4
-    assert out.dtype == KEEP.residual
-    assert conditions.position.dtype == KEEP.times
+    assert out.dtype == precision.RESIDUAL
+    assert conditions.position.dtype == precision.TIMES
 
 
 def test_activations_are_float32_inside() -> None:

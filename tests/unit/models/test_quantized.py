@@ -6,7 +6,7 @@ import mlx.core as mx
 import pytest
 from mlx import nn
 
-from mlx_sora.models.quantized import QuantizedLinear, for_pieces
+from mlx_sora.models.quantized import QuantizedLinear, dequantize_once
 
 
 def pair(bits: int, bias: bool) -> tuple[QuantizedLinear, nn.Linear]:
@@ -30,7 +30,7 @@ def test_as_the_plain_layer(bits: int, bias: bool) -> None:
     layer, plain = pair(bits, bias)
     x = mx.random.normal((2, 5, 128))
     assert mx.array_equal(layer(x), plain(x)).item()
-    assert mx.array_equal(for_pieces(layer, x)(x), plain(x)).item()
+    assert mx.array_equal(dequantize_once(layer, x)(x), plain(x)).item()
     assert layer.dense_size == plain.weight.size
 
 
@@ -39,10 +39,10 @@ def test_the_kernel_of_gpus_agrees(bias: bool, monkeypatch: pytest.MonkeyPatch) 
     layer, plain = pair(8, bias)
     x = mx.random.normal((3, 128))
     monkeypatch.setattr("mlx_sora.models.quantized.on_gpu", lambda: True)
-    assert for_pieces(layer, x) is layer
+    assert dequantize_once(layer, x) is layer
     assert mx.allclose(layer(x), plain(x), rtol=1e-4, atol=1e-4).item()
 
 
 def test_a_plain_layer_serves_pieces_as_it_is() -> None:
     layer = nn.Linear(4, 4)
-    assert for_pieces(layer, mx.zeros((1, 4))) is layer
+    assert dequantize_once(layer, mx.zeros((1, 4))) is layer

@@ -12,7 +12,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlx_sora.errors import UsageError, WeightsError
 from mlx_sora.models import ops
 from mlx_sora.models.hooks import Hooks
-from mlx_sora.models.stdit3 import BlockPair, Conditions, STDiT3, STDiT3Config, unpadded
+from mlx_sora.models.stdit3 import BlockPair, Conditions, STDiT3, STDiT3Config, drop_padding
 
 CONFIG = STDiT3Config(
     hidden_size=32, num_heads=2, depth=2, caption_channels=12, model_max_length=20
@@ -100,7 +100,7 @@ def test_position_and_frame_rate_are_computed_once(monkeypatch: pytest.MonkeyPat
 def test_pieces_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     model, z, t = network(), normal(2, *GRID, 4), mx.array([300.0, 800.0])
     whole = model(z, t, conditions(model, 3, 11))
-    monkeypatch.setattr(ops, "PIECE", 1024)
+    monkeypatch.setattr(ops, "SLICE_BYTES", 1024)
     assert difference(model(z, t, conditions(model, 3, 11)), whole) <= TOLERANCE
 
 
@@ -126,7 +126,7 @@ def test_still_frames_take_time_zero() -> None:
     kept, none, late = conditions(model, 4), mx.zeros((1, GRID[0])), mx.array([900.0])
     at_zero, still = model(z, mx.array([0.0]), kept), model(z, late, kept, x_mask=none)
     assert difference(still, at_zero) > 1e-2
-    model.final_layer.modulated = lambda x, t: model.final_layer.norm_final(x)
+    model.final_layer._norm_modulate = lambda x, t: model.final_layer.norm_final(x)
     at_zero, still = model(z, mx.array([0.0]), kept), model(z, late, kept, x_mask=none)
     assert difference(still, at_zero) <= TOLERANCE
 
@@ -261,10 +261,10 @@ def test_text_without_tokens_is_refused() -> None:
 
 def test_unpadded() -> None:
     y = normal(4, 3, 2)
-    parts = unpadded(y, mx.array([[1, 1, 0], [1, 0, 1]]))
+    parts = drop_padding(y, mx.array([[1, 1, 0], [1, 0, 1]]))
     assert [len(part) for part in parts] == [2, 2, 2, 2]
     assert mx.array_equal(parts[3], mx.stack([y[3, 0], y[3, 2]]))
-    assert mx.array_equal(mx.stack(unpadded(y, None)), y)
+    assert mx.array_equal(mx.stack(drop_padding(y, None)), y)
 
 
 @pytest.mark.parametrize(

@@ -52,7 +52,7 @@ def test_unknown_keys_and_whole_numbers_are_fine() -> None:
     ],
 )
 def test_duplicates_and_decoders_are_ignored(key: str) -> None:
-    assert KEYS.place(key, (30, 16)) is None
+    assert KEYS.find_parameter(key, (30, 16)) is None
 
 
 class Counting:

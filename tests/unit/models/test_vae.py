@@ -23,7 +23,7 @@ from mlx_sora.models.vae import (
     VAEConfig,
     VideoVAE,
     chunk_plan,
-    keys_for,
+    key_map,
 )
 from mlx_sora.models.vae_spatial import SpatialVAE, SpatialVAEConfig
 from mlx_sora.models.vae_temporal import TemporalVAE, TemporalVAEConfig
@@ -235,7 +235,7 @@ def test_frames_beyond_the_last_whole_latent_are_dropped(vae: VideoVAE) -> None:
 
 
 def test_log_variance_is_clamped() -> None:
-    posterior = Posterior.of(mx.array([[1.0, 2.0, -99.0, 99.0]]))
+    posterior = Posterior.from_moments(mx.array([[1.0, 2.0, -99.0, 99.0]]))
     assert posterior.logvar.tolist() == [[-30.0, 20.0]]
     assert posterior.sample(None).tolist() == [[1.0, 2.0]]
 
@@ -304,7 +304,7 @@ def test_shift_and_scale_of_the_checkpoint_win(vae: VideoVAE) -> None:
 @pytest.mark.parametrize("part", ["encoder", "decoder"])
 def test_one_half_loads_from_the_whole_checkpoint(vae: VideoVAE, part: str) -> None:
     half = VideoVAE(VAEConfig.from_dict(SMALL), (part,))
-    load_weights(half, stored(vae), keys_for((part,)))
+    load_weights(half, stored(vae), key_map((part,)))
     paths = {path for path, _ in tree_flatten(half.parameters())}
     other = ({"encoder", "decoder"} - {part}).pop()
     assert not any(f".{other}." in path for path in paths)
@@ -353,13 +353,13 @@ def test_spatial_attention_sees_the_whole_image() -> None:
     assert mx.abs(vae.decode(z + corner) - vae.decode(z))[0, 0, 0].max().item() > 0
 
 
-@pytest.mark.parametrize("in_turn", [False, True])
-def test_chunks_are_encoded_as_the_clip_is(in_turn: bool) -> None:
+@pytest.mark.parametrize("sequential_offload", [False, True])
+def test_chunks_are_encoded_as_the_clip_is(sequential_offload: bool) -> None:
     vae = small_vae()
     clip = normal(3, 1, 42, 16, 24, 3)
     whole = vae.encode(clip)
     pieces = [clip[0, chunk.frame : chunk.frame + chunk.frames] for chunk in vae.chunks(42)]
-    parts = list(vae.encode_chunks(iter(pieces), 3, sequential_offload=in_turn))
+    parts = list(vae.encode_chunks(iter(pieces), 3, sequential_offload=sequential_offload))
     assert [part.shape[1] for part in parts] == [5, 5, 2]
     assert difference(mx.concatenate(parts, axis=1), whole) <= SAME
-    assert ("spatial_vae" in vae) != in_turn
+    assert ("spatial_vae" in vae) != sequential_offload

@@ -19,7 +19,7 @@ from mlx_sora.models.conv import GroupNorm, group_moments, upsample2x
 from mlx_sora.models.vae import VAEConfig, VideoVAE
 from mlx_sora.models.vae_spatial import SpatialVAE, SpatialVAEConfig
 from mlx_sora.models.vae_temporal import TemporalVAEConfig
-from mlx_sora.models.vae_tiling import decode_tiled, moments_of, tile_side, tile_spans
+from mlx_sora.models.vae_tiling import decode_tiled, tile_side, tile_spans, use_moments
 from tests.helpers import networks
 
 TILES = range(2, MAX_TILES + 1)
@@ -48,13 +48,13 @@ def test_a_network_that_sees_one_pixel_is_put_together_exactly(
     tiles: int, size: tuple[int, int]
 ) -> None:
     x = mx.random.normal((2, *size, 3), key=mx.random.key(1))
-    out = vae_tiles._tiled(lambda part: upsample2x(2 * part), x, tiles)
+    out = vae_tiles._run_tiled(lambda part: upsample2x(2 * part), x, tiles)
     assert np.allclose(out, upsample2x(2 * x), atol=1e-6)
 
 
 def test_tiles_are_blended_linearly() -> None:
     parts = [mx.zeros((1, 1, 12, 1)), mx.ones((1, 1, 12, 1))]
-    out = np.array(vae_tiles._joined(parts, [slice(0, 6), slice(4, 10)], axis=2)).ravel()
+    out = np.array(vae_tiles._blend(parts, [slice(0, 6), slice(4, 10)], axis=2)).ravel()
     assert np.allclose(out, [*[0] * 8, 0.125, 0.375, 0.625, 0.875, *[1] * 8])
 
 
@@ -82,8 +82,10 @@ def test_close_to_the_whole_picture(bundled: tuple[VideoVAE, mx.array]) -> None:
     assert min(close) > 28
     # Norms of each tile's own would be far off: that is what the thinned-out picture is for.
     decoder = vae.spatial_vae.decoder
-    x = decoder.begin(vae.spatial_vae.post_quant_conv(vae._decode_time(z, vae.chunks(1)[0])))
-    assert psnr(vae_tiles._tiled(decoder.finish, x, 2), whole) < close[0] - 5
+    x = decoder.decode_first_level(
+        vae.spatial_vae.post_quant_conv(vae._decode_time(z, vae.chunks(1)[0]))
+    )
+    assert psnr(vae_tiles._run_tiled(decoder.decode_upper_levels, x, 2), whole) < close[0] - 5
 
 
 def small_vae() -> VideoVAE:
@@ -112,7 +114,7 @@ def test_every_way_of_streaming_gives_the_same_tiles() -> None:
     z = mx.random.normal((1, 7, 6, 8, 4), key=mx.random.key(7))
     plain = list(small_vae().decode_chunks(z, 22, tiles=2))
     assert [chunk.shape for chunk in plain] == [(17, 24, 32, 3), (5, 24, 32, 3)]
-    for options in ({"in_turn": True}, {"micro_batch": 1}, {"micro_batch": 17}):
+    for options in ({"sequential_offload": True}, {"micro_batch": 1}, {"micro_batch": 17}):
         chunks = small_vae().decode_chunks(z, 22, tiles=2, **options)  # type: ignore[arg-type]
         for a, b in zip(plain, chunks, strict=True):
             assert np.allclose(a, b, atol=1e-4)
@@ -135,7 +137,7 @@ def test_tiles_take_less_memory(tiles: int) -> None:
     assert tiled < (0.75, 0.6, 0.6)[tiles - 2] * whole
 
 
-@pytest.mark.parametrize("options", [{}, {"in_turn": True}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"sequential_offload": True}], ids=str)
 def test_the_peak_does_not_grow_with_the_clip(options: dict[str, object]) -> None:
     peaks = []
     for frames, latents in ((51, 15), (204, 60)):
@@ -152,9 +154,9 @@ def test_norms_are_their_own_again_whatever_happens() -> None:
     norm = GroupNorm(4, 2, 1e-6)
     x, other = (mx.random.normal((1, 5, 5, 4), key=mx.random.key(i)) for i in range(2))
     mean, variance = group_moments(other, 2)
-    with moments_of(other, norm, [norm]):
+    with use_moments(other, norm, [norm]):
         assert np.allclose(norm(x), (x - mean) * mx.rsqrt(variance + 1e-6), atol=1e-5)
-    with pytest.raises(KeyError, match="half way"), moments_of(other, norm, [norm]):
+    with pytest.raises(KeyError, match="half way"), use_moments(other, norm, [norm]):
         raise KeyError("half way")
     assert norm.moments is None
     assert abs(float(norm(x).mean())) < 1e-5

@@ -10,7 +10,7 @@ import pytest
 
 from mlx_sora.errors import MlxSoraError, UsageError, WeightsError
 from mlx_sora.pipeline.checkpoint import Snapshot, read_record
-from mlx_sora.video.output_path import CHECKPOINT, checkpoint_path
+from mlx_sora.video.output_path import CHECKPOINT_SUFFIX, checkpoint_path
 
 Z = mx.random.normal((1, 2, 3, 4, 4), key=mx.random.key(0))
 SNAPSHOT = Snapshot(
@@ -50,7 +50,7 @@ def alike(a: object, b: object) -> bool:
 
 def test_what_goes_in_comes_out(file: Path) -> None:
     assert [file] == list(file.parent.iterdir())
-    assert file.name == "a.mp4" + CHECKPOINT
+    assert file.name == "a.mp4" + CHECKPOINT_SUFFIX
     found = Snapshot.load(file)
     assert alike(vars(found), vars(SNAPSHOT))
     assert found.clip == 2

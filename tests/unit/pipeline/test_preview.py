@@ -14,7 +14,7 @@ from mlx_sora import GenerationRequest, Pipeline, UsageError
 from mlx_sora.errors import MlxSoraError, WeightsError
 from mlx_sora.loading.model_folder import find_model
 from mlx_sora.runtime.events import Event, Finished, PreviewReady, Warned
-from mlx_sora.video.preview import FILE, PreviewMap, neighbourhoods, preview_path
+from mlx_sora.video.preview import PREVIEW_FILE, LatentToRGB, neighbourhoods, preview_path
 
 OPTIONS = {"prompt": "a red circle", "seed": 1, "steps": 4, "num_frames": 17, "preview_every": 2}
 OPTIONS |= {"width": 32, "height": 32}
@@ -24,7 +24,7 @@ OPTIONS |= {"width": 32, "height": 32}
 def without_map(tmp_path_factory: pytest.TempPathFactory) -> Pipeline:
     folder = tmp_path_factory.mktemp("model") / "model"
     shutil.copytree(find_model("shapes").path, folder)
-    (folder / FILE).unlink()
+    (folder / PREVIEW_FILE).unlink()
     return Pipeline.from_pretrained(folder)
 
 
@@ -107,17 +107,17 @@ def test_a_preview_that_cannot_be_written_is_a_warning(
     "text", ["", "[]", "{}", '{"weights": [1], "psnr": 3}', '{"weights": "x", "psnr": []}']
 )
 def test_a_damaged_map_is_named(tmp_path: Path, text: str) -> None:
-    (tmp_path / FILE).write_text(text)
-    with pytest.raises(WeightsError, match=FILE):
-        PreviewMap.read(tmp_path, 4)
-    (tmp_path / FILE).unlink()
-    assert PreviewMap.read(tmp_path, 4) is None
+    (tmp_path / PREVIEW_FILE).write_text(text)
+    with pytest.raises(WeightsError, match=PREVIEW_FILE):
+        LatentToRGB.load(tmp_path, 4)
+    (tmp_path / PREVIEW_FILE).unlink()
+    assert LatentToRGB.load(tmp_path, 4) is None
 
 
 def test_the_bundled_map_is_there_and_says_how_good_it_is() -> None:
-    found = PreviewMap.read(find_model("shapes").path, 4)
+    found = LatentToRGB.load(find_model("shapes").path, 4)
     assert found is not None
-    record = json.loads((find_model("shapes").path / FILE).read_text())
+    record = json.loads((find_model("shapes").path / PREVIEW_FILE).read_text())
     assert found.psnr == record["psnr"] > 14
 
 
@@ -128,14 +128,14 @@ def test_a_place_sees_those_around_it_and_the_map_is_that_of_its_kind() -> None:
     assert seen[1, 0, 1].tolist() == [6, 7, 8, 6, 7, 8, 9, 10, 11, 1]
     weights = np.zeros((2, 10, 3), np.float32)
     weights[0, -1], weights[1, -1] = 1.0, (0.0, 0.5, 2.0)
-    shown = PreviewMap(weights, 0.0).frames(z, [True, False])
+    shown = LatentToRGB(weights, 0.0).decode(z, [True, False])
     assert shown.shape == (2, 16, 24, 3)
     assert (shown[0] == 255).all()
     assert (shown[1] == (0, 128, 255)).all()
 
 
 def test_large_videos_have_small_previews() -> None:
-    shown = PreviewMap(np.zeros((2, 10, 3), np.float32), 0.0).frames(
+    shown = LatentToRGB(np.zeros((2, 10, 3), np.float32), 0.0).decode(
         np.zeros((1, 90, 160, 1), np.float32), [True]
     )
     assert shown.shape == (1, 90, 160, 3)

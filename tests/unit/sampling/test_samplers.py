@@ -9,7 +9,7 @@ import mlx.core as mx
 import pytest
 
 from mlx_sora.errors import UsageError
-from mlx_sora.geometry import aspect_ratios, image_size
+from mlx_sora.geometry import aspect_ratios, get_image_size
 from mlx_sora.request import generation as request
 from mlx_sora.sampling import SAMPLERS
 from mlx_sora.sampling.loop import Conditioning, denoise
@@ -120,7 +120,7 @@ def test_runs_do_not_disturb_each_other(name: str) -> None:
 def test_times_fall_from_noise_to_zero(name: str, resolution: str, frames: int) -> None:
     """Never above 1000, where float32 rounding would put some image sizes."""
     for ratio in aspect_ratios():
-        width, height = image_size(resolution, ratio)
+        width, height = get_image_size(resolution, ratio)
         schedule = SAMPLERS[name].timesteps(30, height=height, width=width, num_frames=frames)
         assert schedule.shape == (31, 1)
         assert schedule.dtype == mx.float32
@@ -130,7 +130,7 @@ def test_times_fall_from_noise_to_zero(name: str, resolution: str, frames: int) 
 
 
 def test_some_size_needs_the_limit_at_1000() -> None:
-    sizes = [image_size("144p", ratio) for ratio in aspect_ratios()]
+    sizes = [get_image_size("144p", ratio) for ratio in aspect_ratios()]
     ratios = [mx.sqrt(mx.array(float(w)) * h / 512**2) for w, h in sizes]
     assert max(float(r / (1.0 + (r - 1.0)) * 1000.0) for r in ratios) > 1000.0
 

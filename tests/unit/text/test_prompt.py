@@ -21,7 +21,7 @@ def test_scores_survive_cleaning_and_are_not_doubled() -> None:
 
 def test_scenes_and_settings() -> None:
     prompt = prepare_prompt('|0| Snow |2| Spring {"reference_path": "a.png"}', Scores(motion=2))
-    assert prompt.settings == PromptDirectives(reference_path="a.png")
+    assert prompt.directives == PromptDirectives(reference_path="a.png")
     assert [scene.start for scene in prompt.scenes] == [0, 2]
     assert [prompt.text(loop)[:5] for loop in range(4)] == ["snow ", "snow ", "sprin", "sprin"]
     assert all(scene.text.endswith("motion score: 2.0.") for scene in prompt.scenes)

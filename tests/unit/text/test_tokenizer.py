@@ -42,7 +42,7 @@ def test_text_that_just_fits_is_not_cut(tokenizer: Tokenizer) -> None:
 
 def test_padding(tokenizer: Tokenizer) -> None:
     encoding = tokenizer.encode("a cat")
-    ids, mask = encoding.padded(8)
+    ids, mask = encoding.pad(8)
     count = len(encoding.ids)
     assert ids == [*encoding.ids, *[PAD] * (8 - count)]
     assert mask == [1] * count + [0] * (8 - count)

@@ -17,7 +17,7 @@ from mlx_sora.video.metadata import (
     build_metadata,
     read_metadata,
     replay_options,
-    same_media,
+    unchanged_media,
 )
 from mlx_sora.video.writer import save_frames
 
@@ -171,6 +171,6 @@ def test_media_that_are_as_they_were(tmp_path: Path) -> None:
     checksum = hashlib.sha256(b"a").hexdigest()
     paths = [str(path) for path in (same, other, tmp_path / "unlisted.png")]
     media = [{"path": path, "sha256": checksum} for path in paths[:2]]
-    assert same_media({"settings": {"media": media}}, paths) == {str(same)}
+    assert unchanged_media({"settings": {"media": media}}, paths) == {str(same)}
     for strange in ({"settings": {"media": [3, {"path": 1}]}}, {"settings": {"media": 3}}, {}):
-        assert same_media(strange, paths) == set()
+        assert unchanged_media(strange, paths) == set()

@@ -14,14 +14,14 @@ from PIL import Image
 from mlx_sora.errors import UsageError
 from mlx_sora.geometry import Size
 from mlx_sora.video.reader import (
-    Fit,
+    ResizeCrop,
     image_size,
     is_video,
     probe_video,
     read_image,
     read_video,
     resize_and_crop,
-    upright,
+    to_upright_rgb,
 )
 from mlx_sora.video.writer import save_frames
 
@@ -104,7 +104,7 @@ def test_pictures_are_turned_upright(tmp_path: Path) -> None:
 def test_a_fit_just_covers_the_size(
     source: tuple[int, int], size: tuple[int, int], scaled: tuple[int, int]
 ) -> None:
-    fit = Fit.of(Size(*source), Size(*size))
+    fit = ResizeCrop.from_sizes(Size(*source), Size(*size))
     assert fit.scaled == scaled
     assert str(fit).startswith("{}x{}".format(*source))
 
@@ -165,7 +165,7 @@ def test_a_turned_frame_is_upright() -> None:
             pixels[0, 0] = 255
             return pixels
 
-    pixels = upright(Turned())
+    pixels = to_upright_rgb(Turned())
     assert pixels.shape == (32, 16, 3)
     assert pixels[0, -1].tolist() == [255] * 3
 
