@@ -52,7 +52,7 @@ class Parser(argparse.ArgumentParser):
     def _hint(self, message: str) -> str:
         wrong = re.match(r"unrecognized arguments: (-[^\s=]+)", message)
         if wrong:
-            # What is spelt well belongs to another command.
+            # A flag that exists belongs to another command.
             flags = [flag for flag in self._all_flags() if flag != wrong[1]]
             near = difflib.get_close_matches(wrong[1], flags, n=1, cutoff=0.7)
             if near:
@@ -60,7 +60,6 @@ class Parser(argparse.ArgumentParser):
         return f"See {self.prog} --help."
 
     def _all_flags(self) -> list[str]:
-        """Flags of this parser and of its commands."""
         found = list(self._option_string_actions)
         for action in self._actions:
             if isinstance(action, argparse._SubParsersAction):
@@ -121,7 +120,7 @@ def explicit_options(args: argparse.Namespace) -> dict[str, Any]:
     return typed
 
 
-def as_words(values: Mapping[str, Any]) -> list[str]:
+def to_command_line(values: Mapping[str, Any]) -> list[str]:
     """Return the command line that `explicit_options` reads these values from."""
     words = []
     for name, value in values.items():
@@ -146,17 +145,14 @@ def build_requests(
         base = {name: value for name, value in base.items() if name not in _NAMED_SIZE}
     if "preset" in typed:
         base = {name: value for name, value in base.items() if name not in _PRESET_OPTIONS}
-    values = base | typed
     seeds = typed.get("seed", [base.get("seed")])
-    requests = []
-    for seed in seeds:
-        request = GenerationRequest.from_dict(values | {"seed": seed})
+    requests = [GenerationRequest.from_dict(base | typed | {"seed": seed}) for seed in seeds]
+    for request in requests:
         request.validate()
-        requests.append(request)
     return requests
 
 
-def seeded(request: GenerationRequest, index: int) -> GenerationRequest:
+def resolve_seed(request: GenerationRequest, index: int) -> GenerationRequest:
     """Return the request with a seed: its own, that of its checkpoint, or a random one."""
     if request.checkpoint_every is None:
         return request.with_seed()

@@ -18,7 +18,7 @@ from mlx_sora.cli.flags import (
     add_request_flags,
     build_requests,
     explicit_options,
-    seeded,
+    resolve_seed,
 )
 from mlx_sora.cli.forecast import add_cluster_flags, read_cluster, show_forecasts
 from mlx_sora.cli.progress import (
@@ -226,8 +226,8 @@ def environment_notice() -> str:
 
 def _place(request: GenerationRequest, index: int) -> GenerationRequest:
     """The request with its output filled in; refuses early what is known to be unwritable."""
-    request = seeded(replace(request, output=request.output or DEFAULT_OUTPUT), index)
-    assert request.seed is not None, "seeded requests have one"
+    request = resolve_seed(replace(request, output=request.output or DEFAULT_OUTPUT), index)
+    assert request.seed is not None, "resolve_seed gives it one"
     assert request.output is not None, "there is a default"
     name = fill_template(request.output, prompt=request.prompt, seed=request.seed, index=index)
     frames = None if request.num_frames is None else parse_frames(request.num_frames)

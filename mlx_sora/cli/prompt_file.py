@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from mlx_sora.cli.flags import build_requests, seeded
+from mlx_sora.cli.flags import build_requests, resolve_seed
 from mlx_sora.errors import MlxSoraError, UsageError
 from mlx_sora.geometry import parse_frames
 from mlx_sora.request.generation import GenerationRequest
@@ -136,9 +136,9 @@ def _requests(
 
 def _add(batch: PromptFile, number: int, request: GenerationRequest, index: int) -> None:
     """Add a request with its output filled in, unless that is there already."""
-    request = seeded(request, index)
+    request = resolve_seed(request, index)
     assert request.output is not None, "_requests gives every request an output"
-    assert request.seed is not None, "seeded requests have one"
+    assert request.seed is not None, "resolve_seed gives it one"
     frames = 0 if request.num_frames is None else parse_frames(request.num_frames)
     name = fill_template(request.output, prompt=request.prompt, seed=request.seed, index=index)
     escaped = name.replace("{", "{{").replace("}", "}}")

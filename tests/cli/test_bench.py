@@ -18,7 +18,7 @@ from mlx_sora.cli.bench import memory
 from mlx_sora.cli.bench import memory as files
 from mlx_sora.cli.bench.measure import ChildFailed, Measured, measure
 from mlx_sora.cli.bench.memory import draw_memory
-from mlx_sora.cli.flags import Parser, add_request_flags, as_words, explicit_options
+from mlx_sora.cli.flags import Parser, add_request_flags, explicit_options, to_command_line
 from mlx_sora.cli.main import main
 from mlx_sora.errors import UsageError
 
@@ -252,7 +252,7 @@ def test_an_interrupt_leaves_nothing(folder: Path, number: signal.Signals) -> No
 def test_flags_are_read_back_as_they_were(options: dict[str, object]) -> None:
     parser = Parser()
     add_request_flags(parser, "generate")
-    assert explicit_options(parser.parse_args(as_words(options))) == options
+    assert explicit_options(parser.parse_args(to_command_line(options))) == options
 
 
 def test_parse_budgets() -> None:

@@ -25,7 +25,7 @@ WORDS = (
 )
 
 
-def test_every_flag_reaches_its_field(folder: Path, pipeline: FakePipeline) -> None:
+def test_flag_reaches_its_field(folder: Path, pipeline: FakePipeline) -> None:
     assert main(WORDS.split()) == 0
     expected = {
         "prompt": "p",
@@ -94,7 +94,7 @@ def names(text: str, flag: str) -> bool:
 
 
 @pytest.mark.parametrize(("task", "command"), COMMANDS.items())
-def test_help_shows_common_options_and_help_all_the_rest(
+def test_help_shows_common_options_and_help_all_shows_all(
     task: str, command: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     short, full = (shown(command, flag, capsys) for flag in ("--help", "--help-all"))

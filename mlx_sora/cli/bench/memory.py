@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlx_sora.cli.bench.measure import PEAK, Measured, measure
-from mlx_sora.cli.flags import add_debug_flag, add_request_flags, as_words, explicit_options
+from mlx_sora.cli.flags import add_debug_flag, add_request_flags, explicit_options, to_command_line
 from mlx_sora.cli.generate import load_pipeline
 from mlx_sora.errors import MemoryBudgetError
 from mlx_sora.memory.profiles import format_bytes, parse_bytes
@@ -128,7 +128,7 @@ def measure_row(pipeline: Pipeline, request: GenerationRequest, budget: int | No
         return BudgetRow(
             budget, reason=f"not run. It needs {format_bytes(needed)}, this machine has {has}."
         )
-    return BudgetRow(budget, measure(as_words(request.to_dict())))
+    return BudgetRow(budget, measure(to_command_line(request.to_dict())))
 
 
 def line(row: BudgetRow) -> str:

@@ -45,7 +45,7 @@ FULL = {
 }
 
 
-def test_round_trip() -> None:
+def test_request_round_trips_through_a_dict() -> None:
     request = GenerationRequest.from_dict(FULL)
     request.validate()
     assert request.to_dict() == FULL
@@ -62,28 +62,28 @@ def test_round_trip() -> None:
     ],
     ids=str,
 )
-def test_pictures_are_paths_with_or_without_more(images: object, expected: object) -> None:
+def test_images_take_paths_frames_and_strengths(images: object, expected: object) -> None:
     if expected is None:
         expected = [("a.png", 0, 1.0), ("b.png", -1, 1.0), ("c.png", -3, 0.5)]
     assert list(GenerationRequest(images=images).images) == expected  # type: ignore[arg-type]
 
 
-def test_references_are_a_list_or_joined() -> None:
+def test_references_take_a_list_or_joined_paths() -> None:
     assert GenerationRequest(references="a.png;b.mp4").references == ("a.png", "b.mp4")  # type: ignore[arg-type]
     assert GenerationRequest(references=["a.png"]).references == ("a.png",)  # type: ignore[arg-type]
 
 
-def test_a_request_with_media_is_plain_json() -> None:
+def test_request_with_media_is_plain_json() -> None:
     text = json.dumps(GenerationRequest.from_dict(FULL).to_dict())
     assert GenerationRequest.from_dict(json.loads(text)) == GenerationRequest.from_dict(FULL)
 
 
-def test_a_plain_request_records_only_its_prompt() -> None:
+def test_request_records_only_its_prompt_by_default() -> None:
     assert GenerationRequest(prompt="a").to_dict() == {"prompt": "a"}
     assert GenerationRequest().to_dict() == {"prompt": ""}
 
 
-def test_values_are_brought_to_their_type() -> None:
+def test_values_are_converted_to_the_type_of_the_field() -> None:
     request = GenerationRequest(
         prompt="a", seed=np.int64(4), fps=24, num_frames=" 51 ", output=Path("a") / "b.mp4"
     )
@@ -133,31 +133,31 @@ def test_values_are_brought_to_their_type() -> None:
         ("tdtm", 2.5),
     ],
 )
-def test_wrong_types_and_choices_name_the_option(name: str, value: object) -> None:
+def test_wrong_value_raises_and_names_the_option(name: str, value: object) -> None:
     with pytest.raises(UsageError) as caught:
         GenerationRequest.from_dict({"prompt": "a", name: value})
     assert label(name) in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
-def test_choices_are_listed() -> None:
+def test_wrong_choice_lists_the_choices() -> None:
     with pytest.raises(UsageError, match="auto, float32, bfloat16"):
         GenerationRequest(prompt="a", dtype="half")
 
 
 @pytest.mark.parametrize("name", [name for name, option in options().items() if option.required])
-def test_what_has_no_model_default_cannot_be_none(name: str) -> None:
+def test_required_option_refuses_none(name: str) -> None:
     with pytest.raises(UsageError, match=name):
         GenerationRequest.from_dict({name: None})
 
 
-def test_a_field_is_required_where_its_type_says_so() -> None:
+def test_field_is_required_unless_its_type_allows_none() -> None:
     """Every other default is None, which stands for the default of the model."""
     for field in dataclasses.fields(GenerationRequest):
         assert options()[field.name].required == ("None" not in str(field.type))
 
 
-def test_unknown_names_suggest_the_nearest() -> None:
+def test_unknown_option_suggests_the_nearest() -> None:
     with pytest.raises(UsageError, match="Did you mean guidance"):
         GenerationRequest.from_dict({"prompt": "a", "guidence": 3})
     with pytest.raises(UsageError, match="Valid: prompt, model"):
@@ -194,7 +194,7 @@ def test_unknown_names_suggest_the_nearest() -> None:
         {"num_frames": "3s"},
     ],
 )
-def test_what_no_model_can_serve_is_refused(values: dict[str, object]) -> None:
+def test_validate_refuses_unsupported_values(values: dict[str, object]) -> None:
     request = GenerationRequest.from_dict({"prompt": "a", **values})
     with pytest.raises(UsageError):
         request.validate()
@@ -216,26 +216,26 @@ def test_what_no_model_can_serve_is_refused(values: dict[str, object]) -> None:
         {"num_frames": "4s"},
     ],
 )
-def test_what_can_be_served_passes(values: dict[str, object]) -> None:
+def test_validate_accepts_supported_values(values: dict[str, object]) -> None:
     request = GenerationRequest.from_dict({"prompt": "a", **values})
     request.validate()
     assert values.items() <= request.to_dict().items()
 
 
-def test_seeds_are_kept_or_drawn() -> None:
+def test_with_seed_keeps_or_draws_a_seed() -> None:
     assert GenerationRequest(prompt="a", seed=0).with_seed().seed == 0
     drawn = {GenerationRequest(prompt="a").with_seed().seed for _ in range(8)}
     assert len(drawn) > 1
     assert all(seed is not None and 0 <= seed <= MAX_SEED for seed in drawn)
 
 
-def test_requests_are_immutable() -> None:
+def test_request_is_immutable() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         GenerationRequest(prompt="a").prompt = "b"  # type: ignore[misc]
 
 
 @pytest.mark.parametrize("name", [name for name, option in options().items() if option.high])
-def test_ranges_are_checked_by_validate(name: str) -> None:
+def test_validate_checks_every_range(name: str) -> None:
     option = options()[name]
     assert option.low is not None
     assert option.high is not None
@@ -248,7 +248,7 @@ def test_ranges_are_checked_by_validate(name: str) -> None:
         assert f"{option.label} {getattr(request, name)} is out of range." in str(caught.value)
 
 
-def test_flags_are_unique_and_the_first_follows_from_the_name() -> None:
+def test_flags_are_unique_and_follow_from_the_name() -> None:
     flags = [flag for option in options().values() for flag in option.flags]
     assert len(flags) == len(set(flags))
     assert [options()[name].flags for name in ("steps", "images", "guidance", "references")] == [

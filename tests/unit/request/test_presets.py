@@ -16,12 +16,12 @@ from mlx_sora.request.presets import PRESETS
 SMALL = {"prompt": "a red circle", "seed": 3, "steps": 4, "width": 32, "height": 32}
 
 
-def test_there_are_these() -> None:
+def test_presets_are_these() -> None:
     assert list(PRESETS) == ["exact", "balanced", "fast", "tiny-ram"]
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_a_preset_decides_every_technique(name: str) -> None:
+def test_preset_decides_every_technique(name: str) -> None:
     values = preset_values(name)
     assert set(ACCELERATIONS) <= set(values) <= {f.name for f in fields(GenerationRequest)}
     request = GenerationRequest("a", preset=name).with_preset()
@@ -36,23 +36,23 @@ def test_a_preset_decides_every_technique(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_what_is_given_stays(name: str) -> None:
+def test_preset_keeps_given_options(name: str) -> None:
     given = dict.fromkeys(ACCELERATIONS, OFF) | {"lpl": "fixed:2"}
     request = GenerationRequest("a", preset=name, **given).with_preset()  # type: ignore[arg-type]
     assert {key: getattr(request, key) for key in given} == given
 
 
-def test_without_a_preset_nothing_changes() -> None:
+def test_request_without_preset_stays_the_same() -> None:
     request = GenerationRequest("a")
     assert request.with_preset() is request
 
 
-def test_an_unknown_one_is_told_the_valid_ones() -> None:
+def test_unknown_preset_lists_the_valid_ones() -> None:
     with pytest.raises(UsageError, match="Valid: exact, balanced, fast, tiny-ram"):
         GenerationRequest("a", preset="slow")
 
 
-def test_it_is_recorded_with_what_it_meant() -> None:
+def test_preset_is_recorded_with_its_options() -> None:
     pipe = Pipeline.from_pretrained("shapes")
     request = GenerationRequest.from_dict({**SMALL, "num_frames": 1, "preset": "tiny-ram"})
     assert pipe.plan(request).stage("denoise").resident == 0
@@ -67,7 +67,7 @@ def test_it_is_recorded_with_what_it_meant() -> None:
     assert abs(video.frames.astype(int) - plain.frames).max() <= 1
 
 
-def test_another_preset_replaces_what_a_recorded_one_filled_in() -> None:
+def test_new_preset_replaces_the_options_of_a_recorded_one() -> None:
     recorded = GenerationRequest("a", seed=1, preset="fast", motion=3).with_preset().to_dict()
     replayed = build_requests({}, recorded)[0]
     assert replayed == GenerationRequest("a", seed=1, preset="fast", motion=3).with_preset()
