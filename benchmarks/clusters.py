@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from benchmarks.common import RESULTS, markdown, write_json
-from mlx_sora.distributed.cost_model import LINKS, Chip, estimate_step, read_chip
+from mlx_sora.distributed.cost_model import LINKS, Chip, estimate_step, parse_chip
 from mlx_sora.geometry import Size, plan_geometry
 from mlx_sora.memory.estimate import shape_sizes
 from mlx_sora.memory.plan import ModelSizes, Workload
@@ -47,8 +47,8 @@ def rows(model: ModelSizes, chip: Chip) -> list[Row]:
             for link in LINKS:
                 for ranks in (1, *RANKS) if link == LINKS[0] else RANKS:
                     best = estimate_step(model, job, chip, link, ranks)[0]
-                    row = (name, frames, link.name, ranks, best.division.mode)
-                    found.append(Row(*row, best.seconds, best.share, best.sent))
+                    row = (name, frames, link.name, ranks, best.parallel_plan.mode)
+                    found.append(Row(*row, best.seconds, best.exchange_share, best.sent_bytes))
     return found
 
 
@@ -77,7 +77,7 @@ def main() -> None:
     parser.add_argument("--chip", default="m4-max")
     parser.add_argument("--json", type=Path, default=RESULTS / "clusters.json")
     options = parser.parse_args()
-    chip = read_chip(options.chip)
+    chip = parse_chip(options.chip)
     table = rows(shape_sizes(2), chip)
     print(show(table))
     write_json(options.json, {"chip": asdict(chip), "rows": [asdict(row) for row in table]})

@@ -105,7 +105,7 @@ def measure(name: str, blocks: int, halves: int) -> dict[str, Any]:
     return {
         "seconds": min(seconds[1:]) / (1 if halves else ranks.size),
         "sent": sent,
-        "foretold": 0 if mesh is None else sent_bytes(net.config, grid, mesh.division),
+        "foretold": 0 if mesh is None else sent_bytes(net.config, grid, mesh.plan),
         "outcome": float(mx.abs(out).mean().item()),  # type: ignore[arg-type]
     }
 

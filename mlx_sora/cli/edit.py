@@ -16,7 +16,8 @@ from mlx_sora.cli.generate import (
     load_pipeline,
     show_plans,
 )
-from mlx_sora.cli.ranks import CommandGroup
+from mlx_sora.cli.ranks import broadcast_request
+from mlx_sora.distributed.group import Ranks, init_ranks
 from mlx_sora.request.edit import INJECT_STEPS, SAMPLER, EditRequest
 from mlx_sora.video.reader import is_video
 
@@ -49,30 +50,30 @@ def add_parser(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Make one edit, on all ranks that were launched."""
-    crew = CommandGroup()
-    with crew.watched():
-        return follow(args, crew)
+    ranks = init_ranks()
+    with ranks.watchdog_scope():
+        return follow(args, ranks)
 
 
-def follow(args: argparse.Namespace, crew: CommandGroup) -> int:
+def follow(args: argparse.Namespace, ranks: Ranks) -> int:
     """Make the edit; the exit code."""
-    edit = crew.broadcast_request(EditRequest, lambda: request_of(args))
-    renderer = choose_renderer(args, crew)
+    edit = broadcast_request(ranks, EditRequest, lambda: request_of(args))
+    renderer = choose_renderer(args, ranks)
     try:
-        with crew.together():
+        with ranks.collective_errors():
             pipeline = load_pipeline(edit.target.model, edit.target.dtype)
         notice = environment_notice()
         if notice:
             renderer.note(notice)
         if args.dry_run:
-            show_plans(crew, lambda: [pipeline.plan_edit(edit)], args.json_events)
+            show_plans(ranks, lambda: [pipeline.plan_edit(edit)], args.json_events)
             return 0
         with closing(pipeline.stream_edit(edit)) as events:
             for event in events:
                 renderer.handle(event)
     finally:
         renderer.close()
-    return crew.exit_code(0)
+    return int(ranks.broadcast_object(0))
 
 
 def request_of(args: argparse.Namespace) -> EditRequest:

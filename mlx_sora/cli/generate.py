@@ -20,7 +20,6 @@ from mlx_sora.cli.flags import (
     explicit_options,
     resolve_seed,
 )
-from mlx_sora.cli.forecast import add_cluster_flags, read_cluster, show_forecasts
 from mlx_sora.cli.progress import (
     BarRenderer,
     JsonRenderer,
@@ -30,7 +29,8 @@ from mlx_sora.cli.progress import (
     plan_table,
 )
 from mlx_sora.cli.prompt_file import PromptFile, read_batch
-from mlx_sora.cli.ranks import CommandGroup
+from mlx_sora.cli.ranks import add_cluster_flags, broadcast_request, read_cluster, show_estimates
+from mlx_sora.distributed.group import Ranks, init_ranks
 from mlx_sora.errors import UsageError
 from mlx_sora.geometry import parse_frames
 from mlx_sora.request.generation import GenerationRequest
@@ -101,35 +101,35 @@ def add_output_flags(parser: Parser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Make every video asked for, on all ranks that were launched."""
-    crew = CommandGroup()
-    with crew.watched():
-        return follow(args, crew)
+    ranks = init_ranks()
+    with ranks.watchdog_scope():
+        return follow(args, ranks)
 
 
-def follow(args: argparse.Namespace, crew: CommandGroup) -> int:
+def follow(args: argparse.Namespace, ranks: Ranks) -> int:
     """Make one video after the other; the exit code."""
     cluster = read_cluster(args)
-    batch = crew.broadcast_request(PromptFile, lambda: plan_requests(args))
-    renderer = choose_renderer(args, crew)
+    batch = broadcast_request(ranks, PromptFile, lambda: plan_requests(args))
+    renderer = choose_renderer(args, ranks)
     try:
         for path in batch.finished:
             renderer.note(f"{path} is there already")
         if batch.requests:
             first = batch.requests[0]
-            with crew.together():
+            with ranks.collective_errors():
                 pipeline = load_pipeline(first.model, first.dtype)
             notice = environment_notice()
             if notice:
                 renderer.note(notice)
             if args.dry_run:
-                show_plans(crew, lambda: map(pipeline.plan, batch.requests), args.json_events)
-                if cluster is not None and crew.first:
-                    show_forecasts(pipeline, batch.requests, cluster, args.json_events)
+                show_plans(ranks, lambda: map(pipeline.plan, batch.requests), args.json_events)
+                if cluster is not None and ranks.is_rank0:
+                    show_estimates(pipeline, batch.requests, cluster, args.json_events)
             else:
                 make(pipeline, batch, renderer, args.resume)
     finally:
         renderer.close()
-    return crew.exit_code(report(batch) if crew.first else 0)
+    return int(ranks.broadcast_object(report(batch) if ranks.is_rank0 else 0))
 
 
 def make(
@@ -158,11 +158,11 @@ def report(batch: PromptFile) -> int:
     return 0
 
 
-def show_plans(crew: CommandGroup, plan: Callable[[], Iterable[Plan]], as_json: bool) -> None:
+def show_plans(ranks: Ranks, plan: Callable[[], Iterable[Plan]], as_json: bool) -> None:
     """What each run would need, on stdout."""
-    with crew.together():
+    with ranks.collective_errors():
         for each in plan():
-            if crew.first:
+            if ranks.is_rank0:
                 print(json.dumps(each.to_dict()) if as_json else "\n".join(plan_table(each)))
 
 
@@ -201,9 +201,9 @@ def resumed(args: argparse.Namespace, typed: Mapping[str, Any]) -> GenerationReq
     return _place(resumed_request(Path(args.resume), typed), 0)
 
 
-def choose_renderer(args: argparse.Namespace, crew: CommandGroup) -> Renderer:
+def choose_renderer(args: argparse.Namespace, ranks: Ranks) -> Renderer:
     """How the flags want progress shown, by the rank that speaks."""
-    if not crew.first:
+    if not ranks.is_rank0:
         return SilentRenderer()
     if args.json_events:
         return JsonRenderer()

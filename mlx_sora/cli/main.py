@@ -17,7 +17,7 @@ from types import FrameType
 from mlx_sora import __version__
 from mlx_sora.cli import bench, calibrate, convert, doctor, download, edit, generate, info
 from mlx_sora.cli.flags import Parser, parse_args
-from mlx_sora.distributed.launch import launched, launched_rank
+from mlx_sora.distributed.launch import launch_backend, launch_rank
 from mlx_sora.errors import INTERRUPTED, MAX_MESSAGE, MlxSoraError, UsageError, printable
 
 COMMANDS = (generate, edit, download, convert, doctor, info, bench, calibrate)
@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = "--debug" in words
     try:
         args = parse_args(build_parser(), words)
-        if launched() is not None and not hasattr(args, "parallel_run"):
+        if launch_backend() is not None and not hasattr(args, "parallel_run"):
             raise UsageError(
                 f"This command runs in one process, not in several: {words[0]}.",
                 "Start it without mlx.launch.",
@@ -92,7 +92,7 @@ def sigterm_as_interrupt() -> Iterator[None]:
 def log_to_stderr(args: argparse.Namespace) -> Iterator[None]:
     """Show the package's log inside, as loud as the flags want it; then as before."""
     level = logging.WARNING
-    if launched_rank():
+    if launch_rank():
         level = logging.CRITICAL
     elif getattr(args, "verbose", False):
         level = logging.INFO
@@ -119,7 +119,7 @@ class _Plain(logging.Formatter):
 
 def _report(message: str, code: int, words: Sequence[str], rank: int = 0) -> None:
     """One line on stderr, and the same as an event where events were asked for, by one rank."""
-    if launched_rank() != rank:
+    if launch_rank() != rank:
         # mlx.launch ends all as soon as one has failed: the one that speaks goes first.
         time.sleep(1)
         return

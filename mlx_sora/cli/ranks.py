@@ -1,75 +1,169 @@
-"""A command on several ranks: the first reads, checks and speaks, the others follow in silence."""
+"""Commands on several ranks, and `generate --dry-run --ranks N`, which estimates a step on them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+import argparse
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from mlx_sora.distributed.launch import launched
+from mlx_sora.cli.flags import Parser
 from mlx_sora.errors import UsageError
+from mlx_sora.request.generation import GenerationRequest
 
 if TYPE_CHECKING:
+    from mlx_sora.distributed.cost_model import Chip, Link, StepEstimate
     from mlx_sora.distributed.group import Ranks
+    from mlx_sora.pipeline.pipeline import Pipeline
+
+#: Limit of --ranks; more is likely a typing error.
+MAX_RANKS = 1024
 
 
 class Broadcastable(Protocol):
-    """What a command is to make, which a rank can tell the others."""
+    """A request that rank 0 can send to the others."""
 
     @property
     def single_process(self) -> bool:
-        """Whether one rank is to make it by itself."""
+        """True if one rank makes it without the others."""
 
     def to_dict(self) -> dict[str, Any]:
-        """All that the others need, as plain JSON values."""
+        """Return all that the other ranks need, as plain JSON values."""
 
     @classmethod
     def from_dict(cls: type[T], values: Mapping[str, Any]) -> T:
-        """The same, of such values."""
+        """Invert `to_dict`."""
 
 
 T = TypeVar("T", bound=Broadcastable)
 
 
-class CommandGroup:
-    """The processes of one command. One alone, as most are, has no use for MLX here."""
+def broadcast_request(ranks: Ranks, kind: type[T], read: Callable[[], T]) -> T:
+    """Return `read()` of rank 0, whose flags, files and standard input count, on all ranks."""
+    if ranks.size == 1:
+        return read()
 
-    def __init__(self) -> None:
-        self._ranks: Ranks | None = None
-        if launched() is not None:
-            from mlx_sora.distributed.group import init_ranks
+    def read_shared() -> T:
+        request = read()
+        if request.single_process:
+            raise UsageError(
+                "--parallel off leaves nothing to the other ranks.",
+                "Start one process, without mlx.launch.",
+            )
+        return request
 
-            self._ranks = init_ranks()
+    request = ranks.on_rank0(read_shared)
+    values = ranks.broadcast_object(None if request is None else request.to_dict())
+    return kind.from_dict(values) if request is None else request
 
-    @property
-    def first(self) -> bool:
-        """Whether this process speaks."""
-        return self._ranks is None or self._ranks.is_rank0
 
-    def together(self) -> AbstractContextManager[None]:
-        """What fails in the block on one rank fails on all."""
-        return nullcontext() if self._ranks is None else self._ranks.collective_errors()
+@dataclass(frozen=True)
+class Cluster:
+    """Equal machines to estimate for."""
 
-    def watched(self) -> AbstractContextManager[None]:
-        """What ends the block on one rank ends it on all."""
-        return nullcontext() if self._ranks is None else self._ranks.watchdog_scope()
+    ranks: int
+    link: Link
+    chip: Chip
 
-    def broadcast_request(self, kind: type[T], plan: Callable[[], T]) -> T:
-        """What to make, as the first rank's files, flags and standard input have it."""
-        if self._ranks is None:
-            return plan()
-        made: T | None = None
-        with self.together():
-            if self.first:
-                made = plan()
-                if made.single_process:
-                    raise UsageError(
-                        "--parallel off leaves nothing to the other ranks.",
-                        "Start one process, without mlx.launch.",
-                    )
-        told = self._ranks.broadcast_object(None if made is None else made.to_dict())
-        return kind.from_dict(told) if made is None else made
 
-    def exit_code(self, code: int) -> int:
-        """The first rank's exit code; waits until all are done."""
-        return code if self._ranks is None else int(self._ranks.broadcast_object(code))
+def add_cluster_flags(parser: Parser) -> None:
+    """Add the flags of `--dry-run` for several machines."""
+    group = parser.add_argument_group("several machines, with --dry-run")
+    parser.hide(
+        group.add_argument(
+            "--ranks", type=int, metavar="N", help="also estimate a step on N equal machines"
+        ),
+        group.add_argument(
+            "--link",
+            metavar="LINK",
+            help="network between them: thunderbolt5 (default), 10gbe, wifi, or a measurement of "
+            "`bench link`",
+        ),
+        group.add_argument(
+            "--chip",
+            metavar="CHIP",
+            help="their chip: m1, m2, m3, m4, m4-pro, m4-max (default), m1-max, m1-ultra, or a "
+            "measurement of `bench link`",
+        ),
+    )
+
+
+def read_cluster(args: argparse.Namespace) -> Cluster | None:
+    """Return the cluster that the flags describe, if any. Raises UsageError."""
+    if (args.ranks, args.link, args.chip) == (None, None, None):
+        return None
+    if not args.dry_run:
+        raise UsageError(
+            "--ranks, --link and --chip are for --dry-run.",
+            "To run on several machines: mlx.launch --hostfile FILE -- python -m mlx_sora ...",
+        )
+    if args.ranks is None:
+        raise UsageError("--link and --chip need --ranks.", f"Give --ranks 1 to {MAX_RANKS}.")
+    if not 1 <= args.ranks <= MAX_RANKS:
+        raise UsageError(f"--ranks {args.ranks} is out of range.", f"Give 1 to {MAX_RANKS}.")
+    from mlx_sora.distributed.cost_model import parse_chip, parse_link
+
+    return Cluster(
+        args.ranks, parse_link(args.link or "thunderbolt5"), parse_chip(args.chip or "m4-max")
+    )
+
+
+def show_estimates(
+    pipeline: Pipeline, requests: Iterable[GenerationRequest], cluster: Cluster, as_json: bool
+) -> None:
+    """Print the estimates of a step of each request."""
+    for request in requests:
+        estimates = estimate_on_cluster(pipeline, request, cluster)
+        if as_json:
+            ways = list(map(_to_dict, estimates))
+            print(json.dumps({"chip": cluster.chip.name, "link": cluster.link.name, "ways": ways}))
+        else:
+            print("\n".join(_table(cluster, estimates)))
+
+
+def estimate_on_cluster(
+    pipeline: Pipeline, request: GenerationRequest, cluster: Cluster
+) -> list[StepEstimate]:
+    """Return estimates of a step: on one machine, then on the cluster, the fastest first."""
+    import mlx.core as mx
+
+    from mlx_sora.distributed.cost_model import estimate_step
+    from mlx_sora.loading.quantization import choose_quantization
+    from mlx_sora.loading.sizes import model_sizes
+
+    run = pipeline.prepare(request)
+    sizes = model_sizes(choose_quantization(pipeline.model, run.request.quantize), mx.bfloat16)
+    evaluations = run.workload.evaluations // run.settings.steps
+    return [
+        estimate
+        for ranks in (1, cluster.ranks)
+        for estimate in estimate_step(
+            sizes, run.workload, cluster.chip, cluster.link, ranks, evaluations
+        )
+    ]
+
+
+def _table(cluster: Cluster, estimates: Sequence[StepEstimate]) -> Iterator[str]:
+    single, *others = estimates
+    yield (
+        f"estimated, not measured: {cluster.chip.name}, {cluster.link.name}, one step without "
+        "accelerations"
+    )
+    yield f"{'ranks':<7}{'parallel':<10}{'s/step':>9}{'speed':>8}{'exchange':>10}{'sent':>11}"
+    for each in (single, *(other for other in others if other.parallel_plan.ranks > 1)):
+        yield (
+            f"{each.parallel_plan.ranks:<7}{each.parallel_plan.mode:<10}{each.seconds:>9.3g}"
+            f"{single.seconds / each.seconds:>7.2f}x{each.exchange_share:>10.0%}"
+            f"{each.sent_bytes / 1e6:>8.1f} MB"
+        )
+
+
+def _to_dict(estimate: StepEstimate) -> dict[str, Any]:
+    return {
+        "ranks": estimate.parallel_plan.ranks,
+        "parallel": estimate.parallel_plan.mode,
+        "seconds_per_step": estimate.seconds,
+        "share_of_exchange": estimate.exchange_share,
+        "bytes_sent_per_step": estimate.sent_bytes,
+    }

@@ -1,11 +1,11 @@
-"""How long a step would take on several equal machines over a link: arithmetic, not measurement.
+"""Estimates of a step on several equal machines: arithmetic, not measurement.
 
-A step lasts as long as the largest share of its work plus what is exchanged, one after the other:
+A step takes as long as the largest shard of its work plus the exchanges, one after the other:
 
-    seconds = work / ranks (more where shares are uneven) + sent / bandwidth + hops · latency
+    seconds = work / ranks (more if shards are uneven) + bytes / bandwidth + messages · latency
 
-`sent` and `hops` are what each rank sends in a ring, and how often it does (`parallel.sent_bytes`,
-`parallel.hops`). `mlx_sora bench link` measures what a cluster that is at hand reaches.
+`partition.sent_bytes` and `partition.sent_messages` count what each rank sends in a ring.
+`mlx_sora bench link` measures real machines.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from mlx_sora.distributed.partition import (
     ParallelPlan,
     choose_parallel,
-    hops,
     sent_bytes,
+    sent_messages,
     split_evenly,
 )
 from mlx_sora.errors import UsageError
@@ -30,7 +30,7 @@ from mlx_sora.memory.plan import ModelSizes, Workload
 
 @dataclass(frozen=True)
 class Link:
-    """What joins two machines: bytes per second one way, and seconds until the first arrives."""
+    """Link between two machines. bandwidth: bytes/s one way. latency: seconds to the first byte."""
 
     name: str
     bandwidth: float
@@ -38,8 +38,8 @@ class Link:
 
 
 #: thunderbolt5: MLX's ring reaches 48 Gb/s (ml-explore/mlx pull request 1985); a round trip takes
-#: 0.38 ms at best, over Wi-Fi 7.5 ms (exo-explore/exo issue 2295). 10gbe: what TCP leaves of
-#: 10 Gb/s, and an assumed round trip of 0.2 ms. wifi: 0.6 Gb/s, assumed.
+#: 0.38 ms at best, over Wi-Fi 7.5 ms (exo-explore/exo issue 2295). 10gbe: TCP's share of 10 Gb/s,
+#: and an assumed round trip of 0.2 ms. wifi: 0.6 Gb/s, assumed.
 LINKS = (
     Link("thunderbolt5", 6e9, 0.19e-3),
     Link("10gbe", 1.17e9, 0.1e-3),
@@ -49,7 +49,7 @@ LINKS = (
 
 @dataclass(frozen=True)
 class Chip:
-    """What one machine reaches: operations and bytes of memory per second."""
+    """Chip of one machine. flops: operations/s. bandwidth: bytes of memory/s."""
 
     name: str
     flops: float
@@ -58,25 +58,25 @@ class Chip:
 
 @dataclass(frozen=True)
 class StepEstimate:
-    """One way to divide a step. computing, exchanging: seconds; sent: bytes, by each rank."""
+    """Estimate of a step. sent_bytes: by each rank."""
 
-    division: ParallelPlan
-    computing: float
-    exchanging: float
-    sent: int
+    parallel_plan: ParallelPlan
+    compute_seconds: float
+    exchange_seconds: float
+    sent_bytes: int
 
     @property
     def seconds(self) -> float:
-        return self.computing + self.exchanging
+        return self.compute_seconds + self.exchange_seconds
 
     @property
-    def share(self) -> float:
-        """Of the step, what goes into exchanging."""
-        return self.exchanging / self.seconds
+    def exchange_share(self) -> float:
+        """Fraction of the time that goes into exchanges."""
+        return self.exchange_seconds / self.seconds
 
 
 def chips() -> dict[str, Chip]:
-    """Published speeds by chip, of which a share is assumed to be reached."""
+    """Return chips by name, with the assumed share of their published speeds."""
     return {
         device.name.rpartition(", ")[2].lower().replace(" ", "-"): Chip(
             device.name.rpartition(", ")[2],
@@ -88,23 +88,23 @@ def chips() -> dict[str, Chip]:
     }
 
 
-def read_chip(text: str) -> Chip:
-    """A chip by name, or measured, such as 1.3TFLOPS (as `bench link` prints it)."""
+def parse_chip(text: str) -> Chip:
+    """Return a chip by name or by measured speed, such as 1.3TFLOPS (printed by `bench link`)."""
     known = chips()
     found = re.fullmatch(r"(\d+(?:\.\d+)?)TFLOPS", text, re.IGNORECASE)
     if found and float(found[1]) > 0:
-        # Measured work includes moving it through memory.
+        # The measured speed includes the traffic of memory.
         return Chip(text, float(found[1]) * 1e12, float("inf"))
     if text.lower() not in known:
         raise UsageError(
             f"Unknown chip {text[:40]!r}.",
-            f"Give one of {', '.join(known)}, or what bench link measured, such as 1.3TFLOPS.",
+            f"Give one of {', '.join(known)}, or the speed from bench link, such as 1.3TFLOPS.",
         )
     return known[text.lower()]
 
 
-def read_link(text: str) -> Link:
-    """A link by name, or measured, such as 4.8GB/s,0.2ms (as `bench link` prints it)."""
+def parse_link(text: str) -> Link:
+    """Return a link by name or as measured, such as 4.8GB/s,0.2ms (printed by `bench link`)."""
     for link in LINKS:
         if text.lower() == link.name:
             return link
@@ -112,47 +112,62 @@ def read_link(text: str) -> Link:
     if found is None or float(found[1]) <= 0:
         raise UsageError(
             f"Unknown link {text[:40]!r}.",
-            f"Give one of {', '.join(link.name for link in LINKS)}, or what bench link measured, "
-            "such as 4.8GB/s,0.2ms.",
+            f"Give one of {', '.join(link.name for link in LINKS)}, or the figures from bench "
+            "link, such as 4.8GB/s,0.2ms.",
         )
     scale = 1e9 if found[2].upper() == "G" else 1e6
     return Link(text, float(found[1]) * scale, float(found[3]) / 1e3)
 
 
-#: Weights of two bytes, as many operations ahead as MLX likes.
-GPU = ExecutionMode(gpu=True, throttled=False, itemsize=2)
+#: Weights of two bytes, and MLX free to queue operations.
+_MODE = ExecutionMode(gpu=True, throttled=False, itemsize=2)
 
 
 def estimate_step(
-    model: ModelSizes, job: Workload, chip: Chip, link: Link, ranks: int
+    model: ModelSizes,
+    workload: Workload,
+    chip: Chip,
+    link: Link,
+    ranks: int,
+    evaluations: int = 1,
 ) -> list[StepEstimate]:
-    """A plain evaluation of `job` divided among `ranks`, in every way, the fastest first.
+    """Return estimates of a step on `ranks`, one for each way to split it, fastest first.
 
-    Embedders and the final layer, below 1 %, are taken as divided too; all blocks as resident.
+    No accelerations. Embedders and the final layer, below 1 %, count as split too; all blocks are
+    resident. evaluations: of the network in a step.
     """
-    asked = ("sequence", "auto") if ranks > 1 else ("auto",)
-    ways = dict.fromkeys(choose_parallel(each, ranks, guided=job.guided) for each in asked)
-    found = [_forecast(model, job, chip, link, way) for way in ways]
-    return sorted(found, key=lambda forecast: forecast.seconds)
+    modes = ("sequence", "auto") if ranks > 1 else ("auto",)
+    plans = dict.fromkeys(choose_parallel(mode, ranks, guided=workload.guided) for mode in modes)
+    estimates = [_estimate(model, workload, chip, link, plan, evaluations) for plan in plans]
+    return sorted(estimates, key=lambda estimate: estimate.seconds)
 
 
-def _forecast(
-    model: ModelSizes, job: Workload, chip: Chip, link: Link, division: ParallelPlan
+def _estimate(
+    model: ModelSizes,
+    workload: Workload,
+    chip: Chip,
+    link: Link,
+    plan: ParallelPlan,
+    evaluations: int,
 ) -> StepEstimate:
-    config, batch = model.transformer, 2 if job.guided else 1
-    grid = Grid.of(config, job.geometry.latent, batch, job.text_tokens)
-    largest = _largest_share(grid, division)
-    moved = transformer_work(config, grid, GPU) * 2 * config.depth
-    computing = max(
-        largest * flops.transformer_flops(config, grid) / chip.flops,
-        (model.transformer_weights.total + largest * moved) / chip.bandwidth,
+    config, batch = model.transformer, 2 if workload.guided else 1
+    grid = Grid.of(config, workload.geometry.latent, batch, workload.text_tokens)
+    share = _largest_share(grid, plan)
+    activation_bytes = transformer_work(config, grid, _MODE) * 2 * config.depth
+    compute_seconds = max(
+        share * flops.transformer_flops(config, grid) / chip.flops,
+        (model.transformer_weights.total + share * activation_bytes) / chip.bandwidth,
     )
-    sent, waits = sent_bytes(config, grid, division), hops(config, grid, division)
-    return StepEstimate(division, computing, sent / link.bandwidth + waits * link.latency, sent)
+    sent, messages = sent_bytes(config, grid, plan), sent_messages(config, grid, plan)
+    exchange_seconds = sent / link.bandwidth + messages * link.latency
+    return StepEstimate(
+        plan, compute_seconds * evaluations, exchange_seconds * evaluations, sent * evaluations
+    )
 
 
-def _largest_share(grid: Grid, division: ParallelPlan) -> float:
-    """Of an evaluation, what the rank with most to do has: by frames and by places in turn."""
-    frames = max(map(len, split_evenly(grid.frames, division.sp_degree))) / grid.frames
-    places = max(map(len, split_evenly(grid.tokens, division.sp_degree))) / grid.tokens
-    return (frames + places) / 2 / division.cfg_degree
+def _largest_share(grid: Grid, plan: ParallelPlan) -> float:
+    """Return the largest fraction of an evaluation that a rank computes."""
+    frames = max(map(len, split_evenly(grid.frames, plan.sp_degree))) / grid.frames
+    tokens = max(map(len, split_evenly(grid.tokens, plan.sp_degree))) / grid.tokens
+    # Half of the blocks are split by frames, half by tokens.
+    return (frames + tokens) / 2 / plan.cfg_degree

@@ -1,7 +1,7 @@
-"""The processes that make a video together: who they are, and what they tell each other.
+"""The ranks of a run and their collectives, on top of mx.distributed.
 
-They are started by `mlx.launch` (or mpirun) and found by MLX's own distributed engine; started
-without, a process is alone and none of it is touched.
+`mlx.launch` (or mpirun) starts the ranks. A process that was started by itself is one rank without
+a group: its collectives return at once and load no MLX.
 """
 
 from __future__ import annotations
@@ -10,112 +10,117 @@ import json
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from functools import cache
-from typing import Any, TypeVar
-
-import mlx.core as mx
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from mlx_sora import errors
-from mlx_sora.distributed.launch import launched
-from mlx_sora.distributed.watchdog import Watchdog
+from mlx_sora.distributed.launch import launch_backend
 from mlx_sora.errors import MlxSoraError, UsageError
-from mlx_sora.utils.state import flatten_state, unflatten_state
+
+if TYPE_CHECKING:
+    import mlx.core as mx
+
+    from mlx_sora.distributed.watchdog import Watchdog
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
 class Ranks:
-    """The processes of a run. group: None for one alone, which tells nobody anything.
+    """Ranks that make a video together. All of them call each collective, in the same order.
 
-    watch: over the others, if anybody watches. ring: neighbours can be spoken to alone. Every
-    method has to be called by all of them, in the same order.
+    group: None for a single process. watchdog: ends this rank when another fails. ring: neighbours
+    can send to each other (`exchange`). sent_bytes: bytes that this rank has sent, as a ring counts
+    them.
     """
 
     def __init__(
         self,
         group: mx.distributed.Group | None = None,
-        watch: Watchdog | None = None,
+        watchdog: Watchdog | None = None,
         *,
         ring: bool = False,
     ) -> None:
-        self._group, self._watch, self.ring = group, watch, ring
-        self._receiving: mx.Stream | None = None
+        self._group, self._watchdog, self.ring = group, watchdog, ring
+        self._recv_stream: mx.Stream | None = None
         self.rank, self.size = (0, 1) if group is None else (group.rank(), group.size())
-        #: Bytes that this rank has sent, as a ring counts them.
         self.sent_bytes = 0
 
     @property
     def is_rank0(self) -> bool:
-        """Whether this is the rank that writes files and speaks to the user."""
+        """True on the rank that writes files and reports to the user."""
         return self.rank == 0
 
     def all_gather(self, x: mx.array) -> mx.array:
-        """Arrays of one shape from all, [size, *x.shape], lazy."""
+        """Return the x of all ranks, which have one shape, as [size, *x.shape]. Lazy."""
         if self._group is None:
             return x[None]
-        if self._watch is not None:
-            self._watch.progress()
-        self.sent_bytes += (self.size - 1) * x.nbytes
+        import mlx.core as mx
+
+        self._begin_collective((self.size - 1) * x.nbytes)
         return mx.distributed.all_gather(x[None], group=self._group)
 
     def exchange(self, x: mx.array, shape: Sequence[int]) -> mx.array:
-        """x to the neighbour (of ranks 0 and 1, 2 and 3, ...), its array of `shape` in return."""
-        if self._receiving is None:
-            self._receiving = mx.new_thread_unsafe_stream(mx.cpu)
-        if self._watch is not None:
-            self._watch.progress()
+        """Send x to the neighbour (ranks 0 and 1, 2 and 3, ...); return its array of `shape`."""
+        import mlx.core as mx
+
+        if self._recv_stream is None:
+            self._recv_stream = mx.new_thread_unsafe_stream(mx.cpu)
+        self._begin_collective(x.nbytes)
         x, other = mx.contiguous(x), self.rank ^ 1
         mx.eval(x)
-        self.sent_bytes += x.nbytes
-        # Both at a time: were all to send first, long arrays would wait for each other for ever.
-        theirs = mx.distributed.recv(
-            shape, x.dtype, other, group=self._group, stream=self._receiving
+        # Receive while sending: if both sent first, long arrays would deadlock.
+        received = mx.distributed.recv(
+            shape, x.dtype, other, group=self._group, stream=self._recv_stream
         )
-        mx.async_eval(theirs)
+        mx.async_eval(received)
         mx.eval(mx.distributed.send(x, other, group=self._group))
-        mx.eval(theirs)
-        return theirs
+        mx.eval(received)
+        return received
 
     def split(self, color: int) -> Ranks | None:
-        """Those of one color among themselves; None where the backend knows no groups."""
-        assert self._group is not None, "there is nobody to part from"
+        """Return the sub-group of the ranks with this color; None if the backend cannot split."""
+        assert self._group is not None, "a single process has no sub-groups"
         try:
-            return Ranks(self._group.split(color), self._watch)
+            return Ranks(self._group.split(color), self._watchdog)
         except RuntimeError:
             return None
 
     def all_gather_bytes(self, data: bytes) -> list[bytes]:
-        """What each rank has to say, by rank."""
+        """Return the data of all ranks, by rank. Lengths may differ."""
         if self._group is None:
             return [data]
+        import mlx.core as mx
+
         lengths: list[int] = self.all_gather(mx.array(len(data), mx.int64)).tolist()  # type: ignore[assignment]
         longest = max(lengths)
         if longest == 0:
             return [b""] * self.size
         own = mx.array(memoryview(data.ljust(longest, b"\0")))  # type: ignore[arg-type]
-        found = memoryview(self.all_gather(own)).tobytes()  # type: ignore[arg-type]
-        return [found[i * longest : i * longest + n] for i, n in enumerate(lengths)]
+        gathered = memoryview(self.all_gather(own)).tobytes()  # type: ignore[arg-type]
+        return [gathered[i * longest : i * longest + n] for i, n in enumerate(lengths)]
 
     def all_gather_object(self, value: Any) -> list[Any]:
-        """Plain JSON values of all, by rank."""
+        """Return the plain JSON values of all ranks, by rank."""
         return [json.loads(data) for data in self.all_gather_bytes(json.dumps(value).encode())]
 
     def broadcast_object(self, value: Any) -> Any:
-        """A plain JSON value of the first rank; what others give is not looked at."""
+        """Return rank 0's plain JSON value. Other ranks' values are ignored."""
         data = json.dumps(value).encode() if self.is_rank0 else b""
         return json.loads(self.all_gather_bytes(data)[0])
 
     def broadcast(self, x: mx.array | None) -> mx.array:
-        """An array of the first rank, evaluated; what others give is not looked at."""
+        """Return rank 0's array, evaluated. Other ranks' arrays are ignored."""
         if self._group is None:
-            assert x is not None, "one process alone has what it asks for"
+            assert x is not None, "rank 0 gives the array"
             return x
-        kind = None if x is None else (x.shape, str(x.dtype).split(".")[-1])
-        shape, dtype = self.broadcast_object(kind)
+        import mlx.core as mx
+
+        header = None if x is None else (x.shape, str(x.dtype).split(".")[-1])
+        shape, dtype = self.broadcast_object(header)
         own = x if self.is_rank0 and x is not None else mx.zeros(shape, getattr(mx, dtype))
-        found = mx.contiguous(self.all_gather(own)[0])
-        mx.eval(found)
-        return found
+        received = mx.contiguous(self.all_gather(own)[0])
+        mx.eval(received)
+        return received
 
     def broadcast_state(self, value: Any) -> Any:
         """Return rank 0's value: arrays and plain JSON values, nested in mappings and lists.
@@ -124,12 +129,14 @@ class Ranks:
         """
         if self._group is None:
             return value
+        from mlx_sora.utils.state import flatten_state, unflatten_state
+
         arrays: dict[str, mx.array] = {}
         record = self.broadcast_object(flatten_state(value, "root", arrays))
         names = self.broadcast_object(list(arrays))
         return unflatten_state(record, {name: self.broadcast(arrays.get(name)) for name in names})
 
-    def on_rank0(self, work: Callable[[], Item]) -> Item | None:
+    def on_rank0(self, work: Callable[[], Result]) -> Result | None:
         """Return `work()` on rank 0, None on the others. Its error is raised on all ranks."""
         with self.collective_errors():
             return work() if self.is_rank0 else None
@@ -144,7 +151,7 @@ class Ranks:
         return None
 
     def raise_if_all_fail(self, check: Callable[[], None]) -> None:
-        """Raise what `check` raises, where it does on every rank."""
+        """Run `check`; raise its MlxSoraError only if it fails on every rank."""
         failure: MlxSoraError | None = None
         try:
             check()
@@ -156,9 +163,9 @@ class Ranks:
 
     @contextmanager
     def collective_errors(self) -> Iterator[None]:
-        """What fails on one rank in the block, which is about no exchange, fails on all of them.
+        """If the block raises on one rank, raise on all. The block must not call collectives.
 
-        All then raise the first rank's error, or else that of the first that has one.
+        All raise the error of the lowest rank that has one.
         """
         failure: Exception | None = None
         try:
@@ -166,7 +173,7 @@ class Ranks:
         except Exception as error:
             failure = error
         if self.size > 1:
-            failure = self._first_failure(failure)
+            failure = self._first_error(failure)
         if failure is not None:
             if isinstance(failure, MlxSoraError):
                 failure.on_all_ranks = True
@@ -174,40 +181,45 @@ class Ranks:
 
     @contextmanager
     def watchdog_scope(self) -> Iterator[None]:
-        """A block whose end by any error or interrupt, on any rank, ends it on all of them.
+        """If an error or interrupt ends the block on one rank, end it on all.
 
-        Raises RankLostError where it was another's. Where the main thread hangs in an exchange that
-        will never be, the process ends with that error's line and exit code.
+        Raises RankLostError if another rank failed. If the main thread hangs in a collective that
+        will never return, the process ends with that error's line and exit code.
         """
-        if self._watch is None:
+        if self._watchdog is None:
             yield
             return
-        with self._watch.block():
+        with self._watchdog.scope():
             yield
 
     def watch_events(self, events: Generator[Item, None, None]) -> Generator[Item, None, None]:
-        """The same events, in a watched block."""
+        """Yield the events inside a watchdog scope."""
         with self.watchdog_scope(), closing(events):
             for event in events:
-                if self._watch is not None:
-                    self._watch.tick()
+                if self._watchdog is not None:
+                    self._watchdog.tick()
                 yield event
 
     def check_equal(self, facts: Mapping[str, Any]) -> None:
-        """Raise UsageError, on all ranks, where one knows something else than the first."""
-        told = self.all_gather_object(dict(facts))
-        for rank, other in enumerate(told):
-            for name in {**told[0], **other}:
-                if other.get(name) != told[0].get(name):
+        """Raise UsageError on all ranks if the facts of one differ from those of rank 0."""
+        gathered = self.all_gather_object(dict(facts))
+        for rank, other in enumerate(gathered):
+            for name in {**gathered[0], **other}:
+                if other.get(name) != gathered[0].get(name):
                     raise UsageError(
                         f"Rank {rank} has {name} {_short(other.get(name))}, rank 0 has "
-                        f"{_short(told[0].get(name))}.",
+                        f"{_short(gathered[0].get(name))}.",
                         "Give all ranks the same versions, weights and request.",
                     )
 
-    def _first_failure(self, own: Exception | None) -> Exception | None:
-        failures = self.all_gather_object(None if own is None else serialize_error(own))
-        for rank, other in enumerate(failures):
+    def _begin_collective(self, sent_bytes: int) -> None:
+        if self._watchdog is not None:
+            self._watchdog.begin_collective()
+        self.sent_bytes += sent_bytes
+
+    def _first_error(self, own: Exception | None) -> Exception | None:
+        gathered = self.all_gather_object(None if own is None else serialize_error(own))
+        for rank, other in enumerate(gathered):
             if other is not None:
                 kind, message, fix = other
                 return own if rank == self.rank else deserialize_error(kind, message, fix, rank)
@@ -220,24 +232,29 @@ def _short(value: Any) -> str:
 
 
 def serialize_error(error: Exception) -> tuple[str, str, str]:
-    """Class, message and fix of an error."""
+    """Return class name, message and fix of an error."""
     if isinstance(error, MlxSoraError):
         return type(error).__name__, error.message, error.fix
     return "MlxSoraError", f"{type(error).__name__}: {' '.join(str(error).split())[:300]}", ""
 
 
 def deserialize_error(kind: str, message: str, fix: str, rank: int = 0) -> MlxSoraError:
-    """Another rank's error as our own; names the rank unless it is the first."""
-    known: type[MlxSoraError] = getattr(errors, kind, MlxSoraError)
-    return known(f"rank {rank}: {message}" if rank else message, fix)
+    """Return the error of another rank. Its message names the rank unless that is 0."""
+    error_class: type[MlxSoraError] = getattr(errors, kind, MlxSoraError)
+    return error_class(f"rank {rank}: {message}" if rank else message, fix)
 
 
 @cache
 def init_ranks() -> Ranks:
-    """The ranks that this process was launched with. Raises MlxSoraError where they do not meet."""
-    backend = launched()
+    """Return the ranks that this process was launched with; a single one without a launcher.
+
+    Raises MlxSoraError if they cannot connect.
+    """
+    backend = launch_backend()
     if backend is None:
         return Ranks()
+    import mlx.core as mx
+
     try:
         group = mx.distributed.init(strict=True, backend=backend)
     except RuntimeError as error:
@@ -248,6 +265,8 @@ def init_ranks() -> Ranks:
         ) from None
     ranks = Ranks(group)
     if ranks.size > 1:
-        watch = Watchdog(ranks.rank, ranks.size, ranks.all_gather_bytes)
-        ranks = Ranks(group, watch, ring=backend == "ring")
+        from mlx_sora.distributed.watchdog import Watchdog
+
+        watchdog = Watchdog(ranks.rank, ranks.size, ranks.all_gather_bytes)
+        ranks = Ranks(group, watchdog, ring=backend == "ring")
     return ranks

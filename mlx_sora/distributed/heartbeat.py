@@ -1,9 +1,9 @@
-"""Ranks of one run that watch each other, so that none waits for ever for one that is gone.
+"""Heartbeats between ranks, so that none waits for ever for one that is gone.
 
-MLX's collectives block until all ranks have come; they say neither who is missing nor why. Beside
-them, every rank keeps one TCP connection to rank 0, on which both sides tell each second that they
-live, how far their work is and how much processor time it has taken. Rank 0 judges, and passes on
-what it finds, so that all ranks end with the same cause.
+MLX's collectives block until all ranks have come and do not say which one is missing, or why. So
+every rank keeps a TCP connection to rank 0. Each second both sides send how many collectives they
+have begun and how much processor time they have used. Rank 0 decides which rank is at fault and
+tells all others, so that all ranks end with the same cause.
 """
 
 from __future__ import annotations
@@ -22,21 +22,23 @@ from typing import Any
 
 from mlx_sora.errors import MlxSoraError
 
-#: What to do when machines do not find each other.
-NETWORK = "Let them reach each other on any port, or run on one of them."
+_NETWORK_FIX = "Let them reach each other on any port, or run on one of them."
 
-#: Share of a processor that a rank may use and yet do nothing. Sampling memory takes less than half
-#: of it, reading weights at 50 MB/s four times as much.
-HOUSEKEEPING = 0.01
+#: Share of a processor below which a rank counts as idle. Sampling memory takes less than half of
+#: it, reading weights at 50 MB/s four times as much.
+IDLE_CPU_SHARE = 0.01
 
-#: Gives every rank the same number of bytes of every rank, in order.
-Share = Callable[[bytes], Sequence[bytes]]
+#: Collective that returns the bytes of every rank, by rank; all give the same number of bytes.
+AllGatherBytes = Callable[[bytes], Sequence[bytes]]
 
 
 @dataclass(frozen=True)
 class Timeouts:
-    """Seconds. beat: between signs of life; silence: without any, a rank is lost; idle: a rank that
-    others wait for and that uses no processor time hangs; connect: for all to find rank 0.
+    """Timeouts in seconds.
+
+    interval: between heartbeats. silence: a rank is lost after so long without one. idle: a rank
+    that others wait for hangs after so long without processor time. connect: for all to find rank
+    0.
     """
 
     interval: float = 1.0
@@ -47,7 +49,7 @@ class Timeouts:
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a run of several ranks ended: the rank at fault, what it did, and its exit code."""
+    """Reason why a run of several ranks ended: the rank at fault, the cause, the exit code."""
 
     rank: int
     cause: str
@@ -59,171 +61,180 @@ class Failure:
 
 @dataclass
 class PeerState:
-    """What is known of a rank. work: units its main thread has begun; signs: that it has given of
-    other work; busy: processor seconds. heard, moved: when it was last heard of, and when any of
-    these last grew.
+    """Last known state of a rank.
+
+    collectives: number begun. ticks: signs of other work. cpu_seconds: processor time.
+    last_heard: time of the last heartbeat. last_progress: of the last in which any of these grew.
     """
 
-    work: int = 0
+    collectives: int = 0
     ticks: int = 0
     cpu_seconds: float = 0.0
-    heard: float = field(default_factory=time.monotonic)
-    moved: float = field(default_factory=time.monotonic)
+    last_heard: float = field(default_factory=time.monotonic)
+    last_progress: float = field(default_factory=time.monotonic)
 
-    def record_heartbeat(self, work: int, signs: int, busy: float) -> None:
-        """Take a sign of life. A small share of a processor is housekeeping, however long."""
-        self.heard = time.monotonic()
-        idle = self.cpu_seconds + 0.03 + HOUSEKEEPING * (self.heard - self.moved)
-        if work > self.work or signs > self.ticks or busy > idle:
-            self.work, self.ticks, self.cpu_seconds, self.moved = work, signs, busy, self.heard
+    def record_heartbeat(self, collectives: int, ticks: int, cpu_seconds: float) -> None:
+        """Update the state. Processor time up to IDLE_CPU_SHARE is no progress."""
+        self.last_heard = time.monotonic()
+        idle = self.cpu_seconds + 0.03 + IDLE_CPU_SHARE * (self.last_heard - self.last_progress)
+        if collectives > self.collectives or ticks > self.ticks or cpu_seconds > idle:
+            self.collectives, self.ticks, self.cpu_seconds = collectives, ticks, cpu_seconds
+            self.last_progress = self.last_heard
 
 
 class Heartbeat:
-    """This rank's part of the watch; made by all ranks at the same time.
+    """Heartbeat of this rank. All ranks make one at the same time.
 
-    share: a collective of all ranks. failure: why the run is over, once it is. on_failure: called
-    in a thread of its own when this rank did not end the run itself, as the main thread may be held
-    in a collective that never returns.
+    all_gather: a collective of all ranks. failure: why the run is over, or None. on_failure: called
+    in the heartbeat's thread if another rank failed, as the main thread may be blocked in a
+    collective.
     """
 
     def __init__(
         self,
         rank: int,
         size: int,
-        share: Share,
+        all_gather: AllGatherBytes,
         on_failure: Callable[[Failure], None],
-        patience: Timeouts | None = None,
+        timeouts: Timeouts | None = None,
     ) -> None:
         self.rank, self.size = rank, size
         self.failure: Failure | None = None
-        self._patience = patience or Timeouts()
+        self._timeouts = timeouts or Timeouts()
         self._on_failure = on_failure
-        self._work, self._signs, self._own = 0, 0, False
-        self._known, self._over = threading.Event(), threading.Event()
-        self._lives = {other: PeerState() for other in range(size)}
-        self._links: dict[int, _Link] = _rendezvous(rank, size, share, self._patience)
-        self._thread = threading.Thread(target=self._watch, name="peers", daemon=True)
+        self._collectives, self._ticks, self._failed_here = 0, 0, False
+        self._failed, self._closed = threading.Event(), threading.Event()
+        self._peers = {other: PeerState() for other in range(size)}
+        self._connections = _rendezvous(rank, size, all_gather, self._timeouts)
+        self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
         self._thread.start()
 
-    def progress(self) -> None:
-        """The main thread begins another unit of work that all ranks do, such as a collective."""
-        self._work += 1
+    def begin_collective(self) -> None:
+        """Count a collective that the main thread begins."""
+        self._collectives += 1
 
     def tick(self) -> None:
-        """The main thread is at work of its own."""
-        self._signs += 1
+        """Count a sign of other work in the main thread."""
+        self._ticks += 1
 
     def fail(self, cause: str, exit_code: int = 1) -> None:
-        """This rank ends the run, and tells the others why."""
+        """End the run and report the cause to the other ranks."""
         if self.failure is None:
-            self._own = True
-            self._settle(Failure(self.rank, cause, exit_code))
+            self._failed_here = True
+            self._set_failure(Failure(self.rank, cause, exit_code))
             self._thread.join()
 
     def wait(self, seconds: float) -> Failure | None:
-        """Why the run is over, as soon as that is known; a broken collective does not say."""
-        self._known.wait(seconds)
+        """Return why the run is over as soon as that is known; None after so many seconds."""
+        self._failed.wait(seconds)
         return self.failure
 
     def close(self) -> None:
-        """The work is done: no rank will miss this one, unless it has come further."""
-        if not self._over.is_set():
-            self._over.set()
+        """End the heartbeat: this rank is done. Others fail if they begin more collectives."""
+        if not self._closed.is_set():
+            self._closed.set()
             self._thread.join()
-        for link in self._links.values():
-            link.send({"work": self._work, "signs": self._signs, "busy": 0.0})
-            link.send({"bye": True})
-            link.part(self._patience.interval)
-        for link in self._links.values():
-            link.socket.close()
+        for connection in self._connections.values():
+            connection.send(self._state(0.0))
+            connection.send({"finished": True})
+            connection.shut_down(self._timeouts.interval)
+        for connection in self._connections.values():
+            connection.socket.close()
 
-    def _settle(self, failure: Failure) -> None:
-        self.failure = failure
-        for link in self._links.values():
-            link.send({"failure": asdict(failure)})
-        self._known.set()
+    def _state(self, cpu_seconds: float) -> dict[str, Any]:
+        return {
+            "collectives": self._collectives,
+            "ticks": self._ticks,
+            "cpu_seconds": cpu_seconds,
+        }
 
-    def _watch(self) -> None:
-        """Read, tell and judge until the run is over."""
+    def _run(self) -> None:
+        """Receive, send and check until the run is over."""
         with selectors.DefaultSelector() as selector:
-            for rank, link in self._links.items():
-                selector.register(link.socket, selectors.EVENT_READ, rank)
-            told = 0.0
-            while not self._over.is_set() and self.failure is None:
-                for key, _ in selector.select(self._patience.interval / 4):
-                    self._read(key.data, selector)
-                if time.monotonic() - told >= self._patience.interval:
-                    told = time.monotonic()
-                    self._tell()
-                    self._judge()
+            for rank, connection in self._connections.items():
+                selector.register(connection.socket, selectors.EVENT_READ, rank)
+            last_sent = 0.0
+            while not self._closed.is_set() and self.failure is None:
+                for key, _ in selector.select(self._timeouts.interval / 4):
+                    self._receive(key.data, selector)
+                if time.monotonic() - last_sent >= self._timeouts.interval:
+                    last_sent = time.monotonic()
+                    self._send_heartbeat()
+                    self._check_peers()
         if self.failure is not None:
-            for link in self._links.values():
-                link.part(self._patience.interval)
-            if not self._own:
+            for connection in self._connections.values():
+                connection.shut_down(self._timeouts.interval)
+            if not self._failed_here:
                 self._on_failure(self.failure)
 
-    def _read(self, rank: int, selector: selectors.BaseSelector) -> None:
-        link = self._links[rank]
-        messages = link.receive()
+    def _receive(self, rank: int, selector: selectors.BaseSelector) -> None:
+        connection = self._connections[rank]
+        messages = connection.receive()
         if messages is None:
-            selector.unregister(link.socket)
-            if not link.left:
-                self._found(Failure(rank, "has died."))
+            selector.unregister(connection.socket)
+            if not connection.finished:
+                self._report(Failure(rank, "has died."))
             return
         for message in messages:
             if "failure" in message:
-                self._found(Failure(**message["failure"]))
-            elif "bye" in message:
-                link.left = True
+                self._report(Failure(**message["failure"]))
+            elif "finished" in message:
+                connection.finished = True
             else:
-                self._lives[rank].record_heartbeat(**message)
+                self._peers[rank].record_heartbeat(**message)
 
-    def _tell(self) -> None:
-        # What watching itself costs is no sign of work.
-        busy = time.process_time() - time.thread_time()
-        now = {"work": self._work, "signs": self._signs, "busy": busy}
-        self._lives[self.rank].record_heartbeat(**now)  # type: ignore[arg-type]
-        for link in self._links.values():
-            link.send(now)
+    def _send_heartbeat(self) -> None:
+        # Without the time of this thread: the heartbeat itself is no work.
+        state = self._state(time.process_time() - time.thread_time())
+        self._peers[self.rank].record_heartbeat(**state)
+        for connection in self._connections.values():
+            connection.send(state)
 
-    def _judge(self) -> None:
-        """Miss ranks that say nothing; on rank 0, also those that others wait for in vain."""
-        now, patience = time.monotonic(), self._patience
-        for rank, link in self._links.items():
-            life = self._lives[rank]
-            if link.left and life.work < self._work:
-                self._found(Failure(rank, "has ended before the others."))
-            if not link.left and now - life.heard > patience.silence:
-                self._found(Failure(rank, f"has not been heard of for {patience.silence:g} s."))
+    def _check_peers(self) -> None:
+        """Report silent ranks; on rank 0, also those that hang while others wait for them."""
+        now, timeouts = time.monotonic(), self._timeouts
+        for rank, connection in self._connections.items():
+            peer = self._peers[rank]
+            if connection.finished and peer.collectives < self._collectives:
+                self._report(Failure(rank, "ended before the others."))
+            if not connection.finished and now - peer.last_heard > timeouts.silence:
+                self._report(Failure(rank, f"sent no heartbeat for {timeouts.silence:g} s."))
         if self.rank != 0:
             return
-        furthest = max(life.work for life in self._lives.values())
-        for rank, life in self._lives.items():
-            left = rank != 0 and self._links[rank].left
-            if not left and life.work < furthest and now - life.moved > patience.idle:
-                self._found(Failure(rank, f"hangs: no work for {patience.idle:g} s."))
+        most = max(peer.collectives for peer in self._peers.values())
+        for rank, peer in self._peers.items():
+            finished = rank != 0 and self._connections[rank].finished
+            waited_for = not finished and peer.collectives < most
+            if waited_for and now - peer.last_progress > timeouts.idle:
+                self._report(Failure(rank, f"hangs: no progress for {timeouts.idle:g} s."))
 
-    def _found(self, failure: Failure) -> None:
+    def _report(self, failure: Failure) -> None:
         if self.failure is None:
-            self._settle(failure)
+            self._set_failure(failure)
+
+    def _set_failure(self, failure: Failure) -> None:
+        self.failure = failure
+        for connection in self._connections.values():
+            connection.send({"failure": asdict(failure)})
+        self._failed.set()
 
 
-class _Link:
-    """Lines of JSON over a connection. left: the other side has said that it is done."""
+class _Connection:
+    """Lines of JSON over TCP. finished: the other side has said that it is done."""
 
     def __init__(self, connection: socket.socket) -> None:
-        self.socket, self.left = connection, False
+        self.socket, self.finished = connection, False
         self._rest = b""
         self._lock = threading.Lock()
         connection.settimeout(5.0)
 
     def send(self, message: dict[str, Any]) -> None:
-        """Send, if there is still somebody to read it."""
+        """Send; do nothing if the other side is gone."""
         with suppress(OSError), self._lock:
             self.socket.sendall(json.dumps(message).encode() + b"\n")
 
     def receive(self) -> list[dict[str, Any]] | None:
-        """The messages that have come; None when there will be no more."""
+        """Return the messages that have arrived; None if the connection is closed."""
         try:
             data = self.socket.recv(1 << 16)
         except OSError:
@@ -233,8 +244,8 @@ class _Link:
         *lines, self._rest = (self._rest + data).split(b"\n")
         return [json.loads(line) for line in lines]
 
-    def part(self, seconds: float) -> None:
-        """Send no more, and let what was sent arrive: closing with unread input would lose it."""
+    def shut_down(self, seconds: float) -> None:
+        """Stop sending and read the rest: closing with unread input would lose what was sent."""
         with suppress(OSError):
             self.socket.shutdown(socket.SHUT_WR)
             deadline = time.monotonic() + seconds
@@ -244,63 +255,63 @@ class _Link:
                     return
 
 
-#: Bytes in which rank 0 says where it listens, and with which word the others are to come.
-_ADDRESS = 1024
+#: Bytes of the message with rank 0's addresses, port and token.
+_ADDRESS_BYTES = 1024
 
 
-def _rendezvous(rank: int, size: int, share: Share, patience: Timeouts) -> dict[int, _Link]:
-    """Connections by rank: of rank 0 to all others, of any other rank to rank 0."""
+def _rendezvous(
+    rank: int, size: int, all_gather: AllGatherBytes, timeouts: Timeouts
+) -> dict[int, _Connection]:
+    """Return the connections by rank: of rank 0 to all others, of any other rank to rank 0."""
     if rank:
-        where = json.loads(share(bytes(_ADDRESS))[0].rstrip(b"\0"))
-        return {0: _call(rank, where, patience)}
-    word = secrets.token_hex(16)
+        address = json.loads(all_gather(bytes(_ADDRESS_BYTES))[0].rstrip(b"\0"))
+        return {0: _connect(rank, address, timeouts)}
+    token = secrets.token_hex(16)
     with socket.create_server(("", 0), backlog=size) as server:
-        where = {"hosts": _own_addresses(), "port": server.getsockname()[1], "word": word}
-        share(json.dumps(where).encode().ljust(_ADDRESS, b"\0"))
-        links: dict[int, _Link] = {}
-        deadline = time.monotonic() + patience.connect
-        while len(links) < size - 1:
+        address = {"hosts": _local_addresses(), "port": server.getsockname()[1], "token": token}
+        all_gather(json.dumps(address).encode().ljust(_ADDRESS_BYTES, b"\0"))
+        connections: dict[int, _Connection] = {}
+        deadline = time.monotonic() + timeouts.connect
+        while len(connections) < size - 1:
             server.settimeout(max(0.01, deadline - time.monotonic()))
             try:
-                connection, _ = server.accept()
+                accepted, _ = server.accept()
             except TimeoutError:
-                missing = ", ".join(str(r) for r in range(1, size) if r not in links)
-                raise MlxSoraError(f"Rank {missing} did not find rank 0.", NETWORK) from None
-            link = _Link(connection)
-            hello = link.receive()
-            if hello and hello[0].get("word") == word:
-                links[int(hello[0]["rank"])] = link
-            else:  # a stranger
-                connection.close()
-        return links
+                missing = ", ".join(str(r) for r in range(1, size) if r not in connections)
+                raise MlxSoraError(f"Rank {missing} did not find rank 0.", _NETWORK_FIX) from None
+            connection = _Connection(accepted)
+            hello = connection.receive()
+            if hello and hello[0].get("token") == token:
+                connections[int(hello[0]["rank"])] = connection
+            else:  # not a rank of this run
+                accepted.close()
+        return connections
 
 
-def _call(rank: int, where: dict[str, Any], patience: Timeouts) -> _Link:
-    """The connection of `rank` to rank 0, at the first of its addresses that answers."""
-    for host in where["hosts"]:
-        try:
-            connection = socket.create_connection(
-                (host, where["port"]), timeout=patience.connect / len(where["hosts"])
-            )
-        except OSError:
-            continue
-        link = _Link(connection)
-        link.send({"rank": rank, "word": where["word"]})
-        return link
-    hosts, port = ", ".join(where["hosts"]), where["port"]
-    raise MlxSoraError(f"Rank {rank} cannot reach rank 0 at {hosts}, port {port}.", NETWORK)
+def _connect(rank: int, address: dict[str, Any], timeouts: Timeouts) -> _Connection:
+    """Connect `rank` to rank 0, at the first of its hosts that answers."""
+    hosts, port = address["hosts"], address["port"]
+    for host in hosts:
+        with suppress(OSError):
+            timeout = timeouts.connect / len(hosts)
+            connection = _Connection(socket.create_connection((host, port), timeout=timeout))
+            connection.send({"rank": rank, "token": address["token"]})
+            return connection
+    raise MlxSoraError(
+        f"Rank {rank} cannot reach rank 0 at {', '.join(hosts)}, port {port}.", _NETWORK_FIX
+    )
 
 
-def _own_addresses() -> list[str]:
-    """Where other machines may find this one: what MLX was told, the name's, this machine's own."""
-    found = [_from_hostfile()]
+def _local_addresses() -> list[str]:
+    """Return addresses of this machine: that of MLX's host file, of its name, and the loopback."""
+    addresses = [_hostfile_address()]
     with suppress(OSError):
-        found += [str(info[4][0]) for info in socket.getaddrinfo(socket.gethostname(), None)]
-    return list(dict.fromkeys([address for address in found if address] + ["127.0.0.1"]))[:8]
+        addresses += [str(info[4][0]) for info in socket.getaddrinfo(socket.gethostname(), None)]
+    return list(dict.fromkeys([address for address in addresses if address] + ["127.0.0.1"]))[:8]
 
 
-def _from_hostfile() -> str | None:
-    """The address of rank 0 in the host file of MLX's ring, if there is one."""
+def _hostfile_address() -> str | None:
+    """Return rank 0's address in the host file of MLX's ring, if there is one."""
     with suppress(KeyError, OSError, ValueError, IndexError, TypeError, AttributeError):
         with open(os.environ["MLX_HOSTFILE"], encoding="utf-8") as file:
             hosts = json.load(file)

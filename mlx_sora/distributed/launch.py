@@ -1,6 +1,6 @@
-"""Whether a launcher (mlx.launch, mpirun) started this process as one of several, by its variables.
+"""Variables by which a launcher (mlx.launch, mpirun) starts this process as one of several ranks.
 
-Needs no MLX, so that the command line knows at once which rank speaks.
+Needs no MLX, so that the command line knows its rank at once.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ _BACKENDS = {
 }
 
 
-def launched() -> str | None:
-    """The backend that connects this process with others; None where it was started alone."""
+def launch_backend() -> str | None:
+    """Return the backend that connects this process with others; None for a single process."""
     for name, backend in _BACKENDS.items():
         value = os.environ.get(name, "")
         if backend == "mpi":
@@ -30,16 +30,16 @@ def launched() -> str | None:
     return None
 
 
-def launched_rank() -> int:
-    """This process's rank by its environment, without a connection; 0 alone."""
-    if launched() is None:
+def launch_rank() -> int:
+    """Return this process's rank by its environment, without connecting; 0 for a single process."""
+    if launch_backend() is None:
         return 0
     names = ("MLX_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
     return int(next((os.environ[name] for name in names if name in os.environ), 0))
 
 
 def _is_blank(path: str) -> bool:
-    """`mlx.launch -n 1` leaves a host file without hosts."""
+    """Return True for the host file without hosts that `mlx.launch -n 1` writes."""
     try:
         return not Path(path).read_text().strip()
     except OSError:

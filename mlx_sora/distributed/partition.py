@@ -1,10 +1,12 @@
-"""How several processes divide one evaluation of the transformer: by halves, frames and places.
+"""How several ranks split one evaluation of the transformer.
 
-Names as in the field (xDiT, VideoSys): guidance parallel (each half of guidance on its own ranks),
-sequence parallel (spatial attention by frames, temporal attention by places, one exchange between
-them), both at once, and data parallel (whole videos). Pure arithmetic: used by what does it
-(`accel/sequence_parallel.py`) and by what foretells it.
-Dimension letters: B batch, T frames, S tokens per frame, C channels.
+Modes have the names of xDiT and VideoSys. guidance (CFG parallel): the conditional and the
+unconditional prediction on different ranks. sequence (sequence parallel): spatial attention split
+by frames, temporal attention by spatial tokens, with an exchange between them. both: the two
+together. prompts (data parallel): whole videos.
+
+Pure arithmetic, shared by `accel/sequence_parallel.py`, which splits, and `cost_model.py`, which
+estimates. Dimension letters: B batch, T frames, S tokens per frame, C channels.
 """
 
 from __future__ import annotations
@@ -17,15 +19,15 @@ from mlx_sora.memory.flops import Grid
 from mlx_sora.models.stdit3 import STDiT3Config
 
 #: Bytes of a number in the residual stream.
-STREAM = 4
+RESIDUAL_ITEMSIZE = 4
 
 
 @dataclass(frozen=True)
 class ParallelPlan:
-    """`ranks` processes in `halves` groups (1 or 2), each with samples of its own.
+    """How `ranks` split an evaluation: in `cfg_degree` groups (1 or 2), each with its own samples.
 
-    apart: the groups can exchange among themselves; ring: neighbours can; otherwise everybody hears
-    everything.
+    subgroups: each group has collectives of its own. ring: neighbours can send to each other.
+    Without either, every exchange is an all-gather of all ranks.
     """
 
     ranks: int
@@ -34,12 +36,12 @@ class ParallelPlan:
     ring: bool = True
 
     def for_batch(self, batch: int) -> ParallelPlan:
-        """As it is for an evaluation of `batch` samples: one that has no halves is for all."""
+        """Return the plan for `batch` samples: without CFG parallelism if they do not divide."""
         return self if batch % self.cfg_degree == 0 else ParallelPlan(self.ranks, ring=self.ring)
 
     @property
     def mode(self) -> str:
-        """How the field calls it; off for one rank."""
+        """Mode as --parallel names it: off, guidance, sequence or both."""
         if self.ranks == 1:
             return "off"
         if self.cfg_degree == 1:
@@ -48,7 +50,7 @@ class ParallelPlan:
 
     @property
     def sp_degree(self) -> int:
-        """Ranks that divide the tokens of a sample."""
+        """Ranks that split the tokens of a sample."""
         return self.ranks // self.cfg_degree
 
     @property
@@ -58,97 +60,102 @@ class ParallelPlan:
 
     @property
     def pairwise(self) -> bool:
-        """Whether two neighbours give each other just what the other lacks."""
+        """True if two neighbours send each other only what the other lacks."""
         return self.ring and self.sp_degree == 2 and not self.subgroups
 
 
-def choose_parallel(asked: str, ranks: int, *, guided: bool) -> ParallelPlan:
-    """How `ranks` make one video. asked: a value of --parallel; guided: it has two halves.
+def choose_parallel(mode: str, ranks: int, *, guided: bool) -> ParallelPlan:
+    """Return the plan by which `ranks` make one video.
 
-    auto splits guidance where it can, as that costs next to no exchange, and each half by sequence.
-    Raises UsageError for what cannot be.
+    auto prefers guidance, which needs next to no exchange, and splits each half by sequence.
+
+    Args:
+        mode: a value of --parallel.
+        guided: the video uses CFG.
+
+    Raises:
+        UsageError: the mode does not fit the ranks or the video.
     """
-    if asked == "off":
+    if mode == "off":
         return ParallelPlan(1)
-    if ranks == 1 and asked != "auto":
+    if ranks == 1 and mode != "auto":
         raise UsageError(
-            f"--parallel {asked} is for several ranks; this process is alone.",
+            f"--parallel {mode} needs several ranks; this is a single process.",
             "Start it as mlx.launch -n 2 -- python -m mlx_sora generate ...",
         )
-    if asked == "prompts":
+    if mode == "prompts":
         raise UsageError(
-            "--parallel prompts divides several videos; there is one.", "Leave --parallel out."
+            "--parallel prompts needs several videos; this is one.", "Leave --parallel out."
         )
-    if asked in ("guidance", "both") and not guided:
+    if mode in ("guidance", "both") and not guided:
         raise UsageError(
-            f"--parallel {asked}: without guidance there are no halves.",
-            "Use --parallel sequence.",
+            f"--parallel {mode} needs guidance, and it is off.", "Use --parallel sequence."
         )
-    if (asked == "guidance" and ranks != 2) or (asked == "both" and (ranks < 4 or ranks % 2)):
-        wanted = "2 ranks" if asked == "guidance" else "4, 6, 8 ... ranks"
-        raise UsageError(
-            f"--parallel {asked} is for {wanted}, not {ranks}.", "Leave --parallel out."
-        )
-    split = asked in ("guidance", "both") or (asked == "auto" and guided and ranks % 2 == 0)
+    if (mode == "guidance" and ranks != 2) or (mode == "both" and (ranks < 4 or ranks % 2)):
+        wanted = "2 ranks" if mode == "guidance" else "4, 6, 8 ... ranks"
+        raise UsageError(f"--parallel {mode} needs {wanted}, not {ranks}.", "Leave --parallel out.")
+    split = mode in ("guidance", "both") or (mode == "auto" and guided and ranks % 2 == 0)
     return ParallelPlan(ranks, 2 if split else 1)
 
 
 def split_evenly(total: int, parts: int, stride: int = 1) -> list[range]:
-    """`total` frames or places in `parts` runs as even as can be, cut at multiples of `stride`.
+    """Return `parts` ranges of `total` frames or tokens, as even as multiples of `stride` allow.
 
-    What is left over goes with the last. Where there are fewer than parts, the last run stands
-    for all that follow too.
+    The last range takes the remainder. If there are fewer multiples than parts, the last range is
+    repeated.
     """
     units = max(1, total // stride)
     used = min(parts, units)
     ends = [-(-units * (i + 1) // used) * stride for i in range(used - 1)] + [total]
-    runs = [range(a, b) for a, b in zip([0, *ends[:-1]], ends, strict=True)]
-    return runs + runs[-1:] * (parts - used)
+    ranges = [range(a, b) for a, b in zip([0, *ends[:-1]], ends, strict=True)]
+    return ranges + ranges[-1:] * (parts - used)
 
 
 def sent_bytes(
     config: STDiT3Config,
     grid: Grid,
-    division: ParallelPlan,
+    plan: ParallelPlan,
     *,
     stride: int = 1,
-    itemsize: int = STREAM,
-    watched: bool = False,
+    itemsize: int = RESIDUAL_ITEMSIZE,
+    gather_hidden: bool = False,
 ) -> int:
-    """Bytes that a rank sends at most in one evaluation whose blocks run.
+    """Return the most bytes that a rank sends in one evaluation whose blocks run.
 
-    In a ring everyone passes on every other's part: a gather of parts of n bytes among r ranks
-    costs (r - 1) n, with parts padded to the longest; of two neighbours each sends half of its
-    part. itemsize: of the network's numbers. watched: a cache sees what the blocks made, so that
-    all of it is sent instead of the patches it becomes.
+    In a ring each rank passes on the shards of all others: an all-gather of shards of n bytes among
+    r ranks costs (r - 1) n, with shards padded to the longest. Of two neighbours each sends half of
+    its shard.
+
+    Args:
+        stride: multiple of frames at which a shard may end.
+        itemsize: bytes of a number of the network.
+        gather_hidden: gather the hidden states, for a step cache, not the patches made of them.
     """
-    division = division.for_batch(grid.batch)
-    rows, channels = grid.batch // division.cfg_degree, config.hidden_size
-    runs = (
-        split_evenly(grid.frames, division.sp_degree, stride),
-        split_evenly(grid.tokens, division.sp_degree),
-    )
-    frames, places = (max(map(len, run)) for run in runs)
-    token, between = rows * channels * STREAM, 0
-    if division.pairwise:
-        (t0, t1), (s0, s1) = (map(len, run) for run in runs)
-        there, back = max(t0 * s1, t1 * s0), min(t0 * s1, t1 * s0)
-        between = (config.depth * there + (config.depth - 1) * back) * token
-    elif division.sp_degree > 1:
-        to_space, to_frames = frames * grid.tokens, grid.frames * places
-        swapped = config.depth * to_space + (config.depth - 1) * to_frames
-        between = swapped * token * (division.fan_out - 1)
-    patch = math.prod(config.patch_size) * config.out_channels * itemsize
-    out = rows * grid.frames * places * (channels * STREAM if watched else patch)
-    return between + out * (division.ranks - 1)
+    plan = plan.for_batch(grid.batch)
+    rows, channels = grid.batch // plan.cfg_degree, config.hidden_size
+    frame_lengths = [len(r) for r in split_evenly(grid.frames, plan.sp_degree, stride)]
+    token_lengths = [len(r) for r in split_evenly(grid.tokens, plan.sp_degree)]
+    frames, tokens = max(frame_lengths), max(token_lengths)
+    token_bytes, between_blocks = rows * channels * RESIDUAL_ITEMSIZE, 0
+    if plan.pairwise:
+        (t0, t1), (s0, s1) = frame_lengths, token_lengths
+        most, least = max(t0 * s1, t1 * s0), min(t0 * s1, t1 * s0)
+        between_blocks = (config.depth * most + (config.depth - 1) * least) * token_bytes
+    elif plan.sp_degree > 1:
+        to_temporal, to_spatial = frames * grid.tokens, grid.frames * tokens
+        gathered = config.depth * to_temporal + (config.depth - 1) * to_spatial
+        between_blocks = gathered * token_bytes * (plan.fan_out - 1)
+    patch_bytes = math.prod(config.patch_size) * config.out_channels * itemsize
+    output_bytes = channels * RESIDUAL_ITEMSIZE if gather_hidden else patch_bytes
+    return between_blocks + rows * grid.frames * tokens * output_bytes * (plan.ranks - 1)
 
 
-def hops(config: STDiT3Config, grid: Grid, division: ParallelPlan) -> int:
-    """How often a rank sends in such an evaluation, one after the other.
+def sent_messages(config: STDiT3Config, grid: Grid, plan: ParallelPlan) -> int:
+    """Return how many messages a rank sends in such an evaluation, one after the other.
 
-    A gather among r ranks takes r - 1 of them, an exchange of two neighbours one.
+    An all-gather among r ranks takes r - 1 messages, an exchange of two neighbours one.
     """
-    division = division.for_batch(grid.batch)
-    exchange = 1 if division.pairwise else division.fan_out - 1
-    exchanges = 2 * config.depth - 1 if division.sp_degree > 1 else 0
-    return exchanges * exchange + division.ranks - 1
+    plan = plan.for_batch(grid.batch)
+    messages = 1 if plan.pairwise else plan.fan_out - 1
+    exchanges = 2 * config.depth - 1 if plan.sp_degree > 1 else 0
+    return exchanges * messages + plan.ranks - 1

@@ -1,7 +1,7 @@
-"""What a rank does about the others' end, and lets them know of its own.
+"""Watchdog: end this rank when another fails, and report our own failure.
 
-An error that only one rank meets leaves the others in a collective that never returns, or that ends
-with a lost connection and no reason. Here all of them end with the same line and exit code.
+An error on one rank would leave the others in a collective that never returns, or that breaks
+without a reason. With the watchdog all ranks end with the same line and exit code.
 """
 
 from __future__ import annotations
@@ -12,73 +12,73 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from mlx_sora.distributed.heartbeat import Failure, Heartbeat, Share
+from mlx_sora.distributed.heartbeat import AllGatherBytes, Failure, Heartbeat
 from mlx_sora.errors import INTERRUPTED, MlxSoraError, RankLostError
 
-#: Seconds that a broken collective waits for its reason, and that the main thread has to take
-#: notice of another's end before the process is ended.
+#: Seconds to wait for the reason of a broken collective, and for the main thread to notice a
+#: failure before the process is ended.
 GRACE = 3.0
 
 
 class Watchdog:
-    """Over the other ranks of a run, until the process ends. share: a collective of all ranks."""
+    """Watchdog over the other ranks until the process ends. all_gather: a collective of all."""
 
-    def __init__(self, rank: int, size: int, share: Share) -> None:
-        self._inside, self._noticed = 0, threading.Event()
-        self._peers = Heartbeat(rank, size, share, self._give_up)
-        atexit.register(self._peers.close)
+    def __init__(self, rank: int, size: int, all_gather: AllGatherBytes) -> None:
+        self._scopes, self._error_raised = 0, threading.Event()
+        self._heartbeat = Heartbeat(rank, size, all_gather, self._end_process)
+        atexit.register(self._heartbeat.close)
 
-    def progress(self) -> None:
-        """Another exchange begins. Raises RankLostError where there is nobody left for it."""
-        if self._peers.failure is not None:
-            raise self._lost(self._peers.failure)
-        self._peers.progress()
+    def begin_collective(self) -> None:
+        """Count a collective. Raises RankLostError if another rank has failed."""
+        if self._heartbeat.failure is not None:
+            raise self._rank_lost(self._heartbeat.failure)
+        self._heartbeat.begin_collective()
 
     def tick(self) -> None:
-        """This rank is at work of its own."""
-        self._peers.tick()
+        """Count a sign of other work."""
+        self._heartbeat.tick()
 
     @contextmanager
-    def block(self) -> Iterator[None]:
-        """As `Ranks.watched`."""
-        self._inside += 1
+    def scope(self) -> Iterator[None]:
+        """Run the block as `Ranks.watchdog_scope` does."""
+        self._scopes += 1
         try:
             yield
         except (RankLostError, GeneratorExit):
-            # Who stops listening to a run, mostly at its end, may do more with these ranks; one
-            # that does so alone will be found to hang.
+            # A caller may stop reading events and go on with these ranks. If only one rank does
+            # that, it is found to hang.
             raise
         except MlxSoraError as error:
             if not error.on_all_ranks:
-                self._peers.fail(f"stopped: {error.message}", error.exit_code)
+                self._heartbeat.fail(f"stopped: {error.message}", error.exit_code)
             raise
         except Exception as error:
-            failure = self._peers.wait(GRACE)
+            failure = self._heartbeat.wait(GRACE)
             if failure is None:
-                self._peers.fail(f"stopped: {' '.join(str(error).split())[:300]}")
+                self._heartbeat.fail(f"stopped: {' '.join(str(error).split())[:300]}")
                 raise
-            raise self._lost(failure) from error
+            raise self._rank_lost(failure) from error
         except BaseException:
-            self._peers.fail("was interrupted.", INTERRUPTED)
+            self._heartbeat.fail("was interrupted.", INTERRUPTED)
             raise
         finally:
-            self._inside -= 1
+            self._scopes -= 1
 
-    def _lost(self, failure: Failure) -> RankLostError:
-        self._noticed.set()
-        return _error(failure)
+    def _rank_lost(self, failure: Failure) -> RankLostError:
+        self._error_raised.set()
+        return _rank_lost_error(failure)
 
-    def _give_up(self, failure: Failure) -> None:
-        """End the process, unless its main thread ends by itself or has no part in this."""
-        if self._noticed.wait(GRACE) or not self._inside:
+    def _end_process(self, failure: Failure) -> None:
+        """End the process, unless its main thread ends by itself or is outside all scopes."""
+        if self._error_raised.wait(GRACE) or not self._scopes:
             return
-        error = _error(failure)
-        if self._peers.rank == error.reporting_rank:
+        error = _rank_lost_error(failure)
+        if self._heartbeat.rank == error.reporting_rank:
             os.write(2, f"\nerror: {error}\n".encode())
         os._exit(failure.exit_code)
 
 
-def _error(failure: Failure) -> RankLostError:
+def _rank_lost_error(failure: Failure) -> RankLostError:
     fix = "Start all ranks again; with --checkpoint-every they go on from the last checkpoint."
     if failure.exit_code == INTERRUPTED:
         fix = ""

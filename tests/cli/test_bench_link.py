@@ -1,4 +1,4 @@
-"""`bench link` measures what ranks reach, in the words that `generate --dry-run` understands."""
+"""`bench link` prints flags that `generate --dry-run` reads."""
 
 from __future__ import annotations
 
@@ -7,24 +7,28 @@ import re
 import pytest
 
 from mlx_sora.cli.main import main
-from mlx_sora.distributed.cost_model import read_chip, read_link
+from mlx_sora.distributed.cost_model import parse_chip, parse_link
 from tests.helpers.ranks import launch
 
 
-def test_two_ranks_over_loopback() -> None:
+def test_bench_link_measures_two_ranks() -> None:
     first, second = launch(2, ["-m", "mlx_sora", "bench", "link", "--runs", "1"])
     assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
     assert second.stdout == ""
     found = re.search(r"^--ranks 2 --link (\S+) --chip (\S+)$", first.stdout, re.MULTILINE)
     assert found, first.stdout
-    assert read_link(found[1]).bandwidth > 1e6
-    assert read_chip(found[2]).flops > 1e8
+    assert parse_link(found[1]).bandwidth > 1e6
+    assert parse_chip(found[2]).flops > 1e8
 
 
 @pytest.mark.parametrize(
-    ("words", "line"), [((), "A link has two ends. Run: mlx.launch"), (("--runs", "0"), "--runs 0")]
+    ("words", "line"),
+    [
+        ((), "bench link needs at least two ranks. Run: mlx.launch"),
+        (("--runs", "0"), "--runs must be at least 1, got 0."),
+    ],
 )
-def test_what_cannot_be_measured(
+def test_bench_link_refuses_one_rank_and_no_runs(
     words: tuple[str, ...], line: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["bench", "link", *words]) == 2

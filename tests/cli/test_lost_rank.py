@@ -23,8 +23,8 @@ WORDS = ["-p", "a red circle", "--seed", "3", "--steps", "4", "--num-frames", "1
     [
         ("dies", 1, "Rank 1 has died."),
         ("first-dies", 1, "Rank 0 has died."),
-        ("stops", 1, "Rank 1 has not been heard of for 8 s."),
-        ("hangs", 1, "Rank 1 hangs: no work for 9 s."),
+        ("stops", 1, "Rank 1 sent no heartbeat for 8 s."),
+        ("hangs", 1, "Rank 1 hangs: no progress for 9 s."),
         ("weights", 4, "Rank 1 stopped: block 3 of the transformer is damaged."),
         ("interrupt", 130, "Rank 1 was interrupted."),
         ("other-version", 2, "Rank 1 has mlx 0.1, rank 0 has "),

@@ -1,4 +1,4 @@
-"""`bench link`: what the machines of a cluster and the link between them reach."""
+"""`bench link`: measure the machines of a cluster and the link between them."""
 
 from __future__ import annotations
 
@@ -6,18 +6,16 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mlx_sora.cli.flags import add_debug_flag
+from mlx_sora.distributed.group import Ranks, init_ranks
 from mlx_sora.errors import UsageError
 
-if TYPE_CHECKING:
-    from mlx_sora.distributed.group import Ranks
-
-#: Bytes of a gather that shows the bandwidth, about those between two blocks at 240p.
+#: Bytes of the gather that measures bandwidth, about those between two blocks at 240p.
 LARGE = 16 << 20
 
-#: Latent frames, height and width, pixels and text of the pair of blocks that is timed: 240p × 17.
+#: Latent grid (T, H, W), pixels and text tokens of the timed block pair: 17 frames of 240p.
 GRID, HEIGHT, WIDTH, TOKENS = (5, 30, 53), 240, 426, 60
 
 
@@ -25,10 +23,10 @@ def add_parser(benches: Any) -> None:
     """Register the bench."""
     parser = benches.add_parser(
         "link",
-        help="what several machines and the link between them reach",
-        description="Started on all machines by `mlx.launch --hostfile FILE -- python -m mlx_sora "
-        "bench link`: times gathers between them and a pair of blocks on each, and prints the "
-        "flags with which `generate --dry-run` foretells longer runs and larger clusters.",
+        help="measure several machines and the link between them",
+        description="Start it on all machines: mlx.launch --hostfile FILE -- python -m mlx_sora "
+        "bench link. It times gathers between them and a block pair on each, and prints the flags "
+        "with which `generate --dry-run` estimates other requests and clusters.",
     )
     parser.add_argument("--runs", type=int, default=5, metavar="N", help="default: 5")
     add_debug_flag(parser)
@@ -36,23 +34,22 @@ def add_parser(benches: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure; rank 0 prints."""
-    from mlx_sora.distributed.group import init_ranks
+    """Measure on all ranks; print on rank 0."""
     from mlx_sora.runtime.device import default_dtype
 
     if args.runs < 1:
-        raise UsageError(f"--runs {args.runs} measures nothing.", "Give 1 or more.")
+        raise UsageError(f"--runs must be at least 1, got {args.runs}.", "Give 1 or more.")
     ranks = init_ranks()
     if ranks.size == 1:
         raise UsageError(
-            "A link has two ends.",
+            "bench link needs at least two ranks.",
             "Run: mlx.launch -n 2 -- python -m mlx_sora bench link (or with --hostfile FILE).",
         )
-    latency = _gather(ranks, 1, 20 * args.runs) / (ranks.size - 1)
-    bandwidth = (ranks.size - 1) * LARGE / _gather(ranks, LARGE // 4, args.runs)
-    slowest = min(ranks.all_gather_object(_flops(default_dtype(), args.runs)))
+    latency = _gather_seconds(ranks, 1, 20 * args.runs) / (ranks.size - 1)
+    bandwidth = (ranks.size - 1) * LARGE / _gather_seconds(ranks, LARGE // 4, args.runs)
+    slowest = min(ranks.all_gather_object(_block_flops(default_dtype(), args.runs)))
     if ranks.is_rank0:
-        print(f"{ranks.size} ranks; a gather of {LARGE >> 20} MiB from each, and a pair of blocks")
+        print(f"{ranks.size} ranks; a gather of {LARGE >> 20} MiB from each, and a block pair")
         print(
             f"--ranks {ranks.size} --link {bandwidth / 1e9:.3f}GB/s,{latency * 1e3:.3f}ms "
             f"--chip {slowest / 1e12:.3f}TFLOPS"
@@ -60,8 +57,8 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _gather(ranks: Ranks, numbers: int, runs: int) -> float:
-    """Seconds of a gather of so many float32 from each rank, median."""
+def _gather_seconds(ranks: Ranks, numbers: int, runs: int) -> float:
+    """Return the median seconds of an all-gather of so many float32 from each rank."""
     import mlx.core as mx
 
     own = mx.full((numbers,), float(ranks.rank))
@@ -69,8 +66,8 @@ def _gather(ranks: Ranks, numbers: int, runs: int) -> float:
     return _median(lambda: mx.eval(ranks.all_gather(own)), runs)
 
 
-def _flops(dtype: Any, runs: int) -> float:
-    """Operations per second of a pair of blocks of the published width."""
+def _block_flops(dtype: Any, runs: int) -> float:
+    """Return operations per second in a block pair of the published width."""
     import mlx.core as mx
 
     from mlx_sora.memory.flops import Grid, transformer_flops
@@ -87,11 +84,11 @@ def _flops(dtype: Any, runs: int) -> float:
 
 
 def _median(work: Callable[[], object], runs: int) -> float:
-    """Seconds of `work`, once it has warmed up."""
+    """Return the median seconds of `work`, after one run to warm up."""
     work()
     times = []
     for _ in range(runs):
-        began = time.perf_counter()
+        start = time.perf_counter()
         work()
-        times.append(time.perf_counter() - began)
+        times.append(time.perf_counter() - start)
     return statistics.median(times)

@@ -1,6 +1,6 @@
-"""The command line on several ranks, one of which goes wrong: FAULT, then the words.
+"""The command line on several ranks with a fault in one: FAULT, then the words of the command.
 
-The fault befalls rank 1 (or, with a name that begins with "first-", rank 0) after its second step.
+The fault happens in rank 1 (rank 0 if the name begins with "first-") after its second step.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from typing import Any
 
 import mlx_sora.pipeline.engine
 from mlx_sora.cli.main import main
-from mlx_sora.distributed import heartbeat as peers
-from mlx_sora.distributed.launch import launched_rank
+from mlx_sora.distributed import heartbeat
+from mlx_sora.distributed.launch import launch_rank
 from mlx_sora.errors import WeightsError
 from mlx_sora.pipeline.run import GenerationRun
 from mlx_sora.utils.versions import versions
 
-#: So that a test does not wait as long as a user would.
-peers.Timeouts = functools.partial(peers.Timeouts, 0.2, 8.0, 9.0)  # type: ignore[misc]
+#: Shorter than for users, so that tests do not wait.
+heartbeat.Timeouts = functools.partial(heartbeat.Timeouts, 0.2, 8.0, 9.0)  # type: ignore[misc]
 
 
 def fault(kind: str) -> None:
@@ -63,6 +63,6 @@ def begin(kind: str) -> None:
 
 if __name__ == "__main__":
     name = sys.argv[1]
-    if launched_rank() == (0 if name.startswith("first-") else 1):
+    if launch_rank() == (0 if name.startswith("first-") else 1):
         begin(name.removeprefix("first-"))
     sys.exit(main(sys.argv[2:]))

@@ -21,7 +21,7 @@ import mlx.core as mx
 from mlx_sora.accel.sequence_parallel import SequenceParallel
 from mlx_sora.accel.tdtm import PairedFrames
 from mlx_sora.distributed.group import Ranks, init_ranks
-from mlx_sora.distributed.partition import hops, sent_bytes
+from mlx_sora.distributed.partition import sent_bytes, sent_messages
 from mlx_sora.memory.flops import Grid
 from mlx_sora.models.hooks import Hooks, NoMerging
 from mlx_sora.models.stdit3 import BlockPair, STDiT3
@@ -122,7 +122,7 @@ def compare(network: STDiT3, case: Case, ranks: Ranks) -> dict[str, float]:
         together = outcomes(network, case, Hooks(token_merging=tokens, sharding=mesh))
     grid = Grid.of(network.config, case.grid, case.batch, 8)
     how = {"stride": tokens.stride, "watched": case.watched}
-    foretold = sent_bytes(network.config, grid, mesh.division, **how)  # type: ignore[arg-type]
+    foretold = sent_bytes(network.config, grid, mesh.plan, **how)  # type: ignore[arg-type]
     differences = [
         (mx.abs(a - b).max() / mx.std(a)).item() for a, b in zip(alone, together, strict=True)
     ]
@@ -131,7 +131,7 @@ def compare(network: STDiT3, case: Case, ranks: Ranks) -> dict[str, float]:
         "sent": ranks.sent_bytes - before,
         "foretold": 2 * foretold,
         "hops": sum(hopped),
-        "foretold hops": 2 * hops(network.config, grid, mesh.division),
+        "foretold hops": 2 * sent_messages(network.config, grid, mesh.plan),
     }
 
 

@@ -12,11 +12,11 @@ from pathlib import Path
 
 from mlx_sora.distributed.heartbeat import Failure, Heartbeat, Timeouts
 
-PATIENCE = Timeouts(interval=0.1, silence=2.0, idle=2.5, connect=20.0)
+TIMEOUTS = Timeouts(interval=0.1, silence=2.0, idle=2.5, connect=20.0)
 
 
 def main(rank: int, size: int, folder: Path, behaviour: str) -> None:
-    def share(own: bytes) -> list[bytes]:
+    def all_gather(own: bytes) -> list[bytes]:
         (folder / f".{rank}").write_bytes(own)
         (folder / f".{rank}").rename(folder / str(rank))
         files = [folder / str(other) for other in range(size)]
@@ -28,28 +28,28 @@ def main(rank: int, size: int, folder: Path, behaviour: str) -> None:
         os.write(1, json.dumps(asdict(failure)).encode())
         os._exit(failure.exit_code)
 
-    peers = Heartbeat(rank, size, share, stop, PATIENCE)
-    peers.progress()
+    heartbeat = Heartbeat(rank, size, all_gather, stop, TIMEOUTS)
+    heartbeat.begin_collective()
     time.sleep(0.3)
     if behaviour == "dies":
         os._exit(7)
     elif behaviour == "stops":
         os.kill(os.getpid(), signal.SIGSTOP)
     elif behaviour == "fails":
-        peers.fail("ran out of memory.", 3)
+        heartbeat.fail("ran out of memory.", 3)
         sys.exit(3)
     elif behaviour == "hangs":
         time.sleep(30)
     elif behaviour == "leaves":
-        peers.close()
+        heartbeat.close()
         return
     elif behaviour == "computes":  # slower than the others, but alive
         end = time.monotonic() + 2.5
         while time.monotonic() < end:
             pass
-    peers.progress()
+    heartbeat.begin_collective()
     time.sleep(3 if behaviour == "waits" else 0)  # "ends" is done sooner
-    peers.close()
+    heartbeat.close()
 
 
 if __name__ == "__main__":

@@ -12,8 +12,8 @@ from mlx_sora.distributed.cost_model import (
     Link,
     chips,
     estimate_step,
-    read_chip,
-    read_link,
+    parse_chip,
+    parse_link,
 )
 from mlx_sora.errors import UsageError
 from mlx_sora.geometry import Size, plan_geometry
@@ -35,9 +35,9 @@ def job(frames: int = 51, guided: bool = True) -> Workload:
 
 def test_without_cost_of_exchange_work_is_divided(model: ModelSizes) -> None:
     alone = estimate_step(model, job(), CHIP, FREE, 1)[0]
-    assert alone.exchanging == alone.sent == 0
+    assert alone.exchange_seconds == alone.sent_bytes == 0
     two = estimate_step(model, job(), CHIP, FREE, 2)
-    assert [way.division.cfg_degree for way in two] == [2, 1], (
+    assert [way.parallel_plan.cfg_degree for way in two] == [2, 1], (
         "15 frames do not divide evenly by two"
     )
     assert two[0].seconds == pytest.approx(alone.seconds / 2)
@@ -48,17 +48,19 @@ def test_without_cost_of_exchange_work_is_divided(model: ModelSizes) -> None:
 def test_the_formula_in_the_docstring(model: ModelSizes) -> None:
     link = Link("slow", 1e8, 0.01)
     halves, frames = estimate_step(model, job(), CHIP, link, 2)
-    assert halves.division.cfg_degree == 2
-    assert halves.exchanging == pytest.approx(halves.sent / 1e8 + 0.01)
+    assert halves.parallel_plan.cfg_degree == 2
+    assert halves.exchange_seconds == pytest.approx(halves.sent_bytes / 1e8 + 0.01)
     # Two swaps per pair of blocks but for the last, and what comes out.
-    assert frames.exchanging == pytest.approx(frames.sent / 1e8 + (2 * 28 - 1 + 1) * 0.01)
-    assert frames.share == pytest.approx(frames.exchanging / frames.seconds)
-    assert frames.sent > 100 * halves.sent
+    assert frames.exchange_seconds == pytest.approx(
+        frames.sent_bytes / 1e8 + (2 * 28 - 1 + 1) * 0.01
+    )
+    assert frames.exchange_share == pytest.approx(frames.exchange_seconds / frames.seconds)
+    assert frames.sent_bytes > 100 * halves.sent_bytes
 
 
 def test_without_guidance_only_frames_and_places_can_be_divided(model: ModelSizes) -> None:
     ways = estimate_step(model, job(guided=False), CHIP, LINKS[0], 4)
-    assert [way.division.cfg_degree for way in ways] == [1]
+    assert [way.parallel_plan.cfg_degree for way in ways] == [1]
 
 
 def test_weights_are_read_by_every_rank(model: ModelSizes) -> None:
@@ -69,19 +71,19 @@ def test_weights_are_read_by_every_rank(model: ModelSizes) -> None:
 
 
 def test_links_and_chips_by_name_or_measured() -> None:
-    assert [read_link(link.name.upper()) for link in LINKS] == list(LINKS)
-    assert read_link("250MB/s,1.5ms") == Link("250MB/s,1.5ms", 2.5e8, 1.5e-3)
-    assert read_chip("M4-Max") == chips()["m4-max"]
-    assert read_chip("1.5TFLOPS").flops == 1.5e12
+    assert [parse_link(link.name.upper()) for link in LINKS] == list(LINKS)
+    assert parse_link("250MB/s,1.5ms") == Link("250MB/s,1.5ms", 2.5e8, 1.5e-3)
+    assert parse_chip("M4-Max") == chips()["m4-max"]
+    assert parse_chip("1.5TFLOPS").flops == 1.5e12
 
 
 @pytest.mark.parametrize("text", ["usb", "0GB/s,1ms", "4GB/s", "-1GB/s,1ms", ""])
 def test_unknown_links_are_refused(text: str) -> None:
     with pytest.raises(UsageError, match="thunderbolt5, 10gbe, wifi"):
-        read_link(text)
+        parse_link(text)
 
 
 @pytest.mark.parametrize("text", ["m9", "0TFLOPS", "TFLOPS"])
 def test_unknown_chips_are_refused(text: str) -> None:
     with pytest.raises(UsageError, match="m4-max.*bench link"):
-        read_chip(text)
+        parse_chip(text)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from mlx_sora.distributed import heartbeat as peers
+from mlx_sora.distributed import heartbeat
 from mlx_sora.distributed.heartbeat import Heartbeat, Timeouts
 from mlx_sora.errors import MlxSoraError
 
@@ -18,7 +18,7 @@ CHILD = (sys.executable, "-m", "tests.helpers.programs.heartbeat_rank")
 
 
 def together(folder: Path, behaviours: list[str]) -> list[tuple[int, dict[str, object] | None]]:
-    """Exit code of each rank, and the failure that it was told of."""
+    """Exit code of each rank, and the failure that it reported."""
     ranks = [
         subprocess.Popen(
             [*CHILD, str(rank), str(len(behaviours)), str(folder), behaviour],
@@ -45,13 +45,13 @@ def together(folder: Path, behaviours: list[str]) -> list[tuple[int, dict[str, o
     [
         (["waits", "waits", "dies"], "has died."),
         (["dies", "waits", "waits"], "has died."),
-        (["stops", "waits", "waits"], "has not been heard of for 2 s."),
-        (["waits", "hangs", "waits"], "hangs: no work for 2.5 s."),
+        (["stops", "waits", "waits"], "sent no heartbeat for 2 s."),
+        (["waits", "hangs", "waits"], "hangs: no progress for 2.5 s."),
         (["waits", "fails", "waits"], "ran out of memory."),
-        (["waits", "leaves", "waits"], "has ended before the others."),
+        (["waits", "leaves", "waits"], "ended before the others."),
     ],
 )
-def test_all_learn_which_rank_it_was(tmp_path: Path, behaviours: list[str], cause: str) -> None:
+def test_all_ranks_name_the_culprit(tmp_path: Path, behaviours: list[str], cause: str) -> None:
     culprit = next(rank for rank, each in enumerate(behaviours) if each != "waits")
     for rank, (code, failure) in enumerate(together(tmp_path, behaviours)):
         if rank != culprit:
@@ -60,24 +60,24 @@ def test_all_learn_which_rank_it_was(tmp_path: Path, behaviours: list[str], caus
             assert code == failure["exit_code"]
 
 
-def test_slow_ranks_and_such_that_are_done_are_left_alone(tmp_path: Path) -> None:
+def test_slow_and_finished_ranks_are_no_failures(tmp_path: Path) -> None:
     found = together(tmp_path, ["waits", "computes", "ends"])
     assert found == [(0, None)] * 3
 
 
-def test_a_rank_that_never_comes_is_named() -> None:
+def test_a_missing_rank_is_named() -> None:
     with pytest.raises(MlxSoraError, match=r"Rank 1, 2 did not find rank 0\. Let them"):
         Heartbeat(0, 3, lambda own: [own] * 3, lambda failure: None, Timeouts(connect=0.2))
 
 
-@pytest.mark.parametrize(("share", "still"), [(0.0024, True), (0.1, False)])
-def test_sampling_memory_all_the_while_is_no_work(
-    share: float, still: bool, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("share", "idle"), [(0.0024, True), (0.1, False)])
+def test_little_processor_time_is_no_progress(
+    share: float, idle: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = 0.0
-    monkeypatch.setattr(peers.time, "monotonic", lambda: now)
-    life = peers.PeerState()
-    for beat in range(60):
-        now = float(beat)
-        life.record_heartbeat(0, 0, 5.0 + share * beat)
-    assert (life.moved == 0.0) is still
+    monkeypatch.setattr(heartbeat.time, "monotonic", lambda: now)
+    peer = heartbeat.PeerState()
+    for second in range(60):
+        now = float(second)
+        peer.record_heartbeat(0, 0, 5.0 + share * second)
+    assert (peer.last_progress == 0.0) is idle
