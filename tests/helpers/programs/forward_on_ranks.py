@@ -1,7 +1,7 @@
-"""Run on every rank: evaluations made together, against the same ones made alone.
+"""Run on every rank: evaluations on all ranks, compared with the same on one.
 
-Writes a JSON object: case to the largest difference, in standard deviations, and to the bytes and
-hops that were sent and foretold.
+Writes a JSON object: for each case the largest difference, in standard deviations, and the bytes
+and messages, counted and estimated.
 """
 
 from __future__ import annotations
@@ -30,52 +30,52 @@ from tests.helpers.networks import STDIT, random_weights
 
 @dataclass(frozen=True)
 class Case:
-    """batch, grid (T, H, W): of the latents. halves: groups that the ranks are in."""
+    """One case. batch, grid (T, H, W): of the latents. cached: with a step cache."""
 
     name: str
     grid: tuple[int, int, int]
     batch: int = 2
-    halves: int = 1
+    cfg_degree: int = 1
     merged: bool = False
     masked: bool = False
-    watched: bool = False
+    cached: bool = False
     texts: tuple[int, int] = (5, 5)
 
 
 def cases(ranks: int) -> Iterator[Case]:
-    """What so many ranks can do; few of it for many, as all run on one machine."""
+    """Yield the cases for so many ranks; few for many, as all run on one machine."""
     for frames in (1, 2, 3, 5) if ranks == 2 else (1, 3, 5):
         yield Case(f"{frames} frames", (frames, 5, 6))
         yield Case(f"{frames} frames merged", (frames, 5, 6), merged=True)
-    yield Case("two places", (4, 2, 4))
-    yield Case("one place", (4, 2, 2))
+    yield Case("two tokens", (4, 2, 4))
+    yield Case("one token", (4, 2, 2))
     yield Case("masked", (5, 5, 6), masked=True)
-    yield Case("watched", (5, 5, 6), watched=True)
+    yield Case("cached", (5, 5, 6), cached=True)
     yield Case("texts of two lengths", (5, 5, 6), texts=(3, 8))
     if ranks % 2 == 0:
-        yield Case("halves", (5, 5, 6), halves=2)
-        yield Case("halves of one sample", (5, 5, 6), batch=1, halves=2)
-        yield Case("halves merged", (7, 5, 6), halves=2, merged=True)
-        yield Case("halves masked", (5, 5, 6), halves=2, masked=True)
-        yield Case("halves watched", (5, 5, 6), halves=2, watched=True)
-        yield Case("halves of two lengths", (5, 5, 6), halves=2, texts=(3, 8))
+        yield Case("cfg", (5, 5, 6), cfg_degree=2)
+        yield Case("cfg of one sample", (5, 5, 6), batch=1, cfg_degree=2)
+        yield Case("cfg merged", (7, 5, 6), cfg_degree=2, merged=True)
+        yield Case("cfg masked", (5, 5, 6), cfg_degree=2, masked=True)
+        yield Case("cfg cached", (5, 5, 6), cfg_degree=2, cached=True)
+        yield Case("cfg of two lengths", (5, 5, 6), cfg_degree=2, texts=(3, 8))
 
 
-class Watcher:
-    """Sees what the blocks made; fills the seam StackPolicy."""
+class RecordedResidual:
+    """A cache that never replaces the blocks and records their residual."""
 
     def __init__(self) -> None:
-        self.made: mx.array | None = None
+        self.residual: mx.array | None = None
 
     def cached_residual(self, x: mx.array, t: mx.array, x_mask: mx.array | None) -> mx.array | None:
         return None
 
     def update(self, x: mx.array, out: mx.array) -> None:
-        self.made = out - x
+        self.residual = out - x
 
 
 def outcomes(network: STDiT3, case: Case, context: Hooks[BlockPair]) -> list[mx.array]:
-    """Two evaluations in a row, and what a stack policy saw of the blocks in each."""
+    """Return the outputs of two evaluations, and the residuals that the cache saw."""
     z = mx.random.normal((case.batch, *case.grid, 4), key=mx.random.key(4))
     text = mx.random.normal((8, network.config.caption_channels), key=mx.random.key(5))
     texts = [text[:length] for length in case.texts[: case.batch]]
@@ -85,53 +85,54 @@ def outcomes(network: STDiT3, case: Case, context: Hooks[BlockPair]) -> list[mx.
         mask = mx.array([[frame > 0 for frame in range(case.grid[0])]] * case.batch)
     found = []
     for t in (900.0, 600.0):
-        watcher = Watcher() if case.watched else None
-        seams = replace(context, block_cache=watcher)
-        out = network(z, mx.array([t] * case.batch), conditions, mask, seams)
+        cache = RecordedResidual() if case.cached else None
+        hooks = replace(context, block_cache=cache)
+        out = network(z, mx.array([t] * case.batch), conditions, mask, hooks)
         mx.eval(out)
         found.append(out)
-        if watcher is not None and watcher.made is not None:
-            found.append(watcher.made)
+        if cache is not None and cache.residual is not None:
+            found.append(cache.residual)
     return found
 
 
 @contextmanager
-def counted_hops() -> Iterator[list[int]]:
-    """Those of every exchange of this rank in the block, as they come."""
+def counted_messages() -> Iterator[list[int]]:
+    """Yield a list to which every exchange of this rank adds its messages."""
     found: list[int] = []
 
-    def gather(ranks: Ranks, x: mx.array) -> mx.array:
+    def all_gather(ranks: Ranks, x: mx.array) -> mx.array:
         found.append(ranks.size - 1)
-        return gather_of(ranks, x)
+        return real_gather(ranks, x)
 
-    def swap(ranks: Ranks, x: mx.array, shape: Sequence[int]) -> mx.array:
+    def exchange(ranks: Ranks, x: mx.array, shape: Sequence[int]) -> mx.array:
         found.append(1)
-        return swap_of(ranks, x, shape)
+        return real_exchange(ranks, x, shape)
 
-    gather_of, swap_of = Ranks.all_gather, Ranks.exchange
-    with patch.object(Ranks, "all_gather", gather), patch.object(Ranks, "exchange", swap):
+    real_gather, real_exchange = Ranks.all_gather, Ranks.exchange
+    with patch.object(Ranks, "all_gather", all_gather), patch.object(Ranks, "exchange", exchange):
         yield found
 
 
 def compare(network: STDiT3, case: Case, ranks: Ranks) -> dict[str, float]:
     tokens = PairedFrames() if case.merged else NoMerging()
-    alone = outcomes(network, case, Hooks(token_merging=tokens))
-    mesh = SequenceParallel(ranks, case.halves)
+    single = outcomes(network, case, Hooks(token_merging=tokens))
+    sharding = SequenceParallel(ranks, case.cfg_degree)
     before = ranks.sent_bytes
-    with counted_hops() as hopped:
-        together = outcomes(network, case, Hooks(token_merging=tokens, sharding=mesh))
+    with counted_messages() as messages:
+        sharded = outcomes(network, case, Hooks(token_merging=tokens, sharding=sharding))
     grid = Grid.of(network.config, case.grid, case.batch, 8)
-    how = {"stride": tokens.stride, "watched": case.watched}
-    foretold = sent_bytes(network.config, grid, mesh.plan, **how)  # type: ignore[arg-type]
+    estimated = sent_bytes(
+        network.config, grid, sharding.plan, stride=tokens.stride, gather_hidden=case.cached
+    )
     differences = [
-        (mx.abs(a - b).max() / mx.std(a)).item() for a, b in zip(alone, together, strict=True)
+        (mx.abs(a - b).max() / mx.std(a)).item() for a, b in zip(single, sharded, strict=True)
     ]
     return {
         "difference": max(map(float, differences)),  # type: ignore[arg-type]
         "sent": ranks.sent_bytes - before,
-        "foretold": 2 * foretold,
-        "hops": sum(hopped),
-        "foretold hops": 2 * sent_messages(network.config, grid, mesh.plan),
+        "estimated": 2 * estimated,
+        "messages": sum(messages),
+        "estimated messages": 2 * sent_messages(network.config, grid, sharding.plan),
     }
 
 
