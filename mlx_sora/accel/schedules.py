@@ -15,6 +15,7 @@ from typing import Any
 
 from mlx_sora.accel.base import ScheduleInfo
 from mlx_sora.errors import UsageError
+from mlx_sora.utils.files import atomic_write, explain_os_errors
 from mlx_sora.utils.json import read_object
 
 #: Folder of a model that holds its schedules.
@@ -39,14 +40,14 @@ class ScheduleTable:
     about: Mapping[str, Any] = field(default_factory=dict)
 
     def write(self, path: Path) -> None:
-        """As JSON, whole or not at all."""
-        path.parent.mkdir(parents=True, exist_ok=True)
+        """Write the table as JSON, atomically. Raises UsageError."""
         # Lists of numbers on one line each: they are read by people, too.
         text = re.sub(r"\n +(\d+,?)(?=\n)", r" \1", json.dumps(asdict(self), indent=1))
         text = re.sub(r"\[ (.*)\n +\]", r"[\1]", text)
-        part = path.with_name(f".{path.name}")
-        part.write_text(text + "\n", encoding="utf-8")
-        part.replace(path)
+        with explain_os_errors(path, UsageError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_write(path, overwrite=True, error=UsageError) as file:
+                file.partial.write_text(text + "\n", encoding="utf-8")
 
 
 def table_path(model: Path, steps: int, size: tuple[int, int, int]) -> Path:

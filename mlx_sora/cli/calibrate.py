@@ -74,9 +74,6 @@ def run(args: argparse.Namespace) -> int:
         bars.close()
     size = (table.width, table.height, table.num_frames)
     path = args.table or table_path(pipe.model.path, table.steps, size)
-    try:
-        table.write(path)
-    except OSError as error:
-        raise UsageError(f"Cannot write {path}: {error.strerror}.", "Give --output FILE.") from None
+    table.write(path)
     print(path)
     return 0

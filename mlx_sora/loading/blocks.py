@@ -1,7 +1,7 @@
-"""A network's weights block by block: what belongs to each, checked before any of it is read.
+"""Loading of a network block by block.
 
-The network stands there without its blocks' weights. `BlockSource` reads those of one block, in
-whatever thread asks, puts them into the network, and takes them away again.
+`split_blocks` checks all tensors and fills the network except for its blocks. `BlockSource` then
+loads the weights of one block in any thread, assigns them to the network and clears them again.
 """
 
 from __future__ import annotations
@@ -36,11 +36,10 @@ Block = TypeVar("Block")
 
 @dataclass(frozen=True)
 class BlockSource(Generic[Block]):
-    """The blocks of `network`, which hold no weights until `put` brings them.
+    """The blocks of `network`, which hold no weights until `assign` sets them.
 
-    name: of the network, for messages. blocks: what a provider hands out. entries: the tensors of
-    each block; rest: those of the network that are in no block. dtype: what floats are cast to as
-    they are read. stamps: the files as first seen.
+    name: of the network, for messages. blocks: the objects that a block provider returns. entries:
+    tensors of each block. dtype: of floats in memory. file_stats: the files when they were opened.
     """
 
     name: str
@@ -58,35 +57,35 @@ class BlockSource(Generic[Block]):
 
     @cached_property
     def nbytes(self) -> tuple[int, ...]:
-        """Bytes of each block in memory."""
+        """Size of each block in memory, in bytes."""
         return tuple(self._memory_bytes(block) for block in self.entries)
 
     @cached_property
     def non_block_bytes(self) -> int:
-        """Bytes in memory of what is in no block."""
+        """Size in memory of the tensors outside the blocks, in bytes."""
         return self._memory_bytes(self.non_block_entries)
 
     @cached_property
     def disk_bytes(self) -> tuple[int, ...]:
-        """Bytes of each block on disk."""
+        """Size of each block on disk, in bytes."""
         return tuple(self._disk_bytes(block) for block in self.entries)
 
     @cached_property
     def non_block_disk_bytes(self) -> int:
-        """Bytes on disk of what is in no block."""
+        """Size on disk of the tensors outside the blocks, in bytes."""
         return self._disk_bytes(self.non_block_entries)
 
     @cached_property
     def load_peak_bytes(self) -> int:
-        """The most memory that loading one block takes: itself, and one tensor as it is stored."""
+        """Peak memory of loading one block, in bytes: the block and one tensor as stored."""
         infos = [self.tensors[entry.key] for block in self.entries for entry in block]
         return max(self.nbytes) + max(self._extra_read_bytes(info) for info in infos)
 
     def load(self, index: int, stream: mx.Stream | None = None) -> dict[str, mx.array]:
-        """Weights of block `index` by parameter path, cast and evaluated in the calling thread.
+        """Return the weights of block `index` by parameter path, cast and evaluated.
 
-        stream: a CPU stream to work on; None is the thread's own. A read that fails is tried again.
-        Raises WeightsError that names the block and the file.
+        stream: a CPU stream; None means the default of the calling thread. Failing reads are tried
+        again. Raises WeightsError that names the block and the file.
         """
         files: dict[Path, list[Entry]] = {}
         for entry in self.entries[index]:
@@ -97,35 +96,31 @@ class BlockSource(Generic[Block]):
                 load = partial(self._load_from_file, file, entries, stream)
                 weights |= retry_read(load, f"block {index} of the {self.name} from {file}")
             except WeightsError as error:
-                raise WeightsError(self._fault(index, error.message), error.fix) from error
+                message = f"Block {index} of the {self.name}: {error.message}"
+                raise WeightsError(message, error.fix) from error
             except (OSError, RuntimeError) as error:
-                if known_error(error, "") is not None:  # of memory, not of the file
+                if known_error(error, "") is not None:  # out of memory, not the file's fault
                     raise
-                raise WeightsError(
-                    self._fault(index, f"cannot read {file}: {error}"), FIX
-                ) from error
+                message = f"Block {index} of the {self.name}: cannot read {file}: {error}"
+                raise WeightsError(message, FIX) from error
         return weights
 
     def assign(self, index: int, weights: Mapping[str, mx.array]) -> None:
-        """Give block `index` its weights."""
+        """Assign the weights of block `index` to the network."""
         assert len(weights) == len(self.entries[index])
         self.network.update(tree_unflatten(list(weights.items())))
 
     def clear(self, index: int) -> None:
-        """Take the weights of block `index` away.
-
-        Its parameters become empty arrays, so that using it before the next `put` is an error and
-        never a silent result.
-        """
+        """Replace the weights of block `index` by empty arrays, so that using them is an error."""
         empty = mx.array([], dtype=self.dtype)
         paths = [entry.parameter.path for entry in self.entries[index]]
         self.network.update(tree_unflatten([(path, empty) for path in paths]))
 
     def _extra_read_bytes(self, info: TensorInfo) -> int:
-        """Bytes of a tensor as it is read, where that is not what stays."""
+        """Return the bytes that reading a tensor takes beside its final form."""
         if info.dtype in FLOATS:
             return info.nbytes if FLOATS[info.dtype][1] != self.dtype else 0
-        # What is quantised on the way is read whole, and a copy of it may become float32.
+        # A weight that is quantised on load is read whole, and a copy of it may become float32.
         return 3 * info.nbytes if info.nbytes > prod(info.shape) * mx.uint32.size else 0
 
     def _memory_bytes(self, entries: Sequence[Entry]) -> int:
@@ -137,9 +132,6 @@ class BlockSource(Generic[Block]):
 
     def _disk_bytes(self, entries: Sequence[Entry]) -> int:
         return sum(self.tensors[entry.key].nbytes for entry in entries)
-
-    def _fault(self, index: int, message: str) -> str:
-        return f"Block {index} of the {self.name}: {message}"
 
     def _load_from_file(
         self, file: Path, entries: Sequence[Entry], stream: mx.Stream | None
@@ -154,7 +146,7 @@ class BlockSource(Generic[Block]):
             array = entry.parameter.convert(arrays.pop(entry.key))
             array = array.astype(types[entry.key], stream=stream)
             weights[entry.parameter.path] = array
-            if casting:  # one after the other, so that only one is in memory in both types
+            if casting:  # one by one, so that only one is in memory in both types
                 mx.eval(array)
         mx.eval(weights)
         return weights
@@ -170,26 +162,26 @@ def split_blocks(
     dtype: mx.Dtype,
     skip_keys: Sequence[str] = (),
 ) -> BlockSource[Block]:
-    """Fill all of `network` but its `blocks`, and return where those come from.
+    """Load `network` except for its `blocks`, and return the source of those.
 
-    blocks: for the prefixes of a block's parameter paths, what a provider hands out for it, in
-    order. The whole network is matched first, as `fill` would; `without` as there.
+    blocks: in order, from the prefixes of a block's parameter paths to the object that a provider
+    returns for it. The whole network is matched first; skip_keys: see `match_keys`.
     """
     owner = {prefix: i for i, prefixes in enumerate(blocks) for prefix in prefixes}
-    parts: list[list[Entry]] = [[] for _ in blocks]
-    rest: list[Entry] = []
+    entries: list[list[Entry]] = [[] for _ in blocks]
+    others: list[Entry] = []
     for entry in match_keys(network, checkpoint, keys, skip_keys):
         path = entry.parameter.path
         found = next((i for prefix, i in owner.items() if path.startswith(prefix)), None)
-        (rest if found is None else parts[found]).append(entry)
-    assign(network, checkpoint.load(entry.key for entry in rest), rest, dtype)
-    files = {checkpoint.tensors[entry.key].file for part in parts for entry in part}
+        (others if found is None else entries[found]).append(entry)
+    assign(network, checkpoint.load(entry.key for entry in others), others, dtype)
+    files = {checkpoint.tensors[entry.key].file for block in entries for entry in block}
     source = BlockSource(
         name=name,
         network=network,
         blocks=tuple(blocks.values()),
-        entries=tuple(tuple(part) for part in parts),
-        non_block_entries=tuple(rest),
+        entries=entries,
+        non_block_entries=others,
         tensors=checkpoint.tensors,
         dtype=dtype,
         reader=checkpoint.reader,

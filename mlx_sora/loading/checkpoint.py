@@ -1,7 +1,7 @@
-"""Strict, lazy checkpoints: one safetensors file, or shards with an index.
+"""Strict, lazy weight files: one safetensors file, or shards with an index.
 
-Opening reads headers only. `match` holds them against a module and accepts nothing but an exact fit
-of names, shapes and types; `fill` then puts the tensors in, whose data is read when MLX first
+Opening reads headers only. `match_keys` compares them with a module and accepts only an exact match
+of names, shapes and types. `load_weights` then assigns the tensors, which MLX reads when it first
 evaluates a parameter.
 """
 
@@ -30,22 +30,19 @@ from mlx_sora.loading.safetensors import (
 from mlx_sora.models.key_map import KeyMap, Parameter, Shape
 from mlx_sora.utils.json import read_object
 
-#: Formats that can run code when they are opened, and never are.
+#: Formats that can run code when they are opened. They are refused.
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".msgpack", ".h5", ".npy", ".npz")
 
-#: Characters of a shard's name.
+#: Longest name of a shard, in characters.
 MAX_NAME = 200
 
-#: What messages call the place of tensors that come from no file.
-IN_MEMORY = "the given weights"
+#: Name in messages for weights that come from no file.
+IN_MEMORY = "the weights in memory"
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Named tensors on disk; `path` is what the user pointed at (file or folder).
-
-    read: how they come from a file.
-    """
+    """Named tensors on disk. path: the file or folder opened; reader: loads tensors of one file."""
 
     path: Path
     tensors: Mapping[str, TensorInfo]
@@ -53,28 +50,26 @@ class Checkpoint:
 
     @classmethod
     def open(cls, path: str | Path) -> Checkpoint:
-        """Open a .safetensors file, an index .json, or a folder that holds one of them.
+        """Open a .safetensors file, an index .json, or a folder with one of them.
 
-        Raises WeightsError for anything missing, damaged, truncated or ambiguous.
+        Raises WeightsError for missing, damaged, truncated or ambiguous files.
         """
         path = Path(path)
-        source = _main_file(path)
-        if source.suffix == ".json":
-            return cls(path, _read_index(source))
-        return cls(path, read_header(source))
+        file = _main_file(path)
+        return cls(path, _read_index(file) if file.suffix == ".json" else read_header(file))
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors on disk."""
+        """Size on disk of all tensors, in bytes."""
         return sum(info.nbytes for info in self.tensors.values())
 
     @property
     def num_parameters(self) -> int:
-        """Elements of all tensors."""
+        """Number of elements of all tensors."""
         return sum(prod(info.shape) for info in self.tensors.values())
 
     def load(self, keys: Iterable[str]) -> dict[str, mx.array]:
-        """The named tensors, unless `read` is another one lazy: read at their first evaluation."""
+        """Return the named tensors: lazy with the default reader."""
         by_file: dict[Path, list[str]] = {}
         for key in keys:
             by_file.setdefault(self.tensors[key].file, []).append(key)
@@ -84,25 +79,25 @@ class Checkpoint:
         return out
 
     def read_rows(self, key: str, rows: Sequence[int]) -> mx.array:
-        """Rows of the 2-D tensor `key`, reading nothing else: [len(rows), columns]."""
+        """Return rows of the 2-D tensor `key`, [len(rows), columns]. Reads nothing else."""
         info = self.tensors.get(key)
         if info is None:
             raise WeightsError(f"{self.path} has no tensor {key}.", FIX)
         if len(info.shape) != 2 or info.dtype not in FLOATS:
             raise WeightsError(
-                f"{info.file}: {key} is {info.dtype} {list(info.shape)}, no table.", FIX
+                f"{info.file}: {key} is {info.dtype} {list(info.shape)}, not a table.", FIX
             )
         outside = [row for row in rows if not 0 <= row < info.shape[0]]
         if outside:
             raise WeightsError(
-                f"{info.file}: {key} has {info.shape[0]} rows, row {outside[0]} was asked for.",
+                f"{info.file}: {key} has {info.shape[0]} rows, but a token has id {outside[0]}.",
                 "Text encoder and tokenizer do not belong together; use those of one model.",
             )
         return read_rows(info, rows)
 
 
 def _main_file(path: Path) -> Path:
-    """The file to read first: the file itself, the only index, or the only .safetensors file."""
+    """Return `path` itself, or the only index or the only .safetensors file in it."""
     if path.is_file():
         if path.suffix not in (".safetensors", ".json"):
             raise _not_safetensors_error(path)
@@ -126,16 +121,15 @@ def _main_file(path: Path) -> Path:
 
 
 def _not_safetensors_error(path: Path) -> WeightsError:
-    """The refusal of another format."""
     return WeightsError(
         f"{path} is not a safetensors file.",
-        "Pickled checkpoints (.bin, .pt, .ckpt) are never opened, as that would run the code in "
-        "them; use a safetensors copy.",
+        "Pickled checkpoints (.bin, .pt, .ckpt) are never opened, because that would run the code "
+        "in them; use a safetensors copy.",
     )
 
 
 def _read_index(index: Path) -> dict[str, TensorInfo]:
-    """Tensors of all shards that an index names, each found where the index says."""
+    """Return the tensors of all shards, checked against the index."""
     try:
         weight_map = read_object(index)["weight_map"]
         files = {str(key): str(name) for key, name in weight_map.items()}
@@ -154,10 +148,7 @@ def _read_index(index: Path) -> dict[str, TensorInfo]:
 
 
 def _shard_path(index: Path, name: str) -> Path:
-    """The file `name` beside an index. Raises WeightsError for one elsewhere, by name or by link.
-
-    Links are followed where the index is one, too, as in the hub's cache: then both lie together.
-    """
+    """Return the shard `name` beside `index`. Raises WeightsError if it leads out of the folder."""
     path = index.parent / name
     if Path(name).name != name or not name.isprintable() or len(name) > MAX_NAME:
         raise WeightsError(f"{index} names a file outside its folder: {name}.", FIX)
@@ -165,16 +156,17 @@ def _shard_path(index: Path, name: str) -> Path:
         raise _not_safetensors_error(path)
     if not path.is_file():
         raise WeightsError(f"{index} names {name}, which is missing.", FIX)
+    # In the hub's cache, index and shards are links to files of one other folder.
     if path.resolve().parent not in (index.parent.resolve(), index.resolve().parent):
         raise WeightsError(
-            f"{path} is a link that leaves the folder of its index.", "Put the file itself there."
+            f"{path} is a link that leaves the folder of its index.", "Copy the file itself there."
         )
     return path
 
 
 @dataclass(frozen=True)
 class Entry:
-    """Checkpoint tensor `key` and the parameter it fills."""
+    """Tensor `key` of a checkpoint and the parameter that it fills."""
 
     key: str
     parameter: Parameter
@@ -186,27 +178,27 @@ def match_keys(
     keys: KeyMap,
     skip_keys: Sequence[str] = (),
 ) -> list[Entry]:
-    """Which tensor fills which parameter of `module`: nothing missing, nothing left over.
+    """Match every tensor to a parameter of `module`, by name, shape and type.
 
-    Looks at names, shapes and types only. without: keys that the caller reads by another way (an
-    embedding table, by rows). Raises WeightsError naming file, key, expected and found.
+    skip_keys: tensors that the caller reads itself (an embedding table, by rows).
+    Raises WeightsError that names file, key, expected and found, also for leftovers.
     """
     parameters: list[tuple[str, mx.array]] = tree_flatten(module.parameters())  # type: ignore[assignment]
-    wanted = {path: (tuple(value.shape), value.dtype) for path, value in parameters}
+    expected = {path: (tuple(value.shape), value.dtype) for path, value in parameters}
     where = str(checkpoint.path) if isinstance(checkpoint, Checkpoint) else IN_MEMORY
     entries: dict[str, Entry] = {}
     for found in _stored_tensors(checkpoint):
-        place = None if found.key in skip_keys else keys.find_parameter(found.key, found.shape)
-        if place is None:
+        parameter = None if found.key in skip_keys else keys.find_parameter(found.key, found.shape)
+        if parameter is None:
             continue
-        _check_fit(found, place, wanted)
-        if place.path in entries:
-            raise WeightsError(f"{where}: {found.key} is a second copy of {place.path}.", FIX)
-        entries[place.path] = Entry(found.key, place)
-    missing = [path for path in wanted if path not in entries and path not in keys.optional]
+        _check_fit(found, parameter, expected)
+        if parameter.path in entries:
+            raise WeightsError(f"{where}: {found.key} is a second copy of {parameter.path}.", FIX)
+        entries[parameter.path] = Entry(found.key, parameter)
+    missing = [path for path in expected if path not in entries and path not in keys.optional]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        shape = list(wanted[missing[0]][0])
+        shape = list(expected[missing[0]][0])
         raise WeightsError(f"{where}: missing tensor {missing[0]} {shape}{more}.", FIX)
     return list(entries.values())
 
@@ -217,7 +209,7 @@ def assign(
     entries: Iterable[Entry],
     dtype: mx.Dtype | None = None,
 ) -> None:
-    """Give the parameters that `entries` name their tensors, floats cast to `dtype`; all lazy."""
+    """Assign tensors to the parameters of `entries`, floats cast to `dtype`; all lazy."""
     values = []
     for entry in entries:
         value = entry.parameter.convert(arrays[entry.key])
@@ -235,10 +227,10 @@ def load_weights(
     dtype: mx.Dtype | None = None,
     skip_keys: Sequence[str] = (),
 ) -> None:
-    """Give every parameter of `module` its tensor, after `match` has found all of them fitting.
+    """Match and assign a tensor to every parameter of `module`; see `match_keys`.
 
     checkpoint: from disk (stays lazy), or a dict of arrays.
-    dtype: cast floating parameters to it as they are read; None keeps the stored type.
+    dtype: of floating parameters; None keeps the stored type.
     """
     entries = match_keys(module, checkpoint, keys, skip_keys)
     if isinstance(checkpoint, Checkpoint):
@@ -249,7 +241,7 @@ def load_weights(
 
 @dataclass(frozen=True)
 class _StoredTensor:
-    """One stored tensor: file (or where else), name, shape, type."""
+    """A tensor to match: its file or `IN_MEMORY`, name, shape and type code."""
 
     where: str
     key: str
@@ -268,18 +260,18 @@ def _stored_tensors(checkpoint: Checkpoint | Mapping[str, mx.array]) -> Iterator
 
 
 def _check_fit(
-    found: _StoredTensor, place: Parameter, wanted: Mapping[str, tuple[Shape, mx.Dtype]]
+    found: _StoredTensor, parameter: Parameter, expected: Mapping[str, tuple[Shape, mx.Dtype]]
 ) -> None:
-    """Raise WeightsError unless the tensor `found` may fill `place` of a module with `wanted`."""
-    if place.path not in wanted:
+    if parameter.path not in expected:
         raise WeightsError(
             f"{found.where}: unexpected tensor {found.key} {list(found.shape)}.",
-            "The file is of another model or of another configuration.",
+            "The file belongs to another model or configuration.",
         )
-    shape, dtype = wanted[place.path]
-    if place.shape != shape:
+    shape, dtype = expected[parameter.path]
+    if parameter.shape != shape:
         raise WeightsError(
-            f"{found.where}: {found.key} has shape {list(place.shape)}, expected {list(shape)}.",
+            f"{found.where}: {found.key} has shape {list(parameter.shape)}, "
+            f"expected {list(shape)}.",
             "The file and its config.json do not belong together.",
         )
     types = [PACKED] if dtype == mx.uint32 else list(FLOATS)

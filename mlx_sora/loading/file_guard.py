@@ -1,7 +1,7 @@
-"""Weights that are read while a run goes on: what becomes of it when files change or disks fail.
+"""Protection of a run against weight files that change and disks that fail.
 
-MLX reads lazily, by position, from a file that stays open: one that is replaced or removed
-meanwhile does no harm, one that is rewritten in place would give weights of two models.
+MLX reads lazily from open files. A file that is replaced or removed meanwhile does no harm. A file
+that is rewritten in place would mix the weights of two models.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
-#: Seconds between the attempts of a read that fails: disks wake up, networks come back.
+#: Seconds between the attempts of a failing read: disks wake up, networks come back.
 RETRY_DELAYS = (0.1, 1.0)
 
-#: How the messages of MLX's reader begin (mlx/io/load.h).
+#: Prefix of the messages of MLX's reader (mlx/io/load.h).
 _READ_ERROR = "[read]"
 
-#: Bytes of weights that are read at a time.
+#: Bytes of weights that are evaluated at a time.
 _EVAL_BYTES = 256 << 20
 
 
 @dataclass(frozen=True)
 class FileStat:
-    """What tells one state of a file from another."""
+    """Identity, size and modification time of a file."""
 
     device: int
     inode: int
@@ -47,16 +47,16 @@ class FileStat:
 
     @classmethod
     def from_path(cls, file: Path) -> FileStat:
-        """Of a file as it is now. Raises WeightsError where there is none."""
+        """Return the current state of `file`. Raises WeightsError if there is none."""
         try:
-            status = file.stat()
+            stat = file.stat()
         except OSError as error:
             raise WeightsError(f"cannot read {file}: {error.strerror}.", FIX) from error
-        return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+        return cls(stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)
 
 
 class WeightFileGuard:
-    """The weight files of `folder`, which are about to be opened and read lazily."""
+    """The weight files of `folder`, recorded before they are opened and read lazily."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -66,7 +66,7 @@ class WeightFileGuard:
 
     @contextmanager
     def check_reads(self) -> Iterator[None]:
-        """They are read inside: WeightsError where one was rewritten, or cannot be read."""
+        """Raise WeightsError if a file was rewritten or cannot be read inside the block."""
         try:
             yield
         except RuntimeError as error:
@@ -78,29 +78,32 @@ class WeightFileGuard:
         self._refuse_rewritten()
 
     def _refuse_rewritten(self) -> None:
-        for file, stamp in self._stats.items():
+        for file, before in self._stats.items():
             try:
                 now = FileStat.from_path(file)
-            except WeightsError:  # removed, while MLX holds it
+            except WeightsError:  # removed, but MLX holds it open
                 continue
-            if now != stamp and (now.device, now.inode) == (stamp.device, stamp.inode):
+            if now != before and (now.device, now.inode) == (before.device, before.inode):
                 raise WeightsError(f"{file} was rewritten while it was read.", "Try again.")
 
 
 def eval_parameters(network: nn.Module) -> None:
-    """Read what is lazy in the parameters of `network`, some at a time."""
-    waiting: list[mx.array] = []
+    """Evaluate the lazy parameters of `network`, a few at a time."""
+    pending: list[mx.array] = []
     parameters: list[tuple[str, mx.array]] = tree_flatten(network.parameters())  # type: ignore[assignment]
     for _, array in parameters:
-        waiting.append(array)
-        if sum(each.nbytes for each in waiting) >= _EVAL_BYTES:
-            mx.eval(waiting)
-            waiting.clear()
-    mx.eval(waiting)
+        pending.append(array)
+        if sum(each.nbytes for each in pending) >= _EVAL_BYTES:
+            mx.eval(pending)
+            pending.clear()
+    mx.eval(pending)
 
 
-def retry_read(read: Callable[[], Result], what: str) -> Result:
-    """The result of `read`, tried again after a while if the disk fails; then its error."""
+def retry_read(read: Callable[[], Result], name: str) -> Result:
+    """Return the result of `read`; after a failure of the disk, wait and try again.
+
+    name: of what is read, for the log. Raises what the last attempt raises.
+    """
     for pause in RETRY_DELAYS:
         try:
             return read()
@@ -108,6 +111,6 @@ def retry_read(read: Callable[[], Result], what: str) -> Result:
             if known_error(error, "") is not None:
                 raise
             reason = " ".join(str(error).split())[:200]
-            logger.warning("reading %s failed (%s), trying again", what, reason)
+            logger.warning("reading %s failed (%s), trying again", name, reason)
             time.sleep(pause)
     return read()

@@ -1,4 +1,4 @@
-"""Where a model lies and what it prefers: `shapes`, `opensora-1.2`, or any folder laid out alike.
+"""Model folders: the models with a name, their layout, default options and fingerprint.
 
 A model folder holds the published files under these names:
     transformer/   config.json, model.safetensors          (STDiT3)
@@ -26,27 +26,30 @@ from mlx_sora.utils.json import read_object
 PUBLISHED = "opensora-1.2"
 BUNDLED = "shapes"
 
-#: What `download --quantize` makes of the published model, by bits per weight.
+#: Names of the models that `download --quantize` writes, by bits per weight.
 QUANTIZED_MODELS = {8: f"{PUBLISHED}-8bit", 4: f"{PUBLISHED}-4bit"}
 
-#: Models that have a name, the ones to take without a choice first.
+#: Models with a name, in the order in which the default model is looked for.
 MODEL_NAMES = (PUBLISHED, *QUANTIZED_MODELS.values(), BUNDLED)
 
 #: Parts with a configuration and weights.
 PARTS = ("text_encoder", "transformer", "vae")
 
-#: Characters of the name that a model gives itself.
+#: Longest name in a model_index.json, in characters.
 MAX_NAME = 100
 
-#: Environment variable that names another folder of models than the one beside the package.
+#: Environment variable with the folder of models; the default is beside the package.
 WEIGHTS_VARIABLE = "MLX_SORA_WEIGHTS"
+
+#: Bytes of each tensor that a fingerprint reads.
+_SAMPLE = 64
 
 
 @dataclass(frozen=True)
 class Defaults:
-    """Options of a model that a request leaves open. The values here are Open-Sora 1.2's own.
+    """Default options of a model; the values here are those of Open-Sora 1.2.
 
-    width and height are pixels; fewer frames than `warn_below_frames` are known to look bad.
+    width, height: pixels. warn_below_frames: fewer frames are known to look bad.
     """
 
     steps: int = 30
@@ -61,7 +64,7 @@ class Defaults:
 
 @dataclass(frozen=True)
 class ModelFolder:
-    """A complete model on disk. bits: to quantise its weights to while they are loaded, if any."""
+    """A complete model on disk. quantize_bits: bits per weight to quantise to on load, if any."""
 
     path: Path
     name: str
@@ -86,61 +89,58 @@ class ModelFolder:
 
     @classmethod
     def open(cls, path: str | Path) -> ModelFolder:
-        """Check that all parts are there. Raises WeightsError naming the first that is not."""
+        """Open a folder. Raises WeightsError that names the first missing part."""
         path = expand_folder(path)
         if not path.is_dir():
             raise WeightsError(
                 f"No model folder at {path}.",
                 f"Give --model {BUNDLED}, {PUBLISHED} or the path of a model folder.",
             )
-        absent = missing_parts(path)
-        if absent:
+        missing = missing_parts(path)
+        if missing:
             raise WeightsError(
-                f"The model in {path} is incomplete: {absent[0]} is missing.",
+                f"The model in {path} is incomplete: {missing[0]} is missing.",
                 "A model folder holds transformer, vae, text_encoder and tokenizer/spiece.model.",
             )
         name, defaults = _read_index(path)
         return cls(path, name, defaults)
 
     def config(self, part: str) -> dict[str, Any]:
-        """config.json of `part` (transformer, vae or text_encoder)."""
+        """Read config.json of `part` (transformer, vae or text_encoder). Raises WeightsError."""
         return _read_json(self.path / part / "config.json")
 
 
 def expand_folder(path: str | Path) -> Path:
-    """A folder as typed, with the home folder in place of ~. Raises WeightsError."""
+    """Return `path` with ~ expanded to the home folder. Raises WeightsError."""
     try:
         return Path(path).expanduser()
     except RuntimeError:
-        raise WeightsError(f"{path} names no user's home.", "Check the path.") from None
+        raise WeightsError(f"There is no such user as in {path}.", "Check the path.") from None
 
 
 def missing_parts(path: Path) -> list[str]:
-    """Parts of the model folder layout that `path` lacks, as relative names."""
-    needed = [f"{part}/config.json" for part in PARTS]
-    absent = [name for name in [*needed, "tokenizer/spiece.model"] if not (path / name).is_file()]
-    return absent + [
-        f"{part}/*.safetensors" for part in PARTS if not any((path / part).glob("*.safetensors"))
-    ]
+    """Return the files of the layout that are missing in the folder `path`, as relative names."""
+    files = [*(f"{part}/config.json" for part in PARTS), "tokenizer/spiece.model"]
+    missing = [name for name in files if not (path / name).is_file()]
+    patterns = (f"{part}/*.safetensors" for part in PARTS)
+    return missing + [pattern for pattern in patterns if not any(path.glob(pattern))]
 
 
 def weights_root() -> Path:
-    """Folder that holds the models: $MLX_SORA_WEIGHTS, else `weights/` beside the package."""
+    """Return the folder of models: $MLX_SORA_WEIGHTS, else `weights/` beside the package."""
     override = os.environ.get(WEIGHTS_VARIABLE)
     return Path(override) if override else Path(__file__).resolve().parents[2] / "weights"
 
 
 def find_model(model: str | Path | None = None) -> ModelFolder:
-    """The model that `--model` means: a known name, a path, or by default the best one present.
+    """Open a model by name or path; None means the first complete one of `MODEL_NAMES`.
 
-    Without a choice: the published model when it was downloaded, quantised if only that is there,
-    else the bundled one.
-    Raises WeightsError when it is not there or not complete.
+    Raises WeightsError if the model is missing or incomplete.
     """
     root = weights_root()
     if model is None:
-        whole = (name for name in MODEL_NAMES if not missing_parts(root / name))
-        return ModelFolder.open(root / next(whole, BUNDLED))
+        complete = (name for name in MODEL_NAMES if not missing_parts(root / name))
+        return ModelFolder.open(root / next(complete, BUNDLED))
     if str(model) in MODEL_NAMES:
         path = root / str(model)
         if not path.is_dir():
@@ -153,7 +153,7 @@ def find_model(model: str | Path | None = None) -> ModelFolder:
 
 
 def download_command(name: str) -> str:
-    """The command that gets the model `name`, the published one or what is made of it."""
+    """Return the command that downloads (and quantises) the model `name`."""
     bits = [bits for bits, quantized in QUANTIZED_MODELS.items() if quantized == name]
     return f"python -m mlx_sora download {PUBLISHED}" + (f" --quantize {bits[0]}" if bits else "")
 
@@ -170,17 +170,17 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _read_index(path: Path) -> tuple[str, Defaults]:
-    """Name and defaults: from model_index.json where there is one, else Open-Sora 1.2's."""
+    """Read name and defaults of model_index.json; without one they are Open-Sora 1.2's."""
     index = path / "model_index.json"
     if not index.is_file():
         return path.name, Defaults()
     content = _read_json(index)
-    given = content.get("defaults", {})
-    if not isinstance(given, dict) or any(isinstance(value, str) for value in given.values()):
+    defaults = content.get("defaults", {})
+    if not isinstance(defaults, dict) or any(isinstance(value, str) for value in defaults.values()):
         raise WeightsError(f"{index}: 'defaults' must map option names to numbers.", "Correct it.")
-    # Score phrases and the frame warning are about Open-Sora's training, unless the index says so.
-    own = asdict(Defaults(aesthetic=None, warn_below_frames=0))
-    values = own | {key: value for key, value in given.items() if key in own}
+    # Score phrases and the frame warning come from Open-Sora's training: other models opt in.
+    values = asdict(Defaults(aesthetic=None, warn_below_frames=0))
+    values |= {key: value for key, value in defaults.items() if key in values}
     try:
         values["warn_below_frames"] = as_int(values["warn_below_frames"])
         options = {key: value for key, value in values.items() if key != "warn_below_frames"}
@@ -189,29 +189,25 @@ def _read_index(path: Path) -> tuple[str, Defaults]:
         if any(getattr(request, key) is None for key in options if key != "aesthetic"):
             raise ValueError("a number is missing")
     except (MlxSoraError, ValueError) as error:
-        raise WeightsError(f"{index}: 'defaults' are impossible: {error}", "Correct it.") from None
-    chosen = {key: getattr(request, key) for key in options}
+        raise WeightsError(f"{index}: 'defaults' are not valid: {error}", "Correct it.") from None
+    options = {key: getattr(request, key) for key in options}
     name = printable(str(content.get("name", path.name)), MAX_NAME)
-    return name, Defaults(**chosen, warn_below_frames=values["warn_below_frames"])
-
-
-#: Bytes of each tensor that a fingerprint looks at.
-_SAMPLE = 64
+    return name, Defaults(**options, warn_below_frames=values["warn_below_frames"])
 
 
 def fingerprint(model: ModelFolder) -> str:
-    """Checksum of what tells models apart: configurations, and of every tensor its name, shape,
-    type and the bytes in its middle. Reads a few kilobytes in all.
+    """Return a checksum that identifies a model; reads a few kilobytes.
 
+    It covers the configurations, and name, shape, type and the middle bytes of every tensor.
     Raises WeightsError for files that cannot be opened.
     """
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     for part in PARTS:
-        found.update(json.dumps([part, model.config(part)], sort_keys=True).encode())
+        digest.update(json.dumps([part, model.config(part)], sort_keys=True).encode())
         tensors = Checkpoint.open(model.path / part).tensors
         for name, info in sorted(tensors.items(), key=lambda item: (item[1].file, item[1].offset)):
-            found.update(f"\n{name} {info.dtype} {info.shape}\n".encode())
+            digest.update(f"\n{name} {info.dtype} {info.shape}\n".encode())
             with info.file.open("rb") as file:
                 file.seek(info.offset + info.nbytes // 2)
-                found.update(file.read(min(_SAMPLE, info.nbytes - info.nbytes // 2)))
-    return found.hexdigest()
+                digest.update(file.read(min(_SAMPLE, info.nbytes - info.nbytes // 2)))
+    return digest.hexdigest()

@@ -1,7 +1,7 @@
-"""Building each network of a model folder and filling it, lazily and strictly.
+"""Loading of the networks of a model folder, lazily and strictly.
 
-`load_*` fills all of a network. `stream_*` fills all but its blocks, whose weights come one block
-at a time from the `BlockSource` that is returned beside it.
+`load_*` fills a whole network. `stream_*` fills it except for its blocks, which the returned
+`BlockSource` loads one at a time.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from mlx_sora.models import precision, stdit3, t5, vae
 from mlx_sora.models.key_map import KeyMap
 from mlx_sora.models.vae import VAEConfig, VideoVAE, key_map
 
-#: Token ids to rows of the embedding table, [len(ids), D].
+#: Reads rows of the embedding table: token ids to [len(ids), D].
 ReadRows = Callable[[Sequence[int]], mx.array]
 
 
 def load_text_encoder(model: ModelFolder, dtype: mx.Dtype) -> tuple[t5.T5Encoder, ReadRows]:
-    """T5 without its embedding table, and a function that reads single rows of it from disk.
+    """Load T5 without its embedding table; also return a function that reads rows of it.
 
     The table of T5-XXL is 0.5 GB in float32, of which a prompt needs a few hundred kB.
     """
@@ -45,7 +45,7 @@ def load_text_encoder(model: ModelFolder, dtype: mx.Dtype) -> tuple[t5.T5Encoder
 def stream_text_encoder(
     model: ModelFolder, dtype: mx.Dtype
 ) -> tuple[t5.T5Encoder, ReadRows, BlockSource[t5.T5Block]]:
-    """As `load_text_encoder`, the blocks from a source."""
+    """Load T5 as `load_text_encoder` does, with a source of its blocks."""
     network, checkpoint = _text_encoder(model)
     source = split_blocks(
         "text encoder",
@@ -60,7 +60,7 @@ def stream_text_encoder(
 
 
 def _text_encoder(model: ModelFolder) -> tuple[t5.T5Encoder, Checkpoint]:
-    """T5 without weights, and its checkpoint, which has the table that `network` lacks."""
+    """Return T5 without weights and embedding table, and its checkpoint."""
     values = model.config("text_encoder")
     with _config_errors("text_encoder"):
         network = t5.T5Encoder(t5.T5Config.from_dict(values), embedding=False)
@@ -70,7 +70,6 @@ def _text_encoder(model: ModelFolder) -> tuple[t5.T5Encoder, Checkpoint]:
 
 
 def _check_embedding_table(checkpoint: Checkpoint, config: t5.T5Config) -> None:
-    """Raise WeightsError unless the token table is there with the shape of the configuration."""
     table = checkpoint.tensors.get(t5.EMBEDDING_KEY)
     expected = (config.vocab_size, config.d_model)
     if table is None or table.shape != expected:
@@ -82,7 +81,7 @@ def _check_embedding_table(checkpoint: Checkpoint, config: t5.T5Config) -> None:
 
 
 def load_transformer(model: ModelFolder, dtype: mx.Dtype) -> stdit3.STDiT3:
-    """The denoising network."""
+    """Load the denoising network."""
     network, checkpoint = _transformer(model, dtype)
     load_weights(network, checkpoint, stdit3.KEYS, dtype=dtype)
     return network
@@ -91,7 +90,7 @@ def load_transformer(model: ModelFolder, dtype: mx.Dtype) -> stdit3.STDiT3:
 def stream_transformer(
     model: ModelFolder, dtype: mx.Dtype
 ) -> tuple[stdit3.STDiT3, BlockSource[stdit3.BlockPair]]:
-    """The denoising network, its pairs of spatial and temporal blocks from a source."""
+    """Load the denoising network, with a source of its pairs of spatial and temporal blocks."""
     network, checkpoint = _transformer(model, dtype)
     pairs = zip(network.spatial_blocks, network.temporal_blocks, strict=True)
     source = split_blocks(
@@ -115,7 +114,7 @@ def _transformer(model: ModelFolder, dtype: mx.Dtype) -> tuple[stdit3.STDiT3, Ch
 def _quantize_network(
     model: ModelFolder, network: nn.Module, config: Mapping[str, Any], checkpoint: Checkpoint
 ) -> Checkpoint:
-    """`checkpoint` for `network`, both quantised if the files are or `model` is to be."""
+    """Quantise `network` as config.json or `model` requires; return the matching checkpoint."""
     quantization = Quantization.from_config(config)
     if quantization is None and model.quantize_bits is not None:
         quantization = Quantization(model.quantize_bits)
@@ -125,7 +124,7 @@ def _quantize_network(
 
 
 def load_vae(model: ModelFolder, parts: Sequence[str] = ("decoder",)) -> VideoVAE:
-    """The VAE, or the halves of it that are needed; always in float32."""
+    """Load the encoder, the decoder or both of the VAE, always in float32."""
     with _config_errors("vae"):
         network = VideoVAE(VAEConfig.from_dict(model.config("vae")), parts)
     load_weights(network, Checkpoint.open(model.vae), key_map(parts), dtype=precision.VAE)
@@ -134,30 +133,30 @@ def load_vae(model: ModelFolder, parts: Sequence[str] = ("decoder",)) -> VideoVA
 
 @contextmanager
 def _config_errors(part: str) -> Iterator[None]:
-    """Say which config.json is at fault where no network can be built inside."""
+    """Raise WeightsError that names the config.json if the block cannot build its network."""
     try:
         yield
     except (TypeError, ValueError, AttributeError, ArithmeticError, LookupError) as error:
-        raise WeightsError(f"{part}/config.json describes no network: {error}.") from error
+        raise WeightsError(f"Cannot build a network from {part}/config.json: {error}.") from error
 
 
 def match_part(model: ModelFolder, part: str, checkpoint: Checkpoint) -> list[Entry]:
-    """Which tensor of `part` fills what, all of the network; T5's table comes as one of them.
+    """Match all tensors of `part` to its network, T5's embedding table included.
 
-    Reads config.json only. Raises WeightsError for a configuration that describes no network, and
-    for a checkpoint that is not of it.
+    Reads config.json only. Raises WeightsError for an impossible configuration and for a checkpoint
+    that does not match it.
     """
     network, keys = _empty_network(model, part)
     return match_keys(network, checkpoint, keys)
 
 
 def quantizable_layers(model: ModelFolder, part: str, quantization: Quantization) -> list[str]:
-    """Paths of the layers of `part` that are to be quantised; reads config.json only."""
+    """Return the paths of the layers of `part` to quantise. Reads config.json only."""
     return list(quantizable_linears(_empty_network(model, part)[0], quantization))
 
 
 def _empty_network(model: ModelFolder, part: str) -> tuple[nn.Module, KeyMap]:
-    """The whole network of `part` without weights, and its key map."""
+    """Return the whole network of `part` without weights, and its key map."""
     values = model.config(part)
     network: nn.Module
     with _config_errors(part):

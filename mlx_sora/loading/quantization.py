@@ -1,8 +1,8 @@
-"""Affine quantisation of a network's linear layers: which they are, and how their weights change.
+"""Affine quantisation of the linear layers of a network.
 
-Quantised are the linear layers inside T5's and STDiT's blocks, nothing else: embedders, norms,
-time modulation, final layer, scale-shift tables and the VAE keep their values. config.json says so
-as in other MLX models: {"quantization": {"bits": 8, "group_size": 64}}.
+Only the linear layers in the blocks of T5 and STDiT are quantised. Embedders, norms, time
+modulation, final layer, scale-shift tables and the VAE keep their values. config.json records it as
+in other MLX models: {"quantization": {"bits": 8, "group_size": 64}}.
 """
 
 from __future__ import annotations
@@ -26,46 +26,46 @@ from mlx_sora.models.config import FIX
 from mlx_sora.models.key_map import Shape
 from mlx_sora.models.quantized import WORD_BITS, QuantizedLinear
 
-#: Where config.json tells of it.
+#: Key of the settings in config.json.
 CONFIG_KEY = "quantization"
 
 BITS = (4, 8)
 GROUP_SIZE = 64
 
-#: Start of the parameter paths of a network's blocks, and the block's number.
+#: Prefix of the parameter paths of a block, with the number of the block.
 BLOCK_PATH = re.compile(r"(?:encoder\.block|spatial_blocks|temporal_blocks)\.(\d+)\.")
 
 
 @dataclass(frozen=True)
 class Quantization:
-    """bits of a weight's code; group_size: weights in a row that share scale and bias."""
+    """Settings. bits: per weight; group_size: weights in a row that share scale and bias."""
 
     bits: int
     group_size: int = GROUP_SIZE
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Quantization | None:
-        """What a config.json says, None for a network that is not quantised.
+        """Read the settings of a config.json; None for a network that is not quantised.
 
-        Raises WeightsError for a kind that this package does not write.
+        Raises WeightsError for settings that this package does not write.
         """
-        if config.get(CONFIG_KEY) is None:
+        values = config.get(CONFIG_KEY)
+        if values is None:
             return None
-        values = config[CONFIG_KEY]
         for bits in BITS:
             if values == cls(bits).to_dict():
                 return cls(bits)
         raise WeightsError(f"{CONFIG_KEY} cannot be {values!r} in a model's config.json.", FIX)
 
     def to_dict(self) -> dict[str, int]:
-        """For config.json."""
+        """Return the value for config.json."""
         return asdict(self)
 
     def __str__(self) -> str:
         return f"{self.bits} bits in groups of {self.group_size}"
 
     def packed_shapes(self, shape: Shape) -> dict[str, Shape]:
-        """Shapes of what the weight [outputs, inputs] of a layer becomes, by parameter name."""
+        """Return shapes of the arrays that replace a weight [outputs, inputs], by parameter."""
         outputs, inputs = shape
         groups = (outputs, inputs // self.group_size)
         packed = (outputs, inputs * self.bits // WORD_BITS)
@@ -74,10 +74,10 @@ class Quantization:
     def quantize(
         self, weight: mx.array, dtype: mx.Dtype | None = None, stream: mx.Stream | None = None
     ) -> dict[str, mx.array]:
-        """The weight [outputs, inputs] of a layer as arrays by parameter name.
+        """Quantise the weight [outputs, inputs] of a layer; return arrays by parameter name.
 
-        dtype: of scales and biases; None is the 16-bit type that holds these scales best: float16
-        is eight times finer, but not for the smallest numbers. stream: where the work is done.
+        dtype: of scales and biases; None selects the more accurate 16-bit type for them: float16 is
+        eight times finer, except for the smallest numbers. stream: runs the work.
         """
         packed, scales, biases = mx.quantize(
             weight.astype(mx.float32, stream=stream),
@@ -96,7 +96,7 @@ class Quantization:
 
 
 def _rounding_error(scales: mx.array, biases: mx.array, kind: mx.Dtype) -> float:
-    """Squared error that storing scales and biases in `kind` adds to the largest codes."""
+    """Return the squared error of the largest codes with scales and biases in `kind`."""
     error = scales.astype(kind).astype(mx.float32) - scales
     shift = biases.astype(kind).astype(mx.float32) - biases
     total: mx.array = (mx.square(255 * error) + mx.square(shift)).sum()
@@ -104,9 +104,9 @@ def _rounding_error(scales: mx.array, biases: mx.array, kind: mx.Dtype) -> float
 
 
 def quantizable_linears(network: nn.Module, quantization: Quantization) -> dict[str, nn.Linear]:
-    """The layers of `network` that are to be quantised, by path.
+    """Return the layers of `network` to quantise, by path.
 
-    Those whose inputs do not divide into whole groups are left out (STDiT3-3B has such).
+    Leaves out layers whose inputs do not divide into whole groups (STDiT3-3B has such).
     """
     return {
         path: layer
@@ -118,19 +118,19 @@ def quantizable_linears(network: nn.Module, quantization: Quantization) -> dict[
 
 
 def insert_quantized_layers(network: nn.Module, quantization: Quantization | None) -> None:
-    """Replace layers of an unfilled `network` by quantised ones."""
+    """Replace layers of a `network` without weights by quantised layers."""
     if quantization is None:
         return
-    replaced = []
+    layers = []
     for path, layer in quantizable_linears(network, quantization).items():
         outputs, inputs = layer.weight.shape
         new = QuantizedLinear(inputs, outputs, bias="bias" in layer, **quantization.to_dict())
-        replaced.append((path, new))
-    network.update_modules(tree_unflatten(replaced))
+        layers.append((path, new))
+    network.update_modules(tree_unflatten(layers))
 
 
 def dense_bytes(network: nn.Module, dtype: mx.Dtype) -> dict[str, int]:
-    """Bytes of each quantised layer's weights once dequantised to `dtype`, by path."""
+    """Return the bytes of each quantised layer's weights dequantised to `dtype`, by path."""
     return {
         path: layer.dense_size * dtype.size
         for path, layer in network.named_modules()
@@ -139,7 +139,7 @@ def dense_bytes(network: nn.Module, dtype: mx.Dtype) -> dict[str, int]:
 
 
 def count_parameters(checkpoint: Checkpoint, quantization: Quantization | None) -> int:
-    """Numbers that the tensors stand for: a packed word for several, scales and biases for none."""
+    """Count the parameters of the network, without scales and biases of its quantisation."""
     total = checkpoint.num_parameters
     if quantization is None:
         return total
@@ -150,10 +150,10 @@ def count_parameters(checkpoint: Checkpoint, quantization: Quantization | None) 
 
 @dataclass(frozen=True)
 class QuantizingReader:
-    """A Reader for which every tensor of `dense` comes quantised, as three.
+    """A Reader that quantises `weights`, each into three tensors.
 
-    dense: weights by key, as they are stored. One after the other is evaluated, so that only one is
-    in memory as it was.
+    weights: stored tensors by key. They are evaluated one by one, so that only one is in memory
+    unquantised.
     """
 
     quantization: Quantization
@@ -163,29 +163,29 @@ class QuantizingReader:
         self, file: Path, tensors: Mapping[str, TensorInfo], stream: mx.Stream | None = None
     ) -> dict[str, mx.array]:
         weights = {key: self.weights[key] for key in tensors if key in self.weights}
-        made = {name for key in weights for name in _packed_names(key)}
-        others = {key: info for key, info in tensors.items() if key not in made}
+        packed = {name for key in weights for name in _packed_names(key)}
+        others = {key: info for key, info in tensors.items() if key not in packed}
         arrays = load_tensors(file, weights | others, stream)
         for key in weights:
-            parts = self.quantization.quantize(arrays.pop(key), mx.float32, stream)
-            mx.eval(parts)
-            arrays |= dict(zip(_packed_names(key), parts.values(), strict=True))
+            quantized = self.quantization.quantize(arrays.pop(key), mx.float32, stream)
+            mx.eval(quantized)
+            arrays |= dict(zip(_packed_names(key), quantized.values(), strict=True))
         return arrays
 
 
 def quantize_on_load(
     checkpoint: Checkpoint, network: nn.Module, quantization: Quantization
 ) -> Checkpoint:
-    """`checkpoint` as if it were quantised for `network`, which is not prepared yet.
+    """Return `checkpoint` with a reader that quantises the linear layers of `network`.
 
-    What it holds in other shapes stays as it is, for matching to find. Raises UsageError for a
-    network without a layer that can be quantised.
+    network: not quantised yet. Tensors of unexpected shape are left for `match_keys` to report.
+    Raises UsageError for a network without a layer that can be quantised.
     """
     layers = quantizable_linears(network, quantization)
     if not layers:
         raise UsageError(
-            f"No layer in {checkpoint.path} can be quantised: their inputs are no whole groups of "
-            f"{quantization.group_size} weights.",
+            f"No layer in {checkpoint.path} can be quantised: no input size is a multiple of the "
+            f"group size {quantization.group_size}.",
             "Leave --quantize out.",
         )
     tensors, dense = dict(checkpoint.tensors), {}
@@ -198,15 +198,15 @@ def quantize_on_load(
         packed, *floats = quantization.packed_shapes(info.shape).values()
         weight, *names = _packed_names(key)
         tensors[weight] = replace(info, dtype=PACKED, shape=packed)
-        for name, shape in zip(names, floats, strict=True):  # whose bytes are those of the weight
+        for name, shape in zip(names, floats, strict=True):  # their bytes count with the weight
             tensors[name] = replace(info, dtype="F32", shape=shape, nbytes=0)
     return replace(checkpoint, tensors=tensors, reader=QuantizingReader(quantization, dense))
 
 
 def choose_quantization(model: ModelFolder, bits: int | None) -> ModelFolder:
-    """`model` to be loaded with so many bits per weight; None is as it is.
+    """Return `model` with the bits per weight to quantise to on load; None changes nothing.
 
-    Raises UsageError for a folder that is quantised to others.
+    Raises UsageError for a folder that is quantised to another number of bits.
     """
     if bits is None:
         return model
@@ -223,13 +223,13 @@ def choose_quantization(model: ModelFolder, bits: int | None) -> ModelFolder:
 
 
 def _packed_names(key: str) -> tuple[str, str, str]:
-    """Names of what a weight becomes, the weight's own first."""
+    """Return the names of packed weight, scales and biases of the weight `key`."""
     stem = key.removesuffix("weight")
     return key, f"{stem}scales", f"{stem}biases"
 
 
 def quantization_metadata(model: ModelFolder) -> dict[str, Any]:
-    """For a video's metadata: {"quantization": {part: bits and group size}}, or {} without any.
+    """Return {"quantization": {part: bits and group size}} for a video's metadata, or {}.
 
     Raises WeightsError for a config.json that cannot be read.
     """

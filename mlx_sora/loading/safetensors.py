@@ -1,7 +1,7 @@
-"""Reading safetensors headers, and single rows, without reading the tensors.
+"""Validated safetensors headers, lazy tensors, and single rows of a table.
 
-`mx.load` is lazy but trusting: a truncated file fails only when a tensor is used, and an embedding
-table is always read whole. Here the header is checked against the file before anything is loaded.
+`mx.load` is lazy but does not validate: a truncated file fails only when a tensor is used, and an
+embedding table is always read whole. Here the header is checked against the file first.
 Format: 8 bytes little-endian header size, JSON header, data. Source: the safetensors specification.
 """
 
@@ -26,7 +26,7 @@ FLOATS: dict[str, tuple[int, mx.Dtype]] = {
     "BF16": (2, mx.bfloat16),
 }
 
-#: Type of the words that quantised weights are packed into.
+#: Type code of the words that hold quantised weights.
 PACKED = "U32"
 
 _SIZES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4} | dict.fromkeys(
@@ -34,11 +34,11 @@ _SIZES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4} | dict.fro
 )
 _SIZES |= dict.fromkeys(("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2"), 1)
 
-#: Bytes of a header. The specification allows 100 MB, which would take gigabytes to parse; the
-#: largest model here has 0.1.
+#: Largest header in bytes. The specification allows 100 MB, which would take gigabytes to parse;
+#: the largest model here has 0.1 MB.
 MAX_HEADER = 8_000_000
 
-#: Dimensions of a tensor: more than any network has.
+#: Most dimensions of a tensor; no network has as many.
 MAX_DIMENSIONS = 8
 
 FIX = "Download or copy the file again."
@@ -46,7 +46,7 @@ FIX = "Download or copy the file again."
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where one tensor lies: `file`, dtype code, shape, first byte in the file, bytes."""
+    """Position of a tensor: file, dtype code, shape, offset in the file and size in bytes."""
 
     file: Path
     dtype: str
@@ -56,10 +56,10 @@ class TensorInfo:
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
-    """Tensor table of a safetensors file, checked against the file's size.
+    """Read the tensor table of a safetensors file and check it against the file's size.
 
-    As the specification has it, the tensors follow each other without overlap or gap up to the end.
-    Raises WeightsError that names the file, and the tensor where one is at fault.
+    As the specification requires, the tensors fill the file without overlap or gap.
+    Raises WeightsError that names the file and, where possible, the tensor.
     """
     try:
         if not path.is_file():
@@ -87,15 +87,15 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
 
 
 def _check_layout(path: Path, tensors: Mapping[str, TensorInfo], base: int, size: int) -> None:
-    """Raise WeightsError unless the tensors fill the file from byte `base` on, each by itself."""
+    """Raise WeightsError unless the tensors fill the file from byte `base` without overlap."""
     end = base
     for key, info in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
         if info.offset != end:
-            what = "overlaps" if info.offset < end else "leaves a gap behind"
-            raise WeightsError(f"{path}: {key} {what} the tensor before it.", FIX)
+            fault = "overlaps" if info.offset < end else "leaves a gap after"
+            raise WeightsError(f"{path}: {key} {fault} the tensor before it.", FIX)
         end += info.nbytes
     if end != size:
-        raise WeightsError(f"{path} goes on for {size - end} bytes behind its last tensor.", FIX)
+        raise WeightsError(f"{path} has {size - end} extra bytes after its last tensor.", FIX)
 
 
 def _tensor_info(path: Path, size: int, base: int, key: str, row: Any) -> TensorInfo:
@@ -122,23 +122,22 @@ def _tensor_info(path: Path, size: int, base: int, key: str, row: Any) -> Tensor
 
 
 def _parse_counts(values: Any) -> tuple[int, ...]:
-    """A list of whole numbers that a file can count. Raises ValueError."""
     if type(values) is not list or not all(type(n) is int and 0 <= n < 1 << 63 for n in values):
-        raise ValueError("no list of counts")
+        raise ValueError("not a list of counts")
     return tuple(values)
 
 
 def load_tensors(
     file: Path, tensors: Mapping[str, TensorInfo], stream: mx.Stream | None = None
 ) -> dict[str, mx.array]:
-    """The named tensors of one file as lazy arrays: bytes are read at their first evaluation.
+    """Return the named tensors of one file as lazy arrays, read at their first evaluation.
 
-    stream: where the reading runs; None is the calling thread's own. Raises WeightsError when the
-    file is gone or no longer is what its header said.
+    stream: runs the read; None means the default of the calling thread. Raises WeightsError if the
+    file is gone or no longer matches its header.
     """
     try:
         arrays = mx.load(str(file), format="safetensors", stream=stream)
-    except (RuntimeError, ValueError) as error:  # ValueError: a name that is no UTF-8
+    except (RuntimeError, ValueError) as error:  # ValueError: a name that is not UTF-8
         raise WeightsError(f"MLX cannot load {file}: {error}", FIX) from error
     assert isinstance(arrays, dict)
     for key, info in tensors.items():
@@ -149,19 +148,19 @@ def load_tensors(
 
 
 class Reader(Protocol):
-    """How the tensors of a block come from a file; `load_tensors` is the plain one."""
+    """Reads tensors from a file; `load_tensors` is the plain one."""
 
     def __call__(
         self, file: Path, tensors: Mapping[str, TensorInfo], stream: mx.Stream | None = None
     ) -> dict[str, mx.array]:
-        """The named tensors, lazy on `stream` or evaluated, in a dict of the caller's own.
+        """Return a new dict of the named tensors, lazy on `stream` or evaluated.
 
         Raises WeightsError, OSError or RuntimeError.
         """
 
 
 def memory_dtype(stored: str, dtype: mx.Dtype) -> mx.Dtype:
-    """Type in memory of a tensor `stored` so, where floats are cast to `dtype`: words are not."""
+    """Return the type in memory of a `stored` type: packed words stay, floats become `dtype`."""
     return mx.uint32 if stored == PACKED else dtype
 
 
@@ -172,7 +171,7 @@ def _has_dtype(array: mx.array, info: TensorInfo) -> bool:
 
 
 def read_rows(info: TensorInfo, rows: Sequence[int]) -> mx.array:
-    """The given rows of a 2-D tensor, [len(rows), columns], reading only their bytes."""
+    """Return `rows` of a 2-D tensor, [len(rows), columns]. Reads nothing else."""
     import numpy as np
 
     width, dtype = FLOATS[info.dtype]

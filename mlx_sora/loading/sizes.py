@@ -1,4 +1,4 @@
-"""What the planner has to know of a model folder: configurations, and sizes from the headers."""
+"""Configurations and sizes of a model folder for the memory planner, read from headers."""
 
 from __future__ import annotations
 
@@ -20,16 +20,15 @@ from mlx_sora.models.vae import VAEConfig, VideoVAE, key_map
 
 
 def model_sizes(model: ModelFolder, dtype: mx.Dtype, *, encoders: bool = False) -> ModelSizes:
-    """Sizes of `model` with weights in `dtype`, its VAE in float32. Reads headers only.
+    """Return the sizes of `model` with weights in `dtype`, its VAE in float32. Reads headers only.
 
     encoders: also those of the VAE's encoders.
-
-    Raises WeightsError for a checkpoint that does not fit its configuration.
+    Raises WeightsError for a checkpoint that does not match its configuration.
     """
     text, _, text_blocks = stream_text_encoder(model, dtype)
     transformer, transformer_blocks = stream_transformer(model, dtype)
     config = VAEConfig.from_dict(model.config("vae"))
-    temporal, spatial, stored = _vae_bytes(model, config, "decoder")
+    temporal, spatial, vae_disk = _vae_bytes(model, config, "decoder")
     return ModelSizes(
         text=text.config,
         transformer=transformer.config,
@@ -38,17 +37,17 @@ def model_sizes(model: ModelFolder, dtype: mx.Dtype, *, encoders: bool = False) 
         transformer_weights=_weight_sizes(transformer_blocks),
         temporal=temporal,
         spatial=spatial,
-        vae_stored=stored,
+        vae_stored=vae_disk,
         encoders=_vae_bytes(model, config, "encoder") if encoders else (0, 0, 0),
     )
 
 
-def _vae_bytes(model: ModelFolder, config: VAEConfig, half: str) -> tuple[int, int, int]:
-    """Bytes of the temporal and of the spatial encoder or decoder, and of both on disk."""
-    vae, checkpoint = VideoVAE(config, (half,)), Checkpoint.open(model.vae)
-    entries = match_keys(vae, checkpoint, key_map((half,)))
-    stored = sum(checkpoint.tensors[entry.key].nbytes for entry in entries)
-    return _float32_bytes(vae.temporal_vae), _float32_bytes(vae.spatial_vae), stored
+def _vae_bytes(model: ModelFolder, config: VAEConfig, part: str) -> tuple[int, int, int]:
+    """Return bytes of the temporal and spatial `part` (encoder or decoder), and of both on disk."""
+    vae, checkpoint = VideoVAE(config, (part,)), Checkpoint.open(model.vae)
+    entries = match_keys(vae, checkpoint, key_map((part,)))
+    disk = sum(checkpoint.tensors[entry.key].nbytes for entry in entries)
+    return _float32_bytes(vae.temporal_vae), _float32_bytes(vae.spatial_vae), disk
 
 
 def _weight_sizes(source: BlockSource[Any]) -> WeightSizes:

@@ -1,4 +1,4 @@
-"""A file appears under its name whole or not at all, and takes the place of none unasked."""
+"""Atomic writes, which replace a file only on request; checksums; fsync."""
 
 from __future__ import annotations
 
@@ -16,44 +16,52 @@ from typing import Any
 
 from mlx_sora.errors import MlxSoraError
 
-#: What to do about an error of the file system.
 _FIXES = {
     errno.ENOSPC: "Make room there, or write to another disk.",
-    errno.EDQUOT: "Your share of that disk is used up: make room, or write to another.",
+    errno.EDQUOT: "Your quota on that disk is used up: make room, or write to another.",
     errno.EFBIG: "Files there may not grow so large (see ulimit -f): write to another folder.",
-    errno.ENOENT: "Its folder is gone: make it again, or write to another.",
-    errno.ENOTDIR: "Its folder is gone: make it again, or write to another.",
-    errno.EIO: "The disk fails: write to another.",
+    errno.ENOENT: "Its folder is gone: create it again, or write to another.",
+    errno.ENOTDIR: "Its folder is gone: create it again, or write to another.",
+    errno.EIO: "The disk fails: write to another one.",
 }
+
+#: Bytes read at a time for a checksum.
+_READ_SIZE = 1 << 22
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass
 class PartialFile:
-    """partial: where to write; path: where the file is to be, and is once the block has ended."""
+    """A file being written. partial: where to write it; path: its name after the rename."""
 
     partial: Path
     path: Path
 
 
 @contextmanager
-def explain_os_errors(path: Path) -> Iterator[None]:
-    """Say in one line what the file system refused inside, and what to do about it."""
+def explain_os_errors(path: Path, error: type[MlxSoraError] = MlxSoraError) -> Iterator[None]:
+    """Raise `error`, which says what to do, for an OSError while `path` is written."""
     try:
         yield
     except OSError as problem:
         fix = _FIXES.get(problem.errno or 0, "Check the rights of its folder, or write to another.")
         reason = problem.strerror or problem
-        raise MlxSoraError(f"Cannot write {path}: {reason}.", fix) from problem
+        raise error(f"Cannot write {path}: {reason}.", fix) from problem
 
 
 @contextmanager
-def atomic_write(path: Path, overwrite: bool = False) -> Iterator[PartialFile]:
-    """A file to write in the block; after an error nothing is left of it."""
+def atomic_write(
+    path: Path, overwrite: bool = False, error: type[MlxSoraError] = MlxSoraError
+) -> Iterator[PartialFile]:
+    """Yield a partial file to write, then rename it to `path`; remove it after an exception.
+
+    Without `overwrite`, an existing file stays, and the new one gets a free name beside it.
+    Raises `error` for what the file system refuses.
+    """
     remove_stale_partials(path)
     file = PartialFile(partial_name(path), path)
-    with explain_os_errors(path):
+    with explain_os_errors(path, error):
         try:
             yield file
             file.path = rename_into_place(file.partial, path, overwrite)
@@ -62,21 +70,21 @@ def atomic_write(path: Path, overwrite: bool = False) -> Iterator[PartialFile]:
 
 
 def partial_name(path: Path) -> Path:
-    """A hidden name in the same folder, so that renaming is atomic; short, whatever `path` is.
+    """Return a short hidden name in the same folder, so that renaming is atomic.
 
-    It tells for which file and by which process of which machine it is written.
+    It encodes the file's name, the machine and the process that writes it.
     """
     return path.with_name(f"{_partial_prefix(path)}{os.getpid()}-{os.urandom(4).hex()}.partial")
 
 
 def remove_partial(partial: Path) -> None:
-    """Remove what was not finished; where the disk no longer lets us, a later run sweeps it."""
+    """Remove an unfinished file. If that fails, a later run removes it as stale."""
     with suppress(OSError):
         partial.unlink()
 
 
 def remove_stale_partials(path: Path) -> None:
-    """Remove what killed processes of this machine have left of `path`."""
+    """Remove the partial files of `path` that killed processes of this machine have left."""
     mark = _partial_prefix(path)
     for file in path.parent.glob(f"{mark}*.partial"):
         process = file.name.removeprefix(mark).partition("-")[0]
@@ -85,7 +93,6 @@ def remove_stale_partials(path: Path) -> None:
 
 
 def _partial_prefix(path: Path) -> str:
-    """How the hidden names of a file begin on this machine."""
     name, machine = (hashlib.sha256(s.encode()).hexdigest() for s in (path.name, platform.node()))
     return f".{name[:12]}-{machine[:8]}-"
 
@@ -95,20 +102,20 @@ def _process_exists(process: int) -> bool:
         os.kill(process, 0)
     except ProcessLookupError:
         return False
-    except OSError:  # somebody else's
+    except OSError:  # a process of another user
         return True
     return True
 
 
 def free_names(path: Path) -> Iterator[Path]:
-    """Names beside `path` to fall back on."""
+    """Yield names beside `path`: name-1, name-2, ..."""
     return (path.with_name(f"{path.stem}-{i}{path.suffix}") for i in count(1))
 
 
 def rename_into_place(partial: Path, path: Path, overwrite: bool) -> Path:
-    """Rename `partial` to `path`; if a file appeared there meanwhile, to a free name beside it.
+    """Rename `partial` to `path`, or without `overwrite` to a free name; return the new path.
 
-    Its bytes are on the disk before: some disks tell only then that they are full.
+    Calls fsync first: some disks report only then that they are full.
     """
     fsync(partial)
     if overwrite:
@@ -136,16 +143,13 @@ def _rename_if_free(partial: Path, target: Path) -> bool:
     return True
 
 
-_READ_SIZE = 1 << 22
-
-
 def sha256(path: Path, on_progress: Callable[[int], None] | None = None) -> str:
-    """Checksum of a file, in hexadecimal. watch: told the bytes read so far."""
+    """Return the checksum of a file, in hexadecimal. on_progress: gets the bytes read so far."""
     return _digest(path, hashlib.sha256(), on_progress)
 
 
 def git_sha1(path: Path) -> str:
-    """Name that git gives to a file's content: how the hub identifies files outside LFS."""
+    """Return the hash of git's blob object: how the hub identifies files outside LFS."""
     start = b"blob %d\0" % path.stat().st_size
     return _digest(path, hashlib.sha1(start, usedforsecurity=False), None)
 
@@ -162,7 +166,7 @@ def _digest(path: Path, digest: Any, on_progress: Callable[[int], None] | None) 
 
 
 def fsync(file: Path) -> None:
-    """Have a finished file, or a folder's entries, on the disk."""
+    """Flush a file, or the entries of a folder, to the disk."""
     handle = os.open(file, os.O_RDONLY)
     try:
         os.fsync(handle)

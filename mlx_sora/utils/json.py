@@ -1,4 +1,4 @@
-"""Reading JSON that somebody else wrote: of bounded size, in UTF-8, each key once."""
+"""Reading of untrusted JSON: bounded size, UTF-8, unique keys."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import os
 from pathlib import Path
 from typing import Any
 
-#: Bytes of a JSON file. Parsed, the worst of them become 30 times as many.
+#: Largest JSON file in bytes. Parsed, it can take 30 times as much memory.
 MAX_JSON = 8_000_000
 
 
 def read_bytes(path: Path, limit: int) -> bytes:
-    """Content of a regular file of at most `limit` bytes.
+    """Return the content of a regular file of at most `limit` bytes.
 
-    Raises OSError, also for pipes and devices, which may never end, and ValueError beyond `limit`.
+    Raises OSError, also for pipes and devices, which may never end; ValueError above `limit`.
     """
     if path.exists() and not path.is_file():
         raise OSError(errno.EINVAL, "no regular file", os.fspath(path))
@@ -27,12 +27,12 @@ def read_bytes(path: Path, limit: int) -> bytes:
 
 
 def read_object(path: Path, limit: int = MAX_JSON) -> dict[str, Any]:
-    """The JSON object that a file holds. Raises OSError, and ValueError that says what is wrong."""
+    """Return the JSON object in a file. Raises OSError, and ValueError that says what is wrong."""
     return parse_object(read_bytes(path, limit))
 
 
 def parse_object(text: str | bytes) -> dict[str, Any]:
-    """The JSON object that `text` is. Raises ValueError that says what is wrong."""
+    """Parse a JSON object. Raises ValueError that says what is wrong."""
     try:
         text = text.decode("utf-8-sig") if isinstance(text, bytes) else text
         value = json.loads(text, object_pairs_hook=_unique_keys)
@@ -44,8 +44,7 @@ def parse_object(text: str | bytes) -> dict[str, Any]:
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object whose keys differ: readers disagree about which of two equal ones counts."""
     found = dict(pairs)
-    if len(found) < len(pairs):
+    if len(found) < len(pairs):  # readers disagree about which of the two counts
         raise ValueError("it has the same key twice")
     return found

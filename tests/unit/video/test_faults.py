@@ -76,7 +76,7 @@ def test_a_folder_that_vanishes(tmp_path: Path, name: str) -> None:
     ("code", "says"),
     [
         (errno.ENOSPC, "Make room"),
-        (errno.EDQUOT, "share"),
+        (errno.EDQUOT, "quota"),
         (errno.EROFS, "rights"),
         (errno.EACCES, "rights"),
         (errno.EIO, "disk fails"),
