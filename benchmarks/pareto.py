@@ -27,9 +27,10 @@ from benchmarks.common import RESULTS, write_json
 from benchmarks.ondevice import EXACT, Made, Row, Tally, add, make, show, table
 from benchmarks.shapes import world
 from mlx_sora import GenerationRequest, Pipeline
-from mlx_sora.accel import ACCELERATIONS, OFF
+from mlx_sora.accel import ACCELERATIONS
 from mlx_sora.models.stdit3 import STDiT3Block
 from mlx_sora.request.presets import PRESETS
+from mlx_sora.request.techniques import OFF
 from mlx_sora.sampling import loop
 
 #: Steps of a run, for which the bundled model has a table.

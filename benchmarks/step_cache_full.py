@@ -23,15 +23,14 @@ import mlx.core as mx  # isort: skip
 from mlx.utils import tree_map
 
 from benchmarks.common import RESULTS, arguments, markdown, seconds, write_json
-from mlx_sora.accel import step_cache
 from mlx_sora.accel.base import ScheduleInfo
-from mlx_sora.accel.step_cache import StepCache
+from mlx_sora.accel.step_cache import ResidualCache
 from mlx_sora.memory.flops import Grid
 from mlx_sora.memory.limits import memory_scope, release
 from mlx_sora.memory.requirements import stream_bytes
 from mlx_sora.models.hooks import Hooks
 from mlx_sora.models.stdit3 import BlockPair, STDiT3, STDiT3Config
-from mlx_sora.request.modes import STEP_CACHE
+from mlx_sora.request.techniques import StepCache
 from mlx_sora.sampling.guidance import CFGSlice
 
 GRID, HEIGHT, WIDTH, DEPTH, STEPS, BATCH = (15, 18, 32), 144, 256, 28, 30, 2
@@ -69,7 +68,7 @@ class Steps:
         mx.eval(self.network.parameters(), self.z)
         self.stream = stream_bytes(config, Grid.of(config, GRID, BATCH, 40))
 
-    def __call__(self, step: int, cache: StepCache | None = None) -> None:
+    def __call__(self, step: int, cache: ResidualCache | None = None) -> None:
         stack = None if cache is None else cache.block_cache(step, CFGSlice(0, BATCH))
         # The latents move as they do in a run, so that an online rule has something to measure.
         z, t = self.z * (1 - step / (2 * STEPS)), mx.full((BATCH,), 1000.0 - step)
@@ -81,8 +80,8 @@ def _random(x: mx.array) -> mx.array:
     return mx.random.normal(x.shape) * (x.shape[-1] ** -0.5)
 
 
-def cache_of(mode: str) -> StepCache:
-    return step_cache.start(STEP_CACHE.parse(mode), ScheduleInfo(STEPS, 1, GRID[0]))
+def cache_of(mode: str) -> ResidualCache:
+    return ResidualCache(StepCache.parse(mode), ScheduleInfo(STEPS, 1, GRID[0]))
 
 
 def exact_seconds(steps: Steps, runs: int) -> float:
@@ -92,15 +91,13 @@ def exact_seconds(steps: Steps, runs: int) -> float:
     return DEPTH * pair + around
 
 
-class _Known(StepCache):
+class _Known(ResidualCache):
     """Hands out a sum that costs nothing, to time what goes around the blocks."""
 
     def __init__(self, steps: Steps) -> None:
-        super().__init__(
-            step_cache.Scheduled(frozenset(), STEPS), 0, ScheduleInfo(STEPS, 1, GRID[0])
-        )
+        super().__init__(StepCache(each=1), ScheduleInfo(STEPS, 1, GRID[0]))
 
-    def sums(self, call: object, x: mx.array) -> mx.array:
+    def find(self, call: object, x: mx.array) -> mx.array:
         return mx.zeros((1, 1, 1, 1))
 
 

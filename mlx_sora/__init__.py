@@ -21,16 +21,28 @@ from mlx_sora.runtime import blas as _blas
 if TYPE_CHECKING:
     from mlx_sora.pipeline import Pipeline
     from mlx_sora.request.generation import GenerationRequest
+    from mlx_sora.request.techniques import (
+        GuidanceCache,
+        GuidanceInterval,
+        Lpl,
+        StepCache,
+        Tdtm,
+    )
     from mlx_sora.video import Video
 
 __version__ = "0.1.0"
 
 __all__ = [
     "GenerationRequest",
+    "GuidanceCache",
+    "GuidanceInterval",
+    "Lpl",
     "MemoryBudgetError",
     "MlxSoraError",
     "NumericsError",
     "Pipeline",
+    "StepCache",
+    "Tdtm",
     "UsageError",
     "Video",
     "WeightsError",
@@ -40,7 +52,12 @@ __all__ = [
 #: Public names that load their module on first access.
 _LAZY = {
     "GenerationRequest": "mlx_sora.request.generation",
+    "GuidanceCache": "mlx_sora.request.techniques",
+    "GuidanceInterval": "mlx_sora.request.techniques",
+    "Lpl": "mlx_sora.request.techniques",
     "Pipeline": "mlx_sora.pipeline",
+    "StepCache": "mlx_sora.request.techniques",
+    "Tdtm": "mlx_sora.request.techniques",
     "Video": "mlx_sora.video",
 }
 

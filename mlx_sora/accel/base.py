@@ -1,7 +1,7 @@
-"""What an acceleration is to the pipeline: something that fills a seam in one run.
+"""Base class of the accelerations: each fills one or more seams of a run.
 
-The seams are those of `sampling/base.py`, `sampling/guidance.py` and `models/hooks.py`. Whatever
-a technique does not fill stays plain, so that techniques compose without knowing of each other.
+The seams are the protocols of `sampling/base.py`, `sampling/guidance.py` and `models/hooks.py`. A
+technique leaves the others as they are, so that techniques compose without knowing each other.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from mlx_sora.sampling.loop import StepResult
 
 @dataclass(frozen=True)
 class ScheduleInfo:
-    """The run that a technique is asked for: its steps, velocity evaluations per step, and T.
+    """The run that a technique is made for.
 
-    guided: with and without prompt. times: flow time at the start of each step. model, size: the
-    model's folder, and width, height and frames of the video, for what was measured beforehand.
-    skipped, alone: steps in which other techniques run no block, and only the half with prompt.
-    agree: what the first of the processes that make the video together has decided; another may
-    have rounded otherwise.
+    evaluations: of the velocity per step. frames: latent frames. guided: whether CFG is on.
+    times: flow time at the start of each step. model: its folder. size: width, height and frames
+    of the video. skipped_steps, cond_only_steps: steps in which the techniques before this one run
+    no block, or predict with the prompt only.
+    agree: returns the decision of rank 0 on every rank; they may have rounded differently.
     """
 
     steps: int
@@ -42,11 +42,11 @@ class ScheduleInfo:
 
 
 class Acceleration(ABC):
-    """A technique at work in one run, and its account of it. By itself it changes nothing.
+    """One technique in one run: it decides, has a state, and accounts for what it did.
 
-    warnings: what the user should know before the run, because it is not taken literally.
-    skipped, alone: steps in which it has no block run, or only the half with prompt, as far as
-    that is known before the run. tensors: residual streams of an evaluation that it keeps.
+    warnings: shown before the run. skipped_steps, cond_only_steps: steps in which it runs no block,
+    or predicts with the prompt only, as far as they are known before the run.
+    cached_residuals: tensors of the size of one evaluation's tokens that it keeps.
     """
 
     warnings: tuple[str, ...] = ()
@@ -56,20 +56,20 @@ class Acceleration(ABC):
 
     @property
     def policy(self) -> LeapPolicy | None:
-        """Policy that ends the run early, if the technique has one."""
+        """Policy that ends the run early."""
         return None
 
     @property
     def guidance(self) -> GuidancePolicy | None:
-        """Says when the half without prompt is not run."""
+        """Policy that replaces unconditional predictions."""
         return None
 
     def token_merging(self, step: int) -> TokenMerging | None:
-        """The tokens that attend in step `step`."""
+        """Return the token merging of this step."""
         return None
 
     def block_cache(self, step: int, part: CFGSlice) -> BlockStackCache | None:
-        """What stands for the blocks in one call of the network, in step `step`."""
+        """Return the cache for one forward pass of this step."""
         return None
 
     def state(self) -> State:
@@ -80,14 +80,14 @@ class Acceleration(ABC):
         """Set the state that an interrupted run had."""
         assert not state, "a technique with a state overrides restore"
 
-    @abstractmethod
     def on_step_end(self, result: StepResult) -> None:
-        """Look at a step that was made."""
+        """Account for a finished step."""
+        return
 
     @abstractmethod
     def record(self) -> dict[str, Any]:
-        """What it did, for the metadata: plain JSON values."""
+        """Return what the technique did, as JSON values for the metadata."""
 
     @abstractmethod
     def summary(self) -> str:
-        """What it did, in a line for the user."""
+        """Return what the technique did, in one line for the user."""

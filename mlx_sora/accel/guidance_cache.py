@@ -1,114 +1,112 @@
-"""Guidance cache: after a while, the half without prompt is run in every m-th step only.
+"""Guidance cache: compute the unconditional prediction in every n-th step only, and reuse it.
 
-In between it is the half with prompt plus the difference of both in the last full step, whose low
-and high frequencies are kept apart so that each can be given more weight; CFG-Cache of FasterCache
-(arXiv 2410.19355). Dimension letters: B batch, T frames, H W latent height and width, C channels.
+A reused prediction is the one with prompt plus the difference of both in the last step that
+computed both. Low and high frequencies of the difference are cached apart, each with a weight of
+its own; CFG-Cache of FasterCache (arXiv 2410.19355).
+Dimension letters: B batch, T frames, H W latent height and width, C channels.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 
 from mlx_sora.accel.base import Acceleration, ScheduleInfo
-from mlx_sora.request.modes import ParsedMode
+from mlx_sora.request.techniques import GuidanceCache
 from mlx_sora.sampling.base import State, Step
-from mlx_sora.sampling.guidance import CFGPredictions, GuidancePolicy
-from mlx_sora.sampling.loop import StepResult
+from mlx_sora.sampling.guidance import CFGPredictions
 
 #: Frequencies below this share of the shorter side are low.
 RADIUS = 1 / 5
 
-#: Shares of the run: low frequencies get the boost until the one, high ones from the other on.
+#: Shares of the run: low frequencies are boosted before the first, high ones from the second on.
 LOW_UNTIL, HIGH_FROM = 5 / 6, 2 / 3
 
-_BANDS = ("low", "high")
+
+class Bands(NamedTuple):
+    """Low and high frequencies of an array [B, T, H, W, C]; their sum is the array."""
+
+    low: mx.array
+    high: mx.array
 
 
-class GuidanceCache(Acceleration):
-    """Both halves in the first `after` of the steps, then every `each`-th; fills GuidancePolicy.
+class UncondCache(Acceleration):
+    """Cache of the unconditional predictions of one run. Fills GuidancePolicy."""
 
-    boost: weight of the difference's low frequencies at first, of the high ones at last.
-    Steps that run no block are not counted as full ones, nor those without guidance.
-    """
-
-    def __init__(self, each: int, after: float, boost: float, job: ScheduleInfo) -> None:
-        self._boost, self._job = boost, job
-        self.cond_only_steps = _alone(each, math.ceil(after * job.steps), job)
-        self._difference: CFGPredictions | None = None
-        self._halves = self._spared = 0
-        if not job.guided:
+    def __init__(self, config: GuidanceCache, schedule: ScheduleInfo) -> None:
+        self._boost = config.boost
+        self.cond_only_steps = _cond_only_steps(config, schedule)
+        self._difference: Bands | None = None
+        self._evaluations = self._reused = 0
+        if not schedule.guided:
             self.warnings = ("--guidance-cache changes nothing: there is no guidance.",)
         elif not self.cond_only_steps:
-            self.warnings = (f"--guidance-cache saves nothing in {job.steps} steps.",)
+            self.warnings = (f"--guidance-cache saves nothing in {schedule.steps} steps.",)
 
     @property
-    def guidance(self) -> GuidancePolicy:
+    def guidance(self) -> UncondCache:
         return self
 
     def predict_uncond(self, step: Step, /) -> Callable[[mx.array], mx.array] | None:
-        self._halves += 1
-        if (
-            step.index not in self.cond_only_steps
-            or self._difference is None
-            or step.fresh is not None
-        ):
+        self._evaluations += 1
+        is_due = step.index in self.cond_only_steps and step.fresh is None
+        if self._difference is None or not is_due:
             return None
-        self._spared += 1
+        self._reused += 1
         low, high = self._difference
         if step.index < LOW_UNTIL * step.total:
             low = self._boost * low
         if step.index >= HIGH_FROM * step.total:
             high = self._boost * high
-        return lambda with_prompt: with_prompt + (low + high)
+        return lambda cond: cond + (low + high)
 
-    def update(self, step: Step, halves: CFGPredictions, /) -> None:
-        with_prompt, without = halves
-        self._difference = _split(without - with_prompt)
+    def update(self, step: Step, predictions: CFGPredictions, /) -> None:
+        cond, uncond = predictions
+        self._difference = split_bands(uncond - cond)
         mx.eval(*self._difference)
 
-    def on_step_end(self, result: StepResult) -> None:
-        """Everything is known from the evaluations."""
-
     def state(self) -> State:
-        kept = {} if self._difference is None else dict(zip(_BANDS, self._difference, strict=True))
-        return {"halves": self._halves, "spared": self._spared, "difference": kept}
+        difference = {} if self._difference is None else self._difference._asdict()
+        return {"halves": self._evaluations, "spared": self._reused, "difference": difference}
 
     def restore(self, state: State, /) -> None:
-        self._halves, self._spared = state["halves"], state["spared"]
-        kept = state["difference"]
-        self._difference = (kept["low"], kept["high"]) if kept else None
+        self._evaluations, self._reused = state["halves"], state["spared"]
+        self._difference = Bands(**state["difference"]) if state["difference"] else None
 
     def record(self) -> dict[str, Any]:
-        """guided: evaluations with guidance; halves_saved: of them, without the second half."""
-        return {"guided": self._halves, "halves_saved": self._spared}
+        """Return guided: evaluations with guidance; halves_saved: those that used the cache."""
+        return {"guided": self._evaluations, "halves_saved": self._reused}
 
     def summary(self) -> str:
         return (
-            f"guidance_cache: the half without prompt was run in {self._halves - self._spared} of "
-            f"{self._halves} evaluations"
+            "guidance_cache: the unconditional prediction was computed in "
+            f"{self._evaluations - self._reused} of {self._evaluations} evaluations"
         )
 
 
-def _alone(each: int, after: int, job: ScheduleInfo) -> frozenset[int]:
-    """Steps with the half with prompt alone."""
-    alone, last = set(), None
-    for step in range(job.steps if job.guided else 0):
-        if step in job.cond_only_steps:
+def _cond_only_steps(config: GuidanceCache, schedule: ScheduleInfo) -> frozenset[int]:
+    """Return the steps that reuse the unconditional prediction.
+
+    Steps that run no block cannot refresh the cache, and steps without guidance do not count.
+    """
+    first = math.ceil(config.after * schedule.steps)
+    found, last = set[int](), None
+    for step in range(schedule.steps if schedule.guided else 0):
+        if step in schedule.cond_only_steps:
             continue
-        due = last is None or step < after or step - last >= each
-        if due and step not in job.skipped_steps:
+        is_due = last is None or step < first or step - last >= config.each
+        if is_due and step not in schedule.skipped_steps:
             last = step
-        elif last is not None and step >= after:
-            alone.add(step)
-    return frozenset(alone)
+        elif last is not None and step >= first:
+            found.add(step)
+    return frozenset(found)
 
 
-def _split(x: mx.array) -> CFGPredictions:
-    """Low and high frequencies of each frame and channel of x [B, T, H, W, C]."""
+def split_bands(x: mx.array) -> Bands:
+    """Return the low and high frequencies of each frame and channel of x [B, T, H, W, C]."""
     height, width = x.shape[2:4]
     rows, columns = _frequencies(height), _frequencies(width)
     radius = int(min(height, width) * RADIUS)
@@ -117,16 +115,10 @@ def _split(x: mx.array) -> CFGPredictions:
     spectrum = mx.fft.fft2(x, axes=(2, 3), stream=mx.cpu)
     with mx.stream(mx.cpu):
         low = mx.fft.ifft2(spectrum * inside[:, :, None], axes=(2, 3)).real.astype(x.dtype)
-    return low, x - low
+    return Bands(low, x - low)
 
 
-def _frequencies(count: int) -> mx.array:
-    """Whole waves per side, of each place in a spectrum of `count`."""
-    places = mx.arange(count)
-    return mx.minimum(places, count - places)
-
-
-def start(mode: ParsedMode, job: ScheduleInfo) -> GuidanceCache:
-    """What the option --guidance-cache asks for, unless it is off."""
-    values = mode.values
-    return GuidanceCache(int(values["each"]), values["after"], values["boost"], job)
+def _frequencies(size: int) -> mx.array:
+    """Return the waves per side of each bin in a spectrum of `size` bins."""
+    bins = mx.arange(size)
+    return mx.minimum(bins, size - bins)

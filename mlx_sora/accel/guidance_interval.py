@@ -1,7 +1,7 @@
-"""Guidance interval: guidance only in steps that begin within a span of flow time.
+"""Guidance interval: guidance only in steps that start within a span of flow time.
 
-Outside of it the velocity is that with the prompt, one half of the work (arXiv 2404.07724). Near
-noise guidance takes variety away, near the end it changes little.
+Outside of it the velocity is the prediction with prompt, which halves the work (arXiv 2404.07724).
+Near noise guidance reduces variety, near the end it changes little.
 """
 
 from __future__ import annotations
@@ -12,60 +12,47 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_sora.accel.base import Acceleration, ScheduleInfo
-from mlx_sora.errors import UsageError
-from mlx_sora.request.modes import ParsedMode
+from mlx_sora.request.techniques import GuidanceInterval
 from mlx_sora.sampling.base import State, Step
-from mlx_sora.sampling.guidance import CFGPredictions, GuidancePolicy
+from mlx_sora.sampling.guidance import CFGPredictions
 from mlx_sora.sampling.loop import StepResult
 
 
-class GuidanceInterval(Acceleration):
-    """Guidance where low <= t <= high, t being the flow time that a step begins at."""
+class IntervalGuidance(Acceleration):
+    """Guidance in the steps of one run that start within the interval. Fills GuidancePolicy."""
 
-    def __init__(self, low: float, high: float, job: ScheduleInfo) -> None:
-        self._low, self._high, self._steps = low, high, job.steps
-        self._guided = 0
-        self._made = 0
-        outside = (i for i, t in enumerate(job.times) if not low <= t <= high)
-        self.cond_only_steps = frozenset(outside if job.guided else ())
-        if not job.guided:
+    def __init__(self, config: GuidanceInterval, schedule: ScheduleInfo) -> None:
+        self._steps = self._guided_steps = 0
+        outside = (i for i, t in enumerate(schedule.times) if not config.low <= t <= config.high)
+        self.cond_only_steps = frozenset(outside if schedule.guided else ())
+        if not schedule.guided:
             self.warnings = ("--guidance-interval changes nothing: there is no guidance.",)
-        elif len(self.cond_only_steps) == job.steps:
+        elif len(self.cond_only_steps) == schedule.steps:
             self.warnings = ("--guidance-interval covers no step: there will be no guidance.",)
 
     @property
-    def guidance(self) -> GuidancePolicy:
+    def guidance(self) -> IntervalGuidance:
         return self
 
     def predict_uncond(self, step: Step, /) -> Callable[[mx.array], mx.array] | None:
-        return (lambda with_prompt: with_prompt) if step.index in self.cond_only_steps else None
+        return (lambda cond: cond) if step.index in self.cond_only_steps else None
 
-    def update(self, step: Step, halves: CFGPredictions, /) -> None:
-        """Nothing is kept."""
+    def update(self, step: Step, predictions: CFGPredictions, /) -> None:
+        """Do nothing: the policy has no cache."""
 
     def on_step_end(self, result: StepResult) -> None:
-        self._made += 1
-        self._guided += result.step.index not in self.cond_only_steps
+        self._steps += 1
+        self._guided_steps += result.step.index not in self.cond_only_steps
 
     def state(self) -> State:
-        return {"made": self._made, "guided": self._guided}
+        return {"made": self._steps, "guided": self._guided_steps}
 
     def restore(self, state: State, /) -> None:
-        self._made, self._guided = state["made"], state["guided"]
+        self._steps, self._guided_steps = state["made"], state["guided"]
 
     def record(self) -> dict[str, Any]:
-        """guided_steps, of `steps` that were made."""
-        return {"guided_steps": self._guided, "steps": self._made}
+        """Return guided_steps, and all finished `steps`."""
+        return {"guided_steps": self._guided_steps, "steps": self._steps}
 
     def summary(self) -> str:
-        return f"guidance_interval: guidance in {self._guided} of {self._made} steps"
-
-
-def start(mode: ParsedMode, job: ScheduleInfo) -> GuidanceInterval:
-    """What the option --guidance-interval asks for, unless it is off."""
-    low, high = mode.values["low"], mode.values["high"]
-    if low > high:
-        raise UsageError(
-            f"--guidance-interval {mode.text} is empty.", "Give the lower flow time first."
-        )
-    return GuidanceInterval(low, high, job)
+        return f"guidance_interval: guidance in {self._guided_steps} of {self._steps} steps"

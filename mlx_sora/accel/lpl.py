@@ -18,7 +18,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_sora.accel.base import Acceleration, ScheduleInfo
-from mlx_sora.request.modes import ParsedMode
+from mlx_sora.request.techniques import Lpl
 from mlx_sora.sampling.base import State, Step
 from mlx_sora.sampling.loop import StepResult
 
@@ -29,13 +29,13 @@ TINY = 1e-8
 class Leap(Acceleration):
     """Leap of one run and its account. Subclasses hold the rule. Fills `LeapPolicy`."""
 
-    def __init__(self, mode: ParsedMode, schedule: ScheduleInfo) -> None:
-        self._mode, self._schedule = mode, schedule
+    def __init__(self, config: Lpl, schedule: ScheduleInfo) -> None:
+        self._config, self._schedule = config, schedule
         self._end: StepResult | None = None
         #: Similarity of successive velocities, for every step but the first, if the rule uses it.
         self.similarities: list[Any] = []
         if self._saved(self.earliest) <= 0:
-            self.warnings = (f"--lpl {mode.text} can save nothing in {schedule.steps} steps.",)
+            self.warnings = (f"--lpl {config} can save nothing in {schedule.steps} steps.",)
 
     @property
     @abstractmethod
@@ -88,7 +88,7 @@ class FixedLeap(Leap):
 
     @property
     def earliest(self) -> int:
-        return int(self._mode.values["steps"])
+        return self._config.after
 
     def is_ready(self, step: Step, v: mx.array) -> bool:
         return step.index >= self.earliest and step.pending is None
@@ -100,7 +100,7 @@ class TimedLeap(Leap):
     earliest = 0
 
     def is_ready(self, step: Step, v: mx.array) -> bool:
-        return bool((step.t <= self._mode.values["time"]).all().item()) and step.pending is None
+        return bool((step.t <= self._config.time).all().item()) and step.pending is None
 
 
 class AdaptiveLeap(Leap):
@@ -112,16 +112,16 @@ class AdaptiveLeap(Leap):
     its best by more than `tolerance`, the sample is ready, and stays so while others are not.
     """
 
-    def __init__(self, mode: ParsedMode, schedule: ScheduleInfo) -> None:
-        super().__init__(mode, schedule)
+    def __init__(self, config: Lpl, schedule: ScheduleInfo) -> None:
+        super().__init__(config, schedule)
         self._plateaus: list[Plateau] = []
         self._ready: list[bool] = []
         self._previous: mx.array | None = None
 
     @property
     def earliest(self) -> int:
-        values, steps = self._mode.values, self._schedule.steps
-        return max(1, math.ceil(values["minimum"] * steps) - 1) + int(values["patience"])
+        config, steps = self._config, self._schedule.steps
+        return max(1, math.ceil(config.minimum * steps) - 1) + config.patience
 
     def is_ready(self, step: Step, v: mx.array) -> bool:
         previous, self._previous = self._previous, v
@@ -131,7 +131,7 @@ class AdaptiveLeap(Leap):
             return False
         values = similarity(v, previous, step)
         self.similarities.append(values)
-        if step.index + 1 < self._mode.values["minimum"] * step.total:
+        if step.index + 1 < self._config.minimum * step.total:
             return False
         for sample, changing in enumerate(_changing(step, len(v))):
             if not changing and self._plateaus[sample].reached(values[sample]):
@@ -154,7 +154,7 @@ class AdaptiveLeap(Leap):
             plateau.restore(saved)
 
     def _plateau(self) -> Plateau:
-        return Plateau(int(self._mode.values["patience"]), self._mode.values["tolerance"])
+        return Plateau(self._config.patience, self._config.tolerance)
 
 
 class ReferenceLeap(Leap):
@@ -166,8 +166,8 @@ class ReferenceLeap(Leap):
 
     PATIENCE, TOLERANCE, MINIMUM = 3, 1e-3, 14
 
-    def __init__(self, mode: ParsedMode, schedule: ScheduleInfo) -> None:
-        super().__init__(mode, schedule)
+    def __init__(self, config: Lpl, schedule: ScheduleInfo) -> None:
+        super().__init__(config, schedule)
         self.plateau = Plateau(self.PATIENCE, self.TOLERANCE, best=0.0)
         self._previous: mx.array | None = None
 
@@ -258,7 +258,7 @@ def _rounded(value: float | list[float]) -> float | list[float]:
     return [round(v, 6) for v in value] if isinstance(value, list) else round(value, 6)
 
 
-RULES: dict[str, type[Leap]] = {
+RULES: dict[str | None, type[Leap]] = {
     "fixed": FixedLeap,
     "t": TimedLeap,
     "adaptive": AdaptiveLeap,
@@ -266,6 +266,6 @@ RULES: dict[str, type[Leap]] = {
 }
 
 
-def start(mode: ParsedMode, schedule: ScheduleInfo) -> Leap:
-    """Return the leap that --lpl asks for."""
-    return RULES[mode.name](mode, schedule)
+def make_leap(config: Lpl, schedule: ScheduleInfo) -> Leap:
+    """Return the leap of a run by the rule of the config."""
+    return RULES[config.mode](config, schedule)

@@ -1,7 +1,7 @@
-"""Schedules of a step cache that were searched on a model's own weights: finding, reading, writing.
+"""Tables of step cache schedules, searched on a model's own weights by `calibrate`.
 
-A file tells of one model, number of steps and size in which steps the blocks are to run, for every
-number of such steps; `python -m mlx_sora calibrate` makes it.
+A file belongs to one model, number of steps and size. It lists the steps that run the blocks, for
+every number of such steps.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ FOLDER = "step_cache"
 class ScheduleTable:
     """Schedules of one model, number of steps, and size.
 
-    orders: order of the forecast → number of computed steps → these steps, by index. errors: how
-    far each was measured to lead away from the exact path, as a share of its length. about: what it
-    was measured on.
+    orders: order of the extrapolation to number of computed steps to their indices. errors: the
+    measured deviation of each from the exact path, as a share of its length. about: how it was
+    measured.
     """
 
     steps: int
@@ -51,23 +51,26 @@ class ScheduleTable:
 
 
 def table_path(model: Path, steps: int, size: tuple[int, int, int]) -> Path:
-    """Where a model's table for `steps` steps and (width, height, frames) lies."""
+    """Return the path of a model's table for `steps` steps; size: width, height, frames."""
     width, height, frames = size
     return model / FOLDER / f"{steps}-steps-{width}x{height}-{frames}.json"
 
 
-def read_schedule(computed: int, order: int, job: ScheduleInfo, file: str = "") -> frozenset[int]:
-    """The steps, `computed` of them, in which the blocks run; from `file`, else from the model.
+def read_schedule(
+    computed: int, order: int, schedule: ScheduleInfo, file: str = ""
+) -> frozenset[int]:
+    """Return the `computed` steps that run the blocks, from `file`, else from the model's folder.
 
-    Raises UsageError where there is no such table or schedule.
+    Raises UsageError if there is no such table or schedule.
     """
-    assert job.model is not None, "a table is looked for beside a model"
-    path = Path(file) if file else table_path(job.model, job.steps, job.size)
+    assert schedule.model is not None, "the table lies in the model's folder"
+    path = Path(file) if file else table_path(schedule.model, schedule.steps, schedule.size)
     table = read_table(path)
-    own, asked = (table.steps, table.width, table.height, table.num_frames), (job.steps, *job.size)
-    if own != asked:
+    found = (table.steps, table.width, table.height, table.num_frames)
+    expected = (schedule.steps, *schedule.size)
+    if found != expected:
         raise UsageError(
-            f"{path} is for {_show(own)}, this is {_show(asked)}.", "Make one with calibrate."
+            f"{path} is for {_show(found)}, this is {_show(expected)}.", "Make one with calibrate."
         )
     schedules = table.orders.get(str(order), {})
     if str(computed) not in schedules:
@@ -80,7 +83,7 @@ def read_schedule(computed: int, order: int, job: ScheduleInfo, file: str = "") 
 
 
 def read_table(path: Path) -> ScheduleTable:
-    """A table from its file. Raises UsageError where there is none, or something else."""
+    """Read a table. Raises UsageError if the file is missing or not a table."""
     try:
         table = ScheduleTable(**read_object(path))
         numbers = (table.steps, table.width, table.height, table.num_frames)
@@ -102,7 +105,7 @@ def read_table(path: Path) -> ScheduleTable:
     except (ValueError, TypeError, AttributeError):
         fits = False
     if not fits:
-        raise UsageError(f"{path} is not a table of schedules.", "Make it anew with calibrate.")
+        raise UsageError(f"{path} is not a table of schedules.", "Make it again with calibrate.")
     return table
 
 

@@ -1,14 +1,13 @@
-"""Sharing values: what attention within frames saw on the way to noise is used on the way back.
+"""Value sharing: an edit reuses attention values of the inversion, to keep the layout.
 
-RF-Edit (arXiv 2411.04746): while a video is inverted, the values of spatial self-attention are
-kept; while it is made again under another prompt, the first steps use them in place of their own,
-which holds the layout of the source. Here each evaluation takes those kept nearest in flow time.
-
-What is kept stays in memory: `kept_bytes` says how much that will be.
+RF-Edit (arXiv 2411.04746): the inversion of a video stores the values of spatial self-attention;
+the first steps under the new prompt use them instead of their own. Each evaluation takes the values
+that were stored nearest in flow time. They stay in memory: see `captured_bytes`.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -21,61 +20,63 @@ from mlx_sora.models.stdit3 import STDiT3Config
 def captured_bytes(
     config: STDiT3Config, latent: Sequence[int], evaluations: int, itemsize: int
 ) -> int:
-    """Bytes of the values of `evaluations` evaluations of one clip with latents T, H, W."""
-    tokens = 1
-    for size, patch in zip(latent, config.patch_size, strict=True):
-        tokens *= -(-size // patch)
-    return evaluations * config.depth * tokens * config.hidden_size * itemsize
+    """Return the bytes of the values of `evaluations` evaluations of one clip.
+
+    latent: T, H, W of its latents.
+    """
+    patches = (-(-size // patch) for size, patch in zip(latent, config.patch_size, strict=True))
+    return evaluations * config.depth * math.prod(patches) * config.hidden_size * itemsize
 
 
 @dataclass
 class CapturedValues:
-    """Values [B · T, heads, S, head size] of every spatial block, by flow time; of one run."""
+    """Values [B · T, heads, S, head size] of every spatial block of one run, by flow time."""
 
-    _kept: dict[float, dict[int, mx.array]] = field(default_factory=dict)
+    _values: dict[float, dict[int, mx.array]] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
-        return sum(v.nbytes for blocks in self._kept.values() for v in blocks.values())
+        """Bytes of all values."""
+        return sum(v.nbytes for blocks in self._values.values() for v in blocks.values())
 
     @property
     def evaluations(self) -> int:
-        """How many were kept."""
-        return len(self._kept)
+        """Number of evaluations with values."""
+        return len(self._values)
 
     def clear(self) -> None:
-        """Let go of everything."""
-        self._kept.clear()
+        """Drop all values."""
+        self._values.clear()
 
     def capture(self, t: float) -> ValueSharing:
-        """Keeps the values of the evaluation at flow time t, and changes nothing."""
-        return _Keep(self._kept.setdefault(t, {}))
+        """Return a hook that stores the values of the evaluation at flow time t."""
+        return _Capture(self._values.setdefault(t, {}))
 
     def reuse(self, t: float) -> ValueSharing | None:
-        """Hands out what was kept nearest to flow time t; None when nothing was."""
-        if not self._kept:
+        """Return a hook with the values nearest to flow time t; None without any values."""
+        if not self._values:
             return None
-        return _Share(self._kept[min(self._kept, key=lambda kept: abs(kept - t))])
+        return _Reuse(self._values[min(self._values, key=lambda time: abs(time - t))])
 
 
 @dataclass(frozen=True)
-class _Keep:
-    into: dict[int, mx.array]
+class _Capture:
+    captured: dict[int, mx.array]
 
     def values(self, v: mx.array, block: int) -> mx.array:
-        # A copy of its own, or all of queries and keys would stay with it; evaluated, or the
+        # Copied, or all of queries and keys would stay in memory with the slice. Evaluated, or the
         # block's weights would.
-        kept = mx.contiguous(v)
-        mx.eval(kept)
-        self.into[block] = kept
+        copy = mx.contiguous(v)
+        mx.eval(copy)
+        self.captured[block] = copy
         return v
 
 
 @dataclass(frozen=True)
-class _Share:
-    kept: dict[int, mx.array]
+class _Reuse:
+    captured: dict[int, mx.array]
 
     def values(self, v: mx.array, block: int) -> mx.array:
-        """The kept ones; for both halves of a guided batch where v has twice their samples."""
-        kept = self.kept[block]
-        return mx.tile(kept, (len(v) // len(kept), 1, 1, 1))
+        """Return the captured values, repeated where v has both samples of CFG."""
+        captured = self.captured[block]
+        return mx.tile(captured, (len(v) // len(captured), 1, 1, 1))

@@ -20,7 +20,7 @@ from mlx_sora.pipeline.locks import is_locked
 from mlx_sora.pipeline.run import GenerationRun
 from mlx_sora.pipeline.settings import ResolvedRequest
 from mlx_sora.request.generation import GenerationRequest, label, options
-from mlx_sora.request.modes import MAX_STEPS
+from mlx_sora.request.techniques import MAX_STEPS
 from mlx_sora.video.output_path import CHECKPOINT_SUFFIX, checkpoint_path, output_path
 
 #: Options that the resolved request says better, or that a checkpoint has under other names.
@@ -128,7 +128,7 @@ def _replayed_options() -> list[str]:
 
 def _as_json(value: Any) -> Any:
     # JSON does not tell lists from tuples.
-    return json.loads(json.dumps(value))
+    return json.loads(json.dumps(value, default=str))
 
 
 def checkpoint_mismatch(

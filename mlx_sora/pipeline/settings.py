@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from mlx_sora.accel import ACCELERATIONS, OFF
+from mlx_sora.accel import ACCELERATIONS
 from mlx_sora.conditioning.clips import Clips
 from mlx_sora.conditioning.media import Media, plan_media
 from mlx_sora.errors import UsageError
@@ -26,6 +26,7 @@ from mlx_sora.geometry import (
 from mlx_sora.loading.model_folder import ModelFolder
 from mlx_sora.memory.profiles import parse_bytes, profile
 from mlx_sora.request.generation import GenerationRequest
+from mlx_sora.request.techniques import OFF, TechniqueConfig
 from mlx_sora.text.cleaning import preprocess
 from mlx_sora.text.prompt import Prompt, Scores, prepare_prompt
 
@@ -36,8 +37,8 @@ class ResolvedRequest:
 
     texts: the prompt as T5 gets it, scored and cleaned, for each clip. negative: the cleaned
     negative prompt. geometry: sizes and latent shape of a clip. media: conditioning of the clips.
-    fps: of the finished file. accelerations: name to mode, "off" included. memory_budget: bytes of
-    the whole process, or None. vae_tiles: tiles in a row, 1 for none. warnings: what is not taken
+    fps: of the finished file. accelerations: configs by option. memory_budget: bytes of the
+    whole process, or None. vae_tiles: tiles in a row, 1 for none. warnings: what is not taken
     literally.
     """
 
@@ -54,7 +55,7 @@ class ResolvedRequest:
     aesthetic: float | None
     motion: float | None
     camera: str | None
-    accelerations: Mapping[str, str]
+    accelerations: Mapping[str, TechniqueConfig | None]
     memory_budget: int | None
     vae_tiles: int
     warnings: tuple[str, ...] = ()
@@ -89,7 +90,8 @@ class ResolvedRequest:
         """Return plain JSON values for the metadata."""
         left_out = {"texts", "negative", "geometry", "media", "accelerations", "warnings"}
         record = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in left_out}
-        record |= {"text": self.text, **self.accelerations}
+        modes = {name: str(config or OFF) for name, config in self.accelerations.items()}
+        record |= {"text": self.text, **modes}
         width, height = self.geometry.size
         record |= {"width": width, "height": height, "num_frames": self.geometry.num_frames}
         if len(set(self.texts)) > 1:
@@ -136,7 +138,7 @@ def resolve(request: GenerationRequest, model: ModelFolder) -> ResolvedRequest:
         aesthetic=scores.aesthetic,
         motion=scores.motion,
         camera=scores.camera,
-        accelerations={name: getattr(request, name) or OFF for name in ACCELERATIONS},
+        accelerations={name: getattr(request, name) for name in ACCELERATIONS},
         memory_budget=_resolve_budget(request),
         vae_tiles=_resolve_tiles(request, geometry),
         warnings=tuple(warnings),

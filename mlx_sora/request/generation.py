@@ -22,14 +22,6 @@ from mlx_sora.geometry import (
     parse_frames,
     resolve_size,
 )
-from mlx_sora.request.modes import (
-    GUIDANCE_CACHE,
-    GUIDANCE_INTERVAL,
-    LPL,
-    MAX_STEPS,
-    STEP_CACHE,
-    TDTM,
-)
 from mlx_sora.request.options import (
     ImageReference,
     Option,
@@ -44,8 +36,23 @@ from mlx_sora.request.options import (
     option,
 )
 from mlx_sora.request.presets import PRESETS
+from mlx_sora.request.techniques import (
+    MAX_STEPS,
+    GuidanceCache,
+    GuidanceInterval,
+    Lpl,
+    StepCache,
+    Tdtm,
+    TechniqueConfig,
+)
 
-SAMPLERS = ("rflow", "midpoint", "ab2")
+#: Samplers by name: module and class, so that naming one does not load MLX. `mlx_sora.sampling`
+#: makes them.
+SAMPLERS = {
+    "rflow": "mlx_sora.sampling.rflow:RFlow",
+    "midpoint": "mlx_sora.sampling.midpoint:Midpoint",
+    "ab2": "mlx_sora.sampling.ab2:AdamsBashforth",
+}
 
 #: Data types of weights and activations. float16 is absent: T5 overflows in it.
 DTYPES = ("auto", "float32", "bfloat16")
@@ -129,7 +136,7 @@ class GenerationRequest:
         "solver of the flow ODE; midpoint calls the network twice per step",
         "rflow",
         tasks=_VIDEO,
-        choices=SAMPLERS,
+        choices=tuple(SAMPLERS),
     )
 
     resolution: str | None = _size(
@@ -212,36 +219,41 @@ class GenerationRequest:
         choices=tuple(PRESETS),
         common=True,
     )
-    lpl: str | None = _acceleration(
+    lpl: Lpl | str | None = option(
         "Linear Proportional Leap: replace the last steps by one leap to t = 0: "
-        f"{LPL.forms}; TIME is flow time, 1000 to 0",
+        f"{Lpl.forms()}; TIME is flow time, 1000 to 0",
         tasks=_VIDEO,
-        parse=LPL,
+        parse=Lpl.parse,
+        group="acceleration",
         metavar="MODE",
     )
-    tdtm: int | str | None = _acceleration(
+    tdtm: Tdtm | int | str | None = option(
         "Temporal Dimension Token Merging: merge pairs of frames around attention in the first "
-        f"steps: {TDTM.forms}",
+        f"steps: {Tdtm.forms()}",
         tasks=_VIDEO,
-        parse=TDTM,
+        parse=Tdtm.parse,
+        group="acceleration",
         metavar="STEPS",
     )
-    step_cache: str | None = _acceleration(
+    step_cache: StepCache | str | None = option(
         "skip the transformer blocks in most steps and reuse their cached residual: "
-        f"{STEP_CACHE.forms}; calibrate makes the tables; order=1 extrapolates from the last two "
+        f"{StepCache.forms()}; calibrate makes the tables; order=1 extrapolates from the last two "
         "residuals",
-        parse=STEP_CACHE,
+        parse=StepCache.parse,
+        group="acceleration",
         metavar="MODE",
     )
-    guidance_interval: str | None = _acceleration(
-        f"apply guidance only between two flow times: {GUIDANCE_INTERVAL.forms}",
-        parse=GUIDANCE_INTERVAL,
+    guidance_interval: GuidanceInterval | str | None = option(
+        f"apply guidance only between two flow times: {GuidanceInterval.forms()}",
+        parse=GuidanceInterval.parse,
+        group="acceleration",
         metavar="TIMES",
     )
-    guidance_cache: str | None = _acceleration(
+    guidance_cache: GuidanceCache | str | None = option(
         "after 1/3 of the run, compute the unconditional prediction every EACH steps and reuse it "
-        f"in between: {GUIDANCE_CACHE.forms}",
-        parse=GUIDANCE_CACHE,
+        f"in between: {GuidanceCache.forms()}",
+        parse=GuidanceCache.parse,
+        group="acceleration",
         metavar="MODE",
     )
 
@@ -342,11 +354,12 @@ class GenerationRequest:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the prompt and every option that differs from its default, as JSON values."""
-        return {
+        values = {
             name: getattr(self, name)
             for name, spec in options().items()
             if name == "prompt" or getattr(self, name) != spec.default
         }
+        return {n: str(v) if isinstance(v, TechniqueConfig) else v for n, v in values.items()}
 
     def with_seed(self) -> GenerationRequest:
         """Return this request with its own seed, or with a random one of 32 bits."""

@@ -12,8 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mlx_sora import GenerationRequest, Pipeline, Video
-from mlx_sora.accel import ACCELERATIONS, OFF
+from mlx_sora import GenerationRequest, Lpl, Pipeline, Tdtm, Video
+from mlx_sora.accel import ACCELERATIONS
+from mlx_sora.request.generation import options
+from mlx_sora.request.techniques import OFF
 from mlx_sora.runtime.events import Event, Finished, Noted, StageFinished, StepFinished
 from mlx_sora.video.metadata import read_metadata, replay_options
 from tests.helpers.resume import check_resumes
@@ -93,7 +95,7 @@ def test_on_is_recorded(pipe: Pipeline, name: str, mode: str) -> None:
     run = finished(pipe, **{name: mode})
     record = video(run).metadata
     assert list(record["accelerations"]) == [name]
-    assert record["settings"][name] == ACCELERATIONS[name][0](mode)
+    assert record["settings"][name] == str(options()[name].parse(mode))
     notes = [event.message for event in run if isinstance(event, Noted)]
     assert [note.split(":")[0] for note in notes] == [name]
 
@@ -135,7 +137,7 @@ def test_a_leap_never_touches_what_comes_before_it(pipe: Pipeline) -> None:
 
 
 def test_what_was_done_is_in_the_record(pipe: Pipeline) -> None:
-    run = finished(pipe, lpl="fixed:2", tdtm="all")
+    run = finished(pipe, lpl=Lpl(after=2), tdtm=Tdtm())
     t = [event.t for event in run if isinstance(event, StepFinished)][-1]
     assert video(run).metadata["accelerations"] == {
         "lpl": {

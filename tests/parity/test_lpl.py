@@ -15,7 +15,7 @@ from mlx_sora.accel.tdtm import MergedSteps
 from mlx_sora.loading.checkpoint import load_weights
 from mlx_sora.models.hooks import Hooks
 from mlx_sora.models.stdit3 import KEYS, BlockPair, STDiT3, STDiT3Config, drop_padding
-from mlx_sora.request.modes import LPL
+from mlx_sora.request.techniques import Lpl, Tdtm
 from mlx_sora.sampling.base import LeapPolicy, Step, Velocity
 from mlx_sora.sampling.guidance import Guidance
 from mlx_sora.sampling.loop import StepResult, denoise
@@ -37,7 +37,7 @@ class Recorded(ReferenceLeap):
         self.MINIMUM = options["minimum_steps"]
         self.best: list[float] = []
         self.left: list[int] = []
-        super().__init__(LPL.parse("reference"), ScheduleInfo(options["num_sampling_steps"], 1, 1))
+        super().__init__(Lpl("reference"), ScheduleInfo(options["num_sampling_steps"], 1, 1))
 
     def is_ready(self, step: Step, v: mx.array) -> bool:
         ready = super().is_ready(step, v)
@@ -133,7 +133,7 @@ def guided_model(case: Case) -> Velocity:
     model = STDiT3(STDiT3Config.from_dict(constructor))
     load_weights(model, case.weights, KEYS)
     grid = case["in.z_init"].shape[2:]
-    merged = MergedSteps(constructor["merge_steps"], ScheduleInfo(1000, 1, grid[0]))
+    merged = MergedSteps(Tdtm(steps=constructor["merge_steps"]), ScheduleInfo(1000, 1, grid[0]))
 
     def hooks(step: int) -> Hooks[BlockPair] | None:
         tokens = merged.token_merging(step)
@@ -165,7 +165,7 @@ def test_model(case: Case) -> None:
 
 
 def fixed_leap(after: int, steps: int) -> FixedLeap:
-    return FixedLeap(LPL.parse(f"fixed:{after}"), ScheduleInfo(steps, 1, 1))
+    return FixedLeap(Lpl(after=after), ScheduleInfo(steps, 1, 1))
 
 
 @pytest.mark.golden("lpl_fixed")

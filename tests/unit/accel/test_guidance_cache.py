@@ -8,14 +8,16 @@ from dataclasses import replace
 import mlx.core as mx
 import pytest
 
-from mlx_sora.accel import Accelerations, guidance_cache, guidance_interval
+from mlx_sora.accel import Accelerations
 from mlx_sora.accel.base import ScheduleInfo
-from mlx_sora.accel.guidance_cache import GuidanceCache, _split
+from mlx_sora.accel.guidance_cache import UncondCache, split_bands
+from mlx_sora.accel.guidance_interval import IntervalGuidance
 from mlx_sora.errors import UsageError
-from mlx_sora.request.modes import GUIDANCE_CACHE, GUIDANCE_INTERVAL
+from mlx_sora.request.techniques import GuidanceCache, GuidanceInterval
 from mlx_sora.sampling.base import Step
 from mlx_sora.sampling.guidance import Guidance
 from tests.helpers.flows import latents
+from tests.helpers.techniques import make_accelerations
 from tests.unit.sampling.test_guidance import NULL, Recorder, null_text
 
 JOB = ScheduleInfo(12, 1, 3, times=tuple(1000.0 - 80 * i for i in range(12)))
@@ -23,8 +25,8 @@ TEXT = [latents(3, (5, 6))]
 Z = latents(0, (1, 3, 4, 6, 2))
 
 
-def cache(text: str, job: ScheduleInfo = JOB) -> GuidanceCache:
-    return guidance_cache.start(GUIDANCE_CACHE.parse(text), job)
+def cache(text: str, job: ScheduleInfo = JOB) -> UncondCache:
+    return UncondCache(GuidanceCache.parse(text), job)
 
 
 def step(index: int, fresh: mx.array | None = None) -> Step:
@@ -63,8 +65,8 @@ def run(part: Accelerations, seen: Recorder, sequential: bool = False) -> list[m
 def test_the_difference_stands_for_the_half(sequential: bool) -> None:
     """A made-up network whose halves differ by the same in every step: nothing is lost."""
     plain, seen = Recorder(), Recorder()
-    exact = run(Accelerations({}, JOB), plain, sequential)
-    part = Accelerations({"guidance_cache": "every:4,after=0"}, JOB)
+    exact = run(make_accelerations({}, JOB), plain, sequential)
+    part = make_accelerations({"guidance_cache": "every:4,after=0"}, JOB)
     found = run(part, seen, sequential)
     assert all(mx.allclose(a, b, atol=1e-5) for a, b in zip(exact, found, strict=True))
     both = [1, 1] if sequential else [2]
@@ -75,21 +77,21 @@ def test_the_difference_stands_for_the_half(sequential: bool) -> None:
 
 def test_low_and_high_frequencies() -> None:
     x = latents(7, (1, 2, 10, 15, 3))
-    low, high = _split(x)
+    low, high = split_bands(x)
     assert mx.allclose(low + high, x, atol=1e-6)
     flat = mx.ones((1, 1, 10, 10, 1))
-    assert mx.allclose(_split(flat)[0], flat, atol=1e-6)
+    assert mx.allclose(split_bands(flat)[0], flat, atol=1e-6)
     rows = mx.arange(10)[None, None, :, None, None]
     for waves, is_low in ((1, True), (2, True), (3, False), (5, False)):
         wave = mx.broadcast_to(mx.cos(2 * mx.pi * waves * rows / 10), flat.shape)
-        part = _split(wave)[0 if is_low else 1]
+        part = split_bands(wave)[0 if is_low else 1]
         assert mx.allclose(part, wave, atol=1e-5), waves
 
 
 def test_boost_weighs_low_frequencies_first_and_high_ones_last() -> None:
     part = cache("every:12,after=0,boost=3")
     with_prompt, without = latents(1, Z.shape), latents(2, Z.shape)
-    low, high = _split(without - with_prompt)
+    low, high = split_bands(without - with_prompt)
     assert part.predict_uncond(step(0)) is None
     part.update(step(0), (with_prompt, without))
     for index, expected in ((1, 3 * low + high), (8, 3 * low + 3 * high), (11, low + 3 * high)):
@@ -107,9 +109,9 @@ def test_frames_that_begin_to_move_have_both_halves_run() -> None:
 
 
 def test_outside_the_interval_there_is_no_guidance() -> None:
-    part = Accelerations({"guidance_interval": "500,840"}, JOB)
+    part = make_accelerations({"guidance_interval": "500,840"}, JOB)
     assert sorted(set(range(12)) - part.cond_only_steps) == [2, 3, 4, 5, 6]
-    found, plain = run(part, Recorder()), run(Accelerations({}, JOB), Recorder())
+    found, plain = run(part, Recorder()), run(make_accelerations({}, JOB), Recorder())
     alone = Guidance(Recorder(), TEXT, null_text, 1.0)
     for i in range(12):
         expected = plain[i] if 2 <= i <= 6 else alone(Z, step(i).t, step(i))
@@ -117,22 +119,22 @@ def test_outside_the_interval_there_is_no_guidance() -> None:
 
 
 def test_an_empty_interval_is_refused_and_one_without_steps_warned_of() -> None:
-    with pytest.raises(UsageError, match="lower flow time first"):
-        guidance_interval.start(GUIDANCE_INTERVAL.parse("900,200"), JOB)
-    part = guidance_interval.start(GUIDANCE_INTERVAL.parse("3,4"), JOB)
+    with pytest.raises(UsageError, match="lower time first"):
+        GuidanceInterval.parse("900,200")
+    part = IntervalGuidance(GuidanceInterval(low=3, high=4), JOB)
     assert "no step" in part.warnings[0]
 
 
 def test_both_compose_the_interval_first() -> None:
     modes = {"guidance_interval": "500,840", "guidance_cache": "every:3,after=0"}
-    part, seen = Accelerations(modes, JOB), Recorder()
+    part, seen = make_accelerations(modes, JOB), Recorder()
     run(part, seen)
     assert seen.batches == [1, 1, 2, 1, 1, 2, 1, 1, 1, 1, 1, 1]
 
 
 def test_what_the_null_text_is_has_no_part_in_it() -> None:
     make: Callable[[int], mx.array] = lambda n: NULL[:n]  # noqa: E731
-    policy = Accelerations({"guidance_cache": "every:3,after=0"}, JOB).guidance
+    policy = make_accelerations({"guidance_cache": "every:3,after=0"}, JOB).guidance
     seen = Recorder()
     velocity = Guidance(seen, TEXT, make, 4.0, policy=policy)
     for i in range(4):

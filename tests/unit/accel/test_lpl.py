@@ -12,8 +12,8 @@ import pytest
 
 from mlx_sora.accel import lpl
 from mlx_sora.accel.base import ScheduleInfo
-from mlx_sora.accel.lpl import Leap, ReferenceLeap
-from mlx_sora.request.modes import LPL
+from mlx_sora.accel.lpl import Leap, ReferenceLeap, make_leap
+from mlx_sora.request.techniques import Lpl
 from mlx_sora.sampling import SAMPLERS
 from mlx_sora.sampling.base import Step
 from mlx_sora.sampling.loop import Conditioning, StepResult, denoise
@@ -26,7 +26,7 @@ SHAPE = (1, 3, 4, 4, 4)
 
 def rule(text: str, steps: int = 8, evaluations: int = 1) -> Leap:
     """The rule that --lpl `text` means in a run of `steps` steps."""
-    return lpl.start(LPL.parse(text), ScheduleInfo(steps, evaluations, 3))
+    return make_leap(Lpl.parse(text), ScheduleInfo(steps, evaluations, 3))
 
 
 class EarlyReferenceLeap(ReferenceLeap):
@@ -80,16 +80,16 @@ def run(
 
 def by_the_text(cosines: Sequence[float], text: str, steps: int) -> int | None:
     """The paper's rule for one sample, written plainly. cosines[k - 1] is that of step k."""
-    values = LPL.parse(text).values
+    config = Lpl.parse(text)
     best, failures = -math.inf, 0
     for index in range(1, steps):
-        if index + 1 < values["minimum"] * steps:
+        if index + 1 < config.minimum * steps:
             continue
-        if cosines[index - 1] > best + values["tolerance"]:
+        if cosines[index - 1] > best + config.tolerance:
             best, failures = cosines[index - 1], 0
         else:
             failures += 1
-        if failures == values["patience"]:
+        if failures == config.patience:
             return index
     return None
 
@@ -158,7 +158,7 @@ def test_nothing_leaps_before_the_earliest(text: str) -> None:
     """And with velocities that never change, the adaptive rules leap just then."""
     for steps in (1, 2, 7, 20, 30):
         if text.endswith("first step"):
-            leap: Leap = EarlyReferenceLeap(LPL.parse("reference"), ScheduleInfo(steps, 1, 3))
+            leap: Leap = EarlyReferenceLeap(Lpl("reference"), ScheduleInfo(steps, 1, 3))
         else:
             leap = rule(text, steps)
         index, earliest = leap_of(run(turning(np.ones((steps - 1, 1))), leap, steps)), leap.earliest
@@ -335,5 +335,5 @@ def test_the_record_keeps_similarities_and_runs_without_a_leap() -> None:
 )
 def test_a_leap_that_can_save_nothing_is_said(mode: str, steps: int, useless: bool) -> None:
     part = rule(mode, steps)
-    expected = f"--lpl {LPL(mode)} can save nothing in {steps} steps."
+    expected = f"--lpl {Lpl.parse(mode)} can save nothing in {steps} steps."
     assert part.warnings == ((expected,) if useless else ())

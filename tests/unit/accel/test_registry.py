@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 
-from mlx_sora.accel import ACCELERATIONS, OFF, Accelerations
+from mlx_sora.accel import ACCELERATIONS
 from mlx_sora.accel.base import ScheduleInfo
 from mlx_sora.accel.tdtm import PairedFrames
 from mlx_sora.models.hooks import NoMerging, ResidentBlocks
 from mlx_sora.request.generation import GenerationRequest, options
+from mlx_sora.request.techniques import OFF, TechniqueConfig
 from mlx_sora.sampling.guidance import CFGSlice
+from tests.helpers.techniques import make_accelerations
 
 JOB = ScheduleInfo(
     steps=6, evaluations=1, frames=5, times=(1000.0, 900.0, 800.0, 600.0, 400.0, 200.0)
@@ -25,15 +27,15 @@ def test_fields_and_techniques_are_the_same() -> None:
     named = [name for name, option in options().items() if option.group == "acceleration"]
     assert named == ["preset", *ACCELERATIONS]
     defaults = {field.name: field.default for field in fields(GenerationRequest)}
-    for name, (modes, _) in ACCELERATIONS.items():
-        assert options()[name].parse is modes
-        assert modes(OFF) == OFF
-        assert defaults[name] is None
+    for name in ACCELERATIONS:
+        config = options()[name].parse(OFF)
+        assert isinstance(config, TechniqueConfig)
+        assert (config.mode, str(config), defaults[name]) == (OFF, OFF, None)
 
 
 @pytest.mark.parametrize("modes", [{}, dict.fromkeys(ACCELERATIONS, OFF)], ids=["unsaid", OFF])
 def test_off_is_plain(modes: dict[str, str]) -> None:
-    parts = Accelerations(modes, JOB)
+    parts = make_accelerations(modes, JOB)
     assert parts.policy is None
     assert (parts.guidance, parts.block_cache(0, WHOLE), parts.cached_residuals) == (None, None, 0)
     assert parts.skipped_steps == parts.cond_only_steps == frozenset()
@@ -45,19 +47,19 @@ def test_off_is_plain(modes: dict[str, str]) -> None:
 
 
 def test_each_fills_its_own_seam() -> None:
-    leaping = Accelerations({"lpl": "fixed:2"}, JOB)
+    leaping = make_accelerations({"lpl": "fixed:2"}, JOB)
     assert leaping.policy is not None
     assert isinstance(leaping.hooks(0).token_merging, NoMerging)
-    merging = Accelerations({"tdtm": "2"}, JOB)
+    merging = make_accelerations({"tdtm": "2"}, JOB)
     assert merging.policy is None
     kinds = [type(merging.hooks(i).token_merging) for i in range(4)]
     assert kinds == [PairedFrames, PairedFrames, NoMerging, NoMerging]
 
-    caching = Accelerations({"step_cache": "every:2,warmup=1"}, JOB)
+    caching = make_accelerations({"step_cache": "every:2,warmup=1"}, JOB)
     assert caching.block_cache(0, WHOLE) is not None
     assert caching.guidance is None
     assert (caching.skipped_steps, caching.cached_residuals) == ({1, 3, 5}, 1)
-    sparing = Accelerations({"guidance_interval": "300,900"}, JOB)
+    sparing = make_accelerations({"guidance_interval": "300,900"}, JOB)
     assert sparing.block_cache(0, WHOLE) is None
     assert sparing.guidance is not None
     assert sparing.cond_only_steps == {0, 5}
@@ -66,17 +68,17 @@ def test_each_fills_its_own_seam() -> None:
 def test_a_technique_heeds_what_those_before_it_leave_out() -> None:
     """Full guidance waits for a step with guidance whose blocks run."""
     alone = {"guidance_cache": "every:2,after=0"}
-    assert Accelerations(alone, JOB).cond_only_steps == {1, 3, 5}
-    cached = Accelerations(alone | {"step_cache": "every:3,warmup=1"}, JOB)
+    assert make_accelerations(alone, JOB).cond_only_steps == {1, 3, 5}
+    cached = make_accelerations(alone | {"step_cache": "every:3,warmup=1"}, JOB)
     assert cached.skipped_steps == {1, 2, 4, 5}
     assert cached.cond_only_steps == {1, 2, 4, 5}
-    within = Accelerations(alone | {"guidance_interval": "300,900"}, JOB)
+    within = make_accelerations(alone | {"guidance_interval": "300,900"}, JOB)
     assert within.cond_only_steps == {0, 5} | {2, 4}
 
 
 def test_without_guidance_there_is_none_to_spare() -> None:
     modes = {"guidance_interval": "300,900", "guidance_cache": "every:2"}
-    parts = Accelerations(modes, replace(JOB, guided=False))
+    parts = make_accelerations(modes, replace(JOB, guided=False))
     assert parts.cond_only_steps == frozenset()
     assert [line.split()[0] for line in parts.warnings] == [
         "--guidance-interval",
@@ -86,7 +88,9 @@ def test_without_guidance_there_is_none_to_spare() -> None:
 
 def test_together_they_report_one_by_one() -> None:
     modes = {"tdtm": "9", "lpl": "fixed:5", "step_cache": "every:9,warmup=9"}
-    parts = Accelerations(modes | {"guidance_interval": "0,1", "guidance_cache": "every:1"}, JOB)
+    parts = make_accelerations(
+        modes | {"guidance_interval": "0,1", "guidance_cache": "every:1"}, JOB
+    )
     assert [warning.split()[0] for warning in parts.warnings] == [
         "--lpl",
         "--tdtm",
@@ -107,4 +111,4 @@ def test_together_they_report_one_by_one() -> None:
 def test_blocks_of_another_are_passed_on() -> None:
     blocks = ResidentBlocks[Any]([])
     for modes in ({}, {"tdtm": "all"}):
-        assert Accelerations(modes, JOB).hooks(0, blocks).blocks is blocks
+        assert make_accelerations(modes, JOB).hooks(0, blocks).blocks is blocks

@@ -8,15 +8,14 @@ from dataclasses import dataclass, field, replace
 import mlx.core as mx
 import pytest
 
-from mlx_sora.accel import step_cache
 from mlx_sora.accel.base import ScheduleInfo
 from mlx_sora.accel.cidl import BlockStream
-from mlx_sora.accel.step_cache import Online, StepCache, every
+from mlx_sora.accel.step_cache import OnlineRule, ResidualCache, every
 from mlx_sora.loading.model_folder import ModelFolder
 from mlx_sora.loading.networks import load_transformer, stream_transformer
 from mlx_sora.models.hooks import Hooks
 from mlx_sora.models.stdit3 import STDiT3
-from mlx_sora.request.modes import STEP_CACHE
+from mlx_sora.request.techniques import StepCache
 from mlx_sora.sampling.guidance import CFGSlice
 from tests.helpers import networks
 
@@ -24,8 +23,8 @@ JOB = ScheduleInfo(steps=8, evaluations=1, frames=3)
 SHAPE = (1, 3, 4, 2)
 
 
-def cache(text: str, job: ScheduleInfo = JOB) -> StepCache:
-    return step_cache.start(STEP_CACHE.parse(text), job)
+def cache(text: str, job: ScheduleInfo = JOB) -> ResidualCache:
+    return ResidualCache(StepCache.parse(text), job)
 
 
 @dataclass
@@ -36,7 +35,7 @@ class Stack:
 
     def run(
         self,
-        part: StepCache,
+        part: ResidualCache,
         step: int,
         x: mx.array,
         added: float,
@@ -165,10 +164,10 @@ def test_what_saves_nothing_is_said(text: str) -> None:
 
 def moves(sizes: Sequence[float], threshold: float, warmup: int = 2) -> list[int]:
     """Steps that Online computes, where tokens are at `sizes` and blocks triple them."""
-    rule, computed = Online(threshold, warmup, len(sizes)), []
+    rule, computed = OnlineRule(threshold, warmup, len(sizes)), []
     for step, size in enumerate(sizes):
         x = size * ones()
-        if not rule.reuses(step, x):
+        if not rule.should_reuse(step, x):
             rule.update(x, 3 * x)
             computed.append(step)
     return computed
@@ -207,7 +206,7 @@ def test_tensors_that_are_kept(text: str, guided: bool, tensors: float) -> None:
 # On a network.
 
 
-def path(network: STDiT3, part: StepCache | None, blocks: object = None) -> list[mx.array]:
+def path(network: STDiT3, part: ResidualCache | None, blocks: object = None) -> list[mx.array]:
     """Predictions of a few steps, each on the one before."""
     config = network.config
     z = mx.random.normal((1, *networks.GRID, config.in_channels), key=mx.random.key(4))

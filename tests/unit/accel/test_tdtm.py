@@ -10,12 +10,11 @@ import numpy as np
 import pytest
 from mlx.utils import tree_unflatten
 
-from mlx_sora.accel import tdtm
 from mlx_sora.accel.base import ScheduleInfo
 from mlx_sora.accel.tdtm import MergedSteps, PairedFrames
 from mlx_sora.models.hooks import Hooks
 from mlx_sora.models.stdit3 import STDiT3
-from mlx_sora.request.modes import TDTM
+from mlx_sora.request.techniques import Tdtm
 from tests.helpers.networks import STDIT, random_weights
 
 
@@ -114,7 +113,7 @@ def watched(part: MergedSteps, steps: int) -> MergedSteps:
     ("asked", "steps", "merged"), [("1", 6, 1), ("4", 6, 4), ("6", 6, 6), ("all", 6, 6)]
 )
 def test_the_first_steps_merge(asked: str, steps: int, merged: int) -> None:
-    part = tdtm.start(TDTM.parse(asked), ScheduleInfo(steps, 1, 15))
+    part = MergedSteps(Tdtm.parse(asked), ScheduleInfo(steps, 1, 15))
     assert [part.token_merging(i) is not None for i in range(steps)] == [
         i < merged for i in range(steps)
     ]
@@ -125,18 +124,18 @@ def test_the_first_steps_merge(asked: str, steps: int, merged: int) -> None:
 
 
 def test_only_steps_that_were_made_count() -> None:
-    part = watched(tdtm.start(TDTM.parse("15"), ScheduleInfo(30, 1, 20)), 4)
+    part = watched(MergedSteps(Tdtm.parse("15"), ScheduleInfo(30, 1, 20)), 4)
     assert part.record()["merged_steps"] == 4
 
 
 def test_more_steps_than_there_are_is_said() -> None:
-    part = watched(tdtm.start(TDTM.parse("31"), ScheduleInfo(30, 1, 20)), 30)
+    part = watched(MergedSteps(Tdtm.parse("31"), ScheduleInfo(30, 1, 20)), 30)
     assert part.warnings == ("--tdtm 31 covers all of the 30 steps.",)
     assert part.record()["merged_steps"] == 30
 
 
 def test_an_image_has_nothing_to_merge() -> None:
-    part = watched(tdtm.start(TDTM.parse("all"), ScheduleInfo(30, 1, 1)), 30)
+    part = watched(MergedSteps(Tdtm.parse("all"), ScheduleInfo(30, 1, 1)), 30)
     assert "single frame" in part.warnings[0]
     assert part.token_merging(0) is None
     assert part.record() == {"merged_steps": 0, "frames": 1, "attending": 1}

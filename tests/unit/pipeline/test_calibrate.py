@@ -77,26 +77,24 @@ def test_what_is_measured_on_a_model(table: ScheduleTable, tmp_path: Path) -> No
 
 def test_a_table_is_found_beside_the_model_or_by_name(tmp_path: Path) -> None:
     table = ScheduleTable(5, *SIZE, orders={"0": {"3": [0, 1, 3]}})
-    job = ScheduleInfo(5, 1, 5, model=tmp_path, size=SIZE)
+    schedule = ScheduleInfo(5, 1, 5, model=tmp_path, size=SIZE)
     table.write(table_path(tmp_path, 5, SIZE))
-    assert read_schedule(3, 0, job) == {0, 1, 3}
+    assert read_schedule(3, 0, schedule) == {0, 1, 3}
     other = tmp_path / "Other, or not.json"
     table.write(other)
     assert read_schedule(
         3, 0, ScheduleInfo(5, 1, 5, model=Path("none"), size=SIZE), str(other)
     ) == {0, 1, 3}
+    longer = ScheduleInfo(6, 1, 5, model=tmp_path, size=SIZE)
     for wrong, says in (
-        ({"computed": 4, "order": 0, "job": job}, "It has 3."),
-        ({"computed": 3, "order": 1, "job": job}, "It has none."),
-        (
-            {"computed": 3, "order": 0, "job": ScheduleInfo(6, 1, 5, model=tmp_path, size=SIZE)},
-            "calibrate",
-        ),
+        ({"computed": 4, "order": 0, "schedule": schedule}, "It has 3."),
+        ({"computed": 3, "order": 1, "schedule": schedule}, "It has none."),
+        ({"computed": 3, "order": 0, "schedule": longer}, "calibrate"),
     ):
         with pytest.raises(UsageError, match=says):
             read_schedule(**wrong)  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="this is 6 steps at 32x32, 17 frames"):
-        read_schedule(3, 0, ScheduleInfo(6, 1, 5, model=tmp_path, size=SIZE), str(other))
+        read_schedule(3, 0, longer, str(other))
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,6 @@ from mlx_sora.runtime.events import (
     StepFinished,
     Warned,
 )
-from mlx_sora.sampling import SAMPLERS
 from mlx_sora.video.metadata import read_metadata, replay_options
 
 PROMPT = "a red circle moving right on a black background"
@@ -270,9 +269,3 @@ def test_info_counts_what_is_on_disk(pipe: Pipeline) -> None:
     files = list(pipe.model.path.rglob("*.safetensors"))
     assert 0 < sum(file.stat().st_size for file in files) - info["bytes"] < 500_000
     assert info["parameters"] == sum(part["parameters"] for part in info["parts"].values())
-
-
-def test_every_sampler_can_be_asked_for() -> None:
-    from mlx_sora.request.generation import SAMPLERS as NAMES
-
-    assert set(NAMES) == set(SAMPLERS)

@@ -7,11 +7,12 @@ from dataclasses import fields
 import pytest
 
 from mlx_sora import GenerationRequest, Pipeline
-from mlx_sora.accel import ACCELERATIONS, OFF
+from mlx_sora.accel import ACCELERATIONS
 from mlx_sora.cli.flags import build_requests
 from mlx_sora.errors import UsageError
-from mlx_sora.request.generation import preset_values
+from mlx_sora.request.generation import options, preset_values
 from mlx_sora.request.presets import PRESETS
+from mlx_sora.request.techniques import OFF
 
 SMALL = {"prompt": "a red circle", "seed": 3, "steps": 4, "width": 32, "height": 32}
 
@@ -26,7 +27,7 @@ def test_preset_decides_every_technique(name: str) -> None:
     assert set(ACCELERATIONS) <= set(values) <= {f.name for f in fields(GenerationRequest)}
     request = GenerationRequest("a", preset=name).with_preset()
     assert {key: getattr(request, key) for key in values} == {
-        key: ACCELERATIONS[key][0](value) if key in ACCELERATIONS else value
+        key: options()[key].parse(value) if key in ACCELERATIONS else value
         for key, value in values.items()
     }
     approximate = {key for key in ACCELERATIONS if values[key] != OFF}

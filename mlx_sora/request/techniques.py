@@ -1,0 +1,292 @@
+"""Configs of the accelerations, in Python and as text: `Lpl(after=15)` is `fixed:15`.
+
+Text is the name of a mode, a colon, and values separated by commas: first those without a default,
+then any others as name=value. A mode without a name is written as its values alone.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar, TypeVar
+
+from mlx_sora.errors import UsageError
+
+#: More denoising steps than this are likelier a typing error than a wish.
+MAX_STEPS = 1000
+
+#: Mode of every technique that switches it off.
+OFF = "off"
+
+Config = TypeVar("Config", bound="TechniqueConfig")
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """Value of a technique.
+
+    defaults: mode to default value, for the modes that have the parameter; None: it is required.
+    low, high: limits of a number. text: any text, such as a path, is valid instead.
+    spelling: name of the parameter in text, if it is not that of the field.
+    """
+
+    defaults: Mapping[str, float | str | None]
+    low: float = 0
+    high: float = 0
+    whole: bool = False
+    text: bool = False
+    spelling: str = ""
+
+    def convert(self, value: Any) -> float | str:
+        """Return the value in its type; raise ValueError that names what is expected."""
+        if self.text:
+            text = str(value).strip()
+            if not text:
+                raise ValueError("text")
+            return text
+        try:
+            number = math.nan if isinstance(value, bool) else float(value)
+        except (ValueError, TypeError, OverflowError):
+            number = math.nan
+        if not self.low <= number <= self.high or (self.whole and number != int(number)):
+            kind = "a whole number" if self.whole else "a number"
+            raise ValueError(f"{kind} from {_spell(self.low)} to {_spell(self.high)}")
+        return int(number) if self.whole else number
+
+
+@dataclass(frozen=True, eq=False)
+class TechniqueConfig:
+    """One technique with all its values.
+
+    mode: one of MODES; without it, the first mode that has all the values given. After
+    construction every value of the mode is set, and the values of other modes are None.
+    Raises UsageError for values out of range or of different modes. A config equals its text.
+    """
+
+    MODES: ClassVar[tuple[str, ...]]
+
+    mode: str | None = None
+
+    def __post_init__(self) -> None:
+        given = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "mode"}
+        given = {name: value for name, value in given.items() if value is not None}
+        title, hint = type(self).__name__, f"As text: {self.forms()}."
+        modes = [m for m in self.MODES if m != OFF] if self.mode is None else [self.mode]
+        mode = next((mode for mode in modes if self._fits(mode, given)), None)
+        if mode is None:
+            values = [*([] if self.mode is None else [f"mode {self.mode!r}"]), *given]
+            raise UsageError(f"{title} cannot be made of {', '.join(values) or 'nothing'}.", hint)
+        object.__setattr__(self, "mode", mode)
+        for name, parameter in self._parameters(mode).items():
+            value = given.get(name, parameter.defaults[mode])
+            try:
+                value = value if value == "" else parameter.convert(value)
+            except ValueError as error:
+                shown = repr(value)[:80]
+                raise UsageError(f"{title}: {name} must be {error}, not {shown}.", hint) from None
+            object.__setattr__(self, name, value)
+
+    def __str__(self) -> str:
+        """The config as text, with every number."""
+        assert self.mode is not None
+        items = []
+        for name, parameter in self._parameters(self.mode).items():
+            value, spelling = getattr(self, name), parameter.spelling or name
+            required = parameter.defaults[self.mode] is None
+            if value != "":
+                items.append(_spell(value) if required else f"{spelling}={_spell(value)}")
+        return _join(self.mode, items)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, str | type(self)) and str(self) == str(other)
+
+    def __hash__(self) -> int:
+        return hash(str(self))
+
+    @classmethod
+    def parse(cls: type[Config], value: Any) -> Config:
+        """Return the config of a text or bare number; a config is returned as it is.
+
+        Raises ValueError that names what is expected.
+        """
+        if isinstance(value, cls):
+            return value
+        if isinstance(value, bool) or not isinstance(value, (str, numbers.Real)):
+            raise ValueError(cls.forms())
+        text = str(value).strip()
+        mode, colon, rest = text.partition(":")
+        mode = mode.lower()
+        if not mode or mode not in cls.MODES:
+            mode, colon, rest = "", ":", text
+        if mode not in cls.MODES:
+            raise ValueError(cls.forms())
+        try:
+            return cls(mode, **cls._read(mode, rest.split(",") if colon else []))
+        except ValueError as error:
+            raise ValueError(f"{cls._form(mode) if mode else cls.forms()}{error}") from None
+
+    @classmethod
+    def forms(cls) -> str:
+        """Return all ways to write a value, for help and messages."""
+        *first, last = [cls._form(mode) for mode in cls.MODES]
+        return f"{', '.join(first)} or {last}" if first else last
+
+    @classmethod
+    def _form(cls, mode: str) -> str:
+        """Return how to write one mode, such as adaptive[:patience=3,tolerance=0.0001]."""
+        required, optional = [], []
+        for name, parameter in cls._parameters(mode).items():
+            default, spelling = parameter.defaults[mode], parameter.spelling or name
+            if default is None:
+                required.append(spelling.upper())
+            else:
+                optional.append(f"{spelling}={_spell(default) or spelling.upper()}")
+        text = _join(mode, required)
+        return f"{text}[{',' if required else ':'}{','.join(optional)}]" if optional else text
+
+    @classmethod
+    def _parameters(cls, mode: str) -> dict[str, Parameter]:
+        """Return the parameters of a mode by field."""
+        found = {f.name: f.metadata["parameter"] for f in fields(cls) if f.metadata}
+        return {name: parameter for name, parameter in found.items() if mode in parameter.defaults}
+
+    @classmethod
+    def _fits(cls, mode: str, given: Mapping[str, Any]) -> bool:
+        """Return whether a mode has all the fields given, and needs no more."""
+        parameters = cls._parameters(mode)
+        required = {name for name, p in parameters.items() if p.defaults[mode] is None}
+        return mode in cls.MODES and required <= given.keys() <= parameters.keys()
+
+    @classmethod
+    def _read(cls, mode: str, items: list[str]) -> dict[str, float | str]:
+        """Return values by field. Raises ValueError with what to add to the form of the mode."""
+        parameters = cls._parameters(mode)
+        names = {p.spelling or name: name for name, p in parameters.items()}
+        required = [key for key, name in names.items() if parameters[name].defaults[mode] is None]
+        values: dict[str, float | str] = {}
+        for item in items:
+            key, named, text = item.partition("=")
+            if not named:
+                key, text = (required[0] if required else ""), item
+            key = key.strip().lower()
+            if key not in names or names[key] in values:
+                raise ValueError("")
+            label = key.upper() if key in required else key
+            if key in required:
+                required.remove(key)
+            try:
+                values[names[key]] = parameters[names[key]].convert(text)
+            except ValueError as error:
+                raise ValueError(f", with {error} as {label}") from None
+        if required:
+            raise ValueError("")
+        return values
+
+
+def _join(mode: str, items: list[str]) -> str:
+    return (":" if mode and items else "").join([mode, ",".join(items)])
+
+
+def _spell(value: float | str) -> str:
+    """Return the shortest text that reads back as this value."""
+    if isinstance(value, str):
+        return value
+    return str(int(value)) if value == int(value) else repr(value)
+
+
+def real(defaults: Mapping[str, float | None], low: float, high: float) -> Any:
+    """Return the field of a number from low to high. defaults: as in Parameter."""
+    return _parameter(Parameter(defaults, low, high))
+
+
+def integer(defaults: Mapping[str, float | None], low: int, high: int, spelling: str = "") -> Any:
+    """Return the field of a whole number from low to high. defaults, spelling: as in Parameter."""
+    return _parameter(Parameter(defaults, low, high, whole=True, spelling=spelling))
+
+
+def text(defaults: Mapping[str, str | None]) -> Any:
+    """Return the field of a text. defaults: as in Parameter."""
+    return _parameter(Parameter(defaults, text=True))
+
+
+def _parameter(parameter: Parameter) -> Any:
+    return field(default=None, kw_only=True, metadata={"parameter": parameter})
+
+
+@dataclass(frozen=True, eq=False)
+class Lpl(TechniqueConfig):
+    """When to leap to t = 0.
+
+    after: number of ordinary steps before the leap. time: flow time of the leap, 1000 to 0.
+    patience, tolerance, minimum: leap once the similarity of successive velocities has failed
+    `patience` times to exceed its best by `tolerance`, counted after the share `minimum` of the
+    steps. Mode "reference": the rule in the code of On-device Sora.
+    """
+
+    MODES = (OFF, "fixed", "t", "adaptive", "reference")
+
+    after: int = integer({"fixed": None}, 0, MAX_STEPS, spelling="steps")
+    time: float = real({"t": None}, 0, 1000)
+    patience: int = integer({"adaptive": 3}, 1, MAX_STEPS)
+    tolerance: float = real({"adaptive": 1e-4}, 0, 2)
+    minimum: float = real({"adaptive": 0.5}, 0, 1)
+
+
+@dataclass(frozen=True, eq=False)
+class Tdtm(TechniqueConfig):
+    """Token merging in the first `steps` steps; without a number, in all steps."""
+
+    MODES = (OFF, "all", "")
+
+    steps: int = integer({"": None}, 1, MAX_STEPS)
+
+
+@dataclass(frozen=True, eq=False)
+class StepCache(TechniqueConfig):
+    """Steps in which the transformer blocks run; the others reuse their cached residual.
+
+    each: the first `warmup` steps, then every `each`-th. computed: so many steps, which calibrate
+    has chosen for the model (or the table `file` lists). threshold: whenever the estimated change
+    of the output exceeds it, after `warmup` steps.
+    order: 0 reuses the last residual, 1 extrapolates linearly from the last two.
+    """
+
+    MODES = (OFF, "every", "table", "online")
+
+    each: int = integer({"every": None}, 1, MAX_STEPS)
+    computed: int = integer({"table": None}, 1, MAX_STEPS)
+    threshold: float = real({"online": 0.15}, 0, 100)
+    warmup: int = integer({"every": 6, "online": 5}, 1, MAX_STEPS)
+    order: int = integer({"every": 0, "table": 0, "online": 0}, 0, 1)
+    file: str = text({"table": ""})
+
+
+@dataclass(frozen=True, eq=False)
+class GuidanceInterval(TechniqueConfig):
+    """Guidance only in steps that start at a flow time from `low` to `high`."""
+
+    MODES = (OFF, "")
+
+    low: float = real({"": None}, 0, 1000)
+    high: float = real({"": None}, 0, 1000)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.mode != OFF and self.low > self.high:
+            raise UsageError(f"--guidance-interval {self} is empty.", "Give the lower time first.")
+
+
+@dataclass(frozen=True, eq=False)
+class GuidanceCache(TechniqueConfig):
+    """Unconditional prediction in every `each`-th step, after the share `after` of the steps.
+
+    boost: weight of the low frequencies of the cached difference at first, of the high ones later.
+    """
+
+    MODES = (OFF, "every")
+
+    each: int = integer({"every": None}, 1, MAX_STEPS)
+    after: float = real({"every": 0.333}, 0, 1)
+    boost: float = real({"every": 1}, 0, 10)
