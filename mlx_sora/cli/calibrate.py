@@ -1,4 +1,4 @@
-"""`calibrate`: which steps the step cache is to compute, searched on the model itself."""
+"""`calibrate`: search the steps in which the step cache should run the blocks."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from mlx_sora.cli.progress import Bars
 
 
 def add_parser(commands: Any) -> None:
-    """Register the command."""
+    """Add the command."""
     parser = commands.add_parser(
         "calibrate",
         help="search schedules for --step-cache table:N",
-        description="Search in which steps the blocks of a model are best run, on a few prompts, "
-        "for every number of such steps: one small JSON file per number of steps and size, beside "
-        "the model, which --step-cache table:N reads. Takes little longer than the exact videos.",
+        description="Search the N steps that should run the transformer blocks, for every N, on a "
+        "few prompts. Writes a small JSON file for a number of steps and a size into the model "
+        "folder, which --step-cache table:N reads. Takes little longer than the exact videos.",
     )
     parser.add_argument(
         "--prompt",
@@ -26,14 +26,14 @@ def add_parser(commands: Any) -> None:
         required=True,
         dest="prompts",
         metavar="TEXT",
-        help="a prompt to search on; can be repeated, three or more are better than one",
+        help="prompt to search on; can be repeated, three or more are better than one",
     )
     parser.add_argument(
         "--reach",
         type=int,
         default=20,
         metavar="N",
-        help="steps a sum may stand for, at most (default 20)",
+        help="most steps that may use one cached residual (default 20)",
     )
     parser.add_argument(
         "--output",
@@ -41,7 +41,7 @@ def add_parser(commands: Any) -> None:
         type=Path,
         dest="table",
         metavar="FILE",
-        help="default: in the model's folder",
+        help="table to write; default: in the model folder",
     )
     add_request_flags(parser, "calibrate")
     add_quiet_flag(parser)
@@ -50,7 +50,7 @@ def add_parser(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Search, write the table, print its path."""
+    """Search, write the table and print its path."""
     from mlx_sora.accel.schedules import table_path
     from mlx_sora.errors import UsageError
     from mlx_sora.pipeline.calibrate import calibrate, requests_for

@@ -1,4 +1,4 @@
-"""`edit`: a video and two prompts in, the changed video out."""
+"""`edit`: change what a video shows."""
 
 from __future__ import annotations
 
@@ -23,24 +23,24 @@ from mlx_sora.video.reader import is_video
 
 
 def add_parser(commands: Any) -> None:
-    """Register the command."""
+    """Add the command."""
     parser = commands.add_parser(
         "edit",
         help="change what a video shows",
-        description="Change what a video shows: --source-prompt says what that is, --prompt what "
-        "it shall be; word them alike but for the change. What is left open is the model's "
-        f"default, the video's own length and fps, and --sampler {SAMPLER}.",
+        description="Change what a video shows: --source-prompt describes it, --prompt describes "
+        "the result in the same words but for the change. The defaults are those of the model, "
+        f"the length and fps of the video, and --sampler {SAMPLER}.",
     )
-    parser.add_argument("video", metavar="VIDEO", help="a video, or a picture")
+    parser.add_argument("video", metavar="VIDEO", help="a video or an image")
     parser.add_argument(
-        "--source-prompt", default="", metavar="TEXT", help="what the video shows now"
+        "--source-prompt", default="", metavar="TEXT", help="description of the video"
     )
     parser.add_argument(
         "--inject-steps",
         type=int,
         metavar="N",
-        help="in how many of the first steps attention within frames uses the video's values: more "
-        f"holds the layout better and changes less; needs memory (default {INJECT_STEPS})",
+        help="number of first steps in which spatial attention uses the values of the video: more "
+        f"keep the layout better and change less; needs memory (default {INJECT_STEPS})",
     )
     add_request_flags(parser, "edit")
     add_dry_run_flag(parser)
@@ -49,15 +49,15 @@ def add_parser(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Make one edit, on all ranks that were launched."""
+    """Make the edit on all ranks and return the exit code."""
     ranks = init_ranks()
     with ranks.watchdog_scope():
-        return follow(args, ranks)
+        return run_on_ranks(args, ranks)
 
 
-def follow(args: argparse.Namespace, ranks: Ranks) -> int:
-    """Make the edit; the exit code."""
-    edit = broadcast_request(ranks, EditRequest, lambda: request_of(args))
+def run_on_ranks(args: argparse.Namespace, ranks: Ranks) -> int:
+    """Make the edit and return the exit code."""
+    edit = broadcast_request(ranks, EditRequest, lambda: read_edit(args))
     renderer = choose_renderer(args, ranks)
     try:
         with ranks.collective_errors():
@@ -76,8 +76,8 @@ def follow(args: argparse.Namespace, ranks: Ranks) -> int:
     return int(ranks.broadcast_object(0))
 
 
-def request_of(args: argparse.Namespace) -> EditRequest:
-    """The edit that the flags mean, checked as far as that goes without a model."""
+def read_edit(args: argparse.Namespace) -> EditRequest:
+    """Return the edit of the flags, checked as far as possible without a model."""
     typed = explicit_options(args)
     typed.setdefault("output", default_output(args.video))
     own = {"source_prompt": args.source_prompt, "inject_steps": args.inject_steps}
@@ -87,6 +87,6 @@ def request_of(args: argparse.Namespace) -> EditRequest:
 
 
 def default_output(video: str) -> str:
-    """Where an edit of `video` goes: into this folder, as a template without fields."""
+    """Return the output template of an edit of `video`: in the working folder, without fields."""
     stem = Path(video).stem.replace("{", "{{").replace("}", "}}")
     return f"{stem}-edited{'.mp4' if is_video(video) else '.png'}"

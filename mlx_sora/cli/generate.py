@@ -1,4 +1,4 @@
-"""`generate`: prompt in, video out."""
+"""`generate`: make videos and images from prompts."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ from mlx_sora.video.metadata import read_metadata, replay_options, unchanged_med
 
 
 def add_parser(commands: Any) -> None:
-    """Register the command."""
+    """Add the command."""
     parser = commands.add_parser(
         "generate",
         help="make a video or an image from a prompt",
@@ -100,20 +100,20 @@ def add_output_flags(parser: Parser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Make every video asked for, on all ranks that were launched."""
+    """Make all videos on all ranks and return the exit code."""
     ranks = init_ranks()
     with ranks.watchdog_scope():
-        return follow(args, ranks)
+        return run_on_ranks(args, ranks)
 
 
-def follow(args: argparse.Namespace, ranks: Ranks) -> int:
-    """Make one video after the other; the exit code."""
+def run_on_ranks(args: argparse.Namespace, ranks: Ranks) -> int:
+    """Make one video after the other and return the exit code."""
     cluster = read_cluster(args)
-    batch = broadcast_request(ranks, PromptFile, lambda: plan_requests(args))
+    batch = broadcast_request(ranks, PromptFile, lambda: read_requests(args))
     renderer = choose_renderer(args, ranks)
     try:
         for path in batch.finished:
-            renderer.note(f"{path} is there already")
+            renderer.note(f"{path} exists already")
         if batch.requests:
             first = batch.requests[0]
             with ranks.collective_errors():
@@ -126,22 +126,22 @@ def follow(args: argparse.Namespace, ranks: Ranks) -> int:
                 if cluster is not None and ranks.is_rank0:
                     show_estimates(pipeline, batch.requests, cluster, args.json_events)
             else:
-                make(pipeline, batch, renderer, args.resume)
+                make_videos(pipeline, batch, renderer, args.resume)
     finally:
         renderer.close()
     return int(ranks.broadcast_object(report(batch) if ranks.is_rank0 else 0))
 
 
-def make(
+def make_videos(
     pipeline: Pipeline, batch: PromptFile, renderer: Renderer, resume: str | None = None
 ) -> None:
-    """Make all videos of a batch; notes what fails, where there are several."""
+    """Make the videos of a batch. If there are several, record failures and continue."""
     if len(batch.requests) == 1 and batch.unit == "video":
         renderer.note(f"seed {batch.requests[0].seed}")
         stream = pipeline.stream(batch.requests[0], resume)
     else:
         stream = pipeline.stream_all(batch.requests)
-    # Closing, not collecting, ends an interrupted run and removes its partial file.
+    # close() ends an interrupted run at once and removes its partial file.
     with closing(stream) as events:
         for event in events:
             if isinstance(event, RequestFailed):
@@ -150,7 +150,7 @@ def make(
 
 
 def report(batch: PromptFile) -> int:
-    """Say what failed, a line each; the exit code."""
+    """Print a line for each failure and return the exit code."""
     for number, error in sorted(batch.failures.items()):
         print(f"error: {batch.unit} {number}: {error}", file=sys.stderr)
     if batch.failures:
@@ -159,50 +159,50 @@ def report(batch: PromptFile) -> int:
 
 
 def show_plans(ranks: Ranks, plan: Callable[[], Iterable[Plan]], as_json: bool) -> None:
-    """What each run would need, on stdout."""
+    """Print the memory plan of each run."""
     with ranks.collective_errors():
         for each in plan():
             if ranks.is_rank0:
                 print(json.dumps(each.to_dict()) if as_json else "\n".join(plan_table(each)))
 
 
-def plan_requests(args: argparse.Namespace) -> PromptFile:
-    """The requests that the flags mean, checked as far as that goes without a model."""
+def read_requests(args: argparse.Namespace) -> PromptFile:
+    """Return the requests of the flags, checked as far as possible without a model."""
     typed = explicit_options(args)
     if args.resume is not None:
-        return PromptFile([resumed(args, typed)])
+        return PromptFile([read_checkpoint(args, typed)])
     recorded = None
     if args.config_from_metadata is not None:
         recorded = recorded_options(args.config_from_metadata, typed)
     if args.prompt_file is not None:
         if "prompt" in typed:
-            raise UsageError("--prompt and --prompt-file exclude each other.", "Give one.")
+            raise UsageError("--prompt and --prompt-file exclude each other.", "Give only one.")
         batch = read_batch(args.prompt_file, typed, recorded)
     else:
         requests = build_requests(typed, recorded)
-        batch = PromptFile([_place(request, index) for index, request in enumerate(requests)])
+        batch = PromptFile([_with_output(request, index) for index, request in enumerate(requests)])
     outputs = [str(request.output) for request in batch.requests]
     if len(set(outputs)) < len(outputs):
         raise UsageError(
-            f"{len(outputs)} videos would go to one file, {outputs[0]}.",
+            f"{len(outputs)} videos would be written to one file, {outputs[0]}.",
             "Put {seed} or {index} into --output, and give each seed once.",
         )
     return batch
 
 
-def resumed(args: argparse.Namespace, typed: Mapping[str, Any]) -> GenerationRequest:
-    """The request of the checkpoint to go on from."""
+def read_checkpoint(args: argparse.Namespace, typed: Mapping[str, Any]) -> GenerationRequest:
+    """Return the request of the checkpoint of --resume."""
     from mlx_sora.pipeline.resume import resumed_request
 
     for name in ("config_from_metadata", "prompt_file"):
         if getattr(args, name) is not None:
             flag = "--" + name.replace("_", "-")
-            raise UsageError(f"--resume and {flag} exclude each other.", "Give one.")
-    return _place(resumed_request(Path(args.resume), typed), 0)
+            raise UsageError(f"--resume and {flag} exclude each other.", "Give only one.")
+    return _with_output(resumed_request(Path(args.resume), typed), 0)
 
 
 def choose_renderer(args: argparse.Namespace, ranks: Ranks) -> Renderer:
-    """How the flags want progress shown, by the rank that speaks."""
+    """Return the renderer that the flags choose. Ranks other than 0 are silent."""
     if not ranks.is_rank0:
         return SilentRenderer()
     if args.json_events:
@@ -211,24 +211,24 @@ def choose_renderer(args: argparse.Namespace, ranks: Ranks) -> Renderer:
 
 
 def load_pipeline(model: str | None, dtype: str) -> Pipeline:
-    """The pipeline; imported here because it brings MLX with it."""
+    """Return the pipeline. Its import, which loads MLX, is left until here."""
     from mlx_sora.pipeline.pipeline import Pipeline
 
     return Pipeline.from_pretrained(model, dtype=dtype)
 
 
 def environment_notice() -> str:
-    """One line about this machine that the user can act on, or nothing."""
+    """Return a hint about this machine in one line, or an empty text."""
     from mlx_sora.runtime.device import blas_notice
 
     return blas_notice()
 
 
-def _place(request: GenerationRequest, index: int) -> GenerationRequest:
-    """The request with its output filled in; refuses early what is known to be unwritable."""
+def _with_output(request: GenerationRequest, index: int) -> GenerationRequest:
+    """Fill in the template of the output. Raises UsageError if it cannot be written."""
     request = resolve_seed(replace(request, output=request.output or DEFAULT_OUTPUT), index)
     assert request.seed is not None, "resolve_seed gives it one"
-    assert request.output is not None, "there is a default"
+    assert request.output is not None, "it has a default"
     name = fill_template(request.output, prompt=request.prompt, seed=request.seed, index=index)
     frames = None if request.num_frames is None else parse_frames(request.num_frames)
     escaped = name.replace("{", "{{").replace("}", "}}")
@@ -239,10 +239,10 @@ def _place(request: GenerationRequest, index: int) -> GenerationRequest:
 
 
 def recorded_options(source: str, typed: Mapping[str, Any]) -> dict[str, Any]:
-    """Options of the run that made the file `source`.
+    """Return the options of the run that made the file `source`.
 
-    Pictures and videos are taken over only where their content is that which was recorded: a file
-    from somebody else could name any of ours, and its replay would show it. Raises UsageError.
+    Raises UsageError if an image or a video is not the recorded one: a file from somebody else
+    could name any file of the user, which a replay would show.
     """
     record = read_metadata(source)
     options = replay_options(record, source)
@@ -253,13 +253,13 @@ def recorded_options(source: str, typed: Mapping[str, Any]) -> dict[str, Any]:
         if path not in same:
             raise UsageError(
                 f"{path} is not the file that {source} was made with.",
-                "Give --image, --video or --prompt anew, as it was there.",
+                "Give --image, --video or --prompt as it was.",
             )
     return options
 
 
 def _media(options: Mapping[str, Any]) -> list[str]:
-    """Pictures and videos that options ask for, also inside the prompt."""
+    """Paths of images and videos in the options and inside the prompt."""
     request = GenerationRequest.from_dict({"prompt": "", **options})
     written = split_directives(request.prompt)[1].reference_path or ""
     given = [item.path for item in request.images] + [item.path for item in request.videos]

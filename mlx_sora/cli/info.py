@@ -1,4 +1,4 @@
-"""`info`: which model, how large, and on what machine it would run."""
+"""`info`: show the model, its size and this machine."""
 
 from __future__ import annotations
 
@@ -15,20 +15,22 @@ from mlx_sora.request.generation import options
 
 
 def add_parser(commands: Any) -> None:
-    """Register the command."""
+    """Add the command."""
     parser = commands.add_parser(
-        "info", help="show the model, its size, and this machine", description=__doc__
+        "info",
+        help="show the model, its size and this machine",
+        description="Show the model, its size and this machine.",
     )
     model, dtype = options()["model"], options()["dtype"]
     parser.add_argument("--model", metavar="MODEL", help=model.help)
     parser.add_argument("--dtype", choices=dtype.choices, default="auto", help=dtype.help)
-    parser.add_argument("--json", action="store_true", help="as one JSON object")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
     add_debug_flag(parser)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print what the pipeline knows of itself."""
+    """Print the facts of `Pipeline.info`."""
     facts = load_pipeline(args.model, args.dtype).info()
     if args.json:
         print(json.dumps(facts, indent=2, default=str))
@@ -38,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def lines(facts: Mapping[str, Any], indent: str = "") -> Iterator[str]:
-    """`name: value` lines; nested mappings are indented, bytes and counts made readable."""
+    """Yield `name: value` lines, with nested mappings indented and numbers made readable."""
     for name, value in facts.items():
         title = str(name).replace("_", " ")
         if isinstance(value, Mapping):

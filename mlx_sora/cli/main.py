@@ -1,4 +1,4 @@
-"""The command line: picks a command, and turns every failure into one line and an exit code."""
+"""The command line: run a command, and turn every failure into one line and an exit code."""
 
 from __future__ import annotations
 
@@ -24,7 +24,10 @@ COMMANDS = (generate, edit, download, convert, doctor, info, bench, calibrate)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; the exit code: 0, 1 run, 2 usage, 3 memory, 4 weights, 130 interrupted."""
+    """Run one command and return the exit code.
+
+    0 success, 1 failed run, 2 usage, 3 memory, 4 weights, 130 interrupted.
+    """
     words = sys.argv[1:] if argv is None else list(argv)
     debug = "--debug" in words
     try:
@@ -45,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _report("interrupted.", INTERRUPTED, words)
         return INTERRUPTED
     except BrokenPipeError:
-        # The reader went away; keep the interpreter from failing once more when it flushes.
+        # The reader is gone. Without this, the interpreter fails again when it flushes.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:
@@ -57,11 +60,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of every command."""
+    """Return the parser of all commands."""
     parser = Parser(
         prog="mlx_sora",
         description="Text to video with Open-Sora 1.2 on Apple MLX.",
-        epilog="mlx_sora COMMAND --help shows the flags of a command.",
+        epilog="mlx_sora COMMAND --help shows the options of a command.",
     )
     parser.add_argument("--version", action="version", version=f"mlx_sora {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
@@ -72,14 +75,14 @@ def build_parser() -> argparse.ArgumentParser:
 
 @contextmanager
 def sigterm_as_interrupt() -> Iterator[None]:
-    """SIGTERM raises KeyboardInterrupt inside, so that partial files are removed."""
+    """Raise KeyboardInterrupt at SIGTERM inside the block, so that partial files are removed."""
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 
     try:
         before = signal.signal(signal.SIGTERM, interrupt)
-    except ValueError:  # not the main thread: signals are somebody else's
+    except ValueError:  # not the main thread, which alone can handle signals
         yield
         return
     try:
@@ -90,7 +93,7 @@ def sigterm_as_interrupt() -> Iterator[None]:
 
 @contextmanager
 def log_to_stderr(args: argparse.Namespace) -> Iterator[None]:
-    """Show the package's log inside, as loud as the flags want it; then as before."""
+    """Send the log of the package to stderr inside the block, at the level of the flags."""
     level = logging.WARNING
     if launch_rank():
         level = logging.CRITICAL
@@ -111,16 +114,16 @@ def log_to_stderr(args: argparse.Namespace) -> Iterator[None]:
 
 
 class _Plain(logging.Formatter):
-    """Messages in one line that a terminal does not obey."""
+    """Log messages in one line, without control characters."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         return printable(super().formatMessage(record))
 
 
 def _report(message: str, code: int, words: Sequence[str], rank: int = 0) -> None:
-    """One line on stderr, and the same as an event where events were asked for, by one rank."""
+    """Print one line on stderr, and an event if --json-events is given, on one rank."""
     if launch_rank() != rank:
-        # mlx.launch ends all as soon as one has failed: the one that speaks goes first.
+        # mlx.launch ends all ranks when one has failed: the rank that reports has to be first.
         time.sleep(1)
         return
     message = printable(message, 2 * MAX_MESSAGE)

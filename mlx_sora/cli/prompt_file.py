@@ -1,4 +1,4 @@
-"""A file of prompts: one a line, or JSON objects that hold any option."""
+"""PromptFile: the requests of a file with a prompt, or a JSON object of options, in each line."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from mlx_sora.video.output_path import (
     output_path,
 )
 
-#: Names that a second run finds again: without the seed, unless that is known beforehand.
+#: Default outputs, which a second run finds again: with the seed only if it is given.
 OUTPUT, OUTPUT_SEED = "{index:04d}-{prompt_slug}", "{index:04d}-{prompt_slug}-{seed}"
 
-#: Bytes of a file of prompts, and seeds in a line of it.
+#: Limits of a prompt file: bytes, and seeds in a line.
 MAX_BYTES, MAX_SEEDS = 8_000_000, 1000
 
 JSON_SUFFIXES = (".jsonl", ".ndjson")
@@ -32,9 +32,10 @@ JSON_SUFFIXES = (".jsonl", ".ndjson")
 
 @dataclass
 class PromptFile:
-    """Requests to make in a row. lines: of the file, of each request; none without a file.
+    """Requests to carry out one after the other.
 
-    unit: what failures are counted in, from 1. finished: what is there already.
+    lines: line number of each request; empty without a file. finished: outputs that exist already.
+    failures: errors by number, which counts in `unit`s from 1.
     """
 
     requests: list[GenerationRequest] = field(default_factory=list)
@@ -45,32 +46,32 @@ class PromptFile:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> PromptFile:
-        """What `to_dict` told."""
+        """Return the file of `to_dict`."""
         requests = list(map(GenerationRequest.from_dict, values["requests"]))
         return cls(requests, values["lines"], unit=values["unit"])
 
     def to_dict(self) -> dict[str, Any]:
-        """What is to be made, as plain JSON values."""
+        """Return the requests as JSON values."""
         requests = [request.to_dict() for request in self.requests]
         return {"requests": requests, "lines": self.lines, "unit": self.unit}
 
     @property
     def single_process(self) -> bool:
-        """Whether a request leaves nothing to other ranks."""
+        """True if no other rank takes part in a request."""
         return any(request.parallel == "off" for request in self.requests)
 
     def number(self, index: int) -> int:
-        """How request `index` is called."""
+        """Return the number of request `index` in messages."""
         return self.lines[index] if self.lines else index + 1
 
 
 def read_batch(
     path: str, typed: Mapping[str, Any], recorded: Mapping[str, Any] | None
 ) -> PromptFile:
-    """The requests of a file; options on the command line hold where a line says nothing.
+    """Return the requests of a file. Options in a line override typed ones.
 
-    Raises UsageError for a file that cannot be read or has no prompt in it; what is wrong in a
-    line becomes a failure of that line.
+    Raises UsageError for a file that cannot be read or has no prompt. An error in a line becomes
+    a failure of that line.
     """
     batch, index = PromptFile(unit="line"), 0
     for number, text in _lines(path):
@@ -87,12 +88,12 @@ def read_batch(
                 batch.failures[number] = error
             index += 1
     if not index:
-        raise UsageError(f"{path} holds no prompt.", "Write one a line.")
+        raise UsageError(f"{path} holds no prompt.", "Write a prompt in each line.")
     return batch
 
 
 def _lines(path: str) -> Iterator[tuple[int, str]]:
-    """Number, from 1, and text of every line that is neither empty nor a comment."""
+    """Yield number, from 1, and text of the lines that are neither empty nor comments."""
     try:
         with Path(path).open("rb") as file:  # which may be a pipe
             data = file.read(MAX_BYTES + 1)
@@ -108,21 +109,19 @@ def _lines(path: str) -> Iterator[tuple[int, str]]:
 
 
 def _values(text: str, as_json: bool) -> dict[str, Any]:
-    """Options of a line."""
     if not as_json:
         return {"prompt": text}
     try:
         return parse_object(text)
     except ValueError:
         raise UsageError(
-            "The line is no JSON object.", 'Write {"prompt": "...", ...}, each option once.'
+            "The line is not a JSON object.", 'Write {"prompt": "...", ...}, each option once.'
         ) from None
 
 
 def _requests(
     line: dict[str, Any], typed: Mapping[str, Any], recorded: Mapping[str, Any] | None
 ) -> list[GenerationRequest]:
-    """A request per seed of a line; its own options come before those on the command line."""
     values = dict(typed) | line
     if "seed" in line:
         values["seed"] = line["seed"] if isinstance(line["seed"], list) else [line["seed"]]
@@ -135,7 +134,7 @@ def _requests(
 
 
 def _add(batch: PromptFile, number: int, request: GenerationRequest, index: int) -> None:
-    """Add a request with its output filled in, unless that is there already."""
+    """Add a request with its output filled in, unless the output exists already."""
     request = resolve_seed(request, index)
     assert request.output is not None, "_requests gives every request an output"
     assert request.seed is not None, "resolve_seed gives it one"
@@ -152,7 +151,7 @@ def _add(batch: PromptFile, number: int, request: GenerationRequest, index: int)
 
 
 def _check_same(path: Path, request: GenerationRequest) -> None:
-    """Raise UsageError where a finished output shows something else."""
+    """Raise UsageError if an existing output has another prompt."""
     file = frame_path(path, 0) if is_sequence(path) else path
     try:
         record = read_metadata(file)
@@ -160,6 +159,4 @@ def _check_same(path: Path, request: GenerationRequest) -> None:
         return
     made = record.get("request")
     if isinstance(made, dict) and made.get("prompt") != request.prompt:
-        raise UsageError(
-            f"{path} exists and was made of another prompt.", "Move it, or give --overwrite."
-        )
+        raise UsageError(f"{path} exists and has another prompt.", "Move it, or give --overwrite.")

@@ -50,7 +50,7 @@ def test_what_is_there_is_skipped(
     capsys.readouterr()
     assert main([*COMMAND, name]) == 0
     assert [request.prompt for request in pipeline.requests] == ["a", "b", "a"]
-    assert "0001-b.mp4 is there already" in capsys.readouterr().err
+    assert "0001-b.mp4 exists already" in capsys.readouterr().err
     assert main([*COMMAND, name]) == 0
     assert len(pipeline.requests) == 3
     assert main([*COMMAND, name, "--overwrite"]) == 0
@@ -121,7 +121,7 @@ def test_several_seeds_fail_apart(
         (["none.txt"], "Cannot read none.txt"),
         (["empty.txt"], "holds no prompt"),
         (["one.txt", "-p", "a"], "exclude each other"),
-        (["two.txt", "-o", "same.mp4"], "would go to one file"),
+        (["two.txt", "-o", "same.mp4"], "would be written to one file"),
         (["one.txt", "-o", "{nothing}.mp4"], "Cannot fill in"),
     ],
 )

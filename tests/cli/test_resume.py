@@ -95,7 +95,7 @@ def test_a_batch_goes_on_where_it_was(tmp_path: Path) -> None:
     process.communicate(timeout=60)
     code, out, errors = run(tmp_path, *words)
     assert code == 0, errors
-    assert "0000-a-red-circle.mp4 is there already" in out
+    assert "0000-a-red-circle.mp4 exists already" in out
     assert "2 of 6 steps are done" in out
     assert len(list(tmp_path.glob("*.mp4"))) == 2
     assert list(tmp_path.glob("*" + CHECKPOINT_SUFFIX)) == []
