@@ -320,13 +320,13 @@ def test_signals_leave_no_partial_file(folder: Path, number: signal.Signals) -> 
         from mlx_sora.video import writer
         from tests.helpers.fake_pipeline import FakePipeline
 
-        add = writer.SequenceWriter._add
+        add = writer.SequenceWriter._write_frame
         def add_and_stop(self, frame):
             add(self, frame)
             if self.num_frames == 9:
                 assert any(name.endswith(".partial") for name in os.listdir("new"))
                 os.kill(os.getpid(), {int(number)})
-        writer.SequenceWriter._add = add_and_stop
+        writer.SequenceWriter._write_frame = add_and_stop
         generate.load_pipeline = FakePipeline().load
         sys.exit(main(["generate", "-p", "a", "-o", "new/", "--quiet"]))
         """,
