@@ -67,9 +67,9 @@ def arguments(
 
 def write_json(path: Path, result: Mapping[str, object]) -> None:
     """The figures, and the machine and versions they were measured with."""
-    from mlx_sora.runtime.device import describe
+    from mlx_sora.runtime.device import describe_machine
 
-    path.write_text(json.dumps({**result, "machine": describe()}, indent=2) + "\n")
+    path.write_text(json.dumps({**result, "machine": describe_machine()}, indent=2) + "\n")
 
 
 def markdown(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -101,7 +101,7 @@ def measure(name: str, blocks: int, halves: int) -> dict[str, Any]:
         mx.eval(out)
         seconds.append(time.perf_counter() - begun)
         sent = ranks.sent_bytes - before
-    grid = Grid.of(net.config, plan_geometry(work.size, work.frames).latent, 2, TEXT)
+    grid = Grid.from_latent(net.config, plan_geometry(work.size, work.frames).latent, 2, TEXT)
     return {
         "seconds": min(seconds[1:]) / (1 if halves else ranks.size),
         "sent": sent,

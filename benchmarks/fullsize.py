@@ -211,8 +211,8 @@ def transformer(brief: bool) -> Iterator[Case]:
         latent = geometry.plan_geometry(size, FRAMES).latent
         text = [normal(PROMPT, config.caption_channels)] * 2
         known = pair.prepare(text, latent, height=size.height, width=size.width, fps=24)
-        grid = flops.Grid.of(config, latent, 2, PROMPT)
-        x = normal(2, grid.frames, grid.tokens, config.hidden_size)
+        grid = flops.Grid.from_latent(config, latent, 2, PROMPT)
+        x = normal(2, grid.frames, grid.spatial_tokens, config.hidden_size)
         modulation = 0.1 * normal(2, 1, 6, config.hidden_size)
         z, t = normal(2, *latent, config.in_channels), mx.array([500.0, 500.0])
         # Text keys and values are a run's, not a step's: they are there from here on.
@@ -225,7 +225,8 @@ def transformer(brief: bool) -> Iterator[Case]:
             return ends(z, t, known)
 
         both = flops.transformer_flops(pair.config, grid)
-        where = f"{FRAMES} frames, CFG: 2 x {grid.frames} x {grid.tokens} tokens, {PROMPT} of text"
+        shape = f"2 x {grid.frames} x {grid.spatial_tokens}"
+        where = f"{FRAMES} frames, CFG: {shape} tokens, {PROMPT} of text"
         yield Case(
             f"STDiT block pair, {resolution}",
             where,

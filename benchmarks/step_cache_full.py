@@ -27,7 +27,7 @@ from mlx_sora.accel.base import ScheduleInfo
 from mlx_sora.accel.step_cache import ResidualCache
 from mlx_sora.memory.flops import Grid
 from mlx_sora.memory.limits import memory_scope, release
-from mlx_sora.memory.requirements import stream_bytes
+from mlx_sora.memory.requirements import residual_bytes
 from mlx_sora.models.hooks import Hooks
 from mlx_sora.models.stdit3 import BlockPair, STDiT3, STDiT3Config
 from mlx_sora.request.techniques import StepCache
@@ -66,7 +66,7 @@ class Steps:
             [text] * BATCH, GRID, height=HEIGHT, width=WIDTH, fps=24.0
         )
         mx.eval(self.network.parameters(), self.z)
-        self.stream = stream_bytes(config, Grid.of(config, GRID, BATCH, 40))
+        self.stream = residual_bytes(config, Grid.from_latent(config, GRID, BATCH, 40))
 
     def __call__(self, step: int, cache: ResidualCache | None = None) -> None:
         stack = None if cache is None else cache.block_cache(step, CFGSlice(0, BATCH))
@@ -156,8 +156,8 @@ def main() -> None:
         exact = exact_seconds(steps, options.runs)
         plain = peak_of(lambda: steps(3))
         rows = []
-        tokens = Grid.of(steps.network.config, GRID, BATCH, 40)
-        shape = (BATCH, tokens.frames, tokens.tokens, steps.network.config.hidden_size)
+        tokens = Grid.from_latent(steps.network.config, GRID, BATCH, 40)
+        shape = (BATCH, tokens.frames, tokens.spatial_tokens, steps.network.config.hidden_size)
         for mode in MODES:
             own = own_seconds(mode, shape, options.runs)
             kept, peak = memory(steps, bare, mode, plain)

@@ -19,7 +19,7 @@ from typing import Generic, TypeVar
 import mlx.core as mx
 
 from mlx_sora.loading.blocks import BlockSource
-from mlx_sora.memory.residency import Blocks, Residency, evenly_spaced
+from mlx_sora.memory.residency import BlockSizes, Residency, evenly_spaced
 
 Block = TypeVar("Block")
 
@@ -129,7 +129,7 @@ class BlockStream(Generic[Block]):
         if loader is not None:
             loader.close()
         if self._policy is not None:
-            self._policy.end()
+            self._policy.stop_measuring()
         for index in tuple(self._held):
             self._drop(index)
 
@@ -140,12 +140,12 @@ class BlockStream(Generic[Block]):
         self._discard_ahead()
         for index in tuple(self._held):
             self._drop(index)
-        self._policy.begin()
+        self._policy.start_measuring()
 
     def _decide(self, index: int) -> None:
         assert self._policy is not None
         source = self.source
-        room = self._policy.measured(index, Blocks(source.nbytes, source.load_peak_bytes))
+        room = self._policy.record_block(index, BlockSizes(source.nbytes, source.load_peak_bytes))
         if room is not None:
             self._measuring = False
             self._keep = evenly_spaced(len(source), room.resident)

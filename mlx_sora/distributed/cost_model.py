@@ -22,8 +22,8 @@ from mlx_sora.distributed.partition import (
 )
 from mlx_sora.errors import UsageError
 from mlx_sora.memory import flops
-from mlx_sora.memory.activations import ExecutionMode, transformer_work
-from mlx_sora.memory.estimate import ASSUMED, DEVICES
+from mlx_sora.memory.activations import ExecutionMode, transformer_activations
+from mlx_sora.memory.estimate import ASSUMED_EFFICIENCY, DEVICES
 from mlx_sora.memory.flops import Grid
 from mlx_sora.memory.plan import ModelSizes, Workload
 
@@ -80,8 +80,8 @@ def chips() -> dict[str, Chip]:
     return {
         device.name.rpartition(", ")[2].lower().replace(" ", "-"): Chip(
             device.name.rpartition(", ")[2],
-            device.flops * ASSUMED.flops,
-            device.bandwidth * ASSUMED.bandwidth,
+            device.flops * ASSUMED_EFFICIENCY.flops,
+            device.bandwidth * ASSUMED_EFFICIENCY.bandwidth,
         )
         for device in DEVICES
         if device.name.startswith("Mac")
@@ -151,9 +151,9 @@ def _estimate(
     evaluations: int,
 ) -> StepEstimate:
     config, batch = model.transformer, 2 if workload.guided else 1
-    grid = Grid.of(config, workload.geometry.latent, batch, workload.text_tokens)
+    grid = Grid.from_latent(config, workload.geometry.latent, batch, workload.text_tokens)
     share = _largest_share(grid, plan)
-    activation_bytes = transformer_work(config, grid, _MODE) * 2 * config.depth
+    activation_bytes = transformer_activations(config, grid, _MODE) * 2 * config.depth
     compute_seconds = max(
         share * flops.transformer_flops(config, grid) / chip.flops,
         (model.transformer_weights.total + share * activation_bytes) / chip.bandwidth,
@@ -168,6 +168,6 @@ def _estimate(
 def _largest_share(grid: Grid, plan: ParallelPlan) -> float:
     """Return the largest fraction of an evaluation that a rank computes."""
     frames = max(map(len, split_evenly(grid.frames, plan.sp_degree))) / grid.frames
-    tokens = max(map(len, split_evenly(grid.tokens, plan.sp_degree))) / grid.tokens
+    tokens = max(map(len, split_evenly(grid.spatial_tokens, plan.sp_degree))) / grid.spatial_tokens
     # Half of the blocks are split by frames, half by tokens.
     return (frames + tokens) / 2 / plan.cfg_degree

@@ -134,7 +134,7 @@ def sent_bytes(
     plan = plan.for_batch(grid.batch)
     rows, channels = grid.batch // plan.cfg_degree, config.hidden_size
     frame_lengths = [len(r) for r in split_evenly(grid.frames, plan.sp_degree, stride)]
-    token_lengths = [len(r) for r in split_evenly(grid.tokens, plan.sp_degree)]
+    token_lengths = [len(r) for r in split_evenly(grid.spatial_tokens, plan.sp_degree)]
     frames, tokens = max(frame_lengths), max(token_lengths)
     token_bytes, between_blocks = rows * channels * RESIDUAL_ITEMSIZE, 0
     if plan.pairwise:
@@ -142,7 +142,7 @@ def sent_bytes(
         most, least = max(t0 * s1, t1 * s0), min(t0 * s1, t1 * s0)
         between_blocks = (config.depth * most + (config.depth - 1) * least) * token_bytes
     elif plan.sp_degree > 1:
-        to_temporal, to_spatial = frames * grid.tokens, grid.frames * tokens
+        to_temporal, to_spatial = frames * grid.spatial_tokens, grid.frames * tokens
         gathered = config.depth * to_temporal + (config.depth - 1) * to_spatial
         between_blocks = gathered * token_bytes * (plan.fan_out - 1)
     patch_bytes = math.prod(config.patch_size) * config.out_channels * itemsize

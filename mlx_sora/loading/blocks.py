@@ -29,7 +29,7 @@ from mlx_sora.loading.safetensors import (
     memory_dtype,
 )
 from mlx_sora.models.key_map import KeyMap
-from mlx_sora.runtime.device import known_error
+from mlx_sora.runtime.device import explain_device_error
 
 Block = TypeVar("Block")
 
@@ -99,7 +99,9 @@ class BlockSource(Generic[Block]):
                 message = f"Block {index} of the {self.name}: {error.message}"
                 raise WeightsError(message, error.fix) from error
             except (OSError, RuntimeError) as error:
-                if known_error(error, "") is not None:  # out of memory, not the file's fault
+                if (
+                    explain_device_error(error, "") is not None
+                ):  # out of memory, not the file's fault
                     raise
                 message = f"Block {index} of the {self.name}: cannot read {file}: {error}"
                 raise WeightsError(message, FIX) from error

@@ -20,7 +20,7 @@ from mlx.utils import tree_flatten
 
 from mlx_sora.errors import WeightsError
 from mlx_sora.loading.safetensors import FIX
-from mlx_sora.runtime.device import known_error
+from mlx_sora.runtime.device import explain_device_error
 
 logger = logging.getLogger(__name__)
 
@@ -108,7 +108,7 @@ def retry_read(read: Callable[[], Result], name: str) -> Result:
         try:
             return read()
         except (OSError, RuntimeError) as error:
-            if known_error(error, "") is not None:
+            if explain_device_error(error, "") is not None:
                 raise
             reason = " ".join(str(error).split())[:200]
             logger.warning("reading %s failed (%s), trying again", name, reason)

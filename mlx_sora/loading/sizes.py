@@ -14,7 +14,7 @@ from mlx_sora.loading.checkpoint import Checkpoint, match_keys
 from mlx_sora.loading.model_folder import ModelFolder
 from mlx_sora.loading.networks import stream_text_encoder, stream_transformer
 from mlx_sora.loading.quantization import dense_bytes
-from mlx_sora.memory.plan import ModelSizes, WeightSizes
+from mlx_sora.memory.plan import ModelSizes, VAESizes, WeightSizes
 from mlx_sora.models import precision
 from mlx_sora.models.vae import VAEConfig, VideoVAE, key_map
 
@@ -28,36 +28,32 @@ def model_sizes(model: ModelFolder, dtype: mx.Dtype, *, encoders: bool = False) 
     text, _, text_blocks = stream_text_encoder(model, dtype)
     transformer, transformer_blocks = stream_transformer(model, dtype)
     config = VAEConfig.from_dict(model.config("vae"))
-    temporal, spatial, vae_disk = _vae_bytes(model, config, "decoder")
     return ModelSizes(
         text=text.config,
         transformer=transformer.config,
         vae=config,
         text_weights=_weight_sizes(text_blocks),
         transformer_weights=_weight_sizes(transformer_blocks),
-        temporal=temporal,
-        spatial=spatial,
-        vae_stored=vae_disk,
-        encoders=_vae_bytes(model, config, "encoder") if encoders else (0, 0, 0),
+        vae_decoder=_vae_sizes(model, config, "decoder"),
+        vae_encoder=_vae_sizes(model, config, "encoder") if encoders else VAESizes(0, 0, 0),
     )
 
 
-def _vae_bytes(model: ModelFolder, config: VAEConfig, part: str) -> tuple[int, int, int]:
-    """Return bytes of the temporal and spatial `part` (encoder or decoder), and of both on disk."""
+def _vae_sizes(model: ModelFolder, config: VAEConfig, part: str) -> VAESizes:
     vae, checkpoint = VideoVAE(config, (part,)), Checkpoint.open(model.vae)
     entries = match_keys(vae, checkpoint, key_map((part,)))
     disk = sum(checkpoint.tensors[entry.key].nbytes for entry in entries)
-    return _float32_bytes(vae.temporal_vae), _float32_bytes(vae.spatial_vae), disk
+    return VAESizes(_float32_bytes(vae.temporal_vae), _float32_bytes(vae.spatial_vae), disk)
 
 
 def _weight_sizes(source: BlockSource[Any]) -> WeightSizes:
     return WeightSizes(
         blocks=source.nbytes,
-        loading=source.load_peak_bytes,
+        load_peak_bytes=source.load_peak_bytes,
         rest=source.non_block_bytes,
         stored_blocks=sum(source.disk_bytes),
         stored_rest=source.non_block_disk_bytes,
-        dense=max(dense_bytes(source.network, source.dtype).values(), default=0),
+        largest_dequantized=max(dense_bytes(source.network, source.dtype).values(), default=0),
     )
 
 

@@ -45,7 +45,7 @@ from mlx_sora.manage.smoke_test import (
     run_vae,
 )
 from mlx_sora.models import stdit3, t5, vae
-from mlx_sora.runtime.device import blas_notice, describe, total_memory
+from mlx_sora.runtime.device import blas_notice, describe_machine, total_memory
 from mlx_sora.text.tokenizer import Tokenizer
 
 _SMOKE_TESTS = {"text_encoder": run_text_encoder, "transformer": run_transformer, "vae": run_vae}
@@ -235,7 +235,7 @@ def diagnose(
 
 def check_machine(path: Path) -> Iterator[Diagnostic]:
     """Where a model would run, and whether its largest part fits into memory."""
-    facts = describe()
+    facts = describe_machine()
     names = f"{facts['device']} ({facts['backend']}), {facts['dtype']}"
     blas = f", matrix products by {facts['blas']}" if facts["backend"] == "cpu" else ""
     memory = total_memory()

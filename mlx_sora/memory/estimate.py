@@ -1,6 +1,6 @@
-"""How long a run would take on machines that nobody measured: published figures and arithmetic.
+"""Estimate the time of a run on devices that were not measured, and sizes of a model from configs.
 
-These are estimates. `python -m mlx_sora bench memory` measures.
+The time follows from published figures and arithmetic; `python -m mlx_sora bench memory` measures.
 """
 
 from __future__ import annotations
@@ -12,10 +12,18 @@ import mlx.core as mx
 from mlx import nn
 from mlx.utils import tree_flatten
 
-from mlx_sora.memory.plan import FLOAT, Machine, ModelSizes, Plan, WeightSizes, Workload
+from mlx_sora.memory.plan import (
+    FLOAT32_SIZE,
+    Machine,
+    ModelSizes,
+    Plan,
+    VAESizes,
+    WeightSizes,
+    Workload,
+)
 from mlx_sora.memory.planner import make_plan
 from mlx_sora.memory.profiles import PROFILES
-from mlx_sora.memory.requirements import BlockStageMemory, VaeStageMemory, stage_requirements
+from mlx_sora.memory.requirements import BlockStageMemory, StageMemory, stage_requirements
 from mlx_sora.models.stdit3 import STDiT3, STDiT3Config
 from mlx_sora.models.t5 import T5Config, T5Encoder
 from mlx_sora.models.vae import VAEConfig, VideoVAE, chunk_plan
@@ -23,22 +31,24 @@ from mlx_sora.models.vae import VAEConfig, VideoVAE, chunk_plan
 
 @dataclass(frozen=True)
 class Efficiency:
-    """Share of each published figure that a run is assumed to reach."""
+    """Assumed fraction of each published figure that a run reaches."""
 
     flops: float
     bandwidth: float
     disk: float
 
 
-#: The one place where this is assumed. flops: an M4 reaches 0.7 in one large product (2.9 TFLOPS,
+#: flops: an M4 reaches 0.7 in one large product (2.9 TFLOPS,
 #: arXiv 2502.05317); On-device Sora 0.3 on an iPhone (22 TFLOP in 35.4 s, arXiv 2502.04363).
-ASSUMED = Efficiency(flops=0.5, bandwidth=0.8, disk=0.8)
+ASSUMED_EFFICIENCY = Efficiency(flops=0.5, bandwidth=0.8, disk=0.8)
 
 
 @dataclass(frozen=True)
 class Device:
-    """A class of machines. profile: of `PROFILES`, what one application may use; flops, bandwidth
-    and disk: operations of the GPU, bytes of memory and of the disk, each per second.
+    """A device that people have.
+
+    profile: name in `PROFILES`.
+    flops, bandwidth, disk: GPU operations, bytes of memory and bytes of the disk, per second.
     """
 
     name: str
@@ -59,7 +69,7 @@ _PER_CORE = 2 * 128
 #: flops: M1 to M2 as Apple announced them (2.6, 10.4, 21 and 3.6 TFLOPS; apple.com/newsroom of
 #: November 2020, October 2021, March and June 2022), A17 Pro from arXiv 2502.04363, later chips as
 #: cores times clock (1.40 GHz M3, 1.58 GHz M4). bandwidth: Apple's technical specifications, A17
-#: Pro's and M1's from the type of their memory. disk: round figures for reading in one go, assumed.
+#: Pro's and M1's from the type of their memory. disk: assumed, round figures of sequential reads.
 DEVICES = (
     Device("iPhone 15 Pro", "iphone-15-pro", 2.15e12, 51.2e9, 1.5e9),
     Device("iPad 8 GB, M2", "ipad-8gb", 3.6e12, 100e9, 1.5e9),
@@ -88,77 +98,76 @@ class Estimate:
 
 
 def estimate(
-    model: ModelSizes,
-    job: Workload,
+    sizes: ModelSizes,
+    workload: Workload,
     device: Device,
     itemsize: int,
-    efficiency: Efficiency = ASSUMED,
+    efficiency: Efficiency = ASSUMED_EFFICIENCY,
 ) -> Estimate:
-    """What `job` takes on `device`, weights of `itemsize` bytes in memory, within its profile.
+    """Estimate the seconds of `workload` on `device`, within the memory of its profile.
 
     A stage takes as long as the slowest of computing, moving bytes through memory and reading the
-    disk, where blocks are read ahead; else reading comes on top. Starting up is left out.
-    Raises MemoryBudgetError where it does not fit.
+    disk if it prefetches blocks; else the time of reading is added. Start-up does not count.
+    itemsize: bytes per weight in memory. Raises MemoryBudgetError if the run does not fit.
     """
-    machine = Machine(gpu=True, cache=device.budget, itemsize=itemsize)
-    plan = make_plan(model, job, machine, device.budget)
+    machine = Machine(gpu=True, cache_limit=device.budget, itemsize=itemsize)
+    plan = make_plan(sizes, workload, machine, device.budget)
+    requirements = stage_requirements(sizes, workload, machine, throttled=False)
     seconds = {}
-    for stage, need in zip(
-        plan.stages, stage_requirements(model, job, machine, throttled=False), strict=True
-    ):
-        moving = bytes_touched(need, model, job) / (device.bandwidth * efficiency.bandwidth)
-        working = max(stage.flops / (device.flops * efficiency.flops), moving)
+    for stage, memory in zip(plan.stages, requirements, strict=True):
+        moving = bytes_touched(memory, sizes, workload) / (device.bandwidth * efficiency.bandwidth)
+        computing = max(stage.flops / (device.flops * efficiency.flops), moving)
         reading = stage.read / (device.disk * efficiency.disk)
-        seconds[stage.stage] = max(working, reading) if stage.prefetch else working + reading
+        seconds[stage.stage] = max(computing, reading) if stage.prefetch else computing + reading
     return Estimate(seconds, plan)
 
 
-def bytes_touched(need: BlockStageMemory | VaeStageMemory, model: ModelSizes, job: Workload) -> int:
-    """Bytes that a stage moves through memory: its weights and the activations of every block.
+def bytes_touched(stage: StageMemory, sizes: ModelSizes, workload: Workload) -> int:
+    """Return the bytes that a stage moves through memory: weights, and activations of each block.
 
-    Each pass reads all weights; activations of a block are taken to be written and read once.
+    Each pass reads all weights; it is assumed to write and read a block's activations once.
     """
-    if isinstance(need, BlockStageMemory):
-        return need.passes * (need.weights.total + 2 * need.work * len(need.weights.blocks))
-    config = model.vae
-    frames = max(need.spatial)
-    chunks = chunk_plan(job.geometry.num_frames, config.micro_frame_size, config.temporal.factor)
+    if isinstance(stage, BlockStageMemory):
+        activations = 2 * stage.activations * len(stage.weights.blocks)
+        return stage.passes * (stage.weights.total + activations)
+    config, num_frames = sizes.vae, workload.geometry.num_frames
+    frames = max(stage.spatial_activations)
+    chunks = chunk_plan(num_frames, config.micro_frame_size, config.temporal.factor)
     batches = sum(-(-chunk.frames // frames) for chunk in chunks)
-    temporal, spatial = need.weights
-    levels = len(config.spatial.block_out_channels), len(config.temporal.widths)
-    # As if every level were as large as the last one, which it is not by far.
-    return len(chunks) * (temporal + 2 * need.temporal * levels[1]) + batches * (
-        spatial + 2 * need.spatial[frames] * levels[0]
+    # As if every level were as large as the last, which overestimates by far.
+    temporal = 2 * stage.temporal_activations * len(config.temporal.widths)
+    spatial = 2 * stage.spatial_activations[frames] * len(config.spatial.block_out_channels)
+    return len(chunks) * (stage.weights.temporal + temporal) + batches * (
+        stage.weights.spatial + spatial
     )
 
 
-def shape_sizes(
+def sizes_from_configs(
     itemsize: int,
     text: T5Config | None = None,
     transformer: STDiT3Config | None = None,
     vae: VAEConfig | None = None,
 ) -> ModelSizes:
-    """A model whose weights take `itemsize` bytes in memory and on disk, its VAE float32's.
+    """Return the sizes of a model with `itemsize` bytes per weight; its VAE is float32.
 
-    Configurations left out are Open-Sora 1.2's. Builds the networks, allocates nothing.
+    Missing configurations are those of Open-Sora 1.2. Builds the networks, allocates nothing.
     """
     text, transformer = text or T5Config(), transformer or STDiT3Config.xl_2()
     vae = vae or VAEConfig()
     encoder, denoiser = T5Encoder(text, embedding=False), STDiT3(transformer, mx.float32)
     decoder = VideoVAE(vae, ("decoder",))
     pairs = zip(denoiser.spatial_blocks, denoiser.temporal_blocks, strict=True)
-    temporal, spatial = (
-        FLOAT * _count(part) for part in (decoder.temporal_vae, decoder.spatial_vae)
-    )
     return ModelSizes(
         text=text,
         transformer=transformer,
         vae=vae,
         text_weights=_weights(encoder, [_count(b) for b in encoder.encoder.block], itemsize),
         transformer_weights=_weights(denoiser, [_count(a) + _count(b) for a, b in pairs], itemsize),
-        temporal=temporal,
-        spatial=spatial,
-        vae_stored=FLOAT * _count(decoder),
+        vae_decoder=VAESizes(
+            temporal=FLOAT32_SIZE * _count(decoder.temporal_vae),
+            spatial=FLOAT32_SIZE * _count(decoder.spatial_vae),
+            stored=FLOAT32_SIZE * _count(decoder),
+        ),
     )
 
 
@@ -166,11 +175,10 @@ def _weights(network: nn.Module, blocks: list[int], itemsize: int) -> WeightSize
     rest = itemsize * (_count(network) - sum(blocks))
     sizes = tuple(itemsize * count for count in blocks)
     return WeightSizes(
-        sizes, loading=max(sizes), rest=rest, stored_blocks=sum(sizes), stored_rest=rest
+        sizes, load_peak_bytes=max(sizes), rest=rest, stored_blocks=sum(sizes), stored_rest=rest
     )
 
 
 def _count(network: nn.Module) -> int:
-    """Values of all parameters."""
     leaves: list[tuple[str, mx.array]] = tree_flatten(network.parameters())  # type: ignore[assignment]
     return sum(prod(value.shape) for _, value in leaves)

@@ -1,7 +1,6 @@
-"""Floating-point operations of each network, by counting its matrix products.
+"""Floating-point operations of each network, from its matrix products.
 
-A multiplication and an addition are two operations; norms and activations are left out (below 1 %).
-Dimension letters: B batch, T latent frames, S tokens per frame, L text tokens, C channels.
+A multiplication and an addition are two operations. Norms and activations (below 1 %) do not count.
 """
 
 from __future__ import annotations
@@ -18,39 +17,45 @@ from mlx_sora.models.vae_temporal import TemporalVAEConfig
 
 @dataclass(frozen=True)
 class Grid:
-    """Tokens of one transformer pass: samples, frames, tokens per frame, text tokens per sample."""
+    """Tokens of one transformer pass.
+
+    batch: samples; frames: latent frames.
+    spatial_tokens: per frame; text_tokens: per sample.
+    """
 
     batch: int
     frames: int
-    tokens: int
-    text: int
+    spatial_tokens: int
+    text_tokens: int
 
     @classmethod
-    def of(cls, config: STDiT3Config, latent: Sequence[int], batch: int, text: int) -> Grid:
-        """The grid of latents (T, H, W) after patching."""
+    def from_latent(
+        cls, config: STDiT3Config, latent: Sequence[int], batch: int, text: int
+    ) -> Grid:
+        """Return the grid of latents of shape (T, H, W) after patching."""
         frames, rows, columns = (-(-n // p) for n, p in zip(latent, config.patch_size, strict=True))
         return cls(batch, frames, rows * columns, text)
 
     @property
-    def size(self) -> int:
-        return self.batch * self.frames * self.tokens
+    def num_tokens(self) -> int:
+        return self.batch * self.frames * self.spatial_tokens
 
 
 def text_encoder_flops(config: T5Config, tokens: int) -> int:
-    """T5 on one prompt of `tokens` tokens."""
+    """Count the operations of T5 on one prompt."""
     inner = config.num_heads * config.d_kv
     linear = 4 * config.d_model * inner + 3 * config.d_model * config.d_ff
     return 2 * config.num_layers * tokens * (linear + 2 * tokens * inner)
 
 
 def transformer_flops(config: STDiT3Config, grid: Grid, *, merged: bool = False) -> int:
-    """One pass of STDiT3, its text prepared. merged: attention sees pairs of frames as one."""
-    channels, n = config.hidden_size, grid.size
+    """Count one pass of STDiT3 with prepared text. merged: attention sees frame pairs as one."""
+    channels, n = config.hidden_size, grid.num_tokens
     frames = -(-grid.frames // 2) if merged else grid.frames
-    attending = grid.batch * frames * grid.tokens
-    attention = attending * (6 * channels**2 + 2 * grid.text * channels)
+    attending = grid.batch * frames * grid.spatial_tokens
+    attention = attending * (6 * channels**2 + 2 * grid.text_tokens * channels)
     mlp = n * 2 * channels * int(channels * config.mlp_ratio)
-    spatial, temporal = (2 * attending * keys * channels for keys in (grid.tokens, frames))
+    spatial, temporal = (2 * attending * keys * channels for keys in (grid.spatial_tokens, frames))
     blocks = config.depth * (2 * (attention + mlp) + spatial + temporal)
     patch = math.prod(config.patch_size) * (config.in_channels + config.out_channels)
     times = grid.batch * channels * (FREQUENCIES + 7 * channels)
@@ -58,14 +63,14 @@ def transformer_flops(config: STDiT3Config, grid: Grid, *, merged: bool = False)
 
 
 def preparation_flops(config: STDiT3Config, grid: Grid) -> int:
-    """What STDiT3 does once per run: the text MLP, and every block's text keys and values."""
-    channels, tokens = config.hidden_size, grid.batch * grid.text
+    """Count what STDiT3 computes once per run: the text MLP, and text keys and values."""
+    channels, tokens = config.hidden_size, grid.batch * grid.text_tokens
     mlp = channels * (config.caption_channels + channels)
     return 2 * tokens * (mlp + 2 * config.depth * 2 * channels**2)
 
 
 def spatial_decoder_flops(config: SpatialVAEConfig, height: int, width: int) -> int:
-    """The image decoder on one frame of `height` x `width` latents."""
+    """Count the image decoder's operations on one frame of `height` x `width` latents."""
     widths = config.block_out_channels[::-1]
     area, channels = height * width, widths[0]
     total = area * (config.latent_channels**2 + 9 * config.latent_channels * channels)
@@ -82,7 +87,7 @@ def spatial_decoder_flops(config: SpatialVAEConfig, height: int, width: int) -> 
 
 
 def spatial_encoder_flops(config: SpatialVAEConfig, height: int, width: int) -> int:
-    """The image encoder on one frame of `height` x `width` pixels."""
+    """Count the image encoder's operations on one frame of `height` x `width` pixels."""
     widths = config.block_out_channels
     area, channels = height * width, widths[0]
     total = 9 * area * config.in_channels * channels
@@ -100,7 +105,7 @@ def spatial_encoder_flops(config: SpatialVAEConfig, height: int, width: int) -> 
 
 
 def temporal_decoder_flops(config: TemporalVAEConfig, latents: int, height: int, width: int) -> int:
-    """The temporal decoder on one chunk of `latents` latents of `height` x `width`."""
+    """Count the temporal decoder's operations on one chunk of `latents` latent frames."""
     widths, area = config.widths, latents * height * width
     channels = widths[-1]
     total = area * config.latent_embed_dim * (config.embed_dim + 27 * channels)
@@ -116,7 +121,7 @@ def temporal_decoder_flops(config: TemporalVAEConfig, latents: int, height: int,
 
 
 def temporal_encoder_flops(config: TemporalVAEConfig, frames: int, height: int, width: int) -> int:
-    """The temporal encoder on one chunk of `frames` frames of `height` x `width` latents."""
+    """Count the temporal encoder's operations on one chunk of frames of latent size."""
     latents = config.latent_frames(frames)
     area, channels = latents * config.factor * height * width, config.filters
     total = 27 * area * config.in_out_channels * channels
@@ -133,6 +138,5 @@ def temporal_encoder_flops(config: TemporalVAEConfig, frames: int, height: int, 
 
 
 def _residual(area: int, inputs: int, outputs: int, taps: int) -> int:
-    """Products of a residual block of two convolutions, and a projection where widths differ."""
     projection = inputs * outputs if inputs != outputs else 0
     return area * (taps * outputs * (inputs + outputs) + projection)

@@ -1,4 +1,4 @@
-"""What a plan is made of: sizes of a model, one run, a machine; and the plan itself. Bytes."""
+"""Data of the memory planner: sizes of a model, a workload, a machine, and the plan. In bytes."""
 
 from __future__ import annotations
 
@@ -10,23 +10,26 @@ from mlx_sora.models.stdit3 import STDiT3Config
 from mlx_sora.models.t5 import T5Config
 from mlx_sora.models.vae import VAEConfig
 
-#: Bytes of a float32.
-FLOAT = 4
+FLOAT32_SIZE = 4
 
 
 @dataclass(frozen=True)
 class WeightSizes:
-    """Bytes of a network. blocks: each in memory; loading: the most that loading one takes; rest:
-    all else in memory; stored: blocks, and all else, on disk; dense: the largest quantised layer
-    once dequantised.
+    """Bytes of the weights of a network that is made of blocks.
+
+    blocks: each block in memory.
+    load_peak_bytes: peak while one block is loaded.
+    rest: everything outside the blocks, in memory.
+    stored_blocks, stored_rest: the same on disk.
+    largest_dequantized: the largest quantized layer after dequantization; 0 without any.
     """
 
     blocks: tuple[int, ...]
-    loading: int
+    load_peak_bytes: int
     rest: int
     stored_blocks: int
     stored_rest: int
-    dense: int = 0
+    largest_dequantized: int = 0
 
     @property
     def total(self) -> int:
@@ -38,10 +41,22 @@ class WeightSizes:
 
 
 @dataclass(frozen=True)
-class ModelSizes:
-    """Configurations and sizes. temporal, spatial: of the decoders; vae_stored: both, on disk.
+class VAESizes:
+    """Bytes of the temporal and the spatial network of a VAE's encoder or decoder.
 
-    encoders: temporal, spatial and both on disk, of the encoders; only where media are given.
+    stored: both on disk.
+    """
+
+    temporal: int
+    spatial: int
+    stored: int
+
+
+@dataclass(frozen=True)
+class ModelSizes:
+    """Configurations of a model's networks and bytes of their weights.
+
+    vae_encoder: zeros if no media are encoded.
     """
 
     text: T5Config
@@ -49,25 +64,30 @@ class ModelSizes:
     vae: VAEConfig
     text_weights: WeightSizes
     transformer_weights: WeightSizes
-    temporal: int
-    spatial: int
-    vae_stored: int
-    encoders: tuple[int, int, int] = (0, 0, 0)
+    vae_decoder: VAESizes
+    vae_encoder: VAESizes = VAESizes(0, 0, 0)
 
 
 @dataclass(frozen=True)
 class MediaWorkload:
-    """Media to encode: chunks, frames of the longest, pixels of the largest source frame."""
+    """Media to encode.
+
+    chunk_frames: frames of the longest chunk.
+    source_pixels: pixels of the largest source frame.
+    """
 
     chunks: int
-    longest: int
-    pixels: int
+    chunk_frames: int
+    source_pixels: int
 
 
 @dataclass(frozen=True)
 class StepVariant:
-    """What an evaluation leaves out. merged: tokens of pairs of frames attend as one; alone: the
-    half without prompt is not run; skipped: no block is.
+    """Work that an evaluation of the transformer leaves out.
+
+    tokens_merged: attention sees pairs of frames as one (TDTM).
+    cond_only: the unconditional prediction is not computed.
+    blocks_skipped: a cached residual replaces the block stack.
     """
 
     tokens_merged: bool = False
@@ -77,15 +97,17 @@ class StepVariant:
 
 @dataclass(frozen=True)
 class Workload:
-    """One run. evaluations: velocities that are computed; spared: of them, those that leave
-    something out, how many of each kind. streams: residual streams of all halves that are kept
-    from one to the next.
+    """One run, as far as memory and operations depend on it.
 
-    guided: with and without prompt, in one pass or (sequential) in two; halved: this process has
-    one of the halves. inverts: as many before
-    them, without guidance, that lead from a video to its noise; kept: bytes that these leave.
-    clips: how often all this is done, each time but the first with `shared` frames taken over.
-    tiles: in a row, that pictures are decoded in.
+    evaluations: computed velocities per clip.
+    variants: evaluations that leave something out, with the number of each.
+    cached_residuals: residuals kept between evaluations, each of the whole CFG batch.
+    guided: with CFG, in one pass or (sequential_guidance) in two.
+    cfg_parallel: this rank computes one of the two predictions.
+    inversion: an edit, which first runs as many unguided evaluations from the video to noise.
+    captured_bytes: attention values that the inversion keeps.
+    clips: clips of the video, all but the first with `shared_frames` frames of the clip before.
+    vae_tiles: tiles per side in which frames are decoded.
     """
 
     geometry: Geometry
@@ -94,9 +116,9 @@ class Workload:
     variants: tuple[tuple[StepVariant, int], ...] = ()
     cached_residuals: float = 0
     guided: bool = True
-    sequential: bool = False
+    sequential_guidance: bool = False
     cfg_parallel: bool = False
-    inverts: bool = False
+    inversion: bool = False
     captured_bytes: int = 0
     media: MediaWorkload | None = None
     clips: int = 1
@@ -105,45 +127,52 @@ class Workload:
 
     @property
     def batch(self) -> int:
-        return 2 if self.guided and not (self.sequential or self.cfg_parallel) else 1
+        return 2 if self.guided and not (self.sequential_guidance or self.cfg_parallel) else 1
 
     @property
     def evaluations_by_variant(self) -> dict[StepVariant, int]:
-        """Every evaluation, by kind."""
+        """Number of evaluations of each variant, those that leave out nothing included."""
         rest = self.evaluations - sum(count for _, count in self.variants)
         return {StepVariant(): rest, **dict(self.variants)}
 
     @property
     def block_passes(self) -> int:
-        """Passes through the blocks."""
-        twice = self.guided and self.sequential
-        each = {
-            kind: count * (2 if twice and not kind.cond_only else 1)
-            for kind, count in self.evaluations_by_variant.items()
-            if not kind.blocks_skipped
-        }
-        return sum(each.values()) + self.inverts * self.evaluations
+        """Passes through the block stack in one clip."""
+        two_passes = self.guided and self.sequential_guidance
+        passes = sum(
+            count * (2 if two_passes and not variant.cond_only else 1)
+            for variant, count in self.evaluations_by_variant.items()
+            if not variant.blocks_skipped
+        )
+        return passes + self.inversion * self.evaluations
 
 
 @dataclass(frozen=True)
 class Machine:
-    """gpu: where MLX computes; cache: the most it may keep of freed buffers without a budget;
-    itemsize: bytes of a weight in memory.
+    """The device that computes.
+
+    cache_limit: bytes of freed buffers that MLX may keep in a run without a budget.
+    itemsize: bytes per weight in memory.
     """
 
     gpu: bool
-    cache: int
-    itemsize: int = FLOAT
+    cache_limit: int
+    itemsize: int = FLOAT32_SIZE
 
 
 @dataclass(frozen=True)
 class StagePlan:
-    """One stage. peak: of the process; read, cache_limit and memory_limit (MLX's): bytes.
+    """Plan of one stage.
 
-    throttled: MLX is held to the memory that one operation after the other needs. resident of
-    `blocks` blocks stay; prefetch: others are loaded ahead; reserve: bytes that the first pass
-    does not show (see `Residency`). micro_batch: frames per spatial pass; in_turn: the temporal
-    decoder leaves memory before the spatial one comes.
+    peak: bytes of the process.
+    read: bytes read from disk.
+    cache_limit, memory_limit: MLX's limits.
+    throttled: MLX's scheduler may not allocate ahead, which needs less memory.
+    resident: blocks, of `blocks`, that stay in memory.
+    prefetch: streamed blocks are read ahead.
+    reserve: bytes that the first pass does not show yet (see `Residency`).
+    micro_batch: frames per pass of the spatial VAE.
+    sequential_offload: the temporal VAE is freed before the spatial one is loaded.
     """
 
     stage: str
@@ -158,12 +187,12 @@ class StagePlan:
     prefetch: bool = False
     reserve: int = 0
     micro_batch: int | None = None
-    in_turn: bool = False
+    sequential_offload: bool = False
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How a run will go. smallest: the budget below which it would be refused."""
+    """Plan of a run. smallest: the least budget that would do."""
 
     stages: tuple[StagePlan, ...]
     budget: int | None
@@ -174,9 +203,12 @@ class Plan:
         return max(stage.peak for stage in self.stages)
 
     def stage(self, name: str) -> StagePlan:
-        """The plan of stage `name`."""
+        """Return the plan of stage `name`."""
         return next(stage for stage in self.stages if stage.stage == name)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        return asdict(self) | {"peak": self.peak}
+        """Return JSON values. `sequential_offload` keeps its published key, `in_turn`."""
+        values = asdict(self) | {"peak": self.peak}
+        for stage in values["stages"]:
+            stage["in_turn"] = stage.pop("sequential_offload")
+        return values

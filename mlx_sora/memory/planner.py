@@ -1,6 +1,7 @@
-"""What a run will need, before anything is loaded, and how to fit it into a budget.
+"""Plan a run before anything is loaded, and fit it into a memory budget.
 
-Pure functions of shapes, configurations and the sizes in checkpoint headers.
+Pure functions of shapes, configurations and the sizes in checkpoint headers, and the scope that
+applies a stage's plan to MLX.
 """
 
 from __future__ import annotations
@@ -27,33 +28,34 @@ def make_plan(
     *,
     streamed: bool = False,
 ) -> Plan:
-    """The plan for `job`; with a `budget`, one whose every stage stays within it.
+    """Plan every stage of `workload`, each within `budget` bytes of the process.
 
-    Without one, all blocks are resident, or none if `streamed`. With one, blocks are streamed and
-    as many stay as there is room for. Raises MemoryBudgetError naming the smallest that would do.
+    Without a budget all blocks are resident, or none if `streamed`. With one, blocks are streamed
+    and as many stay resident as fit. Raises MemoryBudgetError that names the smallest budget.
     """
-    smallest = _smallest(sizes, workload, machine)
-    free = stage_requirements(sizes, workload, machine, throttled=False)
+    smallest = _smallest_budget(sizes, workload, machine)
+    unthrottled = stage_requirements(sizes, workload, machine, throttled=False)
     if budget is None:
-        stages = [need.unbounded(machine, streamed) for need in free]
-        return Plan(_repeated(stages, workload), None, smallest)
+        stages = [stage.plan_unbounded(machine, streamed) for stage in unthrottled]
+        return Plan(_scale_to_clips(stages, workload), None, smallest)
     stages = []
-    for index, tight in enumerate(stage_requirements(sizes, workload, machine, throttled=True)):
-        if tight.least > budget:
-            raise _refusal(tight, budget, sizes, workload, machine)
-        need = free[index] if free[index].comfortable <= budget else tight
-        stages.append(need.fit(budget, machine))
-    return Plan(_repeated(stages, workload), budget, smallest)
+    throttled = stage_requirements(sizes, workload, machine, throttled=True)
+    for free, tight in zip(unthrottled, throttled, strict=True):
+        if tight.minimum > budget:
+            raise _budget_error(tight, budget, sizes, workload, machine)
+        stage = free if free.comfortable <= budget else tight
+        stages.append(stage.plan_within(budget, machine))
+    return Plan(_scale_to_clips(stages, workload), budget, smallest)
 
 
-def _repeated(stages: Sequence[StagePlan], job: Workload) -> tuple[StagePlan, ...]:
-    """The stages with the reading and the work of all clips: each reads the weights again."""
-    frames, clips = job.geometry.num_frames, job.clips
-    new = frames + (clips - 1) * (frames - job.shared_frames)
-    work = {"denoise": clips, "decode": new / frames}
+def _scale_to_clips(stages: Sequence[StagePlan], workload: Workload) -> tuple[StagePlan, ...]:
+    """Multiply reading and operations by the number of clips: each reads the weights again."""
+    frames, clips = workload.geometry.num_frames, workload.clips
+    decoded_frames = frames + (clips - 1) * (frames - workload.shared_frames)
+    factors = {"denoise": clips, "decode": decoded_frames / frames}
     return tuple(
-        replace(stage, read=stage.read * clips, flops=int(stage.flops * work[stage.stage]))
-        if stage.stage in work
+        replace(stage, read=stage.read * clips, flops=int(stage.flops * factors[stage.stage]))
+        if stage.stage in factors
         else stage
         for stage in stages
     )
@@ -61,10 +63,10 @@ def _repeated(stages: Sequence[StagePlan], job: Workload) -> tuple[StagePlan, ..
 
 @contextmanager
 def stage_limits(stage: StagePlan) -> Iterator[None]:
-    """Run a stage under the limits of its plan, without holes in the heap.
+    """Apply the memory limits of a stage's plan to MLX and to malloc, then restore them.
 
-    Left alone, MLX's scheduler allocates for operations far ahead of the one that runs, which
-    nearly doubles the peak. Where that does not fit it is held back, which keeps a core busy.
+    Without a memory limit, MLX's scheduler allocates far ahead of the running operation, which
+    nearly doubles the peak. A throttled stage allocates less, and keeps a core busy waiting.
     """
     with return_freed_memory(), memory_scope(stage.cache_limit):
         previous = mx.set_memory_limit(stage.memory_limit)
@@ -74,43 +76,51 @@ def stage_limits(stage: StagePlan) -> Iterator[None]:
             mx.set_memory_limit(previous)
 
 
-def _refusal(
-    need: StageMemory, budget: int, model: ModelSizes, job: Workload, machine: Machine
+def _budget_error(
+    stage: StageMemory, budget: int, sizes: ModelSizes, workload: Workload, machine: Machine
 ) -> MemoryBudgetError:
-    """Says which stage does not fit, and what would: another budget, or the first way around."""
-    smallest = _smallest(model, job, machine)
-    ways = {flags: _smallest(model, other, machine) for flags, other in _ways(job)}
-    fix = f"Use --memory-budget {_option(smallest)} or more"
-    fitting = [flags for flags, other in ways.items() if other <= budget]
-    least = min(ways, key=lambda flags: ways[flags], default="")
+    """Name the stage that does not fit, and a budget or the first options that would do."""
+    smallest = _smallest_budget(sizes, workload, machine)
+    needed = {
+        flags: _smallest_budget(sizes, smaller, machine)
+        for flags, smaller in _smaller_workloads(workload)
+    }
+    fix = f"Use --memory-budget {_flag_value(smallest)} or more"
+    fitting = [flags for flags, other in needed.items() if other <= budget]
+    least = min(needed, key=lambda flags: needed[flags], default="")
     if fitting:
         fix += f", or {fitting[0]}"
-    elif least and ways[least] < smallest:
-        fix += f" ({_option(ways[least])} with {least})"
+    elif least and needed[least] < smallest:
+        fix += f" ({_flag_value(needed[least])} with {least})"
     return MemoryBudgetError(
-        f"Stage {need.stage} needs {format_bytes(need.least)}, "
+        f"Stage {stage.stage} needs {format_bytes(stage.minimum)}, "
         f"the budget is {format_bytes(budget)}.",
         f"{fix}, or make a smaller video.",
     )
 
 
-def _ways(job: Workload) -> Iterator[tuple[str, Workload]]:
-    """The same video in less memory, by flags, the best pictures first; the last approximate."""
-    apart = replace(job, sequential=True)
-    if job.batch > 1:
-        yield "--sequential-guidance", apart
-    most = min(MAX_TILES, min(job.geometry.latent[1:]) // 2)
-    for tiles in range(job.vae_tiles + 1, most + 1):
-        yield f"--vae-tiles {tiles}", replace(job, vae_tiles=tiles)
-    for tiles in range(job.vae_tiles + 1, most + 1):
-        if job.batch > 1:
-            yield f"--sequential-guidance --vae-tiles {tiles}", replace(apart, vae_tiles=tiles)
+def _smaller_workloads(workload: Workload) -> Iterator[tuple[str, Workload]]:
+    """Yield flags that need less memory, and their workload: exact ones first, best quality first.
+
+    VAE tiles are approximate.
+    """
+    sequential = replace(workload, sequential_guidance=True)
+    if workload.batch > 1:
+        yield "--sequential-guidance", sequential
+    most = min(MAX_TILES, min(workload.geometry.latent[1:]) // 2)
+    for tiles in range(workload.vae_tiles + 1, most + 1):
+        yield f"--vae-tiles {tiles}", replace(workload, vae_tiles=tiles)
+    for tiles in range(workload.vae_tiles + 1, most + 1):
+        if workload.batch > 1:
+            flags = f"--sequential-guidance --vae-tiles {tiles}"
+            yield flags, replace(sequential, vae_tiles=tiles)
 
 
-def _smallest(model: ModelSizes, job: Workload, machine: Machine) -> int:
-    return max(need.least for need in stage_requirements(model, job, machine, throttled=True))
+def _smallest_budget(sizes: ModelSizes, workload: Workload, machine: Machine) -> int:
+    stages = stage_requirements(sizes, workload, machine, throttled=True)
+    return max(stage.minimum for stage in stages)
 
 
-def _option(count: int) -> str:
-    """Bytes as --memory-budget takes them."""
+def _flag_value(count: int) -> str:
+    """Format bytes as --memory-budget takes them."""
     return format_bytes(count).replace(" ", "")

@@ -30,7 +30,7 @@ _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
 _UNITS |= {"KI": 1 << 10, "MI": 1 << 20, "GI": _GIB}
 
 
-def profile(name: str) -> int:
+def profile_budget(name: str) -> int:
     """Bytes that a device of PROFILES leaves to one application. Raises UsageError."""
     if name not in PROFILES:
         raise UsageError(f"Unknown device profile {name!r}.", f"Choose one of: {_names()}.")

@@ -1,4 +1,7 @@
-"""What each stage needs, and the best plan for it within a budget. Bytes; peaks of the process."""
+"""Memory that each stage requires, and the best plan for it within a budget.
+
+All sizes are in bytes; peaks are those of the whole process.
+"""
 
 from __future__ import annotations
 
@@ -8,53 +11,57 @@ from dataclasses import dataclass, replace
 from mlx_sora.memory import flops
 from mlx_sora.memory.activations import (
     ExecutionMode,
-    dense_work,
-    keys_values,
-    spatial_encoder_work,
-    spatial_work,
-    temporal_encoder_work,
-    temporal_work,
-    text_encoder_work,
-    transformer_work,
+    dequantization_buffers,
+    spatial_decoder_activations,
+    spatial_encoder_activations,
+    temporal_decoder_activations,
+    temporal_encoder_activations,
+    text_encoder_activations,
+    text_kv_bytes,
+    transformer_activations,
 )
 from mlx_sora.memory.flops import Grid
 from mlx_sora.memory.plan import (
-    FLOAT,
+    FLOAT32_SIZE,
     Machine,
     MediaWorkload,
     ModelSizes,
     StagePlan,
     StepVariant,
+    VAESizes,
     WeightSizes,
     Workload,
 )
-from mlx_sora.memory.residency import Blocks, Room, choose_resident
+from mlx_sora.memory.residency import BlockSizes, ResidencyPlan, choose_resident
 from mlx_sora.models.stdit3 import STDiT3Config
 from mlx_sora.models.vae import VAEConfig, chunk_plan
 from mlx_sora.models.vae_tiling import tiling_cost
 
-#: Of the process, not MLX's: interpreter, libraries, what their allocators hold back.
-OUTSIDE = 160 << 20
+#: Memory of the process outside MLX: interpreter, libraries, what their allocators hold back.
+NON_MLX_BYTES = 160 << 20
 
 #: A video encoder's own memory: fixed, and per pixel of a frame (x264, measured).
-ENCODER, ENCODER_PER_PIXEL = 64 << 20, 260
+VIDEO_ENCODER_BYTES, VIDEO_ENCODER_BYTES_PER_PIXEL = 64 << 20, 260
 
-#: A video decoder's memory per pixel of a frame: some twenty frames of reference in yuv420p.
-READER_PER_PIXEL = 36
+#: A video decoder's memory per pixel of a frame: some twenty reference frames in yuv420p.
+VIDEO_DECODER_BYTES_PER_PIXEL = 36
 
-#: The least that MLX may keep of freed buffers; below, every activation is a system call.
+#: The smallest limit of MLX's cache. Below it, every activation is a system call.
 MIN_CACHE = 32 << 20
 
 
 @dataclass(frozen=True)
 class BlockStageMemory:
-    """Encoding or denoising. fixed: all but blocks, activations and cache; reserve: of it, what is
-    not there yet after the first pass.
+    """Memory of a stage that runs a stack of blocks: text encoding or denoising.
+
+    fixed: everything but blocks, activations and cache.
+    passes: passes through the blocks.
+    reserve: part of the peak that the first pass does not show.
     """
 
     stage: str
     fixed: int
-    work: int
+    activations: int
     weights: WeightSizes
     passes: int
     flops: int
@@ -62,279 +69,292 @@ class BlockStageMemory:
     reserve: int = 0
 
     @property
-    def least(self) -> int:
-        return self.fixed + self.work + MIN_CACHE + self.weights.loading
+    def minimum(self) -> int:
+        """Bytes with one block in memory at a time."""
+        return self.fixed + self.activations + MIN_CACHE + self.weights.load_peak_bytes
 
     @property
     def comfortable(self) -> int:
-        """With loading ahead."""
-        return self.least + max(self.weights.blocks)
+        """Bytes from which the next block can be prefetched."""
+        return self.minimum + max(self.weights.blocks)
 
-    def fit(self, budget: int, machine: Machine) -> StagePlan:
-        """The plan within `budget`, of which what is left over goes to blocks and cache alike."""
-        weights, size = self.weights, max(self.weights.blocks)
-        room = budget - self.fixed - self.work
-        cache = _cache(room - size - weights.loading, self.work, machine)
-        kept = choose_resident(room - cache, Blocks(weights.blocks, weights.loading))
-        if self.passes == 1:  # what stays is never used again
-            kept = replace(kept, resident=0)
-        return self._plan(kept, cache)
+    def plan_within(self, budget: int, machine: Machine) -> StagePlan:
+        """Plan the stage within `budget` bytes; blocks and cache share what is spare."""
+        weights = self.weights
+        available = budget - self.fixed - self.activations
+        spare = available - max(weights.blocks) - weights.load_peak_bytes
+        cache = _cache_limit(spare, self.activations, machine)
+        sizes = BlockSizes(weights.blocks, weights.load_peak_bytes)
+        residency = choose_resident(available - cache, sizes)
+        if self.passes == 1:  # a resident block would never be used again
+            residency = replace(residency, resident=0)
+        return self._plan(residency, cache)
 
-    def unbounded(self, machine: Machine, streamed: bool) -> StagePlan:
-        """The plan without a budget."""
-        kept = 0 if streamed else len(self.weights.blocks)
-        return self._plan(Room(kept, prefetch=streamed), min(machine.cache, self.work))
+    def plan_unbounded(self, machine: Machine, streamed: bool) -> StagePlan:
+        """Plan the stage without a budget."""
+        resident = 0 if streamed else len(self.weights.blocks)
+        cache = min(machine.cache_limit, self.activations)
+        return self._plan(ResidencyPlan(resident, prefetch=streamed), cache)
 
-    def _plan(self, kept: Room, cache: int) -> StagePlan:
+    def _plan(self, residency: ResidencyPlan, cache: int) -> StagePlan:
         weights, size, count = self.weights, max(self.weights.blocks), len(self.weights.blocks)
-        held = kept.resident * size
-        if kept.resident < count:
-            held += weights.loading + (size if kept.prefetch else 0)
-        again = weights.stored_blocks * (count - kept.resident) // count
-        mlx = self.fixed - OUTSIDE + held + self.work
+        blocks = residency.resident * size
+        if residency.resident < count:
+            blocks += weights.load_peak_bytes + (size if residency.prefetch else 0)
+        streamed_again = weights.stored_blocks * (count - residency.resident) // count
+        mlx = self.fixed - NON_MLX_BYTES + blocks + self.activations
         return StagePlan(
             stage=self.stage,
-            peak=OUTSIDE + mlx + cache,
-            read=weights.stored + (self.passes - 1) * again,
+            peak=NON_MLX_BYTES + mlx + cache,
+            read=weights.stored + (self.passes - 1) * streamed_again,
             flops=self.flops,
             cache_limit=cache,
-            memory_limit=mlx - (self.work // 2 if self.throttled else 0),
+            memory_limit=mlx - (self.activations // 2 if self.throttled else 0),
             throttled=self.throttled,
             blocks=count,
-            resident=kept.resident,
-            prefetch=kept.prefetch and kept.resident < count,
+            resident=residency.resident,
+            prefetch=residency.prefetch and residency.resident < count,
             reserve=self.reserve,
         )
 
 
 @dataclass(frozen=True)
 class VaeStageMemory:
-    """Decoding, or encoding media (stage read). fixed: not MLX's; weights: of the temporal and the
-    spatial half; temporal: activations of the one; spatial: of the other, by frames at a time;
-    queue: all that the temporal decoder makes, kept where it leaves before the other comes.
+    """Memory of decoding, or of encoding media (stage read).
+
+    fixed: memory outside MLX.
+    spatial_activations: by frames per pass of the spatial VAE.
+    queued_latents: latents of all chunks, which wait while the temporal decoder is offloaded.
     """
 
+    stage: str
     fixed: int
-    weights: tuple[int, int]
-    temporal: int
-    spatial: Mapping[int, int]
-    read: int
+    weights: VAESizes
+    temporal_activations: int
+    spatial_activations: Mapping[int, int]
     flops: int
     throttled: bool
-    stage: str = "decode"
-    queue: int = 0
+    queued_latents: int = 0
 
     @property
-    def least(self) -> int:
-        return self.fixed + MIN_CACHE + self._in_turn(min(self.spatial))
+    def minimum(self) -> int:
+        """Bytes with one frame per pass."""
+        return self.fixed + MIN_CACHE + self._offloaded(min(self.spatial_activations))
 
     @property
     def comfortable(self) -> int:
-        """As good as it gets: more frames at a time are no faster."""
-        return self.least
+        """The minimum: more frames per pass are not faster."""
+        return self.minimum
 
-    def fit(self, budget: int, machine: Machine) -> StagePlan:
-        """The plan within `budget`: as many frames at a time as there is room for."""
-        room = budget - self.fixed
-        frames = max(n for n in self.spatial if n == 1 or self._in_turn(n) + MIN_CACHE <= room)
-        held, work = self._in_turn(frames), max(self.temporal, self.spatial[frames])
-        return self._plan(frames, held, _cache(room - held, work, machine), in_turn=True)
+    def plan_within(self, budget: int, machine: Machine) -> StagePlan:
+        """Plan the stage within `budget` bytes, with as many frames per pass as fit."""
+        available = budget - self.fixed
+        frames = max(
+            n
+            for n in self.spatial_activations
+            if n == 1 or self._offloaded(n) + MIN_CACHE <= available
+        )
+        used = self._offloaded(frames)
+        activations = max(self.temporal_activations, self.spatial_activations[frames])
+        cache = _cache_limit(available - used, activations, machine)
+        return self._plan(frames, used, cache, sequential_offload=True)
 
-    def unbounded(self, machine: Machine, streamed: bool) -> StagePlan:
-        """The plan without a budget."""
-        frames = max(self.spatial)
-        work = max(self.temporal, self.spatial[frames])
-        held = self._in_turn(frames) if streamed else sum(self.weights) + work
-        return self._plan(frames, held, min(machine.cache, work), in_turn=streamed)
+    def plan_unbounded(self, machine: Machine, streamed: bool) -> StagePlan:
+        """Plan the stage without a budget; the networks are offloaded if `streamed`."""
+        frames = max(self.spatial_activations)
+        activations = max(self.temporal_activations, self.spatial_activations[frames])
+        used = self.weights.temporal + self.weights.spatial + activations
+        if streamed:
+            used = self._offloaded(frames)
+        cache = min(machine.cache_limit, activations)
+        return self._plan(frames, used, cache, sequential_offload=streamed)
 
-    def _in_turn(self, frames: int) -> int:
-        temporal, spatial = self.weights
-        return self.queue + max(temporal + self.temporal, spatial + self.spatial[frames])
+    def _offloaded(self, frames: int) -> int:
+        """Bytes of MLX with one of the two networks in memory at a time."""
+        return self.queued_latents + max(
+            self.weights.temporal + self.temporal_activations,
+            self.weights.spatial + self.spatial_activations[frames],
+        )
 
-    def _plan(self, frames: int, held: int, cache: int, *, in_turn: bool) -> StagePlan:
-        ahead = min(self.temporal, self.spatial[frames]) // 2 if self.throttled else 0
+    def _plan(self, frames: int, used: int, cache: int, *, sequential_offload: bool) -> StagePlan:
+        activations = min(self.temporal_activations, self.spatial_activations[frames])
         return StagePlan(
             stage=self.stage,
-            peak=self.fixed + held + cache,
-            read=self.read,
+            peak=self.fixed + used + cache,
+            read=self.weights.stored,
             flops=self.flops,
             cache_limit=cache,
-            memory_limit=held - ahead,
+            memory_limit=used - (activations // 2 if self.throttled else 0),
             throttled=self.throttled,
             micro_batch=frames,
-            in_turn=in_turn,
+            sequential_offload=sequential_offload,
         )
 
 
-def _cache(spare: int, work: int, machine: Machine) -> int:
-    """Share of the `spare` bytes for freed buffers: half, but no more than activations can use."""
-    most = max(MIN_CACHE, min(machine.cache, work))
+def _cache_limit(spare: int, activations: int, machine: Machine) -> int:
+    """Return half of the spare bytes, but no more than activations can use."""
+    most = max(MIN_CACHE, min(machine.cache_limit, activations))
     return min(most, max(MIN_CACHE, spare // 2))
 
 
-#: Of a stage.
 StageMemory = BlockStageMemory | VaeStageMemory
 
 
 def stage_requirements(
-    model: ModelSizes, job: Workload, machine: Machine, *, throttled: bool
+    sizes: ModelSizes, workload: Workload, machine: Machine, *, throttled: bool
 ) -> tuple[StageMemory, ...]:
-    """What encoding, reading media, denoising and decoding need, with MLX held back or not."""
+    """Return the memory of every stage in order, with MLX's scheduler throttled or not."""
     mode = ExecutionMode(machine.gpu, throttled, machine.itemsize)
-    reading = () if job.media is None else (_reading(model, job, job.media, mode),)
-    return (
-        _encoding(model, job, mode),
-        *reading,
-        _denoising(model, job, mode),
-        _decoding(model, job, mode),
-    )
+    stages: list[StageMemory] = [_text_encoder_memory(sizes, workload, mode)]
+    if workload.media is not None:
+        stages.append(_media_encoder_memory(sizes, workload, workload.media, mode))
+    stages += [_denoising_memory(sizes, workload, mode), _decoder_memory(sizes, workload, mode)]
+    return tuple(stages)
 
 
-def _encoding(model: ModelSizes, job: Workload, mode: ExecutionMode) -> BlockStageMemory:
+def _text_encoder_memory(
+    sizes: ModelSizes, workload: Workload, mode: ExecutionMode
+) -> BlockStageMemory:
+    weights = sizes.text_weights
     return BlockStageMemory(
         stage="encode",
-        fixed=OUTSIDE + model.text_weights.rest,
-        work=text_encoder_work(model.text, job.text_tokens, mode)
-        + dense_work(model.text_weights.dense, mode),
-        weights=model.text_weights,
+        fixed=NON_MLX_BYTES + weights.rest,
+        activations=text_encoder_activations(sizes.text, workload.text_tokens, mode)
+        + dequantization_buffers(weights.largest_dequantized, mode),
+        weights=weights,
         passes=1,
         throttled=mode.throttled,
-        flops=flops.text_encoder_flops(model.text, job.text_tokens),
+        flops=flops.text_encoder_flops(sizes.text, workload.text_tokens),
     )
 
 
-def _reading(
-    model: ModelSizes, job: Workload, media: MediaWorkload, mode: ExecutionMode
+def _media_encoder_memory(
+    sizes: ModelSizes, workload: Workload, media: MediaWorkload, mode: ExecutionMode
 ) -> VaeStageMemory:
-    """Reading and encoding media, the spatial encoder before the temporal one."""
-    config, (width, height) = model.vae, job.geometry.size
-    _, rows, columns = job.geometry.latent
-    temporal, spatial, stored = model.encoders
-    frames = 3 * media.longest * FLOAT * 3 * width * height
+    config, (width, height) = sizes.vae, workload.geometry.size
+    _, rows, columns = workload.geometry.latent
+    frames = media.chunk_frames
+    pixels = 3 * frames * FLOAT32_SIZE * 3 * width * height
+    chunk_flops = flops.temporal_encoder_flops(config.temporal, frames, rows, columns)
+    chunk_flops += frames * flops.spatial_encoder_flops(config.spatial, height, width)
     return VaeStageMemory(
         stage="read",
-        fixed=OUTSIDE + ENCODER + READER_PER_PIXEL * media.pixels,
-        weights=(temporal, spatial),
-        temporal=temporal_encoder_work(config, media.longest, rows, columns, mode),
-        spatial={
-            n: frames + spatial_encoder_work(config, height, width, n, mode)
-            for n in _batches(config, media.longest)
+        fixed=NON_MLX_BYTES
+        + VIDEO_ENCODER_BYTES
+        + VIDEO_DECODER_BYTES_PER_PIXEL * media.source_pixels,
+        weights=sizes.vae_encoder,
+        temporal_activations=temporal_encoder_activations(config, frames, rows, columns, mode),
+        spatial_activations={
+            n: pixels + spatial_encoder_activations(config, height, width, n, mode)
+            for n in _micro_batches(config, frames)
         },
-        read=stored,
         throttled=mode.throttled,
-        flops=media.chunks
-        * (
-            flops.temporal_encoder_flops(config.temporal, media.longest, rows, columns)
-            + media.longest * flops.spatial_encoder_flops(config.spatial, height, width)
-        ),
+        flops=media.chunks * chunk_flops,
     )
 
 
-def _denoising(model: ModelSizes, job: Workload, mode: ExecutionMode) -> BlockStageMemory:
-    config, guided = model.transformer, 2 if job.guided else 1
-    grid = Grid.of(config, job.geometry.latent, job.batch, job.text_tokens)
-    everyone = replace(grid, batch=guided)
-    one, streams = (
-        replace(grid, batch=1),
-        int(job.cached_residuals * stream_bytes(config, everyone)),
-    )
-    alone = any(kind.cond_only for kind, _ in job.variants)
-    operations = sum(
-        count * _evaluation(config, one if kind.cond_only else everyone, kind)
-        for kind, count in job.evaluations_by_variant.items()
-    )
-    if job.inverts:
-        # The way back merges tokens in the same steps.
-        operations += sum(
-            count * _evaluation(config, one, StepVariant(tokens_merged=kind.tokens_merged))
-            for kind, count in job.evaluations_by_variant.items()
-        )
+def _denoising_memory(
+    sizes: ModelSizes, workload: Workload, mode: ExecutionMode
+) -> BlockStageMemory:
+    config, weights = sizes.transformer, sizes.transformer_weights
+    latent = workload.geometry.latent
+    grid = Grid.from_latent(config, latent, workload.batch, workload.text_tokens)
+    cfg, single = replace(grid, batch=2 if workload.guided else 1), replace(grid, batch=1)
+    cond_only = any(variant.cond_only for variant, _ in workload.variants)
+    operations = flops.preparation_flops(config, cfg)
+    operations += (workload.inversion + cond_only) * flops.preparation_flops(config, single)
+    for variant, count in workload.evaluations_by_variant.items():
+        one = _evaluation_flops(config, single if variant.cond_only else cfg, variant)
+        if workload.inversion:  # which merges tokens in the same steps
+            inverse = StepVariant(tokens_merged=variant.tokens_merged)
+            one += _evaluation_flops(config, single, inverse)
+        operations += count * one
     return BlockStageMemory(
         stage="denoise",
-        fixed=OUTSIDE
-        + model.transformer_weights.rest
-        + keys_values(config, everyone, mode)
-        + alone * keys_values(config, one, mode)
-        + job.captured_bytes
-        + streams
-        + (_writer(job) if job.clips > 1 else 0),
-        work=transformer_work(config, grid, mode)
-        + dense_work(model.transformer_weights.dense, mode),
-        weights=model.transformer_weights,
-        passes=job.block_passes,
+        fixed=NON_MLX_BYTES
+        + weights.rest
+        + text_kv_bytes(config, cfg, mode)
+        + cond_only * text_kv_bytes(config, single, mode)
+        + workload.captured_bytes
+        + int(workload.cached_residuals * residual_bytes(config, cfg))
+        + (_video_encoder_bytes(workload) if workload.clips > 1 else 0),
+        activations=transformer_activations(config, grid, mode)
+        + dequantization_buffers(weights.largest_dequantized, mode),
+        weights=weights,
+        passes=workload.block_passes,
         throttled=mode.throttled,
-        reserve=_later(config, grid, job, mode),
-        flops=operations
-        + flops.preparation_flops(config, everyone)
-        + (job.inverts + alone) * flops.preparation_flops(config, one),
+        reserve=_denoising_reserve(config, grid, workload, mode),
+        flops=operations,
     )
 
 
-def _evaluation(config: STDiT3Config, grid: Grid, kind: StepVariant) -> int:
-    """Operations of one evaluation."""
-    if kind.blocks_skipped:
+def _evaluation_flops(config: STDiT3Config, grid: Grid, variant: StepVariant) -> int:
+    if variant.blocks_skipped:
         config = replace(config, depth=0)
-    return flops.transformer_flops(config, grid, merged=kind.tokens_merged)
+    return flops.transformer_flops(config, grid, merged=variant.tokens_merged)
 
 
-def stream_bytes(config: STDiT3Config, grid: Grid) -> int:
-    """The residual stream of all tokens."""
-    return FLOAT * grid.size * config.hidden_size
+def residual_bytes(config: STDiT3Config, grid: Grid) -> int:
+    """Return the bytes of the residual (out - in) of the block stack, in float32."""
+    return FLOAT32_SIZE * grid.num_tokens * config.hidden_size
 
 
-def _later(config: STDiT3Config, grid: Grid, job: Workload, mode: ExecutionMode) -> int:
-    """Bytes that denoising holds, but not after its first pass."""
-    if job.inverts:  # that pass has no guidance and has kept the values of one evaluation at most
-        first, last = replace(grid, batch=1), replace(grid, batch=2 if job.guided else 1)
-        wider = transformer_work(config, grid, mode) - transformer_work(config, first, mode)
-        return job.captured_bytes + keys_values(config, last, mode) + wider
-    everyone, one = replace(grid, batch=2 if job.guided else 1), replace(grid, batch=1)
-    streams = int(job.cached_residuals * stream_bytes(config, everyone))
-    # The pass without prompt has keys and values of its own, and so has that with prompt alone.
-    if job.guided and job.sequential:
-        streams += keys_values(config, one, mode)
-    if any(kind.cond_only for kind, _ in job.variants):
-        streams += keys_values(config, one, mode)
-    return streams
+def _denoising_reserve(
+    config: STDiT3Config, grid: Grid, workload: Workload, mode: ExecutionMode
+) -> int:
+    """Return the bytes that denoising allocates after its first pass."""
+    cfg, single = replace(grid, batch=2 if workload.guided else 1), replace(grid, batch=1)
+    if workload.inversion:  # its first pass is unguided and captures one evaluation at most
+        wider = transformer_activations(config, grid, mode)
+        wider -= transformer_activations(config, single, mode)
+        return workload.captured_bytes + text_kv_bytes(config, cfg, mode) + wider
+    reserve = int(workload.cached_residuals * residual_bytes(config, cfg))
+    # The unconditional pass has its own text keys and values, and so have cond-only steps.
+    if workload.guided and workload.sequential_guidance:
+        reserve += text_kv_bytes(config, single, mode)
+    if any(variant.cond_only for variant, _ in workload.variants):
+        reserve += text_kv_bytes(config, single, mode)
+    return reserve
 
 
-def _decoding(model: ModelSizes, job: Workload, mode: ExecutionMode) -> VaeStageMemory:
-    config, (width, height) = model.vae, job.geometry.decoded
-    _, rows, columns = job.geometry.latent
-    chunks = chunk_plan(job.geometry.num_frames, config.micro_frame_size, config.temporal.factor)
+def _decoder_memory(sizes: ModelSizes, workload: Workload, mode: ExecutionMode) -> VaeStageMemory:
+    config, geometry, tiles = sizes.vae, workload.geometry, workload.vae_tiles
+    width, height = geometry.decoded
+    _, rows, columns = geometry.latent
+    chunks = chunk_plan(geometry.num_frames, config.micro_frame_size, config.temporal.factor)
     longest = max(chunk.frames for chunk in chunks)
-    # A chunk's frames in float32: in batches, put together, and on their way to the file.
-    frames = 3 * longest * FLOAT * 3 * width * height
-    # As if the first level, which is a small part, were in tiles as well.
-    each = tiling_cost(2 * rows, 2 * columns, job.vae_tiles)
-    each *= flops.spatial_decoder_flops(config.spatial, rows, columns)
+    # A chunk's frames in float32: in batches, concatenated, and on their way to the file.
+    pixels = 3 * longest * FLOAT32_SIZE * 3 * width * height
+    # As if the first level, which is a small part, were tiled as well.
+    frame_flops = tiling_cost(2 * rows, 2 * columns, tiles)
+    frame_flops *= flops.spatial_decoder_flops(config.spatial, rows, columns)
     operations = sum(
         flops.temporal_decoder_flops(config.temporal, chunk.latents, rows, columns)
-        + int(chunk.frames * each)
+        + int(chunk.frames * frame_flops)
         for chunk in chunks
     )
+    frames, channels = geometry.num_frames, config.spatial.latent_channels
     return VaeStageMemory(
-        fixed=OUTSIDE + _writer(job),
-        weights=(model.temporal, model.spatial),
-        temporal=temporal_work(config, job.geometry.num_frames, rows, columns, mode),
-        spatial={
-            n: frames + spatial_work(config, job.geometry.decoded, n, mode, job.vae_tiles)
-            for n in _batches(config, longest)
+        stage="decode",
+        fixed=NON_MLX_BYTES + _video_encoder_bytes(workload),
+        weights=sizes.vae_decoder,
+        temporal_activations=temporal_decoder_activations(config, frames, rows, columns, mode),
+        spatial_activations={
+            n: pixels + spatial_decoder_activations(config, geometry.decoded, n, mode, tiles)
+            for n in _micro_batches(config, longest)
         },
-        read=model.vae_stored,
         throttled=mode.throttled,
         flops=operations,
-        queue=FLOAT * job.geometry.num_frames * rows * columns * config.spatial.latent_channels,
+        queued_latents=FLOAT32_SIZE * frames * rows * columns * channels,
     )
 
 
-def _writer(job: Workload) -> int:
-    """Bytes of the video encoder while a file is open."""
-    width, height = job.geometry.decoded
-    return ENCODER + ENCODER_PER_PIXEL * width * height
+def _video_encoder_bytes(workload: Workload) -> int:
+    width, height = workload.geometry.decoded
+    return VIDEO_ENCODER_BYTES + VIDEO_ENCODER_BYTES_PER_PIXEL * width * height
 
 
-def _batches(config: VAEConfig, longest: int) -> set[int]:
-    """Numbers of frames that the spatial VAE may take at a time: the config's, and halves of it."""
+def _micro_batches(config: VAEConfig, longest: int) -> set[int]:
+    """Return the frames per pass to choose from: the config's, halved down to one."""
     most = min(config.micro_batch_size or longest, longest)
     return {most >> i for i in range(most.bit_length())}

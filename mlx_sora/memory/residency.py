@@ -14,7 +14,7 @@ from mlx_sora.memory.limits import current_rss
 from mlx_sora.memory.profiles import format_bytes
 
 #: Bytes of a process outside MLX where the system does not tell (macOS): interpreter and libraries.
-ASSUMED_OUTSIDE = 256 << 20
+ASSUMED_NON_MLX_BYTES = 256 << 20
 
 
 @dataclass(frozen=True)
@@ -23,15 +23,15 @@ class MemorySample:
 
     active: int
     peak: int
-    outside: int
+    non_mlx: int
 
 
 @dataclass(frozen=True)
-class Blocks:
+class BlockSizes:
     """Bytes of a network's blocks: each in memory, and the most that loading one takes."""
 
     nbytes: Sequence[int]
-    loading: int
+    load_peak_bytes: int
 
     @property
     def largest(self) -> int:
@@ -39,40 +39,40 @@ class Blocks:
 
 
 @dataclass(frozen=True)
-class Room:
+class ResidencyPlan:
     """What fits: blocks that stay, and whether another may be loaded while one computes."""
 
     resident: int
     prefetch: bool
 
 
-def choose_resident(room: int, blocks: Blocks) -> Room:
+def choose_resident(available: int, blocks: BlockSizes) -> ResidencyPlan:
     """What fits into `room` bytes, which are there for blocks alone.
 
     All blocks, or one that computes, one on its way and as many more as there is space for. Where
     that is not even two, nothing is loaded ahead; whether one fits is for the planner to say.
     """
     count, size = len(blocks.nbytes), blocks.largest
-    if room >= sum(blocks.nbytes) + blocks.loading - size:
-        return Room(count, prefetch=True)
-    spare = room - size - blocks.loading
-    return Room(min(count - 1, max(0, spare // size)), prefetch=spare >= 0)
+    if available >= sum(blocks.nbytes) + blocks.load_peak_bytes - size:
+        return ResidencyPlan(count, prefetch=True)
+    spare = available - size - blocks.load_peak_bytes
+    return ResidencyPlan(min(count - 1, max(0, spare // size)), prefetch=spare >= 0)
 
 
-def evenly_spaced(blocks: int, count: int) -> frozenset[int]:
+def evenly_spaced(num_blocks: int, count: int) -> frozenset[int]:
     """`count` of `blocks` indices, evenly apart.
 
     Between two streamed blocks there is then as much computing as can be for the loader to hide
     behind; were the first `count` to stay, the others would wait for the disk one after the other.
     """
-    count = min(count, blocks)
-    return frozenset(i * blocks // count for i in range(count))
+    count = min(count, num_blocks)
+    return frozenset(i * num_blocks // count for i in range(count))
 
 
 def sample_memory() -> MemorySample:
     """This process now."""
     active, rss = mx.get_active_memory(), current_rss()
-    unknown = ASSUMED_OUTSIDE if rss is None else rss - active - mx.get_cache_memory()
+    unknown = ASSUMED_NON_MLX_BYTES if rss is None else rss - active - mx.get_cache_memory()
     return MemorySample(active, mx.get_peak_memory(), max(0, unknown))
 
 
@@ -92,19 +92,19 @@ class Residency:
         cache_limit: int = 0,
         reserve: int = 0,
         throttled: bool = False,
-        read: Callable[[], MemorySample] = sample_memory,
-        reset: Callable[[], None] = mx.reset_peak_memory,
-        limit: Callable[[int], int] = mx.set_memory_limit,
+        sample: Callable[[], MemorySample] = sample_memory,
+        reset_peak: Callable[[], None] = mx.reset_peak_memory,
+        set_limit: Callable[[int], int] = mx.set_memory_limit,
     ) -> None:
         self.budget = budget - cache_limit - reserve
         #: Largest peak of MLX's memory so far: measuring resets MLX's own record of it.
         self.peak = 0
-        self._read, self._reset, self._limit = read, reset, limit
+        self._read, self._reset, self._limit = sample, reset_peak, set_limit
         self._first: MemorySample | None = None
         self._throttled = throttled
         self._limit_before: int | None = None
 
-    def begin(self) -> None:
+    def start_measuring(self) -> None:
         """A pass to be measured starts; no block is in memory."""
         self.peak = max(self.peak, self._read().peak)
         self._reset()
@@ -112,7 +112,7 @@ class Residency:
         if self._throttled:
             self._limit_before = self._limit(0)
 
-    def measured(self, index: int, blocks: Blocks) -> Room | None:
+    def record_block(self, index: int, blocks: BlockSizes) -> ResidencyPlan | None:
         """Block `index` (0, then 1) has computed and is in memory still: the decision, if ready."""
         reading = self._read()
         self.peak = max(self.peak, reading.peak)
@@ -120,13 +120,13 @@ class Residency:
         if index == 0 and count > 1:
             self._first = reading
             return None
-        self.end()
+        self.stop_measuring()
         growth = max(0, reading.active - self._first.active) if self._first else 0
         work = reading.peak - min(blocks.nbytes[: index + 1])
         to_come = growth * (count - index - 1)
-        return choose_resident(self.budget - work - to_come - reading.outside, blocks)
+        return choose_resident(self.budget - work - to_come - reading.non_mlx, blocks)
 
-    def end(self) -> None:
+    def stop_measuring(self) -> None:
         """Nothing more to measure now: MLX schedules as before."""
         if self._limit_before is not None:
             self._limit(self._limit_before)
@@ -142,12 +142,12 @@ class BudgetMonitor:
     """
 
     def __init__(
-        self, stage: str, budget: int | None, read: Callable[[], MemorySample] = sample_memory
+        self, stage: str, budget: int | None, sample: Callable[[], MemorySample] = sample_memory
     ) -> None:
-        self._stage, self._budget, self._read = stage, budget, read
+        self._stage, self._budget, self._read = stage, budget, sample
         self._told = False
 
-    def check(self, lessen: Callable[[], bool]) -> str | None:
+    def check(self, shrink: Callable[[], bool]) -> str | None:
         """Have `lessen` act where the budget is exceeded; the warning, the first time.
 
         lessen: makes the next piece of work smaller, if it can.
@@ -155,10 +155,10 @@ class BudgetMonitor:
         if self._budget is None:
             return None
         reading = self._read()
-        used = reading.outside + max(reading.peak, reading.active + mx.get_cache_memory())
+        used = reading.non_mlx + max(reading.peak, reading.active + mx.get_cache_memory())
         if used <= self._budget:
             return None
-        less = lessen()
+        less = shrink()
         mx.clear_cache()
         if self._told:
             return None

@@ -204,7 +204,7 @@ class FlowEdit:
         velocity = Guidance(model, [text], self._transformer[0].null_text, 1.0)
         for step in denoise_steps(velocity, z, self._times[::-1], self._sampler):
             z, index = step.z, self._steps - 1 - step.step.index
-            run.health.latents(z, step.step.index, self._steps, given=True)
+            run.health.check_latents(z, step.step.index, self._steps, conditioned=True)
             self._remeasure(index, index - 1)
             yield StepFinished(step.step.index, 2 * self._steps, step.t, step.seconds, z)
         if self._values.evaluations:
@@ -229,7 +229,7 @@ class FlowEdit:
         policy = accelerations.policy
         for step in denoise_steps(velocity, z, self._times, self._sampler, policy=policy):
             z, index = step.z, step.step.index
-            run.health.latents(z, index, self._steps, given=True)
+            run.health.check_latents(z, index, self._steps, conditioned=True)
             accelerations.on_step_end(step)
             self._remeasure(index, index + 1)
             if index + 1 == self._inject_steps:

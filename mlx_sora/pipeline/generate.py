@@ -72,7 +72,7 @@ def plan_run(
         variants=step_variants(accelerations, resolved),
         cached_residuals=accelerations.cached_residuals,
         guided=guided,
-        sequential=request.sequential_guidance,
+        sequential_guidance=request.sequential_guidance,
         cfg_parallel=parallel.cfg_degree > 1,
         media=media_workload(resolved),
         clips=resolved.clips.count,

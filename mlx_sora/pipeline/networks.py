@@ -28,7 +28,7 @@ from mlx_sora.memory.residency import BudgetMonitor, Residency
 from mlx_sora.models.hooks import Sharding, ValueSharing
 from mlx_sora.models.stdit3 import BlockPair, Conditions, STDiT3
 from mlx_sora.models.t5 import T5Block, T5Encoder
-from mlx_sora.runtime.device import known_error
+from mlx_sora.runtime.device import explain_device_error
 from mlx_sora.sampling.guidance import CFGSlice
 
 #: The transformer, and the stream of its block pairs (None if they are resident).
@@ -68,7 +68,7 @@ class NetworkLoader:
             try:
                 yield Stage(plan, meter, BudgetMonitor(plan.stage, self.budget))
             except (RuntimeError, MemoryError) as error:
-                known = known_error(error, plan.stage)
+                known = explain_device_error(error, plan.stage)
                 if known is None:
                     raise
                 raise known from error

@@ -17,7 +17,7 @@ from mlx_sora.pipeline.locks import run_exclusively
 from mlx_sora.pipeline.resume import resumed_request, with_seed
 from mlx_sora.pipeline.run import GenerationRun
 from mlx_sora.request.generation import GenerationRequest
-from mlx_sora.runtime.device import default_dtype, describe
+from mlx_sora.runtime.device import default_dtype, describe_machine
 from mlx_sora.runtime.events import Event, Finished
 from mlx_sora.video import Video
 
@@ -151,7 +151,7 @@ class Pipeline:
             "path": str(self.model.path),
             **describe_model(self.model),
             "defaults": asdict(self.model.defaults),
-            "machine": describe(),
+            "machine": describe_machine(),
         }
 
 

@@ -52,7 +52,7 @@ class EditSource:
     def add_to(self, workload: Workload, dtype: mx.Dtype) -> Workload:
         """Return the workload with reading and inversion of the video."""
         captured_bytes = self.captured * dtype.size
-        return replace(workload, inverts=True, captured_bytes=captured_bytes, media=self.media)
+        return replace(workload, inversion=True, captured_bytes=captured_bytes, media=self.media)
 
     def parallel_plan(self, plan: ParallelPlan, mode: str) -> ParallelPlan:
         """Return the plan without CFG parallelism, under which a rank lacks injected values.

@@ -24,7 +24,7 @@ from mlx_sora.geometry import (
     resolve_size,
 )
 from mlx_sora.loading.model_folder import ModelFolder
-from mlx_sora.memory.profiles import parse_bytes, profile
+from mlx_sora.memory.profiles import parse_bytes, profile_budget
 from mlx_sora.request.generation import GenerationRequest
 from mlx_sora.request.techniques import OFF, TechniqueConfig
 from mlx_sora.text.cleaning import preprocess
@@ -193,5 +193,5 @@ def _resolve_budget(request: GenerationRequest) -> int | None:
     if request.memory_budget is not None and request.device_profile is not None:
         raise UsageError("--memory-budget and --device-profile exclude each other.", "Give one.")
     if request.device_profile is not None:
-        return profile(request.device_profile)
+        return profile_budget(request.device_profile)
     return None if request.memory_budget is None else parse_bytes(request.memory_budget)

@@ -86,7 +86,7 @@ def _encode_texts(
         encoder = TextEncoder(network, rows, run.engine.mx_dtype, blocks)
         for done, text in enumerate(todo, start=1):
             states = encoder.encode(encodings[text])
-            run.health.text(states)
+            run.health.check_text(states)
             texts[text], warnings[text] = states, encodings[text].warnings
             yield StageProgress("encode", done, len(todo))
         for each in runs:
@@ -133,10 +133,12 @@ def _encode_chunks(
     with WeightFileGuard(model.vae).check_reads():
         vae = load_vae(model, ("encoder",))
         pixels = (mx.array(chunk).astype(mx.float32) / 127.5 - 1 for chunk in chunks)
-        latents = vae.encode_chunks(pixels, plan.micro_batch, sequential_offload=plan.in_turn)
+        latents = vae.encode_chunks(
+            pixels, plan.micro_batch, sequential_offload=plan.sequential_offload
+        )
         del vae
         for each in latents:
-            run.health.media(each)
+            run.health.check_media(each)
             encoded.append(each)
             yield StageProgress("read", len(encoded), count)
     return encoded
@@ -182,7 +184,7 @@ def _denoise_steps(
             restored=restored,
         ):
             z, index, total = step.z, step.step.index, step.step.total
-            run.health.latents(z, index, total, given=given is not None)
+            run.health.check_latents(z, index, total, conditioned=given is not None)
             yield from run.finish_step(step, accelerations)
             remeasure_if_merging_changes(blocks, accelerations, index, index + 1)
             yield StepFinished(index, total, step.t, step.seconds, z)
@@ -292,12 +294,12 @@ def _decoded_chunks(
         latents,
         count,
         batch,
-        sequential_offload=stage.plan.in_turn,
+        sequential_offload=stage.plan.sequential_offload,
         tiles=run.settings.vae_tiles,
         selection=slice(ranks.rank, None, ranks.size),
     )
     del vae
-    health = run.health.frames()
+    health = run.health.frame_health()
     for first in range(0, total, ranks.size):
         frames = None
         with ranks.collective_errors(), files.check_reads():
@@ -307,7 +309,7 @@ def _decoded_chunks(
                 frames = to_uint8(chunk)
                 del chunk
         yield from all_gather_frames(ranks, frames, run.settings.geometry.decoded)
-    ranks.raise_if_all_fail(health.end)
+    ranks.raise_if_all_fail(health.finish)
 
 
 def all_gather_frames(ranks: Ranks, frames: np.ndarray | None, size: Size) -> Iterator[np.ndarray]:

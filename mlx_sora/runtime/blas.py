@@ -46,7 +46,7 @@ class Blas:
     notice: str = ""
     _shim: ctypes.CDLL | None = field(default=None, repr=False, compare=False)
 
-    def calls(self) -> int | None:
+    def call_count(self) -> int | None:
         """Matrix products that went through mlx_sora's extension so far; None for other ways."""
         return int(self._shim.mlx_sora_blas_calls()) if self._shim is not None else None
 

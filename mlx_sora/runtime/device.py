@@ -61,7 +61,7 @@ def total_memory() -> int:
     return memory
 
 
-def describe() -> dict[str, object]:
+def describe_machine() -> dict[str, object]:
     """The machine as `info` and metadata show it: plain JSON values, bytes, no one's folders."""
     library = blas.install()
     return {
@@ -117,7 +117,7 @@ _TABLE: tuple[tuple[str, type[MlxSoraError], str, str], ...] = (
 )
 
 
-def known_error(error: BaseException, stage: str) -> MlxSoraError | None:
+def explain_device_error(error: BaseException, stage: str) -> MlxSoraError | None:
     """What `error`, raised in `stage`, means for the user; None where it is of another kind."""
     text = " ".join(str(error).split())[:200]
     if isinstance(error, MemoryError):

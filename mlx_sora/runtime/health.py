@@ -37,7 +37,7 @@ class Health:
     guidance: float
     enabled: bool = True
 
-    def text(self, states: mx.array) -> None:
+    def check_text(self, states: mx.array) -> None:
         """Text states [n, D]."""
         if not self.enabled:
             return
@@ -51,7 +51,7 @@ class Health:
                 f"The text encoder may be damaged: {_DOCTOR} {_ANYWAY}",
             )
 
-    def media(self, latents: mx.array) -> None:
+    def check_media(self, latents: mx.array) -> None:
         """Latents of pictures or videos that were given, [1, T, h, w, C]."""
         if self.enabled and not mx.isfinite(latents).all().item():
             raise NumericsError(
@@ -59,14 +59,16 @@ class Health:
                 f"The VAE's encoder may be damaged: {_DOCTOR}",
             )
 
-    def latents(self, z: mx.array, index: int, total: int, *, given: bool = False) -> None:
+    def check_latents(
+        self, z: mx.array, index: int, total: int, *, conditioned: bool = False
+    ) -> None:
         """Latents [1, T, h, w, C] after step `index` (from 0) of `total`.
 
         given: some frames come from media, which may be alike.
         """
         if not self.enabled:
             return
-        found = _Values.of(z, alike=not given)
+        found = _Values.of(z, alike=not conditioned)
         when = f"after step {index + 1} of {total} (stage denoise)"
         if not found.finite:
             raise NumericsError(f"NaN or Inf in the latents {when}.", self._overflow())
@@ -81,7 +83,7 @@ class Health:
                 f"The latents {how} {when}.", f"The transformer may be damaged: {_DOCTOR} {_ANYWAY}"
             )
 
-    def frames(self) -> FrameHealth:
+    def frame_health(self) -> FrameHealth:
         """Checks for the frames of one clip."""
         return FrameHealth(self.enabled)
 
@@ -130,7 +132,7 @@ class FrameHealth:
             if not self._alike:
                 self._first = None
 
-    def end(self) -> None:
+    def finish(self) -> None:
         """All frames have been added. Raises NumericsError where together they are no video."""
         if not self._enabled:
             return

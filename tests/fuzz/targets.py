@@ -199,7 +199,7 @@ def _words(data: bytes, folder: Path) -> None:
     """A text as the value of every option, and of what else is read from a word."""
     from mlx_sora.geometry import parse_frames, resolve_size
     from mlx_sora.manage.sources import choose_endpoint, choose_sources
-    from mlx_sora.memory.profiles import parse_bytes, profile
+    from mlx_sora.memory.profiles import parse_bytes, profile_budget
     from mlx_sora.request.generation import ANY_SIZE, options
     from mlx_sora.video.output_path import fill_template, frame_path, output_path
 
@@ -208,7 +208,7 @@ def _words(data: bytes, folder: Path) -> None:
         *(lambda o=o: o.convert(text) for o in options().values()),
         lambda: parse_frames(text),
         lambda: parse_bytes(text),
-        lambda: profile(text),
+        lambda: profile_budget(text),
         lambda: resolve_size(ANY_SIZE, resolution=text),
         lambda: resolve_size(ANY_SIZE, aspect_ratio=text),
         lambda: fill_template(text, prompt="a cat", seed=1, index=2),

@@ -99,8 +99,8 @@ def test_stdit3_with_measured_residency_that_is_reconsidered(model: ModelFolder,
     room = kept * size + (0 if kept == len(source) else size + source.load_peak_bytes)
     policy = Residency(
         work + room,
-        read=lambda: MemorySample(active=0, peak=work + size, outside=0),
-        reset=lambda: None,
+        sample=lambda: MemorySample(active=0, peak=work + size, non_mlx=0),
+        reset_peak=lambda: None,
     )
     found = []
     with BlockStream(source, policy, cyclic=True) as blocks:

@@ -80,7 +80,7 @@ def _block_flops(dtype: Any, runs: int) -> float:
     conditions = network.prepare(text, GRID, height=HEIGHT, width=WIDTH, fps=24.0)
     z, t = mx.random.normal((1, *GRID, config.in_channels)), mx.full((1,), 500.0)
     seconds = _median(lambda: mx.eval(network(z, t, conditions)), runs)
-    return transformer_flops(config, Grid.of(config, GRID, 1, TOKENS)) / seconds
+    return transformer_flops(config, Grid.from_latent(config, GRID, 1, TOKENS)) / seconds
 
 
 def _median(work: Callable[[], object], runs: int) -> float:

@@ -154,7 +154,7 @@ def record(
 ) -> dict[str, Any]:
     """All of it as plain JSON values, with the settings and the machine."""
     from mlx_sora.pipeline.settings import resolve
-    from mlx_sora.runtime.device import describe
+    from mlx_sora.runtime.device import describe_machine
 
     plan = pipeline.plan(request)
     return {
@@ -162,7 +162,7 @@ def record(
         "plan": {"peak": plan.peak, "smallest": plan.smallest},
         "peak_is": PEAK,
         "rows": [asdict(row) for row in rows],
-        "machine": describe(),
+        "machine": describe_machine(),
     }
 
 

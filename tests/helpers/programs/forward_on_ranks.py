@@ -120,7 +120,7 @@ def compare(network: STDiT3, case: Case, ranks: Ranks) -> dict[str, float]:
     before = ranks.sent_bytes
     with counted_messages() as messages:
         sharded = outcomes(network, case, Hooks(token_merging=tokens, sharding=sharding))
-    grid = Grid.of(network.config, case.grid, case.batch, 8)
+    grid = Grid.from_latent(network.config, case.grid, case.batch, 8)
     estimated = sent_bytes(
         network.config, grid, sharding.plan, stride=tokens.stride, gather_hidden=case.cached
     )

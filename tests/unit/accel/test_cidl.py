@@ -203,7 +203,7 @@ def test_twenty_runs_leave_no_thread_and_no_memory(wide: ModelFolder) -> None:
 def scripted(readings: list[MemorySample], budget: int) -> tuple[Residency, list[MemorySample]]:
     """A policy that sees `readings` one after the other (begin, first block, second block)."""
     left = list(readings)
-    return Residency(budget, read=lambda: left.pop(0), reset=lambda: None), left
+    return Residency(budget, sample=lambda: left.pop(0), reset_peak=lambda: None), left
 
 
 def test_two_blocks_are_measured_alone_and_then_some_stay(model: ModelFolder) -> None:
@@ -213,8 +213,8 @@ def test_two_blocks_are_measured_alone_and_then_some_stay(model: ModelFolder) ->
     policy, left = scripted(
         [
             MemorySample(0, 0, 0),
-            MemorySample(active=1000 + small, peak=work + small, outside=0),
-            MemorySample(active=1000 + small + growth, peak=work + small, outside=outside),
+            MemorySample(active=1000 + small, peak=work + small, non_mlx=0),
+            MemorySample(active=1000 + small + growth, peak=work + small, non_mlx=outside),
         ],
         budget=work + (DEPTH - 2) * growth + outside + size + loading + 2 * size + 10,
     )
@@ -244,7 +244,7 @@ def test_reconsidering_lets_go_first_and_measures_anew(model: ModelFolder) -> No
         held.append(sum(b.layer[0].SelfAttention.q.weight.size > 0 for b in source.blocks))
         return MemorySample(0, max(source.nbytes), 0)
 
-    policy = Residency(everything, read=read, reset=lambda: None)
+    policy = Residency(everything, sample=read, reset_peak=lambda: None)
     with BlockStream(source, policy, cyclic=True) as blocks:
         networks.t5_states(network, blocks)
         networks.t5_states(network, blocks)

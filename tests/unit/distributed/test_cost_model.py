@@ -17,7 +17,7 @@ from mlx_sora.distributed.cost_model import (
 )
 from mlx_sora.errors import UsageError
 from mlx_sora.geometry import Size, plan_geometry
-from mlx_sora.memory.estimate import shape_sizes
+from mlx_sora.memory.estimate import sizes_from_configs
 from mlx_sora.memory.plan import ModelSizes, Workload
 
 CHIP = Chip("test", 1e13, math.inf)
@@ -26,7 +26,7 @@ FREE = Link("free", math.inf, 0.0)
 
 @pytest.fixture(scope="module")
 def model() -> ModelSizes:
-    return shape_sizes(2)
+    return sizes_from_configs(2)
 
 
 def job(frames: int = 51, guided: bool = True) -> Workload:

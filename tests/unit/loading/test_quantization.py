@@ -136,8 +136,8 @@ def test_sizes(model: ModelFolder) -> None:
     network = load_transformer(model, mx.float32)
     found = dict(tree_flatten(network.parameters()))
     assert sizes.transformer_weights.total == sum(value.nbytes for value in found.values())
-    assert sizes.transformer_weights.dense == 4 * 64 * 256
-    assert sizes.text_weights.dense == 4 * 64 * 128
+    assert sizes.transformer_weights.largest_dequantized == 4 * 64 * 256
+    assert sizes.text_weights.largest_dequantized == 4 * 64 * 128
     assert sizes.transformer_weights.stored < sizes.transformer_weights.total
 
 

@@ -61,11 +61,11 @@ def test_sizes(model: ModelFolder, dtype: mx.Dtype) -> None:
         assert weights.total == bytes_of(network)
         assert weights.stored == weights.total * mx.float16.size // dtype.size
         assert len(weights.blocks) == depth
-        assert (weights.loading == max(weights.blocks)) == (dtype == mx.float16)
+        assert (weights.load_peak_bytes == max(weights.blocks)) == (dtype == mx.float16)
     vae = VideoVAE(VAEConfig.from_dict(VAE), ("decoder",))
-    assert sizes.temporal == bytes_of(vae.temporal_vae)
-    assert sizes.spatial == bytes_of(vae.spatial_vae)
-    assert sizes.vae_stored == bytes_of(vae)
+    assert sizes.vae_decoder.temporal == bytes_of(vae.temporal_vae)
+    assert sizes.vae_decoder.spatial == bytes_of(vae.spatial_vae)
+    assert sizes.vae_decoder.stored == bytes_of(vae)
     assert sizes.vae == vae.config
 
 

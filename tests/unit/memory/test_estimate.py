@@ -12,7 +12,14 @@ from mlx_sora.errors import MemoryBudgetError
 from mlx_sora.geometry import Size, plan_geometry
 from mlx_sora.loading.model_folder import ModelFolder
 from mlx_sora.loading.sizes import model_sizes
-from mlx_sora.memory.estimate import ASSUMED, DEVICES, Device, Efficiency, estimate, shape_sizes
+from mlx_sora.memory.estimate import (
+    ASSUMED_EFFICIENCY,
+    DEVICES,
+    Device,
+    Efficiency,
+    estimate,
+    sizes_from_configs,
+)
 from mlx_sora.memory.plan import ModelSizes, Workload
 from mlx_sora.memory.profiles import PROFILES
 from tests.helpers.full_size import write_published
@@ -24,7 +31,7 @@ FAST = 1e30
 
 @pytest.fixture(scope="module")
 def model() -> ModelSizes:
-    return shape_sizes(2)
+    return sizes_from_configs(2)
 
 
 def job(frames: int = 51) -> Workload:
@@ -46,12 +53,14 @@ def test_reading_is_hidden_only_where_it_is_ahead(model: ModelSizes) -> None:
         assert found.seconds[stage.stage] == pytest.approx(stage.read / 0.5e6)
     together = estimate(model, job(), MAC, 2)
     decode = together.plan.stage("decode")
-    computing = decode.flops / (MAC.flops * ASSUMED.flops)
-    reading = decode.read / (MAC.disk * ASSUMED.disk)
+    computing = decode.flops / (MAC.flops * ASSUMED_EFFICIENCY.flops)
+    reading = decode.read / (MAC.disk * ASSUMED_EFFICIENCY.disk)
     assert together.seconds["decode"] == pytest.approx(computing + reading)
     encode = together.plan.stage("encode")
     assert encode.prefetch
-    assert together.seconds["encode"] == pytest.approx(encode.read / (MAC.disk * ASSUMED.disk))
+    assert together.seconds["encode"] == pytest.approx(
+        encode.read / (MAC.disk * ASSUMED_EFFICIENCY.disk)
+    )
 
 
 def test_moving_bytes_counts_where_memory_is_slow(model: ModelSizes) -> None:
@@ -86,12 +95,14 @@ def test_what_does_not_fit_is_refused(model: ModelSizes) -> None:
 def test_as_the_published_files_have_it(tmp_path: Path) -> None:
     mx.clear_cache()
     before = mx.get_active_memory()
-    assert shape_sizes(4) == model_sizes(ModelFolder.open(write_published(tmp_path)), mx.float32)
+    assert sizes_from_configs(4) == model_sizes(
+        ModelFolder.open(write_published(tmp_path)), mx.float32
+    )
     assert mx.get_active_memory() - before < 1 << 20
 
 
 def test_half_the_bytes() -> None:
-    whole, half = shape_sizes(4), shape_sizes(2)
+    whole, half = sizes_from_configs(4), sizes_from_configs(2)
     assert whole.transformer_weights.stored == 2 * half.transformer_weights.stored
     assert whole.text_weights.total == 2 * half.text_weights.total
-    assert whole.temporal == half.temporal
+    assert whole.vae_decoder == half.vae_decoder

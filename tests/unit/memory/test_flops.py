@@ -55,7 +55,7 @@ def test_transformer() -> None:
         matrices(block.cross_attn.kv_linear)
         for block in (*network.spatial_blocks, *network.temporal_blocks)
     )
-    grid = Grid.of(STDIT, (1, 2, 2), batch=1, text=1)
+    grid = Grid.from_latent(STDIT, (1, 2, 2), batch=1, text=1)
     assert grid == Grid(1, 1, 1, 1)
     assert preparation_flops(STDIT, grid) == 2 * once
     rest = matrices(network) - once - matrices(network.fps_embedder) - 48 * 48
@@ -64,7 +64,7 @@ def test_transformer() -> None:
 
 
 def test_transformer_grows_as_it_should() -> None:
-    grid = Grid(batch=1, frames=8, tokens=30, text=9)
+    grid = Grid(batch=1, frames=8, spatial_tokens=30, text_tokens=9)
     one = transformer_flops(STDIT, grid)
     assert transformer_flops(STDIT, replace(grid, batch=2)) == 2 * one
     assert transformer_flops(STDIT, replace(grid, tokens=60)) > 2 * one

@@ -17,12 +17,13 @@ from mlx_sora.memory.plan import (
     Plan,
     StagePlan,
     StepVariant,
+    VAESizes,
     WeightSizes,
     Workload,
 )
 from mlx_sora.memory.planner import make_plan, stage_limits
 from mlx_sora.memory.profiles import PROFILES, parse_bytes
-from mlx_sora.memory.requirements import MIN_CACHE, OUTSIDE, stage_requirements
+from mlx_sora.memory.requirements import MIN_CACHE, NON_MLX_BYTES, stage_requirements
 from mlx_sora.models.stdit3 import STDiT3Config
 from mlx_sora.models.t5 import T5Config
 from mlx_sora.models.vae import VAEConfig
@@ -36,11 +37,9 @@ XL = ModelSizes(
     vae=VAEConfig(),
     text_weights=WeightSizes((772 * MB,) * 24, 772 * MB, 0, 24 * 772 * MB, 0),
     transformer_weights=WeightSizes((170 * MB,) * 28, 170 * MB, 74 * MB, 28 * 170 * MB, 74 * MB),
-    temporal=661 * MB,
-    spatial=198 * MB,
-    vae_stored=859 * MB,
+    vae_decoder=VAESizes(temporal=661 * MB, spatial=198 * MB, stored=859 * MB),
 )
-CPU = Machine(gpu=False, cache=4 << 30)
+CPU = Machine(gpu=False, cache_limit=4 << 30)
 
 
 def job(width: int = 426, height: int = 240, frames: int = 51, **options: object) -> Workload:
@@ -57,7 +56,7 @@ def test_full_size_fits_a_phone() -> None:
         assert (encode.resident, encode.prefetch) == (0, True)
         assert 0 < denoise.resident < denoise.blocks
         assert denoise.prefetch
-        assert decode.in_turn
+        assert decode.sequential_offload
 
 
 @pytest.mark.parametrize("budget", [1.3, 1.5, 2, 2.7, 3.3, 4, 6, 8, 16, 64])
@@ -72,7 +71,7 @@ def test_every_stage_stays_within_the_budget(budget: float, gpu: bool) -> None:
         return
     plan = make_plan(XL, small, machine, most)
     for stage in plan.stages:
-        assert OUTSIDE < stage.peak <= most
+        assert NON_MLX_BYTES < stage.peak <= most
         assert stage.cache_limit >= MIN_CACHE
         assert 0 < stage.memory_limit < stage.peak - stage.cache_limit
 
@@ -103,7 +102,7 @@ def test_the_smallest_budget_is_exact_and_named() -> None:
 
 
 def test_at_the_smallest_budget_nothing_is_loaded_ahead() -> None:
-    model = replace(XL, temporal=1, spatial=1)
+    model = replace(XL, vae_decoder=VAESizes(1, 1, 859 * MB))
     plan = make_plan(model, job(), CPU, make_plan(model, job(), CPU).smallest)
     tight = max(plan.stages, key=lambda stage: stage.peak)
     assert tight.stage == "denoise"
@@ -112,9 +111,9 @@ def test_at_the_smallest_budget_nothing_is_loaded_ahead() -> None:
 
 def test_refusal_points_to_sequential_guidance_where_that_helps() -> None:
     large = job(1280, 720)
-    model = replace(XL, vae=VAEConfig(), temporal=1, spatial=1)
+    model = replace(XL, vae=VAEConfig(), vae_decoder=VAESizes(1, 1, 859 * MB))
     both = make_plan(XL, large, CPU).smallest
-    alone = make_plan(XL, replace(large, sequential=True), CPU).smallest
+    alone = make_plan(XL, replace(large, sequential_guidance=True), CPU).smallest
     assert alone <= both
     with pytest.raises(MemoryBudgetError) as error:
         make_plan(model, job(854, 480, 204), CPU, 2 * GB)
@@ -135,10 +134,10 @@ def test_mlx_is_held_back_only_where_it_has_to_be() -> None:
 
 def test_sequential_guidance_takes_half_the_activations_and_twice_the_reading() -> None:
     both = make_plan(XL, job(), CPU, int(3.3 * GB)).stage("denoise")
-    alone = make_plan(XL, job(sequential=True), CPU, int(3.3 * GB)).stage("denoise")
+    alone = make_plan(XL, job(sequential_guidance=True), CPU, int(3.3 * GB)).stage("denoise")
     assert alone.flops == both.flops
     assert alone.resident > both.resident
-    streamed = make_plan(XL, job(sequential=True), CPU, streamed=True).stage("denoise")
+    streamed = make_plan(XL, job(sequential_guidance=True), CPU, streamed=True).stage("denoise")
     assert streamed.read == 74 * MB + 60 * 28 * 170 * MB
     # Text keys and values of the pass without prompt: 28 pairs of blocks, 60 tokens, in float32.
     assert alone.reserve == 28 * 2 * 2 * 60 * 1152 * 4
@@ -148,7 +147,7 @@ def test_sequential_guidance_takes_half_the_activations_and_twice_the_reading() 
 def test_without_a_budget_all_stays_or_nothing() -> None:
     free = make_plan(XL, job(), CPU)
     assert [stage.resident for stage in free.stages] == [24, 28, 0]
-    assert not free.stage("decode").in_turn
+    assert not free.stage("decode").sequential_offload
     assert free.stage("encode").peak > 18 * GB
     streamed = make_plan(XL, job(), CPU, streamed=True)
     assert [stage.resident for stage in streamed.stages] == [0, 0, 0]
@@ -184,8 +183,8 @@ def test_what_evaluations_leave_out_is_not_counted() -> None:
     spared = stage((alone, 20))
     assert spared.read == exact.read
     assert spared.flops == pytest.approx(exact.flops * 40 / 60, rel=0.01)
-    apart = stage((alone, 20), sequential=True)
-    assert stage(sequential=True).read - apart.read == pytest.approx(20 * blocks, rel=0.01)
+    apart = stage((alone, 20), sequential_guidance=True)
+    assert stage(sequential_guidance=True).read - apart.read == pytest.approx(20 * blocks, rel=0.01)
 
 
 def test_what_a_cache_keeps_is_counted() -> None:
@@ -229,36 +228,36 @@ def test_limits_hold_within_a_stage_and_are_given_back() -> None:
 
 
 def test_inversion_doubles_the_evaluations_but_not_the_guided_ones() -> None:
-    plain, both = (make_plan(XL, job(inverts=i), CPU).stage("denoise") for i in (False, True))
+    plain, both = (make_plan(XL, job(inversion=i), CPU).stage("denoise") for i in (False, True))
     unguided = make_plan(XL, job(guided=False), CPU).stage("denoise")
     assert both.flops == plain.flops + unguided.flops
-    assert job(inverts=True).block_passes == 60
-    assert job(inverts=True, sequential=True).block_passes == 90
+    assert job(inversion=True).block_passes == 60
+    assert job(inversion=True, sequential_guidance=True).block_passes == 90
 
 
 def test_kept_values_need_their_room() -> None:
     budget, kept = 4 * GB, GB
     plain, keeping = (
-        make_plan(XL, job(inverts=True, captured_bytes=n), CPU, budget).stage("denoise")
+        make_plan(XL, job(inversion=True, captured_bytes=n), CPU, budget).stage("denoise")
         for n in (0, kept)
     )
     assert keeping.peak <= budget
     assert keeping.resident < plain.resident
     assert keeping.reserve == plain.reserve + kept
     with pytest.raises(MemoryBudgetError):
-        make_plan(XL, job(inverts=True, captured_bytes=budget), CPU, budget)
+        make_plan(XL, job(inversion=True, captured_bytes=budget), CPU, budget)
 
 
-WITH_ENCODERS = replace(XL, encoders=(580 * MB, 137 * MB, 717 * MB))
+WITH_ENCODERS = replace(XL, vae_encoder=VAESizes(580 * MB, 137 * MB, 717 * MB))
 
 
 def test_media_are_a_stage_of_the_plan() -> None:
-    workload = job(media=MediaWorkload(chunks=2, longest=17, pixels=1920 * 1080))
+    workload = job(media=MediaWorkload(chunks=2, chunk_frames=17, source_pixels=1920 * 1080))
     plan = make_plan(WITH_ENCODERS, workload, CPU, 3 * GB)
     assert [stage.stage for stage in plan.stages] == ["encode", "read", "denoise", "decode"]
     stage = plan.stage("read")
     assert stage.peak <= 3 * GB
-    assert stage.in_turn
+    assert stage.sequential_offload
     once = make_plan(WITH_ENCODERS, job(media=MediaWorkload(1, 17, 10**6)), CPU).stage("read")
     assert stage.flops == 2 * once.flops
     assert make_plan(WITH_ENCODERS, job(), CPU).stages[1].stage == "denoise"
@@ -268,7 +267,7 @@ def test_larger_source_frames_need_more_memory() -> None:
     large, small = (
         stage_requirements(
             WITH_ENCODERS, job(media=MediaWorkload(1, 17, pixels)), CPU, throttled=True
-        )[1].least
+        )[1].minimum
         for pixels in (3840 * 2160, 64 * 64)
     )
     assert large - small == 36 * (3840 * 2160 - 64 * 64)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from mlx_sora.errors import UsageError
-from mlx_sora.memory.profiles import PROFILES, format_bytes, parse_bytes, profile
+from mlx_sora.memory.profiles import PROFILES, format_bytes, parse_bytes, profile_budget
 
 
 @pytest.mark.parametrize(
@@ -43,10 +43,10 @@ def test_what_is_shown_would_do(count: int, text: str) -> None:
 
 
 def test_profiles() -> None:
-    assert profile("iphone-15-pro") == 3_300_000_000
+    assert profile_budget("iphone-15-pro") == 3_300_000_000
     for name, count in PROFILES.items():
         if name.startswith(("mac", "ipad")):
             total = int(name.split("-")[1].removesuffix("gb")) << 30
             assert 0.6 < count / total < 0.8
     with pytest.raises(UsageError, match="mac-16gb"):
-        profile("mac-16")
+        profile_budget("mac-16")

@@ -9,11 +9,11 @@ import pytest
 from mlx_sora import GenerationRequest, Pipeline
 from mlx_sora.memory.limits import current_rss
 from mlx_sora.memory.residency import (
-    Blocks,
+    BlockSizes,
     BudgetMonitor,
     MemorySample,
     Residency,
-    Room,
+    ResidencyPlan,
     choose_resident,
     evenly_spaced,
     sample_memory,
@@ -23,33 +23,33 @@ from mlx_sora.runtime.events import Finished, StepFinished, Warned
 
 PROMPT = "a red circle moving right on a black background"
 MB = 1 << 20
-TEN = Blocks([100] * 10, loading=100)
+TEN = BlockSizes([100] * 10, load_peak_bytes=100)
 
 
 @pytest.mark.parametrize(
     ("room", "expected"),
     [
-        (-50, Room(0, False)),
-        (100, Room(0, False)),
-        (199, Room(0, False)),
-        (200, Room(0, True)),
-        (299, Room(0, True)),
-        (300, Room(1, True)),
-        (999, Room(7, True)),
-        (1000, Room(10, True)),
-        (10**9, Room(10, True)),
+        (-50, ResidencyPlan(0, False)),
+        (100, ResidencyPlan(0, False)),
+        (199, ResidencyPlan(0, False)),
+        (200, ResidencyPlan(0, True)),
+        (299, ResidencyPlan(0, True)),
+        (300, ResidencyPlan(1, True)),
+        (999, ResidencyPlan(7, True)),
+        (1000, ResidencyPlan(10, True)),
+        (10**9, ResidencyPlan(10, True)),
     ],
 )
-def test_choose(room: int, expected: Room) -> None:
+def test_choose(room: int, expected: ResidencyPlan) -> None:
     assert choose_resident(room, TEN) == expected
 
 
 def test_loading_may_take_more_than_the_block() -> None:
-    casting = Blocks([100] * 10, loading=130)
-    assert choose_resident(229, casting) == Room(0, False)
-    assert choose_resident(230, casting) == Room(0, True)
-    assert choose_resident(1029, casting) == Room(7, True)
-    assert choose_resident(1030, casting) == Room(10, True)
+    casting = BlockSizes([100] * 10, load_peak_bytes=130)
+    assert choose_resident(229, casting) == ResidencyPlan(0, False)
+    assert choose_resident(230, casting) == ResidencyPlan(0, True)
+    assert choose_resident(1029, casting) == ResidencyPlan(7, True)
+    assert choose_resident(1030, casting) == ResidencyPlan(10, True)
 
 
 def test_what_is_chosen_fits() -> None:
@@ -71,13 +71,13 @@ def test_spread_is_even(blocks: int) -> None:
 
 def policy(readings: list[MemorySample], **options: int) -> Residency:
     left = list(readings)
-    return Residency(read=lambda: left.pop(0), reset=lambda: None, **options)
+    return Residency(sample=lambda: left.pop(0), reset_peak=lambda: None, **options)
 
 
-def decide(residency: Residency, blocks: Blocks = TEN) -> Room:
-    residency.begin()
-    assert residency.measured(0, blocks) is None
-    room = residency.measured(1, blocks)
+def decide(residency: Residency, blocks: BlockSizes = TEN) -> ResidencyPlan:
+    residency.start_measuring()
+    assert residency.record_block(0, blocks) is None
+    room = residency.record_block(1, blocks)
     assert room is not None
     return room
 
@@ -89,20 +89,20 @@ def test_decision_counts_all_that_is_measured() -> None:
     for spare, expected in [(0, 0), (300, 3), (799, 7), (800, 10)]:
         total = fixed + 200 + spare
         assert decide(policy(readings, budget=total)).resident == expected
-        assert decide(policy(readings, budget=total + 77, cache_limit=50, reserve=27)) == Room(
-            expected, True
-        )
+        assert decide(
+            policy(readings, budget=total + 77, cache_limit=50, reserve=27)
+        ) == ResidencyPlan(expected, True)
 
 
 def test_shrinking_memory_is_no_growth() -> None:
     readings = [MemorySample(0, 0, 0), MemorySample(400, 1100, 0), MemorySample(300, 1100, 0)]
-    assert decide(policy(readings, budget=1000 + 200 + 100)) == Room(1, True)
+    assert decide(policy(readings, budget=1000 + 200 + 100)) == ResidencyPlan(1, True)
 
 
 def test_a_single_block_decides_at_once() -> None:
     residency = policy([MemorySample(0, 0, 0), MemorySample(400, 1100, 0)], budget=1100)
-    residency.begin()
-    assert residency.measured(0, Blocks([100], 100)) == Room(1, True)
+    residency.start_measuring()
+    assert residency.record_block(0, BlockSizes([100], 100)) == ResidencyPlan(1, True)
 
 
 def test_the_largest_peak_is_remembered() -> None:
@@ -124,24 +124,28 @@ def test_mlx_is_held_back_only_while_measuring() -> None:
 
     def make(*, throttled: bool) -> Residency:
         return Residency(
-            1, throttled=throttled, read=lambda: left.pop(0), reset=lambda: None, limit=limit
+            1,
+            throttled=throttled,
+            sample=lambda: left.pop(0),
+            reset_peak=lambda: None,
+            set_limit=limit,
         )
 
     residency = make(throttled=True)
     decide(residency)
     assert limits == [777, 0, 777]
-    residency.begin()
-    residency.end()
-    residency.end()
+    residency.start_measuring()
+    residency.stop_measuring()
+    residency.stop_measuring()
     assert limits == [777, 0, 777, 0, 777]
-    make(throttled=False).begin()
+    make(throttled=False).start_measuring()
     assert limits == [777, 0, 777, 0, 777]
 
 
 def test_reading_this_process() -> None:
     reading = sample_memory()
     assert reading.peak >= reading.active >= 0
-    assert 1 << 20 < reading.outside < 1 << 34
+    assert 1 << 20 < reading.non_mlx < 1 << 34
 
 
 # The budget monitor.
@@ -149,7 +153,7 @@ def test_reading_this_process() -> None:
 
 def guard(*readings: MemorySample, budget: int | None = 100 * MB) -> BudgetMonitor:
     left = list(readings)
-    return BudgetMonitor("denoise", budget, read=lambda: left.pop(0))
+    return BudgetMonitor("denoise", budget, sample=lambda: left.pop(0))
 
 
 def test_within_the_budget_nothing_is_done() -> None:

@@ -85,7 +85,7 @@ def test_a_failure_at_work_is_a_line_and_holds_no_memory(
 
     mx.clear_cache()
     idle = mx.get_active_memory()
-    monkeypatch.setattr("mlx_sora.runtime.health.Health.latents", broken)
+    monkeypatch.setattr("mlx_sora.runtime.health.Health.check_latents", broken)
     seen = events(pipe, *map(request, PROMPTS))
     calls.clear()
     errors = [e.error for e in seen if isinstance(e, RequestFailed)]

@@ -22,7 +22,7 @@ b = blas.install()
 a = mx.random.normal((96, 64), key=mx.random.key(0))
 mx.eval(a @ a.T)
 print(json.dumps({"name": b.name, "path": b.path, "fast": b.fast, "notice": b.notice,
-                  "calls": b.calls()}))
+                  "calls": b.call_count()}))
 """
 
 

@@ -13,7 +13,7 @@ import pytest
 from mlx_sora import MemoryBudgetError, Pipeline
 from mlx_sora.errors import MlxSoraError, UsageError
 from mlx_sora.runtime import blas, device
-from mlx_sora.runtime.device import known_error
+from mlx_sora.runtime.device import explain_device_error
 
 CPU, GPU = mx.Device(mx.cpu), mx.Device(mx.gpu)
 
@@ -55,7 +55,7 @@ def test_float16_is_refused_for_t5() -> None:
 
 
 def test_describe_is_plain_data_about_this_machine() -> None:
-    report = json.loads(json.dumps(device.describe()))
+    report = json.loads(json.dumps(device.describe_machine()))
     assert report["backend"] in ("metal", "cuda", "cpu")
     assert report["memory"] > 1 << 28
     assert report["dtype"] == str(device.default_dtype()).removeprefix("mlx.core.")
@@ -106,7 +106,7 @@ OTHERS = ("[matmul] Last dimension of first input", "[read] Unable to read from 
 
 @pytest.mark.parametrize("text", OUT_OF_MEMORY)
 def test_no_memory_is_a_memory_error(text: str) -> None:
-    found = known_error(RuntimeError(text), "denoise")
+    found = explain_device_error(RuntimeError(text), "denoise")
     assert isinstance(found, MemoryBudgetError)
     assert found.exit_code == 3
     assert "Stage denoise" in str(found)
@@ -115,7 +115,7 @@ def test_no_memory_is_a_memory_error(text: str) -> None:
 
 @pytest.mark.parametrize("text", TOO_LONG)
 def test_the_watchdog_is_explained(text: str) -> None:
-    found = known_error(RuntimeError(text), "decode")
+    found = explain_device_error(RuntimeError(text), "decode")
     assert type(found) is MlxSoraError
     assert "Stage decode" in str(found)
     assert "--vae-tiles" in found.fix
@@ -123,13 +123,13 @@ def test_the_watchdog_is_explained(text: str) -> None:
 
 @pytest.mark.parametrize("text", OTHERS)
 def test_others_are_left_alone(text: str) -> None:
-    assert known_error(RuntimeError(text), "encode") is None
-    assert known_error(ValueError(OUT_OF_MEMORY[0]), "encode") is None
-    assert known_error(KeyboardInterrupt(), "encode") is None
+    assert explain_device_error(RuntimeError(text), "encode") is None
+    assert explain_device_error(ValueError(OUT_OF_MEMORY[0]), "encode") is None
+    assert explain_device_error(KeyboardInterrupt(), "encode") is None
 
 
 def test_pythons_own_memory_error() -> None:
-    assert isinstance(known_error(MemoryError(), "read"), MemoryBudgetError)
+    assert isinstance(explain_device_error(MemoryError(), "read"), MemoryBudgetError)
 
 
 @pytest.mark.parametrize(

@@ -155,21 +155,21 @@ def test_a_step_that_fails_is_the_last(
 )
 def test_the_likely_cause_of_exploding(health: Health, says: str) -> None:
     with pytest.raises(NumericsError, match=says):
-        health.latents(noise(1, 2, 4, 4, 4) * 1e3, 0, 3)
+        health.check_latents(noise(1, 2, 4, 4, 4) * 1e3, 0, 3)
 
 
 def test_nan_in_half_precision_may_be_the_precision() -> None:
     nan = mx.full((3, 4), NAN)
     with pytest.raises(NumericsError, match="--dtype float32"):
-        Health(mx.bfloat16, 7.0).text(nan)
+        Health(mx.bfloat16, 7.0).check_text(nan)
     with pytest.raises(NumericsError) as error:
-        HEALTH.text(nan)
+        HEALTH.check_text(nan)
     assert "--dtype" not in str(error.value)
 
 
 def test_what_was_given_is_looked_at() -> None:
     with pytest.raises(NumericsError, match="stage read"):
-        HEALTH.media(mx.array([[1.0, NAN]]))
+        HEALTH.check_media(mx.array([[1.0, NAN]]))
 
 
 # No false alarms.
@@ -196,7 +196,7 @@ def test_runs_of_the_reference_pass(case: Case) -> None:
     """Random weights, and made-up velocities too."""
     finals = [name for name in case.tensors if name.endswith("final_z")]
     for name in finals:
-        HEALTH.latents(channels_last(case[name]), 0, 1)
+        HEALTH.check_latents(channels_last(case[name]), 0, 1)
     assert finals
 
 
@@ -207,7 +207,7 @@ def test_frames_of_a_random_decoder_pass(case: Case) -> None:
         health, frames = FrameHealth(), channels_last(case[name])[0]
         for start in range(0, len(frames), 17):
             health.add(frames[start : start + 17])
-        health.end()
+        health.finish()
     assert names
 
 
@@ -219,7 +219,7 @@ def re_frames(name: str) -> bool:
 def test_text_of_the_reference_passes(case: Case) -> None:
     texts = case["out.last_hidden_state"]
     for states in texts:
-        HEALTH.text(states)
+        HEALTH.check_text(states)
     assert len(texts)
 
 
@@ -227,7 +227,7 @@ def frames(*chunks: mx.array) -> None:
     health = FrameHealth()
     for chunk in chunks:
         health.add(chunk)
-    health.end()
+    health.finish()
 
 
 def test_stillness_and_brightness_that_are_real_pass() -> None:
