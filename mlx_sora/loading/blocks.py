@@ -99,9 +99,7 @@ class BlockSource(Generic[Block]):
                 message = f"Block {index} of the {self.name}: {error.message}"
                 raise WeightsError(message, error.fix) from error
             except (OSError, RuntimeError) as error:
-                if (
-                    explain_device_error(error, "") is not None
-                ):  # out of memory, not the file's fault
+                if explain_device_error(error, "") is not None:  # not the file's fault
                     raise
                 message = f"Block {index} of the {self.name}: cannot read {file}: {error}"
                 raise WeightsError(message, FIX) from error

@@ -199,7 +199,7 @@ def test_what_a_cache_keeps_is_counted() -> None:
 
 
 def test_casting_while_loading_takes_more() -> None:
-    half = replace(XL, text_weights=replace(XL.text_weights, loading=(772 + 84) * MB))
+    half = replace(XL, text_weights=replace(XL.text_weights, load_peak_bytes=(772 + 84) * MB))
     assert make_plan(half, job(), CPU).smallest >= make_plan(XL, job(), CPU).smallest
 
 

@@ -136,7 +136,7 @@ def test_pythons_own_memory_error() -> None:
     ("place", "stage"),
     [
         ("mlx_sora.text.encoder.TextEncoder.encode", "encode"),
-        ("mlx_sora.pipeline.stages.denoise", "denoise"),
+        ("mlx_sora.sampling.loop.denoise", "denoise"),
         ("mlx_sora.pipeline.stages.to_uint8", "decode"),
         ("mlx_sora.loading.blocks.load_tensors", "encode"),
     ],
@@ -153,7 +153,7 @@ def test_every_stage_tells_of_it(
     monkeypatch.setattr(place, fail)
     if place.endswith("load_tensors"):
         monkeypatch.setattr("mlx_sora.loading.checkpoint.load_tensors", fail)
-        monkeypatch.setattr("mlx_sora.loading.blocks.BlockSource._load_from", fail)
+        monkeypatch.setattr("mlx_sora.loading.blocks.BlockSource._load_from_file", fail)
     request = {"steps": 1, "num_frames": 1, "output": tmp_path / "a.png"}
     with pytest.raises(MemoryBudgetError, match=f"Stage {stage}: there is not enough memory"):
         Pipeline.from_pretrained("shapes")("a red circle", ci_dl="load" in place, **request)

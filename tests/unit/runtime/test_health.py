@@ -137,7 +137,7 @@ def poisoned(
 def test_a_step_that_fails_is_the_last(
     monkeypatch: pytest.MonkeyPatch, change: Callable[[mx.array], mx.array], says: str
 ) -> None:
-    monkeypatch.setattr("mlx_sora.pipeline.stages.denoise", poisoned(change, 1))
+    monkeypatch.setattr("mlx_sora.sampling.loop.denoise", poisoned(change, 1))
     pipe, seen = Pipeline.from_pretrained("shapes"), list[Event]()
     request = GenerationRequest(PROMPT, steps=4, num_frames=17, seed=1)
     with pytest.raises(NumericsError, match=f"{says}.*after step 2 of 4"):
@@ -262,11 +262,11 @@ def test_frames_that_differ_in_a_later_chunk_are_a_video() -> None:
 @pytest.mark.parametrize(
     "look",
     [
-        lambda health: health.text(mx.zeros((2, 3))),
-        lambda health: health.media(mx.array([NAN])),
-        lambda health: health.latents(mx.full((1, 2, 3, 3, 4), NAN), 0, 1),
-        lambda health: health.frames().add(mx.full((1, 2, 2, 3), NAN)),
-        lambda health: health.frames().end(),
+        lambda health: health.check_text(mx.zeros((2, 3))),
+        lambda health: health.check_media(mx.array([NAN])),
+        lambda health: health.check_latents(mx.full((1, 2, 3, 3, 4), NAN), 0, 1),
+        lambda health: health.frame_health().add(mx.full((1, 2, 2, 3), NAN)),
+        lambda health: health.frame_health().finish(),
     ],
 )
 def test_off_is_off(look: Callable[[Health], None]) -> None:
