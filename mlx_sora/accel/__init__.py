@@ -85,9 +85,9 @@ class Accelerations:
         """Tensors of the size of one evaluation's tokens that are kept between steps."""
         return sum(each.cached_residuals for each in self._active.values())
 
-    def block_cache(self, step: int, part: CFGSlice) -> BlockStackCache | None:
+    def block_cache(self, step: int, cfg_slice: CFGSlice) -> BlockStackCache | None:
         """Return the cache that may replace the block stack in this forward pass, or None."""
-        found = [each.block_cache(step, part) for each in self._active.values()]
+        found = [each.block_cache(step, cfg_slice) for each in self._active.values()]
         caches = [cache for cache in found if cache is not None]
         assert len(caches) <= 1, "two techniques replace the block stack"
         return caches[0] if caches else None

@@ -68,7 +68,7 @@ class Acceleration(ABC):
         """Return the token merging of this step."""
         return None
 
-    def block_cache(self, step: int, part: CFGSlice) -> BlockStackCache | None:
+    def block_cache(self, step: int, cfg_slice: CFGSlice) -> BlockStackCache | None:
         """Return the cache for one forward pass of this step."""
         return None
 

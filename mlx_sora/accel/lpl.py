@@ -54,7 +54,7 @@ class Leap(Acceleration):
         return self._schedule.agree(self.is_ready(step, v))
 
     def on_step_end(self, result: StepResult) -> None:
-        if result.leapt:
+        if result.is_leap:
             self._end = result
 
     def record(self) -> dict[str, Any]:

@@ -179,20 +179,20 @@ class ResidualCache(Acceleration):
         if config.mode != "online" and not self.skipped_steps:
             self.warnings = (f"--step-cache {config} saves nothing in {schedule.steps} steps.",)
 
-    def block_cache(self, step: int, part: CFGSlice) -> ForwardPass:
-        return ForwardPass(self, step, part)
+    def block_cache(self, step: int, cfg_slice: CFGSlice) -> ForwardPass:
+        return ForwardPass(self, step, cfg_slice)
 
     def find(self, call: ForwardPass, x: mx.array) -> mx.array | None:
         """Return the residual that replaces the blocks for tokens x, or None to run them."""
-        if call.part.start == 0:
+        if call.cfg_slice.start == 0:
             self._evaluations += 1
-            is_whole = all(map(self._is_recent, range(call.part.total)))
+            is_whole = all(map(self._is_recent, range(call.cfg_slice.total)))
             same_mask = all(self._has_mask(i, call.mask) for i in range(len(x)))
             # Ask the rule in any case: it follows every evaluation.
             reuse = self.rule.should_reuse(call.step, x[:1]) and is_whole and same_mask
             self._is_reused = self._agree(reuse)
             self._saved += self._is_reused
-        rows = range(call.part.start, call.part.start + len(x))
+        rows = range(call.cfg_slice.start, call.cfg_slice.start + len(x))
         if self._is_reused:
             found = [
                 self._samples[row].extrapolate(call.t[i : i + 1]) for i, row in enumerate(rows)
@@ -207,10 +207,10 @@ class ResidualCache(Acceleration):
 
     def store(self, call: ForwardPass, x: mx.array, out: mx.array) -> None:
         """Cache the residual of the blocks that ran."""
-        if call.part.start == 0:
+        if call.cfg_slice.start == 0:
             self.rule.update(x[:1], out[:1])
         for i in range(len(x)):
-            sample = self._samples.setdefault(call.part.start + i, CachedSample())
+            sample = self._samples.setdefault(call.cfg_slice.start + i, CachedSample())
             # Evaluated now: a lazy residual would keep all its inputs in memory.
             sample.residuals.append((_copy(out[i : i + 1] - x[i : i + 1]), call.t[i : i + 1]))
             sample.evaluation = self._evaluations
@@ -262,8 +262,8 @@ class ForwardPass:
     t: mx.array
     mask: mx.array | None
 
-    def __init__(self, cache: ResidualCache, step: int, part: CFGSlice) -> None:
-        self._cache, self.step, self.part = cache, step, part
+    def __init__(self, cache: ResidualCache, step: int, cfg_slice: CFGSlice) -> None:
+        self._cache, self.step, self.cfg_slice = cache, step, cfg_slice
 
     def cached_residual(self, x: mx.array, t: mx.array, x_mask: mx.array | None) -> mx.array | None:
         self.t, self.mask = t, x_mask

@@ -1,7 +1,7 @@
-"""The seams a network may call, each a protocol with its plain default.
+"""Hooks that a network calls: one protocol each, with a default that changes nothing.
 
-The networks know these protocols only; what fills them depends on this module, never the reverse.
-State belongs to whoever fills a seam, for one run. The defaults cost nothing and change nothing.
+Networks know only these protocols. The modules that fill them depend on this one, never the
+reverse. State belongs to the object that fills a hook, for one run.
 Dimension letters: B batch, T frames, S tokens per frame, C channels.
 """
 
@@ -18,33 +18,33 @@ Block_co = TypeVar("Block_co", covariant=True)
 
 
 class BlockProvider(Protocol[Block_co]):
-    """Hands out a network's blocks in order, so that not all need be in memory at once."""
+    """Source of a network's blocks, in order, so that not all have to be in memory at once."""
 
     def get(self, index: int) -> Block_co:
-        """Block `index` with its weights filled; they stay until `done(index)`."""
+        """Return block `index` with its weights, which stay until `release(index)`."""
 
-    def done(self, index: int, output: mx.array) -> None:
-        """Block `index` has built `output`, still lazy.
+    def release(self, index: int, output: mx.array) -> None:
+        """Receive the output of block `index`, still lazy; this pass is done with the block.
 
-        Whoever takes the block's weights away has to evaluate `output` first.
+        A provider that drops the weights must evaluate `output` first.
         """
 
 
 @dataclass(frozen=True)
 class ResidentBlocks(Generic[Block]):
-    """All blocks in memory."""
+    """Block provider with all blocks in memory."""
 
     blocks: Sequence[Block]
 
     def get(self, index: int) -> Block:
         return self.blocks[index]
 
-    def done(self, index: int, output: mx.array) -> None:
-        """Nothing to do: the block stays."""
+    def release(self, index: int, output: mx.array) -> None:
+        """Do nothing: the block stays."""
 
 
 class TokenMerging(Protocol):
-    """Fewer tokens around attention: `merge` before, `unmerge` after, in every block.
+    """Reduction of tokens around attention: `merge` before, `unmerge` after, in every block.
 
     Called around self-attention (on the modulated input, before the gate) and around
     cross-attention (on the residual stream itself), in spatial and temporal blocks alike.
@@ -52,17 +52,17 @@ class TokenMerging(Protocol):
 
     @property
     def stride(self) -> int:
-        """Frames, counted from the first, that become one; those left at the end go with these."""
+        """Number of successive frames that become one; a shorter rest at the end joins them."""
 
     def merge(self, x: mx.array) -> mx.array:
-        """[B, T, S, C] to the tokens that attend, [B, T', S, C]."""
+        """Reduce tokens [B, T, S, C] to those that attend, [B, T', S, C]."""
 
     def unmerge(self, x: mx.array, frames: int) -> mx.array:
-        """Attention's result [B, T', S, C] back to `frames` frames, [B, T, S, C]."""
+        """Expand the output of attention [B, T', S, C] to `frames` frames, [B, T, S, C]."""
 
 
 class NoMerging:
-    """Every token attends."""
+    """Token merging that merges nothing."""
 
     stride = 1
 
@@ -74,65 +74,66 @@ class NoMerging:
 
 
 class ValueSharing(Protocol):
-    """What attention within frames hands out for its values, block by block."""
+    """Replacement of the values in spatial attention, block by block."""
 
     def values(self, v: mx.array, block: int) -> mx.array:
-        """v [B · T, heads, S, head size] of spatial block `block`, or what stands for it."""
+        """Return v [B · T, heads, S, head size] of spatial block `block`, or its replacement."""
 
 
 class BlockStackCache(Protocol):
-    """What all blocks together add to the tokens, where something else knows it well enough.
+    """Cache of the residual (out - in) of the whole block stack, for one forward pass.
 
-    For one evaluation of the network: `instead` before the blocks; where it gives nothing, the
-    blocks run, and `computed` is shown the outcome. Else no block is even asked for.
+    The network calls `cached_residual` before the blocks. If that returns None, the blocks run and
+    `update` receives their output. Otherwise the network requests no block.
     """
 
     def cached_residual(self, x: mx.array, t: mx.array, x_mask: mx.array | None) -> mx.array | None:
-        """What stands for the sum, [B, T, S, C], at tokens x [B, T, S, C] and flow times t [B].
+        """Return the residual [B, T, S, C] for tokens x [B, T, S, C], or None to run the blocks.
 
-        x_mask [B, T]: false for frames that are at t = 0. None has the blocks run.
+        t [B]: flow times. x_mask [B, T]: false for frames that are at t = 0.
         """
 
     def update(self, x: mx.array, out: mx.array) -> None:
-        """The blocks have made `out` of x, still lazy."""
+        """Receive the tokens before and after the blocks, still lazy."""
 
 
 class Shard(Protocol):
-    """What one process computes of an evaluation that several make together.
+    """One rank's shard of a forward pass.
 
-    b of the B samples; in spatial blocks all tokens of t of their T frames, in temporal blocks all
-    frames at s of the S places of a frame. Every process calls all of this in the same order.
+    A rank has b of the B samples: all tokens of t of their T frames in spatial blocks, all frames
+    of s of their S tokens per frame in temporal blocks. All ranks make the same calls in the same
+    order.
     """
 
     @property
     def batch_slice(self) -> slice:
-        """The b samples."""
+        """Slice of the b samples."""
 
     def scatter(self, x: mx.array) -> mx.array:
-        """Tokens of all, [B, T, S, C], to those of the first spatial block, [b, t, S, C]."""
+        """Return this rank's tokens [b, t, S, C] of all, [B, T, S, C], for the first block."""
 
     def scatter_frames(self, x: mx.array) -> mx.array:
-        """Something per frame, [b, T, ...], to that of the t frames; [b, 1, ...] is for all."""
+        """Return the t frames of x [b, T, ...]; [b, 1, ...] holds for all frames."""
 
     def to_temporal(self, x: mx.array) -> mx.array:
-        """From a spatial to a temporal block: [b, t, S, C] to [b, T, s, C]."""
+        """Exchange tokens from spatial to temporal blocks: [b, t, S, C] to [b, T, s, C]."""
 
     def to_spatial(self, x: mx.array) -> mx.array:
-        """From a temporal to a spatial block: [b, T, s, C] to [b, t, S, C]."""
+        """Exchange tokens from temporal to spatial blocks: [b, T, s, C] to [b, t, S, C]."""
 
     def gather(self, x: mx.array) -> mx.array:
-        """After the last block: [b, T, s, C] to what all have made, [B, T, S, C]."""
+        """Return the tokens of all ranks, [B, T, S, C], after the last block."""
 
 
 class Sharding(Protocol):
-    """How several processes divide the evaluations of a network among them."""
+    """Division of forward passes among ranks."""
 
     def shard(self, shape: Sequence[int], stride: int) -> Shard:
-        """This process's part of tokens `shape`, (B, T, S); `stride` as in TokenPolicy."""
+        """Return this rank's shard of tokens of shape (B, T, S); stride: as in TokenMerging."""
 
 
 class Unsharded:
-    """One process makes all of it; fills Layout and Share."""
+    """Sharding and shard of a single process."""
 
     batch_slice = slice(None)
 
@@ -157,10 +158,10 @@ class Unsharded:
 
 @dataclass(frozen=True)
 class Hooks(Generic[Block]):
-    """What one run puts into the seams. blocks: None means the network's own, resident.
+    """Hooks of one forward pass.
 
-    values: None leaves every attention its own; in a layout it sees the values of this process's
-    share. stack: None always runs the blocks; it sees the tokens of all.
+    blocks: None for the network's own, resident ones. value_sharing: sees the values of this rank's
+    shard. block_cache: sees the tokens of all ranks.
     """
 
     blocks: BlockProvider[Block] | None = None

@@ -493,7 +493,7 @@ class STDiT3(nn.Module):
             x = x if index == 0 else share.to_spatial(x)
             x = spatial(x, share.scatter_frames(modulation), first, *rest, own)
             x = temporal(share.to_temporal(x), modulation, second, *rest)
-            blocks.done(index, x)
+            blocks.release(index, x)
         return x
 
     def _unpatchify(self, x: mx.array, grid: Sequence[int]) -> mx.array:

@@ -220,7 +220,7 @@ class T5Encoder(nn.Module):
                 if mask is not None:
                     bias = mx.where(mask.astype(mx.bool_)[:, None, None, :], bias, MASKED)
             x = block(x, bias)
-            blocks.done(index, x)
+            blocks.release(index, x)
             yield x
 
     def __call__(

@@ -181,7 +181,7 @@ class GenerationRun:
         index, total = step.step.index, step.step.total
         accelerations.on_step_end(step)
         self.checkpoints.set_warnings(self.result.warnings)
-        if step.leapt or index + 1 == total:
+        if step.is_leap or index + 1 == total:
             self.result.clips.append(accelerations.record())
             yield from self.checkpoints.finish_clip(step.z, self.result.clips[-1])
         else:

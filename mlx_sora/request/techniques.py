@@ -89,7 +89,7 @@ class TechniqueConfig:
             object.__setattr__(self, name, value)
 
     def __str__(self) -> str:
-        """The config as text, with every number."""
+        """Return the config as text, with every number."""
         assert self.mode is not None
         items = []
         for name, parameter in self._parameters(self.mode).items():

@@ -42,7 +42,7 @@ class StepResult:
     """Result of one step. Arrays are evaluated, latents are [B, T, H, W, C].
 
     z_in, v: latents and velocity at step.t. z: latents at step.t_next.
-    leapt: the step was a leap to t = 0, and the last one. seconds: wall time.
+    is_leap: the step was a leap to t = 0, and the last one. seconds: wall time.
     state: returns the state of sampler and policy; valid until the next step starts.
     """
 
@@ -50,7 +50,7 @@ class StepResult:
     z_in: mx.array
     v: mx.array
     z: mx.array
-    leapt: bool
+    is_leap: bool
     seconds: float
     state: Callable[[], State]
 
@@ -109,12 +109,12 @@ def denoise(
             return velocity(_select(step, z, fixed), t, step)
 
         z_in, v = z, velocity(z, step.t, step)
-        leapt = policy is not None and policy.should_leap(step, z_in, v)
-        z = _leap(z, v, step) if leapt else sampler.step(velocity_fn, z, v, step, history)
+        is_leap = policy is not None and policy.should_leap(step, z_in, v)
+        z = _leap(z, v, step) if is_leap else sampler.step(velocity_fn, z, v, step, history)
         z = _select(step, z, fixed)
         mx.eval(z, v, z_in)
-        yield StepResult(step, z_in, v, z, leapt, time.perf_counter() - start, state)
-        if leapt:
+        yield StepResult(step, z_in, v, z, is_leap, time.perf_counter() - start, state)
+        if is_leap:
             return
 
 

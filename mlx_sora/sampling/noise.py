@@ -1,6 +1,6 @@
-"""Random latents with explicit keys: a seed's noise depends on nothing but the seed.
+"""Random latents with explicit keys: the noise of a sample depends only on its seed.
 
-Neither MLX's global random state nor the other samples of a batch have a part in it.
+MLX's global random state and the other samples of a batch do not affect it.
 """
 
 from __future__ import annotations
@@ -15,8 +15,7 @@ import mlx.core as mx
 class Noise:
     """Standard normal draws float32 [B, *shape], one seed (0 .. 2^64 - 1) per sample.
 
-    shape: T, H, W, C of one sample's latents. clip: a number that gives a video of several clips
-    noise of their own.
+    shape: T, H, W, C of one sample's latents. clip: number of the clip; every clip has other noise.
     """
 
     seeds: Sequence[int]
@@ -24,11 +23,11 @@ class Noise:
     clip: int = 0
 
     def initial(self) -> mx.array:
-        """The latents that a run begins with."""
+        """Return the latents at the start of a run."""
         return self._draw(0)
 
     def __call__(self, index: int) -> mx.array:
-        """Fresh noise for step `index`."""
+        """Return the noise for frames that start in step `index`."""
         return self._draw(index + 1)
 
     def _draw(self, number: int) -> mx.array:

@@ -9,7 +9,7 @@ import mlx.core as mx
 from mlx_sora.errors import UsageError
 from mlx_sora.sampling.base import NOISE_TIME, State, Step, VelocityFn
 
-#: Area in pixels at which a single image's times are not shifted.
+#: Area in pixels of an image whose times are not shifted.
 BASE_AREA = 512 * 512
 
 #: The shift counts 5 latents for every whole chunk of this many frames, and ignores the rest.
@@ -17,15 +17,15 @@ FRAMES_PER_CHUNK = 17
 
 
 def add_noise(x: mx.array, noise: mx.array, t: mx.array) -> mx.array:
-    """x [B, ...] brought to flow times t [B] with `noise`: (1 - t/1000) x + t/1000 noise."""
-    keep = (1.0 - t / NOISE_TIME).reshape(-1, *(1,) * (x.ndim - 1))
-    return keep * x + (1.0 - keep) * noise
+    """Return x [B, ...] at flow times t [B]: (1 - t/1000) x + t/1000 noise."""
+    weight = (1.0 - t / NOISE_TIME).reshape(-1, *(1,) * (x.ndim - 1))
+    return weight * x + (1.0 - weight) * noise
 
 
 def shift(t: mx.array, height: mx.array, width: mx.array, num_frames: mx.array) -> mx.array:
-    """Flow times t [..., B] for videos of a size: the larger the video, the longer near noise.
+    """Shift flow times t [..., B] towards noise, the more the larger the video.
 
-    Sizes [B] in pixels and frames; their type is the one that the ratio is rounded to.
+    height, width, num_frames: sizes [B] in pixels and frames; the ratio is computed in their type.
     Mirrors timestep_transform of Open-Sora 1.2.
     """
     latents = mx.where(num_frames == 1, num_frames, num_frames // FRAMES_PER_CHUNK * 5)
@@ -36,10 +36,10 @@ def shift(t: mx.array, height: mx.array, width: mx.array, num_frames: mx.array) 
 
 @dataclass(frozen=True)
 class RFlow:
-    """Uniform flow times, shifted by size and length, and one straight line per step.
+    """Sampler with Euler steps, at uniform flow times shifted by size and length.
 
-    rounded: whole numbers before the shift. shifted: off keeps the times uniform.
-    dtype: type of the size arithmetic (the reference computes it in its network's type).
+    rounded: round the times to whole numbers before the shift. shifted: False keeps them uniform.
+    dtype: of the arithmetic with sizes (the reference uses the type of its network).
     """
 
     rounded: bool = False
@@ -58,16 +58,16 @@ class RFlow:
         width: float | mx.array,
         num_frames: float | mx.array,
     ) -> mx.array:
-        """Flow times float32 [steps + 1, B]; see Sampler.timesteps.
+        """Return flow times float32 [steps + 1, B]; see Sampler.timesteps.
 
-        Raises UsageError for no steps, and for 2 to 16 frames (the shift is 0/0 there).
+        Raises UsageError for 0 steps, and for 2 to 16 frames (the shift is 0/0 there).
         """
         if steps < 1:
             raise UsageError(f"Cannot denoise in {steps} steps.", "Ask for at least 1 step.")
         uniform = [(1.0 - i / steps) * NOISE_TIME for i in range(steps)]
         if self.rounded:
             uniform = [float(round(t)) for t in uniform]
-        # On the CPU whatever the device, so that one request has one schedule.
+        # On the CPU, so that a request has the same schedule on every device.
         with mx.stream(mx.cpu):
             sizes = [mx.array(n, self.dtype).reshape(-1) for n in (height, width, num_frames)]
             t = mx.array(uniform)[:, None] + mx.zeros(max(n.size for n in sizes))

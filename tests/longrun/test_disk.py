@@ -149,7 +149,7 @@ def sums(model: ModelFolder, reader: Flaky) -> list[float]:
         for index in [*range(len(source))] * 2:
             spatial, _ = blocks.get(index)
             total = mx.sum(mx.abs(spatial.mlp.fc1.weight))
-            blocks.done(index, total)
+            blocks.release(index, total)
             found.append(float(total.item()))  # type: ignore[arg-type]
     return found
 
@@ -215,7 +215,7 @@ def stream_while(model: ModelFolder, chance: random.Random, act: Callable[[], No
             if number == at:
                 act()
             spatial, _ = blocks.get(index)
-            blocks.done(index, mx.sum(spatial.mlp.fc1.weight))
+            blocks.release(index, mx.sum(spatial.mlp.fc1.weight))
 
 
 def test_holders_of_an_output_that_are_killed(tmp_path: Path, fault: Fault) -> None:

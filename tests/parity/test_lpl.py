@@ -57,7 +57,7 @@ def times(case: Case, rounded: bool) -> tuple[RFlow, mx.array]:
 def check_decisions(case: Case, prefix: str, steps: list[StepResult], policy: Recorded) -> None:
     """Every number that the case holds about the rule's decisions under `prefix`."""
     expected = int(case[f"{prefix}leap_step"].item())
-    leapt = [step.step.index for step in steps if step.leapt]
+    leapt = [step.step.index for step in steps if step.is_leap]
     assert leapt == ([] if expected < 0 else [expected])
     seen = np.array([step.step.t for step in steps])[:, 0]
     assert np.abs(seen - np.array(case[f"{prefix}timesteps"])).max() <= TIMES

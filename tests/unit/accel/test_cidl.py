@@ -54,7 +54,7 @@ def test_never_more_than_one_block_ahead(model: ModelFolder) -> None:
             blocks.get(index)
             expected = min(DEPTH, index + SLOTS)
             assert settle(reader, expected) == [*range(expected)]
-            blocks.done(index, mx.zeros(1))
+            blocks.release(index, mx.zeros(1))
 
 
 def test_without_prefetch_blocks_are_read_when_asked_for(model: ModelFolder) -> None:
@@ -64,7 +64,7 @@ def test_without_prefetch_blocks_are_read_when_asked_for(model: ModelFolder) -> 
             assert reader.blocks == [*range(index)]
             blocks.get(index)
             assert settle(reader, index + 1) == [*range(index + 1)]
-            blocks.done(index, mx.zeros(1))
+            blocks.release(index, mx.zeros(1))
 
 
 @pytest.mark.parametrize("cyclic", [True, False])
@@ -103,7 +103,7 @@ def test_any_order_of_asking(model: ModelFolder) -> None:
         for index in [0, 1, 0, 1, 2, 4, 3, 3, 0]:
             block = blocks.get(index)
             assert block.layer[1].DenseReluDense.wo.weight.size > 0
-            blocks.done(index, mx.zeros(1))
+            blocks.release(index, mx.zeros(1))
 
 
 def test_a_block_without_weights_cannot_compute(model: ModelFolder) -> None:
@@ -222,16 +222,16 @@ def test_two_blocks_are_measured_alone_and_then_some_stay(model: ModelFolder) ->
         for index in (0, 1):
             blocks.get(index)
             assert settle(reader, index + 1) == [*range(index + 1)]
-            blocks.done(index, mx.zeros(1))
+            blocks.release(index, mx.zeros(1))
         assert not left
         assert blocks.resident == {0, 2}
         for _ in range(2):
             for index in range(2, DEPTH):
                 blocks.get(index)
-                blocks.done(index, mx.zeros(1))
+                blocks.release(index, mx.zeros(1))
             for index in range(2):
                 blocks.get(index)
-                blocks.done(index, mx.zeros(1))
+                blocks.release(index, mx.zeros(1))
     assert reader.blocks[:9] == [0, 1, 2, 3, 4, 0, 1, 3, 4]
 
 

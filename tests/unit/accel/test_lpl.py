@@ -37,8 +37,8 @@ class EarlyReferenceLeap(ReferenceLeap):
 
 def leap_of(results: Sequence[StepResult]) -> int | None:
     """The index of the step that was the leap."""
-    assert not any(result.leapt for result in results[:-1])
-    return results[-1].step.index if results[-1].leapt else None
+    assert not any(result.is_leap for result in results[:-1])
+    return results[-1].step.index if results[-1].is_leap else None
 
 
 @dataclass
@@ -122,7 +122,7 @@ def test_a_time_is_the_same_for_every_schedule(name: str, steps: int, frames: in
     schedule = SAMPLERS[name].timesteps(steps, height=720, width=1280, num_frames=frames)
     flow = Straight(latents(1))
     *_, last = denoise(flow, latents(), schedule, SAMPLERS[name], policy=rule("t:660"))
-    assert last.leapt
+    assert last.is_leap
     assert last.t <= 660 < float(schedule[last.step.index - 1, 0])
     assert mx.allclose(last.z, flow.end, rtol=0, atol=1e-5)
 
@@ -277,7 +277,7 @@ def test_a_clip_of_given_frames_only() -> None:
     flow = turning(np.ones((19, 1)))
     for text in ("fixed:3", "t:500", "adaptive"):
         results = run(flow, text, 20, given(0.0, 0.0, 0.0))
-        assert results[-1].leapt
+        assert results[-1].is_leap
         assert mx.array_equal(results[-1].z, mx.zeros(SHAPE))
 
 
@@ -288,7 +288,7 @@ def test_runs_of_one_rule_do_not_disturb_each_other(text: str) -> None:
 
     alone = list(one(1))
     for result, first, _ in zip(alone, one(1), one(2), strict=True):
-        assert (result.leapt, result.t) == (first.leapt, first.t)
+        assert (result.is_leap, result.t) == (first.is_leap, first.t)
         assert mx.array_equal(result.z, first.z)
 
 

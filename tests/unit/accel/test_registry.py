@@ -100,7 +100,7 @@ def test_together_they_report_one_by_one() -> None:
     ]
     for index in range(6):
         step = SimpleNamespace(index=index)
-        result: Any = SimpleNamespace(step=step, leapt=index == 5, t=100.0)
+        result: Any = SimpleNamespace(step=step, is_leap=index == 5, t=100.0)
         parts.on_step_end(result)
     assert list(parts.record()) == list(ACCELERATIONS)
     assert parts.record()["lpl"]["after_steps"] == 5

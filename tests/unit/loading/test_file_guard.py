@@ -151,7 +151,7 @@ def stream_all(model: ModelFolder, reader: Flaky) -> None:
     with BlockStream(replace(source, reader=reader)) as blocks:
         for index in range(len(source)):
             blocks.get(index)
-            blocks.done(index, mx.zeros(1))
+            blocks.release(index, mx.zeros(1))
 
 
 def test_what_is_exchanged_while_streaming_is_named(model: ModelFolder) -> None:

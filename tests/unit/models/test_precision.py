@@ -49,7 +49,7 @@ def test_stream_and_modulation_of_a_bfloat16_network(monkeypatch: pytest.MonkeyP
 
             return Wrapped()
 
-        def done(self, index: int, output: mx.array) -> None:
+        def release(self, index: int, output: mx.array) -> None:
             pass
 
     text = [mx.ones((3, 8), mx.bfloat16)]

@@ -200,7 +200,7 @@ class Evicting:
             block.update(weights)
         return pair
 
-    def done(self, index: int, output: mx.array) -> None:
+    def release(self, index: int, output: mx.array) -> None:
         mx.eval(output)
         for blocks in (self.model.spatial_blocks, self.model.temporal_blocks):
             blocks[index].apply(lambda a: mx.full(a.shape, float("nan")))

@@ -65,7 +65,7 @@ class Counting:
         self.log.append(f"get {index}")
         return self.blocks[index]
 
-    def done(self, index: int, output: mx.array) -> None:
+    def release(self, index: int, output: mx.array) -> None:
         mx.eval(output)
         self.log.append(f"done {index}")
 

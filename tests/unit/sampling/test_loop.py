@@ -107,7 +107,7 @@ class LeapAt:
 def test_a_leap_goes_straight_to_zero_and_ends_the_run() -> None:
     policy, flow = LeapAt(2), Curved()
     results = list(denoise(flow, latents(), times(8), RFlow(), policy=policy))
-    assert [r.leapt for r in results] == [False, False, True]
+    assert [r.is_leap for r in results] == [False, False, True]
     assert flow.calls == 3
     assert policy.seen == [(0, 1000.0), (1, 875.0), (2, 750.0)]
     last = results[-1]
