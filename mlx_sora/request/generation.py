@@ -38,6 +38,7 @@ from mlx_sora.request.options import (
 from mlx_sora.request.presets import PRESETS
 from mlx_sora.request.techniques import (
     MAX_STEPS,
+    OFF,
     GuidanceCache,
     GuidanceInterval,
     Lpl,
@@ -70,7 +71,6 @@ _ALL = "generate edit bench calibrate"
 
 _size = partial(option, tasks=_ALL, group="size", common=True)
 _conditioning = partial(option, group="conditioning")
-_acceleration = partial(option, group="acceleration")
 _memory = partial(option, group="memory")
 _output = partial(option, replay=False, group="output")
 
@@ -213,48 +213,49 @@ class GenerationRequest:
         high=1,
     )
 
-    preset: str | None = _acceleration(
+    preset: str | None = option(
         "fill in the options that are not given: "
         + "; ".join(f"{name} ({preset.description})" for name, preset in PRESETS.items()),
         choices=tuple(PRESETS),
         common=True,
+        group="acceleration",
     )
     lpl: Lpl | str | None = option(
         "Linear Proportional Leap: replace the last steps by one leap to t = 0: "
         f"{Lpl.forms()}; TIME is flow time, 1000 to 0",
         tasks=_VIDEO,
         parse=Lpl.parse,
-        group="acceleration",
         metavar="MODE",
+        group="acceleration",
     )
     tdtm: Tdtm | int | str | None = option(
         "Temporal Dimension Token Merging: merge pairs of frames around attention in the first "
         f"steps: {Tdtm.forms()}",
         tasks=_VIDEO,
         parse=Tdtm.parse,
-        group="acceleration",
         metavar="STEPS",
+        group="acceleration",
     )
     step_cache: StepCache | str | None = option(
         "skip the transformer blocks in most steps and reuse their cached residual: "
         f"{StepCache.forms()}; calibrate makes the tables; order=1 extrapolates from the last two "
         "residuals",
         parse=StepCache.parse,
-        group="acceleration",
         metavar="MODE",
+        group="acceleration",
     )
     guidance_interval: GuidanceInterval | str | None = option(
         f"apply guidance only between two flow times: {GuidanceInterval.forms()}",
         parse=GuidanceInterval.parse,
-        group="acceleration",
         metavar="TIMES",
+        group="acceleration",
     )
     guidance_cache: GuidanceCache | str | None = option(
         "after 1/3 of the run, compute the unconditional prediction every EACH steps and reuse it "
         f"in between: {GuidanceCache.forms()}",
         parse=GuidanceCache.parse,
-        group="acceleration",
         metavar="MODE",
+        group="acceleration",
     )
 
     dtype: str = option("data type of weights and activations", "auto", tasks=_ALL, choices=DTYPES)
@@ -416,6 +417,5 @@ def label(name: str) -> str:
 def preset_values(name: str) -> dict[str, Any]:
     """Return the options that preset `name` decides: its own, and every other technique as off."""
     accelerations = [n for n, spec in options().items() if spec.group == "acceleration"]
-    off = dict.fromkeys(accelerations, "off")
-    del off["preset"]
+    off = {technique: OFF for technique in accelerations if technique != "preset"}
     return off | dict(PRESETS[name].values)

@@ -104,7 +104,7 @@ def test_the_smallest_budget_is_measured_and_one_below_is_refused(
     assert main([*BENCH, "--budgets", f"{least},{least - 1},{least}"]) == 0
     rows = json.loads((folder / "bench/memory.json").read_text())["rows"]
     assert [row["measured"] is None for row in rows] == [False, True, False]
-    assert f"smallest budget that would do is {-(-least // MB)} MB" in rows[1]["reason"]
+    assert f"smallest possible budget is {-(-least // MB)} MB" in rows[1]["reason"]
     assert "refused" in capsys.readouterr().out
 
 
@@ -161,7 +161,7 @@ def test_results_are_replaced_only_when_asked(
         (["--memory-budget", "1GB"], "unrecognized arguments: --memory-budget 1GB. See"),
         (["--budgetss", "1GB"], "--budgets"),
         (["--num-frames", "5"], "17"),
-        (["-o", "file/below"], "no folder"),
+        (["-o", "file/below"], "not a folder"),
     ],
     ids=str,
 )

@@ -1,4 +1,4 @@
-"""One generation in a process of its own: what it took, measured from outside and from within."""
+"""Measure one generation in a new process, from outside and through its events."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from typing import IO, Any
 
 from mlx_sora.errors import MlxSoraError
 
-#: Seconds that an interrupted child has to remove its partial files.
-_PATIENCE = 20.0
+#: Seconds until an interrupted child is killed. It removes its partial files before.
+_KILL_AFTER = 20.0
 
 #: What `Measured.peak` is on this system.
 PEAK = "physical footprint" if platform.system() == "Darwin" else "resident set"
 
 
 class ChildFailed(MlxSoraError):
-    """A generation ended with an error; carries the child's message and exit code."""
+    """A generation failed. Carries the message and the exit code of the child process."""
 
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)
@@ -35,10 +35,10 @@ class ChildFailed(MlxSoraError):
 
 @dataclass(frozen=True)
 class Measured:
-    """One finished process. Bytes and seconds.
+    """Seconds and bytes of one finished process.
 
-    seconds: of all stages, stages: of each; wall: from start to end, interpreter included. peak: of
-    the process; mlx_peak: of MLX's allocator. stream: by stage, what streaming of blocks did.
+    seconds: of all stages; stages: of each stage; wall: of the process, with its start.
+    peak: of the process; mlx_peak: of MLX's allocator. stream: record of block streaming by stage.
     """
 
     seconds: float
@@ -51,7 +51,7 @@ class Measured:
 
 @dataclass
 class _Watch:
-    """Gathers a child's events, and its footprint where the system keeps one."""
+    """Collects the events of a child, and its footprint if the system measures one."""
 
     pid: int
     stages: dict[str, float] = field(default_factory=dict)
@@ -60,7 +60,7 @@ class _Watch:
     error: str = ""
 
     def take(self, line: str) -> None:
-        # The footprint's record only grows, so asking at every event misses nothing.
+        # The peak footprint never shrinks, so a look at every event is enough.
         self.footprint = max(self.footprint, peak_footprint(self.pid) or 0)
         try:
             event = json.loads(line)
@@ -74,7 +74,7 @@ class _Watch:
 
 
 def measure(words: Sequence[str]) -> Measured:
-    """Run `generate` with these flags in a process of its own; its video is thrown away.
+    """Run `generate` with these flags in a new process and delete the video.
 
     Raises ChildFailed. Any other exception ends the child first.
     """
@@ -82,7 +82,7 @@ def measure(words: Sequence[str]) -> Measured:
         command = [sys.executable, "-m", "mlx_sora", "generate", *words]
         command += ["--json-events", "--metadata", "--output", f"{folder}/video"]
         start = time.perf_counter()
-        with tempfile.TemporaryFile("w+") as errors, _started(command, errors) as process:
+        with tempfile.TemporaryFile("w+") as errors, _child(command, errors) as process:
             watch = _Watch(process.pid)
             assert process.stdout is not None
             for line in process.stdout:
@@ -104,8 +104,8 @@ def measure(words: Sequence[str]) -> Measured:
 
 
 @contextmanager
-def _started(command: Sequence[str], errors: IO[str]) -> Iterator[subprocess.Popen[str]]:
-    """The child, over by the end of the block whatever happens in it."""
+def _child(command: Sequence[str], errors: IO[str]) -> Iterator[subprocess.Popen[str]]:
+    """Start the child, and end it with the block."""
     process = subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors, text=True
     )
@@ -115,7 +115,7 @@ def _started(command: Sequence[str], errors: IO[str]) -> Iterator[subprocess.Pop
         if process.poll() is None:
             process.terminate()
         try:
-            process.wait(_PATIENCE)
+            process.wait(_KILL_AFTER)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
@@ -126,7 +126,7 @@ def _started(command: Sequence[str], errors: IO[str]) -> Iterator[subprocess.Pop
 
 
 def _reap(process: subprocess.Popen[str]) -> int:
-    """Wait for the child; its largest resident set in bytes."""
+    """Wait for the child and return its largest resident set in bytes."""
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     return usage.ru_maxrss * (1 if platform.system() == "Darwin" else 1024)
@@ -142,18 +142,18 @@ def _failure(code: int, message: str, errors: str) -> ChildFailed:
 _LIBRARY = "/usr/lib/libproc.dylib"
 _RUSAGE_INFO_V4 = 4
 
-#: struct rusage_info_v4: 16 bytes of UUID, then 35 numbers of 64 bits. The kernel of a later
-#: version never writes more than the version asked for.
+#: struct rusage_info_v4: 16 bytes of UUID, then 35 numbers of 64 bits. A newer kernel writes no
+#: more than this version of the struct.
 _UUID, _NUMBERS = 16, 35
 
-#: Place of ri_lifetime_max_phys_footprint among the numbers.
+#: Index of ri_lifetime_max_phys_footprint among the numbers.
 _LIFETIME_MAX = 28
 
 
 def peak_footprint(pid: int) -> int | None:
-    """Largest physical footprint of process `pid` so far, in bytes.
+    """Return the largest physical footprint of process `pid` so far, in bytes.
 
-    None where the system has no such measure (Linux), or the process is not there any more.
+    None if the system has no such measure (Linux) or the process has ended.
     """
     if platform.system() != "Darwin":
         return None
@@ -161,7 +161,7 @@ def peak_footprint(pid: int) -> int | None:
 
 
 def read_peak(library: ctypes.CDLL, pid: int) -> int | None:
-    """The same, from a `libproc` that has been loaded."""
+    """Return the peak footprint from a loaded `libproc`."""
     record = (ctypes.c_uint8 * (_UUID + 8 * _NUMBERS))()
     if library.proc_pid_rusage(pid, _RUSAGE_INFO_V4, ctypes.byref(record)) != 0:
         return None

@@ -1,31 +1,27 @@
-"""`bench memory`: seconds and peak memory of one request within several budgets."""
+"""`bench memory`: measure seconds and peak memory of one request within several budgets."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlx_sora.cli.bench.measure import PEAK, Measured, measure
 from mlx_sora.cli.flags import add_debug_flag, add_request_flags, explicit_options, to_command_line
 from mlx_sora.cli.generate import load_pipeline
-from mlx_sora.errors import MemoryBudgetError
+from mlx_sora.errors import MemoryBudgetError, MlxSoraError, UsageError
 from mlx_sora.memory.profiles import format_bytes, parse_bytes
 from mlx_sora.request.generation import GenerationRequest
 from mlx_sora.runtime.events import STAGES
 
 if TYPE_CHECKING:
     from mlx_sora.pipeline.pipeline import Pipeline
-
-import json
-import sys
-from collections.abc import Callable, Mapping
-from importlib.util import find_spec
-
-from mlx_sora.errors import MlxSoraError, UsageError
 
 PROMPT = "a red circle moving right on a black background"
 
@@ -34,13 +30,13 @@ HEADING = (
     f"{'peak':>10}{'used':>7}{'peak MLX':>10}{'resident':>10}{'streamed':>10}"
 )
 
-#: Budgets from the smallest to what all resident needs, where none are given.
+#: Default number of budgets.
 SPREAD = 5
 
 
 @dataclass(frozen=True)
 class BudgetRow:
-    """One budget in bytes, None for all resident. Measured, or `reason` says why not."""
+    """One budget in bytes; None: all blocks resident. Without a measurement, a reason."""
 
     budget: int | None
     measured: Measured | None = None
@@ -48,27 +44,28 @@ class BudgetRow:
 
 
 def add_parser(benches: Any) -> None:
-    """Register the bench."""
+    """Add the bench."""
     parser = benches.add_parser(
         "memory",
         help="seconds and peak memory within several memory budgets",
         description="Run one request without a memory budget and within several, each time in a "
-        "process of its own. The videos are thrown away. What is left open is the model's default.",
+        "new process. The videos are deleted. Options that are not given take the model's "
+        "defaults.",
     )
     group = parser.add_argument_group("bench")
     group.add_argument(
         "--budgets",
         type=parse_budgets,
         metavar="BYTES,…",
-        help="such as 2GB,3.3GB,8GB; default: five, from the smallest that is possible to what all "
-        "resident needs",
+        help="such as 2GB,3.3GB,8GB; default: five, from the smallest possible one to the peak "
+        "with all blocks resident",
     )
     group.add_argument(
         *("--output", "-o"),
         dest="folder",
         metavar="FOLDER",
         default="bench",
-        help="where memory.json and memory.png go; default: bench",
+        help="folder of memory.json and memory.png; default: bench",
     )
     group.add_argument(
         "--overwrite", dest="replacing", action="store_true", help="replace existing results"
@@ -79,7 +76,7 @@ def add_parser(benches: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure without a budget and within each, print a row each, then write the results."""
+    """Measure without a budget and within each, print the rows and write the results."""
     options = {"prompt": PROMPT, **explicit_options(args), "seed": 0}
     request = GenerationRequest.from_dict(options)
     request.validate()
@@ -99,19 +96,19 @@ def run(args: argparse.Namespace) -> int:
 
 
 def parse_budgets(text: str) -> list[int]:
-    """Bytes of `2GB,3.3GB`, from small to large, each once. Raises UsageError."""
+    """Return the bytes of `2GB,3.3GB` in increasing order. Raises UsageError."""
     return sorted({parse_bytes(word) for word in text.split(",")})
 
 
 def evenly_spaced_budgets(smallest: int, peak: int) -> list[int]:
-    """Budgets from the smallest to the peak of all resident, in even ratios, of whole MB."""
+    """Return SPREAD budgets from the smallest to the peak, in even ratios, in whole MB."""
     ratio = max(1.0, peak / smallest)
     steps = (smallest * ratio ** (i / (SPREAD - 1)) for i in range(SPREAD))
     return sorted({-(-int(step) // 10**6) * 10**6 for step in steps})
 
 
 def measure_row(pipeline: Pipeline, request: GenerationRequest, budget: int | None) -> BudgetRow:
-    """Run within `budget`, or say why that is not possible. Raises ChildFailed."""
+    """Run within `budget`, or give the reason why that is impossible. Raises ChildFailed."""
     from mlx_sora.runtime.device import total_memory
 
     if budget is not None:
@@ -120,9 +117,7 @@ def measure_row(pipeline: Pipeline, request: GenerationRequest, budget: int | No
         needed = pipeline.plan(request).peak
     except MemoryBudgetError:
         smallest = format_bytes(pipeline.plan(replace(request, memory_budget=None)).smallest)
-        return BudgetRow(
-            budget, reason=f"refused. The smallest budget that would do is {smallest}."
-        )
+        return BudgetRow(budget, reason=f"refused. The smallest possible budget is {smallest}.")
     if needed > total_memory():
         has = format_bytes(total_memory())
         return BudgetRow(
@@ -132,7 +127,7 @@ def measure_row(pipeline: Pipeline, request: GenerationRequest, budget: int | No
 
 
 def line(row: BudgetRow) -> str:
-    """The row as a line of the table."""
+    """Return the row as a line of the table."""
     name = "none" if row.budget is None else format_bytes(row.budget)
     found = row.measured
     if found is None:
@@ -152,7 +147,7 @@ def line(row: BudgetRow) -> str:
 def record(
     pipeline: Pipeline, request: GenerationRequest, rows: Sequence[BudgetRow]
 ) -> dict[str, Any]:
-    """All of it as plain JSON values, with the settings and the machine."""
+    """Return the results as JSON values, with the settings and the machine."""
     from mlx_sora.pipeline.settings import resolve
     from mlx_sora.runtime.device import describe_machine
 
@@ -166,28 +161,30 @@ def record(
     }
 
 
-#: Writes a picture as PNG into a file.
+#: Draws the chart as PNG into a file.
 Draw = Callable[[Path], None]
 
 
 @dataclass(frozen=True)
 class BenchFiles:
-    """Where a bench called `name` leaves its results."""
+    """Result files of the bench `name`: a JSON file and a chart."""
 
     folder: Path
     name: str
     overwrite: bool
 
     def check(self) -> None:
-        """Raise UsageError unless results can be written; say so when there will be no picture."""
-        above = self.folder
-        while not above.exists():
-            above = above.parent
-        if not above.is_dir():
-            raise UsageError(f"{above} is no folder.", "Change --output.")
-        taken = [path for path in (self._json, self._png) if path.exists()]
-        if taken and not self.overwrite:
-            raise UsageError(f"{taken[0]} exists already.", "Give --overwrite or another --output.")
+        """Raise UsageError unless results can be written. Print a note if no chart can be drawn."""
+        parent = self.folder
+        while not parent.exists():
+            parent = parent.parent
+        if not parent.is_dir():
+            raise UsageError(f"{parent} is not a folder.", "Change --output.")
+        existing = [path for path in (self._json, self._png) if path.exists()]
+        if existing and not self.overwrite:
+            raise UsageError(
+                f"{existing[0]} exists already.", "Give --overwrite or another --output."
+            )
         if not _can_draw():
             print(
                 f'No {self._png}: matplotlib is missing. Get it: pip install "mlx_sora[bench]"',
@@ -195,7 +192,7 @@ class BenchFiles:
             )
 
     def write(self, record: Mapping[str, Any], draw: Draw) -> None:
-        """Write both and print their paths; only the JSON where nothing can draw."""
+        """Write the files and print their paths; only the JSON file if no chart can be drawn."""
         from mlx_sora.utils.files import atomic_write
 
         text = json.dumps(record, indent=2) + "\n"
@@ -230,7 +227,7 @@ _BLUE, _GREY, _RED = "#1f5fa8", "#777777", "#b3262e"
 
 
 def draw_memory(record: Mapping[str, Any], path: Path) -> None:
-    """Draw the record of a bench as PNG into `path`, whatever its name."""
+    """Draw the record of a bench as PNG into `path`. The suffix of `path` is ignored."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -259,7 +256,7 @@ def _panel(
     value: Callable[[Mapping[str, Any]], float],
     scale: float,
 ) -> None:
-    """Measured points, budgets that were refused, and the run with all blocks resident."""
+    """Draw measured points, impossible budgets, and the run with all blocks resident."""
     done = [row for row in rows if row["measured"]]
     x = [row["budget"] / scale for row in done]
     axes.plot(x, [value(row["measured"]) for row in done], "o-", color=_BLUE, label="measured")
