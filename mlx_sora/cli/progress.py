@@ -1,4 +1,4 @@
-"""Draws the events of a run: progress bars, JSON lines, or nothing."""
+"""Renderers of the events of a run: progress bars, JSON lines, or nothing."""
 
 from __future__ import annotations
 
@@ -26,17 +26,13 @@ from mlx_sora.runtime.events import (
 )
 
 if TYPE_CHECKING:
+    from mlx_sora.manage.download import DownloadProgress
     from mlx_sora.memory.plan import Plan
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from mlx_sora.manage.download import DownloadProgress
-
-#: Seconds between redraws: lively on a terminal, sparse in a log file.
+#: Seconds between redraws, on a terminal and in a log file.
 _REDRAW_TERMINAL, _REDRAW_LOG = 0.1, 10.0
 
-#: Characters of a prompt in a line of progress.
+#: Limit of the characters of a prompt in a line of progress.
 MAX_PROMPT = 200
 
 UNITS = {"encode": "prompt", "read": "chunk", "denoise": "step", "decode": "frame"}
@@ -46,17 +42,17 @@ class Renderer(Protocol):
     """Shows events to the user."""
 
     def note(self, text: str) -> None:
-        """A line for the user that is not part of the result."""
+        """Show a line that is not part of the result."""
 
     def handle(self, event: Event) -> None:
         """Show one event."""
 
     def close(self) -> None:
-        """End what is on the screen, also after an error."""
+        """Close the open bar, also after an error."""
 
 
 class BarRenderer:
-    """tqdm bars per stage, then a table; all on stderr. The path goes to stdout, last."""
+    """Shows tqdm bars and a table on stderr. The path comes last, on stdout."""
 
     def __init__(self) -> None:
         self._bar: Any = None
@@ -88,7 +84,7 @@ class BarRenderer:
             self.close()
         elif isinstance(event, Finished):
             self.close()
-            if self._stages:  # another rank's are not told
+            if self._stages:  # empty if another rank made the video
                 self.note("\n".join(summary(self._stages)))
             self._stages = []
             print_result(event)
@@ -122,7 +118,7 @@ class BarRenderer:
 
 
 class JsonRenderer:
-    """One JSON object a line on stdout; arrays are left out."""
+    """Prints a JSON object in each line on stdout, without arrays."""
 
     def note(self, text: str) -> None:
         self._print({"event": "note", "message": text})
@@ -131,35 +127,35 @@ class JsonRenderer:
         self._print(event_record(event))
 
     def close(self) -> None:
-        """Nothing is open."""
+        """Do nothing."""
 
     def _print(self, record: dict[str, Any]) -> None:
         print(json.dumps(record), flush=True)
 
 
 class QuietRenderer:
-    """Only the path, on stdout."""
+    """Prints only the path, on stdout."""
 
     def note(self, text: str) -> None:
-        """Quiet."""
+        """Do nothing."""
 
     def handle(self, event: Event) -> None:
         if isinstance(event, Finished):
             print_result(event)
 
     def close(self) -> None:
-        """Nothing is open."""
+        """Do nothing."""
 
 
 class SilentRenderer(QuietRenderer):
-    """Nothing at all."""
+    """Prints nothing."""
 
     def handle(self, event: Event) -> None:
-        """Silent."""
+        """Do nothing."""
 
 
 def event_record(event: Event) -> dict[str, Any]:
-    """An event as plain JSON values; "event" is its type in snake case."""
+    """Return an event as JSON values. "event" is its type in snake case."""
     name = re.sub(r"(?<!^)(?=[A-Z])", "_", type(event).__name__).lower()
     record: dict[str, Any] = {"event": name}
     if isinstance(event, Finished):
@@ -183,7 +179,7 @@ def event_record(event: Event) -> dict[str, Any]:
 
 
 def summary(stages: list[StageFinished]) -> Iterator[str]:
-    """Lines of the closing table: seconds and peaks per stage, and over the run."""
+    """Yield the lines of the last table: seconds and peaks of each stage and of the run."""
     yield f"{'stage':<9}{'seconds':>9}{'peak MLX':>12}{'peak process':>14}"
     groups = {name: [s for s in stages if s.stage == name] for name in [s.stage for s in stages]}
     for name, group in (groups | {"total": stages} if stages else groups).items():
@@ -196,7 +192,7 @@ def summary(stages: list[StageFinished]) -> Iterator[str]:
 
 
 def plan_table(plan: Plan) -> Iterator[str]:
-    """Lines that show a plan: what each stage needs, and the smallest budget that would do."""
+    """Yield the lines of a plan: requirements of each stage, and the smallest possible budget."""
     yield f"{'stage':<9}{'peak':>11}{'read':>11}{'TFLOP':>9}{'resident blocks':>17}  frames at once"
     for stage in plan.stages:
         blocks = f"{stage.resident} of {stage.blocks}" if stage.blocks else "-"
@@ -208,19 +204,19 @@ def plan_table(plan: Plan) -> Iterator[str]:
     budget = "no budget" if plan.budget is None else f"budget {human_bytes(plan.budget)}"
     yield (
         f"{budget}; the process peaks at {human_bytes(plan.peak)}; "
-        f"the smallest budget that would do is {human_bytes(plan.smallest)}"
+        f"the smallest possible budget is {human_bytes(plan.smallest)}"
     )
 
 
 def print_result(event: Finished) -> None:
-    """The path on stdout, alone on its line, so that scripts can take it."""
+    """Print the path on stdout on a line of its own, for scripts."""
     path: Path | None = event.video.path
     if path is not None:
         print(path, flush=True)
 
 
 def human_bytes(number: float) -> str:
-    """Bytes with the unit a person would use (decimal: 1 GB = 10^9)."""
+    """Return bytes with a readable unit. 1 GB is 10^9 bytes."""
     for unit in ("B", "kB", "MB"):
         if number < 1000:
             return f"{number:.0f} {unit}"
@@ -233,7 +229,7 @@ def _row(name: str, seconds: float, peak: int, rss: int) -> str:
 
 
 class Bars:
-    """One bar per file on stderr."""
+    """One bar for each file, on stderr."""
 
     def __init__(self, quiet: bool) -> None:
         self._quiet = quiet
@@ -241,12 +237,12 @@ class Bars:
         self._shown: tuple[str, str] | None = None
 
     def note(self, text: str) -> None:
-        """A line beside the bars."""
+        """Print a line beside the bars."""
         if not self._quiet:
             print(text, file=sys.stderr)
 
     def show(self, progress: DownloadProgress) -> None:
-        """Draw what a command reports."""
+        """Draw the progress of a file."""
         if self._quiet:
             return
         if self._shown != (progress.action, progress.path):
@@ -256,7 +252,7 @@ class Bars:
         self._bar.update(progress.done - self._bar.n)
 
     def close(self) -> None:
-        """End the bar on the screen."""
+        """Close the open bar."""
         if self._bar is not None:
             self._bar.close()
         self._bar = self._shown = None
@@ -266,7 +262,7 @@ class Bars:
 
         return tqdm(
             total=progress.total,
-            # What was there before counts as done, not as speed.
+            # Bytes of an earlier download count as done, not as speed.
             initial=progress.done if progress.action == "fetch" else 0,
             desc=f"{progress.action} {progress.path}",
             unit="B",
