@@ -162,6 +162,7 @@ class Heartbeat:
                     self._send_heartbeat()
                     self._check_peers()
         if self.failure is not None:
+            self._failed.wait()  # until the cause is sent
             for connection in self._connections.values():
                 connection.shut_down(self._timeouts.interval)
             if not self._failed_here:

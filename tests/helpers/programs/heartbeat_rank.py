@@ -10,9 +10,16 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
+from mlx_sora.distributed import heartbeat as heartbeat_module
 from mlx_sora.distributed.heartbeat import Failure, Heartbeat, Timeouts
 
 TIMEOUTS = Timeouts(interval=0.1, silence=2.0, idle=2.5, connect=20.0)
+
+
+def slow_asdict(failure: Failure) -> dict[str, object]:
+    """Return the fields of `failure` after the heartbeat's thread has seen it."""
+    time.sleep(0.3)
+    return asdict(failure)
 
 
 def main(rank: int, size: int, folder: Path, behaviour: str) -> None:
@@ -35,7 +42,9 @@ def main(rank: int, size: int, folder: Path, behaviour: str) -> None:
         os._exit(7)
     elif behaviour == "stops":
         os.kill(os.getpid(), signal.SIGSTOP)
-    elif behaviour == "fails":
+    elif behaviour in ("fails", "fails late"):
+        if behaviour == "fails late":  # the main thread is slow to send the cause
+            heartbeat_module.asdict = slow_asdict  # type: ignore[assignment]
         heartbeat.fail("ran out of memory.", 3)
         sys.exit(3)
     elif behaviour == "hangs":

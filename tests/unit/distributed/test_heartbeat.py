@@ -48,6 +48,7 @@ def together(folder: Path, behaviours: list[str]) -> list[tuple[int, dict[str, o
         (["stops", "waits", "waits"], "sent no heartbeat for 2 s."),
         (["waits", "hangs", "waits"], "hangs: no progress for 2.5 s."),
         (["waits", "fails", "waits"], "ran out of memory."),
+        (["waits", "fails late", "waits"], "ran out of memory."),
         (["waits", "leaves", "waits"], "ended before the others."),
     ],
 )
