@@ -77,7 +77,7 @@ def _estimate(model: ModelSizes, frames: int, device: Device) -> tuple[str, str]
     try:
         found = estimate(model, job, device, _ITEMSIZE)
     except MemoryBudgetError:
-        found, mark = estimate(model, replace(job, sequential=True), device, _ITEMSIZE), " \\*"
+        found, mark = estimate(model, replace(job, sequential_guidance=True), device, _ITEMSIZE), " \\*"
     return _duration(found) + mark, f"{found.plan.peak / 1e9:.1f} GB"
 
 
