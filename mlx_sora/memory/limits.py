@@ -1,4 +1,4 @@
-"""Memory limits in a scope, freeing between stages, and what a stage cost in seconds and bytes."""
+"""Memory limits in a scope, memory returned between stages, and the cost of a stage."""
 
 from __future__ import annotations
 
@@ -18,40 +18,42 @@ import mlx.core as mx
 
 from mlx_sora.runtime.device import backend, total_memory
 
-#: Seconds between looks at the resident set, at first and after 20 s; a look costs about 20 µs.
-_PAUSE, _LONGEST_PAUSE = 0.01, 0.1
+#: Seconds between samples of the resident set, at first and after 20 s. A sample takes 20 µs.
+_FIRST_INTERVAL, _LAST_INTERVAL = 0.01, 0.1
 
 _STATM = Path("/proc/self/statm")
 _PAGE = resource.getpagesize()
 
+#: Parameters of mallopt, from glibc's malloc.h.
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 
-#: mallopt's names in glibc's malloc.h, and the size from which allocations are the system's own.
-_TRIM_THRESHOLD, _MMAP_THRESHOLD, _LARGE = -1, -3, 1 << 20
+#: Larger allocations come from the system and return to it.
+_LARGE = 1 << 20
 
-#: Where glibc's own adjusting of both ends up once a program frees large arrays.
-_ADJUSTED = 32 << 20
+#: The value of M_MMAP_THRESHOLD that glibc itself reaches after a program has freed large arrays.
+_GLIBC_MMAP_THRESHOLD = 32 << 20
 
 
 def default_cache_limit() -> int | None:
-    """Bytes of freed buffers MLX may keep: min(4 GiB, RAM/6) on CPUs; None (MLX's own) on GPUs.
+    """Return the bytes of freed buffers MLX may keep: min(4 GiB, RAM / 6) on CPUs, None on GPUs.
 
-    MLX's CPU default of 32 MiB returns nearly every activation to the system: seven times slower
-    element-wise work on large arrays.
+    None leaves MLX's default. That of CPUs, 32 MiB, returns nearly every activation to the system,
+    which makes element-wise operations on large arrays seven times slower.
     """
     return min(4 << 30, total_memory() // 6) if backend() == "cpu" else None
 
 
 def release() -> None:
-    """Give back what nothing refers to any more: garbage cycles, then MLX's cached buffers."""
+    """Free garbage cycles, then MLX's cached buffers."""
     gc.collect()
     mx.clear_cache()
 
 
 @contextmanager
 def memory_scope(cache_limit: int | None = None) -> Iterator[None]:
-    """Run with MLX's cache limit at `cache_limit` bytes (None: the default); then restore it.
+    """Set MLX's cache limit in bytes (None: `default_cache_limit`); restore it afterwards.
 
-    The cache is emptied on the way out, so that the limit before also holds afterwards.
+    Releases memory on exit, so the previous limit also holds then.
     """
     limit = default_cache_limit() if cache_limit is None else cache_limit
     previous = None if limit is None else mx.set_cache_limit(limit)
@@ -65,11 +67,11 @@ def memory_scope(cache_limit: int | None = None) -> Iterator[None]:
 
 @contextmanager
 def return_freed_memory() -> Iterator[None]:
-    """While this runs, freed memory of 1 MiB and more goes back to the system at once (glibc).
+    """Have glibc return freed blocks of 1 MiB or more to the system at once.
 
-    Left alone, glibc takes up to 32 MiB at a time from heaps that it cannot shrink in the middle:
-    a full-size run holds half a gigabyte of holes between its weights and activations. On systems
-    without mallopt nothing changes.
+    By default glibc takes blocks of up to 32 MiB from heaps that it cannot shrink in the middle: a
+    full-size run then holds half a gigabyte of holes between weights and activations. Nothing
+    changes on systems without mallopt.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
@@ -81,13 +83,13 @@ def return_freed_memory() -> Iterator[None]:
     try:
         yield
     finally:
-        mallopt(_MMAP_THRESHOLD, _ADJUSTED)
-        mallopt(_TRIM_THRESHOLD, 2 * _ADJUSTED)
+        mallopt(_MMAP_THRESHOLD, _GLIBC_MMAP_THRESHOLD)
+        mallopt(_TRIM_THRESHOLD, 2 * _GLIBC_MMAP_THRESHOLD)
 
 
 @dataclass(frozen=True)
 class StageUsage:
-    """Cost of one stage: wall seconds; peaks of MLX's allocator and of the resident set, bytes."""
+    """Cost of a stage: wall seconds, peaks of MLX's allocator and of the resident set in bytes."""
 
     stage: str
     seconds: float
@@ -96,12 +98,12 @@ class StageUsage:
 
 
 class StageMeter:
-    """Context manager that measures one stage; `usage` is there when it ends.
+    """Context manager that measures one stage; `usage` is set at its end.
 
-    Meters do not nest: each resets MLX's peak. The resident set's peak is exact when the stage
-    raised the process's own record, else the largest of samples taken every 10 ms, more rarely the
-    longer it takes; where the system shows no current value (macOS) it is the process's record so
-    far, an upper bound.
+    Meters do not nest, as each resets MLX's peak. The peak of the resident set is exact if the
+    stage raised the peak of the process. Else it is the largest sample; samples are 10 ms apart,
+    later 100 ms. On systems without a current value (macOS) it is the peak of the process so far,
+    an upper bound.
     """
 
     def __init__(self, stage: str) -> None:
@@ -113,7 +115,7 @@ class StageMeter:
 
     def __enter__(self) -> StageMeter:
         mx.reset_peak_memory()
-        self._record = max_rss()
+        self._max_rss_before = max_rss()
         self._started = time.perf_counter()
         if current_rss() is not None:
             self._sampler = threading.Thread(target=self._sample, name="rss", daemon=True)
@@ -130,23 +132,23 @@ class StageMeter:
         self._done.set()
         if self._sampler is not None:
             self._sampler.join()
-        record = max_rss()
-        # The kernel's record misses nothing, but only a new one belongs to this stage.
-        exact = record > self._record or self._sampler is None
-        peak = record if exact else self._peak_rss
+        # The kernel's peak misses nothing, but belongs to this stage only if the stage raised it.
+        peak = max_rss()
+        if peak <= self._max_rss_before and self._sampler is not None:
+            peak = self._peak_rss
         self.usage = StageUsage(self.stage, seconds, mx.get_peak_memory(), peak)
 
     def _sample(self) -> None:
-        pause = _PAUSE
+        interval = _FIRST_INTERVAL
         while True:
             self._peak_rss = max(self._peak_rss, current_rss() or 0)
-            if self._done.wait(pause):
+            if self._done.wait(interval):
                 return
-            pause = min(1.005 * pause, _LONGEST_PAUSE)
+            interval = min(1.005 * interval, _LAST_INTERVAL)
 
 
 def current_rss() -> int | None:
-    """Resident bytes of this process now; None where the system has no cheap way to tell."""
+    """Return the resident bytes of this process; None on systems without /proc."""
     try:
         return int(_STATM.read_bytes().split()[1]) * _PAGE
     except OSError:
@@ -154,6 +156,6 @@ def current_rss() -> int | None:
 
 
 def max_rss() -> int:
-    """Largest resident set of this process so far, in bytes."""
+    """Return the peak of the resident set of this process so far, in bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

@@ -1,4 +1,4 @@
-"""Memory that one application may use on devices people have, and budgets as people write them."""
+"""Memory budgets: those of common devices, and amounts as users write them."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ _GIB = 1 << 30
 PROFILES: dict[str, int] = {
     # Of 8 GB: On-device Sora, arXiv 2502.04363.
     "iphone-15-pro": 3_300_000_000,
-    # With the entitlement for increased memory: MacRumors, 17 September 2021. iPadOS 26.4 is said
-    # to allow 3 GB of the 8 only (developer.apple.com/forums/thread/826325).
+    # With the entitlement for increased memory: MacRumors, 17 September 2021. iPadOS 26.4 may allow
+    # only 3 GB of the 8 (developer.apple.com/forums/thread/826325).
     "ipad-8gb": 6_000_000_000,
     "ipad-16gb": 12_000_000_000,
     # Metal's recommendedMaxWorkingSetSize, two thirds of the memory: 10922.67 MiB of 16 GB,
@@ -31,26 +31,24 @@ _UNITS |= {"KI": 1 << 10, "MI": 1 << 20, "GI": _GIB}
 
 
 def profile_budget(name: str) -> int:
-    """Bytes that a device of PROFILES leaves to one application. Raises UsageError."""
+    """Return the bytes of a device in PROFILES. Raises UsageError for other names."""
     if name not in PROFILES:
-        raise UsageError(f"Unknown device profile {name!r}.", f"Choose one of: {_names()}.")
+        raise UsageError(
+            f"Unknown device profile {name!r}.", f"Choose one of: {', '.join(PROFILES)}."
+        )
     return PROFILES[name]
 
 
-def _names() -> str:
-    return ", ".join(PROFILES)
-
-
 def parse_bytes(text: str) -> int:
-    """Bytes of `3.3GB`, `800 MiB` or `2000000000`; GB is 10^9, GiB 2^30. Raises UsageError."""
+    """Parse `3.3GB`, `800 MiB` or `2000000000`; GB is 10^9, GiB 2^30. Raises UsageError."""
     match = re.fullmatch(r"\s*(\d{1,15}(?:\.\d{1,9})?)\s*((?:[KMG]I?)?)B?\s*", text, re.IGNORECASE)
     if match is None or float(match[1]) <= 0:
-        raise UsageError(f"{text!r} is no amount of memory.", "Write it as 3.3GB or 800MB.")
+        raise UsageError(f"{text!r} is not an amount of memory.", "Write it as 3.3GB or 800MB.")
     return int(float(match[1]) * _UNITS[match[2].upper()])
 
 
 def format_bytes(count: int) -> str:
-    """`3.30 GB` or `812 MB`, rounded up so that the number shown would do."""
+    """Format as `3.30 GB` or `812 MB`, rounded up so that the shown number suffices."""
     if count >= 10**9:
         return f"{-(-count // 10**7) / 100:.2f} GB"
     return f"{-(-count // 10**6)} MB"

@@ -1,6 +1,7 @@
-"""How many of a network's blocks may stay in memory, from a budget and from what was measured.
+"""Keep a running process within its budget: resident blocks, and a monitor that shrinks the work.
 
-The arithmetic is pure (`choose`, `spread`); `Residency` feeds it with readings of this process.
+`choose_resident` and `evenly_spaced` are pure arithmetic. `Residency` and `BudgetMonitor` feed them
+with samples of the memory of this process.
 """
 
 from __future__ import annotations
@@ -13,13 +14,13 @@ import mlx.core as mx
 from mlx_sora.memory.limits import current_rss
 from mlx_sora.memory.profiles import format_bytes
 
-#: Bytes of a process outside MLX where the system does not tell (macOS): interpreter and libraries.
+#: Bytes of a process outside MLX on systems that do not report them (macOS).
 ASSUMED_NON_MLX_BYTES = 256 << 20
 
 
 @dataclass(frozen=True)
 class MemorySample:
-    """Bytes now. active, peak: MLX's, the peak since it was last reset; outside: not MLX's."""
+    """Bytes of this process: MLX's, their peak since the last reset, and those outside MLX."""
 
     active: int
     peak: int
@@ -28,7 +29,7 @@ class MemorySample:
 
 @dataclass(frozen=True)
 class BlockSizes:
-    """Bytes of a network's blocks: each in memory, and the most that loading one takes."""
+    """Bytes of each block in memory, and the peak while one is loaded."""
 
     nbytes: Sequence[int]
     load_peak_bytes: int
@@ -40,17 +41,17 @@ class BlockSizes:
 
 @dataclass(frozen=True)
 class ResidencyPlan:
-    """What fits: blocks that stay, and whether another may be loaded while one computes."""
+    """Number of resident blocks; prefetch: the next block may be loaded during computation."""
 
     resident: int
     prefetch: bool
 
 
 def choose_resident(available: int, blocks: BlockSizes) -> ResidencyPlan:
-    """What fits into `room` bytes, which are there for blocks alone.
+    """Choose the blocks that fit into `available` bytes.
 
-    All blocks, or one that computes, one on its way and as many more as there is space for. Where
-    that is not even two, nothing is loaded ahead; whether one fits is for the planner to say.
+    All of them, or the one that computes, one that is prefetched and as many more as fit. Without
+    space for two there is no prefetch. The planner has already checked that one fits.
     """
     count, size = len(blocks.nbytes), blocks.largest
     if available >= sum(blocks.nbytes) + blocks.load_peak_bytes - size:
@@ -60,29 +61,32 @@ def choose_resident(available: int, blocks: BlockSizes) -> ResidencyPlan:
 
 
 def evenly_spaced(num_blocks: int, count: int) -> frozenset[int]:
-    """`count` of `blocks` indices, evenly apart.
+    """Return `count` evenly spaced indices of `num_blocks`.
 
-    Between two streamed blocks there is then as much computing as can be for the loader to hide
-    behind; were the first `count` to stay, the others would wait for the disk one after the other.
+    Every load then has as much computation as possible to hide behind. If the first `count` blocks
+    stayed instead, the others would wait for the disk one after the other.
     """
     count = min(count, num_blocks)
     return frozenset(i * num_blocks // count for i in range(count))
 
 
 def sample_memory() -> MemorySample:
-    """This process now."""
+    """Sample the memory of this process."""
     active, rss = mx.get_active_memory(), current_rss()
-    unknown = ASSUMED_NON_MLX_BYTES if rss is None else rss - active - mx.get_cache_memory()
-    return MemorySample(active, mx.get_peak_memory(), max(0, unknown))
+    non_mlx = ASSUMED_NON_MLX_BYTES if rss is None else rss - active - mx.get_cache_memory()
+    return MemorySample(active, mx.get_peak_memory(), max(0, non_mlx))
 
 
 class Residency:
-    """Decides what stays by measuring the first two blocks of a pass, each alone in memory.
+    """Measures the first two blocks of a pass, each alone in memory, and decides what stays.
 
-    The first shows the peak; the second also what a block leaves behind (its text keys and values),
-    which the others will too. budget: bytes the whole process may use. cache_limit: MLX's, counted
-    in full. reserve: bytes to leave for what comes later and cannot be measured here. throttled:
-    MLX will be held back (see `planner.within`), so it is while measuring.
+    The first block shows the peak. The second also shows what a block leaves behind (its text keys
+    and values), as all others will.
+
+    budget: bytes of the whole process.
+    cache_limit: MLX's, counted in full.
+    reserve: bytes that are allocated after the measurement.
+    throttled: MLX's scheduler is throttled (see `stage_limits`), also during the measurement.
     """
 
     def __init__(
@@ -97,74 +101,80 @@ class Residency:
         set_limit: Callable[[int], int] = mx.set_memory_limit,
     ) -> None:
         self.budget = budget - cache_limit - reserve
-        #: Largest peak of MLX's memory so far: measuring resets MLX's own record of it.
+        #: Largest peak of MLX's memory so far. Measuring resets MLX's own.
         self.peak = 0
-        self._read, self._reset, self._limit = sample, reset_peak, set_limit
+        self._sample, self._reset_peak, self._set_limit = sample, reset_peak, set_limit
         self._first: MemorySample | None = None
         self._throttled = throttled
-        self._limit_before: int | None = None
+        self._previous_limit: int | None = None
 
     def start_measuring(self) -> None:
-        """A pass to be measured starts; no block is in memory."""
-        self.peak = max(self.peak, self._read().peak)
-        self._reset()
+        """Begin a measured pass. No block may be in memory."""
+        self.peak = max(self.peak, self._sample().peak)
+        self._reset_peak()
         self._first = None
         if self._throttled:
-            self._limit_before = self._limit(0)
+            self._previous_limit = self._set_limit(0)
 
     def record_block(self, index: int, blocks: BlockSizes) -> ResidencyPlan | None:
-        """Block `index` (0, then 1) has computed and is in memory still: the decision, if ready."""
-        reading = self._read()
-        self.peak = max(self.peak, reading.peak)
+        """Record that block `index` (0, then 1) has computed and is in memory; decide after both.
+
+        Returns None before the second block.
+        """
+        sample = self._sample()
+        self.peak = max(self.peak, sample.peak)
         count = len(blocks.nbytes)
         if index == 0 and count > 1:
-            self._first = reading
+            self._first = sample
             return None
         self.stop_measuring()
-        growth = max(0, reading.active - self._first.active) if self._first else 0
-        work = reading.peak - min(blocks.nbytes[: index + 1])
-        to_come = growth * (count - index - 1)
-        return choose_resident(self.budget - work - to_come - reading.non_mlx, blocks)
+        growth = max(0, sample.active - self._first.active) if self._first else 0
+        activations = sample.peak - min(blocks.nbytes[: index + 1])
+        future_growth = growth * (count - index - 1)
+        available = self.budget - activations - future_growth - sample.non_mlx
+        return choose_resident(available, blocks)
 
     def stop_measuring(self) -> None:
-        """Nothing more to measure now: MLX schedules as before."""
-        if self._limit_before is not None:
-            self._limit(self._limit_before)
-            self._limit_before = None
+        """Restore MLX's memory limit."""
+        if self._previous_limit is not None:
+            self._set_limit(self._previous_limit)
+            self._previous_limit = None
 
 
 class BudgetMonitor:
-    """Looks at the process between two pieces of work of `stage`. budget: None never minds.
+    """Compares the memory of the process with its budget between two pieces of a stage's work.
 
-    A run that has outgrown its budget takes less at a time and says so, once; it is not ended,
-    since whatever took the memory (the caller's own data, other libraries) may well be gone by
-    the time it matters. Where memory is at an end, MLX's own error comes (`device_errors`).
+    A run over its budget continues with smaller pieces and warns once. It does not end, since
+    memory of others (the caller's data, other libraries) may be freed soon. If memory does run out,
+    MLX raises (see `explain_device_error`).
+
+    budget: bytes, or None to disable the check.
     """
 
     def __init__(
         self, stage: str, budget: int | None, sample: Callable[[], MemorySample] = sample_memory
     ) -> None:
-        self._stage, self._budget, self._read = stage, budget, sample
-        self._told = False
+        self._stage, self._budget, self._sample = stage, budget, sample
+        self._warned = False
 
     def check(self, shrink: Callable[[], bool]) -> str | None:
-        """Have `lessen` act where the budget is exceeded; the warning, the first time.
+        """Call `shrink` if the process is over its budget; return a warning the first time.
 
-        lessen: makes the next piece of work smaller, if it can.
+        shrink: makes the next piece of work smaller; returns False if it cannot.
         """
         if self._budget is None:
             return None
-        reading = self._read()
-        used = reading.non_mlx + max(reading.peak, reading.active + mx.get_cache_memory())
+        sample = self._sample()
+        used = sample.non_mlx + max(sample.peak, sample.active + mx.get_cache_memory())
         if used <= self._budget:
             return None
-        less = shrink()
+        smaller = shrink()
         mx.clear_cache()
-        if self._told:
+        if self._warned:
             return None
-        self._told = True
-        follows = "it goes on with less at a time" if less else "nothing is left to save"
+        self._warned = True
+        action = "continuing with smaller pieces" if smaller else "nothing is left to reduce"
         return (
-            f"Stage {self._stage} has come to {format_bytes(used)}, over the budget of "
-            f"{format_bytes(self._budget)}: {follows}."
+            f"Stage {self._stage} reached {format_bytes(used)}, over the budget of "
+            f"{format_bytes(self._budget)}: {action}."
         )

@@ -174,7 +174,7 @@ def test_each_time_it_is_exceeded_less_is_taken_but_it_is_told_once() -> None:
     watched = guard(over, over)
     warning = watched.check(lessen)
     assert warning is not None
-    assert "Stage denoise has come to 116 MB, over the budget of 105 MB" in warning
+    assert "Stage denoise reached 116 MB, over the budget of 105 MB" in warning
     assert watched.check(lessen) is None
     assert len(calls) == 2
 
@@ -208,9 +208,9 @@ def test_memory_that_something_else_takes_is_made_up_for(pipe: Pipeline) -> None
     assert isinstance(last, Finished)
     video = last.video
     assert len(warned) == 2
-    assert warned[0].startswith("Stage denoise has come to")
-    assert warned[0].endswith("it goes on with less at a time.")
-    assert warned[1].startswith("Stage decode has come to")
+    assert warned[0].startswith("Stage denoise reached")
+    assert warned[0].endswith("continuing with smaller pieces.")
+    assert warned[1].startswith("Stage decode reached")
     assert list(video.warnings) == warned
     record = video.metadata["accelerations"]["ci_dl"]["denoise"]
     assert record["resident"] == 0
