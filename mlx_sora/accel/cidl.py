@@ -145,11 +145,11 @@ class BlockStream(Generic[Block]):
     def _decide(self, index: int) -> None:
         assert self._policy is not None
         source = self.source
-        room = self._policy.record_block(index, BlockSizes(source.nbytes, source.load_peak_bytes))
-        if room is not None:
+        plan = self._policy.record_block(index, BlockSizes(source.nbytes, source.load_peak_bytes))
+        if plan is not None:
             self._is_measuring = False
-            self._resident = evenly_spaced(len(source), room.resident)
-            self._may_prefetch = self._prefetch and room.prefetch
+            self._resident = evenly_spaced(len(source), plan.resident)
+            self._may_prefetch = self._prefetch and plan.prefetch
 
     def _load(self, index: int) -> dict[str, mx.array]:
         """Return the weights of block `index`, prefetched or loaded now."""
