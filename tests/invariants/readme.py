@@ -73,11 +73,12 @@ def estimates_table() -> str:
 
 def _estimate(model: ModelSizes, frames: int, device: Device) -> tuple[str, str]:
     """Time and peak; an asterisk where guidance has to take two passes."""
-    job, mark = Workload(plan_geometry(_SIZE, frames), _TOKENS, _STEPS), ""
+    workload, mark = Workload(plan_geometry(_SIZE, frames), _TOKENS, _STEPS), ""
     try:
-        found = estimate(model, job, device, _ITEMSIZE)
+        found = estimate(model, workload, device, _ITEMSIZE)
     except MemoryBudgetError:
-        found, mark = estimate(model, replace(job, sequential_guidance=True), device, _ITEMSIZE), " \\*"
+        workload, mark = replace(workload, sequential_guidance=True), " \\*"
+        found = estimate(model, workload, device, _ITEMSIZE)
     return _duration(found) + mark, f"{found.plan.peak / 1e9:.1f} GB"
 
 
