@@ -1,4 +1,4 @@
-"""Reading a network's published config.json into its frozen configuration."""
+"""Read a network's published config.json into a frozen dataclass."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ FIX = "Use the config.json that was published with the weights."
 
 
 def read_config(cls: type[Config], values: Mapping[str, Any]) -> Config:
-    """`cls` from a config.json's object; unknown keys are ignored, absent ones keep the default.
+    """Make a `cls` from the object of a config.json.
 
-    Lists become tuples. Raises WeightsError for a value of another type than the default's, and for
-    numbers that no network has.
+    Unknown keys are ignored, absent ones keep their default, and lists become tuples. Raises
+    WeightsError for a value whose type differs from the default's, and for implausible numbers.
     """
     known: dict[str, Any] = {}
     for field in fields(cls):  # type: ignore[arg-type]
@@ -42,7 +42,7 @@ def read_config(cls: type[Config], values: Mapping[str, Any]) -> Config:
 
 
 def _is_valid(value: Any, default: Any) -> bool:
-    """Whether a value is one that some network could have: bounded, and alike within a list."""
+    """Check that numbers are within bounds and that the items of a list have one type."""
     if isinstance(value, tuple):
         kind = type(default[0])
         return 0 < len(value) <= MAX_LIST and all(
@@ -54,13 +54,13 @@ def _is_valid(value: Any, default: Any) -> bool:
 
 
 def get_object(values: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    """The object `name` inside a config.json, empty where there is none. Raises WeightsError."""
+    """Return the object `name` of a config.json, or an empty one. Raises WeightsError."""
     found = values.get(name) or {}
     require(isinstance(found, dict), f"{name} is no object")
     return found
 
 
 def require(condition: bool, message: str) -> None:
-    """Raise WeightsError with `message` unless a configuration's `condition` holds."""
+    """Raise WeightsError with `message` unless `condition` holds."""
     if not condition:
         raise WeightsError(f"{message} in a model's config.json.", FIX)

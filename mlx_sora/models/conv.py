@@ -2,7 +2,7 @@
 
 3x3 kernels are stored tap by tap, [.., kh, kw, O, I]. On a GPU they go to MLX's own convolutions.
 On CPU those build the full im2col matrix (9 or 27 times the input), so larger images are convolved
-as a sum of one matrix product per tap over shifted rows of the padded input, without im2col.
+as a sum of one matrix product per tap over shifted rows of the padded input.
 Dimension letters: N images, T frames, H height, W width, I input channels, O output channels.
 """
 
@@ -29,7 +29,7 @@ MAX_WASTE = 1.25
 
 
 def conv2d(x: mx.array, weight: mx.array, bias: mx.array | None = None) -> mx.array:
-    """3x3 convolution, stride 1, one zero of padding on each side.
+    """Apply a 3x3 convolution with stride 1 and one zero of padding on each side.
 
     x [N, H, W, I], weight [3, 3, O, I], bias [O]. Returns [N, H, W, O].
     """
@@ -39,16 +39,16 @@ def conv2d(x: mx.array, weight: mx.array, bias: mx.array | None = None) -> mx.ar
 
 
 def downsample2d(x: mx.array, weight: mx.array, bias: mx.array | None = None) -> mx.array:
-    """3x3 convolution, stride 2, zeros at the right and bottom only: [N, H, W, I] to [N, H//2, ..].
+    """Apply a 3x3 convolution with stride 2: [N, H, W, I] to [N, H//2, W//2, O].
 
-    Mirrors the asymmetric padding of diffusers' Downsample2D in AutoencoderKL.
+    Zeros are padded at the right and bottom only, as diffusers' Downsample2D does in AutoencoderKL.
     """
     padded = mx.pad(x, [(0, 0), (0, 1), (0, 1), (0, 0)])
     return _add_bias(mx.conv2d(padded, weight.transpose(2, 0, 1, 3), stride=2), bias)
 
 
 def upsample_conv2d(x: mx.array, weight: mx.array, bias: mx.array | None = None) -> mx.array:
-    """Nearest x2, then 3x3 convolution: [N, H, W, I] to [N, 2H, 2W, O]."""
+    """Upsample x2 (nearest), then apply a 3x3 convolution: [N, H, W, I] to [N, 2H, 2W, O]."""
     if ops.on_gpu() or not _use_shifted_form(x):
         return plain_conv2d(upsample2x(x), weight, bias)
     return subpixel_conv2d(x, weight, bias)
@@ -57,11 +57,11 @@ def upsample_conv2d(x: mx.array, weight: mx.array, bias: mx.array | None = None)
 def causal_conv3d(
     x: mx.array, weight: mx.array, bias: mx.array | None = None, time_stride: int = 1
 ) -> mx.array:
-    """3x3x3 convolution that sees no later frame: zeros in front of time, around space.
+    """Apply a 3x3x3 convolution that sees no later frame; mirrors CausalConv3d of Open-Sora 1.2.
 
-    x [B, T, H, W, I], weight [3, 3, 3, O, I]; time is padded by kt - 1 + (1 - time_stride) frames.
-    Returns [B, (T + 1 - time_stride) // time_stride rounded up, H, W, O]. Mirrors CausalConv3d of
-    Open-Sora 1.2. Runs one sample at a time: MLX's per-frame path on Metal needs a batch of 1.
+    x [B, T, H, W, I], weight [3, 3, 3, O, I]. Space is padded by one zero on each side, the front
+    of time by kt - time_stride frames. Returns [B, T // time_stride, H, W, O]. Runs one sample at a
+    time: MLX's per-frame path on Metal needs a batch of 1.
     """
     form = plain_conv3d if ops.on_gpu() or not _use_shifted_form(x) else shifted_conv3d
     samples = [form(x[b : b + 1], weight, bias, time_stride) for b in range(x.shape[0])]
@@ -69,14 +69,14 @@ def causal_conv3d(
 
 
 def plain_conv2d(x: mx.array, weight: mx.array, bias: mx.array | None = None) -> mx.array:
-    """`conv2d` by MLX's own convolution."""
+    """Compute `conv2d` with MLX's own convolution."""
     return _add_bias(mx.conv2d(x, weight.transpose(2, 0, 1, 3), padding=1), bias)
 
 
 def plain_conv3d(
     x: mx.array, weight: mx.array, bias: mx.array | None = None, time_stride: int = 1
 ) -> mx.array:
-    """`causal_conv3d` by MLX's own convolution."""
+    """Compute `causal_conv3d` with MLX's own convolution."""
     front = _time_padding(weight, time_stride)
     # Time is padded here because Metal's per-frame path requires no padding of its first axis.
     x = mx.pad(x, [(0, 0), (front, 0), (0, 0), (0, 0), (0, 0)])
@@ -85,15 +85,15 @@ def plain_conv3d(
 
 
 def shifted_conv2d(x: mx.array, weight: mx.array, bias: mx.array | None = None) -> mx.array:
-    """`conv2d` as a sum of nine products over shifted rows."""
+    """Compute `conv2d` as a sum of nine products over shifted rows."""
     taps = [(0, i, j, weight[i, j]) for i in range(3) for j in range(3)]
     return _sum_taps([_pad_space(x)], taps, bias, x.shape[:3])
 
 
 def subpixel_conv2d(x: mx.array, weight: mx.array, bias: mx.array | None = None) -> mx.array:
-    """`upsample_conv2d` without the enlarged image: four 2x2 kernels, one per output parity.
+    """Compute `upsample_conv2d` without the upsampled image: one 2x2 kernel per output parity.
 
-    Taps that read the same source pixel are added beforehand: 16 products instead of 36.
+    Taps that read the same source pixel are summed beforehand: 16 products instead of 36.
     """
     n, h, w, _ = x.shape
     rows = _pad_space(x)
@@ -115,7 +115,6 @@ _SOURCES = ({0: (0,), 1: (1, 2)}, {1: (0, 1), 2: (2,)})
 
 
 def _sum_kernel_slices(weight: mx.array, rows: Sequence[int], columns: Sequence[int]) -> mx.array:
-    """Sum of the kernel slices at `rows` x `columns`: [O, I]."""
     parts = [weight[i, j] for i in rows for j in columns]
     total = parts[0]
     for part in parts[1:]:
@@ -126,7 +125,7 @@ def _sum_kernel_slices(weight: mx.array, rows: Sequence[int], columns: Sequence[
 def shifted_conv3d(
     x: mx.array, weight: mx.array, bias: mx.array | None = None, time_stride: int = 1
 ) -> mx.array:
-    """`causal_conv3d` of one sample as a sum of products over shifted rows."""
+    """Compute `causal_conv3d` of one sample as a sum of products over shifted rows."""
     front = _time_padding(weight, time_stride)
     kt, frames = weight.shape[0], x.shape[1]
     steps = (frames + front - kt) // time_stride + 1
@@ -151,9 +150,9 @@ def _use_shifted_form(x: mx.array) -> bool:
 
 
 def _pad_space(x: mx.array) -> mx.array:
-    """[N, H, W, C] to [N, H + 3, W + 1, C].
+    """Pad [N, H, W, C] to [N, H + 3, W + 1, C].
 
-    One zero column serves as right padding of a row and left padding of the next; the third zero
+    One zero column is the right padding of a row and the left padding of the next. The third zero
     row lets the last window read past its end.
     """
     return mx.pad(x, [(0, 0), (1, 2), (1, 0), (0, 0)])
@@ -165,10 +164,9 @@ def _sum_taps(
     bias: mx.array | None,
     size: tuple[int, ...],
 ) -> mx.array:
-    """Sum over taps of shifted source @ kernelᵀ, in blocks of image rows.
+    """Sum shifted source @ kernelᵀ over the taps, in blocks of image rows: [N, H, W, O].
 
-    sources: [N, H + 3, W + 1, I] each, as `_pad_space` gives them. size: (N, H, W).
-    Returns [N, H, W, O].
+    sources: [N, H + 3, W + 1, I] each, from `_pad_space`. size: (N, H, W).
     """
     n, h, w = size
     pitch, lines = w + 1, n * (h + 3)
@@ -197,16 +195,16 @@ def _add_bias(x: mx.array, bias: mx.array | None) -> mx.array:
 
 
 def upsample2x(x: mx.array) -> mx.array:
-    """Nearest neighbour, twice the height and width: [N, H, W, C] to [N, 2H, 2W, C]."""
+    """Upsample by nearest neighbour: [N, H, W, C] to [N, 2H, 2W, C]."""
     n, h, w, c = x.shape
     wide = mx.broadcast_to(x[:, :, None, :, None], (n, h, 2, w, 2, c))
     return wide.reshape(n, 2 * h, 2 * w, c)
 
 
 def group_norm(x: mx.array, weight: mx.array, bias: mx.array, groups: int, eps: float) -> mx.array:
-    """Normalise each sample over all positions and the channels of a group: [N, .., C] to the same.
+    """Normalize each sample [N, .., C] over all positions and the channels of a group.
 
-    Two passes of per-channel means, taken axis by axis in float32: a single running sum over
+    Uses two passes of per-channel means, taken axis by axis in float32: a single running sum over
     millions of values loses more than the reference's tolerance.
     """
     mean = _group_mean(x, groups)
@@ -217,14 +215,14 @@ def group_norm(x: mx.array, weight: mx.array, bias: mx.array, groups: int, eps: 
 
 
 def group_moments(x: mx.array, groups: int) -> Moments:
-    """Mean and variance that `group_norm` normalises x [N, .., C] with."""
+    """Return the mean and variance with which `group_norm` normalizes x [N, .., C]."""
     mean = _group_mean(x, groups)
     centred = x.astype(precision.STATISTICS) - mean
     return mean, _group_mean(centred * centred, groups)
 
 
 def _group_mean(x: mx.array, groups: int) -> mx.array:
-    """Mean of each group, repeated over its channels: [N, 1, .., 1, C] in float32."""
+    """Return the mean of each group, repeated over its channels: [N, 1, .., 1, C] in float32."""
     n, c = x.shape[0], x.shape[-1]
     mean = x.astype(precision.STATISTICS)
     while mean.ndim > 2:
@@ -235,9 +233,9 @@ def _group_mean(x: mx.array, groups: int) -> mx.array:
 
 
 class GroupNorm(nn.Module):
-    """`group_norm` with its gain and bias.
+    """`group_norm` with its weight and bias.
 
-    moments: where mean and variance come from, if not from the input alone.
+    moments: source of mean and variance; None computes them from the input.
     """
 
     def __init__(self, channels: int, groups: int, eps: float) -> None:
@@ -268,7 +266,7 @@ class Conv2d(nn.Module):
 
 
 class Downsample2d(nn.Module):
-    """Half height and width; checkpoint name `conv` for its convolution."""
+    """Half height and width; the checkpoint names its convolution `conv`."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -279,7 +277,7 @@ class Downsample2d(nn.Module):
 
 
 class Upsample2d(nn.Module):
-    """Twice the height and width; checkpoint name `conv` for its convolution."""
+    """Twice the height and width; the checkpoint names its convolution `conv`."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -290,7 +288,7 @@ class Upsample2d(nn.Module):
 
 
 class CausalConv3d(nn.Module):
-    """Causal 3x3x3 convolution; weight [3, 3, 3, O, I]; some of the reference's have no bias."""
+    """Causal 3x3x3 convolution; weight [3, 3, 3, O, I]; some in the reference have no bias."""
 
     def __init__(self, inputs: int, outputs: int, *, bias: bool, time_stride: int = 1) -> None:
         super().__init__()
@@ -304,7 +302,7 @@ class CausalConv3d(nn.Module):
 
 
 class Pointwise(nn.Module):
-    """Convolution with a kernel of one position, in 2-D and 3-D alike; weight [O, I]."""
+    """1x1 convolution in 2-D and 3-D; weight [O, I]."""
 
     def __init__(self, inputs: int, outputs: int, *, bias: bool = True) -> None:
         super().__init__()

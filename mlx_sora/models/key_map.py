@@ -1,8 +1,8 @@
-"""How checkpoint tensors become module parameters.
+"""Maps from checkpoint tensors to module parameters.
 
-A network's attribute names equal the checkpoint's names where MLX allows. What differs stands in
-one table of `Rule`s at the end of the network's file; `KeyMap` applies it. Nothing here touches
-data: the same map serves loading, and the check of full-size manifests without a single weight.
+Attribute names of a network equal the names in its checkpoint where MLX allows. The exceptions are
+one table of `KeyRule`s at the end of the network's file, which `KeyMap` applies. No data is read:
+the same map serves loading and the check of full-size manifests without weights.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ CONV3D = (0, 2, 3, 4, 1)
 
 @dataclass(frozen=True)
 class KeyRule:
-    """One exception: checkpoint names that fully match `pattern` go to `target` in another layout.
+    """One exception: checkpoint names that fully match `pattern` have another name or layout.
 
-    target: parameter path as an `re` replacement template; None keeps the name.
-    axes: permutation applied to the stored tensor; empty keeps the layout.
+    target: parameter path as a replacement template of `re`; None keeps the name.
+    axes: permutation of the stored tensor's axes; empty keeps them.
     flatten: after the permutation, fold all axes but the first into one (conv kernel -> matrix).
-    squeeze: drop axes of length 1 behind the second (1x1 conv kernel -> matrix).
-    ignore: the tensor is known and has no use here (a duplicate, a decoder the model lacks).
+    squeeze: drop axes of length 1 after the second (1x1 conv kernel -> matrix).
+    ignore: the tensor is known but not used (a duplicate, or a decoder that the model lacks).
     """
 
     pattern: str
@@ -43,7 +43,7 @@ class KeyRule:
 
 @dataclass(frozen=True)
 class Parameter:
-    """Where one checkpoint tensor goes: parameter `path`, its `shape` there, and the data's way."""
+    """Parameter that a checkpoint tensor fills: path, shape and conversion of the data."""
 
     path: str
     shape: Shape
@@ -52,16 +52,16 @@ class Parameter:
 
 @dataclass(frozen=True)
 class KeyMap:
-    """Rules of one network, tried in order; a name without a rule keeps name and layout.
+    """Rules of one network, tried in order. A name without a rule keeps its name and layout.
 
-    optional: parameters that have a computed default when the checkpoint does not hold them.
+    optional: parameters with a computed default, which a checkpoint may lack.
     """
 
     rules: Sequence[KeyRule] = ()
     optional: frozenset[str] = field(default_factory=frozenset)
 
     def find_parameter(self, key: str, shape: Shape) -> Parameter | None:
-        """Parameter that tensor `key` of `shape` fills, or None if it is to be ignored."""
+        """Return the parameter that tensor `key` of `shape` fills, or None if it is ignored."""
         for rule in self.rules:
             match = re.fullmatch(rule.pattern, key)
             if match is None:

@@ -1,9 +1,9 @@
-"""The few operations whose best form depends on the backend.
+"""Operations whose best form depends on the backend.
 
-On a GPU, MLX's own fused kernels; on its CPU backend (scalar `exp`, unfused attention, full im2col
-convolutions) exact rewrites of the same formulas. Both forms agree to float32 rounding.
-Dimension letters: B batch, T frames, H height, W width, S tokens per frame, L text tokens,
-C channels.
+GPUs use MLX's own fused kernels. MLX's CPU backend has scalar `exp`, unfused attention and full
+im2col convolutions, so there these are exact rewrites of the same formulas. Both forms agree to
+float32 rounding. Dimension letters: B batch, T frames, H height, W width, S tokens per frame, L
+text tokens, C channels.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ MIN_ROWS = 1024
 
 
 def on_gpu() -> bool:
-    """True when MLX's default device is a GPU (Metal or CUDA)."""
+    """Return True if MLX's default device is a GPU (Metal or CUDA)."""
     return bool(mx.default_device() == mx.Device(mx.gpu))
 
 
@@ -37,9 +37,10 @@ _LOG2_E = 1.0 / math.log(2.0)
 
 
 def exp(x: mx.array) -> mx.array:
-    """e^x. On CPU in float32 a degree-5 polynomial times a power of two: MLX's own is scalar there.
+    """Return e^x. On CPU, float32 uses a degree-5 polynomial times a power of two.
 
-    Relative error 6e-7 for |x| < 8, 4e-6 at ±80, as mx.exp; x is clipped to ±86. Differentiable.
+    MLX's own `exp` is scalar there. Relative error 6e-7 for |x| < 8 and 4e-6 at ±80, as mx.exp. x
+    is clipped to ±86. Differentiable.
     """
     if on_gpu() or x.dtype != mx.float32:
         return mx.exp(x)
@@ -53,25 +54,25 @@ def exp(x: mx.array) -> mx.array:
 
 @mx.compile
 def _exp_input(x: mx.array) -> mx.array:
-    """x in powers of two, as `_power` takes it."""
+    """Return the exponent of two for e^x."""
     return mx.clip(x * _LOG2_E, -125.0, 125.0)
 
 
 @mx.compile
 def _split_exponent(t: mx.array, same: mx.array) -> tuple[mx.array, mx.array]:
-    """t less its nearest integer, and the bits of two to that integer. same: t, a constant."""
+    """Return t minus its nearest integer n, and the bits of 2^n. same: t without a gradient."""
     exponent = (same + 126.5).astype(mx.int32)
     return t - (exponent.astype(mx.float32) - 126.0), (exponent + 1) << 23
 
 
 def _exp2_parts(t: mx.array) -> tuple[mx.array, mx.array]:
-    """r in [-1/2, 1/2] and p with 2^t = 2^r · p, for t in [-125, 125]; the slope is all in r."""
+    """Return r in [-1/2, 1/2] and p with 2^t = 2^r · p for t in [-125, 125]; r has the gradient."""
     r, bits = _split_exponent(t, mx.stop_gradient(t))
     return r, mx.view(bits, mx.float32)
 
 
 def _polynomial(r: mx.array) -> mx.array:
-    """2^r, by pairs of terms: fewer operations wait for each other."""
+    """Return 2^r. Terms are added in pairs so that fewer operations wait for each other."""
     a, b, c, d, e, f = _EXP2
     square = r * r
     return ((f * r + e) * square + (d * r + c)) * square + (b * r + a)
@@ -84,7 +85,7 @@ def _exp2(r: mx.array, power: mx.array) -> mx.array:
 
 @mx.compile
 def _times_sigmoid(x: mx.array, r: mx.array, power: mx.array) -> mx.array:
-    """x · sigmoid(-log(2^r · power))."""
+    """Return x · sigmoid(-log(2^r · power))."""
     return x / (1.0 + _polynomial(r) * power)
 
 
@@ -120,18 +121,18 @@ def _gelu_tanh_gpu(x: mx.array) -> mx.array:
 
 @partial(mx.compile, shapeless=True)
 def modulate(x: mx.array, shift: mx.array, scale: mx.array) -> mx.array:
-    """x (1 + scale) + shift."""
+    """Return x (1 + scale) + shift."""
     return x * (1 + scale) + shift
 
 
 @partial(mx.compile, shapeless=True)
 def add_gated(x: mx.array, gate: mx.array, y: mx.array) -> mx.array:
-    """x + gate · y, in the type that they promote to."""
+    """Return x + gate · y, in their promoted type."""
     return x + gate * y
 
 
 def silu(x: mx.array) -> mx.array:
-    """x · sigmoid(x)."""
+    """Return x · sigmoid(x)."""
     if on_gpu():
         return _silu_gpu(x)
     return apply_in_slices(_silu_rows, x, row_bytes=16 * x.shape[-1])
@@ -143,7 +144,10 @@ def _silu_rows(x: mx.array) -> mx.array:
 
 
 def gelu_tanh(x: mx.array) -> mx.array:
-    """Tanh-approximated GELU: 0.5x(1 + tanh u) = x·sigmoid(2u), u = sqrt(2/pi)(x + 0.044715x³)."""
+    """Return the tanh-approximated GELU.
+
+    0.5x(1 + tanh u) = x·sigmoid(2u) with u = sqrt(2/pi)(x + 0.044715x³).
+    """
     if on_gpu():
         return _gelu_tanh_gpu(x)
     wide = x.astype(precision.ACTIVATION)
@@ -153,9 +157,9 @@ def gelu_tanh(x: mx.array) -> mx.array:
 def apply_in_slices(
     function: Callable[[mx.array], mx.array], x: mx.array, row_bytes: int
 ) -> mx.array:
-    """function(x) for a function of each row of x [..., C] by itself; returns [..., C_out].
+    """Return function(x) for a function that maps each row of x [..., C] to a row [..., C_out].
 
-    row_bytes: what one row takes inside `function`. On CPU it runs on PIECE bytes at a time.
+    On CPU it runs on SLICE_BYTES at a time. row_bytes: memory that `function` needs for one row.
     """
     flat = x.reshape(-1, x.shape[-1])
     rows = _slice_size(flat.shape[0], max(MIN_ROWS, SLICE_BYTES // row_bytes))
@@ -170,10 +174,12 @@ def apply_in_slices(
 def attention(
     q: mx.array, k: mx.array, v: mx.array, scale: float, mask: mx.array | None = None
 ) -> mx.array:
-    """softmax(scale · q kᵀ + mask) v, softmax in float32.
+    """Return softmax(scale · q kᵀ + mask) v, [B, heads, L, d], with the softmax in float32.
 
-    q [B, heads, L, d], k and v [B, heads, M, d]; mask boolean (True = attend) or additive, four
-    axes that broadcast to [B, heads, L, M]. Returns [B, heads, L, d].
+    Args:
+        q: [B, heads, L, d].
+        k, v: [B, heads, M, d].
+        mask: boolean (True = attend) or additive; four axes that broadcast to [B, heads, L, M].
     """
     if on_gpu():
         return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
@@ -195,17 +201,16 @@ def attention(
 
 
 def _slice_size(total: int, most: int) -> int:
-    """Size of a piece of `total`, at most `most`, so that all pieces are about equal."""
+    """Return the size of about equal slices of `total`, at most `most` each."""
     return -(-total // -(-total // most))
 
 
 def _run_after(done: list[mx.array], x: mx.array) -> mx.array:
-    """x, to be computed only when the last of `done` is, so that pieces never pile up."""
+    """Return x, computed only after the last of `done`, so that slices do not pile up in memory."""
     return mx.depends(x, done[-1]) if done else x
 
 
 def _slice_mask(mask: mx.array | None, samples: slice, start: int, queries: int) -> mx.array | None:
-    """What of `mask` belongs to some samples and to `queries` queries from `start` on."""
     if mask is None:
         return None
     if mask.shape[0] > 1:
@@ -214,7 +219,7 @@ def _slice_mask(mask: mx.array | None, samples: slice, start: int, queries: int)
 
 
 def _attend(q: mx.array, k: mx.array, v: mx.array, scale: float, mask: mx.array | None) -> mx.array:
-    """Attention on CPU, all logits at once."""
+    """Compute attention on CPU, all logits at once."""
     scores = (q * scale) @ k.swapaxes(-1, -2)
     if mask is not None:
         if mask.dtype == mx.bool_:

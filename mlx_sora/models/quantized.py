@@ -1,7 +1,7 @@
-"""Linear layers whose weights stay quantised in memory.
+"""Linear layers whose weights stay quantized in memory.
 
-On a GPU, MLX's kernel multiplies with them as they are. On its CPU backend that kernel is forty
-times slower than a plain product, so there the weights are dequantised for each use.
+On GPUs, MLX's kernel multiplies with the quantized weights. On CPU that kernel is forty times
+slower than a plain product, so there each use dequantizes the weights first.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ WORD_BITS = 32
 
 
 class QuantizedLinear(nn.Module):
-    """x Wᵀ + bias with affine quantised W; parameters are named as in MLX's own quantised layers.
+    """x Wᵀ + bias with affine quantized W; parameters are named as in MLX's own quantized layers.
 
     weight uint32 [outputs, inputs · bits / 32], scales and biases [outputs, inputs / group_size]:
     W = scale · code + bias per group. bias [outputs], or none.
@@ -38,7 +38,7 @@ class QuantizedLinear(nn.Module):
             self.bias = mx.zeros((outputs,))
 
     def dequantize(self, x: mx.array) -> mx.array:
-        """W [outputs, inputs], in the type of the scales, for the product with `x`."""
+        """Return W [outputs, inputs] in the type of the scales, for the product with `x`."""
         # Not before x is there: left to itself, MLX begins with the weights of a whole block.
         return mx.dequantize(
             mx.depends(self.weight, x),
@@ -67,7 +67,7 @@ class QuantizedLinear(nn.Module):
 
 
 def dequantize_once(linear: nn.Module, x: mx.array) -> Callable[[mx.array], mx.array]:
-    """`linear` for several calls, after `x`: what has to be dequantised is so only once."""
+    """Return `linear` for several calls after `x` is computed, dequantized only once."""
     if isinstance(linear, QuantizedLinear) and not on_gpu():
         return partial(linear._multiply, linear.dequantize(x))
     return linear
