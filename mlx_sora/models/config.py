@@ -10,10 +10,10 @@ from mlx_sora.errors import WeightsError, printable
 
 Config = TypeVar("Config")
 
-#: The largest number, and the longest list, in a configuration: far above any published one.
+#: Bounds of a configuration's numbers and list lengths: far above any published one.
 MAX_NUMBER, MAX_LIST = 1 << 20, 16
 
-#: Blocks of a network: each is built before its weights are looked for.
+#: Largest number of blocks: each is built before its weights are looked for.
 MAX_DEPTH = 200
 
 FIX = "Use the config.json that was published with the weights."
@@ -35,8 +35,8 @@ def read_config(cls: type[Config], values: Mapping[str, Any]) -> Config:
         if isinstance(default, float) and type(value) is int and abs(value) <= MAX_NUMBER:
             value = float(value)
         if type(value) is not type(default) or not _is_valid(value, default):
-            given = printable(repr(value), 80)
-            raise WeightsError(f"{field.name} cannot be {given} in a model's config.json.", FIX)
+            shown = printable(repr(value), 80)
+            raise WeightsError(f"{field.name} cannot be {shown} in a model's config.json.", FIX)
         known[field.name] = value
     return cls(**known)
 
@@ -56,7 +56,7 @@ def _is_valid(value: Any, default: Any) -> bool:
 def get_object(values: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     """Return the object `name` of a config.json, or an empty one. Raises WeightsError."""
     found = values.get(name) or {}
-    require(isinstance(found, dict), f"{name} is no object")
+    require(isinstance(found, dict), f"{name} is not an object")
     return found
 
 

@@ -15,7 +15,7 @@ from mlx import nn
 
 from mlx_sora.models import ops, precision
 
-#: A tap: which source, row and column of the padded window, kernel slice [O, I].
+#: A tap: source index, row and column of the padded window, kernel slice [O, I].
 Tap = tuple[int, int, int, mx.array]
 
 #: Mean and variance of each sample's groups, repeated over their channels: [N, 1, .., 1, C] each.
@@ -24,7 +24,7 @@ Moments = tuple[mx.array, mx.array]
 #: Values of one output block of the shifted form: 2 MiB in float32, about one core's L2 cache.
 BLOCK_VALUES = 1 << 19
 
-#: The shifted form also computes the padding; images where that is more than this use im2col.
+#: The shifted form also computes the padding; images with a larger overhead use im2col.
 MAX_WASTE = 1.25
 
 
@@ -78,7 +78,7 @@ def plain_conv3d(
 ) -> mx.array:
     """Compute `causal_conv3d` with MLX's own convolution."""
     front = _time_padding(weight, time_stride)
-    # Time is padded here because Metal's per-frame path requires no padding of its first axis.
+    # Time is padded here because Metal's per-frame path needs a first axis without padding.
     x = mx.pad(x, [(0, 0), (front, 0), (0, 0), (0, 0), (0, 0)])
     kernel = weight.transpose(3, 0, 1, 2, 4)
     return _add_bias(mx.conv3d(x, kernel, stride=(time_stride, 1, 1), padding=(0, 1, 1)), bias)
@@ -110,15 +110,14 @@ def subpixel_conv2d(x: mx.array, weight: mx.array, bias: mx.array | None = None)
     return out.transpose(0, 1, 3, 2, 4, 5).reshape(n, 2 * h, 2 * w, -1)
 
 
-#: For output parity 0 and 1: source position in the padded 3-window -> kernel positions reading it.
+#: Per output parity: source position in the padded 3-window -> kernel positions that read it.
 _SOURCES = ({0: (0,), 1: (1, 2)}, {1: (0, 1), 2: (2,)})
 
 
 def _sum_kernel_slices(weight: mx.array, rows: Sequence[int], columns: Sequence[int]) -> mx.array:
-    parts = [weight[i, j] for i in rows for j in columns]
-    total = parts[0]
-    for part in parts[1:]:
-        total = total + part
+    total, *others = (weight[i, j] for i in rows for j in columns)
+    for other in others:
+        total = total + other
     return total
 
 
@@ -131,7 +130,7 @@ def shifted_conv3d(
     steps = (frames + front - kt) // time_stride + 1
     last = time_stride * (steps - 1)
     padded = _pad_space(mx.pad(x[0], [(front, 0), (0, 0), (0, 0), (0, 0)]))
-    # A tap whose every frame is padding adds nothing: two thirds of all taps for a single frame.
+    # Taps that read only padding are skipped: two thirds of all taps for a single frame.
     used = [k for k in range(kt) if k + last >= front]
     sources = [padded[k : k + last + 1 : time_stride] for k in used]
     taps = [
@@ -174,7 +173,7 @@ def _sum_taps(
     channels = taps[0][3].shape[0]
     step = max(1, BLOCK_VALUES // (channels * pitch))
     blocks = []
-    # The last three lines are padding: no output, and their windows would overrun.
+    # The last three lines are padding: they have no output, and their windows would overrun.
     for start in range(0, lines - 3, step):
         count = min(step, lines - 3 - start)
         y = bias

@@ -17,8 +17,7 @@ import mlx.core as mx
 
 Shape = tuple[int, ...]
 
-#: torch's output-first convolution kernels to MLX's channels-last ones.
-CONV2D = (0, 2, 3, 1)
+#: Axes of torch's output-first 3-D convolution kernels in MLX's channels-last order.
 CONV3D = (0, 2, 3, 4, 1)
 
 
@@ -90,6 +89,6 @@ def _target_shape(rule: KeyRule, shape: Shape) -> Shape:
 def _convert(rule: KeyRule, array: mx.array) -> mx.array:
     shape = _target_shape(rule, array.shape)
     if rule.axes and _fits(rule, array.ndim):
-        # Left as a strided view, a kernel would be copied again by every convolution.
+        # Every convolution would copy a kernel that is a strided view.
         array = mx.contiguous(array.transpose(rule.axes))
     return array.reshape(shape)

@@ -16,11 +16,11 @@ import mlx.core as mx
 
 from mlx_sora.models import precision
 
-#: On CPU, chains of elementwise operations run on about this many bytes at a time: the pieces stay
-#: in cache, and the transient memory no longer grows with the size of the video.
+#: On CPU, chains of elementwise operations run on about this many bytes at a time. The slices stay
+#: in cache, and the transient memory does not grow with the size of the video.
 SLICE_BYTES = 8 << 20
 
-#: Fewer queries, or rows of a network's layer, at a time than this would starve the matrix product.
+#: Smallest slices of queries and of rows: with fewer, matrix products are inefficient.
 MIN_QUERIES = 64
 MIN_ROWS = 1024
 
@@ -47,9 +47,9 @@ def exp(x: mx.array) -> mx.array:
     return _exp2(*_exp2_parts(_exp_input(x)))
 
 
-# Compiled chains of elementwise operations: a few passes over memory instead of one for each. MLX
-# fuses at most about ten operations and no `view`, hence the parts. Without a C++ compiler MLX runs
-# them one by one. On CPU only float32 comes in; on GPUs it is the type inside, whatever comes in.
+# Compiled chains of elementwise operations make few passes over memory. MLX fuses at most about ten
+# operations and no `view`, hence the parts. Without a C++ compiler MLX runs them one by one. On CPU
+# the input is float32; on GPUs it is any type, and the computation is float32.
 
 
 @mx.compile

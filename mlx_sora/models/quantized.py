@@ -39,7 +39,7 @@ class QuantizedLinear(nn.Module):
 
     def dequantize(self, x: mx.array) -> mx.array:
         """Return W [outputs, inputs] in the type of the scales, for the product with `x`."""
-        # Not before x is there: left to itself, MLX begins with the weights of a whole block.
+        # Without this dependency on x, MLX would dequantize the weights of a whole block at once.
         return mx.dequantize(
             mx.depends(self.weight, x),
             self.scales,

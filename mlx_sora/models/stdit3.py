@@ -1,7 +1,7 @@
 """STDiT3, the spatial-temporal diffusion transformer; mirrors STDiT3 of Open-Sora 1.2.
 
-Two phases, so that nothing is computed twice: `prepare` once per run (text, position, frame rate;
-each block's text keys and values at its first use), then the forward once per step.
+`prepare` computes once per run what all steps share: text, position and frame rate. Each block adds
+its text keys and values at its first use. `__call__` is the forward pass of one step.
 Dimension letters: B batch, T frames, H W latent height and width, S tokens per frame, L text
 tokens, C hidden channels. Latents are [B, T, H, W, channels].
 """
@@ -25,11 +25,11 @@ from mlx_sora.models.key_map import CONV3D, KeyMap, KeyRule
 from mlx_sora.models.ops import add_gated, apply_in_slices, attention, gelu_tanh, modulate, silu
 from mlx_sora.models.quantized import dequantize_once
 
-#: Width of the sinusoids that times and frame rates become, and their longest period.
+#: Width of the sinusoidal embedding of times and frame rates, and its longest period.
 FREQUENCIES = 256
 MAX_PERIOD = 10000.0
 
-#: What attention is to use in place of its values, [B', heads, L, head size] as they are.
+#: Maps the values [B', heads, L, head size] of a self-attention to those it uses.
 ValueFn = Callable[[mx.array], mx.array]
 
 #: Text keys and values of one attention, each [B, heads, L, head size].
@@ -38,7 +38,7 @@ KeysValues = tuple[mx.array, mx.array]
 
 @dataclass(frozen=True)
 class STDiT3Config:
-    """Published config.json keys that shape the network; defaults are STDiT3-XL/2."""
+    """Keys of the published config.json that shape the network; defaults are STDiT3-XL/2."""
 
     input_sq_size: int = 512
     in_channels: int = 4
@@ -64,12 +64,12 @@ class STDiT3Config:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> STDiT3Config:
-        """From a config.json; unknown keys are ignored."""
+        """Read a config.json; unknown keys are ignored."""
         return read_config(cls, values)
 
     @classmethod
     def xl_2(cls) -> STDiT3Config:
-        """STDiT3-XL/2, the published Open-Sora 1.2 (1.2 B parameters)."""
+        """Return the published Open-Sora 1.2, STDiT3-XL/2 (1.2 B parameters)."""
         return cls()
 
     @property
@@ -78,12 +78,12 @@ class STDiT3Config:
 
     @property
     def out_channels(self) -> int:
-        """Channels of the prediction: velocity, and with pred_sigma as many again."""
+        """Channels of the prediction: the velocity, and with pred_sigma as many again."""
         return self.in_channels * (2 if self.pred_sigma else 1)
 
 
 def timestep_embedding(values: mx.array) -> mx.array:
-    """Cosines, then sines, of float32 values [B]: [B, FREQUENCIES]."""
+    """Embed values [B] as cosines, then sines, in float32: [B, FREQUENCIES]."""
     half = FREQUENCIES // 2
     steps = mx.arange(half, dtype=precision.TIMES)
     angles = values.astype(precision.TIMES)[:, None] * mx.exp(
@@ -93,7 +93,7 @@ def timestep_embedding(values: mx.array) -> mx.array:
 
 
 def position_embedding(rows: int, columns: int, channels: int, scale: float) -> mx.array:
-    """Position of each token of a frame, row-major: float32 [rows * columns, channels].
+    """Return the position of each token of a frame, row-major: float32 [rows * columns, channels].
 
     The first half of the channels encodes the column, the second the row; sines before cosines.
     scale: image side over the training side, so that larger images get finer coordinates.
@@ -114,14 +114,14 @@ def position_embedding(rows: int, columns: int, channels: int, scale: float) -> 
 
 
 class SiLU(nn.Module):
-    """x · sigmoid(x), as a member of a layer list."""
+    """x · sigmoid(x) as a layer."""
 
     def __call__(self, x: mx.array) -> mx.array:
         return silu(x)
 
 
 class ScalarEmbedder(nn.Module):
-    """Sinusoids of a number, then linear, SiLU, linear: [B] to [B, C]."""
+    """Sinusoidal embedding of a number, then linear, SiLU, linear: [B] to [B, C]."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -149,7 +149,7 @@ class Mlp(nn.Module):
 
 
 class CaptionEmbedder(nn.Module):
-    """Text states to hidden channels; holds the learned text of no prompt."""
+    """Text states to hidden channels; holds the learned null text."""
 
     def __init__(self, config: STDiT3Config) -> None:
         super().__init__()
@@ -167,7 +167,7 @@ class PatchEmbedder(nn.Module):
         self.proj = nn.Linear(math.prod(config.patch_size) * config.in_channels, config.hidden_size)
 
     def __call__(self, z: mx.array) -> mx.array:
-        """[B, T, H, W, channels] to [B, T', S, C]."""
+        """Embed [B, T, H, W, channels] as tokens [B, T', S, C]."""
         pads = [(0, -n % p) for n, p in zip(z.shape[1:4], self.patch_size, strict=True)]
         z = mx.pad(z, [(0, 0), *pads, (0, 0)])
         batch, frames, height, width, channels = z.shape
@@ -179,7 +179,7 @@ class PatchEmbedder(nn.Module):
 
 
 class Rope(nn.Module):
-    """Rotary frequencies [head size / 2], stored in published checkpoints though constant."""
+    """Rotary frequencies [head size / 2]; constant, but stored in published checkpoints."""
 
     def __init__(self, head_dim: int) -> None:
         super().__init__()
@@ -195,7 +195,7 @@ class Rope(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Attention within each frame, or (temporal) along time at each place of the frame."""
+    """Attention within each frame, or (temporal) along time at each position of the frame."""
 
     def __init__(self, config: STDiT3Config, temporal: bool) -> None:
         super().__init__()
@@ -209,7 +209,7 @@ class SelfAttention(nn.Module):
             self.k_norm = nn.RMSNorm(config.head_dim, eps=1e-6)
 
     def __call__(self, x: mx.array, rope: Rope, value_fn: ValueFn | None = None) -> mx.array:
-        """[B, T, S, C] to [B, T, S, C]; rope serves temporal attention only."""
+        """Attend over x [B, T, S, C]. Only temporal attention uses rope."""
         batch, frames, tokens, channels = x.shape
         outer, inner = (tokens, frames) if self.temporal else (frames, tokens)
         order = (3, 0, 2, 4, 1, 5) if self.temporal else (3, 0, 1, 4, 2, 5)
@@ -229,7 +229,7 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Video tokens attend to text tokens; no norms, no rotation."""
+    """Attention of video tokens to text tokens; no norms, no rotation."""
 
     def __init__(self, config: STDiT3Config) -> None:
         super().__init__()
@@ -240,13 +240,13 @@ class CrossAttention(nn.Module):
         self.proj = nn.Linear(channels, channels)
 
     def keys_values(self, text: mx.array) -> KeysValues:
-        """Keys and values of text [B, L, C], laid out once for all steps."""
+        """Return keys and values of text [B, L, C], in the layout that all steps use."""
         kv = self.kv_linear(text).reshape(*text.shape[:2], 2, self.heads, -1)
         k, v = mx.contiguous(kv.transpose(2, 0, 3, 1, 4))
         return k, v
 
     def __call__(self, x: mx.array, text: KeysValues, mask: mx.array | None) -> mx.array:
-        """[B, T, S, C] to [B, T, S, C]; mask boolean [B, 1, 1, L]."""
+        """Attend from x [B, T, S, C] to the text; mask boolean [B, 1, 1, L]."""
         batch, channels = x.shape[0], x.shape[-1]
         q = self.q_linear(x).reshape(batch, -1, self.heads, channels // self.heads)
         out = attention(q.swapaxes(1, 2), *text, scale=q.shape[-1] ** -0.5, mask=mask)
@@ -255,9 +255,9 @@ class CrossAttention(nn.Module):
 
 
 class STDiT3Block(nn.Module):
-    """Gated self-attention, cross-attention, gated MLP; the stream stays float32.
+    """Gated self-attention, cross-attention and gated MLP on the float32 residual stream.
 
-    dtype: type of what goes into the matrix products.
+    dtype: type of the operands of matrix products.
     """
 
     def __init__(self, config: STDiT3Config, temporal: bool, dtype: mx.Dtype = mx.float32) -> None:
@@ -281,9 +281,9 @@ class STDiT3Block(nn.Module):
         token_merging: TokenMerging,
         value_fn: ValueFn | None = None,
     ) -> mx.array:
-        """x [B, T, S, C], modulation float32 [B, 1 or T, 6, C] to x [B, T, S, C].
+        """Return x [B, T, S, C] after the block.
 
-        exchange: of the self-attention's values.
+        modulation: float32 [B, 1 or T, 6, C]. value_fn: replaces the values of the self-attention.
         """
         frames = x.shape[1]
         table = self.scale_shift_table.astype(precision.MODULATION) + modulation
@@ -297,7 +297,7 @@ class STDiT3Block(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """Norm, modulation by time, and the projection to patches."""
+    """Norm, modulation by time, and projection to patches."""
 
     def __init__(self, config: STDiT3Config) -> None:
         super().__init__()
@@ -308,7 +308,7 @@ class FinalLayer(nn.Module):
         )
 
     def _norm_modulate(self, x: mx.array, t: mx.array) -> mx.array:
-        """Normalised x [B, T, S, C], shifted and scaled by the time embedding t [B, C]."""
+        """Normalize x [B, T, S, C], then shift and scale it by the time embedding t [B, C]."""
         table = (
             self.scale_shift_table.astype(precision.MODULATION)
             + t.astype(precision.MODULATION)[:, None]
@@ -319,52 +319,40 @@ class FinalLayer(nn.Module):
     def __call__(
         self, x: mx.array, t: mx.array, t0: mx.array, x_mask: mx.array | None, dtype: mx.Dtype
     ) -> mx.array:
-        """Patches [B, T, S, patch values]; x_mask [B, T] boolean, false takes `still` for t."""
+        """Return patches [B, T, S, patch values]; where x_mask [B, T] is false, t0 replaces t."""
         x = self._norm_modulate(x, t)
         if x_mask is not None:
-            # The reference modulates still frames twice: first by t, then by t = 0.
+            # The reference modulates masked frames twice: first by t, then by t = 0.
             x = mx.where(x_mask[:, :, None, None], x, self._norm_modulate(x, t0))
         out: mx.array = self.linear(x.astype(dtype))
         return out
 
 
-#: What a block provider hands out: spatial and temporal block of one depth.
+#: Spatial and temporal block of one depth, which a block provider hands out together.
 BlockPair = tuple[STDiT3Block, STDiT3Block]
 
 
 @dataclass(frozen=True)
 class Conditions:
-    """What stays the same over the steps of a run.
+    """What the steps of a run share.
 
-    text [B, L, C] after the text MLP; text_mask boolean [B, 1, 1, L], None when all lengths agree;
-    position [S, C]; fps [B, C]; still: embedding [B, C] and modulation [B, 6C] of frames at t = 0
-    (lazy: costs nothing unless a mask asks for it). keys_values fills as blocks are first used, for
-    the samples of this process's share.
+    text: [B, L, C], after the text MLP. text_mask: boolean [B, 1, 1, L], None if all lengths agree.
+    position: [S, C]. fps: [B, C]. t0, t0_mlp: embedding [B, C] and modulation [B, 6C] of frames at
+    t = 0, evaluated only if a mask needs them. keys_values: those of each block for the samples of
+    this rank, added at the block's first use.
     """
 
     text: mx.array
     text_mask: mx.array | None
     position: mx.array
     fps: mx.array
-    t0: tuple[mx.array, mx.array]
+    t0: mx.array
+    t0_mlp: mx.array
     keys_values: dict[int, tuple[KeysValues, KeysValues]] = field(default_factory=dict)
 
 
-def drop_padding(y: mx.array, mask: mx.array | None) -> list[mx.array]:
-    """Text of each sample without padding: y [B, L, C] to a list of [n_i, C].
-
-    mask [b, L], non-zero for tokens; with b < B it is repeated, so that the null half of a guidance
-    batch is cut to the lengths of the prompts. None keeps everything.
-    """
-    if mask is None:
-        return list(y)
-    rows: list[list[int]] = mask.tolist()  # type: ignore[assignment]
-    kept = [mx.array([i for i, keep in enumerate(row) if keep], mx.int32) for row in rows]
-    return [sample[kept[i % len(kept)]] for i, sample in enumerate(y)]
-
-
 class STDiT3(nn.Module):
-    """Velocity of latents under text. dtype: type of what goes into the matrix products."""
+    """Predicts the velocity of latents. dtype: type of the operands of matrix products."""
 
     def __init__(self, config: STDiT3Config, dtype: mx.Dtype = mx.float32) -> None:
         super().__init__()
@@ -381,7 +369,7 @@ class STDiT3(nn.Module):
         self.final_layer = FinalLayer(config)
 
     def null_text(self, length: int) -> mx.array:
-        """Text of no prompt: the first `length` rows of the learned embedding, [length, C_text]."""
+        """Return the first `length` rows of the learned null embedding, [length, C_text]."""
         return self.y_embedder.y_embedding[:length]
 
     def prepare(
@@ -393,11 +381,15 @@ class STDiT3(nn.Module):
         width: float,
         fps: float | mx.array,
     ) -> Conditions:
-        """Everything about a run that its steps share.
+        """Compute what the steps of a run share.
 
-        text: one array [n_i, C_text] per sample, without padding. grid: latent T, H, W.
-        height, width: pixels. fps: a number, or one per sample (repeated when the batch is a
-        multiple). Raises UsageError for a sample without text tokens.
+        Args:
+            text: one array [n_i, C_text] per sample, without padding.
+            grid: latent T, H, W.
+            height, width: pixels.
+            fps: a number, or one per sample (repeated if the batch is a multiple).
+
+        Raises UsageError for a sample without text tokens.
         """
         lengths = [len(sample) for sample in text]
         if not lengths or min(lengths) == 0:
@@ -413,13 +405,14 @@ class STDiT3(nn.Module):
         rates = mx.array(fps, precision.TIMES).reshape(-1)
         rates = mx.tile(rates, len(text) // rates.size)
         fps_embedding = self.fps_embedder(rates, self.dtype)
-        still = self.t_embedder(mx.zeros(len(text)), self.dtype) + fps_embedding
+        t0 = self.t_embedder(mx.zeros(len(text)), self.dtype) + fps_embedding
         packed = self.y_embedder.y_proj(mx.concatenate(list(text)).astype(self.dtype))
         return Conditions(
             *_pad_text(packed, lengths),
             position=position,
             fps=fps_embedding,
-            t0=(still, self._modulation(still)),
+            t0=t0,
+            t0_mlp=self._time_modulation(t0),
         )
 
     def __call__(
@@ -430,38 +423,37 @@ class STDiT3(nn.Module):
         x_mask: mx.array | None = None,
         hooks: Hooks[BlockPair] | None = None,
     ) -> mx.array:
-        """Prediction float32 [B, T, H, W, out_channels] for latents z at times t [B] in [0, 1000].
+        """Predict float32 [B, T, H, W, out_channels] for latents z at times t [B] in [0, 1000].
 
-        x_mask [B, T]: false frames are taken to be at t = 0. context: what fills the seams.
+        x_mask: [B, T]; false frames are at t = 0. hooks: techniques of this run.
         """
         hooks = hooks or Hooks()
-        embedding = self.t_embedder(t, self.dtype) + conditions.fps
-        modulation = _reshape_modulation(self._modulation(embedding))
+        t_emb = self.t_embedder(t, self.dtype) + conditions.fps
+        modulation = _split_modulation(self._time_modulation(t_emb))
         if x_mask is not None:
             x_mask = x_mask.astype(mx.bool_)
-            still = _reshape_modulation(conditions.t0[1])
-            modulation = mx.where(x_mask[:, :, None, None], modulation, still)
+            t0_modulation = _split_modulation(conditions.t0_mlp)
+            modulation = mx.where(x_mask[:, :, None, None], modulation, t0_modulation)
         x = self.x_embedder(z.astype(self.dtype)).astype(precision.RESIDUAL) + conditions.position
-        stack = hooks.block_cache
-        known = None if stack is None else stack.cached_residual(x, t, x_mask)
-        share: Shard = Unsharded()
-        if known is not None:
-            x = x + known
+        cache = hooks.block_cache
+        residual = None if cache is None else cache.cached_residual(x, t, x_mask)
+        shard: Shard = Unsharded()
+        if residual is not None:
+            x = x + residual
         else:
-            share = hooks.sharding.shard(x.shape[:3], hooks.token_merging.stride)
-            tokens, x = x, self._run_blocks(share.scatter(x), modulation, conditions, hooks, share)
-            if stack is not None:
-                x, share = share.gather(x), Unsharded()
-                stack.update(tokens, x)
-        mask = None if x_mask is None else x_mask[share.batch_slice]
-        out = self.final_layer(
-            x, embedding[share.batch_slice], conditions.t0[0][share.batch_slice], mask, self.dtype
-        )
-        # Gathered as patches, which are far fewer bytes than tokens.
-        out = share.gather(out)
+            shard = hooks.sharding.shard(x.shape[:3], hooks.token_merging.stride)
+            tokens, x = x, self._run_blocks(shard.scatter(x), modulation, conditions, hooks, shard)
+            if cache is not None:
+                x, shard = shard.gather(x), Unsharded()
+                cache.update(tokens, x)
+        samples = shard.batch_slice
+        mask = None if x_mask is None else x_mask[samples]
+        out = self.final_layer(x, t_emb[samples], conditions.t0[samples], mask, self.dtype)
+        # Patches are gathered instead of tokens because they are far fewer bytes.
+        out = shard.gather(out)
         return self._unpatchify(out.astype(precision.RESIDUAL), z.shape[1:4])
 
-    def _modulation(self, embedding: mx.array) -> mx.array:
+    def _time_modulation(self, embedding: mx.array) -> mx.array:
         for layer in self.t_block:
             embedding = layer(embedding)
         return embedding
@@ -472,32 +464,32 @@ class STDiT3(nn.Module):
         modulation: mx.array,
         conditions: Conditions,
         hooks: Hooks[BlockPair],
-        share: Shard,
+        shard: Shard,
     ) -> mx.array:
-        """Tokens x [b, t, S, C] of a share to [b, T, s, C]; modulation [B, 1 or T, 6, C]."""
-        modulation = modulation[share.batch_slice]
+        """Map tokens x [b, t, S, C] of a shard to [b, T, s, C]; modulation [B, 1 or T, 6, C]."""
+        samples, sharing = shard.batch_slice, hooks.value_sharing
+        modulation = modulation[samples]
         pairs = list(zip(self.spatial_blocks, self.temporal_blocks, strict=True))
         blocks = hooks.blocks or ResidentBlocks(pairs)
-        mask = None if conditions.text_mask is None else conditions.text_mask[share.batch_slice]
+        mask = None if conditions.text_mask is None else conditions.text_mask[samples]
         rest = (mask, self.rope, hooks.token_merging)
         for index in range(self.config.depth):
             spatial, temporal = blocks.get(index)
             if index not in conditions.keys_values:
-                text = conditions.text[share.batch_slice]
+                text = conditions.text[samples]
                 both = spatial.cross_attn.keys_values(text), temporal.cross_attn.keys_values(text)
                 conditions.keys_values[index] = both
-            first, second = conditions.keys_values[index]
-            values = hooks.value_sharing
-            # Bound to the block's number; blocks along time keep their values.
-            own = None if values is None else partial(values.values, block=index)
-            x = x if index == 0 else share.to_spatial(x)
-            x = spatial(x, share.scatter_frames(modulation), first, *rest, own)
-            x = temporal(share.to_temporal(x), modulation, second, *rest)
+            spatial_text, temporal_text = conditions.keys_values[index]
+            # Only spatial blocks share values.
+            value_fn = None if sharing is None else partial(sharing.values, block=index)
+            x = x if index == 0 else shard.to_spatial(x)
+            x = spatial(x, shard.scatter_frames(modulation), spatial_text, *rest, value_fn)
+            x = temporal(shard.to_temporal(x), modulation, temporal_text, *rest)
             blocks.release(index, x)
         return x
 
     def _unpatchify(self, x: mx.array, grid: Sequence[int]) -> mx.array:
-        """Tokens [B, T', S, patch values] back to [B, T, H, W, channels], padding cut off."""
+        """Map tokens [B, T', S, patch values] to [B, T, H, W, channels], without padding."""
         pt, ph, pw = self.config.patch_size
         frames, rows, columns = (-(-n // p) for n, p in zip(grid, (pt, ph, pw), strict=True))
         x = x.reshape(x.shape[0], frames, rows, columns, pt, ph, pw, -1)
@@ -506,13 +498,13 @@ class STDiT3(nn.Module):
         return x[:, : grid[0], : grid[1], : grid[2]]
 
 
-def _reshape_modulation(modulation: mx.array) -> mx.array:
-    """[B, 6C] to float32 [B, 1, 6, C]."""
+def _split_modulation(modulation: mx.array) -> mx.array:
+    """Reshape [B, 6C] to float32 [B, 1, 6, C]."""
     return modulation.astype(precision.MODULATION).reshape(modulation.shape[0], 1, 6, -1)
 
 
 def _pad_text(packed: mx.array, lengths: Sequence[int]) -> tuple[mx.array, mx.array | None]:
-    """Text [sum of lengths, C] as [B, L, C], with a mask [B, 1, 1, L] where lengths differ."""
+    """Pad text [sum of lengths, C] to [B, L, C]. Equal lengths need no mask [B, 1, 1, L]."""
     longest = max(lengths)
     if min(lengths) == longest:
         return packed.reshape(len(lengths), longest, -1), None
@@ -525,7 +517,7 @@ def _pad_text(packed: mx.array, lengths: Sequence[int]) -> tuple[mx.array, mx.ar
     return mx.stack(rows), mask[:, None, None, :]
 
 
-#: The patch convolution becomes a matrix; rotary constants may be absent.
+#: The patch convolution becomes a matrix. Rotary constants may be absent.
 KEYS = KeyMap(
     rules=(KeyRule(r"x_embedder\.proj\.weight", axes=CONV3D, flatten=True),),
     optional=frozenset({"rope.freqs"}),

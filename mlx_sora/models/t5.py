@@ -1,8 +1,8 @@
-"""T5 v1.1 encoder (gated GELU), mirrors transformers' T5EncoderModel as Open-Sora 1.2 uses it.
+"""T5 v1.1 encoder (gated GELU); mirrors transformers' T5EncoderModel as Open-Sora 1.2 uses it.
 
-Dimension letters: B batch, L tokens, D d_model. Norms and softmax are computed in float32;
-attention logits are not scaled. The token table can stay on disk: build with `table=False` and pass
-embeddings.
+Dimension letters: B batch, L tokens, D d_model. Norms and softmax are computed in float32, and
+attention logits are not scaled. The embedding table can stay on disk: `embedding=False` builds the
+network without it, and the caller passes embeddings.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from mlx_sora.models.key_map import KeyMap, KeyRule
 from mlx_sora.models.ops import attention, gelu_tanh
 from mlx_sora.models.precision import check_text_encoder
 
-#: Bias of padded keys: far below any logit, far from overflowing when added to one.
+#: Bias of padded keys: far below any logit, and too small to overflow when added to one.
 MASKED = -1e30
 
 #: Checkpoint name of the token table, for callers that read only the rows they need.
@@ -31,7 +31,7 @@ EMBEDDING_KEY = "shared.weight"
 
 @dataclass(frozen=True)
 class T5Config:
-    """Published config.json keys of a T5 v1.1 encoder; defaults are T5 v1.1 XXL."""
+    """Keys of the published config.json of a T5 v1.1 encoder; defaults are T5 v1.1 XXL."""
 
     vocab_size: int = 32128
     d_model: int = 4096
@@ -58,15 +58,16 @@ class T5Config:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> T5Config:
-        """From a config.json; unknown keys are ignored."""
+        """Read a config.json; unknown keys are ignored."""
         return read_config(cls, values)
 
 
 def position_buckets(length: int, buckets: int, max_distance: int) -> mx.array:
-    """Bucket of every (query, key) pair by key - query: int32 [length, length].
+    """Return the bucket of every (query, key) pair by key - query: int32 [length, length].
 
-    Half of the buckets for keys after the query; within a half the first distances are exact, then
-    logarithmic up to `max_distance`. In Python, so that no backend's log decides at a boundary.
+    Half of the buckets are for keys after the query. Within a half the first distances are exact,
+    then logarithmic up to `max_distance`. Computed in Python, so that no backend's log decides at a
+    boundary.
     """
     half = buckets // 2
     exact = half // 2
@@ -75,7 +76,7 @@ def position_buckets(length: int, buckets: int, max_distance: int) -> mx.array:
     def bucket(distance: int) -> int:
         if distance < exact:
             return distance
-        # In this order of operations the boundaries (16, 32, 64) come out whole.
+        # This order of operations gives whole numbers at the boundaries (16, 32, 64).
         return min(half - 1, exact + int(math.log(distance / exact) / log_range * (half - exact)))
 
     by_offset = [bucket(abs(d)) + (half if d > 0 else 0) for d in range(1 - length, length)]
@@ -84,7 +85,7 @@ def position_buckets(length: int, buckets: int, max_distance: int) -> mx.array:
 
 
 class T5Attention(nn.Module):
-    """Multi-head attention without biases; block 0's also owns the table of position biases."""
+    """Multi-head attention without biases; only block 0's has the table of position biases."""
 
     def __init__(self, config: T5Config, has_bias: bool) -> None:
         super().__init__()
@@ -101,7 +102,7 @@ class T5Attention(nn.Module):
             )
 
     def position_bias(self, length: int) -> mx.array:
-        """Bias of every head for `length` tokens: float32 [1, heads, L, L]."""
+        """Return the bias of every head for `length` tokens: float32 [1, heads, L, L]."""
         table = self.relative_attention_bias.weight.astype(precision.STATISTICS)
         buckets = position_buckets(length, table.shape[0], self.max_distance)
         return table.T[:, buckets][None]
@@ -161,7 +162,7 @@ class T5Block(nn.Module):
         self.layer = [AttentionLayer(config, has_bias), FeedForwardLayer(config)]
 
     def position_bias(self, length: int) -> mx.array:
-        """Block 0 only: position bias [1, heads, L, L] for all blocks."""
+        """Return the position bias [1, heads, L, L] of all blocks; only block 0 has it."""
         bias: mx.array = self.layer[0].SelfAttention.position_bias(length)
         return bias
 
@@ -172,7 +173,7 @@ class T5Block(nn.Module):
 
 
 class T5Stack(nn.Module):
-    """Blocks and the norm behind them (the checkpoint's `encoder.`)."""
+    """Blocks and final norm (the checkpoint's `encoder.`)."""
 
     def __init__(self, config: T5Config) -> None:
         super().__init__()
@@ -183,7 +184,7 @@ class T5Stack(nn.Module):
 class T5Encoder(nn.Module):
     """Token embeddings to text states.
 
-    table: hold the embedding table. Without it, the caller reads the rows of `TABLE` it needs.
+    embedding: hold the embedding table. Without it, the caller reads rows of `EMBEDDING_KEY`.
     """
 
     def __init__(self, config: T5Config, embedding: bool = True) -> None:
@@ -194,7 +195,7 @@ class T5Encoder(nn.Module):
         self.encoder = T5Stack(config)
 
     def embed(self, ids: mx.array) -> mx.array:
-        """Embeddings of token ids [B, L] from the resident table: [B, L, D]."""
+        """Return the embeddings [B, L, D] of token ids [B, L] from the resident table."""
         out: mx.array = self.shared(ids)
         return out
 
@@ -204,7 +205,7 @@ class T5Encoder(nn.Module):
         mask: mx.array | None = None,
         blocks: BlockProvider[T5Block] | None = None,
     ) -> Iterator[mx.array]:
-        """The residual stream [B, L, D] after each block, before the final norm.
+        """Yield the residual stream [B, L, D] after each block, before the final norm.
 
         Raises UsageError for embeddings in float16, in which T5 overflows.
         """
@@ -229,10 +230,12 @@ class T5Encoder(nn.Module):
         mask: mx.array | None = None,
         blocks: BlockProvider[T5Block] | None = None,
     ) -> mx.array:
-        """Text states [B, L, D] of embeddings [B, L, D].
+        """Return the text states [B, L, D] of embeddings [B, L, D].
 
-        mask: [B, L], true or non-zero for tokens, false for padding; None means no padding. Padded
-        positions are computed too, and seen by none. blocks: where the blocks come from.
+        Args:
+            mask: [B, L], non-zero for tokens, zero for padding; None means no padding. Padded positions
+                are computed, but no token attends to them.
+            blocks: provider of the blocks; None means that they are resident.
         """
         x = embeds
         for x in self.hidden_states(embeds, mask, blocks):  # noqa: B007
@@ -241,7 +244,7 @@ class T5Encoder(nn.Module):
         return out
 
 
-#: A decoder, its head and copies of the token table have no use here.
+#: A decoder, its head and copies of the embedding table are not used.
 KEYS = KeyMap(
     rules=(
         KeyRule(r"(encoder|decoder)\.embed_tokens\.weight|decoder\..*|lm_head\..*", ignore=True),

@@ -122,3 +122,16 @@ def channels_last(x: mx.array) -> mx.array:
 def channels_first(x: mx.array) -> mx.array:
     """[B, ..., C] of the engine to [B, C, ...] of the reference."""
     return mx.moveaxis(x, -1, 1)
+
+
+def drop_padding(y: mx.array, mask: mx.array | None) -> list[mx.array]:
+    """Split text y [B, L, C] into one array [n_i, C] per sample, without padding.
+
+    mask: [b, L], non-zero for tokens. If b < B it is repeated, so that the null texts of a CFG
+    batch have the lengths of the prompts. None keeps all rows.
+    """
+    if mask is None:
+        return list(y)
+    rows: list[list[int]] = mask.tolist()  # type: ignore[assignment]
+    tokens = [mx.array([i for i, real in enumerate(row) if real], mx.int32) for row in rows]
+    return [sample[tokens[i % len(tokens)]] for i, sample in enumerate(y)]

@@ -14,13 +14,13 @@ from mlx_sora.accel.lpl import FixedLeap, ReferenceLeap
 from mlx_sora.accel.tdtm import MergedSteps
 from mlx_sora.loading.checkpoint import load_weights
 from mlx_sora.models.hooks import Hooks
-from mlx_sora.models.stdit3 import KEYS, BlockPair, STDiT3, STDiT3Config, drop_padding
+from mlx_sora.models.stdit3 import KEYS, BlockPair, STDiT3, STDiT3Config
 from mlx_sora.request.techniques import Lpl, Tdtm
 from mlx_sora.sampling.base import LeapPolicy, Step, Velocity
 from mlx_sora.sampling.guidance import Guidance
 from mlx_sora.sampling.loop import StepResult, denoise
 from mlx_sora.sampling.rflow import RFlow
-from tests.helpers.golden import Case, channels_first, channels_last, relative_error
+from tests.helpers.golden import Case, channels_first, channels_last, drop_padding, relative_error
 from tests.helpers.models import BoundModel
 from tests.parity.test_rflow import conditioning
 

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from mlx_sora.loading.checkpoint import load_weights
-from mlx_sora.models.stdit3 import KEYS, STDiT3, STDiT3Config, drop_padding
+from mlx_sora.models.stdit3 import KEYS, STDiT3, STDiT3Config
 from mlx_sora.sampling.guidance import Guidance
 from mlx_sora.sampling.loop import Conditioning, StepResult, denoise
 from mlx_sora.sampling.rflow import RFlow, add_noise
-from tests.helpers.golden import Case, channels_first, channels_last, relative_error
+from tests.helpers.golden import Case, channels_first, channels_last, drop_padding, relative_error
 from tests.helpers.models import BoundModel
 
 TRAJECTORY = 1e-3

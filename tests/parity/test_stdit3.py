@@ -10,8 +10,8 @@ import mlx.core as mx
 import pytest
 
 from mlx_sora.loading.checkpoint import load_weights
-from mlx_sora.models.stdit3 import KEYS, Conditions, STDiT3, STDiT3Config, drop_padding
-from tests.helpers.golden import Case, channels_first, channels_last, relative_error
+from mlx_sora.models.stdit3 import KEYS, Conditions, STDiT3, STDiT3Config
+from tests.helpers.golden import Case, channels_first, channels_last, drop_padding, relative_error
 
 TOLERANCE = 1e-4
 

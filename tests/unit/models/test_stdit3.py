@@ -12,7 +12,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlx_sora.errors import UsageError, WeightsError
 from mlx_sora.models import ops
 from mlx_sora.models.hooks import Hooks
-from mlx_sora.models.stdit3 import BlockPair, Conditions, STDiT3, STDiT3Config, drop_padding
+from mlx_sora.models.stdit3 import BlockPair, Conditions, STDiT3, STDiT3Config
 
 CONFIG = STDiT3Config(
     hidden_size=32, num_heads=2, depth=2, caption_channels=12, model_max_length=20
@@ -257,14 +257,6 @@ def test_constants_are_not_trained() -> None:
 def test_text_without_tokens_is_refused() -> None:
     with pytest.raises(UsageError, match="without text tokens"):
         conditions(network(), 3, 0)
-
-
-def test_unpadded() -> None:
-    y = normal(4, 3, 2)
-    parts = drop_padding(y, mx.array([[1, 1, 0], [1, 0, 1]]))
-    assert [len(part) for part in parts] == [2, 2, 2, 2]
-    assert mx.array_equal(parts[3], mx.stack([y[3, 0], y[3, 2]]))
-    assert mx.array_equal(mx.stack(drop_padding(y, None)), y)
 
 
 @pytest.mark.parametrize(
