@@ -233,8 +233,8 @@ class T5Encoder(nn.Module):
         """Return the text states [B, L, D] of embeddings [B, L, D].
 
         Args:
-            mask: [B, L], non-zero for tokens, zero for padding; None means no padding. Padded positions
-                are computed, but no token attends to them.
+            mask: [B, L], non-zero for tokens, zero for padding; None means no padding. Padded
+                positions are computed, but no token attends to them.
             blocks: provider of the blocks; None means that they are resident.
         """
         x = embeds

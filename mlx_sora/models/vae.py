@@ -2,8 +2,8 @@
 
 Mirrors VideoAutoencoderPipeline of Open-Sora 1.2 (its config.json and its checkpoint). Channels
 last: frames [B, F, H, W, 3] in [-1, 1], latents [B, T, h, w, C] of zero mean and unit variance.
-Because the chunks do not see each other, decoding one after the other is exact, and its peak memory
-does not grow with the clip.
+Chunks do not depend on each other. Decoding them one at a time is exact, and its peak memory does
+not grow with the clip.
 """
 
 from __future__ import annotations
@@ -27,11 +27,8 @@ from mlx_sora.models.vae_spatial import NETWORKS, SpatialVAE, SpatialVAEConfig
 from mlx_sora.models.vae_temporal import TemporalVAE, TemporalVAEConfig
 from mlx_sora.models.vae_tiling import decode_tiled
 
-#: Between the two VAEs; hard-coded in Open-Sora 1.2, whatever the spatial VAE's own config says.
+#: Scale of the spatial VAE's latents; hard-coded in Open-Sora 1.2, not read from the config.
 LATENT_FACTOR = 0.18215
-
-#: Every chunk.
-ALL_CHUNKS = slice(None)
 
 #: Bounds of a posterior's log-variance.
 LOGVAR_RANGE = (-30.0, 20.0)
@@ -39,7 +36,7 @@ LOGVAR_RANGE = (-30.0, 20.0)
 
 @dataclass(frozen=True)
 class Chunk:
-    """Frames [frame, frame + frames) and latents [latent, latent + latents) of one unit of work."""
+    """Frames [frame, frame + frames) and latents [latent, latent + latents) of one chunk."""
 
     frame: int
     frames: int
@@ -50,10 +47,10 @@ class Chunk:
 def chunk_plan(num_frames: int, micro_frame: int | None, factor: int = 4) -> list[Chunk]:
     """Cut a clip into chunks of `micro_frame` frames, the last one shorter.
 
-    micro_frame None: one chunk. factor: frames per latent. Raises UsageError without frames.
+    micro_frame: None means one chunk. factor: frames per latent. Raises UsageError without frames.
     """
     if num_frames < 1:
-        raise UsageError(f"A clip of {num_frames} frames cannot be.", "Ask for 1 frame or more.")
+        raise UsageError(f"num_frames must be at least 1, got {num_frames}.", "Raise it.")
     size = micro_frame or num_frames
     plan: list[Chunk] = []
     latent = 0
@@ -72,14 +69,14 @@ class MicroBatch:
     frames: int
 
     def halve(self) -> bool:
-        """Take half as many at a time from now on; False for a single one."""
+        """Halve the batch; return False if it is a single frame already."""
         self.frames, before = max(1, self.frames // 2), self.frames
         return self.frames < before
 
 
 @dataclass(frozen=True)
 class VAEConfig:
-    """config.json of OpenSoraVAE; the two networks' numbers are those of version 1.2 unless given.
+    """config.json of OpenSoraVAE; the two networks have the sizes of version 1.2 by default.
 
     shift, scale: per latent channel; latents are (z - shift) / scale; a checkpoint may hold others.
     micro_frame_size: frames per chunk, None = whole clip.
@@ -95,7 +92,7 @@ class VAEConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> VAEConfig:
-        """From the published config.json; other keys are ignored.
+        """Read the published config.json; other keys are ignored.
 
         Optional objects `spatial_config` and `temporal_config` hold the networks' constructor
         arguments, which the published file lacks.
@@ -106,7 +103,7 @@ class VAEConfig:
         sizes |= {n: v for n, v in get_object(values, "vae_2d").items() if n == "micro_batch_size"}
         for name, size in sizes.items():
             whole = type(size) is int and 1 <= size <= MAX_FRAMES
-            require(size is None or whole, f"{name} is no number of frames")
+            require(size is None or whole, f"{name} is not a number of frames")
         return cls(
             spatial=SpatialVAEConfig.from_dict(get_object(values, "spatial_config")),
             temporal=temporal,
@@ -119,7 +116,7 @@ class VAEConfig:
 def _read_per_channel(
     values: Mapping[str, Any], name: str, default: Sequence[float], channels: int
 ) -> tuple[float, ...]:
-    """A number per latent channel; one alone is that of all. Raises WeightsError."""
+    """Read one number per latent channel; a single number applies to all. Raises WeightsError."""
     value = values.get(name, default)
     numbers = [value] * channels if isinstance(value, int | float) else value
     whole = isinstance(numbers, list | tuple) and len(numbers) == channels
@@ -137,12 +134,12 @@ class Posterior:
 
     @classmethod
     def from_moments(cls, moments: mx.array) -> Posterior:
-        """From an encoder's moments [.., 2C]."""
+        """Split an encoder's moments [.., 2C]."""
         mean, logvar = mx.split(moments, 2, axis=-1)
         return cls(mean, mx.clip(logvar, *LOGVAR_RANGE))
 
     def sample(self, noise: mx.array | None) -> mx.array:
-        """mean + std · noise; the mean where there is no noise."""
+        """Return mean + std · noise, or the mean without noise."""
         return self.mean if noise is None else self.mean + mx.exp(0.5 * self.logvar) * noise
 
 
@@ -150,7 +147,8 @@ class Posterior:
 class EncodeNoise:
     """Standard normal draws of one `encode`, in the reference's order of drawing.
 
-    spatial [B·F, h, w, C]: all frames of sample 0, then of sample 1, ..; temporal [B, T, h, w, C].
+    spatial: [B·F, h, w, C], all frames of sample 0, then of sample 1, ... temporal: [B, T, h, w,
+    C].
     """
 
     spatial: mx.array
@@ -158,7 +156,7 @@ class EncodeNoise:
 
 
 class VideoVAE(nn.Module):
-    """Spatial and temporal VAE with the halves that `parts` names ("encoder", "decoder")."""
+    """Spatial and temporal VAE with `networks` ("encoder", "decoder", or both)."""
 
     def __init__(self, config: VAEConfig, networks: Sequence[str] = NETWORKS) -> None:
         super().__init__()
@@ -169,16 +167,16 @@ class VideoVAE(nn.Module):
         self.scale = mx.array(config.scale)[None]
 
     def chunks(self, num_frames: int) -> list[Chunk]:
-        """The chunks a clip is encoded and decoded in."""
+        """Return the chunks in which a clip is encoded and decoded."""
         return chunk_plan(num_frames, self.config.micro_frame_size, self.config.temporal.factor)
 
     def latent_frames(self, num_frames: int) -> int:
-        """T of a clip's latents."""
+        """Return the number of latent frames of a clip."""
         last = self.chunks(num_frames)[-1]
         return last.latent + last.latents
 
     def decode(self, z: mx.array, num_frames: int, micro_batch: int | None = None) -> mx.array:
-        """Latents [B, T, h, w, C] to frames [B, F, H, W, 3] in float32, nominally in [-1, 1]."""
+        """Decode latents [B, T, h, w, C] to float32 frames [B, F, H, W, 3], about in [-1, 1]."""
         samples = [
             mx.concatenate(list(self.decode_chunks(z[b : b + 1], num_frames, micro_batch)))
             for b in range(z.shape[0])
@@ -193,36 +191,39 @@ class VideoVAE(nn.Module):
         *,
         sequential_offload: bool = False,
         tiles: int = 1,
-        selection: slice = ALL_CHUNKS,
+        selection: slice = slice(None),
     ) -> Iterator[mx.array]:
-        """Decode one sample chunk by chunk: yields frames [<= 17, H, W, 3], evaluated, in float32.
+        """Decode one sample chunk by chunk; yield evaluated float32 frames [<= 17, H, W, 3].
 
-        z [1, T, h, w, C]. micro_batch: frames per spatial pass (default: the config's); it changes
-        memory only. in_turn: the temporal VAE decodes all chunks first and is given up, so that
-        lazily loaded weights of both are never in memory at once; this VAE is then used up. tiles:
-        pictures are decoded in tiles x tiles parts, approximately (models/vae_tiling.py). chosen:
-        of the chunks, as they do not see each other.
+        Args:
+            z: [1, T, h, w, C].
+            micro_batch: frames per spatial pass (default: the config's); affects memory only.
+            sequential_offload: decode all chunks with the temporal VAE first, then delete it, so
+                that lazily loaded weights of both are never in memory at once. This VAE cannot be
+                used again.
+            tiles: decode pictures in tiles x tiles parts, approximately (models/vae_tiling.py).
+            selection: chunks to decode.
+
         Raises UsageError, before any work, if z does not hold num_frames frames.
         """
-        plan = self.chunks(num_frames)
-        latents = plan[-1].latent + plan[-1].latents
+        latents = self.latent_frames(num_frames)
         if z.shape[0] != 1 or z.shape[1] != latents:
             raise UsageError(
                 f"{num_frames} frames are 1 x {latents} latents, not {z.shape[0]} x {z.shape[1]}.",
                 "Decode one sample at a time, with the number of frames it was made for.",
             )
-        parts: Iterable[mx.array] = (self._decode_time(z, chunk) for chunk in plan[selection])
+        chunks = self.chunks(num_frames)[selection]
+        parts: Iterable[mx.array] = (self._decode_time(z, chunk) for chunk in chunks)
         size = micro_batch or self.config.micro_batch_size
-        return self._decode_space(
-            parts, partial(decode_tiled, tiles=tiles), size, sequential_offload
-        )
+        decode = partial(decode_tiled, tiles=tiles)
+        return self._decode_space(parts, decode, size, sequential_offload)
 
     def _decode_time(self, z: mx.array, chunk: Chunk) -> mx.array:
-        """Latents of a chunk's frames for the spatial VAE, [frames, h, w, C], evaluated."""
+        """Return the spatial latents of a chunk's frames, [frames, h, w, C], evaluated."""
         part = z[:, chunk.latent : chunk.latent + chunk.latents].astype(precision.VAE)
         part = part * self.scale + self.shift
         frames = self.temporal_vae.decode(part, chunk.frames)[0] / LATENT_FACTOR
-        # Evaluated here, so that no later graph keeps the temporal network's activations.
+        # Evaluate here, so that no later graph holds the temporal network's activations.
         mx.eval(frames)
         return frames
 
@@ -245,31 +246,26 @@ class VideoVAE(nn.Module):
         self,
         x: mx.array,
         noise: EncodeNoise | None = None,
-        key: mx.array | None = None,
         micro_batch: int | None = None,
     ) -> mx.array:
-        """Frames [B, F, H, W, 3] in [-1, 1] to latents [B, T, H // 8, W // 8, C].
+        """Encode frames [B, F, H, W, 3] in [-1, 1] to latents [B, T, H // 8, W // 8, C].
 
-        noise: the draws to sample both posteriors with; key: a random key to draw them from; with
-        neither, the posteriors' means (what conditioning and reconstruction want).
+        noise: draws to sample both posteriors with; without it, the result is the posteriors'
+        means.
         """
         b, f, h, w, _ = x.shape
-        if noise is None and key is not None:
-            noise = self.draw_noise(x.shape, key)
         frames = x.astype(precision.VAE).reshape(b * f, h, w, -1)
         micro_batch = micro_batch or self.config.micro_batch_size
-        posterior = Posterior.from_moments(
-            _in_batches(self.spatial_vae.encode, frames, micro_batch)
-        )
-        z = posterior.sample(noise.spatial if noise else None) * LATENT_FACTOR
+        moments = _in_batches(self.spatial_vae.encode, frames, micro_batch)
+        draws = noise.spatial if noise else None
+        z = Posterior.from_moments(moments).sample(draws) * LATENT_FACTOR
         z = z.reshape(b, f, *z.shape[1:])
         parts = []
         for chunk in self.chunks(f):
             moments = self.temporal_vae.encode(z[:, chunk.frame : chunk.frame + chunk.frames])
             span = slice(chunk.latent, chunk.latent + chunk.latents)
-            parts.append(
-                Posterior.from_moments(moments).sample(noise.temporal[:, span] if noise else None)
-            )
+            draws = noise.temporal[:, span] if noise else None
+            parts.append(Posterior.from_moments(moments).sample(draws))
             mx.eval(parts[-1])
         return (mx.concatenate(parts, axis=1) - self.shift) / self.scale
 
@@ -280,22 +276,25 @@ class VideoVAE(nn.Module):
         *,
         sequential_offload: bool = False,
     ) -> Iterator[mx.array]:
-        """Encode chunks of one or of several clips, each by itself, to the posteriors' means.
+        """Encode chunks of one or of several clips independently, to the posteriors' means.
 
-        chunks: frames [<= 17, H, W, 3] in [-1, 1], taken one at a time; yields [1, t, h, w, C],
-        evaluated. micro_batch, in_turn: as in `decode_chunks`, the spatial VAE leaving first.
+        Args:
+            chunks: frames [<= 17, H, W, 3] in [-1, 1], read one at a time.
+            micro_batch: frames per spatial pass (default: the config's).
+            sequential_offload: as in `decode_chunks`; here the spatial VAE is first.
+
+        Yields [1, t, h, w, C], evaluated.
         """
         size = micro_batch or self.config.micro_batch_size
-        parts = (self._encode_space(chunk, size) for chunk in chunks)
+        parts: Iterator[mx.array] = (self._encode_space(chunk, size) for chunk in chunks)
         if sequential_offload:
-            kept = list(parts)
+            parts = iter(list(parts))
             del self["spatial_vae"]
             mx.clear_cache()
-            return map(self._encode_time, kept)
         return map(self._encode_time, parts)
 
     def _encode_space(self, frames: mx.array, micro_batch: int | None) -> mx.array:
-        """Frames of a chunk to what the temporal VAE encodes, [f, h, w, C], evaluated."""
+        """Return the spatial latents of a chunk's frames, [f, h, w, C], evaluated."""
         moments = _in_batches(self.spatial_vae.encode, frames.astype(precision.VAE), micro_batch)
         z = Posterior.from_moments(moments).mean * LATENT_FACTOR
         mx.eval(z)
@@ -307,25 +306,11 @@ class VideoVAE(nn.Module):
         mx.eval(out)
         return out
 
-    def draw_noise(self, shape: Sequence[int], key: mx.array) -> EncodeNoise:
-        """The normal draws for encoding frames of `shape` [B, F, H, W, 3]; same key, same bytes."""
-        b, f, h, w = shape[:4]
-        factor = self.config.spatial.factor
-        size = (h // factor, w // factor)
-        first, second = mx.random.split(key)
-        latents = (b, self.latent_frames(f), *size, self.config.temporal.embed_dim)
-        return EncodeNoise(
-            spatial=mx.random.normal(
-                (b * f, *size, self.config.spatial.latent_channels), key=first
-            ),
-            temporal=mx.random.normal(latents, key=second),
-        )
-
 
 def _in_batches(
     network: Callable[[mx.array], mx.array], frames: mx.array, size: int | None
 ) -> mx.array:
-    """network(frames) in batches along the first axis, each evaluated and freed before the next."""
+    """Apply `network` in batches along the first axis; evaluate each before the next."""
     size = size or frames.shape[0]
     parts = []
     for start in range(0, frames.shape[0], size):
@@ -337,7 +322,7 @@ def _in_batches(
 
 
 def _nest_rules(rules: Sequence[KeyRule], stored: str, path: str) -> tuple[KeyRule, ...]:
-    """Rules of a network for checkpoint names that begin with `stored`, parameters with `path`."""
+    """Extend a network's rules by prefixes: `stored` of checkpoint names, `path` of parameters."""
     stored = re.escape(stored)
     nested = [
         replace(rule, pattern=f"{stored}({rule.pattern})", target=rf"{path}\1")
@@ -359,7 +344,7 @@ _IGNORED = {
 
 
 def key_map(networks: Sequence[str] = NETWORKS) -> KeyMap:
-    """Key map of a VideoVAE built with `parts`: the other half's tensors are known and ignored."""
+    """Return the key map of a VideoVAE with `networks`; it ignores tensors of the other one."""
     return KeyMap(
         rules=(
             *(rule for part, rule in _IGNORED.items() if part not in networks),
@@ -367,7 +352,7 @@ def key_map(networks: Sequence[str] = NETWORKS) -> KeyMap:
             *_nest_rules(vae_spatial.RULES, "spatial_vae.module.", "spatial_vae."),
             *_nest_rules(vae_temporal.RULES, "temporal_vae.", "temporal_vae."),
         ),
-        # Both are also in config.json.
+        # config.json holds both, too.
         optional=frozenset({"scale", "shift"}),
     )
 

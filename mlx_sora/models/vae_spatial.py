@@ -21,13 +21,13 @@ from mlx_sora.models.key_map import KeyMap, KeyRule
 #: Epsilon of every group norm.
 EPS = 1e-6
 
-#: The halves a VAE can be built with.
+#: Networks of a VAE, which can be built alone.
 NETWORKS = ("encoder", "decoder")
 
 
 @dataclass(frozen=True)
 class SpatialVAEConfig:
-    """Constructor arguments of AutoencoderKL; the defaults are SDXL's."""
+    """Constructor arguments of AutoencoderKL; defaults are SDXL's."""
 
     in_channels: int = 3
     out_channels: int = 3
@@ -38,7 +38,7 @@ class SpatialVAEConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> SpatialVAEConfig:
-        """From a diffusers config.json; keys without a meaning here are ignored.
+        """Read a diffusers config.json; unknown keys are ignored.
 
         Raises WeightsError for an activation that is not SiLU.
         """
@@ -51,7 +51,7 @@ class SpatialVAEConfig:
 
     @property
     def factor(self) -> int:
-        """Pixels per latent, along each side."""
+        """Pixels per latent along each side."""
         return int(2 ** (len(self.block_out_channels) - 1))
 
 
@@ -74,7 +74,7 @@ class ResnetBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """One head over all positions of an image, plus the input."""
+    """Single-head attention over all positions of an image, plus the input."""
 
     def __init__(self, channels: int, groups: int) -> None:
         super().__init__()
@@ -104,7 +104,7 @@ class MidBlock(nn.Module):
 
 
 class DownBlock(nn.Module):
-    """Residual blocks, then half the size except in the last block."""
+    """Residual blocks, then half the size, except in the last block."""
 
     def __init__(self, inputs: int, outputs: int, layers: int, groups: int, *, last: bool) -> None:
         super().__init__()
@@ -119,7 +119,7 @@ class DownBlock(nn.Module):
 
 
 class UpBlock(nn.Module):
-    """Residual blocks, then twice the size except in the last block."""
+    """Residual blocks, then twice the size, except in the last block."""
 
     def __init__(self, inputs: int, outputs: int, layers: int, groups: int, *, last: bool) -> None:
         super().__init__()
@@ -138,7 +138,7 @@ def _resnets(inputs: int, outputs: int, count: int, groups: int) -> list[ResnetB
 
 
 class SpatialEncoder(nn.Module):
-    """Frames to twice the latent channels (mean and log-variance before the quant conv)."""
+    """Frames to mean and log-variance, before the quant conv."""
 
     def __init__(self, config: SpatialVAEConfig) -> None:
         super().__init__()
@@ -178,18 +178,18 @@ class SpatialDecoder(nn.Module):
         return self.decode_upper_levels(self.decode_first_level(z))
 
     def decode_first_level(self, z: mx.array) -> mx.array:
-        """The part whose activations are small: attention, and up to the first doubling."""
+        """Run attention and upsampling level 0, whose activations are small."""
         return self.up_blocks[0](self.mid_block(self.conv_in(z)))
 
     def decode_upper_levels(self, x: mx.array) -> mx.array:
-        """What follows `begin`; nothing but its norms looks further than a few pixels."""
+        """Run upsampling levels 1..n. Local apart from group norm, so it can be tiled."""
         for block in self.up_blocks[1:]:
             x = block(x)
         return self.conv_out(ops.silu(self.conv_norm_out(x)))
 
 
 class SpatialVAE(nn.Module):
-    """AutoencoderKL with the halves that `parts` names."""
+    """AutoencoderKL with `networks` ("encoder", "decoder", or both)."""
 
     def __init__(self, config: SpatialVAEConfig, networks: Sequence[str] = NETWORKS) -> None:
         super().__init__()
@@ -203,17 +203,17 @@ class SpatialVAE(nn.Module):
             self.decoder = SpatialDecoder(config)
 
     def encode(self, x: mx.array) -> mx.array:
-        """Frames [N, H, W, 3] to moments [N, H//f, W//f, 2C]: mean, then log-variance."""
+        """Encode frames [N, H, W, 3] to moments [N, H//f, W//f, 2C]: mean, then log-variance."""
         return self.quant_conv(self.encoder(x))
 
     def decode(self, z: mx.array) -> mx.array:
-        """Latents [N, h, w, C] to frames [N, f h, f w, 3], nominally in [-1, 1]."""
+        """Decode latents [N, h, w, C] to frames [N, f h, f w, 3], nominally in [-1, 1]."""
         return self.decoder(self.post_quant_conv(z))
 
 
 _ATTENTION = r"(.*\battentions\.\d+\.)"
 
-#: Linear layers may be stored as 1x1 convolutions; older files name those of attention otherwise.
+#: Linear layers may be stored as 1x1 convolutions. Older files name those of attention differently.
 RULES = (
     *(
         KeyRule(rf"{_ATTENTION}{old}\.(weight|bias)", rf"\1{new}.\2", squeeze=True)

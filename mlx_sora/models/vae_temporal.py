@@ -1,4 +1,4 @@
-"""The temporal VAE: four frames of spatial latents to one, and back, causal in time.
+"""The temporal VAE: four frames of spatial latents to one and back, causal in time.
 
 Mirrors VAE_Temporal of Open-Sora 1.2. Channels last: [B, T, H, W, C]. Runs in float32.
 """
@@ -24,7 +24,7 @@ EPS = 1e-5
 
 @dataclass(frozen=True)
 class TemporalVAEConfig:
-    """Constructor arguments of VAE_Temporal; the defaults are VAE_Temporal_SD's."""
+    """Constructor arguments of VAE_Temporal; defaults are VAE_Temporal_SD's."""
 
     in_out_channels: int = 4
     latent_embed_dim: int = 4
@@ -37,9 +37,9 @@ class TemporalVAEConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TemporalVAEConfig:
-        """From a mapping with the constructor's names; other keys are ignored.
+        """Read a mapping with the constructor's names; other keys are ignored.
 
-        Raises WeightsError when the levels do not fit each other.
+        Raises WeightsError if the levels do not fit each other.
         """
         config = read_config(cls, values)
         require(config.num_res_blocks <= MAX_DEPTH, f"num_res_blocks is {config.num_res_blocks}")
@@ -61,7 +61,7 @@ class TemporalVAEConfig:
         return tuple(self.filters * m for m in self.channel_multipliers)
 
     def latent_frames(self, num_frames: int) -> int:
-        """Latents that `num_frames` frames, encoded at once, become."""
+        """Return the number of latents of `num_frames` frames that are encoded at once."""
         return -(-num_frames // self.factor)
 
 
@@ -152,14 +152,14 @@ class TemporalDecoder(nn.Module):
 
 
 def _depth_to_time(x: mx.array) -> mx.array:
-    """Channel c·2 + s of frame t becomes channel c of frame 2t + s."""
+    """Move channel c·2 + s of frame t to channel c of frame 2t + s."""
     b, t, h, w, c = x.shape
     x = x.reshape(b, t, h, w, c // 2, 2).transpose(0, 1, 5, 2, 3, 4)
     return x.reshape(b, 2 * t, h, w, c // 2)
 
 
 class TemporalVAE(nn.Module):
-    """VAE_Temporal with the halves that `parts` names."""
+    """VAE_Temporal with `networks` ("encoder", "decoder", or both)."""
 
     def __init__(self, config: TemporalVAEConfig, networks: Sequence[str] = NETWORKS) -> None:
         super().__init__()
@@ -172,21 +172,22 @@ class TemporalVAE(nn.Module):
             self.decoder = TemporalDecoder(config)
 
     def encode(self, x: mx.array) -> mx.array:
-        """[B, F, H, W, C] to moments [B, ceil(F / factor), H, W, 2 embed_dim]: mean, log-variance.
+        """Encode [B, F, H, W, C] to moments [B, ceil(F / factor), H, W, 2 embed_dim].
 
-        Zero frames are put in front up to a multiple of the factor.
+        Moments are mean, then log-variance. Zero frames are padded in front to a multiple of the
+        factor.
         """
         front = -x.shape[1] % self.config.factor
         x = mx.pad(x, [(0, 0), (front, 0), (0, 0), (0, 0), (0, 0)])
         return self.quant_conv(self.encoder(x))
 
     def decode(self, z: mx.array, num_frames: int) -> mx.array:
-        """[B, t, H, W, embed_dim] to [B, F, H, W, C]; drops the frames padding added in front."""
+        """Decode [B, t, H, W, embed_dim] to [B, F, H, W, C]; drops the padded frames in front."""
         front = -num_frames % self.config.factor
         return self.decoder(self.post_quant_conv(z))[:, front:]
 
 
-#: The reference wraps each convolution in a module of its own, whose name adds nothing.
+#: The reference wraps each convolution in a module, whose name is left out here.
 RULES = (
     KeyRule(
         r"(.*\.conv3|encoder\.conv2|quant_conv|post_quant_conv)\.conv\.weight",

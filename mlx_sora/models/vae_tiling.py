@@ -1,16 +1,17 @@
-"""The image decoder on a large picture tile by tile, an approximation that saves memory.
+"""Tiled decoding of large pictures: an approximation that saves memory.
 
-Attention and the first level see the whole picture. The levels behind it, whose activations are up
+Attention and the first level run on the whole picture. The other levels, whose activations are up
 to 16 times larger, run on overlapping tiles that are blended linearly. Group norms of a tile use
-mean and variance of a thinned-out whole picture (every `tiles`-th row and column), because those of
-the tile alone depend on what it happens to show. Dimension letters: N images, h, w latent rows and
-columns, H, W those of the picture.
+mean and variance of the picture subsampled to every `tiles`-th row and column, because those of a
+tile depend on its content. Dimension letters: N images, h, w latent rows and columns, H, W those of
+the picture.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import pairwise
 
 import mlx.core as mx
@@ -18,26 +19,26 @@ import mlx.core as mx
 from mlx_sora.models.conv import GroupNorm, Moments, group_moments
 from mlx_sora.models.vae_spatial import SpatialVAE
 
-#: Share of a tile that it has in common with the next.
+#: Share of a tile that overlaps the next.
 OVERLAP = 0.25
 
 Network = Callable[[mx.array], mx.array]
 
 
 def tile_side(length: int, tiles: int) -> int:
-    """Rows or columns of each of `tiles` overlapping tiles that cover `length` of them."""
+    """Return the rows or columns of each of `tiles` overlapping tiles that cover `length`."""
     return min(length, -int(-length // (1 + (1 - OVERLAP) * (tiles - 1))))
 
 
 def tile_spans(length: int, tiles: int) -> list[slice]:
-    """Where the tiles lie: of one size, evenly spread, from the first row or column to the last."""
+    """Return the spans of equal tiles, evenly spaced from the first row or column to the last."""
     side = tile_side(length, tiles)
     starts = [round(i * (length - side) / max(tiles - 1, 1)) for i in range(tiles)]
     return [slice(start, start + side) for start in starts]
 
 
 def tiling_cost(rows: int, columns: int, tiles: int) -> float:
-    """Work on the tiles of `rows` x `columns` and on the thinned-out picture, over untiled work."""
+    """Return the work on the tiles and the subsampled picture, relative to untiled work."""
     if tiles == 1:
         return 1.0
     covered = tiles**2 * tile_side(rows, tiles) * tile_side(columns, tiles)
@@ -45,7 +46,7 @@ def tiling_cost(rows: int, columns: int, tiles: int) -> float:
 
 
 def decode_tiled(vae: SpatialVAE, z: mx.array, tiles: int) -> mx.array:
-    """vae.decode(z), approximately, in `tiles` x `tiles` tiles; exact for one.
+    """Decode z in `tiles` x `tiles` tiles; approximates vae.decode(z), and equals it for one tile.
 
     Latents [N, h, w, C] to frames [N, H, W, 3]; evaluated tile by tile.
     """
@@ -60,26 +61,23 @@ def decode_tiled(vae: SpatialVAE, z: mx.array, tiles: int) -> mx.array:
 
 @contextmanager
 def use_moments(x: mx.array, network: Network, norms: Sequence[GroupNorm]) -> Iterator[None]:
-    """In the block, `norms` of `network` use the mean and variance that they see in network(x)."""
-    found: dict[int, Moments] = {}
+    """Make `norms` of `network` use the mean and variance that they see in network(x)."""
+    recorded: dict[int, Moments] = {}
 
-    def note(place: int) -> Callable[[mx.array, int], Moments]:
-        def moments(x: mx.array, groups: int) -> Moments:
-            found[place] = group_moments(x, groups)
-            return found[place]
+    def record(index: int, x: mx.array, groups: int) -> Moments:
+        recorded[index] = group_moments(x, groups)
+        return recorded[index]
 
-        return moments
-
-    def recall(place: int) -> Callable[[mx.array, int], Moments]:
-        return lambda x, groups: found[place]
+    def replay(index: int, x: mx.array, groups: int) -> Moments:
+        return recorded[index]
 
     try:
-        for place, norm in enumerate(norms):
-            norm.moments = note(place)
+        for index, norm in enumerate(norms):
+            norm.moments = partial(record, index)
         mx.eval(network(x))
-        mx.eval(found)
-        for place, norm in enumerate(norms):
-            norm.moments = recall(place)
+        mx.eval(recorded)
+        for index, norm in enumerate(norms):
+            norm.moments = partial(replay, index)
         yield
     finally:
         for norm in norms:
@@ -87,20 +85,19 @@ def use_moments(x: mx.array, network: Network, norms: Sequence[GroupNorm]) -> It
 
 
 def _upper_level_norms(vae: SpatialVAE) -> list[GroupNorm]:
-    """Norms of `finish`."""
     decoder = vae.decoder
     modules = [module for block in decoder.up_blocks[1:] for module in block.modules()]
     return [m for m in (*modules, decoder.conv_norm_out) if isinstance(m, GroupNorm)]
 
 
 def _subsample(x: mx.array, tiles: int) -> mx.array:
-    """The middle one of every `tiles` rows and columns."""
+    """Take the middle one of every `tiles` rows and columns."""
     rows, columns = (mx.arange(tiles // 2, n, tiles) for n in x.shape[-3:-1])
     return x[:, rows][:, :, columns]
 
 
 def _run_tiled(network: Network, x: mx.array, tiles: int) -> mx.array:
-    """network(x) for a network that enlarges [N, h, w, C] by a whole number, put together."""
+    """Apply in tiles a network that enlarges [N, h, w, C] by a whole number."""
     rows, columns = (tile_spans(n, tiles) for n in x.shape[1:3])
     strips = []
     for row in rows:
@@ -115,13 +112,13 @@ def _run_tiled(network: Network, x: mx.array, tiles: int) -> mx.array:
 
 
 def _blend(parts: Sequence[mx.array], spans: Sequence[slice], axis: int) -> mx.array:
-    """Neighbours in a row along `axis`, blended linearly where they overlap."""
+    """Join neighbours along `axis`, blended linearly where they overlap."""
     scale = parts[0].shape[axis] // (spans[0].stop - spans[0].start)
     out, pieces = parts[0], []
     for (before, after), part in zip(pairwise(spans), parts[1:], strict=True):
-        shared = scale * (before.stop - after.start)
-        alone, a = mx.split(out, [out.shape[axis] - shared], axis)
-        b, out = mx.split(part, [shared], axis)
-        ramp = ((mx.arange(shared) + 0.5) / shared).reshape(shared, *[1] * (3 - axis))
-        pieces += [alone, a + ramp * (b - a)]
+        overlap = scale * (before.stop - after.start)
+        head, a = mx.split(out, [out.shape[axis] - overlap], axis)
+        b, out = mx.split(part, [overlap], axis)
+        ramp = ((mx.arange(overlap) + 0.5) / overlap).reshape(overlap, *[1] * (3 - axis))
+        pieces += [head, a + ramp * (b - a)]
     return mx.concatenate([*pieces, out], axis)

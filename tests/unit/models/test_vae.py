@@ -211,17 +211,6 @@ def test_smaller_micro_batches_need_less_memory(vae: VideoVAE) -> None:
     assert peaks[0] < 0.6 * peaks[1]
 
 
-def test_encoding_draws_the_same_noise_from_the_same_key(vae: VideoVAE) -> None:
-    x, key = normal(1, 1, 18, 16, 24, 3), mx.random.key(7)
-    noise = vae.draw_noise(x.shape, key)
-    assert noise.spatial.shape == (18, 2, 3, 4)
-    assert noise.temporal.shape == (1, 6, 2, 3, 4)
-    drawn = vae.encode(x, key=key)
-    assert mx.array_equal(drawn, vae.encode(x, key=key))
-    assert mx.array_equal(drawn, vae.encode(x, noise))
-    assert not mx.array_equal(drawn, vae.encode(x, key=mx.random.key(8)))
-
-
 def test_encoding_without_noise_takes_the_means(vae: VideoVAE) -> None:
     x = normal(1, 1, 9, 16, 16, 3)
     zero = EncodeNoise(mx.zeros((9, 2, 2, 4)), mx.zeros((1, 3, 2, 2, 4)))
