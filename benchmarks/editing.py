@@ -43,7 +43,7 @@ from mlx_sora.request.edit import INJECT_STEPS, SAMPLER
 from mlx_sora.sampling import SAMPLERS
 from mlx_sora.sampling.guidance import Guidance
 from mlx_sora.sampling.loop import denoise
-from mlx_sora.text.encoder import TextEncoder
+from mlx_sora.text.encoder import encode_tokens
 from mlx_sora.text.prompt import prepare_prompt
 from mlx_sora.video.frames import to_uint8
 from mlx_sora.video.reader import read_video as read_frames
@@ -170,14 +170,13 @@ class Batch:
         self._network = load_transformer(pipe.model, mx.float32)
         self._vae = load_vae(pipe.model, ("encoder", "decoder"))
         network, rows = load_text_encoder(pipe.model, mx.float32)
-        encoder, tokenizer = TextEncoder(network, rows, mx.float32), pipe.engine.tokenizer
+
+        def encode(caption: str) -> mx.array:
+            ids = pipe.engine.tokenizer.encode(prepare_prompt(caption).text()).ids
+            return encode_tokens(network, rows, ids, mx.float32)
+
         self._texts = {
-            name: [
-                encoder.encode(
-                    tokenizer.encode(prepare_prompt(world.caption(getattr(case, name))).text())
-                )
-                for case in chosen
-            ]
+            name: [encode(world.caption(getattr(case, name))) for case in chosen]
             for name in ("truth", "asked")
         }
         self._clips = [read_frames(case.clip).frames for case in chosen]

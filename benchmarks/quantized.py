@@ -149,7 +149,7 @@ def distance(found: mx.array, expected: mx.array) -> float:
 
 def network_errors(plain: ModelFolder, quantised: ModelFolder) -> dict[str, Any]:
     """Of T5's states of one prompt, and of one velocity from noise under them."""
-    from mlx_sora.text.encoder import TextEncoder
+    from mlx_sora.text.encoder import encode_tokens
     from mlx_sora.text.tokenizer import Tokenizer
 
     prompt = world.caption(world.split()[1][0])
@@ -158,7 +158,7 @@ def network_errors(plain: ModelFolder, quantised: ModelFolder) -> dict[str, Any]
     states, velocities = [], []
     for model in (plain, quantised):
         t5, rows = load_text_encoder(model, mx.float32)
-        states.append(TextEncoder(t5, rows, mx.float32).encode(tokenizer.encode(prompt)))
+        states.append(encode_tokens(t5, rows, tokenizer.encode(prompt).ids, mx.float32))
         stdit = load_transformer(model, mx.float32)
         z = mx.random.normal((1, 5, 8, 8, 4), key=mx.random.key(1))
         given = stdit.prepare([states[0]], (5, 8, 8), height=64, width=64, fps=24)

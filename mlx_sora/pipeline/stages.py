@@ -37,7 +37,7 @@ from mlx_sora.runtime.events import (
 from mlx_sora.sampling import SAMPLERS, loop
 from mlx_sora.sampling.guidance import Guidance, GuidancePolicy
 from mlx_sora.sampling.noise import Noise
-from mlx_sora.text.encoder import TextEncoder
+from mlx_sora.text.encoder import encode_tokens
 from mlx_sora.video.frames import FrameWriter, to_uint8
 
 if TYPE_CHECKING:
@@ -83,9 +83,9 @@ def _encode_texts(
     encodings = {text: encoding for each in runs for text, encoding in each.encodings.items()}
     warnings: dict[str, Sequence[str]] = {}
     with run.loader.text_encoder(run.plan.stage("encode")) as (network, rows, blocks):
-        encoder = TextEncoder(network, rows, run.engine.mx_dtype, blocks)
         for done, text in enumerate(todo, start=1):
-            states = encoder.encode(encodings[text])
+            ids = encodings[text].ids
+            states = encode_tokens(network, rows, ids, run.engine.mx_dtype, blocks)
             run.health.check_text(states)
             texts[text], warnings[text] = states, encodings[text].warnings
             yield StageProgress("encode", done, len(todo))

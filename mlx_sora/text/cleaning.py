@@ -1,8 +1,8 @@
-"""Caption cleaning: the text the model was trained on, from the text a user typed.
+"""Caption cleaning: from a typed prompt to text like the training captions.
 
-Open-Sora 1.2 cleans captions with the rules of DeepFloyd IF, twice over, and a prompt that skips
-them yields other tokens. The behaviour follows `IFPipeline._clean_caption` of diffusers
-(Apache-2.0); the rules stand here as data, in the order that matters.
+Open-Sora 1.2 cleans captions with the rules of DeepFloyd IF, twice; a prompt that is not cleaned
+has other tokens. Follows `IFPipeline._clean_caption` of diffusers (Apache-2.0), with the rules as
+data, in their order.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from mlx_sora.errors import UsageError
 
 
 class CleaningRule(NamedTuple):
-    """Replace every match of `pattern`; `why` says what the training captions were rid of."""
+    """A regular expression and its replacement; `why` says what it removes from captions."""
 
     pattern: str
     replacement: str
@@ -35,10 +35,10 @@ _AFTER_SCHEME = ":(?:/{1,3}|[a-zA-Z0-9%])"
 
 
 def _link_rule(scheme: str, why: str) -> CleaningRule:
-    """Without schemes of links and bare hosts.
+    """Make a rule that removes schemes of links and bare hosts.
 
-    Where no host begins, none begins in the letters, dots and dashes that follow: they are passed
-    over at once, up to a scheme among them, as trying each of them takes quadratic time.
+    Where no host begins, none begins in the letters, dots and dashes that follow. The rule skips
+    them at once, up to the next scheme, because trying each of them takes quadratic time.
     """
     start = rf"\b{scheme}{_AFTER_SCHEME}"
     return CleaningRule(rf"{start}|\b{_HOST}|(\b(?:(?!{start})[a-zA-Z0-9.\-])+)", r"\1", why)
@@ -50,7 +50,7 @@ LINK_RULES = (
     _link_rule("www", "hosts the first pass laid bare"),
 )
 
-# The look-behinds in two rules keep runs of a million characters from taking quadratic time.
+# The look-behinds of two rules prevent quadratic time for a million equal characters.
 SYMBOL_RULES = (
     CleaningRule(r"@\w+\b", "", "nicknames"),
     CleaningRule(
@@ -94,18 +94,18 @@ WORD_RULES = (
     CleaningRule(r"^\.\S+$", "", "a lone dotted word"),
 )
 
-#: Characters of a prompt, of which T5 reads 300 tokens, and how often "<" may be in it: Python's
-#: reader of markup takes time that grows with the square of these.
+#: Characters of a prompt (T5 reads 300 tokens of it), and "<" in it: the time of Python's markup
+#: parser grows with the square of these.
 MAX_CHARACTERS, MAX_MARKS = 20_000, 500
 
-#: More joiners than this, and they are taken for spaces: this-is-my-cute-cat.
+#: With more hyphens and underscores than this, they become spaces: this-is-my-cute-cat.
 MAX_JOINERS = 3
 
 
 def preprocess(text: str) -> str:
-    """What Open-Sora feeds the tokenizer: the caption cleaned twice.
+    """Return the text that Open-Sora tokenizes: the caption cleaned twice.
 
-    Raises UsageError where the text is endless or holds markup that cannot be parsed.
+    Raises UsageError for text that is too long or holds markup that cannot be parsed.
     """
     if len(text) > MAX_CHARACTERS:
         raise UsageError(f"The prompt has {len(text)} characters.", f"Give up to {MAX_CHARACTERS}.")
@@ -113,7 +113,7 @@ def preprocess(text: str) -> str:
 
 
 def clean(text: str) -> str:
-    """One pass of cleaning."""
+    """Clean a caption once."""
     text = unquote_plus(text).strip().lower()
     text = _apply_rules(LINK_RULES, text)
     text = _strip_markup(text)
@@ -139,7 +139,7 @@ def _strip_markup(text: str) -> str:
         raise UsageError(f"The prompt holds '<' {marks} times.", "Remove them.")
     try:
         with warnings.catch_warnings():
-            # A prompt that looks like a file name or XML is a prompt all the same.
+            # BeautifulSoup warns about text that looks like a file name or XML.
             warnings.simplefilter("ignore")
             return BeautifulSoup(text, features="html.parser").text
     except (ParserRejectedMarkup, RecursionError) as error:

@@ -13,31 +13,24 @@ import mlx.core as mx
 
 from mlx_sora.models.hooks import BlockProvider
 from mlx_sora.models.t5 import T5Block, T5Encoder
-from mlx_sora.text.tokenizer import Encoding
 
 log = logging.getLogger(__name__)
 
 
-class TextEncoder:
-    """T5; `rows` reads embedding rows [n, D] for token ids.
+def encode_tokens(
+    network: T5Encoder,
+    read_embeddings: Callable[[Sequence[int]], mx.array],
+    ids: Sequence[int],
+    dtype: mx.Dtype,
+    blocks: BlockProvider[T5Block] | None = None,
+) -> mx.array:
+    """Return T5's states [n, D] of the n token ids of one prompt, evaluated.
 
-    blocks: provider of T5's blocks; None if they are resident.
+    Args:
+        read_embeddings: token ids to rows [n, D] of the embedding table.
+        blocks: provider of T5's blocks; None if they are resident.
     """
-
-    def __init__(
-        self,
-        network: T5Encoder,
-        read_embeddings: Callable[[Sequence[int]], mx.array],
-        dtype: mx.Dtype,
-        blocks: BlockProvider[T5Block] | None = None,
-    ) -> None:
-        self._network, self._read_embeddings = network, read_embeddings
-        self._dtype, self._blocks = dtype, blocks
-
-    def encode(self, encoding: Encoding) -> mx.array:
-        """Return the states [n, D] of one tokenized prompt, evaluated."""
-        log.debug("prompt has %d tokens", len(encoding.ids))
-        embeddings = self._read_embeddings(encoding.ids)[None].astype(self._dtype)
-        states = self._network(embeddings, blocks=self._blocks)[0]
-        mx.eval(states)
-        return states
+    log.debug("prompt has %d tokens", len(ids))
+    states = network(read_embeddings(ids)[None].astype(dtype), blocks=blocks)[0]
+    mx.eval(states)
+    return states

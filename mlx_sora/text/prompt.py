@@ -1,8 +1,8 @@
-"""Prompt syntax of Open-Sora 1.2: scores, scenes and settings written into the prompt.
+"""Prompt syntax of Open-Sora 1.2: scores, scenes, and settings inside the prompt.
 
-A prompt may read `|0|a village|2|spring comes{"reference_path": "a.png", "mask_strategy": "0"}`:
-two scenes, the second from loop 2 on, with the material that conditions them. In order: take the
-settings off, split the scenes, append the scores, clean each scene, pick the scene of the loop.
+Example: `|0|a village|2|spring comes{"reference_path": "a.png", "mask_strategy": "0"}` has two
+scenes, the second from loop 2 on, and the media that condition them. Settings are split off first,
+then scenes. Scores are appended to each scene before it is cleaned.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _DIRECTIVES = ("reference_path", "mask_strategy")
 
 @dataclass(frozen=True)
 class Scene:
-    """A text and the loop of the generation that it starts at."""
+    """A text and the loop at which it starts."""
 
     start: int
     text: str
@@ -28,7 +28,7 @@ class Scene:
 
 @dataclass(frozen=True)
 class PromptDirectives:
-    """Conditioning a prompt carries: paths joined by ';', and a mask strategy. None: not given."""
+    """Conditioning inside a prompt: paths joined by ';' and a mask strategy. None if absent."""
 
     reference_path: str | None = None
     mask_strategy: str | None = None
@@ -36,9 +36,9 @@ class PromptDirectives:
 
 @dataclass(frozen=True)
 class Scores:
-    """Properties of the video in the words of the training captions; None leaves one out.
+    """Properties of the video in the words of the training captions; None omits one.
 
-    aesthetic: around 4 (poor) to 7 (excellent). motion: larger moves more. camera: "pan left", ...
+    aesthetic: about 4 (poor) to 7 (excellent). motion: larger moves more. camera: "pan left", ...
     """
 
     aesthetic: float | None = None
@@ -46,7 +46,7 @@ class Scores:
     camera: str | None = None
 
     def append_to(self, text: str) -> str:
-        """`text` with a phrase per score, unless it already has one of the kind."""
+        """Append a phrase per score to `text`, unless it has one of that kind."""
         phrases = (
             ("aesthetic score:", None if self.aesthetic is None else f"{self.aesthetic:.1f}"),
             ("motion score:", None if self.motion is None else f"{self.motion:.1f}"),
@@ -70,52 +70,54 @@ class Prompt:
     is_empty: bool = False
 
     def text(self, loop: int = 0) -> str:
-        """Return the text of generation number `loop`."""
+        """Return the text of loop `loop`."""
         return scene_at(self.scenes, loop)
 
 
 def prepare_prompt(prompt: str, scores: Scores | None = None) -> Prompt:
-    """Parse the syntax of a prompt as the user typed it, append the scores and clean the texts.
+    """Parse the syntax of a prompt, append the scores and clean the texts.
 
-    Raises UsageError for settings or scenes that cannot be read.
+    Raises UsageError for settings or scenes that cannot be parsed.
     """
-    text, settings = split_directives(prompt)
+    text, directives = split_directives(prompt)
     scores = scores or Scores()
     typed = split_scenes(text)
     scenes = (
         Scene(scene.start, preprocess(scores.append_to(scene.text.strip()))) for scene in typed
     )
-    return Prompt(tuple(scenes), settings, is_empty=not preprocess(scene_at(typed, 0).strip()))
+    return Prompt(tuple(scenes), directives, is_empty=not preprocess(scene_at(typed, 0).strip()))
 
 
 def split_directives(prompt: str) -> tuple[str, PromptDirectives]:
-    """Text and settings of a prompt that may end in one flat JSON object.
+    """Split a prompt into its text and the flat JSON object at its end, if there is one.
 
-    Raises UsageError for broken JSON, a second object, an unknown key, a value that is no string.
+    Raises UsageError for broken JSON, a second object, an unknown key, or a value that is not a
+    string.
     """
     text, brace, rest = prompt.partition("{")
     if not brace:
         return text, PromptDirectives()
     example = '{"reference_path": "a.png", "mask_strategy": "0"}'
-    fix = f"Braces hold settings, such as {example} at the end; remove them otherwise."
+    fix = f"Use braces only for settings at the end, such as {example}."
     if "{" in rest:
         raise UsageError(f"More than one '{{' in the prompt: {prompt!r}.", fix)
     try:
         values = parse_object(brace + rest)
     except ValueError as error:
-        raise UsageError(f"Settings of the prompt are not JSON: {brace + rest!r}.", fix) from error
+        raise UsageError(f"Settings in the prompt are not JSON: {brace + rest!r}.", fix) from error
     for key, value in values.items():
         if key not in _DIRECTIVES:
-            raise UsageError(f"Unknown setting {key!r}.", f"Choose of {', '.join(_DIRECTIVES)}.")
+            known = " or ".join(_DIRECTIVES)
+            raise UsageError(f"Unknown setting {key!r} in the prompt.", f"Use {known}.")
         if value is not None and not isinstance(value, str):
-            raise UsageError(f"Setting {key!r} is {value!r}, not a text.", fix)
+            raise UsageError(f"Setting {key!r} must be a string, not {value!r}.", fix)
     return text, PromptDirectives(**values)
 
 
 def split_scenes(text: str) -> list[Scene]:
-    """Scenes of `|0|one|2|another`, their texts as typed; a text without marks is one scene.
+    """Split `|0|one|2|another` into scenes; a text without marks is one scene.
 
-    Raises UsageError for a start that is no whole number or has no text.
+    Raises UsageError for a start that is not a whole number or has no text.
     """
     if not text.startswith("|0|"):
         return [Scene(0, text)]
@@ -128,16 +130,16 @@ def split_scenes(text: str) -> list[Scene]:
         ]
     except ValueError as error:
         raise UsageError(
-            f"Scenes cannot be read from {text!r}.",
+            f"Cannot split {text!r} into scenes.",
             "Write |0|first text|2|second text, with a whole number between each pair of bars.",
         ) from error
 
 
 def scene_at(scenes: Sequence[Scene], loop: int) -> str:
-    """Text of loop `loop`: each scene lasts until the start of the next one, the last for ever.
+    """Return the text of a loop: each scene lasts until the next one starts, the last forever.
 
-    Starts out of order are laid end to end, as Open-Sora does: a scene whose successor starts
-    no later lasts for no loop, and what follows keeps its own length.
+    Starts that do not increase are laid end to end, as Open-Sora does: a scene whose successor
+    starts no later has no loops, and the next one keeps its own length.
     """
     ends = [scene.start for scene in scenes[1:]] + [loop + 1]
     position = 0
@@ -145,4 +147,4 @@ def scene_at(scenes: Sequence[Scene], loop: int) -> str:
         position += max(0, end - scene.start)
         if position > loop:
             return scene.text
-    raise UsageError(f"No scene covers loop {loop}.", "Start the first scene at 0.")
+    raise UsageError(f"The prompt has no scene for loop {loop}.", "Start the first scene at 0.")

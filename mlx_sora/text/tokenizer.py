@@ -1,10 +1,10 @@
-"""T5's tokens: text to ids with an end-of-sequence token, cut to the length of the training texts.
+"""T5's tokenizer: text to ids with an end-of-sequence token, truncated to the training length.
 
-The vocabulary and the character normalisation come from `spiece.model` by way of sentencepiece. The
-segmentation is done here because the reference pipeline runs the `tokenizers` library, which parts
-from sentencepiece in two ways: special tokens spelt out in a text count as such, and scores are
-added word by word in double precision, which decides ties ("AAAA...") differently. One difference
-is left: where `tokenizers` drops a combining mark that no character absorbs, here it is unknown.
+Vocabulary and character normalization come from `spiece.model` through sentencepiece. Segmentation
+is done here, because the reference uses the `tokenizers` library, which differs from sentencepiece:
+special tokens written in a text count as such, and scores are added per word in double precision,
+which decides ties ("AAAA..."). One difference remains: `tokenizers` drops a combining mark that no
+character absorbs; here it is unknown.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _UNKNOWN_PENALTY = 10.0
 
 @dataclass(frozen=True)
 class Encoding:
-    """Token ids with the end-of-sequence token; `cut` is the text of what did not fit."""
+    """Token ids with the end-of-sequence token; `cut` is the text that did not fit."""
 
     ids: tuple[int, ...]
     cut: str = ""
@@ -52,11 +52,6 @@ class Encoding:
             f"The prompt is longer than {len(self.ids)} tokens: "
             f"its last {self.num_cut} were cut ({cut!r}).",
         )
-
-    def pad(self, length: int = MAX_LENGTH) -> tuple[list[int], list[int]]:
-        """ids and mask (1 = token), both of `length` entries."""
-        missing = length - len(self.ids)
-        return [*self.ids, *[PAD] * missing], [*[1] * len(self.ids), *[0] * missing]
 
 
 class Tokenizer:
@@ -76,14 +71,14 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | Path) -> Tokenizer:
-        """From a `spiece.model` file. Raises WeightsError when it is missing or not T5's."""
+        """Load a `spiece.model` file. Raises WeightsError if it is missing or not T5's."""
         from sentencepiece import SentencePieceProcessor
 
         path = Path(path)
         fix = "Put T5's spiece.model there."
         try:
             model = SentencePieceProcessor(model_proto=read_bytes(path, MAX_MODEL))
-            tokenizer = cls(model)  # whose pieces may be no UTF-8
+            tokenizer = cls(model)  # raises where pieces are not UTF-8
         except OSError as error:
             reason = error.strerror or "cannot be read"
             raise WeightsError(f"Tokenizer model {path}: {reason}.", fix) from error
@@ -100,18 +95,18 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """Number of ids, sentinels included. (T5's embedding table has spare rows behind them.)"""
+        """Number of ids, sentinels included. T5's embedding table has more rows."""
         return self._model.vocab_size() + EXTRA_IDS
 
     def encode(self, text: str, max_length: int = MAX_LENGTH) -> Encoding:
-        """Ids of `text`, at most `max_length` of them with the end-of-sequence token."""
+        """Tokenize `text` to at most `max_length` ids, the end-of-sequence token included."""
         tokens = list(self._tokens(text))
         kept, cut = tokens[: max_length - 1], tokens[max_length - 1 :]
         surface = "".join(piece for _, piece in cut).replace(_SPACE, " ").strip()
         return Encoding((*(i for i, _ in kept), EOS), surface, len(cut))
 
     def _tokens(self, text: str) -> Iterator[tuple[int, str]]:
-        """(id, surface) of each token; a surface that opens a word starts with a space mark."""
+        """Yield (id, surface) of each token; the first surface of a word has a space mark."""
         # A lone surrogate, from bytes that were not UTF-8, has no encoding.
         text = re.sub("[\ud800-\udfff]", "\ufffd", text)
         for part in _SPECIAL.split(text):
@@ -124,7 +119,7 @@ class Tokenizer:
                         yield from self._segment(_SPACE + word)
 
     def _segment(self, word: str) -> list[tuple[int, str]]:
-        """The most probable split of a word (Viterbi); neighbouring unknown characters are one."""
+        """Split a word into its most probable pieces (Viterbi), with adjacent unknowns merged."""
         best = [0.0, *[float("-inf")] * len(word)]
         arrivals = [(0, UNK)] * (len(word) + 1)
         for start in range(len(word)):

@@ -25,8 +25,7 @@ from mlx_sora.loading.networks import load_text_encoder
 from mlx_sora.models import conv, ops, stdit3, t5
 from mlx_sora.models.stdit3 import Conditions, STDiT3, STDiT3Config
 from mlx_sora.models.t5 import T5Config, T5Encoder
-from mlx_sora.text.encoder import TextEncoder
-from mlx_sora.text.tokenizer import Encoding
+from mlx_sora.text.encoder import encode_tokens
 
 #: Largest difference allowed, in standard deviations of the result.
 SAME = 1e-5
@@ -106,8 +105,8 @@ def test_the_text_encoder_pads_nothing() -> None:
 
     encoder = randomised(Watched(T5))
     rows = encoder.shared.weight
-    text = TextEncoder(encoder, lambda at: rows[mx.array(list(at))], mx.float32)
-    states = text.encode(Encoding(tuple(int(i) for i in ids[0])))
+    tokens = [int(i) for i in ids[0]]
+    states = encode_tokens(encoder, lambda at: rows[mx.array(list(at))], tokens, mx.float32)
     assert given == [(1, 9, T5.d_model)]
     padded, mask = padded_ids(ids)
     assert difference(states, encoder(encoder.embed(padded), mask)[0, :9]) <= SAME

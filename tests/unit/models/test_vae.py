@@ -94,7 +94,7 @@ def test_no_micro_frame_size_means_one_chunk() -> None:
 
 
 def test_a_clip_has_frames() -> None:
-    with pytest.raises(UsageError, match="0 frames"):
+    with pytest.raises(UsageError, match="got 0"):
         chunk_plan(0, 17)
 
 

@@ -135,7 +135,7 @@ def test_pythons_own_memory_error() -> None:
 @pytest.mark.parametrize(
     ("place", "stage"),
     [
-        ("mlx_sora.text.encoder.TextEncoder.encode", "encode"),
+        ("mlx_sora.pipeline.stages.encode_tokens", "encode"),
         ("mlx_sora.sampling.loop.denoise", "denoise"),
         ("mlx_sora.pipeline.stages.to_uint8", "decode"),
         ("mlx_sora.loading.blocks.load_tensors", "encode"),

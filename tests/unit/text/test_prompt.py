@@ -31,8 +31,8 @@ def test_scenes_and_settings() -> None:
     ("prompt", "said"),
     [
         ("a {cat}", "not JSON"),
-        ('x{"seed": "1"}', "reference_path, mask_strategy"),
-        ('x{"mask_strategy": 3}', "not a text"),
+        ('x{"seed": "1"}', "reference_path or mask_strategy"),
+        ('x{"mask_strategy": 3}', "must be a string"),
         ('x{"mask_strategy": "0"}{}', "More than one"),
         ("|0|a|b|c", "whole number"),
         ("|0|a|1", "whole number"),
@@ -44,5 +44,5 @@ def test_unreadable_prompts(prompt: str, said: str) -> None:
 
 
 def test_no_scene() -> None:
-    with pytest.raises(UsageError, match="No scene"):
+    with pytest.raises(UsageError, match="no scene for loop 0"):
         scene_at([Scene(3, "late")], 0)

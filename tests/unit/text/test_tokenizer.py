@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from mlx_sora.errors import WeightsError
-from mlx_sora.text.tokenizer import EOS, PAD, Tokenizer
+from mlx_sora.text.tokenizer import EOS, Tokenizer
 from tests.helpers.tokenizer_model import spiece_model
 
 
@@ -38,14 +38,6 @@ def test_text_that_just_fits_is_not_cut(tokenizer: Tokenizer) -> None:
     length = len(tokenizer.encode("a red circle moving right").ids)
     assert tokenizer.encode("a red circle moving right", length).cut == ""
     assert tokenizer.encode("a red circle moving right", length - 1).cut == "right"
-
-
-def test_padding(tokenizer: Tokenizer) -> None:
-    encoding = tokenizer.encode("a cat")
-    ids, mask = encoding.pad(8)
-    count = len(encoding.ids)
-    assert ids == [*encoding.ids, *[PAD] * (8 - count)]
-    assert mask == [1] * count + [0] * (8 - count)
 
 
 def test_vocabulary_holds_the_sentinels(tokenizer: Tokenizer) -> None:
