@@ -19,6 +19,7 @@ from mlx_sora.cli.generate import (
 from mlx_sora.cli.ranks import broadcast_request
 from mlx_sora.distributed.group import Ranks, init_ranks
 from mlx_sora.request.edit import INJECT_STEPS, SAMPLER, EditRequest
+from mlx_sora.video.output_path import escape_template
 from mlx_sora.video.reader import is_video
 
 
@@ -88,5 +89,5 @@ def read_edit(args: argparse.Namespace) -> EditRequest:
 
 def default_output(video: str) -> str:
     """Return the output template of an edit of `video`: in the working folder, without fields."""
-    stem = Path(video).stem.replace("{", "{{").replace("}", "}}")
-    return f"{stem}-edited{'.mp4' if is_video(video) else '.png'}"
+    suffix = ".mp4" if is_video(video) else ".png"
+    return escape_template(f"{Path(video).stem}-edited{suffix}")

@@ -152,15 +152,6 @@ def build_requests(
     return requests
 
 
-def resolve_seed(request: GenerationRequest, index: int) -> GenerationRequest:
-    """Return the request with a seed: its own, that of its checkpoint, or a random one."""
-    if request.checkpoint_every is None:
-        return request.with_seed()
-    from mlx_sora.pipeline.resume import with_seed
-
-    return with_seed(request, index)
-
-
 def _add_flag(group: Any, name: str, option: Option) -> Any:
     more: dict[str, Any]
     if isinstance(option.default, bool):

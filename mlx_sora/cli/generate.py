@@ -5,10 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from contextlib import closing
-from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlx_sora.cli.flags import (
@@ -16,9 +14,6 @@ from mlx_sora.cli.flags import (
     add_debug_flag,
     add_quiet_flag,
     add_request_flags,
-    build_requests,
-    explicit_options,
-    resolve_seed,
 )
 from mlx_sora.cli.progress import (
     BarRenderer,
@@ -28,22 +23,14 @@ from mlx_sora.cli.progress import (
     SilentRenderer,
     plan_table,
 )
-from mlx_sora.cli.prompt_file import PromptFile, read_batch
 from mlx_sora.cli.ranks import add_cluster_flags, broadcast_request, read_cluster, show_estimates
+from mlx_sora.cli.requests import RequestBatch, read_requests
 from mlx_sora.distributed.group import Ranks, init_ranks
-from mlx_sora.errors import UsageError
-from mlx_sora.geometry import parse_frames
-from mlx_sora.request.generation import GenerationRequest
 from mlx_sora.runtime.events import RequestFailed
-from mlx_sora.video.output_path import DEFAULT_OUTPUT, check_output, fill_template, output_path
 
 if TYPE_CHECKING:
     from mlx_sora.memory.plan import Plan
     from mlx_sora.pipeline.pipeline import Pipeline
-
-
-from mlx_sora.text.prompt import split_directives
-from mlx_sora.video.metadata import read_metadata, replay_options, unchanged_media
 
 
 def add_parser(commands: Any) -> None:
@@ -109,10 +96,10 @@ def run(args: argparse.Namespace) -> int:
 def run_on_ranks(args: argparse.Namespace, ranks: Ranks) -> int:
     """Make one video after the other and return the exit code."""
     cluster = read_cluster(args)
-    batch = broadcast_request(ranks, PromptFile, lambda: read_requests(args))
+    batch = broadcast_request(ranks, RequestBatch, lambda: read_requests(args))
     renderer = choose_renderer(args, ranks)
     try:
-        for path in batch.finished:
+        for path in batch.existing:
             renderer.note(f"{path} exists already")
         if batch.requests:
             first = batch.requests[0]
@@ -133,7 +120,7 @@ def run_on_ranks(args: argparse.Namespace, ranks: Ranks) -> int:
 
 
 def make_videos(
-    pipeline: Pipeline, batch: PromptFile, renderer: Renderer, resume: str | None = None
+    pipeline: Pipeline, batch: RequestBatch, renderer: Renderer, resume: str | None = None
 ) -> None:
     """Make the videos of a batch. If there are several, record failures and continue."""
     if len(batch.requests) == 1 and batch.unit == "video":
@@ -149,7 +136,7 @@ def make_videos(
             renderer.handle(event)
 
 
-def report(batch: PromptFile) -> int:
+def report(batch: RequestBatch) -> int:
     """Print a line for each failure and return the exit code."""
     for number, error in sorted(batch.failures.items()):
         print(f"error: {batch.unit} {number}: {error}", file=sys.stderr)
@@ -164,41 +151,6 @@ def show_plans(ranks: Ranks, plan: Callable[[], Iterable[Plan]], as_json: bool) 
         for each in plan():
             if ranks.is_rank0:
                 print(json.dumps(each.to_dict()) if as_json else "\n".join(plan_table(each)))
-
-
-def read_requests(args: argparse.Namespace) -> PromptFile:
-    """Return the requests of the flags, checked as far as possible without a model."""
-    typed = explicit_options(args)
-    if args.resume is not None:
-        return PromptFile([read_checkpoint(args, typed)])
-    recorded = None
-    if args.config_from_metadata is not None:
-        recorded = recorded_options(args.config_from_metadata, typed)
-    if args.prompt_file is not None:
-        if "prompt" in typed:
-            raise UsageError("--prompt and --prompt-file exclude each other.", "Give only one.")
-        batch = read_batch(args.prompt_file, typed, recorded)
-    else:
-        requests = build_requests(typed, recorded)
-        batch = PromptFile([_with_output(request, index) for index, request in enumerate(requests)])
-    outputs = [str(request.output) for request in batch.requests]
-    if len(set(outputs)) < len(outputs):
-        raise UsageError(
-            f"{len(outputs)} videos would be written to one file, {outputs[0]}.",
-            "Put {seed} or {index} into --output, and give each seed once.",
-        )
-    return batch
-
-
-def read_checkpoint(args: argparse.Namespace, typed: Mapping[str, Any]) -> GenerationRequest:
-    """Return the request of the checkpoint of --resume."""
-    from mlx_sora.pipeline.resume import resumed_request
-
-    for name in ("config_from_metadata", "prompt_file"):
-        if getattr(args, name) is not None:
-            flag = "--" + name.replace("_", "-")
-            raise UsageError(f"--resume and {flag} exclude each other.", "Give only one.")
-    return _with_output(resumed_request(Path(args.resume), typed), 0)
 
 
 def choose_renderer(args: argparse.Namespace, ranks: Ranks) -> Renderer:
@@ -222,45 +174,3 @@ def environment_notice() -> str:
     from mlx_sora.runtime.device import blas_notice
 
     return blas_notice()
-
-
-def _with_output(request: GenerationRequest, index: int) -> GenerationRequest:
-    """Fill in the template of the output. Raises UsageError if it cannot be written."""
-    request = resolve_seed(replace(request, output=request.output or DEFAULT_OUTPUT), index)
-    assert request.seed is not None, "resolve_seed gives it one"
-    assert request.output is not None, "it has a default"
-    name = fill_template(request.output, prompt=request.prompt, seed=request.seed, index=index)
-    frames = None if request.num_frames is None else parse_frames(request.num_frames)
-    escaped = name.replace("{", "{{").replace("}", "}}")
-    if frames is not None or Path(name).suffix or name.endswith("/"):
-        path = output_path(escaped, prompt="", seed=0, num_frames=frames or 0)
-        check_output(path, request.overwrite, sidecar=request.metadata, num_frames=frames)
-    return replace(request, output=escaped)
-
-
-def recorded_options(source: str, typed: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options of the run that made the file `source`.
-
-    Raises UsageError if an image or a video is not the recorded one: a file from somebody else
-    could name any file of the user, which a replay would show.
-    """
-    record = read_metadata(source)
-    options = replay_options(record, source)
-    kept = {name: value for name, value in options.items() if name not in typed}
-    present = [path for path in _media(kept) if Path(path).is_file()]
-    same = unchanged_media(record, present)
-    for path in present:
-        if path not in same:
-            raise UsageError(
-                f"{path} is not the file that {source} was made with.",
-                "Give --image, --video or --prompt as it was.",
-            )
-    return options
-
-
-def _media(options: Mapping[str, Any]) -> list[str]:
-    """Paths of images and videos in the options and inside the prompt."""
-    request = GenerationRequest.from_dict({"prompt": "", **options})
-    written = split_directives(request.prompt)[1].reference_path or ""
-    given = [item.path for item in request.images] + [item.path for item in request.videos]
-    return [*given, *request.references, *filter(None, written.split(";"))]

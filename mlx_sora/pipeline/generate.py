@@ -60,9 +60,7 @@ def plan_run(
         parallel = source.parallel_plan(parallel, request.parallel)
     info = schedule_info(engine, resolved, parallel)
     accelerations = Accelerations(resolved.accelerations, info)
-    output = resolve_output(request, resolved)
-    if output is not None and engine.ranks.is_rank0:
-        check_run_output(output, request, resolved)
+    output = resolve_output(request, resolved, check=engine.ranks.is_rank0)
     texts = [*resolved.all_texts, *([] if source is None else [source.text])]
     encodings = {text: engine.tokenizer.encode(text) for text in dict.fromkeys(texts)}
     workload = Workload(
@@ -147,28 +145,29 @@ def media_workload(resolved: ResolvedRequest) -> MediaWorkload | None:
     return MediaWorkload(len(tasks), max(task.frames for task in tasks), pixels)
 
 
-def resolve_output(request: GenerationRequest, resolved: ResolvedRequest) -> Path | None:
-    """Fill in the template of the output; None if the frames are to stay in memory."""
+def resolve_output(
+    request: GenerationRequest, resolved: ResolvedRequest, *, check: bool
+) -> Path | None:
+    """Fill in the template of the output; None if the frames are to stay in memory.
+
+    With `check`, raises UsageError if the video cannot be written there.
+    """
     if request.output is None:
         return None
-    return output_path(
-        request.output,
-        prompt=request.prompt,
-        seed=resolved.seed,
-        num_frames=resolved.clips.total,
+    frames = resolved.clips.total
+    output = output_path(
+        request.output, prompt=request.prompt, seed=resolved.seed, num_frames=frames
     )
-
-
-def check_run_output(output: Path, request: GenerationRequest, resolved: ResolvedRequest) -> None:
-    """Raise UsageError if the video cannot be written to `output`."""
-    check_output(
-        output,
-        request.overwrite,
-        sidecar=request.metadata,
-        num_frames=resolved.clips.total,
-        size=resolved.geometry.decoded,
-        fps=resolved.fps,
-    )
+    if check:
+        check_output(
+            output,
+            request.overwrite,
+            sidecar=request.metadata,
+            num_frames=frames,
+            size=resolved.geometry.decoded,
+            fps=resolved.fps,
+        )
+    return output
 
 
 def generate(run: GenerationRun) -> Generator[Event, None, Video]:

@@ -14,7 +14,7 @@ from mlx_sora.memory.plan import Plan
 from mlx_sora.pipeline.engine import Engine
 from mlx_sora.pipeline.generate import generate, prepare
 from mlx_sora.pipeline.locks import run_exclusively
-from mlx_sora.pipeline.resume import resumed_request, with_seed
+from mlx_sora.pipeline.resume import checkpoint_seed, resumed_request
 from mlx_sora.pipeline.run import GenerationRun
 from mlx_sora.request.generation import GenerationRequest
 from mlx_sora.runtime.device import default_dtype, describe_machine
@@ -80,7 +80,8 @@ class Pipeline:
         """
         ranks = Ranks() if request.parallel == "off" else self.ranks
         with ranks.watchdog_scope():
-            request = replace(request, seed=ranks.broadcast_object(with_seed(request).seed))
+            request = request.with_seed(checkpoint_seed(request))
+            request = replace(request, seed=ranks.broadcast_object(request.seed))
             if ranks.size > 1:
                 self.engine.check_equal([request])
             with ranks.collective_errors():

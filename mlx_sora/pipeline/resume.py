@@ -21,7 +21,12 @@ from mlx_sora.pipeline.run import GenerationRun
 from mlx_sora.pipeline.settings import ResolvedRequest
 from mlx_sora.request.generation import GenerationRequest, label, options
 from mlx_sora.request.techniques import MAX_STEPS
-from mlx_sora.video.output_path import CHECKPOINT_SUFFIX, checkpoint_path, output_path
+from mlx_sora.video.output_path import (
+    CHECKPOINT_SUFFIX,
+    checkpoint_path,
+    escape_template,
+    output_path,
+)
 
 #: Options that the resolved request says better, or that a checkpoint has under other names.
 _RESOLVED = ("prompt", "negative_prompt", "resolution", "aspect_ratio", "preset", "model", "dtype")
@@ -98,21 +103,9 @@ def resumed_request(path: Path, changes: Mapping[str, Any]) -> GenerationRequest
             raise UsageError(
                 f"{label(name)} cannot be changed with --resume.", f"{path} fixes its value."
             )
-    output = str(path.parent / found.output).replace("{", "{{").replace("}", "}}")
+    output = escape_template(str(path.parent / found.output))
     values = {"model": found.identity.get("model"), **found.request, "output": output}
     return GenerationRequest.from_dict(values | dict(changes))
-
-
-def with_seed(request: GenerationRequest, index: int = 0) -> GenerationRequest:
-    """Return the request with a seed: its own, that of its checkpoint, or a drawn one.
-
-    index: value of {index} in the output.
-    """
-    if request.seed is None and request.checkpoint_every is not None and request.output is not None:
-        seed = _seed_of_checkpoint(request, request.output, index)
-        if seed is not None:
-            return replace(request, seed=seed)
-    return request.with_seed()
 
 
 def _recorded_options(request: GenerationRequest) -> dict[str, Any]:
@@ -162,11 +155,15 @@ def _progress_note(source: Path, found: Snapshot, settings: ResolvedRequest) -> 
     return f"resuming from {source}: {clip}{found.steps} of {settings.steps} steps are done"
 
 
-def _seed_of_checkpoint(request: GenerationRequest, template: str, index: int) -> int | None:
-    """Return the seed of the newest checkpoint of the same request, given without a seed.
+def checkpoint_seed(request: GenerationRequest, index: int = 0) -> int | None:
+    """Return the seed of the checkpoint that a request without a seed continues, if there is one.
 
-    A checkpoint that another process is writing does not count.
+    It is the newest checkpoint of the same request that no other process is writing.
+    index: value of {index} in the output.
     """
+    template = request.output
+    if request.seed is not None or request.checkpoint_every is None or template is None:
+        return None
     own = _options_but_seed(_recorded_options(request.with_preset()))
     folder = output_path(template, prompt=request.prompt, seed=0, num_frames=0, index=index).parent
     files = [file for file in folder.glob(f"*{CHECKPOINT_SUFFIX}") if file.is_file()]

@@ -362,11 +362,11 @@ class GenerationRequest:
         }
         return {n: str(v) if isinstance(v, TechniqueConfig) else v for n, v in values.items()}
 
-    def with_seed(self) -> GenerationRequest:
-        """Return this request with its own seed, or with a random one of 32 bits."""
+    def with_seed(self, seed: int | None = None) -> GenerationRequest:
+        """Return this request with its own seed, else with `seed`, else with 32 random bits."""
         if self.seed is not None:
             return self
-        return replace(self, seed=int.from_bytes(os.urandom(4), "big"))
+        return replace(self, seed=int.from_bytes(os.urandom(4), "big") if seed is None else seed)
 
     def with_preset(self) -> GenerationRequest:
         """Return this request with the options of its preset where it leaves them open."""

@@ -56,12 +56,22 @@ def fill_template(template: str, *, prompt: str, seed: int, index: int = 0) -> s
         ) from None
 
 
+def escape_template(name: str) -> str:
+    """Return the template that `fill_template` turns into `name`."""
+    return name.replace("{", "{{").replace("}", "}}")
+
+
 def output_path(template: str, *, prompt: str, seed: int, num_frames: int, index: int = 0) -> Path:
-    """The file that a request writes: template filled in, suffix chosen where there is none.
+    """Return the file that a request writes: `complete_path` of the filled-in template."""
+    name = fill_template(template, prompt=prompt, seed=seed, index=index)
+    return complete_path(name, num_frames)
+
+
+def complete_path(name: str, num_frames: int) -> Path:
+    """Return `name` as a path, with a suffix if it has none: .png for one frame, else .mp4.
 
     "FOLDER/" becomes FOLDER/frame_%05d.png, a pattern that means one png per frame.
     """
-    name = fill_template(template, prompt=prompt, seed=seed, index=index)
     path = expand_path(name)
     if name.endswith(("/", "\\")):
         return path / "frame_%05d.png"

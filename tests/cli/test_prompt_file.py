@@ -119,7 +119,7 @@ def test_several_seeds_fail_apart(
     ("words", "says"),
     [
         (["none.txt"], "Cannot read none.txt"),
-        (["empty.txt"], "holds no prompt"),
+        (["empty.txt"], "contains no prompt"),
         (["one.txt", "-p", "a"], "exclude each other"),
         (["two.txt", "-o", "same.mp4"], "would be written to one file"),
         (["one.txt", "-o", "{nothing}.mp4"], "Cannot fill in"),

@@ -227,11 +227,11 @@ def _words(data: bytes, folder: Path) -> None:
 
 
 def _prompt_file(data: bytes, folder: Path) -> None:
-    from mlx_sora.cli.prompt_file import read_batch
+    from mlx_sora.cli.requests import read_prompt_file
 
     path = folder / "many.jsonl"
     path.write_bytes(data)
-    batch = read_batch(str(path), {}, None)
+    batch = read_prompt_file(str(path), {}, None)
     if batch.failures:
         raise max(
             batch.failures.values(),
@@ -242,7 +242,7 @@ def _prompt_file(data: bytes, folder: Path) -> None:
 def _record(data: bytes, folder: Path) -> None:
     """Metadata in a JSON file, replayed."""
     from mlx_sora.cli.flags import build_requests
-    from mlx_sora.cli.generate import recorded_options
+    from mlx_sora.cli.requests import recorded_options
 
     path = folder / "a.json"
     path.write_bytes(data)
@@ -368,7 +368,7 @@ def import_all() -> None:
 
 #: Modules that the targets use.
 MODULES = (
-    *("accel.schedules", "cli.flags", "cli.prompt_file", "conditioning.media"),
+    *("accel.schedules", "cli.flags", "cli.requests", "conditioning.media"),
     *("loading.checkpoint", "loading.networks", "manage.doctor", "manage.hub"),
     *("pipeline.resume", "pipeline.settings", "text.prompt", "text.tokenizer"),
     *("video.metadata", "video.output_path", "video.reader"),

@@ -14,7 +14,7 @@ from mlx_sora import GenerationRequest, Pipeline, UsageError, WeightsError
 from mlx_sora.errors import MlxSoraError
 from mlx_sora.loading.model_folder import ModelFolder, find_model, fingerprint
 from mlx_sora.pipeline.checkpoint import Snapshot
-from mlx_sora.pipeline.resume import resumed_request, with_seed
+from mlx_sora.pipeline.resume import checkpoint_seed, resumed_request
 from mlx_sora.runtime.events import Event, Finished, Noted, StageStarted, StepFinished, Warned
 from mlx_sora.video.output_path import checkpoint_path
 
@@ -236,12 +236,12 @@ class TestSeeds:
     def test_it_is_found_again(
         self, pipe: Pipeline, drawn: Callable[..., GenerationRequest]
     ) -> None:
-        first = with_seed(drawn())
+        first = drawn().with_seed()
         stop(pipe, first, 1)
-        assert with_seed(drawn()).seed == first.seed
-        assert with_seed(drawn(seed=5)).seed == 5
-        assert with_seed(drawn(steps=4)).seed != first.seed
-        assert with_seed(drawn(checkpoint_every=None)).seed != first.seed
+        assert checkpoint_seed(drawn()) == first.seed
+        assert checkpoint_seed(drawn(seed=5)) is None
+        assert checkpoint_seed(drawn(steps=4)) is None
+        assert checkpoint_seed(drawn(checkpoint_every=None)) is None
         seen, path = finish(pipe.stream(drawn()))
         assert str(first.seed) in path.name
         assert "1 of 3 steps" in notes(seen)
@@ -249,22 +249,22 @@ class TestSeeds:
     def test_what_another_run_is_at_work_on_is_left_alone(
         self, pipe: Pipeline, drawn: Callable[..., GenerationRequest]
     ) -> None:
-        first = with_seed(drawn())
+        first = drawn().with_seed()
         run = pipe.stream(first)
         assert any(isinstance(e, StepFinished) and e.step == 1 for e in run)
         assert checkpoint_path(Path(str(first.output).format(**names(first)) + ".mp4")).exists()
-        assert with_seed(drawn()).seed != first.seed
+        assert checkpoint_seed(drawn()) is None
         run.close()
-        assert with_seed(drawn()).seed == first.seed
+        assert checkpoint_seed(drawn()) == first.seed
 
     def test_damaged_and_foreign_files_are_passed_over(
         self, pipe: Pipeline, drawn: Callable[..., GenerationRequest], tmp_path: Path
     ) -> None:
-        first = with_seed(drawn())
+        first = drawn().with_seed()
         stop(pipe, first, 1)
         (tmp_path / "x.checkpoint.safetensors").write_bytes(b"junk")
         (tmp_path / "y.checkpoint.safetensors").mkdir()
-        assert with_seed(drawn()).seed == first.seed
+        assert checkpoint_seed(drawn()) == first.seed
 
     def test_a_batch_goes_on_with_each(
         self, pipe: Pipeline, drawn: Callable[..., GenerationRequest]

@@ -223,7 +223,8 @@ def test_validate_accepts_supported_values(values: dict[str, object]) -> None:
 
 
 def test_with_seed_keeps_or_draws_a_seed() -> None:
-    assert GenerationRequest(prompt="a", seed=0).with_seed().seed == 0
+    assert GenerationRequest(prompt="a", seed=0).with_seed(7).seed == 0
+    assert GenerationRequest(prompt="a").with_seed(0).seed == 0
     drawn = {GenerationRequest(prompt="a").with_seed().seed for _ in range(8)}
     assert len(drawn) > 1
     assert all(seed is not None and 0 <= seed <= MAX_SEED for seed in drawn)

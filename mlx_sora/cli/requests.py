@@ -1,0 +1,259 @@
+"""The requests of a `generate` command: from flags, a prompt file, metadata or a checkpoint."""
+
+from __future__ import annotations
+
+import argparse
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from mlx_sora.cli.flags import build_requests, explicit_options
+from mlx_sora.errors import MlxSoraError, UsageError
+from mlx_sora.geometry import parse_frames
+from mlx_sora.request.generation import GenerationRequest
+from mlx_sora.text.prompt import split_directives
+from mlx_sora.utils.json import parse_object
+from mlx_sora.video.metadata import read_metadata, replay_options, unchanged_media
+from mlx_sora.video.output_path import (
+    DEFAULT_OUTPUT,
+    check_output,
+    complete_path,
+    escape_template,
+    existing_files,
+    fill_template,
+    frame_path,
+    is_sequence,
+)
+
+#: Default outputs of a prompt file. A second run has to find them again, so the seed is in the
+#: name only if it is given.
+OUTPUT, OUTPUT_SEED = "{index:04d}-{prompt_slug}", "{index:04d}-{prompt_slug}-{seed}"
+
+#: Limits of a prompt file: bytes, and seeds in a line.
+MAX_BYTES, MAX_SEEDS = 8_000_000, 1000
+
+JSON_SUFFIXES = (".jsonl", ".ndjson")
+
+
+@dataclass
+class RequestBatch:
+    """The requests of one command, in order.
+
+    lines: line number of each request; empty without a prompt file. failures: errors by line or
+    video number, from 1; unit: which of both. existing: outputs that are not made again.
+    """
+
+    requests: list[GenerationRequest] = field(default_factory=list)
+    lines: list[int] = field(default_factory=list)
+    failures: dict[int, MlxSoraError] = field(default_factory=dict)
+    existing: list[Path] = field(default_factory=list)
+    unit: str = "video"
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> RequestBatch:
+        """Return the batch of `to_dict`."""
+        requests = list(map(GenerationRequest.from_dict, values["requests"]))
+        return cls(requests, values["lines"], unit=values["unit"])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the requests as JSON values."""
+        requests = [request.to_dict() for request in self.requests]
+        return {"requests": requests, "lines": self.lines, "unit": self.unit}
+
+    @property
+    def single_process(self) -> bool:
+        """True if no other rank takes part in a request."""
+        return any(request.parallel == "off" for request in self.requests)
+
+    def number(self, index: int) -> int:
+        """Return the number of request `index` in messages."""
+        return self.lines[index] if self.lines else index + 1
+
+
+def read_requests(args: argparse.Namespace) -> RequestBatch:
+    """Return the requests of a command, checked as far as possible without a model.
+
+    Raises UsageError.
+    """
+    flags = explicit_options(args)
+    if args.resume is not None:
+        return RequestBatch([_resumed_request(args, flags)])
+    recorded = None
+    if args.config_from_metadata is not None:
+        recorded = recorded_options(args.config_from_metadata, flags)
+    if args.prompt_file is not None:
+        if "prompt" in flags:
+            raise UsageError("--prompt and --prompt-file exclude each other.", "Give only one.")
+        batch = read_prompt_file(args.prompt_file, flags, recorded)
+    else:
+        requests = build_requests(flags, recorded)
+        batch = RequestBatch([_with_output(request, i) for i, request in enumerate(requests)])
+    for output, count in Counter(request.output for request in batch.requests).items():
+        if count > 1:
+            raise UsageError(
+                f"{count} videos would be written to one file, {output}.",
+                "Put {seed} or {index} into --output, and give each seed once.",
+            )
+    return batch
+
+
+def _resumed_request(args: argparse.Namespace, flags: Mapping[str, Any]) -> GenerationRequest:
+    from mlx_sora.pipeline.resume import resumed_request
+
+    for name in ("config_from_metadata", "prompt_file"):
+        if getattr(args, name) is not None:
+            flag = "--" + name.replace("_", "-")
+            raise UsageError(f"--resume and {flag} exclude each other.", "Give only one.")
+    return _with_output(resumed_request(Path(args.resume), flags), 0)
+
+
+def recorded_options(source: str, flags: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of the run that made the file `source`.
+
+    Raises UsageError if an image or a video is not the recorded one: a file from somebody else
+    could name any file of the user, which a replay would show.
+    """
+    record = read_metadata(source)
+    options = replay_options(record, source)
+    used = {name: value for name, value in options.items() if name not in flags}
+    present = [path for path in _media_paths(used) if Path(path).is_file()]
+    unchanged = unchanged_media(record, present)
+    for path in present:
+        if path not in unchanged:
+            raise UsageError(
+                f"{path} is not the file that {source} was made with.",
+                "Give --image, --video or --prompt again.",
+            )
+    return options
+
+
+def _media_paths(options: Mapping[str, Any]) -> list[str]:
+    """Return the images and videos of recorded options, those inside the prompt too."""
+    request = GenerationRequest.from_dict({"prompt": "", **options})
+    in_prompt = split_directives(request.prompt)[1].reference_path or ""
+    images, videos = [i.path for i in request.images], [v.path for v in request.videos]
+    return [*images, *videos, *request.references, *filter(None, in_prompt.split(";"))]
+
+
+def read_prompt_file(
+    path: str, flags: Mapping[str, Any], recorded: Mapping[str, Any] | None
+) -> RequestBatch:
+    """Return the requests of a file with a prompt, or a JSON object of options, in each line.
+
+    Options in a line override flags. An error in a line becomes a failure of that line. Raises
+    UsageError if the file cannot be read or has no prompt.
+    """
+    batch, index = RequestBatch(unit="line"), 0
+    for number, text in _lines(path):
+        try:
+            options = _line_options(text, Path(path).suffix.lower() in JSON_SUFFIXES)
+            requests = _line_requests(options, flags, recorded)
+        except MlxSoraError as error:
+            batch.failures[number], index = error, index + 1
+            continue
+        for request in requests:
+            try:
+                _add_request(batch, number, request, index)
+            except MlxSoraError as error:
+                batch.failures[number] = error
+            index += 1
+    if not index:
+        raise UsageError(f"{path} contains no prompt.", "Write a prompt in each line.")
+    return batch
+
+
+def _lines(path: str) -> Iterator[tuple[int, str]]:
+    """Yield number, from 1, and text of the lines that are neither empty nor comments."""
+    try:
+        with Path(path).open("rb") as file:  # which may be a pipe
+            data = file.read(MAX_BYTES + 1)
+        if len(data) > MAX_BYTES:
+            raise UsageError(f"{path} is larger than {MAX_BYTES / 1e6:g} MB.", "Split it.")
+        text = data.decode("utf-8-sig")
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or "it is not UTF-8"
+        raise UsageError(f"Cannot read {path}: {reason}.", "Give a text file.") from None
+    for number, line in enumerate(text.splitlines(), start=1):
+        if line.strip() and not line.lstrip().startswith("#"):
+            yield number, line.strip()
+
+
+def _line_options(text: str, as_json: bool) -> dict[str, Any]:
+    if not as_json:
+        return {"prompt": text}
+    try:
+        return parse_object(text)
+    except ValueError:
+        raise UsageError(
+            "The line is not a JSON object.", 'Write {"prompt": "...", ...}, each option once.'
+        ) from None
+
+
+def _line_requests(
+    options: dict[str, Any], flags: Mapping[str, Any], recorded: Mapping[str, Any] | None
+) -> list[GenerationRequest]:
+    values = dict(flags) | options
+    if "seed" in options:
+        seed = options["seed"]
+        values["seed"] = seed if isinstance(seed, list) else [seed]
+        if len(values["seed"]) > MAX_SEEDS:
+            raise UsageError(f"A line has over {MAX_SEEDS} seeds.", "Write several lines.")
+    default = OUTPUT_SEED if "seed" in values else OUTPUT
+    requests = build_requests(values, dict(recorded) if recorded else None)
+    return [replace(request, output=request.output or default) for request in requests]
+
+
+def _add_request(batch: RequestBatch, number: int, request: GenerationRequest, index: int) -> None:
+    """Add a request of line `number`, or only its output if that exists already."""
+    request, name = _fill_output(request, index)
+    frames = 0 if request.num_frames is None else parse_frames(request.num_frames)
+    path = complete_path(name, frames)
+    if existing_files(path) and not request.overwrite:
+        _check_same_prompt(path, request.prompt)
+        batch.existing.append(path)
+    else:
+        batch.requests.append(replace(request, output=escape_template(str(path))))
+        batch.lines.append(number)
+
+
+def _check_same_prompt(path: Path, prompt: str) -> None:
+    """Raise UsageError if an existing output was made from another prompt."""
+    try:
+        record = read_metadata(frame_path(path, 0) if is_sequence(path) else path)
+    except UsageError:  # written without metadata
+        return
+    recorded = record.get("request")
+    if isinstance(recorded, dict) and recorded.get("prompt") != prompt:
+        raise UsageError(f"{path} exists and has another prompt.", "Move it, or give --overwrite.")
+
+
+def _with_output(request: GenerationRequest, index: int) -> GenerationRequest:
+    """Return the request with a seed and its output filled in.
+
+    Raises UsageError if the output cannot be written. `prepare` checks that too, but only after
+    MLX is loaded, and for several seeds after the first videos are made.
+    """
+    template = request.output or DEFAULT_OUTPUT
+    request, name = _fill_output(replace(request, output=template), index)
+    frames = None if request.num_frames is None else parse_frames(request.num_frames)
+    # The suffix may follow from the number of frames, which may be left to the model.
+    if frames is not None or Path(name).suffix or name.endswith("/"):
+        path = complete_path(name, frames or 0)
+        check_output(path, request.overwrite, sidecar=request.metadata, num_frames=frames)
+    return replace(request, output=escape_template(name))
+
+
+def _fill_output(request: GenerationRequest, index: int) -> tuple[GenerationRequest, str]:
+    """Return the request with a seed, and the name that its output template then has."""
+    template, seed = request.output, None
+    assert template is not None, "the caller sets a default"
+    if request.checkpoint_every is not None:
+        from mlx_sora.pipeline.resume import checkpoint_seed
+
+        seed = checkpoint_seed(request, index)
+    request = request.with_seed(seed)
+    assert request.seed is not None, "with_seed sets one"
+    name = fill_template(template, prompt=request.prompt, seed=request.seed, index=index)
+    return request, name
