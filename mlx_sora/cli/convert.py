@@ -1,4 +1,4 @@
-"""`convert`: a model folder in another type, quantised, with a file per streamed block."""
+"""`convert`: write a model folder in another type, quantised, one file per streamed block."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ if TYPE_CHECKING:
     from mlx_sora.manage.convert import ConversionResult
 
 _EPILOG = """\
-Quantised are the linear layers in the blocks of T5 and STDiT, in groups of 64 weights; other
-float32 matrices of both then become bfloat16, unless --dtype is given. The VAE is never changed.
-An interrupted conversion continues when the command is given again.
+--quantize changes the linear layers in the blocks of T5 and STDiT, in groups of 64 weights. Their
+other float32 matrices become bfloat16, unless --dtype is given. The VAE is never changed.
+An interrupted conversion continues when the command is run again.
 """
 
 
@@ -23,26 +23,26 @@ def add_parser(commands: Any) -> None:
     """Register the command."""
     parser = commands.add_parser(
         "convert",
-        help="write a model folder in another type, quantised, a file per block",
-        description="Write a model folder again: one file per block that is streamed, in another "
-        "type, with quantised weights.",
+        help="convert a model to another type or to quantised weights, one file per block",
+        description="Convert a model folder to another type or to quantised weights, with one file "
+        "per streamed block.",
         epilog=_EPILOG,
     )
-    parser.add_argument("source", metavar="SRC", help="shapes, opensora-1.2 or a folder")
-    parser.add_argument("target", metavar="DST", type=Path, help="the folder to write")
+    parser.add_argument(
+        "source", metavar="SRC", help="model to read: shapes, opensora-1.2 or a folder"
+    )
+    parser.add_argument("target", metavar="DST", type=Path, help="folder to write")
     add_quantize_flag(parser)
     parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16"),
-        help="of T5 and STDiT; default: as stored, or 16 bits with --quantize",
+        help="type of T5 and STDiT; default: as stored, or 16-bit with --quantize",
     )
-    parser.add_argument(
-        "--overwrite", action="store_true", help="replace a model that is there already"
-    )
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing model in DST")
     parser.add_argument(
         "--check",
         action="store_true",
-        help="compare the checksums of a conversion that is there, and repeat it if it is damaged",
+        help="compare checksums of an existing conversion; repeat it if a file is damaged",
     )
     add_quiet_flag(parser)
     add_debug_flag(parser)
@@ -50,49 +50,49 @@ def add_parser(commands: Any) -> None:
 
 
 def add_quantize_flag(parser: argparse.ArgumentParser) -> None:
-    """The flag that `download` has, too."""
+    """Add --quantize, which `download` has, too."""
     parser.add_argument(
         "--quantize",
         "-q",
         type=int,
         choices=(4, 8),
         metavar="BITS",
-        help="bits per weight of T5's and STDiT's linear layers: 4 or 8",
+        help="quantise the linear layers of T5 and STDiT to 4 or 8 bits per weight",
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Convert and print where the new model is."""
+    """Convert and print the path of the new model."""
     from mlx_sora.loading.model_folder import find_model
     from mlx_sora.manage.conversion_plan import ConversionOptions
     from mlx_sora.manage.convert import convert
-    from mlx_sora.manage.download import DownloadProgress
 
     bars = Bars(quiet=args.quiet)
     try:
-        made = convert(
+        result = convert(
             find_model(args.source),
             args.target,
             ConversionOptions(args.quantize, args.dtype),
             overwrite=args.overwrite,
             check=args.check,
-            on_progress=lambda *facts: bars.show(DownloadProgress(*facts)),
+            on_progress=bars.show,
         )
     except KeyboardInterrupt:
         bars.close()
-        bars.note("What is finished is kept; the same command continues.")
+        bars.note("Finished files are kept; the same command continues.")
         raise
     finally:
         bars.close()
-    note_result(bars, made)
-    print(made.path)
+    note_result(bars, result)
+    print(result.path)
     return 0
 
 
-def note_result(bars: Bars, made: ConversionResult) -> None:
-    """What became of the conversion, in a line."""
-    if not made.is_new:
+def note_result(bars: Bars, result: ConversionResult) -> None:
+    """Show the result of a conversion in one line."""
+    if not result.is_new:
         bars.note("already converted")
         return
-    kept = f", {made.reused_files} files of an earlier attempt kept" if made.reused_files else ""
-    bars.note(f"{human_bytes(made.nbytes)} written{kept}")
+    count = result.reused_files
+    reused = f", {count} files of an earlier attempt reused" if count else ""
+    bars.note(f"{human_bytes(result.nbytes)} written{reused}")

@@ -1,4 +1,4 @@
-"""`doctor`: what is wrong with a model, and the command that mends it."""
+"""`doctor`: check a model and show the commands that repair it."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ def add_parser(commands: Any) -> None:
     """Register the command."""
     parser = commands.add_parser(
         "doctor",
-        help="check a model's files and say how to mend them",
+        help="check a model's files and show how to repair them",
         description="Check a model: parts, configurations, names, shapes and types, checksums, NaN "
-        "and Inf, one block of each network. Exit code 4 when something is wrong.",
+        "and Inf, one block of each network. The exit code is 4 if there is an error.",
     )
     parser.add_argument(
         "path",
         nargs="?",
         metavar="MODEL",
-        help="shapes, opensora-1.2 or a folder; default: opensora-1.2 when downloaded, else shapes",
+        help="shapes, opensora-1.2 or a folder; default: opensora-1.2 if downloaded, else shapes",
     )
     parser.add_argument("--quick", action="store_true", help="do not read the weights")
     add_debug_flag(parser)
@@ -33,22 +33,19 @@ def add_parser(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print one line per finding; 0 when there is nothing to mend."""
+    """Print one line per result; return 0 without errors."""
     from mlx_sora.manage.doctor import diagnose, find_folder
-    from mlx_sora.manage.download import DownloadProgress
 
     bars = Bars(quiet=not sys.stderr.isatty())
     errors = 0
     try:
         folder = find_folder(args.path)
-        for finding in diagnose(
-            folder, quick=args.quick, on_progress=lambda *facts: bars.show(DownloadProgress(*facts))
-        ):
+        for result in diagnose(folder, quick=args.quick, on_progress=bars.show):
             bars.close()
-            fix = f" Mend it: {finding.fix}" if finding.fix else ""
-            line = f"{_MARKS[finding.level]:<8}{finding.subject:<13}{finding.message}{fix}"
+            fix = f" Repair: {result.fix}" if result.fix else ""
+            line = f"{_MARKS[result.level]:<8}{result.subject:<13}{result.message}{fix}"
             print(printable(line))
-            errors += finding.level == "error"
+            errors += result.level == "error"
     finally:
         bars.close()
     return WeightsError.exit_code if errors else 0

@@ -26,7 +26,7 @@ from mlx_sora.runtime.events import (
 )
 
 if TYPE_CHECKING:
-    from mlx_sora.manage.download import DownloadProgress
+    from mlx_sora.manage.progress import FileProgress
     from mlx_sora.memory.plan import Plan
 
 #: Seconds between redraws, on a terminal and in a log file.
@@ -241,7 +241,7 @@ class Bars:
         if not self._quiet:
             print(text, file=sys.stderr)
 
-    def show(self, progress: DownloadProgress) -> None:
+    def show(self, progress: FileProgress) -> None:
         """Draw the progress of a file."""
         if self._quiet:
             return
@@ -257,7 +257,7 @@ class Bars:
             self._bar.close()
         self._bar = self._shown = None
 
-    def _open(self, progress: DownloadProgress) -> Any:
+    def _open(self, progress: FileProgress) -> Any:
         from tqdm import tqdm
 
         return tqdm(

@@ -1,6 +1,6 @@
-"""How `convert` lays a part of a model out: a file per streamed block, and what becomes of tensors.
+"""Plan of a conversion: one file per streamed block, and the conversion of each tensor.
 
-Pure functions of headers and configuration: names, types and bytes are known before anything is
+Pure functions of headers and configuration: names, types and sizes are known before any weight is
 read or written.
 """
 
@@ -23,24 +23,24 @@ from mlx_sora.loading.safetensors import FLOATS, TensorInfo
 
 INDEX = "model.safetensors.index.json"
 
-#: Halves of the VAE's two networks: files of their own, as each is used without the others.
+#: Key prefixes of the VAE's encoders and decoders. Each gets a file, as each is used alone.
 _VAE_PREFIXES = tuple(
-    f"{network}.{half}."
+    f"{network}.{part}."
     for network in ("spatial_vae.module", "temporal_vae")
-    for half in ("encoder", "decoder")
+    for part in ("encoder", "decoder")
 )
 
-#: Bytes of a scale or bias whose type is chosen among those of 16 bits.
+#: Bytes of a scale or bias if its 16-bit type is not chosen yet.
 _SCALE_BYTES = 2
 
 
 @dataclass(frozen=True)
 class ConversionOptions:
-    """What a conversion is to change. None keeps.
+    """Options of a conversion. None changes nothing.
 
-    bits: of the weights of linear layers in T5's and STDiT's blocks. dtype: of T5's and STDiT's
-    other tensors, scales included; with bits, None makes float32 matrices bfloat16 and scales
-    either type of 16 bits. Vectors (norms, constants) are small enough to stay.
+    bits: per weight of the linear layers in the blocks of T5 and STDiT. dtype: of their other
+    tensors, scales included; with bits, None makes float32 matrices bfloat16 and scales one of the
+    16-bit types. Vectors (norms, constants) then keep their type.
     """
 
     bits: int | None = None
@@ -57,7 +57,7 @@ class ConversionOptions:
 
 @dataclass(frozen=True)
 class TensorConversion:
-    """What becomes of the tensor `key`: another type, or (quantised) three tensors."""
+    """Conversion of the tensor `key` to another type or, quantised, to three tensors."""
 
     key: str
     info: TensorInfo
@@ -67,7 +67,7 @@ class TensorConversion:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Names of what is written."""
+        """Names of the tensors to write."""
         if self.quantization is None:
             return (self.key,)
         stem = self.key.removesuffix("weight")
@@ -75,7 +75,7 @@ class TensorConversion:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of what is written."""
+        """Size of the tensors to write, in bytes."""
         if self.quantization is None:
             return prod(self.info.shape) * self.dtype.size
         shapes = self.quantization.packed_shapes(self.info.shape)
@@ -84,12 +84,12 @@ class TensorConversion:
         return sum(prod(shape) * sizes[name] for name, shape in shapes.items())
 
     def apply(self, array: mx.array) -> dict[str, mx.array]:
-        """What is written of the tensor `array`, by name, evaluated."""
+        """Convert the tensor `array`; return evaluated arrays by name."""
         if self.quantization is None:
             arrays = {self.key: array.astype(self.dtype)}
         else:
-            made = self.quantization.quantize(array, self.scale_dtype)
-            arrays = dict(zip(self.names, made.values(), strict=True))
+            quantized = self.quantization.quantize(array, self.scale_dtype)
+            arrays = dict(zip(self.names, quantized.values(), strict=True))
         mx.eval(arrays)
         return arrays
 
@@ -104,29 +104,29 @@ class ShardPlan:
 
     @property
     def path(self) -> str:
-        """In the model folder."""
+        """Path in the model folder."""
         return f"{self.part}/{self.name}"
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its tensors."""
-        return sum(change.nbytes for change in self.conversions)
+        """Size of its tensors, in bytes."""
+        return sum(tensor.nbytes for tensor in self.conversions)
 
     @property
     def source_bytes(self) -> int:
-        """Bytes of the tensors it is made from."""
-        return sum(change.info.nbytes for change in self.conversions)
+        """Size of the source tensors, in bytes."""
+        return sum(tensor.info.nbytes for tensor in self.conversions)
 
 
 def plan_part(model: ModelFolder, part: str, options: ConversionOptions) -> list[ShardPlan]:
-    """The files of `part`, blocks in the order of their use, then the rest.
+    """Plan the files of `part`: blocks in the order of their use, then all other tensors.
 
-    Tensors that no network has a use for are left out. Raises WeightsError for a checkpoint that
-    does not fit its configuration, UsageError for one that is quantised already.
+    Leaves out tensors that the network does not use. Raises WeightsError for a checkpoint that does
+    not match its configuration, UsageError for one that is quantised already.
     """
     if Quantization.from_config(model.config(part)) is not None:
         raise UsageError(
-            f"{model.path} is quantised already.", "Convert the model that it was made from."
+            f"{model.path} is quantised already.", "Convert the model that it was converted from."
         )
     checkpoint = Checkpoint.open(model.path / part)
     keys = {entry.key for entry in match_part(model, part, checkpoint)}
@@ -148,11 +148,11 @@ def plan_part(model: ModelFolder, part: str, options: ConversionOptions) -> list
 
 
 def _shard_order(key: str) -> int:
-    """Number of the block, or of the VAE's half, that a tensor belongs to; the rest comes last."""
+    """Return the number of the tensor's block or VAE prefix; other tensors come last."""
     block = BLOCK_PATH.match(key)
     if block is not None:
         return int(block[1])
-    found = (i for i, half in enumerate(_VAE_PREFIXES) if key.startswith(half))
+    found = (i for i, prefix in enumerate(_VAE_PREFIXES) if key.startswith(prefix))
     return next(found, 1 << 30)
 
 
@@ -160,16 +160,16 @@ def _plan_tensor(
     key: str, info: TensorInfo, part: str, options: ConversionOptions, *, quantize: bool
 ) -> TensorConversion:
     stored = FLOATS[info.dtype][1]
-    if part == "vae":  # always computes in float32, so what it loses here is lost
+    if part == "vae":  # computes in float32, so any loss of precision here is final
         return TensorConversion(key, info, stored)
     if quantize:
         return TensorConversion(key, info, stored, options.quantization, options.mlx_dtype)
-    shorten = options.bits is not None and stored == mx.float32 and len(info.shape) > 1
-    return TensorConversion(key, info, options.mlx_dtype or (mx.bfloat16 if shorten else stored))
+    halve = options.bits is not None and stored == mx.float32 and len(info.shape) > 1
+    return TensorConversion(key, info, options.mlx_dtype or (mx.bfloat16 if halve else stored))
 
 
 def config_text(model: ModelFolder, part: str, options: ConversionOptions) -> str:
-    """config.json of the converted part."""
+    """Return config.json of the converted part."""
     config = model.config(part)
     if part != "vae" and options.quantization is not None:
         config[CONFIG_KEY] = options.quantization.to_dict()
@@ -177,7 +177,7 @@ def config_text(model: ModelFolder, part: str, options: ConversionOptions) -> st
 
 
 def index_text(shards: Sequence[ShardPlan]) -> str:
-    """The index that says which file holds which tensor."""
+    """Return the index from tensor to file."""
     weight_map = {
         name: shard.name for shard in shards for c in shard.conversions for name in c.names
     }
@@ -189,7 +189,7 @@ def index_text(shards: Sequence[ShardPlan]) -> str:
 
 
 def other_files(model: ModelFolder, options: ConversionOptions) -> Iterator[tuple[str, bytes]]:
-    """All but weights and their indexes: path in the folder, content."""
+    """Yield path and content of all files except weights and their indexes."""
     for part in PARTS:
         yield f"{part}/config.json", config_text(model, part, options).encode()
     yield "tokenizer/spiece.model", model.tokenizer.read_bytes()
@@ -199,7 +199,7 @@ def other_files(model: ModelFolder, options: ConversionOptions) -> Iterator[tupl
 
 
 def source_files(model: ModelFolder, shards: Mapping[str, Sequence[ShardPlan]]) -> list[Path]:
-    """Every file that a conversion reads."""
+    """Return every file that a conversion reads."""
     weights = {c.info.file for part in shards.values() for s in part for c in s.conversions}
     configs = {model.path / part / "config.json" for part in PARTS}
     index = model.path / "model_index.json"

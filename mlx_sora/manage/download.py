@@ -1,23 +1,24 @@
-"""Getting the published model: all of it under its name, or nothing.
+"""Download of the published model, and of its quantised conversions.
 
-Files gather in a hidden folder beside the model's place, each under a `.part` name until its
-checksum fits. When all are there and open as a model, that folder is renamed to the model's. So an
-interrupted download is never taken for a model, and the next one continues it.
+Files arrive in a hidden folder beside the destination, each under a `.part` name until its checksum
+is right. When all are there and open as a model, the folder is renamed. So a partial download is
+never taken for a model, and the next attempt continues it.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
+from shlex import quote
 
 from mlx_sora.errors import WeightsError
 from mlx_sora.loading.checkpoint import Checkpoint
 from mlx_sora.loading.model_folder import (
+    PARTS,
     PUBLISHED,
     QUANTIZED_MODELS,
     WEIGHTS_VARIABLE,
@@ -28,6 +29,7 @@ from mlx_sora.loading.quantization import Quantization
 from mlx_sora.manage.conversion_plan import ConversionOptions
 from mlx_sora.manage.convert import ConversionResult, convert
 from mlx_sora.manage.hub import Hub, RemoteFile
+from mlx_sora.manage.progress import ProgressCallback, byte_counter
 from mlx_sora.manage.provenance import FILE, FileOrigin, Provenance
 from mlx_sora.manage.sources import PartSource
 from mlx_sora.manage.staging import (
@@ -38,37 +40,35 @@ from mlx_sora.manage.staging import (
     replace_folder,
     require_disk_space,
 )
-from mlx_sora.utils.files import fsync
+from mlx_sora.utils.files import rename_into_place
 from mlx_sora.utils.json import read_object
 
-#: Hidden, and never a name that `--model` knows.
+#: Hidden folder of an unfinished download.
 STAGING = f".{PUBLISHED}.download"
 
-_FIX = f"Check rights and space, or set {WEIGHTS_VARIABLE} to another folder."
-_SPACE = f"Make room, or set {WEIGHTS_VARIABLE} to a folder on another disk."
+#: Largest size of a conversion, as a share of the download: half if that is 16-bit already.
+_CONVERSION_SHARE = {8: 0.6, 4: 0.4}
 
-
-@dataclass(frozen=True)
-class DownloadProgress:
-    """`done` of `total` bytes of the file `path` are checked (action "check") or here ("fetch")."""
-
-    action: str
-    path: str
-    done: int
-    total: int
-
-
-#: Told what happens, file by file.
-ProgressCallback = Callable[[DownloadProgress], None]
+_DISK_FIX = f"Check rights and space, or set {WEIGHTS_VARIABLE} to another folder."
+_SPACE_FIX = f"Make room, or set {WEIGHTS_VARIABLE} to a folder on another disk."
 
 
 @dataclass(frozen=True)
 class DownloadResult:
-    """Where the model is, how many bytes came over the network for it, and whether it changed."""
+    """A downloaded model. is_new: False if it was already there."""
 
     path: Path
     fetched_bytes: int
     is_new: bool
+
+
+@dataclass(frozen=True)
+class QuantizedDownload:
+    """A quantised model. download: None if nothing had to be downloaded."""
+
+    download: DownloadResult | None
+    conversion: ConversionResult
+    original_removed: bool
 
 
 def download(
@@ -80,23 +80,18 @@ def download(
     check: bool = False,
     extra_space: float = 0.0,
 ) -> DownloadResult:
-    """Make `root`/opensora-1.2 the model that `sources` name, fetching only what is not there.
+    """Download `sources` to `root`/opensora-1.2. Fetches only what is missing.
 
-    A model that is there is left alone when it is of these sources and each file has its size;
-    check: when its checksums fit as well. Else it is replaced at once, when the new one is whole.
-    spare: what else must fit on the disk, as a share of all files.
-    Raises WeightsError for everything that the network, the server or the disk may do.
+    A model of the same sources is left alone if its file sizes (check: and checksums) are right,
+    else replaced when the new one is complete. extra_space: disk space to require in addition, as a
+    share of all files. Raises WeightsError for faults of network, server and disk.
     """
-    with disk_errors(root, _FIX), folder_lock(root, "download"):
+    with disk_errors(root, _DISK_FIX), folder_lock(root, "download"):
         target = (root / PUBLISHED).resolve()
         present = installed_model(target)
         if present is not None:
             sources = [pin_revision(source, present) for source in sources]
-            damaged = (
-                present.wrong_checksum(target, partial(_tell, on_progress, "check"))
-                if check
-                else present.wrong_size(target)
-            )
+            damaged = present.damaged_files(target, check, on_progress)
             if not damaged and all(matches_source(present, source) for source in sources):
                 return DownloadResult(target, 0, False)
             refuse_unknown_files(target, {*present.files, FILE})
@@ -106,7 +101,7 @@ def download(
         missing = _missing_bytes(staging, [f for f in files if f.path not in checksums])
         if missing:
             missing += int(extra_space * sum(file.size for file in files))
-        require_disk_space(target.parent, missing, "fetched", _SPACE)
+        require_disk_space(target.parent, missing, "fetched", _SPACE_FIX)
         fetched = 0
         for file in files:
             if file.path not in checksums:
@@ -121,40 +116,77 @@ def download(
         return DownloadResult(target, fetched, True)
 
 
+def download_quantized(
+    root: Path,
+    sources: Sequence[PartSource],
+    hub: Hub,
+    on_progress: ProgressCallback,
+    bits: int,
+    *,
+    check: bool = False,
+    remove_original: bool = False,
+) -> QuantizedDownload:
+    """Download `sources` and convert them to `root`/opensora-1.2-8bit (or -4bit).
+
+    If that model is there, of the same sources and undamaged (check: by checksums), no server is
+    contacted. remove_original: delete the download when the conversion is complete.
+    Raises WeightsError.
+    """
+    target, original = root / QUANTIZED_MODELS[bits], root / PUBLISHED
+    present = installed_model(target)
+    downloaded: DownloadResult | None = None
+    if (
+        present is not None
+        and _is_conversion_of(present, sources, bits)
+        and not present.damaged_files(target, check, on_progress)
+    ):
+        conversion = ConversionResult(target, present.nbytes, len(present.files), False)
+    else:
+        space = _CONVERSION_SHARE[bits]
+        downloaded = download(root, sources, hub, on_progress, check=check, extra_space=space)
+        conversion = convert(
+            ModelFolder.open(downloaded.path),
+            target,
+            ConversionOptions(bits),
+            overwrite=present is not None,
+            check=check,
+            on_progress=on_progress,
+        )
+    return QuantizedDownload(downloaded, conversion, remove_original and _remove_original(original))
+
+
 def installed_model(target: Path) -> Provenance | None:
-    """Provenance of the model that is there; None where nothing is."""
+    """Return the provenance of the model in `target`, None if there is nothing.
+
+    Raises WeightsError for a folder that was not downloaded.
+    """
     if is_free(target):
         return None
     found = Provenance.read(target) if target.is_dir() else None
     if found is None or found.model != PUBLISHED:
         raise WeightsError(
             f"{target} exists, but was not downloaded by this command.",
-            "Move it away, or check it with: python -m mlx_sora doctor.",
+            f"Move it away, or check it with: python -m mlx_sora doctor {quote(str(target))}",
         )
     return found
 
 
 def pin_revision(source: PartSource, present: Provenance) -> PartSource:
-    """The commit that is there, where none is asked for: a repair does not update."""
-    commits = {o.revision for o in _origins(present, source.part) if o.repo == source.repo}
+    """Set the installed commit if `source` names no revision: a repair does not update."""
+    commits = {o.revision for o in present.part_origins(source.part) if o.repo == source.repo}
     if source.revision is None and len(commits) == 1:
         return replace(source, revision=commits.pop())
     return source
 
 
 def matches_source(present: Provenance, source: PartSource) -> bool:
-    """Whether the part that is there is just what `source` names."""
-    wanted = (source.repo, source.folder, source.revision)
-    found = {(o.repo, o.folder, o.revision) for o in _origins(present, source.part)}
-    return found == {wanted}
-
-
-def _origins(present: Provenance, part: str) -> list[FileOrigin]:
-    return [origin for path, origin in present.files.items() if path.startswith(f"{part}/")]
+    """Return True if the installed part comes from `source` alone."""
+    found = {(o.repo, o.folder, o.revision) for o in present.part_origins(source.part)}
+    return found == {(source.repo, source.folder, source.revision)}
 
 
 def _prepare_staging(root: Path, files: Sequence[RemoteFile]) -> Path:
-    """The folder where files gather, with nothing in it that is not of this download."""
+    """Create the folder of the unfinished download; remove what does not belong to `files`."""
     staging = root / STAGING
     if staging.is_symlink() or (staging.exists() and not staging.is_dir()):
         staging.unlink()
@@ -171,146 +203,72 @@ def _prepare_staging(root: Path, files: Sequence[RemoteFile]) -> Path:
 
 
 def _partial_path(staging: Path, file: RemoteFile) -> Path:
-    """Where the beginning of `file` lies; a file of other content begins elsewhere."""
+    # With the checksum in its name, a partial file is never continued with other content.
     return staging / f"{file.path}.{file.checksum[:12]}.part"
 
 
 def _reuse_files(
-    files: Sequence[RemoteFile], staging: Path, target: Path, report: ProgressCallback
+    files: Sequence[RemoteFile], staging: Path, target: Path, on_progress: ProgressCallback
 ) -> dict[str, str]:
-    """SHA-256 of each file that need not be fetched: from an earlier attempt or the old model."""
+    """Return the SHA-256 of the files of an earlier attempt or of the old model."""
     checksums: dict[str, str] = {}
     for file in files:
-        watch = partial(_watch, report, "check", file)
+        counter = byte_counter(on_progress, "check", file.path, file.size)
         place, old = staging / file.path, target / file.path
-        found = file.matches(place, watch)
+        found = file.matches(place, counter)
         if found is None:
             place.unlink(missing_ok=True)
-            found = file.matches(old, watch)
-            if found is not None and not _link(old, place):
-                found = None
-        if found is not None:
+            found = file.matches(old, counter)
+            if found is not None:
+                with suppress(OSError):  # a file system without hard links: fetch it again
+                    os.link(old, place)
+        if found is not None and place.is_file():
             checksums[file.path] = found
     return checksums
 
 
-def _link(old: Path, place: Path) -> bool:
-    """Give a file a second name, at no cost; some file systems cannot."""
-    with suppress(OSError):
-        os.link(old, place)
-    return place.is_file()
-
-
 def _missing_bytes(staging: Path, files: Sequence[RemoteFile]) -> int:
-    """Bytes of `files` that are still to be fetched."""
-    parts = [_partial_path(staging, file) for file in files]
-    have = sum(part.stat().st_size for part in parts if part.is_file())
-    return sum(file.size for file in files) - have
+    partials = [_partial_path(staging, file) for file in files]
+    present = sum(partial.stat().st_size for partial in partials if partial.is_file())
+    return sum(file.size for file in files) - present
 
 
-def _fetch(hub: Hub, file: RemoteFile, staging: Path, report: ProgressCallback) -> tuple[str, int]:
-    """Fetch and verify one file: its SHA-256, and the bytes that came over the network."""
-    part = _partial_path(staging, file)
-    before = part.stat().st_size if part.is_file() else 0
-    hub.fetch(file, part, partial(_watch, report, "fetch", file))
-    found = file.matches(part, partial(_watch, report, "check", file))
+def _fetch(
+    hub: Hub, file: RemoteFile, staging: Path, on_progress: ProgressCallback
+) -> tuple[str, int]:
+    """Fetch and verify a file; return its SHA-256 and the bytes transferred."""
+    partial = _partial_path(staging, file)
+    before = partial.stat().st_size if partial.is_file() else 0
+    hub.fetch(file, partial, byte_counter(on_progress, "fetch", file.path, file.size))
+    found = file.matches(partial, byte_counter(on_progress, "check", file.path, file.size))
     if found is None:
-        part.unlink()
+        partial.unlink()
         raise WeightsError(
-            f"{file.name} of {file.repo} arrived with another checksum than the server states.",
+            f"{file.name} of {file.repo} does not have the checksum that the server states.",
             "It is deleted; run the command again, or try another --endpoint.",
         )
-    fsync(part)
-    os.replace(part, staging / file.path)
+    rename_into_place(partial, staging / file.path, overwrite=True)
     return found, file.size - min(before, file.size)
 
 
 def _check_model(staging: Path, hub: Hub) -> None:
-    """Raise WeightsError unless the files open as a model (headers only, no weights)."""
+    """Raise WeightsError unless the files open as a model. Reads headers only."""
     try:
-        absent = missing_parts(staging)
-        if absent:
-            raise WeightsError(f"{absent[0]} is missing.")
-        for part in ("transformer", "vae", "text_encoder"):
+        missing = missing_parts(staging)
+        if missing:
+            raise WeightsError(f"{missing[0]} is missing.")
+        for part in PARTS:
             Checkpoint.open(staging / part)
             read_object(staging / part / "config.json")
     except (WeightsError, ValueError) as error:
-        reason = error.message if isinstance(error, WeightsError) else f"no JSON: {error}"
+        reason = error.message if isinstance(error, WeightsError) else f"invalid JSON: {error}"
         raise WeightsError(
-            f"What {hub.address} serves is no model: {reason}",
+            f"The files from {hub.address} are not a model: {reason}",
             "Name other repositories with --source, or try another --endpoint.",
         ) from error
 
 
-def _watch(report: ProgressCallback, action: str, file: RemoteFile, done: int) -> None:
-    report(DownloadProgress(action, file.path, done, file.size))
-
-
-def _tell(report: ProgressCallback, action: str, path: str, done: int, total: int) -> None:
-    report(DownloadProgress(action, path, done, total))
-
-
-#: What a conversion may take, as a share of the download: half if that is of 16 bits already.
-_CONVERSION_SHARE = {8: 0.6, 4: 0.4}
-
-
-@dataclass(frozen=True)
-class QuantizedDownload:
-    """downloaded: None where nothing had to be; removed: whether the original is gone."""
-
-    download: DownloadResult | None
-    conversion: ConversionResult
-    original_removed: bool
-
-
-def download_quantized(
-    root: Path,
-    sources: Sequence[PartSource],
-    hub: Hub,
-    on_progress: ProgressCallback,
-    bits: int,
-    *,
-    check: bool = False,
-    remove_original: bool = False,
-) -> QuantizedDownload:
-    """Make `root`/opensora-1.2-8bit (or -4bit) the quantised model of `sources`.
-
-    If it is there, of these sources and whole (check: by checksums), nothing is asked of a server.
-    remove_original: the download goes once the quantised model is whole. Raises WeightsError.
-    """
-    target, original = root / QUANTIZED_MODELS[bits], root / PUBLISHED
-    present = installed_model(target)
-    outcome: DownloadResult | None = None
-    if present is not None and _is_conversion_of(present, sources, bits):
-        damaged = (
-            present.wrong_checksum(
-                target, lambda *facts: on_progress(DownloadProgress("check", *facts))
-            )
-            if check
-            else present.wrong_size(target)
-        )
-        if not damaged:
-            size = sum(origin.bytes for origin in present.files.values())
-            converted = ConversionResult(target, size, len(present.files), False)
-            return QuantizedDownload(
-                None, converted, remove_original and _remove_original(original)
-            )
-    outcome = download(
-        root, sources, hub, on_progress, check=check, extra_space=_CONVERSION_SHARE[bits]
-    )
-    converted = convert(
-        ModelFolder.open(outcome.path),
-        target,
-        ConversionOptions(bits),
-        overwrite=present is not None,
-        check=check,
-        on_progress=lambda *facts: on_progress(DownloadProgress(*facts)),
-    )
-    return QuantizedDownload(outcome, converted, remove_original and _remove_original(original))
-
-
 def _is_conversion_of(present: Provenance, sources: Sequence[PartSource], bits: int) -> bool:
-    """Whether what is there was made of `sources` with so many bits."""
     same = present.conversion.get("quantization") == Quantization(bits).to_dict()
     return same and all(
         matches_source(present, pin_revision(source, present)) for source in sources
@@ -318,12 +276,12 @@ def _is_conversion_of(present: Provenance, sources: Sequence[PartSource], bits: 
 
 
 def _remove_original(original: Path) -> bool:
-    """Remove the download, if it is there. Raises WeightsError if its folder holds other files."""
+    """Remove the download if there is one. Raises WeightsError if its folder holds other files."""
     if not original.exists():
         return False
     folder = original.resolve()
-    known = Provenance.read(folder)
+    provenance = Provenance.read(folder)
     with disk_errors(folder, "Remove it by hand."):
-        refuse_unknown_files(folder, {*known.files, FILE} if known else ())
+        refuse_unknown_files(folder, {*provenance.files, FILE} if provenance else ())
         shutil.rmtree(folder)
     return True

@@ -1,8 +1,8 @@
-"""Asking a hub what a repository holds, and fetching one file of it, resuming what is there.
+"""Client of a hub: lists the files of a repository and fetches them with resume.
 
-The only module that touches huggingface_hub: its client gives us login, proxies and the protocol.
-`hf_hub_download` is not used, because it throws a partial file away when its process ends; the
-`http_get` below it continues one. Everything goes over plain HTTP: no xet, no hf_transfer.
+The only module that uses huggingface_hub, for login, proxies and the protocol. `hf_hub_download`
+discards a partial file when its process ends; the `http_get` below it continues one. Everything
+goes over plain HTTP: no xet, no hf_transfer.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from mlx_sora.utils.files import git_sha1, sha256
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import RepoSibling
 
-#: Attempts in a row that may bring nothing before a file is given up for now.
+#: Attempts in a row without progress before a download stops.
 ATTEMPTS = 3
-#: Seconds between two such attempts.
+#: Seconds between two attempts.
 RETRY_DELAY = 1.0
 
 _RETRY_FIX = "Run the command again; it continues where it stopped."
@@ -49,7 +49,10 @@ class RemoteFile:
     checksum: str
 
     def matches(self, file: Path, on_progress: Callable[[int], None] | None = None) -> str | None:
-        """The SHA-256 of `file` if it is this one, else None. watch: told the bytes read so far."""
+        """Return the SHA-256 of `file` if it is this file, else None.
+
+        on_progress: gets the bytes read so far.
+        """
         if not file.is_file() or file.is_symlink() or file.stat().st_size != self.size:
             return None
         found = sha256(file, on_progress)
@@ -59,21 +62,22 @@ class RemoteFile:
 
 @dataclass(frozen=True)
 class Hub:
-    """A server that speaks the hub's protocol. endpoint None: huggingface_hub's own choice."""
+    """A server with the hub's protocol. endpoint: its URL, None for huggingface_hub's default."""
 
     endpoint: str | None = None
 
     @property
     def address(self) -> str:
-        """The server as messages and provenance name it."""
+        """URL of the server for messages and provenance."""
         from huggingface_hub import constants
 
         return self.endpoint or str(constants.ENDPOINT)
 
     def files(self, source: PartSource) -> list[RemoteFile]:
-        """The files of `source` that a model folder needs, at one commit.
+        """List the files of `source` that a model folder needs, at one commit.
 
-        Raises WeightsError: unreachable, unknown, gated, only pickles, hostile or useless answers.
+        Raises WeightsError for an unreachable server, for an unknown, gated or pickle-only
+        repository, and for an invalid answer.
         """
         from huggingface_hub import HfApi
 
@@ -87,16 +91,16 @@ class Hub:
         commit = str(info.sha)
         if not re.fullmatch(r"[0-9a-f]{40}", commit):
             raise _invalid_listing(self.address, source.repo)
-        chosen = choose_files(source, list(siblings))
-        return [self._remote_file(source, commit, name, siblings[name]) for name in chosen]
+        names = choose_files(source, list(siblings))
+        return [self._remote_file(source, commit, name, siblings[name]) for name in names]
 
     def fetch(self, file: RemoteFile, partial: Path, on_progress: Callable[[int], None]) -> None:
-        """Bring `part` to the file's size, from where it stands. watch: told the bytes there are.
+        """Fetch what `partial` lacks of `file`. Does not check the content.
 
-        The content is not checked here. Raises WeightsError; what has arrived stays in `part`,
-        except when it is too long to be a beginning of the file.
+        on_progress: gets the size of `partial`. Raises WeightsError; `partial` then stays, unless
+        it is longer than the file.
         """
-        vain = 0
+        failures = 0
         partial.touch()
         while (before := partial.stat().st_size) < file.size:
             try:
@@ -107,29 +111,28 @@ class Hub:
                 partial.unlink()
                 raise WeightsError(
                     f"{file.name} of {file.repo} is longer than the {file.size} bytes announced.",
-                    "The server is not to be trusted with this file; try another --endpoint.",
+                    "Do not trust this server with the file; try another --endpoint.",
                 ) from error
             except Exception as error:
                 if not _is_transient(error):
                     raise _user_error(error, f"{file.repo} {file.name}", self.address) from error
                 reason = _reason(error)
-            have = partial.stat().st_size
-            vain = 0 if have > before else vain + 1
-            if vain >= ATTEMPTS:
+            size = partial.stat().st_size
+            failures = 0 if size > before else failures + 1
+            if failures >= ATTEMPTS:
                 raise WeightsError(
-                    f"{file.name} of {file.repo} stopped at {have} of {file.size} bytes: {reason}.",
+                    f"{file.name} of {file.repo} stopped at {size} of {file.size} bytes: {reason}.",
                     _RETRY_FIX,
                 )
-            if have < file.size:
+            if size < file.size:
                 time.sleep(RETRY_DELAY)
         if partial.stat().st_size > file.size:
             partial.unlink()
-            raise WeightsError(
-                f"The beginning of {file.name} was too long and is gone.", _RETRY_FIX
-            )
+            raise WeightsError(f"The partial {file.name} was too long; it is deleted.", _RETRY_FIX)
 
-    def _continue_file(self, file: RemoteFile, part: Path, watch: Callable[[int], None]) -> None:
-        """One request for what `part` lacks."""
+    def _continue_file(
+        self, file: RemoteFile, partial: Path, on_progress: Callable[[int], None]
+    ) -> None:
         from huggingface_hub.file_download import hf_hub_url, http_get
         from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 
@@ -137,13 +140,13 @@ class Hub:
         headers = build_hf_headers(library_name="mlx_sora", library_version=__version__)
         # A compressed body could not be continued in the middle.
         headers["Accept-Encoding"] = "identity"
-        with _BoundedFile(part, file.size, watch) as out:
+        with _BoundedFile(partial, file.size, on_progress) as out:
             http_get(url, out, resume_size=out.tell(), headers=headers)
 
     def _remote_file(
         self, source: PartSource, commit: str, name: str, sibling: RepoSibling
     ) -> RemoteFile:
-        """Size and checksum: from the listing, else (mirrors that leave them out) by asking."""
+        """Take size and checksum from the listing, or request them if a mirror leaves them out."""
         checksum = sibling.lfs.sha256 if sibling.lfs else sibling.blob_id
         size = sibling.lfs.size if sibling.lfs else sibling.size
         if size is None or checksum is None:
@@ -163,15 +166,15 @@ class Hub:
         return RemoteFile(path, source.repo, commit, name, size, str(checksum))
 
     @contextmanager
-    def _client_errors(self, what: str) -> Iterator[None]:
-        """Turn what the client raises inside into WeightsErrors about `what`."""
+    def _client_errors(self, subject: str) -> Iterator[None]:
+        """Raise WeightsError about `subject` for an error of the client inside the block."""
         try:
             with _plain_http():
                 yield
         except WeightsError:
             raise
         except Exception as error:
-            raise _user_error(error, what, self.address) from error
+            raise _user_error(error, subject, self.address) from error
 
 
 class _TooLongError(Exception):
@@ -179,11 +182,11 @@ class _TooLongError(Exception):
 
 
 class _BoundedFile(io.FileIO):
-    """A file to append to, which tells how long it is and refuses to outgrow `limit` bytes."""
+    """A file to append to, of at most `limit` bytes; reports its size."""
 
-    def __init__(self, path: Path, limit: int, watch: Callable[[int], None]) -> None:
+    def __init__(self, path: Path, limit: int, on_progress: Callable[[int], None]) -> None:
         super().__init__(path, "ab", opener=lambda p, f: os.open(p, f | os.O_NOFOLLOW, 0o666))
-        self._limit, self._watch = limit, watch
+        self._limit, self._on_progress = limit, on_progress
 
     def write(self, data: Any, /) -> int:
         if self.tell() + len(data) > self._limit:
@@ -191,15 +194,15 @@ class _BoundedFile(io.FileIO):
         rest = memoryview(data)
         while rest:
             rest = rest[super().write(rest) :]
-        self._watch(self.tell())
+        self._on_progress(self.tell())
         return len(data)
 
 
 @contextmanager
 def _plain_http() -> Iterator[None]:
-    """huggingface_hub without its bars, messages, transfer programs and telemetry; then as before.
+    """Disable progress bars, messages, transfer programs and telemetry of huggingface_hub.
 
-    Its telemetry would ask huggingface.co even where another endpoint is given.
+    Its telemetry contacts huggingface.co even if another endpoint is set.
     """
     from huggingface_hub import constants
     from huggingface_hub.utils import (  # type: ignore[attr-defined]
@@ -209,7 +212,7 @@ def _plain_http() -> Iterator[None]:
         logging,
     )
 
-    # Those that this version of the library does not have are left alone.
+    # Not every version of the library has both.
     switches = {"HF_HUB_DISABLE_TELEMETRY": True, "HF_HUB_ENABLE_HF_TRANSFER": False}
     before = {name: getattr(constants, name) for name in switches if hasattr(constants, name)}
     verbosity = logging.get_verbosity()
@@ -231,12 +234,12 @@ def _plain_http() -> Iterator[None]:
 
 
 def _status(error: Exception) -> int:
-    """HTTP status that an error of the client carries, or 0."""
+    """Return the HTTP status of a client error, 0 without one."""
     return int(getattr(getattr(error, "response", None), "status_code", 0))
 
 
 def _is_transient(error: Exception) -> bool:
-    """Whether another attempt may succeed: a lost connection, a cut body, a busy server."""
+    """Return True if another attempt may succeed: lost connection, cut body, busy server."""
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
     if isinstance(error, HfHubHTTPError):
@@ -247,7 +250,7 @@ def _is_transient(error: Exception) -> bool:
 
 
 def _is_network_error(error: Exception) -> bool:
-    """Errors of the HTTP client, whichever one this version of huggingface_hub uses."""
+    # The HTTP client depends on the version of huggingface_hub.
     clients = {"requests", "urllib3", "httpx", "httpx2", "httpcore"}
     return isinstance(error, (ConnectionError, TimeoutError)) or any(
         base.__module__.split(".")[0] in clients for base in type(error).__mro__
@@ -260,38 +263,37 @@ def _reason(error: Exception) -> str:
 
 def _invalid_listing(address: str, repo: str) -> WeightsError:
     return WeightsError(
-        f"What {address} answers about {repo} is no listing of a model repository.",
+        f"The answer of {address} about {repo} is not a listing of a model repository.",
         "Check --endpoint.",
     )
 
 
-def _user_error(error: Exception, what: str, address: str) -> WeightsError:
-    """What an error of the client means to the user, and what to do."""
+def _user_error(error: Exception, subject: str, address: str) -> WeightsError:
     from huggingface_hub import errors
 
     login = "log in with `hf auth login` or set HF_TOKEN"
     status = _status(error)
     if isinstance(error, errors.OfflineModeIsEnabled):
-        return WeightsError("HF_HUB_OFFLINE is set: nothing may be fetched.", "Unset it.")
+        return WeightsError("HF_HUB_OFFLINE is set: downloads are disabled.", "Unset it.")
     if isinstance(error, errors.GatedRepoError):
-        repo = what.split(maxsplit=1)[0].partition("@")[0]
+        repo = subject.split(maxsplit=1)[0].partition("@")[0]
         fix = f"Accept its terms at {address}/{repo}, then {login}."
-        return WeightsError(f"{what} is gated.", fix)
+        return WeightsError(f"{subject} is gated.", fix)
     if isinstance(error, errors.RepositoryNotFoundError) or status in (401, 403):
-        message = f"{address} has no {what}, or not for you ({status})."
+        message = f"{address} has no {subject}, or you have no access to it ({status})."
         return WeightsError(message, f"Check the name; for a private repository {login}.")
     if isinstance(error, errors.RevisionNotFoundError):
-        return WeightsError(f"{address} has no {what}.", "Check the revision.")
+        return WeightsError(f"{address} has no {subject}.", "Check the revision.")
     if isinstance(error, errors.HfHubHTTPError):
-        message = f"{address} answered {status} for {what}."
-        return WeightsError(message, "It has moved or gone." if status == 404 else _RETRY_FIX)
+        message = f"{address} answered {status} for {subject}."
+        return WeightsError(message, "It was moved or deleted." if status == 404 else _RETRY_FIX)
     if isinstance(error, ValueError):
-        return _invalid_listing(address, what)
+        return _invalid_listing(address, subject)
     if _is_network_error(error):
         message = f"Cannot reach {address}: {_reason(error)}."
         return WeightsError(message, f"Check the connection. {_RETRY_FIX}")
     if isinstance(error, OSError):
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             return WeightsError("The disk is full.", f"Make room. {_RETRY_FIX}")
-        return WeightsError(f"Cannot write {what}: {error.strerror or error}.", _RETRY_FIX)
+        return WeightsError(f"Cannot write {subject}: {error.strerror or error}.", _RETRY_FIX)
     raise error

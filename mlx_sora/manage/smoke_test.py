@@ -1,7 +1,7 @@
-"""Trying a model's files out: values that no weight can have, and one block of each network.
+"""Smoke tests of model files: NaN and Inf in the weights, and one block of each network.
 
-Both keep memory low whatever the model's size: values are read a few megabytes at a time, and of
-the networks made of equal blocks only the first is built.
+Memory stays low for any model: values are read a few megabytes at a time, and only the first of the
+equal blocks is built.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _BITS = {
 
 @dataclass(frozen=True)
 class ValueCounts:
-    """What a tensor holds that it should not: numbers of NaN and Inf; empty: nothing but zeros."""
+    """Suspicious values of a tensor: counts of NaN and Inf; all_zero: it has no other values."""
 
     nan: int = 0
     inf: int = 0
@@ -44,9 +44,9 @@ class ValueCounts:
 def count_bad_values(
     info: TensorInfo, on_progress: Callable[[int], None] = lambda _: None
 ) -> ValueCounts:
-    """Look at every value of a tensor of floats; of other types nothing can be said.
+    """Count NaN and Inf in a tensor of floats; other types count as clean.
 
-    watch: told the bytes read so far.
+    on_progress: gets the bytes read so far.
     """
     import numpy as np
 
@@ -72,13 +72,13 @@ def count_bad_values(
 
 
 def keep_first_block(checkpoint: Checkpoint) -> Checkpoint:
-    """The checkpoint without the tensors of all blocks but the first."""
-    kept = {k: v for k, v in checkpoint.tensors.items() if not _LATER_BLOCKS.fullmatch(k)}
-    return replace(checkpoint, tensors=kept)
+    """Return `checkpoint` without the tensors of all blocks after the first."""
+    tensors = {k: v for k, v in checkpoint.tensors.items() if not _LATER_BLOCKS.fullmatch(k)}
+    return replace(checkpoint, tensors=tensors)
 
 
 def run_text_encoder(model: ModelFolder) -> None:
-    """One block of T5 on the first ids of the table. Raises MlxSoraError."""
+    """Run one block of T5 on the first token ids. Raises MlxSoraError."""
     values = model.config("text_encoder")
     config = replace(t5.T5Config.from_dict(values), num_layers=1)
     checkpoint = keep_first_block(Checkpoint.open(model.text_encoder))
@@ -92,7 +92,7 @@ def run_text_encoder(model: ModelFolder) -> None:
 
 
 def run_transformer(model: ModelFolder) -> None:
-    """One spatial and one temporal block on noise under noise. Raises MlxSoraError."""
+    """Run one spatial and one temporal block on noise. Raises MlxSoraError."""
     values = model.config("transformer")
     config = replace(stdit3.STDiT3Config.from_dict(values), depth=1)
     with memory_scope():
@@ -107,7 +107,7 @@ def run_transformer(model: ModelFolder) -> None:
 
 
 def run_vae(model: ModelFolder) -> None:
-    """Noise to one small frame and back: decoder, then encoder. Raises MlxSoraError."""
+    """Decode noise to one small frame, then encode noise. Raises MlxSoraError."""
     with memory_scope():
         vae = load_vae(model, ("decoder",))
         z = _noise(1, 1, 4, 4, vae.config.temporal.embed_dim)
@@ -120,14 +120,13 @@ def run_vae(model: ModelFolder) -> None:
 
 
 def _noise(*shape: int) -> mx.array:
-    """Normal draws, the same every time."""
     return mx.random.normal(shape, key=mx.random.key(0))
 
 
-def _check_output(what: str, out: mx.array) -> None:
-    """Raise MlxSoraError unless `out` [.., C] could be the output of a working network."""
+def _check_output(name: str, out: mx.array) -> None:
+    """Raise MlxSoraError if `out` [.., C] has NaN or Inf or is constant."""
     if not mx.isfinite(out).all().item():
-        raise MlxSoraError(f"its {what} come out as NaN or Inf.")
+        raise MlxSoraError(f"its {name} contain NaN or Inf.")
     rows = out.reshape(-1, out.shape[-1])
     if mx.array_equal(rows.max(axis=0), rows.min(axis=0)).item():
-        raise MlxSoraError(f"its {what} come out constant, whatever goes in.")
+        raise MlxSoraError(f"its {name} are constant, whatever the input.")

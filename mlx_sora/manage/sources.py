@@ -1,4 +1,4 @@
-"""Where the parts of the published model come from, and how a user names another place."""
+"""Sources of the published model: repositories, overrides, and the choice of files."""
 
 from __future__ import annotations
 
@@ -10,23 +10,26 @@ from dataclasses import dataclass, replace
 from mlx_sora.errors import UsageError, WeightsError
 from mlx_sora.loading.checkpoint import PICKLE_SUFFIXES
 
-#: Environment variables that replace a source are this and the part's name in capitals.
+#: Prefix of the environment variables that override a source; the part's name follows in capitals.
 SOURCE_VARIABLE = "MLX_SORA_SOURCE_"
 
-#: The hub's own variable: another server that speaks its protocol.
+#: The hub's own variable for another server with its protocol.
 ENDPOINT_VARIABLE = "HF_ENDPOINT"
 
 SYNTAX = "PART=[REPO][@REVISION][:FOLDER]"
 
 _REPO = r"[\w-][\w.-]*/[\w-][\w.-]*"
-_TEXT = re.compile(rf"({_REPO})?(?:@([\w./-]+))?(?::([\w./-]*))?")
+_OVERRIDE = re.compile(rf"({_REPO})?(?:@([\w./-]+))?(?::([\w./-]*))?")
+_SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.safetensors")
+_FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+_INDEX = ".safetensors.index.json"
 
 
 @dataclass(frozen=True)
 class PartSource:
-    """One part of the model: hub repository, folder in it ("" is its root) and revision.
+    """Source of one part of the model. folder: in the repository, "" for its root.
 
-    revision: branch, tag or commit; None is the repository's main branch.
+    revision: branch, tag or commit; None for the main branch.
     """
 
     part: str
@@ -38,8 +41,8 @@ class PartSource:
         return self.repo + (f"@{self.revision}" if self.revision else "")
 
 
-#: Open-Sora 1.2 as published. Its T5 comes from PixArt-Sigma, whose files are safetensors; those of
-#: DeepFloyd/t5-v1_1-xxl, which Open-Sora itself names, are pickles.
+#: Open-Sora 1.2 as published. T5 comes from PixArt-Sigma as safetensors; Open-Sora itself names
+#: DeepFloyd/t5-v1_1-xxl, which has only pickles.
 SOURCES = (
     PartSource("transformer", "hpcai-tech/OpenSora-STDiT-v3"),
     PartSource("vae", "hpcai-tech/OpenSora-VAE-v1.2"),
@@ -52,49 +55,53 @@ SOURCE_PARTS = tuple(source.part for source in SOURCES)
 def choose_sources(
     overrides: Iterable[str] = (), environment: Mapping[str, str] | None = None
 ) -> tuple[PartSource, ...]:
-    """The table with what environment and `overrides` (PART=..., last wins) put in its place.
+    """Return `SOURCES` with the overrides of the environment and of `overrides` (PART=...).
 
-    Raises UsageError for an override that names no part or no repository.
+    The last override of a part wins. Raises UsageError for one without a valid part or repository.
     """
     environment = os.environ if environment is None else environment
-    chosen = {source.part: source for source in SOURCES}
+    sources = {source.part: source for source in SOURCES}
     for part in SOURCE_PARTS:
         text = environment.get(SOURCE_VARIABLE + part.upper())
         if text:
-            chosen[part] = _apply_override(chosen[part], text)
+            sources[part] = _apply_override(sources[part], text)
     for override in overrides:
         part, equals, text = override.partition("=")
-        if not equals or part not in chosen:
+        if not equals or part not in sources:
             raise UsageError(
-                f"--source {override!r} names no part.", f"Write {SYNTAX}; parts: {_parts()}."
+                f"--source {override!r} names no part.",
+                f"Write {SYNTAX}; parts: {', '.join(SOURCE_PARTS)}.",
             )
-        chosen[part] = _apply_override(chosen[part], text)
-    return tuple(chosen.values())
+        sources[part] = _apply_override(sources[part], text)
+    return tuple(sources.values())
 
 
 def choose_endpoint(flag: str | None, environment: Mapping[str, str] | None = None) -> str | None:
-    """Server to ask, without a trailing slash: the flag, else $HF_ENDPOINT, else None (the hub)."""
+    """Return the server's URL from the flag or $HF_ENDPOINT, None for the hub.
+
+    Raises UsageError if it is not an http or https address.
+    """
     environment = os.environ if environment is None else environment
     endpoint = (flag or environment.get(ENDPOINT_VARIABLE) or "").rstrip("/")
     if endpoint and not re.fullmatch(r"https?://[^\s/]+(/\S*)?", endpoint):
         raise UsageError(
-            f"The hub's address {endpoint!r} is no http or https address.",
+            f"The hub's address {endpoint!r} is not an http or https address.",
             f"Correct --endpoint or {ENDPOINT_VARIABLE}.",
         )
     return endpoint or None
 
 
 def _apply_override(source: PartSource, text: str) -> PartSource:
-    """`source` with what `text` names; another repository starts from its main branch."""
-    match = _TEXT.fullmatch(text)
+    """Return `source` with the repository, revision and folder in `text`."""
+    match = _OVERRIDE.fullmatch(text)
     if match is None or not text:
         raise UsageError(
-            f"{text!r} is no source of {source.part}.",
+            f"{text!r} is not a valid source of {source.part}.",
             f"Write {SYNTAX}, such as {source.part}={source.repo}@main.",
         )
     repo, revision, folder = match.groups()
     if repo is not None:
-        source = replace(source, repo=repo, revision=None)
+        source = replace(source, repo=repo, revision=None)  # a revision is of one repository
     if revision is not None:
         source = replace(source, revision=revision)
     if folder is not None:
@@ -102,21 +109,12 @@ def _apply_override(source: PartSource, text: str) -> PartSource:
     return source
 
 
-def _parts() -> str:
-    return ", ".join(SOURCE_PARTS)
-
-
-_SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.safetensors")
-_PLAIN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
-_INDEX = ".safetensors.index.json"
-
-
 def choose_files(source: PartSource, names: Sequence[str]) -> list[str]:
-    """Names of the files that `source` needs: configuration and weights, or the tokenizer model.
+    """Choose the files of `source` among `names`: configuration and weights, or the tokenizer.
 
-    Weights: model.safetensors, else the only index with all of its shards, else the only
-    .safetensors file. Raises WeightsError when there are none, only pickles, or several, and when a
-    name of the listing is not one of a file inside the repository.
+    Weights: model.safetensors, else the only index with all its shards, else the only .safetensors
+    file. Raises WeightsError for none, several or only pickles, and for a name that leads out of
+    the repository.
     """
     for name in names:
         if not _is_inside(name):
@@ -126,22 +124,22 @@ def choose_files(source: PartSource, names: Sequence[str]) -> list[str]:
             )
     start = f"{source.folder}/" if source.folder else ""
     local = [name.removeprefix(start) for name in names if name.startswith(start)]
-    local = [name for name in local if _PLAIN.fullmatch(name)]
+    local = [name for name in local if _FILE_NAME.fullmatch(name)]
     if source.part == "tokenizer":
-        wanted = ["spiece.model"]
+        chosen = ["spiece.model"]
     else:
-        wanted = ["config.json", *_weight_files(source, local)]
-    for name in wanted:
+        chosen = ["config.json", *_weight_files(source, local)]
+    for name in chosen:
         if name not in local:
             raise WeightsError(
                 f"{source} has no {start}{name}.",
                 f"Name the folder that holds it: --source {source.part}={source.repo}:FOLDER.",
             )
-    return [start + name for name in wanted]
+    return [start + name for name in chosen]
 
 
 def _is_inside(name: str) -> bool:
-    """Whether a listed name can only mean a file inside the repository."""
+    """Return True if a listed name can only mean a file inside the repository."""
     parts = name.split("/")
     return name.isprintable() and "\\" not in name and not {"", ".", ".."} & set(parts)
 
@@ -167,7 +165,7 @@ def _weight_files(source: PartSource, names: Sequence[str]) -> list[str]:
         default = next(s for s in SOURCES if s.part == source.part)
         raise WeightsError(
             f"{where} holds its weights only as pickles ({pickles[0]}), which are refused: opening "
-            "a pickle runs the code of whoever wrote it.",
+            "a pickle runs the code in it.",
             f"Name a repository with safetensors: --source {source.part}={default.repo}.",
         )
     raise WeightsError(
@@ -177,13 +175,13 @@ def _weight_files(source: PartSource, names: Sequence[str]) -> list[str]:
 
 
 def _shard_files(source: PartSource, stem: str, names: Sequence[str]) -> list[str]:
-    """All shards of the set `stem`, which must be complete."""
+    """Return all shards of the set `stem`. Raises WeightsError if one is missing."""
     matches = [m for name in names if (m := _SHARD.fullmatch(name)) and m["stem"] == stem]
     counts = {int(m["count"]) for m in matches}
     numbers = sorted(int(m["number"]) for m in matches)
     if len(counts) != 1 or numbers != list(range(1, counts.pop() + 1)):
         raise WeightsError(
-            f"{source}: {stem}{_INDEX} is there, but not all of its shards.",
+            f"{source} has {stem}{_INDEX}, but not all of its shards.",
             "The repository is incomplete; name another revision or repository.",
         )
     return sorted(m[0] for m in matches)

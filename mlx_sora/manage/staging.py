@@ -1,4 +1,4 @@
-"""Model folders are made in a hidden place and then renamed: they are whole, or not there."""
+"""Staging of model folders: built in a hidden folder, then renamed, so never partial."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from pathlib import Path
 from mlx_sora.errors import WeightsError
 from mlx_sora.utils.files import fsync
 
-#: Bytes to leave free on the disk.
+#: Bytes to keep free on the disk.
 MARGIN = 64_000_000
 
 
 @contextmanager
 def disk_errors(root: Path, fix: str) -> Iterator[None]:
-    """Say what the disk refused inside, in one line with `fix`."""
+    """Raise WeightsError with `fix` for an OSError inside the block."""
     try:
         yield
     except OSError as error:
@@ -28,15 +28,18 @@ def disk_errors(root: Path, fix: str) -> Iterator[None]:
 
 
 @contextmanager
-def folder_lock(folder: Path, what: str) -> Iterator[None]:
-    """Hold `folder` against another `what`; the system lets go when the process ends."""
+def folder_lock(folder: Path, action: str) -> Iterator[None]:
+    """Lock `folder` against another process; the lock ends with the process.
+
+    action: "download" or "conversion", for the message. Raises WeightsError if it is locked.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     handle = os.open(folder, os.O_RDONLY)
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            message = f"Another {what} into {folder} is running."
+            message = f"Another {action} into {folder} is running."
             raise WeightsError(message, "Wait for it, or end it.") from error
         yield
     finally:
@@ -44,37 +47,38 @@ def folder_lock(folder: Path, what: str) -> Iterator[None]:
 
 
 def is_free(target: Path) -> bool:
-    """Whether nothing, or an empty folder, is there."""
+    """Return True if `target` does not exist or is an empty folder."""
     return not os.path.lexists(target) or (target.is_dir() and not any(target.iterdir()))
 
 
 def refuse_unknown_files(target: Path, known: Collection[str]) -> None:
-    """Raise WeightsError if a folder about to be replaced holds other files than `known`."""
+    """Raise WeightsError if a folder to be replaced holds files that are not in `known`."""
     for path in sorted(target.rglob("*")):
         name = path.relative_to(target).as_posix()
         if not path.is_dir() and not path.name.startswith(".") and name not in known:
             raise WeightsError(
-                f"{target} is to be replaced, but holds {name}, which is not of the model in it.",
+                f"{target} cannot be replaced: it holds {name}, which is not part of the model.",
                 "Move that file elsewhere.",
             )
 
 
 def require_disk_space(place: Path, needed: int, action: str, fix: str) -> None:
-    """Raise WeightsError unless `needed` bytes, and some more, are free where `place` is."""
+    """Raise WeightsError unless `needed` bytes and `MARGIN` are free on the disk of `place`."""
     free = shutil.disk_usage(place).free
     if needed and needed + MARGIN > free:
         raise WeightsError(
-            f"{needed / 1e9:.1f} GB are to be {action}, {place} has {free / 1e9:.1f} GB free.", fix
+            f"{needed / 1e9:.1f} GB must be {action}, but {place} has {free / 1e9:.1f} GB free.",
+            fix,
         )
 
 
 def backup_path(target: Path) -> Path:
-    """Where the folder that was in `target` waits for its successor."""
+    """Return the place of the old folder while `target` is replaced."""
     return target.with_name(f".{target.name}.replaced")
 
 
 def replace_folder(staging: Path, target: Path) -> None:
-    """Put the finished folder `staging` in place of `target`; whatever was there goes."""
+    """Move the folder `staging` to `target` and remove the old one."""
     old = backup_path(target)
     shutil.rmtree(old, ignore_errors=True)
     if target.exists():

@@ -88,7 +88,7 @@ def test_the_named_command_mends_a_conversion(
     file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     assert main(["doctor", "small"]) == 4
     (line,) = [x for x in capsys.readouterr().out.splitlines() if x.startswith("ERROR")]
-    command = line.partition("Mend it: python -m mlx_sora ")[2]
+    command = line.partition("Repair: python -m mlx_sora ")[2]
     assert main(command.split()) == 0
     assert file.read_bytes() == content
     capsys.readouterr()
@@ -134,5 +134,5 @@ def test_an_interruption_says_how_to_go_on(
     assert main(["doctor", "small", "--quick"]) == 4
     assert "interrupted conversion" in capsys.readouterr().out
     assert main(["convert", "shapes", "small", "-q", "8"]) == 0
-    assert "13 files of an earlier attempt kept" in capsys.readouterr().err
+    assert "13 files of an earlier attempt reused" in capsys.readouterr().err
     assert [path.name for path in folder.iterdir()] == ["small"]

@@ -119,7 +119,7 @@ def _provenance(data: bytes, folder: Path) -> None:
     repair_command(folder)
     found = Provenance.read(folder)
     if found is not None:
-        found.wrong_size(folder)
+        found.damaged_files(folder)
 
 
 def _spiece(data: bytes, folder: Path) -> None:

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from mlx_sora.loading.model_folder import WEIGHTS_VARIABLE
-from mlx_sora.manage.download import DownloadProgress, DownloadResult, download
+from mlx_sora.manage.download import DownloadResult, download
 from mlx_sora.manage.hub import Hub
+from mlx_sora.manage.progress import ProgressCallback, ignore_progress
 from mlx_sora.manage.sources import ENDPOINT_VARIABLE, choose_endpoint, choose_sources
 from tests.helpers.hub_server import FakeHub, serve
 from tests.helpers.published import repos
@@ -76,13 +77,13 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def get(hub: FakeHub, root: Path) -> Get:
-    """Download into `root` from the local hub; keywords: sources, check, report."""
+    """Download into `root` from the local hub; keywords: check, on_progress."""
 
     def run(
-        *sources: str, check: bool = False, report: Callable[[DownloadProgress], None] | None = None
+        *sources: str, check: bool = False, on_progress: ProgressCallback = ignore_progress
     ) -> DownloadResult:
         chosen = choose_sources(sources, environment={})
         server = Hub(choose_endpoint(hub.endpoint, {}))
-        return download(root, chosen, server, report or (lambda _: None), check=check)
+        return download(root, chosen, server, on_progress, check=check)
 
     return run

@@ -55,7 +55,7 @@ def test_progress_per_file_and_the_path_last(
     assert main(["download", PUBLISHED, "--check"]) == 0
     captured = capsys.readouterr()
     assert "check transformer/model.safetensors" in captured.err
-    assert "all checksums fit" in captured.err
+    assert "all checksums are right" in captured.err
 
 
 def test_quiet(endpoint: str, root: Path, capsys: pytest.CaptureFixture[str]) -> None:

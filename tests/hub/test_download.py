@@ -10,7 +10,8 @@ import pytest
 from mlx_sora.errors import WeightsError
 from mlx_sora.loading.model_folder import PUBLISHED, find_model
 from mlx_sora.loading.networks import load_text_encoder, load_transformer, load_vae
-from mlx_sora.manage.download import STAGING, DownloadProgress
+from mlx_sora.manage.download import STAGING
+from mlx_sora.manage.progress import FileProgress
 from mlx_sora.manage.provenance import Provenance
 from mlx_sora.manage.staging import backup_path
 from mlx_sora.text.tokenizer import Tokenizer
@@ -53,8 +54,8 @@ def whole_size() -> int:
 def test_a_fresh_download_is_a_model(get: Get, hub: FakeHub, root: Path) -> None:
     import mlx.core as mx
 
-    seen: list[DownloadProgress] = []
-    outcome = get(report=seen.append)
+    seen: list[FileProgress] = []
+    outcome = get(on_progress=seen.append)
     assert outcome.path == root / PUBLISHED
     assert (outcome.is_new, outcome.fetched_bytes) == (True, whole_size())
     assert hub.bytes_served == whole_size(), "files that a model does not need were fetched"
@@ -115,12 +116,12 @@ def test_an_interrupted_download_is_no_model_and_continues(
 ) -> None:
     size = len(repositories()[STDIT]["model.safetensors"])
 
-    def interrupt(progress: DownloadProgress) -> None:
+    def interrupt(progress: FileProgress) -> None:
         if progress.path == LARGE and progress.done > size // 2:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        get(report=interrupt)
+        get(on_progress=interrupt)
     assert not (root / PUBLISHED).exists()
     with pytest.raises(WeightsError, match=f"download {PUBLISHED}"):
         find_model(PUBLISHED)
@@ -139,15 +140,15 @@ def test_an_interrupted_download_is_no_model_and_continues(
 
 
 def test_a_spoilt_beginning_is_found_and_fetched_anew(get: Get, root: Path) -> None:
-    def interrupt(progress: DownloadProgress) -> None:
+    def interrupt(progress: FileProgress) -> None:
         if progress.path == LARGE and progress.done > 3 * CHUNK:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        get(report=interrupt)
+        get(on_progress=interrupt)
     (part,) = (root / STAGING / "transformer").glob("*.part")
     part.write_bytes(b"\0" * part.stat().st_size)
-    with pytest.raises(WeightsError, match="another checksum"):
+    with pytest.raises(WeightsError, match="the checksum"):
         get()
     assert not (root / PUBLISHED).exists()
     assert (get().path / LARGE).read_bytes() == repositories()[STDIT]["model.safetensors"]
@@ -214,7 +215,7 @@ def test_a_failed_replacement_leaves_the_old_model(get: Get, hub: FakeHub, root:
     folder = get().path
     before = {name: (folder / name).read_bytes() for name in names(folder)}
     hub.repos[VAE].revisions["v2"] = {**hub.repos[VAE].files, "model.safetensors": b"no tensors"}
-    with pytest.raises(WeightsError, match="no model"):
+    with pytest.raises(WeightsError, match="not a model"):
         get("vae=@v2")
     assert {name: (folder / name).read_bytes() for name in names(folder)} == before
     assert not get().is_new
@@ -266,6 +267,10 @@ def test_the_clients_settings_are_as_before(get: Get) -> None:
 
     before = settings()
     during: list[list[object]] = []
-    get(report=lambda progress: during.append(settings()) if progress.action == "fetch" else None)
+    get(
+        on_progress=lambda progress: (
+            during.append(settings()) if progress.action == "fetch" else None
+        )
+    )
     assert settings() == before
     assert all(bars_off and not telemetry for bars_off, _, telemetry, _ in during)

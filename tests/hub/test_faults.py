@@ -13,8 +13,9 @@ import pytest
 
 from mlx_sora.errors import WeightsError
 from mlx_sora.loading.model_folder import PUBLISHED, WEIGHTS_VARIABLE
-from mlx_sora.manage.download import STAGING, DownloadProgress, download
+from mlx_sora.manage.download import STAGING, download
 from mlx_sora.manage.hub import ATTEMPTS, Hub
+from mlx_sora.manage.progress import FileProgress
 from mlx_sora.manage.sources import choose_sources
 from mlx_sora.manage.staging import MARGIN
 from tests.helpers.hub_server import FakeHub, Repo
@@ -47,7 +48,7 @@ def test_wrong_checksum(refused: Any, hub: FakeHub, get: Get, root: Path) -> Non
     wrong = bytes(reversed(content()))
     hub.faults.content["model.safetensors"] = wrong
     message = refused()
-    for words in ("model.safetensors", STDIT, "another checksum"):
+    for words in ("model.safetensors", STDIT, "the checksum"):
         assert words in message
     assert not list((root / STAGING).rglob("*.part")), "the wrong bytes would be continued"
     hub.faults.content.clear()
@@ -58,7 +59,7 @@ def test_wrong_checksum_outside_lfs(refused: Any, hub: FakeHub) -> None:
     right = repositories()[STDIT]["config.json"]
     hub.faults.content["config.json"] = right.replace(b"STDiT3", b"STDiT4")
     assert "config.json" in (message := refused())
-    assert "another checksum" in message
+    assert "the checksum" in message
 
 
 def test_more_bytes_than_announced(refused: Any, hub: FakeHub, root: Path) -> None:
@@ -151,7 +152,7 @@ def test_offline(refused: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("body", [b"", b"<html>", b"[]", b'{"id": "a/b"}', b'{"siblings": 3}'])
 def test_an_answer_that_is_no_listing(refused: Any, hub: FakeHub, body: bytes) -> None:
     hub.faults.nonsense = body
-    assert "no listing" in refused()
+    assert "not a listing" in refused()
 
 
 def test_no_space(refused: Any, hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,12 +168,12 @@ def test_space_counts_what_is_there(
 ) -> None:
     """A disk with room for the rest alone is enough to go on."""
 
-    def interrupt(progress: DownloadProgress) -> None:
+    def interrupt(progress: FileProgress) -> None:
         if progress.path == "vae/model.safetensors" and progress.done > 6 * CHUNK:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        get(report=interrupt)
+        get(on_progress=interrupt)
     total = sum(len(d) for repo in repositories().values() for d in repo.values())
     free = MARGIN + total - len(content()) - 6 * CHUNK
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9, 9, free))
@@ -182,11 +183,11 @@ def test_space_counts_what_is_there(
 def test_a_disk_that_fills_up(
     refused: Any, get: Get, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(progress: DownloadProgress) -> None:
+    def full(progress: FileProgress) -> None:
         if progress.done > 5 * CHUNK:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    assert "disk is full" in refused(report=full)
+    assert "disk is full" in refused(on_progress=full)
     assert list((root / STAGING).rglob("*.part"))
     assert get().is_new
 
@@ -231,7 +232,7 @@ def test_names_that_leave_the_folder(refused: Any, hub: FakeHub, root: Path, nam
 def test_a_symlink_in_the_repository_is_but_text(refused: Any, hub: FakeHub, root: Path) -> None:
     """Git keeps a link as a small file with its target; it never becomes a link here."""
     hub.repos[VAE].files["config.json"] = b"../../../../../etc/passwd"
-    assert "no model" in refused()
+    assert "not a model" in refused()
     assert not any(path.is_symlink() for path in root.rglob("*"))
 
 
@@ -253,7 +254,7 @@ def test_links_in_the_staging_folder_are_not_followed(get: Get, root: Path, tmp_
 def test_files_that_are_no_model(refused: Any, hub: FakeHub, path: str) -> None:
     repo = hub.repos[PIXART if "/" in path else STDIT]
     repo.files[path] = json.dumps(["no", "object"]).encode()
-    assert "no model" in refused()
+    assert "not a model" in refused()
 
 
 def test_a_folder_of_someone_else_is_left_alone(get: Get, hub: FakeHub, root: Path) -> None:
@@ -278,12 +279,12 @@ def test_files_of_someone_else_are_not_replaced(get: Get, hub: FakeHub) -> None:
 
 
 def test_two_at_once(get: Get, hub: FakeHub) -> None:
-    def second(progress: DownloadProgress) -> None:
+    def second(progress: FileProgress) -> None:
         if progress.action == "fetch":
             with pytest.raises(WeightsError, match="Another download"):
                 get()
 
-    assert get(report=second).is_new
+    assert get(on_progress=second).is_new
 
 
 def test_a_damaged_provenance_is_named(get: Get) -> None:

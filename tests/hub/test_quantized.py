@@ -97,7 +97,7 @@ def test_damage_is_mended_from_the_original(
     file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     capsys.readouterr()
     assert main(["doctor", MADE]) == 4
-    assert f"Mend it: python -m mlx_sora {' '.join(COMMAND)} --check" in capsys.readouterr().out
+    assert f"Repair: python -m mlx_sora {' '.join(COMMAND)} --check" in capsys.readouterr().out
     hub.requests.clear()
     assert main([*COMMAND, "--check", "--quiet"]) == 0
     assert file.read_bytes() == content
@@ -117,7 +117,7 @@ def test_the_original_stays_when_the_conversion_fails(
     assert main(["doctor", PUBLISHED, "--quick"]) == 0
     capsys.readouterr()
     assert main([*COMMAND, "--remove-original"]) == 0
-    assert "13 files of an earlier attempt kept" in capsys.readouterr().err
+    assert "13 files of an earlier attempt reused" in capsys.readouterr().err
     assert [path.name for path in root.iterdir()] == [MADE]
 
 

@@ -15,13 +15,18 @@ HEAVY = {"av", "PIL", "huggingface_hub", "bs4", "ftfy", "numpy", "mlx", "sentenc
 FOREIGN = {"torch", "transformers", "diffusers", "cv2", "pydantic", "rich", "scipy", "skimage"}
 
 
-def loaded_by(statement: str) -> set[str]:
-    """Top-level packages in memory after `statement` in a new interpreter."""
+def modules_loaded_by(statement: str) -> list[str]:
+    """Return the modules in memory after `statement` in a new interpreter."""
     code = f"import json, sys\n{statement}\nprint(json.dumps(sorted(sys.modules)))"
     result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )
-    return {name.split(".")[0] for name in json.loads(result.stdout)}
+    return list(json.loads(result.stdout))
+
+
+def loaded_by(statement: str) -> set[str]:
+    """Return the top-level packages in memory after `statement` in a new interpreter."""
+    return {name.split(".")[0] for name in modules_loaded_by(statement)}
 
 
 def test_the_package_is_light() -> None:
@@ -31,6 +36,23 @@ def test_the_package_is_light() -> None:
 def test_errors_and_requests_need_no_mlx() -> None:
     statement = "from mlx_sora import GenerationRequest; GenerationRequest(prompt='a')"
     assert loaded_by(statement) & (HEAVY | FOREIGN) == set()
+
+
+def test_the_pipeline_loads_no_downloader_converter_or_doctor() -> None:
+    names = modules_loaded_by("import mlx_sora.pipeline, mlx_sora; mlx_sora.Pipeline")
+    assert "mlx_sora.loading.networks" in names
+    assert [name for name in names if name.startswith("mlx_sora.manage")] == []
+
+
+def test_only_info_and_the_command_line_import_manage() -> None:
+    users = {
+        source.name
+        for source in sources("mlx_sora")
+        for _, name in source.imports()
+        if name.startswith("mlx_sora.manage")
+    }
+    expected = ("mlx_sora/manage/", "mlx_sora/cli/", "mlx_sora/pipeline/pipeline.py")
+    assert [name for name in users if not name.startswith(expected)] == []
 
 
 def test_every_module_imports_without_the_heavy_formats() -> None:

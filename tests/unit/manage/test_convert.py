@@ -16,8 +16,9 @@ from mlx_sora.loading.checkpoint import Checkpoint
 from mlx_sora.loading.model_folder import ModelFolder
 from mlx_sora.loading.networks import stream_text_encoder, stream_transformer
 from mlx_sora.manage.conversion_plan import PARTS, ConversionOptions, plan_part
-from mlx_sora.manage.convert import JOURNAL, ProgressCallback, convert, staging_folder
+from mlx_sora.manage.convert import JOURNAL, convert, staging_folder
 from mlx_sora.manage.doctor import diagnose
+from mlx_sora.manage.progress import FileProgress, ProgressCallback
 from mlx_sora.manage.provenance import FILE, Provenance
 from mlx_sora.manage.staging import folder_lock
 from mlx_sora.memory.limits import release
@@ -37,16 +38,17 @@ def stopping_at(shard: int) -> ProgressCallback:
     """Interrupts when so many shards of the transformer are done."""
     seen = set[int]()
 
-    def watch(action: str, part: str, done: int, total: int) -> None:
-        seen.add(done)
-        if (action, part) == ("convert", "transformer") and done * BLOCKS > shard * total:
+    def interrupt(progress: FileProgress) -> None:
+        seen.add(progress.done)
+        of_transformer = (progress.action, progress.path) == ("convert", "transformer")
+        if of_transformer and progress.done * BLOCKS > shard * progress.total:
             raise KeyboardInterrupt
 
-    return watch
+    return interrupt
 
 
 @pytest.mark.parametrize(
-    "choice",
+    "options",
     [
         ConversionOptions(),
         ConversionOptions(8),
@@ -54,8 +56,8 @@ def stopping_at(shard: int) -> ProgressCallback:
         ConversionOptions(8, "bfloat16"),
     ],
 )
-def test_one_file_per_block(model: ModelFolder, tmp_path: Path, choice: ConversionOptions) -> None:
-    made = ModelFolder.open(convert(model, tmp_path / "made", choice).path)
+def test_one_file_per_block(model: ModelFolder, tmp_path: Path, options: ConversionOptions) -> None:
+    made = ModelFolder.open(convert(model, tmp_path / "made", options).path)
     for source in (
         stream_text_encoder(made, mx.float32)[2],
         stream_transformer(made, mx.float32)[1],
@@ -68,7 +70,7 @@ def test_one_file_per_block(model: ModelFolder, tmp_path: Path, choice: Conversi
             assert checkpoint.tensors.keys() == {entry.key for entry in block}
     assert not [f for f in diagnose(made.path) if f.level in ("error", "warning")]
     assert sum(f.stat().st_size for f in made.path.rglob("*.safetensors")) < sum(
-        plan.nbytes + 16384 for part in PARTS for plan in plan_part(model, part, choice)
+        plan.nbytes + 16384 for part in PARTS for plan in plan_part(model, part, options)
     )
 
 
@@ -121,7 +123,7 @@ def test_what_is_written_beside(model: ModelFolder, tmp_path: Path) -> None:
     assert known.conversion["source"] == str(model.path)
     names = {f.relative_to(made).as_posix() for f in made.rglob("*") if f.is_file()}
     assert names == {*known.files, FILE}
-    assert known.wrong_checksum(made, lambda *_: None) == []
+    assert known.damaged_files(made, checksums=True) == []
     assert not staging_folder(made).exists()
 
 
@@ -181,7 +183,7 @@ def test_nothing_is_replaced_unasked(model: ModelFolder, tmp_path: Path) -> None
     other = tmp_path / "other"
     other.mkdir()
     (other / "precious").write_text("mine")
-    with pytest.raises(UsageError, match="no model that this program made"):
+    with pytest.raises(UsageError, match="was not written by this program"):
         convert(model, other, ConversionOptions(4), overwrite=True)
     assert (other / "precious").read_text() == "mine"
 

@@ -15,6 +15,7 @@ from mlx_sora.loading.model_folder import BUNDLED, PUBLISHED, WEIGHTS_VARIABLE
 from mlx_sora.manage import doctor
 from mlx_sora.manage.doctor import Diagnostic, diagnose, find_folder, repair_command
 from mlx_sora.manage.download import STAGING
+from mlx_sora.manage.progress import FileProgress
 from mlx_sora.manage.provenance import FILE, FileOrigin, Provenance
 from mlx_sora.models.t5 import T5Config, T5Encoder
 from mlx_sora.utils.files import sha256
@@ -278,7 +279,7 @@ def test_a_network_that_does_not_work(
 
     rewrite(model / part / file, damage)
     (message,) = errors(model)
-    assert message.startswith(f"{part}: was tried out")
+    assert message.startswith(f"{part}: fails its smoke test")
     assert words in message
 
 
@@ -292,11 +293,11 @@ def test_files_against_their_provenance(model: Path) -> None:
     content = file.read_bytes()
     file.write_bytes(content[:-4] + b"\0\0\0\0")
     (message,) = errors(model)
-    assert message == ("vae: vae/model.safetensors has another checksum than was recorded.")
+    assert message == ("vae: vae/model.safetensors does not have the recorded checksum.")
     assert errors(model, quick=True) == []
     reconfigure(model / "transformer/config.json", extra=1)
     assert errors(model, quick=True) == [
-        "transformer: transformer/config.json is not of the recorded size."
+        "transformer: transformer/config.json does not have the recorded size."
     ]
     (model / FILE).write_text("{")
     assert f"{FILE} is damaged" in errors(model)[0]
@@ -330,10 +331,10 @@ def test_several_things_at_once(model: Path) -> None:
 def test_reading_is_reported(healthy: Path) -> None:
     seen: dict[tuple[str, str], tuple[int, int]] = {}
 
-    def watch(action: str, path: str, done: int, total: int) -> None:
-        seen[action, path] = (done, total)
+    def record(progress: FileProgress) -> None:
+        seen[progress.action, progress.path] = (progress.done, progress.total)
 
-    list(diagnose(healthy, on_progress=watch))
+    list(diagnose(healthy, on_progress=record))
     assert set(seen) == {("scan", part) for part in PARTS}
     assert all(done == total > 0 for done, total in seen.values())
 

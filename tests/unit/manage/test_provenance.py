@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from mlx_sora.errors import WeightsError
+from mlx_sora.manage.progress import FileProgress
 from mlx_sora.manage.provenance import FILE, FileOrigin, Provenance
 from mlx_sora.utils.files import git_sha1, sha256
 
@@ -42,20 +43,21 @@ def test_folder_of_a_file() -> None:
 
 def test_damage_is_found(tmp_path: Path) -> None:
     provenance = make(tmp_path)
-    seen: list[tuple[str, int, int]] = []
+    seen: list[FileProgress] = []
 
-    def altered() -> list[str]:
-        return provenance.wrong_checksum(tmp_path, lambda *progress: seen.append(progress))
+    def damaged() -> list[str]:
+        return provenance.damaged_files(tmp_path, True, seen.append)
 
-    assert provenance.wrong_size(tmp_path) == altered() == []
-    assert {(name, done) for name, done, _ in seen} == {(n, len(c)) for n, c in CONTENT.items()}
+    assert provenance.damaged_files(tmp_path) == damaged() == []
+    assert {(p.path, p.done) for p in seen} == {(n, len(c)) for n, c in CONTENT.items()}
+    assert {p.action for p in seen} == {"check"}
     weights = tmp_path / "vae/model.safetensors"
     weights.write_bytes(CONTENT["vae/model.safetensors"][:-1] + b"S")
-    assert provenance.wrong_size(tmp_path) == []
-    assert altered() == ["vae/model.safetensors"]
+    assert provenance.damaged_files(tmp_path) == []
+    assert damaged() == ["vae/model.safetensors"]
     weights.write_bytes(b"")
     (tmp_path / "vae/config.json").unlink()
-    assert sorted(provenance.wrong_size(tmp_path)) == altered() == sorted(CONTENT)
+    assert provenance.damaged_files(tmp_path) == damaged() == sorted(CONTENT)
 
 
 def test_checksums_are_those_of_lfs_and_git(tmp_path: Path) -> None:

@@ -45,7 +45,7 @@ DAMAGES: dict[str, tuple[str, Callable[[Path], object]]] = {
 
 def test_download_doctor_generate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor", PUBLISHED]) == 4
-    assert f"Mend it: python -m mlx_sora download {PUBLISHED}\n" in capsys.readouterr().out
+    assert f"Repair: python -m mlx_sora download {PUBLISHED}\n" in capsys.readouterr().out
     assert main(["download", PUBLISHED, "--quiet"]) == 0
     assert main(["doctor"]) == 0
     out = capsys.readouterr().out
@@ -66,7 +66,7 @@ def test_the_named_command_mends(
     capsys.readouterr()
     assert main(["doctor"]) == 4
     commands = {
-        line.partition("Mend it: ")[2]
+        line.partition("Repair: ")[2]
         for line in capsys.readouterr().out.splitlines()
         if line.startswith("ERROR")
     }
