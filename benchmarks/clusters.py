@@ -1,11 +1,11 @@
-"""On paper: seconds of a step of Open-Sora 1.2 on 2, 4 and 8 Macs, and what of it is exchange.
+"""Estimate the seconds of a step of Open-Sora 1.2 on 2, 4 and 8 Macs, and the share of exchange.
 
     python -m benchmarks.clusters [--chip m4-max] [--json FILE]
 
-The formula and its sources stand in `mlx_sora/distributed/cost_model.py`: the fastest way to
-divide an evaluation, guided, weights in bfloat16, no accelerations. Nothing is measured:
-`mlx_sora bench link` measures a cluster; `generate --dry-run --ranks N --link … --chip …` takes its
-figures.
+Estimated, not measured. The formula and its sources are in `mlx_sora/distributed/cost_model.py`:
+the fastest way to split an evaluation, with guidance, weights in bfloat16, no accelerations.
+`mlx_sora bench link` measures a cluster, and `generate --dry-run --ranks N --link … --chip …`
+takes its figures.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ FRAMES, RANKS, TOKENS = (51, 102, 204), (2, 4, 8), 60
 
 @dataclass(frozen=True)
 class Row:
-    """A step. seconds: of it; share: of exchange in it; sent: bytes, by each rank."""
+    """Estimate of a step. share: fraction of exchange. sent: bytes, by each rank."""
 
     resolution: str
     frames: int
@@ -39,32 +39,32 @@ class Row:
 
 
 def rows(model: ModelSizes, chip: Chip) -> list[Row]:
-    """One Mac, then every link and number of Macs, for every size and length."""
-    found = []
+    """Return rows for one Mac, then for every link and number of Macs, by size and length."""
+    table = []
     for name, size in SIZES.items():
         for frames in FRAMES:
-            job = Workload(plan_geometry(size, frames), TOKENS, 1)
+            workload = Workload(plan_geometry(size, frames), TOKENS, 1)
             for link in LINKS:
                 for ranks in (1, *RANKS) if link == LINKS[0] else RANKS:
-                    best = estimate_step(model, job, chip, link, ranks)[0]
+                    best = estimate_step(model, workload, chip, link, ranks)[0]
                     row = (name, frames, link.name, ranks, best.parallel_plan.mode)
-                    found.append(Row(*row, best.seconds, best.exchange_share, best.sent_bytes))
-    return found
+                    table.append(Row(*row, best.seconds, best.exchange_share, best.sent_bytes))
+    return table
 
 
 def show(table: list[Row]) -> str:
-    """Seconds of a step, speed against one Mac, share of exchange."""
+    """Return a table: seconds of a step, speed against one Mac, share of exchange."""
     heads = [f"{link.name} × {ranks}" for link in LINKS for ranks in RANKS]
     lines = []
     for name in SIZES:
         for frames in FRAMES:
             here = [row for row in table if (row.resolution, row.frames) == (name, frames)]
-            alone, *others = here
+            single, *others = here
             cells = [
-                f"{_seconds(row)}, {alone.seconds / row.seconds:.1f}×, {row.share:.0%}"
+                f"{_seconds(row)}, {single.seconds / row.seconds:.1f}×, {row.share:.0%}"
                 for row in others
             ]
-            lines.append([f"{name} × {frames}", _seconds(alone), *cells])
+            lines.append([f"{name} × {frames}", _seconds(single), *cells])
     return markdown(["", "one Mac", *heads], lines)
 
 

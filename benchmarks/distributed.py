@@ -1,12 +1,11 @@
-"""What two ranks are worth on one machine, over loopback: seconds of an evaluation, bytes sent.
+"""Measure two ranks on one machine, over loopback: seconds of an evaluation, bytes sent.
 
     python -m benchmarks.distributed --json benchmarks/results/distributed.json
 
-Each way of computing runs in processes of its own, by turns, and the best of all rounds counts: one
-process with one BLAS thread and with two, and two ranks with one each, by halves of guidance, by
-sequence, and with a prompt each, where seconds are those per video. The ranks are started as
-mlx.launch starts them, without its parent, which on Linux keeps a core busy. Takes eight minutes on
-two cores that nobody else uses.
+Each setup runs in processes of its own, in turn, and the best of all rounds counts: one process
+with one BLAS thread and with two; two ranks with one thread each, in CFG parallel, in sequence
+parallel, and with a prompt each (seconds per video). The ranks start as under mlx.launch, without
+its parent, which on Linux keeps a core busy. Takes eight minutes on two idle cores.
 """
 
 from __future__ import annotations
@@ -37,8 +36,8 @@ from mlx_sora.models.hooks import Hooks, Sharding, Unsharded
 from mlx_sora.models.stdit3 import STDiT3, STDiT3Config
 from tests.helpers.ranks import launch
 
-#: Name: ranks, BLAS threads of each, halves of guidance that they are in; 0 if they share nothing.
-WAYS = {
+#: Name: ranks, BLAS threads of each, CFG degree (0: each rank makes a video of its own).
+SETUPS = {
     "one process, one thread": (1, 1, 1),
     "one process, two threads": (1, 2, 1),
     "two ranks, guidance": (2, 1, 2),
@@ -50,7 +49,7 @@ TEXT = 60
 
 @dataclass(frozen=True)
 class Work:
-    """What is evaluated: a model at a size, so many times, of which the first only warms up."""
+    """A model at a size, evaluated `count` times. The first time warms up."""
 
     model: str
     size: Size
@@ -67,97 +66,97 @@ WORKS = {
 
 
 def network(model: str, blocks: int) -> STDiT3:
-    """The bundled transformer, or `blocks` pairs of blocks of the published width, not trained."""
+    """Return the bundled transformer, or `blocks` untrained block pairs of the published width."""
     if model == "shapes":
         return load_transformer(find_model("shapes"), mx.float32)
     mx.random.seed(0)
-    made = STDiT3(replace(STDiT3Config.xl_2(), depth=blocks))
-    mx.eval(made.parameters())
-    return made
+    transformer = STDiT3(replace(STDiT3Config.xl_2(), depth=blocks))
+    mx.eval(transformer.parameters())
+    return transformer
 
 
-def evaluations(net: STDiT3, work: Work, layout: Sharding) -> Iterator[Callable[[], mx.array]]:
-    """Evaluations of a guided batch, each to be made once."""
+def evaluations(net: STDiT3, work: Work, sharding: Sharding) -> Iterator[Callable[[], mx.array]]:
+    """Yield evaluations of a guided batch, to be called once each."""
     latent = plan_geometry(work.size, work.frames).latent
     z = mx.random.normal((2, *latent, net.config.in_channels), key=mx.random.key(1))
     text = mx.random.normal((TEXT, net.config.caption_channels), key=mx.random.key(2))
     conditions = net.prepare([text, net.null_text(TEXT)], latent, height=240, width=426, fps=24)
-    context = Hooks(sharding=layout)
+    hooks = Hooks(sharding=sharding)
     for i in range(work.count):
         t = mx.array([900.0 - i] * 2)
-        yield lambda t=t: net(z, t, conditions, None, context)
+        yield lambda t=t: net(z, t, conditions, None, hooks)
 
 
-def measure(name: str, blocks: int, halves: int) -> dict[str, Any]:
-    """In one rank: seconds of the fastest evaluation, bytes sent in each, and a sum to compare."""
+def measure(name: str, blocks: int, cfg_degree: int) -> dict[str, Any]:
+    """Measure on one rank: seconds of the fastest evaluation, bytes sent in each, mean output."""
     ranks, work = init_ranks(), WORKS[name]
     net = network(work.model, blocks)
-    mesh = SequenceParallel(ranks, halves) if ranks.size > 1 and halves else None
+    sharding = SequenceParallel(ranks, cfg_degree) if ranks.size > 1 and cfg_degree else None
     seconds, sent, out = [], 0, mx.zeros(1)
-    for evaluate in evaluations(net, work, mesh or Unsharded()):
+    for evaluate in evaluations(net, work, sharding or Unsharded()):
         ranks.broadcast_object(None)  # all begin at once
-        before, begun = ranks.sent_bytes, time.perf_counter()
+        before, start = ranks.sent_bytes, time.perf_counter()
         out = evaluate()
         mx.eval(out)
-        seconds.append(time.perf_counter() - begun)
+        seconds.append(time.perf_counter() - start)
         sent = ranks.sent_bytes - before
     grid = Grid.from_latent(net.config, plan_geometry(work.size, work.frames).latent, 2, TEXT)
     return {
-        "seconds": min(seconds[1:]) / (1 if halves else ranks.size),
+        "seconds": min(seconds[1:]) / (1 if cfg_degree else ranks.size),
         "sent": sent,
-        "foretold": 0 if mesh is None else sent_bytes(net.config, grid, mesh.plan),
+        "estimated": 0 if sharding is None else sent_bytes(net.config, grid, sharding.plan),
         "outcome": float(mx.abs(out).mean().item()),  # type: ignore[arg-type]
     }
 
 
-def run(work: str, blocks: int, way: str) -> dict[str, Any]:
-    """One way of computing, in processes of its own; the slowest rank and the most bytes count."""
-    ranks, threads, halves = WAYS[way]
-    words = ["-m", "benchmarks.distributed", "--work", work, "--halves", str(halves)]
-    made = launch(
+def run(work: str, blocks: int, setup: str) -> dict[str, Any]:
+    """Measure one setup in processes of its own. The slowest rank and the most bytes count."""
+    ranks, threads, cfg_degree = SETUPS[setup]
+    words = ["-m", "benchmarks.distributed", "--work", work, "--cfg-degree", str(cfg_degree)]
+    results = launch(
         ranks,
         [*words, "--blocks", str(blocks)],
         variables={"OPENBLAS_NUM_THREADS": str(threads)},
         timeout=1800,
     )
-    if any(each.returncode for each in made):
-        sys.exit(f"{way} failed:\n" + "\n".join(each.stderr for each in made))
-    told = [json.loads(each.stdout) for each in made]
-    slowest = max(told, key=lambda found: found["seconds"])
-    return slowest | {"sent": max(found["sent"] for found in told)}
+    if any(each.returncode for each in results):
+        sys.exit(f"{setup} failed:\n" + "\n".join(each.stderr for each in results))
+    found = [json.loads(each.stdout) for each in results]
+    slowest = max(found, key=lambda each: each["seconds"])
+    return slowest | {"sent": max(each["sent"] for each in found)}
 
 
 def compare(work: str, blocks: int, rounds: int) -> dict[str, Any]:
-    """All ways by turns; the best of each, and ratios to one process."""
+    """Measure all setups in turn; return the best of each, and its speed against one process."""
     found: dict[str, dict[str, Any]] = {}
     for _ in range(rounds):
-        for way in WAYS:
-            made = run(work, blocks, way)
-            if way not in found or made["seconds"] < found[way]["seconds"]:
-                found[way] = made
-            print(f"{work}, {way}: {made['seconds']:.3f} s", file=sys.stderr)
-    one, two = (found[way]["seconds"] for way in list(WAYS)[:2])
-    for made in found.values():
-        made["to one thread"] = round(one / made["seconds"], 3)
-        made["to two threads"] = round(two / made["seconds"], 3)
+        for setup in SETUPS:
+            result = run(work, blocks, setup)
+            if setup not in found or result["seconds"] < found[setup]["seconds"]:
+                found[setup] = result
+            print(f"{work}, {setup}: {result['seconds']:.3f} s", file=sys.stderr)
+    one, two = (found[setup]["seconds"] for setup in list(SETUPS)[:2])
+    for result in found.values():
+        result["to one thread"] = round(one / result["seconds"], 3)
+        result["to two threads"] = round(two / result["seconds"], 3)
     return found
 
 
 def table(found: dict[str, dict[str, Any]]) -> str:
-    """Of one work."""
+    """Return the table of one model and size."""
     rows = [
         [
-            way,
-            f"{made['seconds']:.3f}",
-            f"{made['to one thread']:.2f}",
-            f"{made['to two threads']:.2f}",
-            f"{made['sent'] / 1e6:.2f}",
-            f"{made['foretold'] / 1e6:.2f}",
+            setup,
+            f"{result['seconds']:.3f}",
+            f"{result['to one thread']:.2f}",
+            f"{result['to two threads']:.2f}",
+            f"{result['sent'] / 1e6:.2f}",
+            f"{result['estimated'] / 1e6:.2f}",
         ]
-        for way, made in found.items()
+        for setup, result in found.items()
     ]
     speed = ["seconds", "to one thread", "to two threads"]
-    return markdown(["evaluation", *speed, "MB sent", "foretold"], rows)
+    return markdown(["evaluation", *speed, "MB sent", "estimated"], rows)
 
 
 def main() -> None:
@@ -167,14 +166,14 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=2, help="block pairs of xl-2, default 2")
     parser.add_argument("--works", nargs="+", choices=WORKS, default=list(WORKS))
     parser.add_argument("--work", choices=WORKS, help=argparse.SUPPRESS)  # one rank of a run
-    parser.add_argument("--halves", type=int, default=1, help=argparse.SUPPRESS)
+    parser.add_argument("--cfg-degree", type=int, default=1, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.work is not None:
-        print(json.dumps(measure(args.work, args.blocks, args.halves)))
+        print(json.dumps(measure(args.work, args.blocks, args.cfg_degree)))
         return
     found = {work: compare(work, args.blocks, args.rounds) for work in args.works}
-    for work, ways in found.items():
-        print(f"\n{work}\n\n{table(ways)}")
+    for work, results in found.items():
+        print(f"\n{work}\n\n{table(results)}")
     write_json(args.json, {"blocks": args.blocks, "rounds": args.rounds, **found})
 
 
