@@ -1,4 +1,4 @@
-"""When one of several ranks goes wrong, all end with one line that says which and why."""
+"""If one of several ranks fails, all end, with one line that names the rank and the cause."""
 
 from __future__ import annotations
 
@@ -41,19 +41,19 @@ def test_one_line_names_the_rank_and_the_cause(
         timeout=150,
         linger=2 if fault == "stops" else 30,
     )
-    left = ranks[1] if fault.startswith("first-") else ranks[0]
+    survivor = ranks[1] if fault.startswith("first-") else ranks[0]
     errors = [each for rank in ranks for each in rank.stderr.splitlines() if "error:" in each]
-    assert left.returncode == code, left.stderr
+    assert survivor.returncode == code, survivor.stderr
     assert len(errors) == 1, errors
     assert errors[0].startswith(f"error: {line}")
     assert not (tmp_path / "a.png").exists()
-    # A process that is killed leaves its claim's empty file, which the next run takes over.
-    kept = {path.name for path in tmp_path.iterdir() if path.suffix != ".lock"}
-    begun = not fault.startswith("other")
-    assert kept == ({"a.png.checkpoint.safetensors"} if begun else set())
+    # A process that is killed leaves an empty lock file, which the next run takes over.
+    files = {path.name for path in tmp_path.iterdir() if path.suffix != ".lock"}
+    started = not fault.startswith("other")
+    assert files == ({"a.png.checkpoint.safetensors"} if started else set())
 
 
-def test_other_options_are_named(tmp_path: Path) -> None:
+def test_different_options_are_named(tmp_path: Path) -> None:
     program = (
         "import os; from mlx_sora import Pipeline, GenerationRequest\n"
         "steps = 4 + int(os.environ['MLX_RANK'])\n"
@@ -64,7 +64,7 @@ def test_other_options_are_named(tmp_path: Path) -> None:
         assert rank.stdout.startswith("Rank 1 has --steps 5, rank 0 has 4. Give all ranks"), rank
 
 
-def test_another_edit_is_named(tmp_path: Path) -> None:
+def test_different_edits_are_named(tmp_path: Path) -> None:
     save_frames(tmp_path / "a.png", np.full((1, 32, 32, 3), 90, np.uint8), 24, None, False)
     program = (
         "import os; from mlx_sora import Pipeline\n"
@@ -77,10 +77,10 @@ def test_another_edit_is_named(tmp_path: Path) -> None:
         assert rank.stdout.startswith("Rank 1 has source_prompt blue, rank 0 has red. Give"), rank
 
 
-def test_the_checkpoint_of_lost_ranks_is_taken_up_by_one_process(tmp_path: Path) -> None:
+def test_one_process_resumes_the_checkpoint_of_lost_ranks(tmp_path: Path) -> None:
     words = ["generate", *WORDS, "--checkpoint-every", "1", "--json-events"]
     launch(2, [str(FAULTY), "dies", *words], cwd=tmp_path, timeout=150)
-    alone = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-m", "mlx_sora", *words],
         cwd=tmp_path,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
@@ -88,7 +88,7 @@ def test_the_checkpoint_of_lost_ranks_is_taken_up_by_one_process(tmp_path: Path)
         text=True,
         check=False,
     )
-    assert alone.returncode == 0, alone.stderr
-    events = [json.loads(text) for text in alone.stdout.splitlines() if text.startswith("{")]
+    assert result.returncode == 0, result.stderr
+    events = [json.loads(text) for text in result.stdout.splitlines() if text.startswith("{")]
     steps = [event["step"] for event in events if event["event"] == "step_finished"]
     assert steps == [2, 3]

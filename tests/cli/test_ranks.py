@@ -1,4 +1,4 @@
-"""The command line on two ranks: one voice, one set of files, the exit code of one process."""
+"""The command line on two ranks: rank 0 alone prints and writes; all have one exit code."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def lines(text: str) -> list[str]:
 
 
 def test_mlx_launch_starts_one_video(tmp_path: Path) -> None:
-    """By MLX's own launcher. Only the first rank speaks and writes."""
+    """Under MLX's own launcher, only rank 0 prints and writes."""
     port = str(free_ports(1)[0])
     launcher = (str(Path(sys.executable).with_name("mlx.launch")), "-n", "2")
     words = (*GENERATE, "-p", "a red circle", "-o", "a.png", "--num-frames", "1")
@@ -42,13 +42,13 @@ def test_mlx_launch_starts_one_video(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where prompts were made on two ranks."""
+    """Folder of the videos of a prompt file."""
     return tmp_path_factory.mktemp("prompts")
 
 
 @pytest.fixture(scope="module")
-def made(folder: Path) -> list[subprocess.CompletedProcess[str]]:
-    """Four lines, the second of which goes to a folder that is not there."""
+def results(folder: Path) -> list[subprocess.CompletedProcess[str]]:
+    """Run four prompts on two ranks; the folder of the second does not exist."""
     texts = ('"a.png"', '"nowhere/a.png"', '"b_%02d.png", "num_frames": 17', '"c.png"')
     prompts = (f'{{"prompt": "a circle", "seed": 1, "output": {text}}}' for text in texts)
     (folder / "prompts.jsonl").write_text("\n".join(prompts))
@@ -56,10 +56,10 @@ def made(folder: Path) -> list[subprocess.CompletedProcess[str]]:
     return launch(2, [*GENERATE, *words], cwd=folder)
 
 
-def test_ranks_take_prompts_in_turn(
-    made: list[subprocess.CompletedProcess[str]], folder: Path
+def test_ranks_make_prompts_side_by_side(
+    results: list[subprocess.CompletedProcess[str]], folder: Path
 ) -> None:
-    assert made[0].stdout.split() == ["a.png", "b_%02d.png", "c.png"]
+    assert results[0].stdout.split() == ["a.png", "b_%02d.png", "c.png"]
     files = {file.name for file in folder.iterdir()} - {"prompts.jsonl"}
     frames = {f"b_{i:02d}.png" for i in range(17)}
     assert files == {"a.png", "a.json", "b.json", "c.png", "c.json", *frames}
@@ -67,16 +67,18 @@ def test_ranks_take_prompts_in_turn(
         assert read_metadata(folder / name)["parallel"] == {"ranks": 2, "mode": "prompts"}
 
 
-def test_what_fails_is_told_once_and_everywhere(
-    made: list[subprocess.CompletedProcess[str]],
+def test_a_failed_prompt_is_reported_once(
+    results: list[subprocess.CompletedProcess[str]],
 ) -> None:
-    assert [each.returncode for each in made] == [2, 2]
-    (error,) = lines(made[0].stderr)
+    assert [each.returncode for each in results] == [2, 2]
+    (error,) = lines(results[0].stderr)
     assert error.startswith("error: line 2: The folder nowhere does not exist.")
-    assert (made[1].stdout, made[1].stderr) == ("", "")
+    assert (results[1].stdout, results[1].stderr) == ("", "")
 
 
-def test_a_mistake_is_told_once(made: list[subprocess.CompletedProcess[str]], folder: Path) -> None:
+def test_a_usage_error_is_reported_once(
+    results: list[subprocess.CompletedProcess[str]], folder: Path
+) -> None:
     again = launch(2, [*GENERATE, "-p", "a circle", "-o", "a.png"], cwd=folder)
     assert [each.returncode for each in again] == [2, 2]
     assert lines(again[0].stderr) == [
@@ -85,7 +87,7 @@ def test_a_mistake_is_told_once(made: list[subprocess.CompletedProcess[str]], fo
     assert (again[1].stdout, again[1].stderr) == ("", "")
 
 
-def test_the_first_reads_standard_input_for_all(tmp_path: Path) -> None:
+def test_rank_0_reads_standard_input_for_all(tmp_path: Path) -> None:
     save_frames(tmp_path / "a.png", np.full((1, 32, 32, 3), 90, np.uint8), 24, None, False)
     edit = ("edit", "a.png", "--source-prompt", "a red circle", "-p", "-", "--sampler", "rflow")
     words = [*GENERATE[:2], *edit, *GENERATE[3:], "-o", "b.png"]
@@ -95,17 +97,17 @@ def test_the_first_reads_standard_input_for_all(tmp_path: Path) -> None:
     assert (settings["text"], settings["sampler"]) == ("from a pipe", "rflow")
 
 
-def test_an_edit_by_one_rank_needs_no_others(tmp_path: Path) -> None:
+def test_parallel_off_on_two_ranks_is_refused(tmp_path: Path) -> None:
     words = (*GENERATE[:2], "edit", "a.png", "--source-prompt", "a", "-p", "b")
-    told = launch(2, [*words, "--parallel", "off"], cwd=tmp_path)
-    assert [each.returncode for each in told] == [2, 2]
-    assert lines(told[0].stderr)[0].startswith("error: --parallel off leaves nothing")
+    ranks = launch(2, [*words, "--parallel", "off"], cwd=tmp_path)
+    assert [each.returncode for each in ranks] == [2, 2]
+    assert lines(ranks[0].stderr)[0].startswith("error: --parallel off leaves nothing")
 
 
-def test_a_command_for_one_process_says_so(folder: Path) -> None:
-    told = launch(2, ["-m", "mlx_sora", "info"], cwd=folder)
-    assert [each.returncode for each in told] == [2, 2]
-    assert lines(told[0].stderr) == [
+def test_a_command_for_one_process_is_refused(folder: Path) -> None:
+    ranks = launch(2, ["-m", "mlx_sora", "info"], cwd=folder)
+    assert [each.returncode for each in ranks] == [2, 2]
+    assert lines(ranks[0].stderr) == [
         "error: This command runs in one process, not in several: info. "
         "Start it without mlx.launch."
     ]

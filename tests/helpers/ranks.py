@@ -1,4 +1,4 @@
-"""Ranks over loopback: as mlx.launch starts them, without its parent, which keeps a core busy."""
+"""Start ranks over loopback as mlx.launch does, without its parent, which keeps a core busy."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on."""
+    """Return free ports."""
     sockets = [socket.socket() for _ in range(count)]
     try:
         for each in sockets:
@@ -36,10 +36,10 @@ def launch(
     variables: Mapping[str, str] | None = None,
     stdin: str = "",
 ) -> list[subprocess.CompletedProcess[str]]:
-    """Run `python WORDS` on so many ranks; what each came to, by rank.
+    """Run `python WORDS` on so many ranks; return the finished processes, by rank.
 
-    linger: seconds that others may go on after the first has ended; then they are killed. stdin:
-    what the first reads there; the others find nothing, as under mlx.launch.
+    linger: seconds that the others may run after rank 0 has ended; then they are killed. stdin: of
+    rank 0; the others have none, as under mlx.launch.
     """
     with tempfile.TemporaryDirectory() as folder:
         hosts = Path(folder) / "hosts.json"
@@ -60,21 +60,22 @@ def launch(
             )
             for rank in range(ranks)
         ]
-        told = []
+        outputs: list[tuple[str, str]] = []
         try:
             for each in running:
                 try:
-                    said = None if told else stdin
-                    told.append(each.communicate(said, timeout=linger if told else timeout))
+                    text = None if outputs else stdin
+                    limit = linger if outputs else timeout
+                    outputs.append(each.communicate(text, timeout=limit))
                 except subprocess.TimeoutExpired:
-                    if not told:
+                    if not outputs:
                         raise
                     each.kill()
-                    told.append(each.communicate())
+                    outputs.append(each.communicate())
         finally:
             for each in running:
                 each.kill()
     return [
-        subprocess.CompletedProcess(each.args, each.returncode, *said)
-        for each, said in zip(running, told, strict=True)
+        subprocess.CompletedProcess(each.args, each.returncode, *output)
+        for each, output in zip(running, outputs, strict=True)
     ]

@@ -29,51 +29,51 @@ def test_evaluations_on_ranks_match_one_process(ranks: int) -> None:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, Any]]]:
-    """What runs_on_ranks found, by rank."""
+    """Results of runs_on_ranks, by rank."""
     folder = tmp_path_factory.mktemp("shared")
     made = launch(2, ["-m", "tests.helpers.programs.runs_on_ranks", str(folder)])
     assert [each.returncode for each in made] == [0, 0], [each.stderr for each in made]
     return [json.loads(each.stdout) for each in made]
 
 
-@pytest.mark.parametrize("begun", ["begun by two", "begun by one"])
-def test_a_run_goes_on_with_another_number_of_ranks(
-    runs: list[dict[str, dict[str, Any]]], begun: str
+@pytest.mark.parametrize("case", ["started by two", "started by one"])
+def test_a_run_resumes_on_another_number_of_ranks(
+    runs: list[dict[str, dict[str, Any]]], case: str
 ) -> None:
-    case = runs[0][begun]
-    assert case["steps"] == 1
-    assert case["difference"] < TOLERANCE
+    found = runs[0][case]
+    assert found["steps"] == 1
+    assert found["difference"] < TOLERANCE
 
 
-def test_what_fails_on_one_rank_fails_on_all(runs: list[dict[str, dict[str, Any]]]) -> None:
-    told = [found["failing"]["message"] for found in runs]
-    assert told == ["rank 1: It went wrong. Mend it.", "It went wrong. Mend it."]
+def test_an_error_on_one_rank_is_raised_on_all(runs: list[dict[str, dict[str, Any]]]) -> None:
+    messages = [found["failing"]["message"] for found in runs]
+    assert messages == ["rank 1: It went wrong. Mend it.", "It went wrong. Mend it."]
 
 
-def test_what_the_first_rank_sees_decides(runs: list[dict[str, dict[str, Any]]]) -> None:
-    told = [found["of two minds"]["together"] for found in runs]
-    assert told[0] == told[1] == runs[0]["of two minds"]["alone"]
-    assert "leapt to the end" in str(told)
-    assert "; 0 saved" not in str(told)
+def test_rank_0_decides_for_all(runs: list[dict[str, dict[str, Any]]]) -> None:
+    notes = [found["rank 0 decides"]["shared"] for found in runs]
+    assert notes[0] == notes[1] == runs[0]["rank 0 decides"]["single"]
+    assert "leapt to the end" in str(notes)
+    assert "; 0 saved" not in str(notes)
 
 
-def test_a_video_made_together_is_that_of_one_process(
+def test_videos_on_two_ranks_match_one_process(
     runs: list[dict[str, dict[str, Any]]],
 ) -> None:
     for rank, everything in enumerate(runs):
-        found = {name: case for name, case in everything.items() if "done alike" in case}
+        found = {name: case for name, case in everything.items() if "notes equal" in case}
         assert len(found) == 13
         for name, case in found.items():
             assert case["difference"] < TOLERANCE, name
-            assert case["done alike"], name
-            # Bytes are rounded: the least difference may tip one. Only the first rank has any.
+            assert case["notes equal"], name
+            # Pixels are rounded, so a tiny difference may change one. Only rank 0 has frames.
             assert (case["frames"] is None) == (rank > 0), name
             assert (case["frames"] or 0) <= 1, name
             assert case["parallel"] == {"ranks": 2, "mode": name.rpartition(", ")[2]}
 
 
 @pytest.mark.parametrize("stride", [1, 2])
-def test_cuts_cover_everything_once_and_evenly(stride: int) -> None:
+def test_split_evenly_covers_all_once(stride: int) -> None:
     for total, parts in itertools.product(range(1, 20), range(1, 9)):
         runs = split_evenly(total, parts, stride)
         own = list(dict.fromkeys(runs))

@@ -25,8 +25,8 @@ from mlx_sora.utils.versions import versions
 heartbeat.Timeouts = functools.partial(heartbeat.Timeouts, 0.2, 8.0, 9.0)  # type: ignore[misc]
 
 
-def fault(kind: str) -> None:
-    """Go wrong."""
+def fail(kind: str) -> None:
+    """Fail in the way `kind` names."""
     if kind == "dies":
         os._exit(9)
     if kind == "hangs":
@@ -39,8 +39,8 @@ def fault(kind: str) -> None:
         raise KeyboardInterrupt
 
 
-def other(kind: str) -> None:
-    """Be another than the first rank is."""
+def differ(kind: str) -> None:
+    """Report another version or other weights than rank 0 has."""
     if kind == "other-version":
         real = versions()
         mlx_sora.pipeline.engine.versions = lambda: real | {"mlx": "0.1"}  # type: ignore[attr-defined]
@@ -48,21 +48,21 @@ def other(kind: str) -> None:
         mlx_sora.pipeline.engine.fingerprint = lambda model: "abc"  # type: ignore[attr-defined]
 
 
-def begin(kind: str) -> None:
+def install(kind: str) -> None:
     """Arrange for the fault."""
     finish_step = GenerationRun.finish_step
 
     def then(run: GenerationRun, step: Any, accelerations: Any) -> Iterator[Any]:
         yield from finish_step(run, step, accelerations)
         if step.step.index == 1:
-            fault(kind)
+            fail(kind)
 
     GenerationRun.finish_step = then  # type: ignore[method-assign]
-    other(kind)
+    differ(kind)
 
 
 if __name__ == "__main__":
     name = sys.argv[1]
     if launch_rank() == (0 if name.startswith("first-") else 1):
-        begin(name.removeprefix("first-"))
+        install(name.removeprefix("first-"))
     sys.exit(main(sys.argv[2:]))

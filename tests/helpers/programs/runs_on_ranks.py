@@ -1,7 +1,7 @@
-"""Run on every rank: videos of the bundled model made together, against the same made alone.
+"""Run on every rank: videos of the bundled model on two ranks, compared with the same on one.
 
-Writes a JSON object: case to the largest difference of the latents after any step, in standard
-deviations, whether the accelerations did alike, and how far the first rank's frames are apart.
+Writes a JSON object: for each case the largest difference of the latents after any step, in
+standard deviations, whether the notes are equal, and the largest difference of rank 0's frames.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from mlx_sora.video.output_path import checkpoint_path
 SMALL = {"prompt": "a red circle", "seed": 3, "steps": 4, "width": 32, "height": 32}
 SMALL |= {"num_frames": 17}
 
-#: What is asked for besides: every technique, and whatever changes what an evaluation looks like.
+#: Further options: every technique, and all that changes the shape of an evaluation.
 CASES: dict[str, dict[str, Any]] = {
     "two chunks and a half": {"num_frames": 40, "steps": 1},
     "no guidance": {"guidance": 1, "num_frames": 1},
@@ -49,28 +49,28 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 @dataclass(frozen=True)
-class Made:
-    """The latents after each step, and what came of them."""
+class Result:
+    """Latents after each step, notes and video of a run."""
 
     latents: list[np.ndarray]
-    done: list[str]
+    notes: list[str]
     video: Video
 
     @classmethod
-    def of(cls, run: Iterator[Event]) -> Made:
-        """All of a run."""
-        latents, done = [], []
-        for event in run:
+    def from_events(cls, events: Iterator[Event]) -> Result:
+        """Run to the end."""
+        latents, notes = [], []
+        for event in events:
             if isinstance(event, StepFinished):
                 latents.append(np.array(event.latents))
             if isinstance(event, Noted):
-                done.append(event.message)
+                notes.append(event.message)
             if isinstance(event, Finished):
-                return cls(latents, done, event.video)
+                return cls(latents, notes, event.video)
         raise AssertionError("a run ends with Finished")
 
 
-def begin(pipe: Pipeline, resume: Path | None = None, **options: object) -> Iterator[Event]:
+def stream(pipe: Pipeline, resume: Path | None = None, **options: object) -> Iterator[Event]:
     return pipe.stream(GenerationRequest.from_dict(SMALL | options), resume)
 
 
@@ -78,54 +78,54 @@ def difference(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.abs(a - b).max() / a.std())
 
 
-def compare(alone: Made, together: Made) -> dict[str, Any]:
-    pairs = zip(alone.latents, together.latents, strict=True)
-    one, other = alone.video.frames, together.video.frames
-    assert one is not None, "off leaves every rank to itself"
+def compare(single: Result, shared: Result) -> dict[str, Any]:
+    pairs = zip(single.latents, shared.latents, strict=True)
+    one, other = single.video.frames, shared.video.frames
+    assert one is not None, "with parallel=off every rank has the frames"
     return {
         "difference": max(difference(a, b) for a, b in pairs),
-        "done alike": alone.done == together.done,
+        "notes equal": single.notes == shared.notes,
         "frames": None if other is None else int(np.abs(one.astype(int) - other).max()),
-        "parallel": together.video.metadata["parallel"],
+        "parallel": shared.video.metadata["parallel"],
     }
 
 
-def resumed(pipe: Pipeline, folder: Path, *, first_together: bool) -> dict[str, Any]:
-    """A run that two ranks begin and one process ends, or the other way round."""
+def resume_elsewhere(pipe: Pipeline, folder: Path, *, two_first: bool) -> dict[str, Any]:
+    """Begin a run on two ranks and end it on one, or the other way round."""
     options = {"steps": 4, "step_cache": "every:2,warmup=2,order=1", "sampler": "ab2"}
-    whole = Made.of(begin(pipe, **options, parallel="off"))
-    modes = ("sequence", "off") if first_together else ("off", "sequence")
-    output, kept = folder / f"{first_together}.mp4", folder / f"{first_together}.kept"
+    expected = Result.from_events(stream(pipe, **options, parallel="off"))
+    modes = ("sequence", "off") if two_first else ("off", "sequence")
+    output, copy = folder / f"{two_first}.mp4", folder / f"{two_first}.copy"
     options |= {"checkpoint_every": 1}
-    if pipe.ranks.is_rank0 or first_together:
-        for event in begin(pipe, **options, output=str(output), parallel=modes[0]):
+    if pipe.ranks.is_rank0 or two_first:
+        for event in stream(pipe, **options, output=str(output), parallel=modes[0]):
             if isinstance(event, StepFinished) and event.step == 2 and pipe.ranks.is_rank0:
-                shutil.copy(checkpoint_path(output), kept)
+                shutil.copy(checkpoint_path(output), copy)
     pipe.ranks.broadcast_object(None)  # the file is written
-    if not pipe.ranks.is_rank0 and first_together:
+    if not pipe.ranks.is_rank0 and two_first:
         return {}
     frames = str(output.with_suffix("")) + "/"
-    made = Made.of(begin(pipe, kept, **options, output=frames, parallel=modes[1]))
-    last = difference(whole.latents[-1], made.latents[-1])
-    return {"steps": len(made.latents), "difference": last}
+    result = Result.from_events(stream(pipe, copy, **options, output=frames, parallel=modes[1]))
+    last = difference(expected.latents[-1], result.latents[-1])
+    return {"steps": len(result.latents), "difference": last}
 
 
-def of_two_minds(pipe: Pipeline) -> dict[str, Any]:
-    """What techniques that look at the video did, where the second rank sees it otherwise."""
+def rank0_decides(pipe: Pipeline) -> dict[str, Any]:
+    """Run techniques that measure the latents while rank 1 measures something else."""
     options = {"steps": 8, "lpl": "adaptive:patience=1,tolerance=0.001"}
     options |= {"step_cache": "online:warmup=2,threshold=0.2"}
-    alone = Made.of(begin(pipe, **options, parallel="off"))
+    single = Result.from_events(stream(pipe, **options, parallel="off"))
     seen = lpl.similarity, step_cache._size
     if not pipe.ranks.is_rank0:
         lpl.similarity = lambda v, previous, step: [float(step.index)]  # type: ignore[assignment]
         step_cache._size = lambda x: 1.0  # type: ignore[assignment]
-    together = Made.of(begin(pipe, **options, parallel="sequence"))
+    shared = Result.from_events(stream(pipe, **options, parallel="sequence"))
     lpl.similarity, step_cache._size = seen
-    return {"alone": alone.done, "together": together.done}
+    return {"single": single.notes, "shared": shared.notes}
 
 
 def failing(pipe: Pipeline) -> dict[str, Any]:
-    """What all ranks raise where the second fails."""
+    """Return the error that all ranks raise if rank 1 fails."""
     try:
         with pipe.ranks.collective_errors():
             if not pipe.ranks.is_rank0:
@@ -140,16 +140,18 @@ def main(folder: Path) -> None:
     Tokenizer.load = cache(Tokenizer.load)  # type: ignore[method-assign]
     pipe = Pipeline.from_pretrained("shapes")
     found = {
-        f"begun by {'two' if together else 'one'}": resumed(pipe, folder, first_together=together)
-        for together in (True, False)
+        f"started by {'two' if two_first else 'one'}": resume_elsewhere(
+            pipe, folder, two_first=two_first
+        )
+        for two_first in (True, False)
     }
     found["failing"] = failing(pipe)
-    found["of two minds"] = of_two_minds(pipe)
+    found["rank 0 decides"] = rank0_decides(pipe)
     for name, options in CASES.items():
-        alone = Made.of(begin(pipe, **options, parallel="off"))
+        single = Result.from_events(stream(pipe, **options, parallel="off"))
         for mode in ("sequence", *(["guidance"] if options.get("guidance") != 1 else [])):
-            together = Made.of(begin(pipe, **options, parallel=mode))
-            found[f"{name}, {mode}"] = compare(alone, together)
+            shared = Result.from_events(stream(pipe, **options, parallel=mode))
+            found[f"{name}, {mode}"] = compare(single, shared)
     sys.stdout.write(json.dumps(found))
 
 

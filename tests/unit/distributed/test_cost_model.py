@@ -1,4 +1,4 @@
-"""What a step is foretold to take on several machines follows from work, bytes and hops."""
+"""The estimate of a step on several machines follows from work, bytes and messages."""
 
 from __future__ import annotations
 
@@ -29,28 +29,28 @@ def model() -> ModelSizes:
     return sizes_from_configs(2)
 
 
-def job(frames: int = 51, guided: bool = True) -> Workload:
+def workload(frames: int = 51, guided: bool = True) -> Workload:
     return Workload(plan_geometry(Size(426, 240), frames), 60, 30, guided=guided)
 
 
-def test_without_cost_of_exchange_work_is_divided(model: ModelSizes) -> None:
-    alone = estimate_step(model, job(), CHIP, FREE, 1)[0]
-    assert alone.exchange_seconds == alone.sent_bytes == 0
-    two = estimate_step(model, job(), CHIP, FREE, 2)
+def test_free_exchange_divides_the_time(model: ModelSizes) -> None:
+    single = estimate_step(model, workload(), CHIP, FREE, 1)[0]
+    assert single.exchange_seconds == single.sent_bytes == 0
+    two = estimate_step(model, workload(), CHIP, FREE, 2)
     assert [way.parallel_plan.cfg_degree for way in two] == [2, 1], (
         "15 frames do not divide evenly by two"
     )
-    assert two[0].seconds == pytest.approx(alone.seconds / 2)
-    # 15 latent frames in 8 and 7; places are even.
-    assert two[1].seconds == pytest.approx(alone.seconds * (8 / 15 + 1 / 2) / 2, rel=0.01)
+    assert two[0].seconds == pytest.approx(single.seconds / 2)
+    # 15 latent frames in 8 and 7; the tokens divide evenly.
+    assert two[1].seconds == pytest.approx(single.seconds * (8 / 15 + 1 / 2) / 2, rel=0.01)
 
 
-def test_the_formula_in_the_docstring(model: ModelSizes) -> None:
+def test_exchange_takes_bytes_and_latency(model: ModelSizes) -> None:
     link = Link("slow", 1e8, 0.01)
-    halves, frames = estimate_step(model, job(), CHIP, link, 2)
+    halves, frames = estimate_step(model, workload(), CHIP, link, 2)
     assert halves.parallel_plan.cfg_degree == 2
     assert halves.exchange_seconds == pytest.approx(halves.sent_bytes / 1e8 + 0.01)
-    # Two swaps per pair of blocks but for the last, and what comes out.
+    # Two exchanges per block pair except the last, which has one, and the gather of the output.
     assert frames.exchange_seconds == pytest.approx(
         frames.sent_bytes / 1e8 + (2 * 28 - 1 + 1) * 0.01
     )
@@ -58,19 +58,21 @@ def test_the_formula_in_the_docstring(model: ModelSizes) -> None:
     assert frames.sent_bytes > 100 * halves.sent_bytes
 
 
-def test_without_guidance_only_frames_and_places_can_be_divided(model: ModelSizes) -> None:
-    ways = estimate_step(model, job(guided=False), CHIP, LINKS[0], 4)
+def test_without_guidance_only_sequence_remains(model: ModelSizes) -> None:
+    ways = estimate_step(model, workload(guided=False), CHIP, LINKS[0], 4)
     assert [way.parallel_plan.cfg_degree for way in ways] == [1]
 
 
-def test_weights_are_read_by_every_rank(model: ModelSizes) -> None:
+def test_every_rank_reads_all_weights(model: ModelSizes) -> None:
     slow = Chip("slow memory", math.inf, 1e9)
-    alone, both = (estimate_step(model, job(), slow, FREE, ranks)[0].seconds for ranks in (1, 2))
+    single, two = (
+        estimate_step(model, workload(), slow, FREE, ranks)[0].seconds for ranks in (1, 2)
+    )
     weights = model.transformer_weights.total / 1e9
-    assert both - weights == pytest.approx((alone - weights) / 2)
+    assert two - weights == pytest.approx((single - weights) / 2)
 
 
-def test_links_and_chips_by_name_or_measured() -> None:
+def test_links_and_chips_are_parsed_by_name_or_measurement() -> None:
     assert [parse_link(link.name.upper()) for link in LINKS] == list(LINKS)
     assert parse_link("250MB/s,1.5ms") == Link("250MB/s,1.5ms", 2.5e8, 1.5e-3)
     assert parse_chip("M4-Max") == chips()["m4-max"]

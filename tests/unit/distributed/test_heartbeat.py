@@ -1,4 +1,4 @@
-"""Ranks that die, hang, stop or fail are named to all others, and only they."""
+"""All ranks learn which one died, hung, stopped or failed, and no other is blamed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mlx_sora.errors import MlxSoraError
 CHILD = (sys.executable, "-m", "tests.helpers.programs.heartbeat_rank")
 
 
-def together(folder: Path, behaviours: list[str]) -> list[tuple[int, dict[str, object] | None]]:
+def run_ranks(folder: Path, behaviours: list[str]) -> list[tuple[int, dict[str, object] | None]]:
     """Exit code of each rank, and the failure that it reported."""
     ranks = [
         subprocess.Popen(
@@ -54,7 +54,7 @@ def together(folder: Path, behaviours: list[str]) -> list[tuple[int, dict[str, o
 )
 def test_all_ranks_name_the_culprit(tmp_path: Path, behaviours: list[str], cause: str) -> None:
     culprit = next(rank for rank, each in enumerate(behaviours) if each != "waits")
-    for rank, (code, failure) in enumerate(together(tmp_path, behaviours)):
+    for rank, (code, failure) in enumerate(run_ranks(tmp_path, behaviours)):
         if rank != culprit:
             assert failure is not None
             assert (failure["rank"], failure["cause"]) == (culprit, cause)
@@ -62,7 +62,7 @@ def test_all_ranks_name_the_culprit(tmp_path: Path, behaviours: list[str], cause
 
 
 def test_slow_and_finished_ranks_are_no_failures(tmp_path: Path) -> None:
-    found = together(tmp_path, ["waits", "computes", "ends"])
+    found = run_ranks(tmp_path, ["waits", "computes", "ends"])
     assert found == [(0, None)] * 3
 
 
