@@ -27,8 +27,8 @@ from benchmarks.common import RESULTS, write_json
 from benchmarks.ondevice import EXACT, Made, Row, Tally, add, make, show, table
 from benchmarks.shapes import world
 from mlx_sora import GenerationRequest, Pipeline
-from mlx_sora.accel import ACCELERATIONS
 from mlx_sora.models.stdit3 import STDiT3Block
+from mlx_sora.request.generation import technique_names
 from mlx_sora.request.presets import PRESETS
 from mlx_sora.request.techniques import OFF
 from mlx_sora.sampling import loop
@@ -72,7 +72,7 @@ def rows() -> dict[str, dict[str, Any]]:
 
 def _short(values: Mapping[str, Any]) -> dict[str, Any]:
     """Of a preset, the techniques that are on: what else it says does not change the video."""
-    return {k: v for k, v in values.items() if k in ACCELERATIONS and v != OFF}
+    return {k: v for k, v in values.items() if k in technique_names() and v != OFF}
 
 
 def _name(options: Mapping[str, Any]) -> str:

@@ -1,39 +1,25 @@
-"""Accelerations: techniques that a request names, composed for one run.
+"""Accelerations: the techniques of one run, made from their configs and composed.
 
-A new technique is one file here that fills a seam, its config in `mlx_sora.request.techniques`, its
-field in `mlx_sora.request.generation`, and one line in ACCELERATIONS.
+A new technique is one file here that fills a seam, its config in `mlx_sora.request.techniques`, and
+its field in `mlx_sora.request.generation`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from pkgutil import resolve_name
 from typing import Any
 
 import mlx.core as mx
 
 from mlx_sora.accel.base import Acceleration, ScheduleInfo
-from mlx_sora.accel.guidance_cache import UncondCache
-from mlx_sora.accel.guidance_interval import IntervalGuidance
-from mlx_sora.accel.lpl import make_leap
-from mlx_sora.accel.step_cache import ResidualCache
-from mlx_sora.accel.tdtm import MergedSteps
 from mlx_sora.models.hooks import BlockProvider, BlockStackCache, Hooks
 from mlx_sora.models.stdit3 import BlockPair
 from mlx_sora.request.techniques import OFF, TechniqueConfig
 from mlx_sora.sampling.base import LeapPolicy, State, Step
 from mlx_sora.sampling.guidance import CFGPredictions, CFGSlice, GuidancePolicy
 from mlx_sora.sampling.loop import StepResult
-
-#: Field of the request, and what makes the technique from its config. A technique sees which steps
-#: those before it leave out.
-ACCELERATIONS: dict[str, Callable[[Any, ScheduleInfo], Acceleration]] = {
-    "lpl": make_leap,
-    "tdtm": MergedSteps,
-    "step_cache": ResidualCache,
-    "guidance_interval": IntervalGuidance,
-    "guidance_cache": UncondCache,
-}
 
 
 class Accelerations:
@@ -42,14 +28,16 @@ class Accelerations:
     def __init__(
         self, configs: Mapping[str, TechniqueConfig | None], schedule: ScheduleInfo
     ) -> None:
-        """configs: by field of the request; None and "off" leave the technique out."""
+        """Make the techniques in the order of `configs`; each sees what those before leave out.
+
+        configs: by option; None and mode "off" leave a technique out.
+        """
         self._configs, self._schedule = dict(configs), schedule
         self._active: dict[str, Acceleration] = {}
-        for name, make in ACCELERATIONS.items():
-            config = configs.get(name)
+        for name, config in configs.items():
             if config is None or config.mode == OFF:
                 continue
-            technique = self._active[name] = make(config, schedule)
+            technique = self._active[name] = resolve_name(config.ACCELERATION)(config, schedule)
             schedule = replace(
                 schedule,
                 skipped_steps=schedule.skipped_steps | technique.skipped_steps,

@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from mlx_sora.accel import ACCELERATIONS
 from mlx_sora.conditioning.clips import Clips
 from mlx_sora.conditioning.media import Media, plan_media
 from mlx_sora.errors import UsageError
@@ -25,7 +24,7 @@ from mlx_sora.geometry import (
 )
 from mlx_sora.loading.model_folder import ModelFolder
 from mlx_sora.memory.profiles import parse_bytes, profile_budget
-from mlx_sora.request.generation import GenerationRequest
+from mlx_sora.request.generation import GenerationRequest, technique_names
 from mlx_sora.request.techniques import OFF, TechniqueConfig
 from mlx_sora.text.cleaning import preprocess
 from mlx_sora.text.prompt import Prompt, Scores, prepare_prompt
@@ -138,7 +137,7 @@ def resolve(request: GenerationRequest, model: ModelFolder) -> ResolvedRequest:
         aesthetic=scores.aesthetic,
         motion=scores.motion,
         camera=scores.camera,
-        accelerations={name: getattr(request, name) for name in ACCELERATIONS},
+        accelerations={name: getattr(request, name) for name in technique_names()},
         memory_budget=_resolve_budget(request),
         vae_tiles=_resolve_tiles(request, geometry),
         warnings=tuple(warnings),

@@ -414,8 +414,12 @@ def label(name: str) -> str:
     return options()[name].label
 
 
+def technique_names() -> list[str]:
+    """Return the options that configure a technique."""
+    accelerations = [name for name, spec in options().items() if spec.group == "acceleration"]
+    return [name for name in accelerations if name != "preset"]
+
+
 def preset_values(name: str) -> dict[str, Any]:
     """Return the options that preset `name` decides: its own, and every other technique as off."""
-    accelerations = [n for n, spec in options().items() if spec.group == "acceleration"]
-    off = {technique: OFF for technique in accelerations if technique != "preset"}
-    return off | dict(PRESETS[name].values)
+    return dict.fromkeys(technique_names(), OFF) | dict(PRESETS[name].values)

@@ -60,12 +60,15 @@ class Parameter:
 class TechniqueConfig:
     """One technique with all its values.
 
+    MODES: names of its modes. ACCELERATION: module and name of what makes the Acceleration from a
+    config and a ScheduleInfo; as text, so that a config does not load MLX.
     mode: one of MODES; without it, the first mode that has all the values given. After
     construction every value of the mode is set, and the values of other modes are None.
     Raises UsageError for values out of range or of different modes. A config equals its text.
     """
 
     MODES: ClassVar[tuple[str, ...]]
+    ACCELERATION: ClassVar[str]
 
     mode: str | None = None
 
@@ -226,6 +229,7 @@ class Lpl(TechniqueConfig):
     """
 
     MODES = (OFF, "fixed", "t", "adaptive", "reference")
+    ACCELERATION = "mlx_sora.accel.lpl:make_leap"
 
     after: int = integer({"fixed": None}, 0, MAX_STEPS, spelling="steps")
     time: float = real({"t": None}, 0, 1000)
@@ -239,6 +243,7 @@ class Tdtm(TechniqueConfig):
     """Token merging in the first `steps` steps; without a number, in all steps."""
 
     MODES = (OFF, "all", "")
+    ACCELERATION = "mlx_sora.accel.tdtm:MergedSteps"
 
     steps: int = integer({"": None}, 1, MAX_STEPS)
 
@@ -254,6 +259,7 @@ class StepCache(TechniqueConfig):
     """
 
     MODES = (OFF, "every", "table", "online")
+    ACCELERATION = "mlx_sora.accel.step_cache:ResidualCache"
 
     each: int = integer({"every": None}, 1, MAX_STEPS)
     computed: int = integer({"table": None}, 1, MAX_STEPS)
@@ -268,6 +274,7 @@ class GuidanceInterval(TechniqueConfig):
     """Guidance only in steps that start at a flow time from `low` to `high`."""
 
     MODES = (OFF, "")
+    ACCELERATION = "mlx_sora.accel.guidance_interval:IntervalGuidance"
 
     low: float = real({"": None}, 0, 1000)
     high: float = real({"": None}, 0, 1000)
@@ -286,6 +293,7 @@ class GuidanceCache(TechniqueConfig):
     """
 
     MODES = (OFF, "every")
+    ACCELERATION = "mlx_sora.accel.guidance_cache:UncondCache"
 
     each: int = integer({"every": None}, 1, MAX_STEPS)
     after: float = real({"every": 0.333}, 0, 1)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from mlx_sora import GenerationRequest, Pipeline
-from mlx_sora.accel import ACCELERATIONS
+from mlx_sora.request.generation import technique_names
 from mlx_sora.runtime.events import Finished, StageStarted, StepFinished
 from mlx_sora.video.output_path import checkpoint_path
 
@@ -64,6 +64,6 @@ def check_resumes(
             assert len(rest.record["resumed"]) == 1
             for name in ("settings", "warnings"):
                 assert rest.record[name] == whole.record[name]
-            for name in ACCELERATIONS.keys() & whole.record["accelerations"].keys():
+            for name in set(technique_names()) & whole.record["accelerations"].keys():
                 assert rest.record["accelerations"][name] == whole.record["accelerations"][name]
     return whole

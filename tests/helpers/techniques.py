@@ -6,10 +6,11 @@ from collections.abc import Mapping
 
 from mlx_sora.accel import Accelerations
 from mlx_sora.accel.base import ScheduleInfo
-from mlx_sora.request.generation import options
+from mlx_sora.request.generation import options, technique_names
 
 
 def make_accelerations(modes: Mapping[str, object], schedule: ScheduleInfo) -> Accelerations:
     """Return the techniques of `modes`, text by field of the request."""
-    configs = {name: options()[name].parse(mode) for name, mode in modes.items()}
+    names = (name for name in technique_names() if name in modes)
+    configs = {name: options()[name].parse(modes[name]) for name in names}
     return Accelerations(configs, schedule)

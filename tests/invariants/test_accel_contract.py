@@ -13,8 +13,7 @@ import numpy as np
 import pytest
 
 from mlx_sora import GenerationRequest, Lpl, Pipeline, Tdtm, Video
-from mlx_sora.accel import ACCELERATIONS
-from mlx_sora.request.generation import options
+from mlx_sora.request.generation import options, technique_names
 from mlx_sora.request.techniques import OFF
 from mlx_sora.runtime.events import Event, Finished, Noted, StageFinished, StepFinished
 from mlx_sora.video.metadata import read_metadata, replay_options
@@ -65,20 +64,21 @@ def video(run: list[Event]) -> Video:
 
 
 def test_every_technique_is_tested() -> None:
-    assert EXAMPLES.keys() == ACCELERATIONS.keys()
+    assert EXAMPLES.keys() == set(technique_names())
 
 
-@pytest.mark.parametrize("name", ACCELERATIONS)
+@pytest.mark.parametrize("name", technique_names())
 def test_off_is_exact_bit_for_bit(pipe: Pipeline, exact: list[bytes], name: str) -> None:
     assert latents(pipe, **{name: OFF}) == exact
 
 
 def test_off_is_recorded_as_off(pipe: Pipeline) -> None:
-    plain, off = video(finished(pipe)), video(finished(pipe, **dict.fromkeys(ACCELERATIONS, OFF)))
+    all_off = dict.fromkeys(technique_names(), OFF)
+    plain, off = video(finished(pipe)), video(finished(pipe, **all_off))
     assert np.array_equal(plain.frames, off.frames)
     for made in (plain, off):
         assert made.metadata["accelerations"] == {}
-        assert all(made.metadata["settings"][name] == OFF for name in ACCELERATIONS)
+        assert all(made.metadata["settings"][name] == OFF for name in technique_names())
 
 
 @pytest.mark.parametrize(("name", "mode"), EACH)
@@ -113,7 +113,7 @@ def test_all_together_go_on_with_the_same_account(pipe: Pipeline, tmp_path: Path
     modes |= {"lpl": "adaptive:patience=2,tolerance=2", "sampler": "ab2"}
     more = {"steps": 7, "sequential_guidance": True, "ci_dl": True}
     whole = check_resumes(pipe, tmp_path, {**SMALL, **modes, **more}, after=(1, 3, 6), decode=True)
-    assert whole.record["accelerations"].keys() >= ACCELERATIONS.keys()
+    assert whole.record["accelerations"].keys() >= set(technique_names())
     assert whole.record["accelerations"]["lpl"]["leapt"]
     assert len(whole.latents) == 6
 

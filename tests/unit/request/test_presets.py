@@ -7,10 +7,9 @@ from dataclasses import fields
 import pytest
 
 from mlx_sora import GenerationRequest, Pipeline
-from mlx_sora.accel import ACCELERATIONS
 from mlx_sora.cli.flags import build_requests
 from mlx_sora.errors import UsageError
-from mlx_sora.request.generation import options, preset_values
+from mlx_sora.request.generation import options, preset_values, technique_names
 from mlx_sora.request.presets import PRESETS
 from mlx_sora.request.techniques import OFF
 
@@ -24,13 +23,13 @@ def test_presets_are_these() -> None:
 @pytest.mark.parametrize("name", PRESETS)
 def test_preset_decides_every_technique(name: str) -> None:
     values = preset_values(name)
-    assert set(ACCELERATIONS) <= set(values) <= {f.name for f in fields(GenerationRequest)}
+    assert set(technique_names()) <= set(values) <= {f.name for f in fields(GenerationRequest)}
     request = GenerationRequest("a", preset=name).with_preset()
     assert {key: getattr(request, key) for key in values} == {
-        key: options()[key].parse(value) if key in ACCELERATIONS else value
+        key: options()[key].parse(value) if key in technique_names() else value
         for key, value in values.items()
     }
-    approximate = {key for key in ACCELERATIONS if values[key] != OFF}
+    approximate = {key for key in technique_names() if values[key] != OFF}
     assert bool(approximate) == (name in ("balanced", "fast"))
     # Nothing of one model and size only: a preset is for all of them.
     assert not any(str(value).startswith("table") for value in values.values())
@@ -38,7 +37,7 @@ def test_preset_decides_every_technique(name: str) -> None:
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_preset_keeps_given_options(name: str) -> None:
-    given = dict.fromkeys(ACCELERATIONS, OFF) | {"lpl": "fixed:2"}
+    given = dict.fromkeys(technique_names(), OFF) | {"lpl": "fixed:2"}
     request = GenerationRequest("a", preset=name, **given).with_preset()  # type: ignore[arg-type]
     assert {key: getattr(request, key) for key in given} == given
 
@@ -75,6 +74,6 @@ def test_new_preset_replaces_the_options_of_a_recorded_one() -> None:
     exact = build_requests({"preset": "exact"}, recorded)[0].with_preset()
     assert exact.preset == "exact"
     assert exact.motion == 3
-    assert all(getattr(exact, name) == OFF for name in ACCELERATIONS)
+    assert all(getattr(exact, name) == OFF for name in technique_names())
     mixed = build_requests({"preset": "exact", "lpl": "fixed:3"}, recorded)[0]
     assert mixed.with_preset().lpl == "fixed:3"
