@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from benchmarks.common import RESULTS, markdown, write_json
-from mlx_sora.distributed.cost_model import LINKS, Chip, estimate_step, parse_chip
+from mlx_sora.distributed.cost_model import LINKS, Chip, Cluster, estimate_step, parse_chip
 from mlx_sora.geometry import Size, plan_geometry
 from mlx_sora.memory.estimate import sizes_from_configs
 from mlx_sora.memory.plan import ModelSizes, Workload
@@ -46,7 +46,7 @@ def rows(model: ModelSizes, chip: Chip) -> list[Row]:
             workload = Workload(plan_geometry(size, frames), TOKENS, 1)
             for link in LINKS:
                 for ranks in (1, *RANKS) if link == LINKS[0] else RANKS:
-                    best = estimate_step(model, workload, chip, link, ranks)[0]
+                    best = estimate_step(model, workload, Cluster(ranks, chip, link))[0]
                     row = (name, frames, link.name, ranks, best.parallel_plan.mode)
                     table.append(Row(*row, best.seconds, best.exchange_share, best.sent_bytes))
     return table

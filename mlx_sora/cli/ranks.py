@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from mlx_sora.cli.flags import Parser
@@ -13,7 +13,7 @@ from mlx_sora.errors import UsageError
 from mlx_sora.request.generation import GenerationRequest
 
 if TYPE_CHECKING:
-    from mlx_sora.distributed.cost_model import Chip, Link, StepEstimate
+    from mlx_sora.distributed.cost_model import Cluster, StepEstimate
     from mlx_sora.distributed.group import Ranks
     from mlx_sora.pipeline.pipeline import Pipeline
 
@@ -58,15 +58,6 @@ def broadcast_request(ranks: Ranks, kind: type[T], read: Callable[[], T]) -> T:
     return kind.from_dict(values) if request is None else request
 
 
-@dataclass(frozen=True)
-class Cluster:
-    """Equal machines to estimate for."""
-
-    ranks: int
-    link: Link
-    chip: Chip
-
-
 def add_cluster_flags(parser: Parser) -> None:
     """Add the flags of `--dry-run` for several machines."""
     group = parser.add_argument_group("several machines, with --dry-run")
@@ -102,11 +93,10 @@ def read_cluster(args: argparse.Namespace) -> Cluster | None:
         raise UsageError("--link and --chip need --ranks.", f"Give --ranks 1 to {MAX_RANKS}.")
     if not 1 <= args.ranks <= MAX_RANKS:
         raise UsageError(f"--ranks {args.ranks} is out of range.", f"Give 1 to {MAX_RANKS}.")
-    from mlx_sora.distributed.cost_model import parse_chip, parse_link
+    from mlx_sora.distributed.cost_model import Cluster, parse_chip, parse_link
 
-    return Cluster(
-        args.ranks, parse_link(args.link or "thunderbolt5"), parse_chip(args.chip or "m4-max")
-    )
+    chip, link = parse_chip(args.chip or "m4-max"), parse_link(args.link or "thunderbolt5")
+    return Cluster(args.ranks, chip, link)
 
 
 def show_estimates(
@@ -137,10 +127,8 @@ def estimate_on_cluster(
     evaluations = run.workload.evaluations // run.settings.steps
     return [
         estimate
-        for ranks in (1, cluster.ranks)
-        for estimate in estimate_step(
-            sizes, run.workload, cluster.chip, cluster.link, ranks, evaluations
-        )
+        for machines in (replace(cluster, ranks=1), cluster)
+        for estimate in estimate_step(sizes, run.workload, machines, evaluations)
     ]
 
 

@@ -57,6 +57,15 @@ class Chip:
 
 
 @dataclass(frozen=True)
+class Cluster:
+    """Equal machines, one rank each, and the link between them."""
+
+    ranks: int
+    chip: Chip
+    link: Link
+
+
+@dataclass(frozen=True)
 class StepEstimate:
     """Estimate of a step. sent_bytes: by each rank."""
 
@@ -124,45 +133,35 @@ _MODE = ExecutionMode(gpu=True, throttled=False, itemsize=2)
 
 
 def estimate_step(
-    model: ModelSizes,
-    workload: Workload,
-    chip: Chip,
-    link: Link,
-    ranks: int,
-    evaluations: int = 1,
+    model: ModelSizes, workload: Workload, cluster: Cluster, evaluations: int = 1
 ) -> list[StepEstimate]:
-    """Return estimates of a step on `ranks`, one for each way to split it, fastest first.
+    """Return estimates of a step, one for each way to split it, fastest first.
 
     No accelerations. Embedders and the final layer, below 1 %, count as split too; all blocks are
     resident. evaluations: of the network in a step.
     """
+    ranks = cluster.ranks
     modes = ("sequence", "auto") if ranks > 1 else ("auto",)
     plans = dict.fromkeys(choose_parallel(mode, ranks, guided=workload.guided) for mode in modes)
-    estimates = [_estimate(model, workload, chip, link, plan, evaluations) for plan in plans]
+    estimates = [_estimate(model, workload, cluster, plan, evaluations) for plan in plans]
     return sorted(estimates, key=lambda estimate: estimate.seconds)
 
 
 def _estimate(
-    model: ModelSizes,
-    workload: Workload,
-    chip: Chip,
-    link: Link,
-    plan: ParallelPlan,
-    evaluations: int,
+    model: ModelSizes, workload: Workload, cluster: Cluster, plan: ParallelPlan, evaluations: int
 ) -> StepEstimate:
-    config, batch = model.transformer, 2 if workload.guided else 1
+    config, chip, link = model.transformer, cluster.chip, cluster.link
+    batch = 2 if workload.guided else 1
     grid = Grid.from_latent(config, workload.geometry.latent, batch, workload.text_tokens)
     share = _largest_share(grid, plan)
     activation_bytes = transformer_activations(config, grid, _MODE) * 2 * config.depth
-    compute_seconds = max(
+    compute = max(
         share * flops.transformer_flops(config, grid) / chip.flops,
         (model.transformer_weights.total + share * activation_bytes) / chip.bandwidth,
     )
-    sent, messages = sent_bytes(config, grid, plan), sent_messages(config, grid, plan)
-    exchange_seconds = sent / link.bandwidth + messages * link.latency
-    return StepEstimate(
-        plan, compute_seconds * evaluations, exchange_seconds * evaluations, sent * evaluations
-    )
+    sent = sent_bytes(config, grid, plan)
+    exchange = sent / link.bandwidth + sent_messages(config, grid, plan) * link.latency
+    return StepEstimate(plan, compute * evaluations, exchange * evaluations, sent * evaluations)
 
 
 def _largest_share(grid: Grid, plan: ParallelPlan) -> float:

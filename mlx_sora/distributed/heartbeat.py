@@ -34,11 +34,10 @@ AllGatherBytes = Callable[[bytes], Sequence[bytes]]
 
 @dataclass(frozen=True)
 class Timeouts:
-    """Timeouts in seconds.
+    """Timeouts in seconds. interval: between heartbeats. connect: for all to find rank 0.
 
-    interval: between heartbeats. silence: a rank is lost after so long without one. idle: a rank
-    that others wait for hangs after so long without processor time. connect: for all to find rank
-    0.
+    silence: a rank is lost after so long without a heartbeat. idle: a rank that others wait for
+    hangs after so long without processor time.
     """
 
     interval: float = 1.0
@@ -142,11 +141,7 @@ class Heartbeat:
             connection.socket.close()
 
     def _state(self, cpu_seconds: float) -> dict[str, Any]:
-        return {
-            "collectives": self._collectives,
-            "ticks": self._ticks,
-            "cpu_seconds": cpu_seconds,
-        }
+        return {"collectives": self._collectives, "ticks": self._ticks, "cpu_seconds": cpu_seconds}
 
     def _run(self) -> None:
         """Receive, send and check until the run is over."""

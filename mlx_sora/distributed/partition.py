@@ -65,16 +65,10 @@ class ParallelPlan:
 
 
 def choose_parallel(mode: str, ranks: int, *, guided: bool) -> ParallelPlan:
-    """Return the plan by which `ranks` make one video.
+    """Return the plan by which `ranks` make one video. mode: a value of --parallel.
 
     auto prefers guidance, which needs next to no exchange, and splits each half by sequence.
-
-    Args:
-        mode: a value of --parallel.
-        guided: the video uses CFG.
-
-    Raises:
-        UsageError: the mode does not fit the ranks or the video.
+    Raises UsageError if the mode does not fit the ranks or the video.
     """
     if mode == "off":
         return ParallelPlan(1)
@@ -126,10 +120,8 @@ def sent_bytes(
     r ranks costs (r - 1) n, with shards padded to the longest. Of two neighbours each sends half of
     its shard.
 
-    Args:
-        stride: multiple of frames at which a shard may end.
-        itemsize: bytes of a number of the network.
-        gather_hidden: gather the hidden states, for a step cache, not the patches made of them.
+    stride: multiple of frames at which a shard may end. itemsize: bytes of a number of the network.
+    gather_hidden: gather the hidden states, for a step cache, not the patches made of them.
     """
     plan = plan.for_batch(grid.batch)
     rows, channels = grid.batch // plan.cfg_degree, config.hidden_size

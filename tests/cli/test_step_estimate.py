@@ -9,8 +9,8 @@ import pytest
 
 from mlx_sora import GenerationRequest, Pipeline
 from mlx_sora.cli.main import build_parser, main
-from mlx_sora.cli.ranks import Cluster, estimate_on_cluster
-from mlx_sora.distributed.cost_model import LINKS, Chip, chips
+from mlx_sora.cli.ranks import estimate_on_cluster
+from mlx_sora.distributed.cost_model import LINKS, Chip, Cluster, chips
 
 WORDS = ["generate", "-p", "a cat", "--model", "shapes", "--seed", "1", "--dry-run"]
 
@@ -39,7 +39,7 @@ def test_estimates_as_json_use_measured_figures(capsys: pytest.CaptureFixture[st
 
 def test_quantized_weights_shorten_the_step() -> None:
     pipeline = Pipeline.from_pretrained("shapes")
-    cluster = Cluster(2, LINKS[0], Chip("slow memory", float("inf"), 1e9))
+    cluster = Cluster(2, Chip("slow memory", float("inf"), 1e9), LINKS[0])
     request = GenerationRequest(prompt="a cat", num_frames=1)
     plain, small = (
         estimate_on_cluster(pipeline, replace(request, quantize=bits), cluster)[0]

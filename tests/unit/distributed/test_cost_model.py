@@ -9,6 +9,7 @@ import pytest
 from mlx_sora.distributed.cost_model import (
     LINKS,
     Chip,
+    Cluster,
     Link,
     chips,
     estimate_step,
@@ -34,9 +35,9 @@ def workload(frames: int = 51, guided: bool = True) -> Workload:
 
 
 def test_free_exchange_divides_the_time(model: ModelSizes) -> None:
-    single = estimate_step(model, workload(), CHIP, FREE, 1)[0]
+    single = estimate_step(model, workload(), Cluster(1, CHIP, FREE))[0]
     assert single.exchange_seconds == single.sent_bytes == 0
-    two = estimate_step(model, workload(), CHIP, FREE, 2)
+    two = estimate_step(model, workload(), Cluster(2, CHIP, FREE))
     assert [way.parallel_plan.cfg_degree for way in two] == [2, 1], (
         "15 frames do not divide evenly by two"
     )
@@ -47,7 +48,7 @@ def test_free_exchange_divides_the_time(model: ModelSizes) -> None:
 
 def test_exchange_takes_bytes_and_latency(model: ModelSizes) -> None:
     link = Link("slow", 1e8, 0.01)
-    halves, frames = estimate_step(model, workload(), CHIP, link, 2)
+    halves, frames = estimate_step(model, workload(), Cluster(2, CHIP, link))
     assert halves.parallel_plan.cfg_degree == 2
     assert halves.exchange_seconds == pytest.approx(halves.sent_bytes / 1e8 + 0.01)
     # Two exchanges per block pair except the last, which has one, and the gather of the output.
@@ -59,14 +60,14 @@ def test_exchange_takes_bytes_and_latency(model: ModelSizes) -> None:
 
 
 def test_without_guidance_only_sequence_remains(model: ModelSizes) -> None:
-    ways = estimate_step(model, workload(guided=False), CHIP, LINKS[0], 4)
+    ways = estimate_step(model, workload(guided=False), Cluster(4, CHIP, LINKS[0]))
     assert [way.parallel_plan.cfg_degree for way in ways] == [1]
 
 
 def test_every_rank_reads_all_weights(model: ModelSizes) -> None:
     slow = Chip("slow memory", math.inf, 1e9)
     single, two = (
-        estimate_step(model, workload(), slow, FREE, ranks)[0].seconds for ranks in (1, 2)
+        estimate_step(model, workload(), Cluster(ranks, slow, FREE))[0].seconds for ranks in (1, 2)
     )
     weights = model.transformer_weights.total / 1e9
     assert two - weights == pytest.approx((single - weights) / 2)
