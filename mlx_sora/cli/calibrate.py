@@ -62,16 +62,13 @@ def run(args: argparse.Namespace) -> int:
     for request in requests:
         request.validate()
     pipe = Pipeline.from_pretrained(requests[0].model, dtype=requests[0].dtype)
-    bars = Bars(quiet=args.quiet)
-    try:
+    with Bars(args.quiet) as bars:
         table = calibrate(
             pipe.engine,
             requests,
             args.reach,
             lambda done: bars.note(f"{done} of {len(requests)} prompts"),
         )
-    finally:
-        bars.close()
     size = (table.width, table.height, table.num_frames)
     path = args.table or table_path(pipe.model.path, table.steps, size)
     table.write(path)

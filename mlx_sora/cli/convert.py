@@ -67,8 +67,7 @@ def run(args: argparse.Namespace) -> int:
     from mlx_sora.manage.conversion_plan import ConversionOptions
     from mlx_sora.manage.convert import convert
 
-    bars = Bars(quiet=args.quiet)
-    try:
+    with Bars(args.quiet, "Finished files are kept; the same command continues.") as bars:
         result = convert(
             find_model(args.source),
             args.target,
@@ -77,12 +76,6 @@ def run(args: argparse.Namespace) -> int:
             check=args.check,
             on_progress=bars.show,
         )
-    except KeyboardInterrupt:
-        bars.close()
-        bars.note("Finished files are kept; the same command continues.")
-        raise
-    finally:
-        bars.close()
     note_result(bars, result)
     print(result.path)
     return 0

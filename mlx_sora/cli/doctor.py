@@ -36,16 +36,12 @@ def run(args: argparse.Namespace) -> int:
     """Print one line per result; return 0 without errors."""
     from mlx_sora.manage.doctor import diagnose, find_folder
 
-    bars = Bars(quiet=not sys.stderr.isatty())
     errors = 0
-    try:
-        folder = find_folder(args.path)
-        for result in diagnose(folder, quick=args.quick, on_progress=bars.show):
+    with Bars(quiet=not sys.stderr.isatty()) as bars:
+        for result in diagnose(find_folder(args.path), quick=args.quick, on_progress=bars.show):
             bars.close()
             fix = f" Repair: {result.fix}" if result.fix else ""
             line = f"{_MARKS[result.level]:<8}{result.subject:<13}{result.message}{fix}"
             print(printable(line))
             errors += result.level == "error"
-    finally:
-        bars.close()
     return WeightsError.exit_code if errors else 0

@@ -74,10 +74,9 @@ def run(args: argparse.Namespace) -> int:
     from mlx_sora.manage.sources import choose_endpoint, choose_sources
 
     sources, hub = choose_sources(args.source), Hub(choose_endpoint(args.endpoint))
-    bars = Bars(quiet=args.quiet)
     quantized: QuantizedDownload | None = None
     result: DownloadResult | None
-    try:
+    with Bars(args.quiet, "Fetched data is kept; the same command continues.") as bars:
         if args.quantize is None:
             result = download(weights_root(), sources, hub, bars.show, check=args.check)
         else:
@@ -91,12 +90,6 @@ def run(args: argparse.Namespace) -> int:
                 remove_original=args.remove_original,
             )
             result = quantized.download
-    except KeyboardInterrupt:
-        bars.close()
-        bars.note("Fetched data is kept; the same command continues.")
-        raise
-    finally:
-        bars.close()
     if result is not None and result.is_new:
         bars.note(f"{human_bytes(result.fetched_bytes)} fetched, everything verified")
     else:

@@ -229,12 +229,20 @@ def _row(name: str, seconds: float, peak: int, rss: int) -> str:
 
 
 class Bars:
-    """One bar for each file, on stderr."""
+    """One bar for each file, on stderr. interrupt_note: shown when Ctrl-C ends the block."""
 
-    def __init__(self, quiet: bool) -> None:
-        self._quiet = quiet
+    def __init__(self, quiet: bool, interrupt_note: str = "") -> None:
+        self._quiet, self._interrupt_note = quiet, interrupt_note
         self._bar: Any = None
         self._shown: tuple[str, str] | None = None
+
+    def __enter__(self) -> Bars:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.close()
+        if kind is KeyboardInterrupt and self._interrupt_note:
+            self.note(self._interrupt_note)
 
     def note(self, text: str) -> None:
         """Print a line beside the bars."""

@@ -6,7 +6,7 @@ loads the weights of one block in any thread, assigns them to the network and cl
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from math import prod
@@ -58,28 +58,27 @@ class BlockSource(Generic[Block]):
     @cached_property
     def nbytes(self) -> tuple[int, ...]:
         """Size of each block in memory, in bytes."""
-        return tuple(self._memory_bytes(block) for block in self.entries)
-
-    @cached_property
-    def non_block_bytes(self) -> int:
-        """Size in memory of the tensors outside the blocks, in bytes."""
-        return self._memory_bytes(self.non_block_entries)
+        return tuple(self.memory_bytes(block) for block in self.entries)
 
     @cached_property
     def disk_bytes(self) -> tuple[int, ...]:
         """Size of each block on disk, in bytes."""
-        return tuple(self._disk_bytes(block) for block in self.entries)
-
-    @cached_property
-    def non_block_disk_bytes(self) -> int:
-        """Size on disk of the tensors outside the blocks, in bytes."""
-        return self._disk_bytes(self.non_block_entries)
+        return tuple(self.stored_bytes(block) for block in self.entries)
 
     @cached_property
     def load_peak_bytes(self) -> int:
         """Peak memory of loading one block, in bytes: the block and one tensor as stored."""
         infos = [self.tensors[entry.key] for block in self.entries for entry in block]
         return max(self.nbytes) + max(self._extra_read_bytes(info) for info in infos)
+
+    def memory_bytes(self, entries: Iterable[Entry]) -> int:
+        """Return the size of tensors in memory, in bytes."""
+        types = ((e.parameter.shape, self.tensors[e.key].dtype) for e in entries)
+        return sum(prod(shape) * memory_dtype(dtype, self.dtype).size for shape, dtype in types)
+
+    def stored_bytes(self, entries: Iterable[Entry]) -> int:
+        """Return the size of tensors on disk, in bytes."""
+        return sum(self.tensors[entry.key].nbytes for entry in entries)
 
     def load(self, index: int, stream: mx.Stream | None = None) -> dict[str, mx.array]:
         """Return the weights of block `index` by parameter path, cast and evaluated.
@@ -119,19 +118,9 @@ class BlockSource(Generic[Block]):
     def _extra_read_bytes(self, info: TensorInfo) -> int:
         """Return the bytes that reading a tensor takes beside its final form."""
         if info.dtype in FLOATS:
-            return info.nbytes if FLOATS[info.dtype][1] != self.dtype else 0
+            return info.nbytes if FLOATS[info.dtype] != self.dtype else 0
         # A weight that is quantised on load is read whole, and a copy of it may become float32.
         return 3 * info.nbytes if info.nbytes > prod(info.shape) * mx.uint32.size else 0
-
-    def _memory_bytes(self, entries: Sequence[Entry]) -> int:
-        return sum(
-            prod(entry.parameter.shape)
-            * memory_dtype(self.tensors[entry.key].dtype, self.dtype).size
-            for entry in entries
-        )
-
-    def _disk_bytes(self, entries: Sequence[Entry]) -> int:
-        return sum(self.tensors[entry.key].nbytes for entry in entries)
 
     def _load_from_file(
         self, file: Path, entries: Sequence[Entry], stream: mx.Stream | None

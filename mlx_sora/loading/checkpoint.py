@@ -7,9 +7,8 @@ evaluates a parameter.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 
 import mlx.core as mx
@@ -62,11 +61,6 @@ class Checkpoint:
     def nbytes(self) -> int:
         """Size on disk of all tensors, in bytes."""
         return sum(info.nbytes for info in self.tensors.values())
-
-    @property
-    def num_parameters(self) -> int:
-        """Number of elements of all tensors."""
-        return sum(prod(info.shape) for info in self.tensors.values())
 
     def load(self, keys: Iterable[str]) -> dict[str, mx.array]:
         """Return the named tensors: lazy with the default reader."""
@@ -187,14 +181,14 @@ def match_keys(
     expected = {path: (tuple(value.shape), value.dtype) for path, value in parameters}
     where = str(checkpoint.path) if isinstance(checkpoint, Checkpoint) else IN_MEMORY
     entries: dict[str, Entry] = {}
-    for found in _stored_tensors(checkpoint):
-        parameter = None if found.key in skip_keys else keys.find_parameter(found.key, found.shape)
+    for key, info in _headers(checkpoint).items():
+        parameter = None if key in skip_keys else keys.find_parameter(key, info.shape)
         if parameter is None:
             continue
-        _check_fit(found, parameter, expected)
+        _check_fit(key, info, parameter, expected)
         if parameter.path in entries:
-            raise WeightsError(f"{where}: {found.key} is a second copy of {parameter.path}.", FIX)
-        entries[parameter.path] = Entry(found.key, parameter)
+            raise WeightsError(f"{where}: {key} is a second copy of {parameter.path}.", FIX)
+        entries[parameter.path] = Entry(key, parameter)
     missing = [path for path in expected if path not in entries and path not in keys.optional]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
@@ -234,49 +228,39 @@ def load_weights(
     """
     entries = match_keys(module, checkpoint, keys, skip_keys)
     if isinstance(checkpoint, Checkpoint):
-        assign(module, checkpoint.load(entry.key for entry in entries), entries, dtype)
-    else:
-        assign(module, checkpoint, entries, dtype)
+        checkpoint = checkpoint.load(entry.key for entry in entries)
+    assign(module, checkpoint, entries, dtype)
 
 
-@dataclass(frozen=True)
-class _StoredTensor:
-    """A tensor to match: its file or `IN_MEMORY`, name, shape and type code."""
-
-    where: str
-    key: str
-    shape: Shape
-    dtype: str
-
-
-def _stored_tensors(checkpoint: Checkpoint | Mapping[str, mx.array]) -> Iterator[_StoredTensor]:
+def _headers(checkpoint: Checkpoint | Mapping[str, mx.array]) -> Mapping[str, TensorInfo]:
     if isinstance(checkpoint, Checkpoint):
-        for key, info in checkpoint.tensors.items():
-            yield _StoredTensor(str(info.file), key, info.shape, info.dtype)
-        return
-    codes = {dtype: code for code, (_, dtype) in FLOATS.items()} | {mx.uint32: PACKED}
-    for key, array in checkpoint.items():
-        yield _StoredTensor(IN_MEMORY, key, array.shape, codes.get(array.dtype, str(array.dtype)))
+        return checkpoint.tensors
+    codes = {dtype: code for code, dtype in FLOATS.items()} | {mx.uint32: PACKED}
+    return {
+        key: TensorInfo(Path(IN_MEMORY), codes.get(a.dtype, str(a.dtype)), a.shape, 0, a.nbytes)
+        for key, a in checkpoint.items()
+    }
 
 
 def _check_fit(
-    found: _StoredTensor, parameter: Parameter, expected: Mapping[str, tuple[Shape, mx.Dtype]]
+    key: str,
+    info: TensorInfo,
+    parameter: Parameter,
+    expected: Mapping[str, tuple[Shape, mx.Dtype]],
 ) -> None:
     if parameter.path not in expected:
         raise WeightsError(
-            f"{found.where}: unexpected tensor {found.key} {list(found.shape)}.",
+            f"{info.file}: unexpected tensor {key} {list(info.shape)}.",
             "The file belongs to another model or configuration.",
         )
     shape, dtype = expected[parameter.path]
     if parameter.shape != shape:
         raise WeightsError(
-            f"{found.where}: {found.key} has shape {list(parameter.shape)}, "
-            f"expected {list(shape)}.",
+            f"{info.file}: {key} has shape {list(parameter.shape)}, expected {list(shape)}.",
             "The file and its config.json do not belong together.",
         )
     types = [PACKED] if dtype == mx.uint32 else list(FLOATS)
-    if found.dtype not in types:
+    if info.dtype not in types:
         raise WeightsError(
-            f"{found.where}: {found.key} has type {found.dtype}, expected {' or '.join(types)}.",
-            FIX,
+            f"{info.file}: {key} has type {info.dtype}, expected {' or '.join(types)}.", FIX
         )

@@ -65,19 +65,15 @@ def _text_encoder(model: ModelFolder) -> tuple[t5.T5Encoder, Checkpoint]:
     with _config_errors("text_encoder"):
         network = t5.T5Encoder(t5.T5Config.from_dict(values), embedding=False)
     checkpoint = Checkpoint.open(model.text_encoder)
-    _check_embedding_table(checkpoint, network.config)
-    return network, _quantize_network(model, network, values, checkpoint)
-
-
-def _check_embedding_table(checkpoint: Checkpoint, config: t5.T5Config) -> None:
     table = checkpoint.tensors.get(t5.EMBEDDING_KEY)
-    expected = (config.vocab_size, config.d_model)
+    expected = (network.config.vocab_size, network.config.d_model)
     if table is None or table.shape != expected:
         found = "missing" if table is None else f"of shape {list(table.shape)}"
         raise WeightsError(
             f"{checkpoint.path}: {t5.EMBEDDING_KEY} is {found}, expected {list(expected)}.",
             "The file and its config.json do not belong together.",
         )
+    return network, _quantize_network(model, network, values, checkpoint)
 
 
 def load_transformer(model: ModelFolder, dtype: mx.Dtype) -> stdit3.STDiT3:

@@ -140,10 +140,11 @@ def dense_bytes(network: nn.Module, dtype: mx.Dtype) -> dict[str, int]:
 
 def count_parameters(checkpoint: Checkpoint, quantization: Quantization | None) -> int:
     """Count the parameters of the network, without scales and biases of its quantisation."""
-    total = checkpoint.num_parameters
+    counts = [(prod(info.shape), info.dtype) for info in checkpoint.tensors.values()]
+    total = sum(count for count, _ in counts)
     if quantization is None:
         return total
-    words = sum(prod(i.shape) for i in checkpoint.tensors.values() if i.dtype == PACKED)
+    words = sum(count for count, dtype in counts if dtype == PACKED)
     codes = words * WORD_BITS // quantization.bits
     return total - words + codes - 2 * codes // quantization.group_size
 

@@ -19,12 +19,8 @@ import mlx.core as mx
 from mlx_sora.errors import WeightsError
 from mlx_sora.utils.json import parse_object
 
-#: Bytes per element and MLX dtype of the floating types that weights come in.
-FLOATS: dict[str, tuple[int, mx.Dtype]] = {
-    "F32": (4, mx.float32),
-    "F16": (2, mx.float16),
-    "BF16": (2, mx.bfloat16),
-}
+#: Floating types of weights.
+FLOATS: dict[str, mx.Dtype] = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}
 
 #: Type code of the words that hold quantised weights.
 PACKED = "U32"
@@ -140,9 +136,14 @@ def load_tensors(
     except (RuntimeError, ValueError) as error:  # ValueError: a name that is not UTF-8
         raise WeightsError(f"MLX cannot load {file}: {error}", FIX) from error
     assert isinstance(arrays, dict)
+    types = FLOATS | {PACKED: mx.uint32}
     for key, info in tensors.items():
         array = arrays.get(key)
-        if array is None or array.shape != info.shape or not _has_dtype(array, info):
+        if (
+            array is None
+            or array.shape != info.shape
+            or array.dtype != types.get(info.dtype, array.dtype)
+        ):
             raise WeightsError(f"{file} has changed since it was opened (see {key}).", "Try again.")
     return {key: arrays[key] for key in tensors}
 
@@ -164,18 +165,12 @@ def memory_dtype(stored: str, dtype: mx.Dtype) -> mx.Dtype:
     return mx.uint32 if stored == PACKED else dtype
 
 
-def _has_dtype(array: mx.array, info: TensorInfo) -> bool:
-    if info.dtype in FLOATS:
-        return bool(array.dtype == FLOATS[info.dtype][1])
-    return info.dtype != PACKED or array.dtype == mx.uint32
-
-
 def read_rows(info: TensorInfo, rows: Sequence[int]) -> mx.array:
     """Return `rows` of a 2-D tensor, [len(rows), columns]. Reads nothing else."""
     import numpy as np
 
-    width, dtype = FLOATS[info.dtype]
-    stride = info.shape[1] * width
+    dtype = FLOATS[info.dtype]
+    stride = info.shape[1] * dtype.size
     out = bytearray()
     try:
         with info.file.open("rb") as f:
@@ -186,5 +181,5 @@ def read_rows(info: TensorInfo, rows: Sequence[int]) -> mx.array:
         raise WeightsError(f"Cannot read {info.file}: {error.strerror}.", FIX) from error
     if len(out) != stride * len(rows):
         raise WeightsError(f"{info.file} is truncated.", FIX)
-    raw = np.frombuffer(bytes(out), dtype=np.uint16 if width == 2 else np.uint32)
+    raw = np.frombuffer(bytes(out), dtype=np.uint16 if dtype.size == 2 else np.uint32)
     return mx.array(raw).view(dtype).reshape(len(rows), info.shape[1])

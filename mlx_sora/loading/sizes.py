@@ -50,9 +50,9 @@ def _weight_sizes(source: BlockSource[Any]) -> WeightSizes:
     return WeightSizes(
         blocks=source.nbytes,
         load_peak_bytes=source.load_peak_bytes,
-        rest=source.non_block_bytes,
+        rest=source.memory_bytes(source.non_block_entries),
         stored_blocks=sum(source.disk_bytes),
-        stored_rest=source.non_block_disk_bytes,
+        stored_rest=source.stored_bytes(source.non_block_entries),
         largest_dequantized=max(dense_bytes(source.network, source.dtype).values(), default=0),
     )
 

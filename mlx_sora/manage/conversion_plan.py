@@ -159,21 +159,13 @@ def _shard_order(key: str) -> int:
 def _plan_tensor(
     key: str, info: TensorInfo, part: str, options: ConversionOptions, *, quantize: bool
 ) -> TensorConversion:
-    stored = FLOATS[info.dtype][1]
+    stored = FLOATS[info.dtype]
     if part == "vae":  # computes in float32, so any loss of precision here is final
         return TensorConversion(key, info, stored)
     if quantize:
         return TensorConversion(key, info, stored, options.quantization, options.mlx_dtype)
     halve = options.bits is not None and stored == mx.float32 and len(info.shape) > 1
     return TensorConversion(key, info, options.mlx_dtype or (mx.bfloat16 if halve else stored))
-
-
-def config_text(model: ModelFolder, part: str, options: ConversionOptions) -> str:
-    """Return config.json of the converted part."""
-    config = model.config(part)
-    if part != "vae" and options.quantization is not None:
-        config[CONFIG_KEY] = options.quantization.to_dict()
-    return json.dumps(config, indent=2) + "\n"
 
 
 def index_text(shards: Sequence[ShardPlan]) -> str:
@@ -191,7 +183,10 @@ def index_text(shards: Sequence[ShardPlan]) -> str:
 def other_files(model: ModelFolder, options: ConversionOptions) -> Iterator[tuple[str, bytes]]:
     """Yield path and content of all files except weights and their indexes."""
     for part in PARTS:
-        yield f"{part}/config.json", config_text(model, part, options).encode()
+        config = model.config(part)
+        if part != "vae" and options.quantization is not None:
+            config[CONFIG_KEY] = options.quantization.to_dict()
+        yield f"{part}/config.json", (json.dumps(config, indent=2) + "\n").encode()
     yield "tokenizer/spiece.model", model.tokenizer.read_bytes()
     index = model.path / "model_index.json"
     if index.is_file():

@@ -111,6 +111,9 @@ class ModelChecker:
     def _model(self) -> ModelFolder:
         return ModelFolder(self.path, self.path.name, Defaults())
 
+    def _sound_parts(self) -> list[str]:
+        return [part for part in PARTS if part not in self.failed]
+
     def _error(self, part: str, message: str) -> Diagnostic:
         self.failed.add(part)
         return Diagnostic("error", part, message, repair_command(self.path))
@@ -132,9 +135,7 @@ class ModelChecker:
 
     def _check_weights(self) -> Iterator[Diagnostic]:
         """Compare names, shapes and types in the headers with the configurations."""
-        for part in PARTS:
-            if part in self.failed:
-                continue
+        for part in self._sound_parts():
             try:
                 checkpoint = Checkpoint.open(self.path / part)
                 match_part(self._model, part, checkpoint)
@@ -198,9 +199,7 @@ class ModelChecker:
 
     def _check_values(self) -> Iterator[Diagnostic]:
         """Look for NaN, Inf and tensors of zeros."""
-        for part in PARTS:
-            if part in self.failed:
-                continue
+        for part in self._sound_parts():
             checkpoint = Checkpoint.open(self.path / part)
             done = 0
             for key, info in checkpoint.tensors.items():
@@ -216,9 +215,7 @@ class ModelChecker:
                 yield Diagnostic("ok", part, "no NaN or Inf.")
 
     def _run_smoke_tests(self) -> Iterator[Diagnostic]:
-        for part in PARTS:
-            if part in self.failed:
-                continue
+        for part in self._sound_parts():
             try:
                 _SMOKE_TESTS[part](self._model)
             except MlxSoraError as error:
@@ -227,9 +224,8 @@ class ModelChecker:
                 reason = " ".join(str(error).split())[:200]
                 yield self._error(part, f"fails its smoke test, config.json may be wrong: {reason}")
             else:
-                yield Diagnostic(
-                    "ok", part, "passes its smoke test: one block gives finite, varied output."
-                )
+                message = "passes its smoke test: one block gives finite, varied output."
+                yield Diagnostic("ok", part, message)
 
 
 def check_machine(path: Path) -> Iterator[Diagnostic]:

@@ -6,7 +6,6 @@ equal blocks is built.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -16,13 +15,12 @@ from mlx_sora.errors import MlxSoraError
 from mlx_sora.loading.checkpoint import Checkpoint, load_weights
 from mlx_sora.loading.model_folder import ModelFolder
 from mlx_sora.loading.networks import load_vae
-from mlx_sora.loading.quantization import Quantization, insert_quantized_layers
+from mlx_sora.loading.quantization import BLOCK_PATH, Quantization, insert_quantized_layers
 from mlx_sora.loading.safetensors import TensorInfo
 from mlx_sora.memory.limits import memory_scope
 from mlx_sora.models import stdit3, t5
 
 _READ_SIZE = 1 << 23
-_LATER_BLOCKS = re.compile(r"(encoder\.block|spatial_blocks|temporal_blocks)\.[1-9]\d*\..*")
 
 #: Type of the bits, mask of exponent and mantissa, mask of the exponent.
 _BITS = {
@@ -73,7 +71,11 @@ def count_bad_values(
 
 def keep_first_block(checkpoint: Checkpoint) -> Checkpoint:
     """Return `checkpoint` without the tensors of all blocks after the first."""
-    tensors = {k: v for k, v in checkpoint.tensors.items() if not _LATER_BLOCKS.fullmatch(k)}
+    tensors = {
+        key: info
+        for key, info in checkpoint.tensors.items()
+        if (block := BLOCK_PATH.match(key)) is None or int(block[1]) == 0
+    }
     return replace(checkpoint, tensors=tensors)
 
 

@@ -72,14 +72,9 @@ def require_disk_space(place: Path, needed: int, action: str, fix: str) -> None:
         )
 
 
-def backup_path(target: Path) -> Path:
-    """Return the place of the old folder while `target` is replaced."""
-    return target.with_name(f".{target.name}.replaced")
-
-
 def replace_folder(staging: Path, target: Path) -> None:
     """Move the folder `staging` to `target` and remove the old one."""
-    old = backup_path(target)
+    old = target.with_name(f".{target.name}.replaced")
     shutil.rmtree(old, ignore_errors=True)
     if target.exists():
         os.rename(target, old)

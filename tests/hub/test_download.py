@@ -13,7 +13,6 @@ from mlx_sora.loading.networks import load_text_encoder, load_transformer, load_
 from mlx_sora.manage.download import STAGING
 from mlx_sora.manage.progress import FileProgress
 from mlx_sora.manage.provenance import Provenance
-from mlx_sora.manage.staging import backup_path
 from mlx_sora.text.tokenizer import Tokenizer
 from mlx_sora.utils.files import sha256
 from tests.helpers.hub_server import FakeHub, Repo, commit_of
@@ -219,7 +218,7 @@ def test_a_failed_replacement_leaves_the_old_model(get: Get, hub: FakeHub, root:
         get("vae=@v2")
     assert {name: (folder / name).read_bytes() for name in names(folder)} == before
     assert not get().is_new
-    assert not backup_path(root / PUBLISHED).exists()
+    assert not list(root.glob("*.replaced"))
 
 
 def test_another_repository_and_folder(get: Get, hub: FakeHub) -> None:
