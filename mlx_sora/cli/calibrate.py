@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
 from mlx_sora.cli.flags import add_debug_flag, add_quiet_flag, add_request_flags, explicit_options
-from mlx_sora.cli.progress import Bars
 
 
 def add_parser(commands: Any) -> None:
@@ -15,9 +15,10 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "calibrate",
         help="search schedules for --step-cache table:N",
-        description="Search the N steps that should run the transformer blocks, for every N, on a "
-        "few prompts. Writes a small JSON file for a number of steps and a size into the model "
-        "folder, which --step-cache table:N reads. Takes little longer than the exact videos.",
+        description="Search the best N steps in which to run the transformer blocks, for every N, "
+        "on a few prompts. Writes a small JSON file, by default into the model folder, that "
+        "--step-cache table:N uses for the same number of steps and size. Takes little longer than "
+        "making the videos.",
     )
     parser.add_argument(
         "--prompt",
@@ -26,14 +27,14 @@ def add_parser(commands: Any) -> None:
         required=True,
         dest="prompts",
         metavar="TEXT",
-        help="prompt to search on; can be repeated, three or more are better than one",
+        help="prompt to search on; repeat it for several prompts, three or more are best",
     )
     parser.add_argument(
         "--reach",
         type=int,
         default=20,
         metavar="N",
-        help="most steps that may use one cached residual (default 20)",
+        help="most steps that may use one cached residual; default: 20",
     )
     parser.add_argument(
         "--output",
@@ -41,7 +42,7 @@ def add_parser(commands: Any) -> None:
         type=Path,
         dest="table",
         metavar="FILE",
-        help="table to write; default: in the model folder",
+        help="JSON file to write; default: in the model folder",
     )
     add_request_flags(parser, "calibrate")
     add_quiet_flag(parser)
@@ -61,16 +62,15 @@ def run(args: argparse.Namespace) -> int:
     requests = requests_for(args.prompts, explicit_options(args))
     for request in requests:
         request.validate()
-    pipe = Pipeline.from_pretrained(requests[0].model, dtype=requests[0].dtype)
-    with Bars(args.quiet) as bars:
-        table = calibrate(
-            pipe.engine,
-            requests,
-            args.reach,
-            lambda done: bars.note(f"{done} of {len(requests)} prompts"),
-        )
+    pipeline = Pipeline.from_pretrained(requests[0].model, dtype=requests[0].dtype)
+
+    def show_progress(done: int) -> None:
+        if not args.quiet:
+            print(f"{done} of {len(requests)} prompts done", file=sys.stderr)
+
+    table = calibrate(pipeline.engine, requests, args.reach, show_progress)
     size = (table.width, table.height, table.num_frames)
-    path = args.table or table_path(pipe.model.path, table.steps, size)
+    path = args.table or table_path(pipeline.model.path, table.steps, size)
     table.write(path)
     print(path)
     return 0

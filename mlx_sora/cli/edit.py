@@ -10,10 +10,9 @@ from typing import Any
 from mlx_sora.cli.flags import add_request_flags, explicit_options
 from mlx_sora.cli.generate import (
     add_dry_run_flag,
-    add_output_flags,
+    add_progress_flags,
     choose_renderer,
-    environment_notice,
-    load_pipeline,
+    open_pipeline,
     show_plans,
 )
 from mlx_sora.cli.ranks import broadcast_request
@@ -28,9 +27,9 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "edit",
         help="change what a video shows",
-        description="Change what a video shows: --source-prompt describes it, --prompt describes "
-        "the result in the same words but for the change. The defaults are those of the model, "
-        f"the length and fps of the video, and --sampler {SAMPLER}.",
+        description="Change what a video shows. --source-prompt describes the video and --prompt "
+        "the result, in the same words except for the change. Defaults: length and fps of the "
+        f"video, --sampler {SAMPLER}, everything else as in the model.",
     )
     parser.add_argument("video", metavar="VIDEO", help="a video or an image")
     parser.add_argument(
@@ -40,12 +39,12 @@ def add_parser(commands: Any) -> None:
         "--inject-steps",
         type=int,
         metavar="N",
-        help="number of first steps in which spatial attention uses the values of the video: more "
-        f"keep the layout better and change less; needs memory (default {INJECT_STEPS})",
+        help="first steps in which spatial attention uses the values of the video: more steps keep "
+        f"the layout better, change less and need more memory; default: {INJECT_STEPS}",
     )
     add_request_flags(parser, "edit")
     add_dry_run_flag(parser)
-    add_output_flags(parser)
+    add_progress_flags(parser)
     parser.set_defaults(run=run, parallel_run=True)
 
 
@@ -61,13 +60,9 @@ def run_on_ranks(args: argparse.Namespace, ranks: Ranks) -> int:
     edit = broadcast_request(ranks, EditRequest, lambda: read_edit(args))
     renderer = choose_renderer(args, ranks)
     try:
-        with ranks.collective_errors():
-            pipeline = load_pipeline(edit.target.model, edit.target.dtype)
-        notice = environment_notice()
-        if notice:
-            renderer.note(notice)
+        pipeline = open_pipeline(ranks, edit.target, renderer)
         if args.dry_run:
-            show_plans(ranks, lambda: [pipeline.plan_edit(edit)], args.json_events)
+            show_plans(ranks, map(pipeline.plan_edit, [edit]), args.json_events)
             return 0
         with closing(pipeline.stream_edit(edit)) as events:
             for event in events:
@@ -79,10 +74,10 @@ def run_on_ranks(args: argparse.Namespace, ranks: Ranks) -> int:
 
 def read_edit(args: argparse.Namespace) -> EditRequest:
     """Return the edit of the flags, checked as far as possible without a model."""
-    typed = explicit_options(args)
-    typed.setdefault("output", default_output(args.video))
+    flags = explicit_options(args)
+    flags.setdefault("output", default_output(args.video))
     own = {"source_prompt": args.source_prompt, "inject_steps": args.inject_steps}
-    edit = EditRequest.from_options(args.video, typed | own)
+    edit = EditRequest.from_options(args.video, flags | own)
     edit.validate()
     return edit
 

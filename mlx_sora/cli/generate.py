@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +31,7 @@ from mlx_sora.runtime.events import RequestFailed
 if TYPE_CHECKING:
     from mlx_sora.memory.plan import Plan
     from mlx_sora.pipeline.pipeline import Pipeline
+    from mlx_sora.request.generation import GenerationRequest
 
 
 def add_parser(commands: Any) -> None:
@@ -46,22 +47,23 @@ def add_parser(commands: Any) -> None:
         "--config-from-metadata",
         "-C",
         metavar="FILE",
-        help="replay the request in a video, an image or a JSON file; other flags override it",
+        help="repeat the request that is recorded in a video, an image or a JSON file; flags "
+        "override its options",
     )
     parser.add_argument(
         "--prompt-file",
         metavar="FILE",
-        help="make a video for each line: a prompt, or (.jsonl) an object of options, such as "
-        '{"prompt": "...", "seed": 3}; videos that exist already are skipped',
+        help="make a video for each line, which is a prompt or, in .jsonl, an object of options "
+        'such as {"prompt": "...", "seed": 3}; skips existing outputs',
     )
     parser.add_argument(
         "--resume",
         metavar="FILE",
-        help="finish the video of a checkpoint; only options that do not change it are allowed",
+        help="continue from a checkpoint; only options that do not change the video are allowed",
     )
     add_dry_run_flag(parser)
     add_cluster_flags(parser)
-    add_output_flags(parser)
+    add_progress_flags(parser)
     parser.set_defaults(run=run, parallel_run=True)
 
 
@@ -70,18 +72,20 @@ def add_dry_run_flag(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="print what each stage would need (peak memory, bytes read, FLOPs) and stop",
+        help="print peak memory, bytes read and FLOPs of each stage, and stop",
     )
 
 
-def add_output_flags(parser: Parser) -> None:
-    """Add the flags for what the command prints while it works."""
+def add_progress_flags(parser: Parser) -> None:
+    """Add --quiet, --verbose, --json-events and --debug."""
     group = parser.add_argument_group("progress")
-    loudness = group.add_mutually_exclusive_group()
-    add_quiet_flag(loudness)
+    verbosity = group.add_mutually_exclusive_group()
+    add_quiet_flag(verbosity)
     parser.hide(
-        loudness.add_argument("--verbose", "-v", action="store_true", help="print more messages"),
-        group.add_argument("--json-events", action="store_true", help="progress as JSON lines"),
+        verbosity.add_argument("--verbose", "-v", action="store_true", help="print more messages"),
+        group.add_argument(
+            "--json-events", action="store_true", help="print progress as lines of JSON on stdout"
+        ),
         add_debug_flag(group),
     )
 
@@ -100,23 +104,18 @@ def run_on_ranks(args: argparse.Namespace, ranks: Ranks) -> int:
     renderer = choose_renderer(args, ranks)
     try:
         for path in batch.existing:
-            renderer.note(f"{path} exists already")
+            renderer.note(f"skipped: {path} exists already")
         if batch.requests:
-            first = batch.requests[0]
-            with ranks.collective_errors():
-                pipeline = load_pipeline(first.model, first.dtype)
-            notice = environment_notice()
-            if notice:
-                renderer.note(notice)
+            pipeline = open_pipeline(ranks, batch.requests[0], renderer)
             if args.dry_run:
-                show_plans(ranks, lambda: map(pipeline.plan, batch.requests), args.json_events)
+                show_plans(ranks, map(pipeline.plan, batch.requests), args.json_events)
                 if cluster is not None and ranks.is_rank0:
                     show_estimates(pipeline, batch.requests, cluster, args.json_events)
             else:
                 make_videos(pipeline, batch, renderer, args.resume)
     finally:
         renderer.close()
-    return int(ranks.broadcast_object(report(batch) if ranks.is_rank0 else 0))
+    return int(ranks.broadcast_object(report_failures(batch) if ranks.is_rank0 else 0))
 
 
 def make_videos(
@@ -136,7 +135,7 @@ def make_videos(
             renderer.handle(event)
 
 
-def report(batch: RequestBatch) -> int:
+def report_failures(batch: RequestBatch) -> int:
     """Print a line for each failure and return the exit code."""
     for number, error in sorted(batch.failures.items()):
         print(f"error: {batch.unit} {number}: {error}", file=sys.stderr)
@@ -145,12 +144,12 @@ def report(batch: RequestBatch) -> int:
     return 0
 
 
-def show_plans(ranks: Ranks, plan: Callable[[], Iterable[Plan]], as_json: bool) -> None:
-    """Print the memory plan of each run."""
+def show_plans(ranks: Ranks, plans: Iterable[Plan], as_json: bool) -> None:
+    """Print the plan of each run. An error in making one is raised on all ranks."""
     with ranks.collective_errors():
-        for each in plan():
+        for plan in plans:
             if ranks.is_rank0:
-                print(json.dumps(each.to_dict()) if as_json else "\n".join(plan_table(each)))
+                print(json.dumps(plan.to_dict()) if as_json else "\n".join(plan_table(plan)))
 
 
 def choose_renderer(args: argparse.Namespace, ranks: Ranks) -> Renderer:
@@ -162,15 +161,24 @@ def choose_renderer(args: argparse.Namespace, ranks: Ranks) -> Renderer:
     return QuietRenderer() if args.quiet else BarRenderer()
 
 
+def open_pipeline(ranks: Ranks, request: GenerationRequest, renderer: Renderer) -> Pipeline:
+    """Return the pipeline of a request on all ranks; show a hint about this machine, if any."""
+    with ranks.collective_errors():
+        pipeline = load_pipeline(request.model, request.dtype)
+    if notice := environment_notice():
+        renderer.note(notice)
+    return pipeline
+
+
 def load_pipeline(model: str | None, dtype: str) -> Pipeline:
-    """Return the pipeline. Its import, which loads MLX, is left until here."""
+    """Return the pipeline of a model. Imports MLX, which the help does without."""
     from mlx_sora.pipeline.pipeline import Pipeline
 
     return Pipeline.from_pretrained(model, dtype=dtype)
 
 
 def environment_notice() -> str:
-    """Return a hint about this machine in one line, or an empty text."""
+    """Return a hint about this machine in one line, or an empty string."""
     from mlx_sora.runtime.device import blas_notice
 
     return blas_notice()

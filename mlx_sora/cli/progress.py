@@ -1,4 +1,4 @@
-"""Renderers of the events of a run: progress bars, JSON lines, or nothing."""
+"""Progress on the terminal: events of a run as bars, JSON lines or nothing, and bars of files."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ import dataclasses
 import json
 import re
 import sys
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from mlx_sora.errors import printable
@@ -32,14 +31,14 @@ if TYPE_CHECKING:
 #: Seconds between redraws, on a terminal and in a log file.
 _REDRAW_TERMINAL, _REDRAW_LOG = 0.1, 10.0
 
-#: Limit of the characters of a prompt in a line of progress.
+#: Most characters of a prompt in a line of progress.
 MAX_PROMPT = 200
 
 UNITS = {"encode": "prompt", "read": "chunk", "denoise": "step", "decode": "frame"}
 
 
 class Renderer(Protocol):
-    """Shows events to the user."""
+    """Output of the events of a run."""
 
     def note(self, text: str) -> None:
         """Show a line that is not part of the result."""
@@ -52,7 +51,7 @@ class Renderer(Protocol):
 
 
 class BarRenderer:
-    """Shows tqdm bars and a table on stderr. The path comes last, on stdout."""
+    """Renderer with a bar for each stage and a table on stderr, and the path on stdout."""
 
     def __init__(self) -> None:
         self._bar: Any = None
@@ -85,7 +84,7 @@ class BarRenderer:
         elif isinstance(event, Finished):
             self.close()
             if self._stages:  # empty if another rank made the video
-                self.note("\n".join(summary(self._stages)))
+                self.note("\n".join(stage_table(self._stages)))
             self._stages = []
             print_result(event)
 
@@ -95,19 +94,9 @@ class BarRenderer:
             self._bar = None
 
     def _open(self, event: StageStarted) -> None:
-        from tqdm import tqdm
-
         self.close()
-        redraw = _REDRAW_TERMINAL if sys.stderr.isatty() else _REDRAW_LOG
-        self._bar = tqdm(
-            total=event.total,
-            desc=f"{event.stage:<7}",
-            unit=" " + UNITS.get(event.stage, "unit"),
-            file=sys.stderr,
-            mininterval=redraw,
-            maxinterval=redraw,
-            dynamic_ncols=True,
-        )
+        unit = " " + UNITS.get(event.stage, "unit")
+        self._bar = _open_bar(total=event.total, desc=f"{event.stage:<7}", unit=unit)
 
     def _advance(self, done: int, text: str = "") -> None:
         if self._bar is None:
@@ -118,7 +107,7 @@ class BarRenderer:
 
 
 class JsonRenderer:
-    """Prints a JSON object in each line on stdout, without arrays."""
+    """Renderer that prints each event on stdout as a line of JSON, without arrays."""
 
     def note(self, text: str) -> None:
         self._print({"event": "note", "message": text})
@@ -134,7 +123,7 @@ class JsonRenderer:
 
 
 class QuietRenderer:
-    """Prints only the path, on stdout."""
+    """Renderer that prints only the path, on stdout."""
 
     def note(self, text: str) -> None:
         """Do nothing."""
@@ -148,7 +137,7 @@ class QuietRenderer:
 
 
 class SilentRenderer(QuietRenderer):
-    """Prints nothing."""
+    """Renderer that prints nothing."""
 
     def handle(self, event: Event) -> None:
         """Do nothing."""
@@ -167,28 +156,24 @@ def event_record(event: Event) -> dict[str, Any]:
         record["seconds"], record["peak_memory"] = dict(video.timings), dict(video.memory)
         return record
     if isinstance(event, RequestFailed):
-        failure = {"message": str(event.error), "exit_code": event.error.exit_code}
-        return record | {"index": event.index} | failure
-    left_out = {"latents", "frames"}
+        error = event.error
+        record |= {"index": event.index, "message": str(error), "exit_code": error.exit_code}
+        return record
     if isinstance(event, PreviewReady):
         record["shape"] = list(event.frames.shape)
-    for item in dataclasses.fields(event):
-        if item.name not in left_out:
-            record[item.name] = getattr(event, item.name)
-    return record
+    names = [item.name for item in dataclasses.fields(event)]
+    return record | {n: getattr(event, n) for n in names if n not in ("latents", "frames")}
 
 
-def summary(stages: list[StageFinished]) -> Iterator[str]:
-    """Yield the lines of the last table: seconds and peaks of each stage and of the run."""
+def stage_table(stages: Sequence[StageFinished]) -> Iterator[str]:
+    """Yield the lines of a table: seconds and peak memory of each stage and of the run."""
     yield f"{'stage':<9}{'seconds':>9}{'peak MLX':>12}{'peak process':>14}"
-    groups = {name: [s for s in stages if s.stage == name] for name in [s.stage for s in stages]}
-    for name, group in (groups | {"total": stages} if stages else groups).items():
-        yield _row(
-            name,
-            sum(item.seconds for item in group),
-            max(item.peak_memory for item in group),
-            max(item.peak_rss for item in group),
-        )
+    names = dict.fromkeys(stage.stage for stage in stages)
+    groups = {name: [stage for stage in stages if stage.stage == name] for name in names}
+    for name, group in (groups | {"total": stages}).items():
+        seconds = sum(stage.seconds for stage in group)
+        peak, rss = max(s.peak_memory for s in group), max(s.peak_rss for s in group)
+        yield f"{name:<9}{seconds:>9.2f}{human_bytes(peak):>12}{human_bytes(rss):>14}"
 
 
 def plan_table(plan: Plan) -> Iterator[str]:
@@ -201,18 +186,17 @@ def plan_table(plan: Plan) -> Iterator[str]:
             f"{stage.stage:<9}{human_bytes(stage.peak):>11}{human_bytes(stage.read):>11}"
             f"{stage.flops / 1e12:>9.3g}{blocks:>17}  {frames}"
         )
-    budget = "no budget" if plan.budget is None else f"budget {human_bytes(plan.budget)}"
+    budget = "none" if plan.budget is None else human_bytes(plan.budget)
     yield (
-        f"{budget}; the process peaks at {human_bytes(plan.peak)}; "
-        f"the smallest possible budget is {human_bytes(plan.smallest)}"
+        f"peak of the process {human_bytes(plan.peak)}; memory budget {budget}, "
+        f"smallest possible {human_bytes(plan.smallest)}"
     )
 
 
 def print_result(event: Finished) -> None:
     """Print the path on stdout on a line of its own, for scripts."""
-    path: Path | None = event.video.path
-    if path is not None:
-        print(path, flush=True)
+    if event.video.path is not None:
+        print(event.video.path, flush=True)
 
 
 def human_bytes(number: float) -> str:
@@ -224,17 +208,13 @@ def human_bytes(number: float) -> str:
     return f"{number:.2f} GB"
 
 
-def _row(name: str, seconds: float, peak: int, rss: int) -> str:
-    return f"{name:<9}{seconds:>9.2f}{human_bytes(peak):>12}{human_bytes(rss):>14}"
-
-
 class Bars:
-    """One bar for each file, on stderr. interrupt_note: shown when Ctrl-C ends the block."""
+    """Bars of files on stderr, one at a time. interrupt_note: printed if Ctrl-C ends the block."""
 
     def __init__(self, quiet: bool, interrupt_note: str = "") -> None:
         self._quiet, self._interrupt_note = quiet, interrupt_note
         self._bar: Any = None
-        self._shown: tuple[str, str] | None = None
+        self._file: tuple[str, str] | None = None
 
     def __enter__(self) -> Bars:
         return self
@@ -253,29 +233,30 @@ class Bars:
         """Draw the progress of a file."""
         if self._quiet:
             return
-        if self._shown != (progress.action, progress.path):
+        if self._file != (progress.action, progress.path):
             self.close()
-            self._shown = (progress.action, progress.path)
-            self._bar = self._open(progress)
+            self._file = (progress.action, progress.path)
+            self._bar = _open_bar(
+                total=progress.total,
+                # Bytes of an earlier download count as done, not as speed.
+                initial=progress.done if progress.action == "fetch" else 0,
+                desc=f"{progress.action} {progress.path}",
+                unit="B",
+                unit_scale=True,
+            )
         self._bar.update(progress.done - self._bar.n)
 
     def close(self) -> None:
         """Close the open bar."""
         if self._bar is not None:
             self._bar.close()
-        self._bar = self._shown = None
+        self._bar = self._file = None
 
-    def _open(self, progress: FileProgress) -> Any:
-        from tqdm import tqdm
 
-        return tqdm(
-            total=progress.total,
-            # Bytes of an earlier download count as done, not as speed.
-            initial=progress.done if progress.action == "fetch" else 0,
-            desc=f"{progress.action} {progress.path}",
-            unit="B",
-            unit_scale=True,
-            file=sys.stderr,
-            mininterval=0.1 if sys.stderr.isatty() else 10.0,
-            dynamic_ncols=True,
-        )
+def _open_bar(**options: Any) -> Any:
+    from tqdm import tqdm
+
+    redraw = _REDRAW_TERMINAL if sys.stderr.isatty() else _REDRAW_LOG
+    return tqdm(
+        file=sys.stderr, mininterval=redraw, maxinterval=redraw, dynamic_ncols=True, **options
+    )

@@ -16,7 +16,7 @@ from mlx_sora import GenerationRequest, Pipeline
 from mlx_sora.cli.bench import measure as child
 from mlx_sora.cli.bench import memory
 from mlx_sora.cli.bench import memory as files
-from mlx_sora.cli.bench.measure import ChildFailed, Measured, measure
+from mlx_sora.cli.bench.measure import ChildFailed, Measurement, measure
 from mlx_sora.cli.bench.memory import draw_memory
 from mlx_sora.cli.flags import Parser, add_request_flags, explicit_options, to_command_line
 from mlx_sora.cli.main import main
@@ -33,12 +33,12 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Sequence[str]]:
     """Generations and pictures take no time; which flags were asked for."""
     asked: list[Sequence[str]] = []
 
-    def measured(words: Sequence[str]) -> Measured:
+    def measured(words: Sequence[str]) -> Measurement:
         asked.append(words)
         stages = {"encode": 0.5, "denoise": 2.0, "decode": 1.0}
         stream = {"denoise": {"resident": 1, "blocks": 4, "bytes_read": 5 * MB}}
         budgeted = any("--memory-budget" in word for word in words)
-        return Measured(3.5, 4.0, 150 * MB, 20 * MB, stages, stream if budgeted else {})
+        return Measurement(3.5, 4.0, 150 * MB, 20 * MB, stages, stream if budgeted else {})
 
     monkeypatch.setattr(memory, "measure", measured)
     monkeypatch.setattr(memory, "draw_memory", lambda result, path: path.write_bytes(b"a picture"))
@@ -82,7 +82,7 @@ def test_default_budgets_span_what_is_possible(
     assert main([*BENCH, "--steps", "3", "--tdtm", "2", "--sequential-guidance"]) == 0
     budgets = [word.split("=")[1] for words in asked for word in words if "memory-bud" in word]
     assert len(asked) == 1 + len(budgets)
-    assert len(budgets) == memory.SPREAD
+    assert len(budgets) == memory.NUM_BUDGETS
     assert all({"--steps=3", "--tdtm=2", "--sequential-guidance"} <= set(words) for words in asked)
     row = capsys.readouterr().out.splitlines()[2]
     assert row.split()[2:6] == ["3.50", "0.50", "2.00", "1.00"]
@@ -157,7 +157,7 @@ def test_results_are_replaced_only_when_asked(
     ("words", "says"),
     [
         (["--budgets", "3 parsecs"], "3.3GB"),
-        (["--budgets", "1GB,,2GB"], "no amount"),
+        (["--budgets", "1GB,,2GB"], "not an amount"),
         (["--memory-budget", "1GB"], "unrecognized arguments: --memory-budget 1GB. See"),
         (["--budgetss", "1GB"], "--budgets"),
         (["--num-frames", "5"], "17"),
@@ -194,7 +194,7 @@ def test_a_failing_generation_fails_the_bench_with_its_code(
         measure(["-p", "a", "--model", "gone"])
     assert error.value.exit_code == 4
 
-    def failing(words: Sequence[str]) -> Measured:
+    def failing(words: Sequence[str]) -> Measurement:
         raise error.value
 
     monkeypatch.setattr(memory, "measure", failing)
@@ -220,7 +220,7 @@ def test_an_interrupt_ends_the_child(monkeypatch: pytest.MonkeyPatch) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(subprocess, "Popen", popen)
-    monkeypatch.setattr(child._Watch, "take", interrupt)
+    monkeypatch.setattr(child._ChildMonitor, "handle", interrupt)
     with pytest.raises(KeyboardInterrupt):
         measure(["-p", "a", "--model", "shapes", "--steps", "1000"])
     assert started[0].returncode == 130

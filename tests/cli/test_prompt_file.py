@@ -50,7 +50,7 @@ def test_what_is_there_is_skipped(
     capsys.readouterr()
     assert main([*COMMAND, name]) == 0
     assert [request.prompt for request in pipeline.requests] == ["a", "b", "a"]
-    assert "0001-b.mp4 exists already" in capsys.readouterr().err
+    assert "skipped: 0001-b.mp4 exists already" in capsys.readouterr().err
     assert main([*COMMAND, name]) == 0
     assert len(pipeline.requests) == 3
     assert main([*COMMAND, name, "--overwrite"]) == 0

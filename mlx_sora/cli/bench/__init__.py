@@ -1,4 +1,4 @@
-"""`bench`: measurements of a model on this machine, one sub-command and one file each."""
+"""`bench`: measure this machine; one sub-command and one file for each bench."""
 
 from __future__ import annotations
 
@@ -10,13 +10,9 @@ BENCHES = (memory, link)
 
 
 def add_parser(commands: Any) -> None:
-    """Register the command and its sub-commands."""
-    parser = commands.add_parser(
-        "bench",
-        help="measure a model on this machine",
-        description="Measure a model on this machine. Each bench prints a table and writes it as "
-        "JSON and as a picture.",
-    )
+    """Add the command and its sub-commands."""
+    text = "measure memory and speed on this machine"
+    parser = commands.add_parser("bench", help=text, description=f"{text.capitalize()}.")
     benches = parser.add_subparsers(title="benches", metavar="BENCH", required=True)
     for bench in BENCHES:
         bench.add_parser(benches)

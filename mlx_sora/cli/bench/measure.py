@@ -21,7 +21,7 @@ from mlx_sora.errors import MlxSoraError
 #: Seconds until an interrupted child is killed. It removes its partial files before.
 _KILL_AFTER = 20.0
 
-#: What `Measured.peak` is on this system.
+#: What `Measurement.peak` is on this system.
 PEAK = "physical footprint" if platform.system() == "Darwin" else "resident set"
 
 
@@ -34,7 +34,7 @@ class ChildFailed(MlxSoraError):
 
 
 @dataclass(frozen=True)
-class Measured:
+class Measurement:
     """Seconds and bytes of one finished process.
 
     seconds: of all stages; stages: of each stage; wall: of the process, with its start.
@@ -50,7 +50,7 @@ class Measured:
 
 
 @dataclass
-class _Watch:
+class _ChildMonitor:
     """Collects the events of a child, and its footprint if the system measures one."""
 
     pid: int
@@ -59,7 +59,7 @@ class _Watch:
     footprint: int = 0
     error: str = ""
 
-    def take(self, line: str) -> None:
+    def handle(self, line: str) -> None:
         # The peak footprint never shrinks, so a look at every event is enough.
         self.footprint = max(self.footprint, peak_footprint(self.pid) or 0)
         try:
@@ -73,32 +73,32 @@ class _Watch:
             self.error = event["message"]
 
 
-def measure(words: Sequence[str]) -> Measured:
+def measure(flags: Sequence[str]) -> Measurement:
     """Run `generate` with these flags in a new process and delete the video.
 
     Raises ChildFailed. Any other exception ends the child first.
     """
     with tempfile.TemporaryDirectory(prefix="mlx-sora-bench-") as folder:
-        command = [sys.executable, "-m", "mlx_sora", "generate", *words]
+        command = [sys.executable, "-m", "mlx_sora", "generate", *flags]
         command += ["--json-events", "--metadata", "--output", f"{folder}/video"]
         start = time.perf_counter()
         with tempfile.TemporaryFile("w+") as errors, _child(command, errors) as process:
-            watch = _Watch(process.pid)
+            monitor = _ChildMonitor(process.pid)
             assert process.stdout is not None
             for line in process.stdout:
-                watch.take(line)
-            record = _reap(process)
+                monitor.handle(line)
+            resident = _wait(process)
             if process.returncode != 0:
                 errors.seek(0)
-                raise _failure(process.returncode, watch.error, errors.read())
+                raise _failure(process.returncode, monitor.error, errors.read())
         wall = time.perf_counter() - start
         sidecar = json.loads(Path(folder, "video.json").read_text(encoding="utf-8"))
-    return Measured(
-        seconds=sum(watch.stages.values()),
+    return Measurement(
+        seconds=sum(monitor.stages.values()),
         wall=wall,
-        peak=watch.footprint or record,
-        mlx_peak=watch.mlx_peak,
-        stages=watch.stages,
+        peak=monitor.footprint or resident,
+        mlx_peak=monitor.mlx_peak,
+        stages=monitor.stages,
         stream=sidecar.get("accelerations", {}).get("ci_dl", {}),
     )
 
@@ -125,7 +125,7 @@ def _child(command: Sequence[str], errors: IO[str]) -> Iterator[subprocess.Popen
         process.stdout.close()
 
 
-def _reap(process: subprocess.Popen[str]) -> int:
+def _wait(process: subprocess.Popen[str]) -> int:
     """Wait for the child and return its largest resident set in bytes."""
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)

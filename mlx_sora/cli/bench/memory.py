@@ -7,12 +7,11 @@ import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlx_sora.cli.bench.measure import PEAK, Measured, measure
+from mlx_sora.cli.bench.measure import PEAK, Measurement, measure
 from mlx_sora.cli.flags import add_debug_flag, add_request_flags, explicit_options, to_command_line
 from mlx_sora.cli.generate import load_pipeline
 from mlx_sora.errors import MemoryBudgetError, MlxSoraError, UsageError
@@ -25,13 +24,13 @@ if TYPE_CHECKING:
 
 PROMPT = "a red circle moving right on a black background"
 
-HEADING = (
+TABLE_HEADER = (
     f"{'budget':<10}{'seconds':>9}{'encode':>9}{'denoise':>9}{'decode':>9}"
     f"{'peak':>10}{'used':>7}{'peak MLX':>10}{'resident':>10}{'streamed':>10}"
 )
 
-#: Default number of budgets.
-SPREAD = 5
+#: Number of budgets by default.
+NUM_BUDGETS = 5
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,7 @@ class BudgetRow:
     """One budget in bytes; None: all blocks resident. Without a measurement, a reason."""
 
     budget: int | None
-    measured: Measured | None = None
+    measured: Measurement | None = None
     reason: str = ""
 
 
@@ -57,8 +56,8 @@ def add_parser(benches: Any) -> None:
         "--budgets",
         type=parse_budgets,
         metavar="BYTES,…",
-        help="such as 2GB,3.3GB,8GB; default: five, from the smallest possible one to the peak "
-        "with all blocks resident",
+        help="memory budgets, such as 2GB,3.3GB,8GB; default: five, from the smallest possible "
+        "one to the peak with all blocks resident",
     )
     group.add_argument(
         *("--output", "-o"),
@@ -68,7 +67,7 @@ def add_parser(benches: Any) -> None:
         help="folder of memory.json and memory.png; default: bench",
     )
     group.add_argument(
-        "--overwrite", dest="replacing", action="store_true", help="replace existing results"
+        "--overwrite", dest="replace_results", action="store_true", help="replace existing results"
     )
     add_debug_flag(group)
     add_request_flags(parser, "bench")
@@ -80,18 +79,18 @@ def run(args: argparse.Namespace) -> int:
     options = {"prompt": PROMPT, **explicit_options(args), "seed": 0}
     request = GenerationRequest.from_dict(options)
     request.validate()
-    files = BenchFiles(Path(args.folder), "memory", args.replacing)
+    files = ResultFiles(Path(args.folder), args.replace_results)
     files.check()
     pipeline = load_pipeline(request.model, request.dtype)
     plan = pipeline.plan(request)
     rows = []
-    print(HEADING, flush=True)
+    print(TABLE_HEADER, flush=True)
     for budget in (None, *(args.budgets or evenly_spaced_budgets(plan.smallest, plan.peak))):
         row = measure_row(pipeline, request, budget)
-        print(line(row), flush=True)
+        print(table_row(row), flush=True)
         rows.append(row)
-    result = record(pipeline, request, rows)
-    files.write(result, partial(draw_memory, result))
+    result = result_record(pipeline, request, rows)
+    files.write(result)
     return 0
 
 
@@ -101,9 +100,9 @@ def parse_budgets(text: str) -> list[int]:
 
 
 def evenly_spaced_budgets(smallest: int, peak: int) -> list[int]:
-    """Return SPREAD budgets from the smallest to the peak, in even ratios, in whole MB."""
+    """Return NUM_BUDGETS budgets from the smallest to the peak, in even ratios, in whole MB."""
     ratio = max(1.0, peak / smallest)
-    steps = (smallest * ratio ** (i / (SPREAD - 1)) for i in range(SPREAD))
+    steps = (smallest * ratio ** (i / (NUM_BUDGETS - 1)) for i in range(NUM_BUDGETS))
     return sorted({-(-int(step) // 10**6) * 10**6 for step in steps})
 
 
@@ -117,34 +116,34 @@ def measure_row(pipeline: Pipeline, request: GenerationRequest, budget: int | No
         needed = pipeline.plan(request).peak
     except MemoryBudgetError:
         smallest = format_bytes(pipeline.plan(replace(request, memory_budget=None)).smallest)
-        return BudgetRow(budget, reason=f"refused. The smallest possible budget is {smallest}.")
+        return BudgetRow(budget, reason=f"refused: the smallest possible budget is {smallest}")
     if needed > total_memory():
         has = format_bytes(total_memory())
         return BudgetRow(
-            budget, reason=f"not run. It needs {format_bytes(needed)}, this machine has {has}."
+            budget, reason=f"not run: needs {format_bytes(needed)}, this machine has {has}"
         )
     return BudgetRow(budget, measure(to_command_line(request.to_dict())))
 
 
-def line(row: BudgetRow) -> str:
+def table_row(row: BudgetRow) -> str:
     """Return the row as a line of the table."""
     name = "none" if row.budget is None else format_bytes(row.budget)
-    found = row.measured
-    if found is None:
+    measured = row.measured
+    if measured is None:
         return f"{name:<10}  {row.reason}"
-    used = "-" if row.budget is None else f"{found.peak / row.budget:.0%}"
-    denoising = found.stream.get("denoise")
-    resident = f"{denoising['resident']} of {denoising['blocks']}" if denoising else "all"
-    read = sum(stage["bytes_read"] for stage in found.stream.values())
-    streamed = format_bytes(read) if denoising else "-"
-    stages = "".join(f"{found.stages[name]:>9.2f}" for name in STAGES)
+    used = "-" if row.budget is None else f"{measured.peak / row.budget:.0%}"
+    denoise = measured.stream.get("denoise")
+    resident = f"{denoise['resident']} of {denoise['blocks']}" if denoise else "all"
+    read = sum(stage["bytes_read"] for stage in measured.stream.values())
+    streamed = format_bytes(read) if denoise else "-"
+    stages = "".join(f"{measured.stages[stage]:>9.2f}" for stage in STAGES)
     return (
-        f"{name:<10}{found.seconds:>9.2f}{stages}{format_bytes(found.peak):>10}{used:>7}"
-        f"{format_bytes(found.mlx_peak):>10}{resident:>10}{streamed:>10}"
+        f"{name:<10}{measured.seconds:>9.2f}{stages}{format_bytes(measured.peak):>10}{used:>7}"
+        f"{format_bytes(measured.mlx_peak):>10}{resident:>10}{streamed:>10}"
     )
 
 
-def record(
+def result_record(
     pipeline: Pipeline, request: GenerationRequest, rows: Sequence[BudgetRow]
 ) -> dict[str, Any]:
     """Return the results as JSON values, with the settings and the machine."""
@@ -161,20 +160,15 @@ def record(
     }
 
 
-#: Draws the chart as PNG into a file.
-Draw = Callable[[Path], None]
-
-
 @dataclass(frozen=True)
-class BenchFiles:
-    """Result files of the bench `name`: a JSON file and a chart."""
+class ResultFiles:
+    """The two files of the results in `folder`: JSON and a chart."""
 
     folder: Path
-    name: str
     overwrite: bool
 
     def check(self) -> None:
-        """Raise UsageError unless results can be written. Print a note if no chart can be drawn."""
+        """Raise UsageError if results cannot be written. Print a note if no chart can be drawn."""
         parent = self.folder
         while not parent.exists():
             parent = parent.parent
@@ -187,11 +181,12 @@ class BenchFiles:
             )
         if not _can_draw():
             print(
-                f'No {self._png}: matplotlib is missing. Get it: pip install "mlx_sora[bench]"',
+                f"matplotlib is missing, so {self._png} will not be drawn. "
+                'Install it: pip install "mlx_sora[bench]"',
                 file=sys.stderr,
             )
 
-    def write(self, record: Mapping[str, Any], draw: Draw) -> None:
+    def write(self, record: Mapping[str, Any]) -> None:
         """Write the files and print their paths; only the JSON file if no chart can be drawn."""
         from mlx_sora.utils.files import atomic_write
 
@@ -203,7 +198,7 @@ class BenchFiles:
             print(file.path)
             if _can_draw():
                 with atomic_write(self._png, self.overwrite) as file:
-                    draw(file.partial)
+                    draw_memory(record, file.partial)
                 print(file.path)
         except OSError as error:
             raise MlxSoraError(
@@ -212,11 +207,11 @@ class BenchFiles:
 
     @property
     def _json(self) -> Path:
-        return self.folder / f"{self.name}.json"
+        return self.folder / "memory.json"
 
     @property
     def _png(self) -> Path:
-        return self.folder / f"{self.name}.png"
+        return self.folder / "memory.png"
 
 
 def _can_draw() -> bool:
@@ -227,7 +222,7 @@ _BLUE, _GREY, _RED = "#1f5fa8", "#777777", "#b3262e"
 
 
 def draw_memory(record: Mapping[str, Any], path: Path) -> None:
-    """Draw the record of a bench as PNG into `path`. The suffix of `path` is ignored."""
+    """Draw a chart of the results into `path`, as PNG whatever its suffix."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -235,10 +230,10 @@ def draw_memory(record: Mapping[str, Any], path: Path) -> None:
     FigureCanvasAgg(figure)
     scale, unit = (1e9, "GB") if record["plan"]["peak"] >= 2e9 else (1e6, "MB")
     rows = [row for row in record["rows"] if row["budget"] is not None]
-    (free,) = (row["measured"] for row in record["rows"] if row["budget"] is None)
+    (resident,) = (row["measured"] for row in record["rows"] if row["budget"] is None)
     left, right = figure.subplots(1, 2)
-    _panel(left, rows, free, lambda measured: measured["seconds"], scale)
-    _panel(right, rows, free, lambda measured: measured["peak"] / scale, scale)
+    _plot(left, rows, resident, lambda measured: measured["seconds"], scale)
+    _plot(right, rows, resident, lambda measured: measured["peak"] / scale, scale)
     budgets = [row["budget"] / scale for row in rows]
     right.plot(budgets, budgets, color=_GREY, lw=1, label="the budget")
     left.set(xlabel=f"budget, {unit}", ylabel="seconds of all stages", ylim=(0, None))
@@ -249,20 +244,20 @@ def draw_memory(record: Mapping[str, Any], path: Path) -> None:
     figure.savefig(path, format="png", dpi=130)
 
 
-def _panel(
+def _plot(
     axes: Any,
     rows: Sequence[Mapping[str, Any]],
-    free: Mapping[str, Any] | None,
+    resident: Mapping[str, Any] | None,
     value: Callable[[Mapping[str, Any]], float],
     scale: float,
 ) -> None:
-    """Draw measured points, impossible budgets, and the run with all blocks resident."""
-    done = [row for row in rows if row["measured"]]
-    x = [row["budget"] / scale for row in done]
-    axes.plot(x, [value(row["measured"]) for row in done], "o-", color=_BLUE, label="measured")
+    """Plot measured points, impossible budgets, and the run with all blocks resident."""
+    measured = [row for row in rows if row["measured"]]
+    x = [row["budget"] / scale for row in measured]
+    axes.plot(x, [value(row["measured"]) for row in measured], "o-", color=_BLUE, label="measured")
     for number, row in enumerate(row for row in rows if not row["measured"]):
         label = None if number else "not possible"
         axes.axvline(row["budget"] / scale, color=_RED, lw=1, ls=":", label=label)
-    if free:
-        axes.axhline(value(free), color=_GREY, lw=1.2, ls="--", label="all resident, no budget")
+    if resident:
+        axes.axhline(value(resident), color=_GREY, lw=1.2, ls="--", label="all resident, no budget")
     axes.spines[["top", "right"]].set_visible(False)
