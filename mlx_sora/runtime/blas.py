@@ -1,13 +1,12 @@
 """A fast BLAS for MLX's CPU backend on Linux.
 
-The Linux wheel of MLX carries netlib's reference BLAS: one thread, no SIMD, about 40 times slower
-than the processor can. The dynamic linker takes `cblas_sgemm` from whichever library was loaded
-globally first, so `install` (called by `mlx_sora/__init__.py`) puts a better one there before
-`mlx.core` is loaded: the OpenBLAS inside numpy's wheel, through the small extension `_cblas.c`,
-else an installed MKL or OpenBLAS. The threads are then the library's: OPENBLAS_NUM_THREADS or
-MKL_NUM_THREADS. `MLX_SORA_BLAS` picks a single way (`numpy`, `mkl`, `openblas`) or none (`off`).
-
-macOS is left alone: MLX uses Accelerate there.
+The Linux wheel of MLX contains netlib's reference BLAS: one thread, no SIMD, about 40 times slower
+than the processor. The dynamic linker takes `cblas_sgemm` from the first library that was loaded
+globally, so `install` (called by `mlx_sora/__init__.py`) loads a faster one before `mlx.core`: the
+OpenBLAS in numpy's wheel, through the small extension `_cblas.c`, else an installed MKL or
+OpenBLAS. OPENBLAS_NUM_THREADS or MKL_NUM_THREADS then set the number of threads. `MLX_SORA_BLAS`
+selects one library (`numpy`, `mkl`, `openblas`) or none (`off`). macOS has Accelerate and needs
+nothing.
 """
 
 from __future__ import annotations
@@ -34,10 +33,11 @@ _INSTALL_HINT = "install a C compiler and reinstall mlx_sora, or `apt install li
 
 @dataclass(frozen=True)
 class Blas:
-    """Which library multiplies MLX's float32 matrices on the CPU.
+    """Library that multiplies MLX's float32 matrices on the CPU.
 
-    name: for people; path: the library's file, empty where MLX's own is used.
-    fast: False only for the reference BLAS; notice: then one line that says what to do about it.
+    path: file of the library; empty for MLX's own.
+    fast: False for the reference BLAS.
+    notice: then one line of advice.
     """
 
     name: str
@@ -47,25 +47,25 @@ class Blas:
     _shim: ctypes.CDLL | None = field(default=None, repr=False, compare=False)
 
     def call_count(self) -> int | None:
-        """Matrix products that went through mlx_sora's extension so far; None for other ways."""
+        """Return the number of matrix products of mlx_sora's extension; None without it."""
         return int(self._shim.mlx_sora_blas_calls()) if self._shim is not None else None
 
 
 @cache
 def install() -> Blas:
-    """Put a fast BLAS in front of MLX's own, once per process; about 3 ms. Never raises."""
+    """Load a fast BLAS before MLX's own, once per process; about 3 ms. Never raises."""
     if sys.platform != "linux":
         return Blas("MLX's own")
     choice = os.environ.get("MLX_SORA_BLAS", "auto")
-    if choice not in ("auto", "off", *_WAYS):
-        valid = ", ".join(("auto", *_WAYS, "off"))
+    if choice not in ("auto", "off", *_LOADERS):
+        valid = ", ".join(("auto", *_LOADERS, "off"))
         log.warning("MLX_SORA_BLAS=%s is unknown and ignored; it takes %s.", choice, valid)
         choice = "auto"
     if choice == "off":
         return Blas("MLX's own", fast=False, notice="MLX_SORA_BLAS=off: the CPU will be slow.")
     if "mlx.core" in sys.modules:
-        return _too_late()
-    for name, load in _WAYS.items():
+        return _mlx_loaded_first()
+    for name, load in _LOADERS.items():
         if choice in ("auto", name) and (blas := load()) is not None:
             return blas
     hint = _INSTALL_HINT
@@ -75,7 +75,7 @@ def install() -> Blas:
     return Blas("MLX's own", fast=False, notice=notice)
 
 
-def _too_late() -> Blas:
+def _mlx_loaded_first() -> Blas:
     import mlx.core as mx
 
     notice = "mlx.core was imported first, too late for a fast BLAS: import mlx_sora before it."
@@ -85,16 +85,16 @@ def _too_late() -> Blas:
 
 
 def _numpy_openblas() -> Blas | None:
-    """OpenBLAS of numpy's wheel (64-bit integers), through the extension."""
+    """Bind the OpenBLAS of numpy's wheel (64-bit integers) to the extension."""
     shim_path = Path(__file__).with_name(f"_cblas{get_config_var('EXT_SUFFIX')}")
     spec = importlib.util.find_spec("numpy")
     if not shim_path.is_file() or spec is None or spec.origin is None:
         return None
-    # Found beside the package without importing it: `import mlx_sora` stays light.
+    # Does not import numpy: `import mlx_sora` stays light.
     for path in (Path(spec.origin).parents[1] / "numpy.libs").glob("*openblas64_*.so*"):
-        library = _open(path)
+        library = _load(path)
         addresses = _addresses(library) if library is not None else None
-        shim = _open(shim_path, ctypes.RTLD_GLOBAL) if addresses is not None else None
+        shim = _load(shim_path, ctypes.RTLD_GLOBAL) if addresses is not None else None
         if addresses is None or shim is None:
             continue
         shim.mlx_sora_blas_calls.restype = ctypes.c_uint64
@@ -105,7 +105,7 @@ def _numpy_openblas() -> Blas | None:
 
 
 def _addresses(library: ctypes.CDLL) -> list[int | None] | None:
-    """Addresses of the single, double and complex product, or None where names are others."""
+    """Return the addresses of the single, double and complex product, or None if not exported."""
     for template in _NUMPY_SYMBOLS:
         names = [template.format(kind) for kind in "sdc"]
         if all(hasattr(library, name) for name in names):
@@ -114,29 +114,29 @@ def _addresses(library: ctypes.CDLL) -> list[int | None] | None:
 
 
 def _mkl() -> Blas | None:
-    return _first("MKL", _installed("libmkl_rt.so*"), ("libmkl_rt.so.3", "libmkl_rt.so.2"))
+    return _load_first("MKL", _installed("libmkl_rt.so*"), ("libmkl_rt.so.3", "libmkl_rt.so.2"))
 
 
 def _system_openblas() -> Blas | None:
-    return _first("OpenBLAS", _installed("libopenblas.so*"), ("libopenblas.so.0",))
+    return _load_first("OpenBLAS", _installed("libopenblas.so*"), ("libopenblas.so.0",))
 
 
 def _installed(pattern: str) -> Iterator[Path]:
     yield from sorted((Path(sys.prefix) / "lib").glob(pattern))
 
 
-def _first(name: str, files: Iterator[Path], sonames: tuple[str, ...]) -> Blas | None:
-    """First library that loads and exports cblas_sgemm: files, then names the linker knows."""
+def _load_first(name: str, files: Iterator[Path], sonames: tuple[str, ...]) -> Blas | None:
+    """Load the first library with cblas_sgemm: of files, then of names that the linker knows."""
     for candidate in (*map(str, files), *sonames):
-        # Looked at privately first: a library without the function must not become global.
-        probe = _open(candidate)
+        # Probe it locally first: a library without the function must not become global.
+        probe = _load(candidate)
         if probe is not None and hasattr(probe, "cblas_sgemm"):
-            _open(candidate, ctypes.RTLD_GLOBAL)
+            _load(candidate, ctypes.RTLD_GLOBAL)
             return Blas(name, candidate)
     return None
 
 
-def _open(path: str | Path, mode: int = ctypes.RTLD_LOCAL) -> ctypes.CDLL | None:
+def _load(path: str | Path, mode: int = ctypes.RTLD_LOCAL) -> ctypes.CDLL | None:
     try:
         return ctypes.CDLL(str(path), mode=mode)
     except OSError as error:
@@ -144,7 +144,7 @@ def _open(path: str | Path, mode: int = ctypes.RTLD_LOCAL) -> ctypes.CDLL | None
         return None
 
 
-_WAYS: dict[str, Callable[[], Blas | None]] = {
+_LOADERS: dict[str, Callable[[], Blas | None]] = {
     "numpy": _numpy_openblas,
     "mkl": _mkl,
     "openblas": _system_openblas,

@@ -1,4 +1,4 @@
-"""Which device MLX runs on, what precision suits it, and what `info` says about the machine."""
+"""The device MLX runs on: its precision, its memory, its errors, and a description of it."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from mlx_sora.utils.versions import versions
 
 
 def default_dtype(device: mx.Device | None = None, requested: str = "auto") -> mx.Dtype:
-    """Precision of weights and activations on `device` (default: MLX's default device).
+    """Return the dtype of weights and activations on `device` (default: MLX's default device).
 
-    auto: bfloat16 on GPUs, float32 on CPUs. bfloat16 on a Linux CPU is refused with a UsageError:
-    MLX multiplies it there without BLAS, about 18 times slower than float32. So are unknown names.
+    auto: bfloat16 on GPUs, float32 on CPUs. Raises UsageError for unknown names and for bfloat16 on
+    a Linux CPU: MLX multiplies it there without BLAS, about 18 times slower than float32.
     """
     if requested == "float16":
         check_text_encoder(mx.float16)
@@ -39,19 +39,19 @@ def default_dtype(device: mx.Device | None = None, requested: str = "auto") -> m
 
 
 def backend() -> str:
-    """`metal`, `cuda` or `cpu`: where MLX's default device computes."""
+    """Return `metal`, `cuda` or `cpu`, the backend of MLX's default device."""
     if mx.default_device() == mx.Device(mx.cpu):
         return "cpu"
     return "metal" if mx.metal.is_available() else "cuda"
 
 
 def blas_notice() -> str:
-    """One line to show once when the CPU lacks a fast BLAS and computes; empty otherwise."""
+    """Return one line for users of a CPU without a fast BLAS; empty for others."""
     return blas.install().notice if backend() == "cpu" else ""
 
 
 def total_memory() -> int:
-    """Bytes of RAM this process may use: the machine's, or its container's limit if lower."""
+    """Return the bytes of RAM of the machine, or the limit of its container if that is lower."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         try:
@@ -62,7 +62,7 @@ def total_memory() -> int:
 
 
 def describe_machine() -> dict[str, object]:
-    """The machine as `info` and metadata show it: plain JSON values, bytes, no one's folders."""
+    """Return JSON values for `info` and metadata: sizes in bytes, no paths."""
     library = blas.install()
     return {
         "backend": backend(),
@@ -78,51 +78,54 @@ def describe_machine() -> dict[str, object]:
     }
 
 
-_LESS = "Give a smaller --memory-budget (--dry-run shows what fits), or make a smaller video."
-_PARTS = "Use --sequential-guidance or --vae-tiles 2, or make a smaller video."
-_CALM = (
-    "Let the display sleep or close what draws on it; --sequential-guidance, --vae-tiles 2 or a "
-    "smaller video give it less at a time."
+_SMALLER_BUDGET = "Lower --memory-budget (--dry-run shows what fits) or make a smaller video."
+_SMALLER_ARRAYS = "Use --sequential-guidance or --vae-tiles 2, or make a smaller video."
+_SHORTER_WORK = (
+    "Turn the display off or close what draws on it. --sequential-guidance, --vae-tiles 2 or a "
+    "smaller video also give the GPU less work at a time."
 )
 
-#: What a message holds; the error that it is; what happened; what to do.
-_TABLE: tuple[tuple[str, type[MlxSoraError], str, str], ...] = (
+#: Pattern of an error's message, kind of error to raise, its message and what to do.
+_DEVICE_ERRORS: tuple[tuple[str, type[MlxSoraError], str, str], ...] = (
     (
         r"greater than the maximum allowed buffer size",
         MemoryBudgetError,
-        "one array is larger than the GPU takes",
-        _PARTS,
+        "an array is larger than the GPU allows",
+        _SMALLER_ARRAYS,
     ),
     (
         r"\[metal::malloc\] Resource limit",
         MemoryBudgetError,
-        "too many arrays are alive at a time",
-        _LESS,
+        "there are too many arrays at a time",
+        _SMALLER_BUDGET,
     ),
     (
         r"kIOGPUCommandBufferCallbackErrorOutOfMemory|Insufficient Memory"
         r"|\[malloc(_or_wait)?\] Unable to allocate|std::bad_alloc"
         r"|cuda\w+.*(out of memory|cudaErrorMemoryAllocation)|CUDA_ERROR_OUT_OF_MEMORY",
         MemoryBudgetError,
-        "there is not enough memory",
-        _LESS,
+        "out of memory",
+        _SMALLER_BUDGET,
     ),
     (
         r"kIOGPUCommandBufferCallbackError(Timeout|ImpactingInteractivity|Hang)"
         r"|Caused GPU (Timeout|Hang) Error|Impacting Interactivity",
         MlxSoraError,
-        "the system has ended work that kept the GPU too long",
-        _CALM,
+        "the system ended work that kept the GPU busy for too long",
+        _SHORTER_WORK,
     ),
 )
 
 
 def explain_device_error(error: BaseException, stage: str) -> MlxSoraError | None:
-    """What `error`, raised in `stage`, means for the user; None where it is of another kind."""
+    """Return an error with advice for MLX's errors about memory and GPU time; None for others.
+
+    stage: where `error` was raised.
+    """
     text = " ".join(str(error).split())[:200]
     if isinstance(error, MemoryError):
-        return MemoryBudgetError(f"Stage {stage}: there is not enough memory.", _LESS)
-    for pattern, kind, what, fix in _TABLE:
+        return MemoryBudgetError(f"Stage {stage}: out of memory.", _SMALLER_BUDGET)
+    for pattern, kind, message, fix in _DEVICE_ERRORS:
         if isinstance(error, RuntimeError) and re.search(pattern, text):
-            return kind(f"Stage {stage}: {what} ({text.rstrip('.')}).", fix)
+            return kind(f"Stage {stage}: {message} ({text.rstrip('.')}).", fix)
     return None

@@ -1,4 +1,4 @@
-"""Typed progress events: what a run tells whoever watches it. Plain data, no drawing."""
+"""Progress events that a run yields: plain data, no drawing."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ if TYPE_CHECKING:
     from mlx_sora.errors import MlxSoraError
     from mlx_sora.video import Video
 
-#: Stage names in order: text encoding, denoising, decoding (the writer runs inside decoding). Media
-#: are encoded in a stage "read" before denoising; clips are denoised and decoded in turn.
+#: Stages of every run, in order. Decoding includes writing the file. A stage "read" that encodes
+#: media may come before denoising. Each clip has its own denoising and decoding.
 STAGES = ("encode", "denoise", "decode")
 
 
 @dataclass(frozen=True)
 class StageStarted:
-    """Stage `stage` begins; `total` units of work follow (prompts, steps, frames)."""
+    """A stage begins. total: its units of work (prompts, steps, frames)."""
 
     stage: str
     total: int
@@ -27,7 +27,7 @@ class StageStarted:
 
 @dataclass(frozen=True)
 class StageProgress:
-    """`done` of `total` units of `stage` are finished (frames decoded, prompts encoded)."""
+    """`done` of `total` units of a stage are finished (frames decoded, prompts encoded)."""
 
     stage: str
     done: int
@@ -36,9 +36,11 @@ class StageProgress:
 
 @dataclass(frozen=True)
 class StepFinished:
-    """One denoising step: index from 0, flow time `t` in [0, 1000] before it, seconds it took.
+    """A denoising step is finished.
 
-    latents: z after the step, [B, T, H, W, C], normalised latent space.
+    step: index from 0.
+    t: flow time before the step, in [0, 1000].
+    latents: z after the step, [B, T, H, W, C], in normalised latent space.
     """
 
     step: int
@@ -50,9 +52,11 @@ class StepFinished:
 
 @dataclass(frozen=True)
 class PreviewReady:
-    """x0 as foreseen in `step`: uint8 [frames, height, width, 3]; path: where it was written.
+    """A preview of the prediction of x0 in `step`.
 
-    Small, a picture per latent frame, where the model has a map for previews; else as decoded.
+    frames: uint8 [frames, height, width, 3]; one small frame per latent frame if the model has a
+    preview map, else decoded frames.
+    path: file it was written to, or None.
     """
 
     step: int
@@ -62,7 +66,7 @@ class PreviewReady:
 
 @dataclass(frozen=True)
 class StageFinished:
-    """Stage done: wall seconds, peak of MLX's allocator and of the resident set, in bytes."""
+    """A stage is finished: wall seconds, peaks of MLX's allocator and the resident set in bytes."""
 
     stage: str
     seconds: float
@@ -72,21 +76,21 @@ class StageFinished:
 
 @dataclass(frozen=True)
 class Warned:
-    """Something the user should know; also recorded in the video's metadata."""
+    """A warning for the user, also recorded in the video's metadata."""
 
     message: str
 
 
 @dataclass(frozen=True)
 class Noted:
-    """Something worth a line that is no warning, such as what an acceleration did."""
+    """A note for the user, such as what an acceleration did."""
 
     message: str
 
 
 @dataclass(frozen=True)
 class RequestStarted:
-    """Of several requests, number `index` of `total` (from 0) begins; its text is encoded."""
+    """Request `index` (from 0) of several begins. Its text is already encoded."""
 
     index: int
     total: int
@@ -96,7 +100,7 @@ class RequestStarted:
 
 @dataclass(frozen=True)
 class RequestFailed:
-    """Of several requests, number `index` (from 0) failed; the others go on."""
+    """Request `index` (from 0) of several failed. The others continue."""
 
     index: int
     error: MlxSoraError
@@ -104,7 +108,7 @@ class RequestFailed:
 
 @dataclass(frozen=True)
 class Finished:
-    """The run is over; `video` holds the path or the frames."""
+    """The run is finished. `video` has the path or the frames."""
 
     video: Video
 

@@ -1,8 +1,8 @@
-"""Whether what a run makes can still become a video: looked at after every stage and every step.
+"""Numerical health of a run, checked after every stage and every step.
 
-Only what no prompt can mean stops a run: NaN and Inf, arrays without any variance, frames alike to
-the last bit, pictures beyond black or white everywhere, latents far outside what flow matching
-gives. A still video, a white one or noise pass. Each look is one evaluation of a few reductions.
+Only values that no prompt can produce stop a run: NaN and Inf, arrays without any variance, frames
+that are bit-identical, frames beyond black or white everywhere, latents far outside the range of
+flow matching. A still, a white or a noisy video passes. A check evaluates a few reductions at once.
 """
 
 from __future__ import annotations
@@ -13,24 +13,25 @@ import mlx.core as mx
 
 from mlx_sora.errors import NumericsError
 
-#: Root mean square of latents that no flow from unit noise to latents of unit variance comes near.
+#: Root mean square far beyond any flow from unit noise to latents of unit variance.
 EXPLODED = 50.0
 
-#: Guidance from which it is the likelier cause of that than the weights.
+#: Above this, guidance is a likelier cause of exploding latents than the weights.
 HIGH_GUIDANCE = 15.0
 
-#: Differences that are rounding and nothing else, as a share of the largest value.
+#: Differences up to this fraction of the largest value are rounding.
 FLAT = 1e-6
 
 _DOCTOR = "check the weights with: python -m mlx_sora doctor."
-_ANYWAY = "--no-health-check goes on all the same."
+_ANYWAY = "--no-health-check continues anyway."
 
 
 @dataclass(frozen=True)
 class Health:
-    """Checks of one run. dtype, guidance: of the run, for the likely cause; enabled: if at all.
+    """Checks of one run. Each raises NumericsError with stage, step and advice.
 
-    Each check raises NumericsError with stage, step and what to do. Arrays are evaluated.
+    dtype, guidance: those of the run, to name a likely cause.
+    enabled: False turns all checks off.
     """
 
     dtype: mx.Dtype
@@ -38,59 +39,60 @@ class Health:
     enabled: bool = True
 
     def check_text(self, states: mx.array) -> None:
-        """Text states [n, D]."""
+        """Check text states [n, D]."""
         if not self.enabled:
             return
-        found = _Values.of(states)
+        found = _ArrayStats.from_array(states)
         if not found.finite:
             raise NumericsError("NaN or Inf in the text states (stage encode).", self._overflow())
         if found.flat:
             what = "zero" if found.high == 0 else "the same number"
             raise NumericsError(
-                f"All text states are {what} (stage encode): the prompt says nothing.",
+                f"All text states are {what} (stage encode): the prompt would have no effect.",
                 f"The text encoder may be damaged: {_DOCTOR} {_ANYWAY}",
             )
 
     def check_media(self, latents: mx.array) -> None:
-        """Latents of pictures or videos that were given, [1, T, h, w, C]."""
+        """Check latents of conditioning images or videos, [1, T, h, w, C]."""
         if self.enabled and not mx.isfinite(latents).all().item():
             raise NumericsError(
-                "NaN or Inf in the latents of what was given (stage read).",
+                "NaN or Inf in the latents of the media (stage read).",
                 f"The VAE's encoder may be damaged: {_DOCTOR}",
             )
 
     def check_latents(
         self, z: mx.array, index: int, total: int, *, conditioned: bool = False
     ) -> None:
-        """Latents [1, T, h, w, C] after step `index` (from 0) of `total`.
+        """Check latents [1, T, h, w, C] after step `index` (from 0) of `total`.
 
-        given: some frames come from media, which may be alike.
+        conditioned: some frames come from media, which may be identical.
         """
         if not self.enabled:
             return
-        found = _Values.of(z, alike=not conditioned)
+        found = _ArrayStats.from_array(z, compare_frames=not conditioned)
         when = f"after step {index + 1} of {total} (stage denoise)"
         if not found.finite:
             raise NumericsError(f"NaN or Inf in the latents {when}.", self._overflow())
         if found.rms > EXPLODED:
             raise NumericsError(
-                f"The latents explode: their size is {found.rms:.3g} {when}, near 1 is usual.",
+                f"The latents explode: their RMS is {found.rms:.3g} {when}, usual is about 1.",
                 self._too_large(),
             )
-        if found.flat or found.alike:
-            how = "are one number everywhere" if found.flat else "of all frames are the same"
+        if found.flat or found.identical_frames:
+            what = "are the same number" if found.flat else "of all frames are the same"
             raise NumericsError(
-                f"The latents {how} {when}.", f"The transformer may be damaged: {_DOCTOR} {_ANYWAY}"
+                f"The latents {what} {when}.",
+                f"The transformer may be damaged: {_DOCTOR} {_ANYWAY}",
             )
 
     def frame_health(self) -> FrameHealth:
-        """Checks for the frames of one clip."""
+        """Return the check of the frames of one clip."""
         return FrameHealth(self.enabled)
 
     def _overflow(self) -> str:
         if self.dtype != mx.float32:
-            return f"Try --dtype float32; if it stays, {_DOCTOR}"
-        return f"In float32 nothing overflows by itself; {_DOCTOR}"
+            return f"Try --dtype float32. If that does not help, {_DOCTOR}"
+        return f"Sound weights do not overflow in float32: {_DOCTOR}"
 
     def _too_large(self) -> str:
         if self.guidance > HIGH_GUIDANCE:
@@ -104,17 +106,17 @@ class FrameHealth:
     def __init__(self, enabled: bool = True) -> None:
         self._enabled = enabled
         self._count = 0
-        self._black = self._white = self._flat = self._alike = True
-        #: The first frame, for as long as all others have been like it.
+        self._black = self._white = self._flat = self._identical = True
+        #: The first frame, while all others are identical.
         self._first: mx.array | None = None
 
     def add(self, frames: mx.array) -> None:
-        """Look at the next frames. Raises NumericsError for NaN and Inf at once."""
+        """Check the next frames. Raises NumericsError for NaN and Inf."""
         if not self._enabled:
             return
-        if self._first is None and self._alike:
+        if self._first is None and self._identical:
             self._first = frames[0] * 1  # a slice would keep the whole chunk in memory
-        found = _Values.of(frames)
+        found = _ArrayStats.from_array(frames)
         if not found.finite:
             raise NumericsError(
                 f"NaN or Inf in frames {self._count} to {self._count + len(frames) - 1} "
@@ -127,48 +129,46 @@ class FrameHealth:
         if self._first is not None:
             first = self._first
             same = mx.stack([(frames == first).all(), (mx.abs(frames - first[0, 0]) <= FLAT).all()])
-            alike, flat = same.tolist()  # type: ignore[misc]
-            self._alike, self._flat = bool(alike), self._flat and bool(flat)
-            if not self._alike:
+            identical, flat = same.tolist()  # type: ignore[misc]
+            self._identical, self._flat = bool(identical), self._flat and bool(flat)
+            if not self._identical:
                 self._first = None
 
     def finish(self) -> None:
-        """All frames have been added. Raises NumericsError where together they are no video."""
+        """Check all frames together. Raises NumericsError if they cannot be a video."""
         if not self._enabled:
             return
-        if self._flat and self._alike:
-            how = "All frames are one colour, the same in every pixel"
+        if self._flat and self._identical:
+            what = "All pixels of all frames have one colour"
         elif self._black or self._white:
-            how = f"All frames are {'black' if self._black else 'white'}, and beyond"
-        elif self._alike and self._count > 1:
-            how = f"All {self._count} frames are the same, to the last bit"
+            what = f"All values of all frames are {'below black' if self._black else 'above white'}"
+        elif self._identical and self._count > 1:
+            what = f"All {self._count} frames are bit-identical"
         else:
             return
         raise NumericsError(
-            f"{how} (stage decode).",
+            f"{what} (stage decode).",
             f"The VAE may be damaged, or of another model: {_DOCTOR} {_ANYWAY}",
         )
 
 
 @dataclass(frozen=True)
-class _Values:
-    """What is to be known of an array. alike: all of axis 1 is the same, where asked for."""
-
+class _ArrayStats:
     finite: bool
     low: float
     high: float
     rms: float
-    alike: bool
+    identical_frames: bool
 
     @classmethod
-    def of(cls, x: mx.array, *, alike: bool = False) -> _Values:
-        """By one evaluation."""
+    def from_array(cls, x: mx.array, *, compare_frames: bool = False) -> _ArrayStats:
+        """Compute all statistics in one evaluation. compare_frames: along axis 1."""
         x = x.astype(mx.float32)
-        looks = [mx.isfinite(x).all(), x.min(), x.max(), mx.sqrt(mx.mean(x * x))]
-        if alike and x.shape[1] > 1:
-            looks.append((x == x[:, :1]).all())
-        looked: list[float] = mx.stack([look.astype(mx.float32) for look in looks]).tolist()  # type: ignore[assignment]
-        finite, low, high, rms, *same = looked
+        stats = [mx.isfinite(x).all(), x.min(), x.max(), mx.sqrt(mx.mean(x * x))]
+        if compare_frames and x.shape[1] > 1:
+            stats.append((x == x[:, :1]).all())
+        values: list[float] = mx.stack([each.astype(mx.float32) for each in stats]).tolist()  # type: ignore[assignment]
+        finite, low, high, rms, *same = values
         return cls(finite == 1, low, high, rms, same == [1.0])
 
     @property

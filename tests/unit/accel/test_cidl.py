@@ -1,4 +1,4 @@
-"""Streaming blocks: order of reading, memory, and the decision what stays."""
+"""Streamed blocks: order of reading, memory, and the number of resident blocks."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def os_threads() -> int:
 
 
 def settle(reader: Log, count: int) -> list[int]:
-    """What has been read once the loader has had time to read more than `count` blocks."""
+    """Return the blocks read after time enough for more than `count`."""
     deadline = time.monotonic() + 2
     while len(reader.blocks) < count and time.monotonic() < deadline:
         time.sleep(0.001)
@@ -57,7 +57,7 @@ def test_never_more_than_one_block_ahead(model: ModelFolder) -> None:
             blocks.release(index, mx.zeros(1))
 
 
-def test_without_prefetch_blocks_are_read_when_asked_for(model: ModelFolder) -> None:
+def test_without_prefetch_blocks_are_read_on_request(model: ModelFolder) -> None:
     _, source, reader = t5(model)
     with BlockStream(source, cyclic=True, prefetch=False) as blocks:
         for index in range(DEPTH):
@@ -68,7 +68,7 @@ def test_without_prefetch_blocks_are_read_when_asked_for(model: ModelFolder) -> 
 
 
 @pytest.mark.parametrize("cyclic", [True, False])
-def test_the_next_pass_is_read_ahead_only_if_there_is_one(model: ModelFolder, cyclic: bool) -> None:
+def test_next_pass_is_prefetched_only_if_cyclic(model: ModelFolder, cyclic: bool) -> None:
     network, source, reader = t5(model)
     with BlockStream(source, cyclic=cyclic) as blocks:
         networks.t5_states(network, blocks)
@@ -76,7 +76,7 @@ def test_the_next_pass_is_read_ahead_only_if_there_is_one(model: ModelFolder, cy
         assert settle(reader, DEPTH + len(ahead)) == [*range(DEPTH), *ahead]
 
 
-def test_resident_blocks_are_read_once_and_lie_evenly(model: ModelFolder) -> None:
+def test_resident_blocks_are_read_once_and_evenly_spaced(model: ModelFolder) -> None:
     network, source, reader = t5(model)
     with BlockStream(source, 2, cyclic=True) as blocks:
         assert blocks.resident == {0, 2}
@@ -96,8 +96,8 @@ def test_shallow_networks(tmp_path: Path, depth: int, resident: int) -> None:
             assert mx.array_equal(networks.t5_states(network, blocks), expected)
 
 
-def test_any_order_of_asking(model: ModelFolder) -> None:
-    """A pass that was broken off, then another from its beginning; and jumps."""
+def test_blocks_can_be_requested_in_any_order(model: ModelFolder) -> None:
+    """An interrupted pass, another from its beginning, and jumps."""
     _, source, _ = t5(model)
     with BlockStream(source, 1, cyclic=True) as blocks:
         for index in [0, 1, 0, 1, 2, 4, 3, 3, 0]:
@@ -126,7 +126,7 @@ def test_a_block_without_weights_cannot_compute(model: ModelFolder) -> None:
 
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory: pytest.TempPathFactory) -> ModelFolder:
-    """Blocks of 3.7 MB, far above what a few tokens take."""
+    """A model with blocks of 3.7 MB, far above the activations of a few tokens."""
     root = tmp_path_factory.mktemp("wide")
     return networks.stdit_model(root, replace(networks.STDIT, hidden_size=160, depth=6))
 
@@ -134,7 +134,7 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> ModelFolder:
 def peak_of_a_step(
     network: STDiT3, source: BlockSource[BlockPair], resident: int, prefetch: bool = True
 ) -> int:
-    """MLX's peak above what the network holds without its blocks, at the third step."""
+    """Return MLX's peak at the third step, above the network without its blocks."""
     with BlockStream(source, resident, cyclic=True, prefetch=prefetch) as blocks:
         run = networks.steps(network, blocks, count=3)
         next(run)
@@ -147,7 +147,7 @@ def peak_of_a_step(
         return mx.get_peak_memory() - base
 
 
-def test_memory_holds_two_streamed_blocks_and_those_that_stay(wide: ModelFolder) -> None:
+def test_memory_holds_two_streamed_blocks_and_the_resident_ones(wide: ModelFolder) -> None:
     network, source = stream_transformer(wide, mx.float32)
     block = max(source.nbytes)
     assert block > 3 << 20
@@ -158,7 +158,7 @@ def test_memory_holds_two_streamed_blocks_and_those_that_stay(wide: ModelFolder)
         assert peak <= (resident + 2) * block + activations + block // 10
 
 
-def test_weights_leave_memory_when_the_stream_closes(wide: ModelFolder) -> None:
+def test_closing_the_stream_frees_the_weights(wide: ModelFolder) -> None:
     release()
     before = mx.get_active_memory()
     network, source = stream_transformer(wide, mx.float32)
@@ -197,16 +197,16 @@ def test_twenty_runs_leave_no_thread_and_no_memory(wide: ModelFolder) -> None:
     assert after[2] < rss + (8 << 20)  # two of the 20 x 6 blocks that went through
 
 
-# Deciding what stays.
+# The number of resident blocks.
 
 
-def scripted(readings: list[MemorySample], budget: int) -> tuple[Residency, list[MemorySample]]:
-    """A policy that sees `readings` one after the other (begin, first block, second block)."""
-    left = list(readings)
+def scripted(samples: list[MemorySample], budget: int) -> tuple[Residency, list[MemorySample]]:
+    """Return a Residency that sees `samples` in turn (start, first block, second block)."""
+    left = list(samples)
     return Residency(budget, sample=lambda: left.pop(0), reset_peak=lambda: None), left
 
 
-def test_two_blocks_are_measured_alone_and_then_some_stay(model: ModelFolder) -> None:
+def test_two_blocks_are_measured_alone_before_others_stay(model: ModelFolder) -> None:
     _, source, reader = t5(model)
     small, size, loading = min(source.nbytes), max(source.nbytes), source.load_peak_bytes
     work, growth, outside = 5000, 700, 300
@@ -235,7 +235,7 @@ def test_two_blocks_are_measured_alone_and_then_some_stay(model: ModelFolder) ->
     assert reader.blocks[:9] == [0, 1, 2, 3, 4, 0, 1, 3, 4]
 
 
-def test_reconsidering_lets_go_first_and_measures_anew(model: ModelFolder) -> None:
+def test_remeasure_frees_all_blocks_first(model: ModelFolder) -> None:
     network, source, reader = t5(model)
     everything = 100 * sum(source.nbytes)
     held: list[int] = []
@@ -259,7 +259,7 @@ def test_reconsidering_lets_go_first_and_measures_anew(model: ModelFolder) -> No
     assert reader.blocks == [*range(DEPTH), 0, *range(DEPTH), *range(DEPTH)]
 
 
-def test_a_single_pass_keeps_nothing(model: ModelFolder) -> None:
+def test_a_single_pass_has_no_resident_blocks(model: ModelFolder) -> None:
     network, source, _ = t5(model)
     with BlockStream(source, Residency(1 << 40)) as blocks:
         networks.t5_states(network, blocks)

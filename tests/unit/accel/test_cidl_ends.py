@@ -1,4 +1,4 @@
-"""How streaming ends: closing, exceptions, Ctrl-C, and files that fail in mid run."""
+"""The end of streaming: closing, exceptions, Ctrl-C, and files that fail during a run."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_ctrl_c_while_waiting_for_a_block_joins_the_thread(model: ModelFolder) -
     assert time.monotonic() - started < 5
 
 
-def test_closing_does_not_read_what_was_asked_for(model: ModelFolder) -> None:
+def test_closing_does_not_read_requested_blocks(model: ModelFolder) -> None:
     _, source, reader = t5(model, Log(0.05))
     with BlockStream(source, cyclic=True) as blocks:
         blocks.get(0)
@@ -70,14 +70,14 @@ def truncate(file: Path) -> None:
 
 
 def rewrite(file: Path) -> None:
-    """Same size, other content and time."""
+    """Change content and time, not the size."""
     time.sleep(0.01)
     file.write_bytes(b"x" * file.stat().st_size)
 
 
 @pytest.mark.parametrize("resident", [0, 2])
 @pytest.mark.parametrize("harm", [truncate, Path.unlink, rewrite])
-def test_a_file_that_fails_in_mid_run(tmp_path: Path, harm: object, resident: int) -> None:
+def test_a_file_that_fails_during_a_run(tmp_path: Path, harm: object, resident: int) -> None:
     model = networks.t5_model(tmp_path)
     network, source, _ = t5(model)
     with no_loader_left(), BlockStream(source, resident, cyclic=True, prefetch=False) as blocks:
@@ -93,7 +93,7 @@ def test_a_file_that_fails_in_mid_run(tmp_path: Path, harm: object, resident: in
 
 
 def test_a_file_that_ends_while_it_is_read(tmp_path: Path) -> None:
-    """The header is whole and the size was right a moment ago: MLX finds out at evaluation."""
+    """Header and size were right just before, so MLX finds out at evaluation."""
     model = networks.t5_model(tmp_path)
 
     class Cutting(Log):

@@ -49,14 +49,14 @@ def mode(request: pytest.FixtureRequest) -> Iterator[ExecutionMode]:
 
 
 def filled(network: nn.Module) -> nn.Module:
-    """`network` with its weights in memory."""
+    """Return `network` with its weights in memory."""
     network.update(tree_map(lambda a: mx.full(a.shape, 0.01), network.parameters()))
     mx.eval(network.parameters())
     return network
 
 
 def peak(work: Callable[[], mx.array]) -> int:
-    """MLX's peak during `work`, above what was there before: the least of eight runs.
+    """Return MLX's peak during `work`, above the memory before: the least of eight runs.
 
     How far MLX's scheduler runs ahead depends on the machine's load.
     """
@@ -71,7 +71,7 @@ def _peak_once(work: Callable[[], mx.array]) -> int:
 
 
 def close(predicted: int, measured: int, slack: float = 1.7) -> bool:
-    """The prediction is not far from what was measured, and hardly ever below it.
+    """Return True if the prediction is near the measurement, and hardly below it.
 
     How early MLX's scheduler frees moves the peak of such small networks by a tenth between runs;
     that a whole process stays within its budget is held by tests/cli/test_budget.py.

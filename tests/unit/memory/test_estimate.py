@@ -1,4 +1,4 @@
-"""Estimates for machines nobody measured: arithmetic, and that it moves the right way."""
+"""Estimated times, and sizes from configurations against those of files of published shapes."""
 
 from __future__ import annotations
 
@@ -34,24 +34,24 @@ def model() -> ModelSizes:
     return sizes_from_configs(2)
 
 
-def job(frames: int = 51) -> Workload:
+def workload(frames: int = 51) -> Workload:
     return Workload(plan_geometry(Size(426, 240), frames), text_tokens=60, evaluations=30)
 
 
-def test_computing_is_operations_over_speed(model: ModelSizes) -> None:
+def test_compute_time_is_operations_over_speed(model: ModelSizes) -> None:
     device = replace(MAC, bandwidth=FAST, disk=FAST)
-    found = estimate(model, job(), device, 2, Efficiency(0.25, 1, 1))
+    found = estimate(model, workload(), device, 2, Efficiency(0.25, 1, 1))
     for stage in found.plan.stages:
         assert found.seconds[stage.stage] == pytest.approx(stage.flops / 1e12)
     assert found.total == pytest.approx(sum(found.seconds.values()))
 
 
-def test_reading_is_hidden_only_where_it_is_ahead(model: ModelSizes) -> None:
+def test_reading_overlaps_only_with_prefetch(model: ModelSizes) -> None:
     slow = replace(MAC, flops=FAST, bandwidth=FAST, disk=1e6)
-    found = estimate(model, job(), slow, 2, Efficiency(1, 1, 0.5))
+    found = estimate(model, workload(), slow, 2, Efficiency(1, 1, 0.5))
     for stage in found.plan.stages:
         assert found.seconds[stage.stage] == pytest.approx(stage.read / 0.5e6)
-    together = estimate(model, job(), MAC, 2)
+    together = estimate(model, workload(), MAC, 2)
     decode = together.plan.stage("decode")
     computing = decode.flops / (MAC.flops * ASSUMED_EFFICIENCY.flops)
     reading = decode.read / (MAC.disk * ASSUMED_EFFICIENCY.disk)
@@ -63,13 +63,13 @@ def test_reading_is_hidden_only_where_it_is_ahead(model: ModelSizes) -> None:
     )
 
 
-def test_moving_bytes_counts_where_memory_is_slow(model: ModelSizes) -> None:
+def test_slow_memory_bounds_the_time(model: ModelSizes) -> None:
     narrow = replace(MAC, flops=FAST, disk=FAST, bandwidth=1e9)
-    found = estimate(model, job(), narrow, 2, Efficiency(1, 1, 1))
+    found = estimate(model, workload(), narrow, 2, Efficiency(1, 1, 1))
     weights = model.transformer_weights.total
     assert found.seconds["denoise"] > 30 * weights / 1e9
     assert found.seconds["encode"] > model.text_weights.total / 1e9
-    usual = estimate(model, job(), MAC, 2, Efficiency(1, 1, 1))
+    usual = estimate(model, workload(), MAC, 2, Efficiency(1, 1, 1))
     assert usual.seconds["denoise"] == pytest.approx(
         usual.plan.stage("denoise").flops / MAC.flops, rel=0.01
     )
@@ -81,18 +81,18 @@ def test_devices(model: ModelSizes, device: Device) -> None:
     assert 1e12 < device.flops < 30e12
     assert 50e9 <= device.bandwidth <= 800e9
     assert 1e9 <= device.disk < device.bandwidth
-    found = estimate(model, job(), device, 2)
+    found = estimate(model, workload(), device, 2)
     assert found.plan.peak <= device.budget
     assert 60 < found.total < 3600
-    assert found.total < estimate(model, job(17), replace(device, flops=1e9), 2).total
+    assert found.total < estimate(model, workload(17), replace(device, flops=1e9), 2).total
 
 
-def test_what_does_not_fit_is_refused(model: ModelSizes) -> None:
+def test_a_run_that_does_not_fit_raises(model: ModelSizes) -> None:
     with pytest.raises(MemoryBudgetError):
-        estimate(model, job(408), DEVICES[0], 2)
+        estimate(model, workload(408), DEVICES[0], 2)
 
 
-def test_as_the_published_files_have_it(tmp_path: Path) -> None:
+def test_sizes_from_configs_equal_the_published_files(tmp_path: Path) -> None:
     mx.clear_cache()
     before = mx.get_active_memory()
     assert sizes_from_configs(4) == model_sizes(
@@ -101,7 +101,7 @@ def test_as_the_published_files_have_it(tmp_path: Path) -> None:
     assert mx.get_active_memory() - before < 1 << 20
 
 
-def test_half_the_bytes() -> None:
+def test_itemsize_scales_all_but_the_vae() -> None:
     whole, half = sizes_from_configs(4), sizes_from_configs(2)
     assert whole.transformer_weights.stored == 2 * half.transformer_weights.stored
     assert whole.text_weights.total == 2 * half.text_weights.total

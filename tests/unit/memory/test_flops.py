@@ -1,4 +1,4 @@
-"""Operations counted from shapes against operations counted while the networks run."""
+"""Operations from shapes against operations counted while the networks run."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ STDIT = STDiT3Config(hidden_size=48, depth=3, num_heads=4, caption_channels=20, 
 
 
 def matrices(network: nn.Module, without: str = "") -> int:
-    """Elements of all weight matrices, but for names that contain `without`."""
+    """Count the elements of all weight matrices whose names do not contain `without`."""
     leaves: list[tuple[str, mx.array]] = tree_flatten(network.parameters())  # type: ignore[assignment]
     return sum(
         value.size
@@ -63,11 +63,11 @@ def test_transformer() -> None:
     assert transformer_flops(STDIT, grid) == 2 * (rest + attention) + 2 * 48 * 48
 
 
-def test_transformer_grows_as_it_should() -> None:
+def test_transformer_operations_scale_with_the_grid() -> None:
     grid = Grid(batch=1, frames=8, spatial_tokens=30, text_tokens=9)
     one = transformer_flops(STDIT, grid)
     assert transformer_flops(STDIT, replace(grid, batch=2)) == 2 * one
-    assert transformer_flops(STDIT, replace(grid, tokens=60)) > 2 * one
+    assert transformer_flops(STDIT, replace(grid, spatial_tokens=60)) > 2 * one
     # Merging halves all of the blocks but their MLPs, and quarters the scores along time.
     saved = one - transformer_flops(STDIT, grid, merged=True)
     linear, scores = 6 * 48**2 + 2 * 9 * 48, 2 * 48
@@ -79,7 +79,7 @@ def test_transformer_grows_as_it_should() -> None:
 
 @pytest.fixture
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Multiplications of every convolution that runs."""
+    """Count the multiplications of every convolution that runs."""
     done: list[int] = []
 
     def watch(name: str) -> None:

@@ -1,4 +1,4 @@
-"""Limits that restore themselves, freeing, and the meter of a stage."""
+"""Memory limits in a scope, released memory, and the meter of a stage."""
 
 from __future__ import annotations
 
@@ -17,32 +17,32 @@ MIB = 1 << 20
 
 
 def cache_limit() -> int:
-    """The limit in force: MLX tells it only when it is set."""
+    """Return the current limit: MLX reports it only on setting another."""
     limit = mx.set_cache_limit(0)
     mx.set_cache_limit(limit)
     return int(limit)
 
 
-def look_then_fail(expected: int) -> None:
+def check_then_fail(expected: int) -> None:
     assert cache_limit() == expected
     raise KeyError
 
 
-def test_the_cache_limit_holds_in_the_scope_and_is_restored_after_an_error() -> None:
+def test_memory_scope_restores_the_cache_limit_after_an_error() -> None:
     before = cache_limit()
     with pytest.raises(KeyError), memory.memory_scope(cache_limit=7 * MIB):
-        look_then_fail(expected=7 * MIB)
+        check_then_fail(expected=7 * MIB)
     assert cache_limit() == before
 
 
-def test_scopes_nest() -> None:
+def test_memory_scopes_nest() -> None:
     with memory.memory_scope(cache_limit=9 * MIB):
         with memory.memory_scope(cache_limit=5 * MIB):
             assert cache_limit() == 5 * MIB
         assert cache_limit() == 9 * MIB
 
 
-def test_default_limit_on_a_cpu_is_a_sixth_of_the_ram_up_to_4_gib(
+def test_default_cache_limit_on_a_cpu_is_a_sixth_of_the_ram_up_to_4_gib(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(memory, "backend", lambda: "cpu")
@@ -54,7 +54,7 @@ def test_default_limit_on_a_cpu_is_a_sixth_of_the_ram_up_to_4_gib(
         assert cache_limit() == 4 << 30
 
 
-def test_on_a_gpu_the_limit_is_mlx_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_default_cache_limit_on_a_gpu_is_that_of_mlx(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "backend", lambda: "metal")
     before = cache_limit()
     with memory.memory_scope():
@@ -86,7 +86,7 @@ def busy(megabytes: int, seconds: float = 0.05) -> None:
     time.sleep(seconds)
 
 
-def test_the_meter_reports_the_peaks_of_its_own_stage() -> None:
+def test_meter_reports_the_peaks_of_its_stage() -> None:
     memory.release()
     with memory.memory_scope(cache_limit=0):
         with memory.StageMeter("large") as first:
@@ -103,7 +103,7 @@ def test_the_meter_reports_the_peaks_of_its_own_stage() -> None:
         assert second.usage.peak_rss < first.usage.peak_rss
 
 
-def test_the_meter_reports_a_failed_stage_too() -> None:
+def test_meter_reports_a_failed_stage() -> None:
     meter = memory.StageMeter("broken")
     with pytest.raises(ZeroDivisionError), meter:
         raise ZeroDivisionError
@@ -111,7 +111,9 @@ def test_the_meter_reports_a_failed_stage_too() -> None:
     assert meter.usage.peak_rss > 0
 
 
-def test_without_a_current_value_the_record_stands_in(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_meter_without_current_rss_reports_the_process(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(memory, "current_rss", lambda: None)
     with memory.StageMeter("macos") as meter:
         busy(1, 0.0)
@@ -133,7 +135,7 @@ def allocate(size):
     libc.memset(pointer, 1, size)
     return pointer
 
-libc.free(allocate(30 << 20))  # from here on, glibc takes such sizes from the heap
+libc.free(allocate(30 << 20))  # glibc takes such sizes from the heap after this
 with return_freed_memory() if sys.argv[1] == "scope" else nullcontext():
     blocks = [allocate(4 << 20) for _ in range(32)]
     before = current_rss()
@@ -144,12 +146,12 @@ with return_freed_memory() if sys.argv[1] == "scope" else nullcontext():
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
-def test_freed_memory_returns_to_the_system_at_once() -> None:
+def test_return_freed_memory_leaves_no_holes() -> None:
     def returned(how: str) -> int:
         done = subprocess.run(
             [sys.executable, "-c", HOLES, how], capture_output=True, text=True, check=True
         )
         return int(done.stdout)
 
-    assert returned("plain") < 16 << 20, "glibc no longer keeps holes: the scope may go"
+    assert returned("plain") < 16 << 20, "glibc keeps no holes any more: remove the scope"
     assert returned("scope") > 120 << 20

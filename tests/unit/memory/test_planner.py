@@ -1,4 +1,4 @@
-"""Plans: arithmetic of budgets, and what is refused."""
+"""Plans of runs within and without a budget, and runs that do not fit."""
 
 from __future__ import annotations
 
@@ -42,14 +42,19 @@ XL = ModelSizes(
 CPU = Machine(gpu=False, cache_limit=4 << 30)
 
 
-def job(width: int = 426, height: int = 240, frames: int = 51, **options: object) -> Workload:
-    made = Workload(plan_geometry(Size(width, height), frames), text_tokens=60, evaluations=30)
-    return replace(made, **options)  # type: ignore[arg-type]
+def workload(width: int = 426, height: int = 240, frames: int = 51, **options: object) -> Workload:
+    plain = Workload(plan_geometry(Size(width, height), frames), text_tokens=60, evaluations=30)
+    return replace(plain, **options)  # type: ignore[arg-type]
+
+
+def denoising(budget: int | None = None, *, streamed: bool = False, **options: object) -> StagePlan:
+    """Return the plan of denoising XL on a CPU."""
+    return make_plan(XL, workload(**options), CPU, budget, streamed=streamed).stage("denoise")
 
 
 def test_full_size_fits_a_phone() -> None:
     for size in ((256, 144), (426, 240)):
-        plan = make_plan(XL, job(*size), CPU, PROFILES["iphone-15-pro"])
+        plan = make_plan(XL, workload(*size), CPU, PROFILES["iphone-15-pro"])
         assert plan.peak <= 3.3 * GB
         assert plan.smallest < 1.5 * GB
         encode, denoise, decode = plan.stages
@@ -64,7 +69,7 @@ def test_full_size_fits_a_phone() -> None:
 def test_every_stage_stays_within_the_budget(budget: float, gpu: bool) -> None:
     machine = replace(CPU, gpu=gpu)
     most = int(budget * GB)
-    small = job(256, 144)
+    small = workload(256, 144)
     if make_plan(XL, small, machine).smallest > most:
         with pytest.raises(MemoryBudgetError):
             make_plan(XL, small, machine, most)
@@ -76,8 +81,8 @@ def test_every_stage_stays_within_the_budget(budget: float, gpu: bool) -> None:
         assert 0 < stage.memory_limit < stage.peak - stage.cache_limit
 
 
-def test_more_memory_keeps_more_blocks_and_reads_less() -> None:
-    plans = [make_plan(XL, job(), CPU, int(b * GB)) for b in (1.5, 2, 3.3, 4, 6, 8)]
+def test_larger_budgets_keep_more_blocks_and_read_less() -> None:
+    plans = [make_plan(XL, workload(), CPU, int(b * GB)) for b in (1.5, 2, 3.3, 4, 6, 8)]
     kept = [plan.stage("denoise").resident for plan in plans]
     read = [plan.stage("denoise").read for plan in plans]
     assert kept == sorted(kept)
@@ -91,89 +96,81 @@ def test_more_memory_keeps_more_blocks_and_reads_less() -> None:
     assert (batches[0], batches[-1]) == (1, 4)
 
 
-def test_the_smallest_budget_is_exact_and_named() -> None:
-    smallest = make_plan(XL, job(), CPU).smallest
-    assert make_plan(XL, job(), CPU, smallest).peak <= smallest
+def test_smallest_budget_is_exact_and_named() -> None:
+    smallest = make_plan(XL, workload(), CPU).smallest
+    assert make_plan(XL, workload(), CPU, smallest).peak <= smallest
     with pytest.raises(MemoryBudgetError) as error:
-        make_plan(XL, job(), CPU, smallest - 1)
+        make_plan(XL, workload(), CPU, smallest - 1)
     named = error.value.fix.split("--memory-budget ")[1].split()[0]
     assert 0 <= parse_bytes(named) - smallest < 10 * MB
     assert "Stage" in error.value.message
 
 
-def test_at_the_smallest_budget_nothing_is_loaded_ahead() -> None:
+def test_smallest_budget_does_not_prefetch() -> None:
     model = replace(XL, vae_decoder=VAESizes(1, 1, 859 * MB))
-    plan = make_plan(model, job(), CPU, make_plan(model, job(), CPU).smallest)
+    plan = make_plan(model, workload(), CPU, make_plan(model, workload(), CPU).smallest)
     tight = max(plan.stages, key=lambda stage: stage.peak)
     assert tight.stage == "denoise"
     assert (tight.resident, tight.prefetch) == (0, False)
 
 
-def test_refusal_points_to_sequential_guidance_where_that_helps() -> None:
-    large = job(1280, 720)
+def test_budget_error_suggests_sequential_guidance_if_it_helps() -> None:
+    large = workload(1280, 720)
     model = replace(XL, vae=VAEConfig(), vae_decoder=VAESizes(1, 1, 859 * MB))
     both = make_plan(XL, large, CPU).smallest
     alone = make_plan(XL, replace(large, sequential_guidance=True), CPU).smallest
     assert alone <= both
     with pytest.raises(MemoryBudgetError) as error:
-        make_plan(model, job(854, 480, 204), CPU, 2 * GB)
+        make_plan(model, workload(854, 480, 204), CPU, 2 * GB)
     assert "--sequential-guidance" in error.value.fix
     with pytest.raises(MemoryBudgetError) as error:
-        make_plan(XL, replace(job(), guided=False), CPU, 1 * GB)
+        make_plan(XL, replace(workload(), guided=False), CPU, 1 * GB)
     assert "--sequential-guidance" not in error.value.fix
 
 
-def test_mlx_is_held_back_only_where_it_has_to_be() -> None:
-    held_back = [
-        [stage.throttled for stage in make_plan(XL, job(), CPU, int(budget * GB)).stages]
+def test_only_tight_budgets_throttle() -> None:
+    throttled = [
+        [stage.throttled for stage in make_plan(XL, workload(), CPU, int(budget * GB)).stages]
         for budget in (1.3, 1.5, 2, 3.3)
     ]
-    assert held_back == [[True] * 3, [True] * 3, [False] * 3, [False] * 3]
-    assert not any(stage.throttled for stage in make_plan(XL, job(), CPU).stages)
+    assert throttled == [[True] * 3, [True] * 3, [False] * 3, [False] * 3]
+    assert not any(stage.throttled for stage in make_plan(XL, workload(), CPU).stages)
 
 
-def test_sequential_guidance_takes_half_the_activations_and_twice_the_reading() -> None:
-    both = make_plan(XL, job(), CPU, int(3.3 * GB)).stage("denoise")
-    alone = make_plan(XL, job(sequential_guidance=True), CPU, int(3.3 * GB)).stage("denoise")
+def test_sequential_guidance_halves_activations_and_doubles_reading() -> None:
+    both = denoising(int(3.3 * GB))
+    alone = denoising(int(3.3 * GB), sequential_guidance=True)
     assert alone.flops == both.flops
     assert alone.resident > both.resident
-    streamed = make_plan(XL, job(sequential_guidance=True), CPU, streamed=True).stage("denoise")
+    streamed = denoising(streamed=True, sequential_guidance=True)
     assert streamed.read == 74 * MB + 60 * 28 * 170 * MB
     # Text keys and values of the pass without prompt: 28 pairs of blocks, 60 tokens, in float32.
     assert alone.reserve == 28 * 2 * 2 * 60 * 1152 * 4
     assert both.reserve == 0
 
 
-def test_without_a_budget_all_stays_or_nothing() -> None:
-    free = make_plan(XL, job(), CPU)
+def test_without_a_budget_all_blocks_are_resident_or_none() -> None:
+    free = make_plan(XL, workload(), CPU)
     assert [stage.resident for stage in free.stages] == [24, 28, 0]
     assert not free.stage("decode").sequential_offload
     assert free.stage("encode").peak > 18 * GB
-    streamed = make_plan(XL, job(), CPU, streamed=True)
+    streamed = make_plan(XL, workload(), CPU, streamed=True)
     assert [stage.resident for stage in streamed.stages] == [0, 0, 0]
     assert streamed.peak < free.peak
     assert free.stage("denoise").flops == streamed.stage("denoise").flops
 
 
 def test_merged_steps_cost_less() -> None:
-    plain = make_plan(XL, job(), CPU).stage("denoise").flops
-    some = (
-        make_plan(XL, job(variants=((StepVariant(tokens_merged=True), 15),)), CPU)
-        .stage("denoise")
-        .flops
-    )
-    every = (
-        make_plan(XL, job(variants=((StepVariant(tokens_merged=True), 30),)), CPU)
-        .stage("denoise")
-        .flops
-    )
+    plain = denoising().flops
+    some = denoising(variants=((StepVariant(tokens_merged=True), 15),)).flops
+    every = denoising(variants=((StepVariant(tokens_merged=True), 30),)).flops
     assert plain - some == pytest.approx(some - every)
     assert 1.2 < plain / every < 1.45
 
 
-def test_what_evaluations_leave_out_is_not_counted() -> None:
-    def stage(*spared: tuple[StepVariant, int], **more: object) -> StagePlan:
-        return make_plan(XL, job(variants=spared, **more), CPU, streamed=True).stage("denoise")
+def test_step_variants_read_and_compute_less() -> None:
+    def stage(*variants: tuple[StepVariant, int], **more: object) -> StagePlan:
+        return denoising(streamed=True, variants=variants, **more)
 
     skipped, alone = StepVariant(blocks_skipped=True), StepVariant(cond_only=True)
     exact, half = stage(), stage((skipped, 15))
@@ -187,86 +184,91 @@ def test_what_evaluations_leave_out_is_not_counted() -> None:
     assert stage(sequential_guidance=True).read - apart.read == pytest.approx(20 * blocks, rel=0.01)
 
 
-def test_what_a_cache_keeps_is_counted() -> None:
-    plain = make_plan(XL, job(), CPU).stage("denoise")
-    cached = make_plan(XL, job(cached_residuals=1.5), CPU).stage("denoise")
+def test_cached_residuals_are_counted() -> None:
+    plain = denoising()
+    cached = denoising(cached_residuals=1.5)
     tensor = 4 * 2 * 15 * (15 * 27) * 1152
     assert cached.peak - plain.peak == int(1.5 * tensor)
     assert cached.reserve - plain.reserve == int(1.5 * tensor)
     assert (
-        make_plan(XL, job(cached_residuals=1.5), CPU).smallest >= make_plan(XL, job(), CPU).smallest
+        make_plan(XL, workload(cached_residuals=1.5), CPU).smallest
+        >= make_plan(XL, workload(), CPU).smallest
     )
 
 
 def test_casting_while_loading_takes_more() -> None:
     half = replace(XL, text_weights=replace(XL.text_weights, load_peak_bytes=(772 + 84) * MB))
-    assert make_plan(half, job(), CPU).smallest >= make_plan(XL, job(), CPU).smallest
+    assert make_plan(half, workload(), CPU).smallest >= make_plan(XL, workload(), CPU).smallest
 
 
-def test_an_image_and_a_long_clip() -> None:
-    image = make_plan(XL, job(frames=1), CPU)
-    clip = make_plan(XL, job(frames=408), CPU)
+def test_decoding_peak_does_not_depend_on_the_length() -> None:
+    image = make_plan(XL, workload(frames=1), CPU)
+    clip = make_plan(XL, workload(frames=408), CPU)
     assert image.stage("denoise").flops < clip.stage("denoise").flops / 50
     # The peak of decoding does not depend on the clip's length.
-    assert clip.stage("decode").peak == make_plan(XL, job(), CPU).stage("decode").peak
+    assert clip.stage("decode").peak == make_plan(XL, workload(), CPU).stage("decode").peak
 
 
-def test_plan_as_json() -> None:
-    plan = make_plan(XL, job(), CPU, 4 * GB)
+def test_plan_to_dict_is_json_with_the_published_keys() -> None:
+    plan = make_plan(XL, workload(), CPU, 4 * GB)
     assert isinstance(plan, Plan)
-    told = json.loads(json.dumps(plan.to_dict()))
-    assert told["peak"] == plan.peak
-    assert told["stages"][1]["resident"] == plan.stage("denoise").resident
+    values = json.loads(json.dumps(plan.to_dict()))
+    assert [*values] == ["stages", "budget", "smallest", "peak"]
+    assert values["peak"] == plan.peak
+    denoise, decode = values["stages"][1:]
+    assert denoise["resident"] == plan.stage("denoise").resident
+    assert decode["in_turn"] is plan.stage("decode").sequential_offload is True
+    assert [*decode] == [
+        *("stage", "peak", "read", "flops", "cache_limit", "memory_limit", "throttled"),
+        *("blocks", "resident", "prefetch", "reserve", "micro_batch", "in_turn"),
+    ]
 
 
-def test_limits_hold_within_a_stage_and_are_given_back() -> None:
-    stage = make_plan(XL, job(), CPU, 4 * GB).stage("denoise")
+def test_stage_limits_are_restored() -> None:
+    stage = make_plan(XL, workload(), CPU, 4 * GB).stage("denoise")
     before = mx.set_memory_limit(12 * GB)
     with pytest.raises(KeyError, match=str(stage.memory_limit)), stage_limits(stage):
         raise KeyError(mx.get_memory_limit())
     assert mx.set_memory_limit(before) == 12 * GB
 
 
-def test_inversion_doubles_the_evaluations_but_not_the_guided_ones() -> None:
-    plain, both = (make_plan(XL, job(inversion=i), CPU).stage("denoise") for i in (False, True))
-    unguided = make_plan(XL, job(guided=False), CPU).stage("denoise")
+def test_inversion_adds_unguided_evaluations() -> None:
+    plain, both = (denoising(inversion=i) for i in (False, True))
+    unguided = denoising(guided=False)
     assert both.flops == plain.flops + unguided.flops
-    assert job(inversion=True).block_passes == 60
-    assert job(inversion=True, sequential_guidance=True).block_passes == 90
+    assert workload(inversion=True).block_passes == 60
+    assert workload(inversion=True, sequential_guidance=True).block_passes == 90
 
 
-def test_kept_values_need_their_room() -> None:
+def test_captured_values_are_counted() -> None:
     budget, kept = 4 * GB, GB
-    plain, keeping = (
-        make_plan(XL, job(inversion=True, captured_bytes=n), CPU, budget).stage("denoise")
-        for n in (0, kept)
-    )
+    plain, keeping = (denoising(budget, inversion=True, captured_bytes=n) for n in (0, kept))
     assert keeping.peak <= budget
     assert keeping.resident < plain.resident
     assert keeping.reserve == plain.reserve + kept
     with pytest.raises(MemoryBudgetError):
-        make_plan(XL, job(inversion=True, captured_bytes=budget), CPU, budget)
+        make_plan(XL, workload(inversion=True, captured_bytes=budget), CPU, budget)
 
 
 WITH_ENCODERS = replace(XL, vae_encoder=VAESizes(580 * MB, 137 * MB, 717 * MB))
 
 
-def test_media_are_a_stage_of_the_plan() -> None:
-    workload = job(media=MediaWorkload(chunks=2, chunk_frames=17, source_pixels=1920 * 1080))
-    plan = make_plan(WITH_ENCODERS, workload, CPU, 3 * GB)
+def test_media_add_a_stage() -> None:
+    media = MediaWorkload(chunks=2, chunk_frames=17, source_pixels=1920 * 1080)
+    plan = make_plan(WITH_ENCODERS, workload(media=media), CPU, 3 * GB)
     assert [stage.stage for stage in plan.stages] == ["encode", "read", "denoise", "decode"]
     stage = plan.stage("read")
     assert stage.peak <= 3 * GB
     assert stage.sequential_offload
-    once = make_plan(WITH_ENCODERS, job(media=MediaWorkload(1, 17, 10**6)), CPU).stage("read")
+    once = make_plan(WITH_ENCODERS, workload(media=MediaWorkload(1, 17, 10**6)), CPU).stage("read")
     assert stage.flops == 2 * once.flops
-    assert make_plan(WITH_ENCODERS, job(), CPU).stages[1].stage == "denoise"
+    assert make_plan(WITH_ENCODERS, workload(), CPU).stages[1].stage == "denoise"
 
 
 def test_larger_source_frames_need_more_memory() -> None:
     large, small = (
         stage_requirements(
-            WITH_ENCODERS, job(media=MediaWorkload(1, 17, pixels)), CPU, throttled=True
+            WITH_ENCODERS, workload(media=MediaWorkload(1, 17, pixels)), CPU, throttled=True
         )[1].minimum
         for pixels in (3840 * 2160, 64 * 64)
     )
@@ -274,8 +276,8 @@ def test_larger_source_frames_need_more_memory() -> None:
 
 
 def test_each_clip_reads_the_weights_again_and_decodes_its_new_frames() -> None:
-    once = make_plan(XL, job(), CPU)
-    thrice = make_plan(XL, job(clips=3, shared_frames=17), CPU)
+    once = make_plan(XL, workload(), CPU)
+    thrice = make_plan(XL, workload(clips=3, shared_frames=17), CPU)
     for stage in ("denoise", "decode"):
         assert thrice.stage(stage).read == 3 * once.stage(stage).read
     assert thrice.stage("denoise").flops == 3 * once.stage("denoise").flops

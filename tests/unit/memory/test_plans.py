@@ -32,14 +32,14 @@ def plan(pipe: Pipeline, resolution: str, ratio: str, frames: int, **more: objec
 
 
 @pytest.mark.golden("text_sizes")
-def test_the_ratios_are_those_of_the_reference(case: Case) -> None:
+def test_aspect_ratios_equal_the_reference(case: Case) -> None:
     known = {row["aspect_ratio"] for row in case.config["rows"] if row["resolution"] == "240p"}
     assert len(known) >= len(aspect_ratios()) == 17
 
 
 @pytest.mark.parametrize("ratio", aspect_ratios())
 @pytest.mark.parametrize("resolution", RESOLUTIONS)
-def test_every_size_and_length(pipe: Pipeline, resolution: str, ratio: str) -> None:
+def test_every_size_and_length_has_a_plan(pipe: Pipeline, resolution: str, ratio: str) -> None:
     plans = [plan(pipe, resolution, ratio, frames) for frames in LENGTHS]
     for found in plans:
         assert [stage.stage for stage in found.stages] == ["encode", "denoise", "decode"]
@@ -56,7 +56,7 @@ def test_every_size_and_length(pipe: Pipeline, resolution: str, ratio: str) -> N
 
 @pytest.mark.parametrize("frames", LENGTHS)
 @pytest.mark.parametrize("resolution", RESOLUTIONS)
-def test_budgets_are_kept_at_every_size(pipe: Pipeline, resolution: str, frames: int) -> None:
+def test_every_size_stays_within_its_budget(pipe: Pipeline, resolution: str, frames: int) -> None:
     smallest = plan(pipe, resolution, "16:9", frames).smallest
     for budget in (smallest, 2 * smallest, 8 * smallest):
         found = plan(pipe, resolution, "16:9", frames, memory_budget=str(budget))

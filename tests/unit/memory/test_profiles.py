@@ -1,4 +1,4 @@
-"""Amounts of memory as people write them, and the devices they have."""
+"""Amounts of memory as users write them, and budgets of devices."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from mlx_sora.memory.profiles import PROFILES, format_bytes, parse_bytes, profil
         ("12 KB", 12_000),
     ],
 )
-def test_parse(text: str, count: int) -> None:
+def test_parse_accepts_units(text: str, count: int) -> None:
     assert parse_bytes(text) == count
 
 
 @pytest.mark.parametrize(
     "text", ["", "GB", "-1GB", "0GB", "3,3GB", "1TB", "1GBB", "nan", "1e9", "I"]
 )
-def test_what_is_no_amount(text: str) -> None:
+def test_parse_refuses_other_texts(text: str) -> None:
     with pytest.raises(UsageError, match=r"3\.3GB"):
         parse_bytes(text)
 
@@ -37,7 +37,7 @@ def test_what_is_no_amount(text: str) -> None:
     ("count", "text"),
     [(1, "1 MB"), (812_000_000, "812 MB"), (812_000_001, "813 MB"), (3_300_000_001, "3.31 GB")],
 )
-def test_what_is_shown_would_do(count: int, text: str) -> None:
+def test_format_rounds_up(count: int, text: str) -> None:
     assert format_bytes(count) == text
     assert parse_bytes(text) >= count
 

@@ -1,4 +1,4 @@
-"""Blocks that stay in memory, and the monitor of a run's budget, with made-up memory samples."""
+"""Blocks that stay in memory, and the monitor of a run's budget, with scripted memory samples."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ TEN = BlockSizes([100] * 10, load_peak_bytes=100)
 
 
 @pytest.mark.parametrize(
-    ("room", "expected"),
+    ("available", "expected"),
     [
         (-50, ResidencyPlan(0, False)),
         (100, ResidencyPlan(0, False)),
@@ -40,11 +40,11 @@ TEN = BlockSizes([100] * 10, load_peak_bytes=100)
         (10**9, ResidencyPlan(10, True)),
     ],
 )
-def test_choose(room: int, expected: ResidencyPlan) -> None:
-    assert choose_resident(room, TEN) == expected
+def test_choose_resident(available: int, expected: ResidencyPlan) -> None:
+    assert choose_resident(available, TEN) == expected
 
 
-def test_loading_may_take_more_than_the_block() -> None:
+def test_choose_resident_counts_the_peak_of_loading() -> None:
     casting = BlockSizes([100] * 10, load_peak_bytes=130)
     assert choose_resident(229, casting) == ResidencyPlan(0, False)
     assert choose_resident(230, casting) == ResidencyPlan(0, True)
@@ -52,7 +52,7 @@ def test_loading_may_take_more_than_the_block() -> None:
     assert choose_resident(1030, casting) == ResidencyPlan(10, True)
 
 
-def test_what_is_chosen_fits() -> None:
+def test_choose_resident_fits() -> None:
     for room in range(0, 1300, 7):
         chosen = choose_resident(room, TEN)
         streamed = 0 if chosen.resident == 10 else 2 if chosen.prefetch else 1
@@ -60,7 +60,7 @@ def test_what_is_chosen_fits() -> None:
 
 
 @pytest.mark.parametrize("blocks", range(1, 30))
-def test_spread_is_even(blocks: int) -> None:
+def test_evenly_spaced_gaps_differ_by_one_at_most(blocks: int) -> None:
     for count in range(blocks + 3):
         kept = sorted(evenly_spaced(blocks, count))
         assert len(kept) == min(count, blocks)
@@ -69,8 +69,8 @@ def test_spread_is_even(blocks: int) -> None:
         assert max(gaps, default=0) - min(gaps, default=0) <= 1
 
 
-def policy(readings: list[MemorySample], **options: int) -> Residency:
-    left = list(readings)
+def residency_of(samples: list[MemorySample], **options: int) -> Residency:
+    left = list(samples)
     return Residency(sample=lambda: left.pop(0), reset_peak=lambda: None, **options)
 
 
@@ -82,38 +82,38 @@ def decide(residency: Residency, blocks: BlockSizes = TEN) -> ResidencyPlan:
     return room
 
 
-def test_decision_counts_all_that_is_measured() -> None:
-    """Work 1000 (peak without a block), 8 blocks to come leave 20 each, 50 lie outside MLX."""
-    readings = [MemorySample(0, 5000, 0), MemorySample(400, 1090, 0), MemorySample(420, 1100, 50)]
+def test_record_block_counts_all_measured_memory() -> None:
+    """Activations 1000 (peak without a block), 8 further blocks leave 20 each, 50 are not MLX's."""
+    samples = [MemorySample(0, 5000, 0), MemorySample(400, 1090, 0), MemorySample(420, 1100, 50)]
     fixed = 1000 + 8 * 20 + 50
     for spare, expected in [(0, 0), (300, 3), (799, 7), (800, 10)]:
         total = fixed + 200 + spare
-        assert decide(policy(readings, budget=total)).resident == expected
+        assert decide(residency_of(samples, budget=total)).resident == expected
         assert decide(
-            policy(readings, budget=total + 77, cache_limit=50, reserve=27)
+            residency_of(samples, budget=total + 77, cache_limit=50, reserve=27)
         ) == ResidencyPlan(expected, True)
 
 
-def test_shrinking_memory_is_no_growth() -> None:
-    readings = [MemorySample(0, 0, 0), MemorySample(400, 1100, 0), MemorySample(300, 1100, 0)]
-    assert decide(policy(readings, budget=1000 + 200 + 100)) == ResidencyPlan(1, True)
+def test_record_block_ignores_shrinking_memory() -> None:
+    samples = [MemorySample(0, 0, 0), MemorySample(400, 1100, 0), MemorySample(300, 1100, 0)]
+    assert decide(residency_of(samples, budget=1000 + 200 + 100)) == ResidencyPlan(1, True)
 
 
-def test_a_single_block_decides_at_once() -> None:
-    residency = policy([MemorySample(0, 0, 0), MemorySample(400, 1100, 0)], budget=1100)
+def test_record_block_decides_at_once_for_a_single_block() -> None:
+    residency = residency_of([MemorySample(0, 0, 0), MemorySample(400, 1100, 0)], budget=1100)
     residency.start_measuring()
     assert residency.record_block(0, BlockSizes([100], 100)) == ResidencyPlan(1, True)
 
 
-def test_the_largest_peak_is_remembered() -> None:
-    residency = policy(
+def test_residency_remembers_the_largest_peak() -> None:
+    residency = residency_of(
         [MemorySample(0, 5000, 0), MemorySample(1, 10, 0), MemorySample(1, 11, 0)], budget=1
     )
     decide(residency)
     assert residency.peak == 5000
 
 
-def test_mlx_is_held_back_only_while_measuring() -> None:
+def test_residency_throttles_only_while_measuring() -> None:
     limits = [777]
 
     def limit(count: int) -> int:
@@ -142,58 +142,58 @@ def test_mlx_is_held_back_only_while_measuring() -> None:
     assert limits == [777, 0, 777, 0, 777]
 
 
-def test_reading_this_process() -> None:
-    reading = sample_memory()
-    assert reading.peak >= reading.active >= 0
-    assert 1 << 20 < reading.non_mlx < 1 << 34
+def test_sample_memory_of_this_process() -> None:
+    sample = sample_memory()
+    assert sample.peak >= sample.active >= 0
+    assert 1 << 20 < sample.non_mlx < 1 << 34
 
 
 # The budget monitor.
 
 
-def guard(*readings: MemorySample, budget: int | None = 100 * MB) -> BudgetMonitor:
-    left = list(readings)
+def monitor_of(*samples: MemorySample, budget: int | None = 100 * MB) -> BudgetMonitor:
+    left = list(samples)
     return BudgetMonitor("denoise", budget, sample=lambda: left.pop(0))
 
 
-def test_within_the_budget_nothing_is_done() -> None:
+def test_monitor_does_nothing_within_the_budget() -> None:
     mx.clear_cache()
-    watched = guard(MemorySample(10 * MB, 40 * MB, 60 * MB))
-    assert watched.check(lambda: pytest.fail("not needed")) is None
-    assert guard(budget=None).check(lambda: pytest.fail("no budget")) is None
+    monitor = monitor_of(MemorySample(10 * MB, 40 * MB, 60 * MB))
+    assert monitor.check(lambda: pytest.fail("not needed")) is None
+    assert monitor_of(budget=None).check(lambda: pytest.fail("no budget")) is None
 
 
-def test_each_time_it_is_exceeded_less_is_taken_but_it_is_told_once() -> None:
+def test_monitor_shrinks_each_time_and_warns_once() -> None:
     calls: list[int] = []
 
-    def lessen() -> bool:
+    def shrink() -> bool:
         calls.append(1)
         return True
 
     over = MemorySample(10 * MB, 50 * MB, 60 * MB)
-    watched = guard(over, over)
-    warning = watched.check(lessen)
+    monitor = monitor_of(over, over)
+    warning = monitor.check(shrink)
     assert warning is not None
     assert "Stage denoise reached 116 MB, over the budget of 105 MB" in warning
-    assert watched.check(lessen) is None
+    assert monitor.check(shrink) is None
     assert len(calls) == 2
 
 
-def test_where_nothing_is_left_it_says_so() -> None:
-    warning = guard(MemorySample(0, 0, 101 * MB)).check(lambda: False)
+def test_monitor_says_if_nothing_can_shrink() -> None:
+    warning = monitor_of(MemorySample(0, 0, 101 * MB)).check(lambda: False)
     assert warning is not None
     assert "nothing is left" in warning
 
 
-def test_a_micro_batch_is_halved_down_to_one_frame() -> None:
+def test_micro_batch_is_halved_down_to_one_frame() -> None:
     batch = MicroBatch(5)
     assert [batch.halve() for _ in range(3)] == [True, True, False]
     assert batch.frames == 1
 
 
 @pytest.mark.skipif(current_rss() is None, reason="the system does not tell what others take")
-def test_memory_that_something_else_takes_is_made_up_for(pipe: Pipeline) -> None:
-    """Blocks that stayed go, the VAE takes fewer frames at a time; the video is the same."""
+def test_run_over_its_budget_shrinks_and_makes_the_same_video(pipe: Pipeline) -> None:
+    """Resident blocks are freed and the VAE decodes fewer frames at a time."""
     values = {"prompt": PROMPT, "steps": 4, "seed": 1, "num_frames": 34}
     plain = pipe(**values, ci_dl=True)
     room = (current_rss() or 0) + 400 * MB

@@ -1,4 +1,4 @@
-"""The fast BLAS on Linux: who answers, what happens when nobody does."""
+"""The fast BLAS on Linux, and what happens without one."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ print(json.dumps({"name": b.name, "path": b.path, "fast": b.fast, "notice": b.no
 
 
 def fresh(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run `code` in a new interpreter: the linker's choice is made once per process."""
+    """Run `code` in a new interpreter: the linker chooses once per process."""
     env = {**os.environ, "OPENBLAS_NUM_THREADS": "1", **environment}
     command = [sys.executable, "-c", code]
     return subprocess.run(command, capture_output=True, text=True, env=env, check=False)
@@ -51,7 +51,7 @@ def test_mlx_multiplies_through_the_extension() -> None:
 
 
 @linux_only
-def test_off_leaves_mlx_as_it_is() -> None:
+def test_off_uses_the_blas_of_mlx() -> None:
     answer = report(MLX_SORA_BLAS="off")
     assert (answer["path"], answer["fast"], answer["calls"]) == ("", False, None)
     assert "MLX_SORA_BLAS" in str(answer["notice"])
@@ -65,7 +65,7 @@ def test_unknown_choice_lists_the_valid_ones() -> None:
 
 
 @linux_only
-def test_too_late_is_said_once_in_one_line() -> None:
+def test_mlx_loaded_first_warns_once_in_one_line() -> None:
     result = fresh("import mlx.core\n" + REPORT, MLX_SORA_BLAS="auto")
     assert result.returncode == 0
     assert json.loads(result.stdout)["fast"] is False
@@ -92,37 +92,37 @@ for m, n, k in ((1, 7, 5), (33, 17, 65), (128, 96, 64)):
     assert result.returncode == 0, result.stderr
 
 
-def search(monkeypatch: pytest.MonkeyPatch, **ways: blas.Blas | None) -> blas.Blas:
-    """`install` as in a process without MLX whose ways find `ways`."""
+def install_with(monkeypatch: pytest.MonkeyPatch, **available: blas.Blas | None) -> blas.Blas:
+    """Call `install` as in a process without MLX, where only `available` libraries load."""
     monkeypatch.delenv("MLX_SORA_BLAS", raising=False)
     monkeypatch.delitem(sys.modules, "mlx.core")
-    found = {name: (lambda name=name: ways.get(name)) for name in blas._WAYS}
-    monkeypatch.setattr(blas, "_WAYS", found)
+    loaders = {name: (lambda name=name: available.get(name)) for name in blas._LOADERS}
+    monkeypatch.setattr(blas, "_LOADERS", loaders)
     return blas.install.__wrapped__()
 
 
 @linux_only
-def test_ways_are_tried_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_libraries_are_tried_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
     mkl, openblas = blas.Blas("MKL", "a.so"), blas.Blas("OpenBLAS", "b.so")
-    assert search(monkeypatch, mkl=mkl, openblas=openblas) is mkl
+    assert install_with(monkeypatch, mkl=mkl, openblas=openblas) is mkl
 
 
 @linux_only
-def test_without_any_one_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = search(monkeypatch)
+def test_no_library_gives_one_line_of_advice(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = install_with(monkeypatch)
     assert not found.fast
     assert "\n" not in found.notice
     assert "apt install libopenblas0-pthread" in found.notice
 
 
-def test_macos_is_untouched(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_macos_uses_the_blas_of_mlx(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "platform", "darwin")
     found = blas.install.__wrapped__()
     assert (found.path, found.fast, found.notice) == ("", True, "")
 
 
 @linux_only
-def test_a_library_without_the_function_is_passed_over(tmp_path: Path) -> None:
+def test_a_library_without_the_function_is_skipped(tmp_path: Path) -> None:
     broken = tmp_path / "libopenblas.so"
     broken.write_bytes(b"not a library")
-    assert blas._first("OpenBLAS", iter([broken]), ("libm.so.6",)) is None
+    assert blas._load_first("OpenBLAS", iter([broken]), ("libm.so.6",)) is None

@@ -1,4 +1,4 @@
-"""Precision by device, and the report of the machine."""
+"""Precision by device, the description of the machine, and errors of MLX about memory and time."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_a_container_limit_below_the_ram_wins(monkeypatch: pytest.MonkeyPatch) -
     assert device.total_memory() >= machine
 
 
-#: As MLX and its users' reports have them.
+#: Messages of MLX and from reports of its users.
 OUT_OF_MEMORY = (
     "[malloc_or_wait] Unable to allocate 134217728 bytes.",
     "[malloc] Unable to allocate 9000000000 bytes.",
@@ -105,7 +105,7 @@ OTHERS = ("[matmul] Last dimension of first input", "[read] Unable to read from 
 
 
 @pytest.mark.parametrize("text", OUT_OF_MEMORY)
-def test_no_memory_is_a_memory_error(text: str) -> None:
+def test_out_of_memory_is_a_memory_error(text: str) -> None:
     found = explain_device_error(RuntimeError(text), "denoise")
     assert isinstance(found, MemoryBudgetError)
     assert found.exit_code == 3
@@ -114,7 +114,7 @@ def test_no_memory_is_a_memory_error(text: str) -> None:
 
 
 @pytest.mark.parametrize("text", TOO_LONG)
-def test_the_watchdog_is_explained(text: str) -> None:
+def test_gpu_timeouts_are_explained(text: str) -> None:
     found = explain_device_error(RuntimeError(text), "decode")
     assert type(found) is MlxSoraError
     assert "Stage decode" in str(found)
@@ -122,13 +122,13 @@ def test_the_watchdog_is_explained(text: str) -> None:
 
 
 @pytest.mark.parametrize("text", OTHERS)
-def test_others_are_left_alone(text: str) -> None:
+def test_other_errors_are_not_explained(text: str) -> None:
     assert explain_device_error(RuntimeError(text), "encode") is None
     assert explain_device_error(ValueError(OUT_OF_MEMORY[0]), "encode") is None
     assert explain_device_error(KeyboardInterrupt(), "encode") is None
 
 
-def test_pythons_own_memory_error() -> None:
+def test_memory_error_of_python_is_explained() -> None:
     assert isinstance(explain_device_error(MemoryError(), "read"), MemoryBudgetError)
 
 
@@ -141,7 +141,7 @@ def test_pythons_own_memory_error() -> None:
         ("mlx_sora.loading.blocks.load_tensors", "encode"),
     ],
 )
-def test_every_stage_tells_of_it(
+def test_every_stage_explains_out_of_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, stage: str
 ) -> None:
     tried = []
@@ -155,7 +155,7 @@ def test_every_stage_tells_of_it(
         monkeypatch.setattr("mlx_sora.loading.checkpoint.load_tensors", fail)
         monkeypatch.setattr("mlx_sora.loading.blocks.BlockSource._load_from_file", fail)
     request = {"steps": 1, "num_frames": 1, "output": tmp_path / "a.png"}
-    with pytest.raises(MemoryBudgetError, match=f"Stage {stage}: there is not enough memory"):
+    with pytest.raises(MemoryBudgetError, match=f"Stage {stage}: out of memory"):
         Pipeline.from_pretrained("shapes")("a red circle", ci_dl="load" in place, **request)
-    assert len(tried) == 1, "it is not tried again"
+    assert len(tried) == 1, "not retried"
     assert list(tmp_path.iterdir()) == []

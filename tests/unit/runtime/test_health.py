@@ -1,4 +1,4 @@
-"""Health checks: each fires on what was poisoned, names stage and step, and never without need."""
+"""Health checks: each finds its damage, names stage and step, and passes legal videos."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def noise(*shape: int) -> mx.array:
     return mx.random.normal(shape, key=mx.random.key(0))
 
 
-# What a run makes: damaged weights, and a damaged step.
+# Damaged weights and damaged steps.
 
 
 def scaled(key: str, factor: float) -> Callable[[Arrays], None]:
@@ -50,7 +50,7 @@ def filled(key: str, value: float, *others: str) -> Callable[[Arrays], None]:
 
 
 def broken(tmp_path: Path, part: str, change: Callable[[Arrays], None]) -> Pipeline:
-    """The bundled model after `change` to the weights of one part."""
+    """Return the bundled model after `change` to the weights of one part."""
     folder, source = tmp_path / "model", find_model("shapes").path
     folder.mkdir()
     for each in source.iterdir():
@@ -84,12 +84,12 @@ FAULTS = {
             1.0,
             "temporal_vae.decoder.conv_out.conv.weight",
         ),
-        "All 17 frames are the same",
+        "All 17 frames are bit-identical",
     ),
 }
 
-#: Faults that are also tried with checks turned off: one of each stage.
-GONE_ON_WITH = ("text zero", "step nan", "static")
+#: Faults that are also tried without checks, one per stage.
+TRIED_WITHOUT_CHECKS = ("text zero", "step nan", "static")
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -107,14 +107,14 @@ def test_damaged_weights_stop_the_run(tmp_path: Path, fault: str) -> None:
         pipe(**request, output=output)
     assert error.value.fix
     assert not list(tmp_path.glob("*.webp")) + list(tmp_path.glob(".*"))
-    if fault in GONE_ON_WITH:
+    if fault in TRIED_WITHOUT_CHECKS:
         assert pipe(**request, output=output, health_check=False).path == output
 
 
 def poisoned(
     change: Callable[[mx.array], mx.array], at: int
 ) -> Callable[..., Iterator[StepResult]]:
-    """The denoising loop with `change` to the latents of one step."""
+    """Return the denoising loop with `change` to the latents of one step."""
 
     def steps(*args: Any, **more: Any) -> Iterator[StepResult]:
         for done in denoise(*args, **more):
@@ -129,12 +129,12 @@ def poisoned(
         (lambda z: mx.where(mx.arange(z.size).reshape(z.shape) == 7, NAN, z), "NaN or Inf"),
         (lambda z: z - float("inf"), "NaN or Inf"),
         (lambda z: z * 1e30, "explode"),
-        (mx.zeros_like, "one number"),
+        (mx.zeros_like, "the same number"),
         (lambda z: mx.broadcast_to(z[:, 2:3], z.shape), "all frames are the same"),
     ],
     ids=["nan", "inf", "explode", "flat", "static"],
 )
-def test_a_step_that_fails_is_the_last(
+def test_a_damaged_step_stops_the_run(
     monkeypatch: pytest.MonkeyPatch, change: Callable[[mx.array], mx.array], says: str
 ) -> None:
     monkeypatch.setattr("mlx_sora.sampling.loop.denoise", poisoned(change, 1))
@@ -153,12 +153,12 @@ def test_a_step_that_fails_is_the_last(
         (Health(mx.bfloat16, 7.0), "doctor"),
     ],
 )
-def test_the_likely_cause_of_exploding(health: Health, says: str) -> None:
+def test_exploding_latents_name_the_likely_cause(health: Health, says: str) -> None:
     with pytest.raises(NumericsError, match=says):
         health.check_latents(noise(1, 2, 4, 4, 4) * 1e3, 0, 3)
 
 
-def test_nan_in_half_precision_may_be_the_precision() -> None:
+def test_nan_in_half_precision_suggests_float32() -> None:
     nan = mx.full((3, 4), NAN)
     with pytest.raises(NumericsError, match="--dtype float32"):
         Health(mx.bfloat16, 7.0).check_text(nan)
@@ -167,7 +167,7 @@ def test_nan_in_half_precision_may_be_the_precision() -> None:
     assert "--dtype" not in str(error.value)
 
 
-def test_what_was_given_is_looked_at() -> None:
+def test_media_latents_are_checked() -> None:
     with pytest.raises(NumericsError, match="stage read"):
         HEALTH.check_media(mx.array([[1.0, NAN]]))
 
@@ -193,7 +193,7 @@ def test_legal_videos_pass(options: dict[str, Any]) -> None:
 
 @pytest.mark.golden("rflow_sample", "rflow_sample_mask", "lpl_model", "lpl_script", "lpl_synth")
 def test_runs_of_the_reference_pass(case: Case) -> None:
-    """Random weights, and made-up velocities too."""
+    """Also those with random weights and synthetic velocities."""
     finals = [name for name in case.tensors if name.endswith("final_z")]
     for name in finals:
         HEALTH.check_latents(channels_last(case[name]), 0, 1)
@@ -202,7 +202,7 @@ def test_runs_of_the_reference_pass(case: Case) -> None:
 
 @pytest.mark.golden("vae_pipeline_decode")
 def test_frames_of_a_random_decoder_pass(case: Case) -> None:
-    names = [name for name in case.tensors if re_frames(name)]
+    names = [name for name in case.tensors if is_frames(name)]
     for name in names:
         health, frames = FrameHealth(), channels_last(case[name])[0]
         for start in range(0, len(frames), 17):
@@ -211,7 +211,7 @@ def test_frames_of_a_random_decoder_pass(case: Case) -> None:
     assert names
 
 
-def re_frames(name: str) -> bool:
+def is_frames(name: str) -> bool:
     return name.startswith("out.f") and name.endswith(".x")
 
 
@@ -230,7 +230,7 @@ def frames(*chunks: mx.array) -> None:
     health.finish()
 
 
-def test_stillness_and_brightness_that_are_real_pass() -> None:
+def test_still_and_white_frames_pass() -> None:
     picture = noise(1, 8, 8, 3)
     frames(picture)  # one frame
     frames(mx.ones((2, 8, 8, 3)) + 0.01 * noise(2, 8, 8, 3))  # white, and a little around it
@@ -247,12 +247,12 @@ def test_stillness_and_brightness_that_are_real_pass() -> None:
         ([-1 - mx.abs(noise(2, 8, 8, 3))] * 2, "black"),
     ],
 )
-def test_degenerate_frames_are_found_over_all_chunks(chunks: list[mx.array], says: str) -> None:
+def test_degenerate_frames_are_found_across_chunks(chunks: list[mx.array], says: str) -> None:
     with pytest.raises(NumericsError, match=says):
         frames(*chunks)
 
 
-def test_frames_that_differ_in_a_later_chunk_are_a_video() -> None:
+def test_frames_that_differ_in_a_later_chunk_pass() -> None:
     still = mx.broadcast_to(noise(1, 8, 8, 3), (3, 8, 8, 3))
     frames(still, still, still[:1] + 0.1)
     with pytest.raises(NumericsError, match="All 7 frames"):
@@ -260,7 +260,7 @@ def test_frames_that_differ_in_a_later_chunk_are_a_video() -> None:
 
 
 @pytest.mark.parametrize(
-    "look",
+    "check",
     [
         lambda health: health.check_text(mx.zeros((2, 3))),
         lambda health: health.check_media(mx.array([NAN])),
@@ -269,7 +269,7 @@ def test_frames_that_differ_in_a_later_chunk_are_a_video() -> None:
         lambda health: health.frame_health().finish(),
     ],
 )
-def test_off_is_off(look: Callable[[Health], None]) -> None:
+def test_disabled_checks_pass(check: Callable[[Health], None]) -> None:
     with pytest.raises(NumericsError):
-        look(HEALTH)
-    look(replace(HEALTH, enabled=False))
+        check(HEALTH)
+    check(replace(HEALTH, enabled=False))
