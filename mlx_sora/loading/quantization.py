@@ -164,13 +164,13 @@ class QuantizingReader:
         self, file: Path, tensors: Mapping[str, TensorInfo], stream: mx.Stream | None = None
     ) -> dict[str, mx.array]:
         weights = {key: self.weights[key] for key in tensors if key in self.weights}
-        packed = {name for key in weights for name in _packed_names(key)}
+        packed = {name for key in weights for name in packed_names(key)}
         others = {key: info for key, info in tensors.items() if key not in packed}
         arrays = load_tensors(file, weights | others, stream)
         for key in weights:
             quantized = self.quantization.quantize(arrays.pop(key), mx.float32, stream)
             mx.eval(quantized)
-            arrays |= dict(zip(_packed_names(key), quantized.values(), strict=True))
+            arrays |= dict(zip(packed_names(key), quantized.values(), strict=True))
         return arrays
 
 
@@ -197,7 +197,7 @@ def quantize_on_load(
             continue
         dense[key] = info
         packed, *floats = quantization.packed_shapes(info.shape).values()
-        weight, *names = _packed_names(key)
+        weight, *names = packed_names(key)
         tensors[weight] = replace(info, dtype=PACKED, shape=packed)
         for name, shape in zip(names, floats, strict=True):  # their bytes count with the weight
             tensors[name] = replace(info, dtype="F32", shape=shape, nbytes=0)
@@ -211,22 +211,14 @@ def choose_quantization(model: ModelFolder, bits: int | None) -> ModelFolder:
     """
     if bits is None:
         return model
-    found = {
-        kind for part in PARTS if (kind := Quantization.from_config(model.config(part))) is not None
-    }
+    found = set(_read_settings(model).values())
     others = found - {Quantization(bits)}
     if others:
         raise UsageError(
             f"{model.name} is quantised to {others.pop()}, which --quantize cannot change.",
-            "Leave --quantize out, or take the model that it was made from.",
+            "Leave --quantize out, or take the model that it was converted from.",
         )
     return replace(model, quantize_bits=None if found else bits)
-
-
-def _packed_names(key: str) -> tuple[str, str, str]:
-    """Return the names of packed weight, scales and biases of the weight `key`."""
-    stem = key.removesuffix("weight")
-    return key, f"{stem}scales", f"{stem}biases"
 
 
 def quantization_metadata(model: ModelFolder) -> dict[str, Any]:
@@ -234,8 +226,21 @@ def quantization_metadata(model: ModelFolder) -> dict[str, Any]:
 
     Raises WeightsError for a config.json that cannot be read.
     """
-    found = {part: Quantization.from_config(model.config(part)) for part in PARTS}
+    settings = _read_settings(model)
     if model.quantize_bits is not None:
-        found |= dict.fromkeys(("text_encoder", "transformer"), Quantization(model.quantize_bits))
-    parts = {part: kind.to_dict() for part, kind in found.items() if kind is not None}
+        settings |= dict.fromkeys(
+            ("text_encoder", "transformer"), Quantization(model.quantize_bits)
+        )
+    parts = {part: settings[part].to_dict() for part in PARTS if part in settings}
     return {"quantization": parts} if parts else {}
+
+
+def packed_names(key: str) -> tuple[str, str, str]:
+    """Return the names of packed weight, scales and biases of the weight `key`."""
+    stem = key.removesuffix("weight")
+    return key, f"{stem}scales", f"{stem}biases"
+
+
+def _read_settings(model: ModelFolder) -> dict[str, Quantization]:
+    found = {part: Quantization.from_config(model.config(part)) for part in PARTS}
+    return {part: settings for part, settings in found.items() if settings is not None}

@@ -1,7 +1,7 @@
 """Validated safetensors headers, lazy tensors, and single rows of a table.
 
 `mx.load` is lazy but does not validate: a truncated file fails only when a tensor is used, and an
-embedding table is always read whole. Here the header is checked against the file first.
+embedding table is always read in full. Here the header is checked against the file first.
 Format: 8 bytes little-endian header size, JSON header, data. Source: the safetensors specification.
 """
 
@@ -65,7 +65,9 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             start = f.read(8)
             length = struct.unpack("<Q", start)[0] if len(start) == 8 else MAX_HEADER + 1
             if length > min(MAX_HEADER, size - 8):
-                raise WeightsError(f"{path} is not a whole safetensors file ({size} bytes).", FIX)
+                raise WeightsError(
+                    f"{path} is not a complete safetensors file ({size} bytes).", FIX
+                )
             header = parse_object(f.read(length))
     except OSError as error:
         raise WeightsError(
@@ -77,7 +79,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     if not isinstance(notes, dict) or not all(isinstance(text, str) for text in notes.values()):
         raise WeightsError(f"{path} has a damaged safetensors header: __metadata__.", FIX)
     base = 8 + length
-    tensors = {key: _tensor_info(path, size, base, key, row) for key, row in header.items()}
+    tensors = {key: _tensor_info(path, base, key, row) for key, row in header.items()}
     _check_layout(path, tensors, base, size)
     return tensors
 
@@ -90,11 +92,13 @@ def _check_layout(path: Path, tensors: Mapping[str, TensorInfo], base: int, size
             fault = "overlaps" if info.offset < end else "leaves a gap after"
             raise WeightsError(f"{path}: {key} {fault} the tensor before it.", FIX)
         end += info.nbytes
-    if end != size:
+    if end > size:
+        raise WeightsError(f"{path} is truncated: it needs {end} bytes and has {size}.", FIX)
+    if end < size:
         raise WeightsError(f"{path} has {size - end} extra bytes after its last tensor.", FIX)
 
 
-def _tensor_info(path: Path, size: int, base: int, key: str, row: Any) -> TensorInfo:
+def _tensor_info(path: Path, base: int, key: str, row: Any) -> TensorInfo:
     try:
         dtype, shape = row["dtype"], _parse_counts(row["shape"])
         begin, end = _parse_counts(row["data_offsets"])
@@ -109,10 +113,6 @@ def _tensor_info(path: Path, size: int, base: int, key: str, row: Any) -> Tensor
             f"{path}: {key} is {dtype} {list(shape)}, which needs {expected} bytes, "
             f"but its entry spans {end - begin}.",
             FIX,
-        )
-    if base + end > size:
-        raise WeightsError(
-            f"{path} is truncated: {key} ends at byte {base + end}, the file at {size}.", FIX
         )
     return TensorInfo(path, dtype, shape, base + begin, expected)
 

@@ -7,7 +7,7 @@ read or written.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -18,12 +18,12 @@ from mlx_sora.errors import UsageError
 from mlx_sora.loading.checkpoint import Checkpoint
 from mlx_sora.loading.model_folder import PARTS, ModelFolder
 from mlx_sora.loading.networks import match_part, quantizable_layers
-from mlx_sora.loading.quantization import BLOCK_PATH, CONFIG_KEY, Quantization
+from mlx_sora.loading.quantization import BLOCK_PATH, CONFIG_KEY, Quantization, packed_names
 from mlx_sora.loading.safetensors import FLOATS, TensorInfo
 
 INDEX = "model.safetensors.index.json"
 
-#: Key prefixes of the VAE's encoders and decoders. Each gets a file, as each is used alone.
+#: Key prefixes of the VAE's encoders and decoders. Each gets a file of its own.
 _VAE_PREFIXES = tuple(
     f"{network}.{part}."
     for network in ("spatial_vae.module", "temporal_vae")
@@ -68,10 +68,7 @@ class TensorConversion:
     @property
     def names(self) -> tuple[str, ...]:
         """Names of the tensors to write."""
-        if self.quantization is None:
-            return (self.key,)
-        stem = self.key.removesuffix("weight")
-        return tuple(stem + name for name in self.quantization.packed_shapes(self.info.shape))
+        return (self.key,) if self.quantization is None else packed_names(self.key)
 
     @property
     def nbytes(self) -> int:
@@ -193,9 +190,9 @@ def other_files(model: ModelFolder, options: ConversionOptions) -> Iterator[tupl
         yield index.name, index.read_bytes()
 
 
-def source_files(model: ModelFolder, shards: Mapping[str, Sequence[ShardPlan]]) -> list[Path]:
+def source_files(model: ModelFolder, shards: Sequence[ShardPlan]) -> list[Path]:
     """Return every file that a conversion reads."""
-    weights = {c.info.file for part in shards.values() for s in part for c in s.conversions}
+    weights = {tensor.info.file for shard in shards for tensor in shard.conversions}
     configs = {model.path / part / "config.json" for part in PARTS}
     index = model.path / "model_index.json"
     return sorted({*weights, *configs, model.tokenizer, *([index] if index.is_file() else [])})

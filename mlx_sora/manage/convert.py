@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import mlx.core as mx
@@ -93,7 +94,7 @@ def convert(
     target = Path(os.path.abspath(target.expanduser()))
     with disk_errors(target, _DISK_FIX):
         _refuse_overlap(model.path.resolve(), target.resolve())
-        shards = {part: plan_part(model, part, options) for part in PARTS}
+        shards = [shard for part in PARTS for shard in plan_part(model, part, options)]
         if options.bits is not None:
             _require_quantized(model, shards)
         record = _conversion_record(model, options, source_files(model, shards))
@@ -110,7 +111,7 @@ def convert(
             reused = len(conversion.finished)
             require_disk_space(
                 target.parent,
-                sum(s.nbytes for s in conversion.all_shards() if s.path not in conversion.finished),
+                sum(shard.nbytes for shard in shards if shard.path not in conversion.finished),
                 "written",
                 "Make room, or name a destination on another disk.",
             )
@@ -131,7 +132,7 @@ class _Conversion:
     options: ConversionOptions
     target: Path
     on_progress: ProgressCallback
-    shards: Mapping[str, Sequence[ShardPlan]]
+    shards: Sequence[ShardPlan]
     record: Mapping[str, Any]
     finished: dict[str, tuple[int, str]] = field(default_factory=dict)
 
@@ -139,14 +140,14 @@ class _Conversion:
     def staging(self) -> Path:
         return staging_folder(self.target)
 
-    def all_shards(self) -> list[ShardPlan]:
-        return [shard for part in PARTS for shard in self.shards[part]]
+    def part_shards(self, part: str) -> list[ShardPlan]:
+        return [shard for shard in self.shards if shard.part == part]
 
     def reuse_finished(self) -> None:
         """Keep the finished shards of an earlier attempt; remove all other files."""
         journal = self._read_journal()
         self.finished = {}
-        for shard in self.all_shards():
+        for shard in self.shards:
             file, entry = self.staging / shard.path, journal.get(shard.path)
             if entry is not None and file.is_file() and file.stat().st_size == entry[0]:
                 counter = byte_counter(self.on_progress, "check", shard.path, entry[0])
@@ -166,9 +167,9 @@ class _Conversion:
         for part in PARTS:
             (self.staging / part).mkdir(exist_ok=True)
             checkpoint = Checkpoint.open(self.model.path / part)
-            total = sum(shard.source_bytes for shard in self.shards[part])
-            done = 0
-            for shard in self.shards[part]:
+            shards = self.part_shards(part)
+            done, total = 0, sum(shard.source_bytes for shard in shards)
+            for shard in shards:
                 if shard.path not in self.finished:
                     self._write_shard(shard, checkpoint, done, total)
                 done += shard.source_bytes
@@ -177,7 +178,7 @@ class _Conversion:
     def finalize(self) -> int:
         """Write all other files, rename the folder to `target`, and return its size in bytes."""
         files = dict(self.finished)
-        texts = [(f"{part}/{INDEX}", index_text(self.shards[part]).encode()) for part in PARTS]
+        texts = [(f"{part}/{INDEX}", index_text(self.part_shards(part)).encode()) for part in PARTS]
         for name, content in [*texts, *other_files(self.model, self.options)]:
             path = self.staging / name
             path.parent.mkdir(exist_ok=True)
@@ -211,7 +212,7 @@ class _Conversion:
             if conversion.quantization is not None and not mx.isfinite(array).all().item():
                 raise WeightsError(
                     f"{conversion.key} in {conversion.info.file} holds NaN or Inf.",
-                    f"Check the model: python -m mlx_sora doctor {self.model.path}",
+                    f"Check the model: python -m mlx_sora doctor {quote(str(self.model.path))}",
                 )
             del array
             done += conversion.info.nbytes
@@ -272,9 +273,8 @@ def _refuse_overlap(source: Path, target: Path) -> None:
         )
 
 
-def _require_quantized(model: ModelFolder, shards: Mapping[str, Sequence[ShardPlan]]) -> None:
-    tensors = (tensor for part in shards.values() for shard in part for tensor in shard.conversions)
-    if all(tensor.quantization is None for tensor in tensors):
+def _require_quantized(model: ModelFolder, shards: Sequence[ShardPlan]) -> None:
+    if all(tensor.quantization is None for shard in shards for tensor in shard.conversions):
         raise UsageError(
             f"No layer of {model.name} can be quantised: no input size is a multiple of the group "
             f"size {GROUP_SIZE}.",
