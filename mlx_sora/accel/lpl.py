@@ -43,7 +43,7 @@ class Leap(Acceleration):
         """Index of the first step that can be the leap."""
 
     @abstractmethod
-    def is_ready(self, step: Step, v: mx.array) -> bool:
+    def decide(self, step: Step, v: mx.array) -> bool:
         """Return whether the rule leaps in this step, from velocity v [B, T, H, W, C]."""
 
     @property
@@ -51,7 +51,7 @@ class Leap(Acceleration):
         return self
 
     def should_leap(self, step: Step, z: mx.array, v: mx.array, /) -> bool:
-        return self._schedule.agree(self.is_ready(step, v))
+        return self._schedule.agree(self.decide(step, v))
 
     def on_step_end(self, result: StepResult) -> None:
         if result.is_leap:
@@ -65,7 +65,7 @@ class Leap(Acceleration):
             record["t"] = round(self._end.t, 3)
             record["evaluations_saved"] = self._saved(self._end.step.index)
         if self.similarities:
-            record["similarities"] = [_rounded(value) for value in self.similarities]
+            record["similarities"] = [_round(value) for value in self.similarities]
         return record
 
     def summary(self) -> str:
@@ -90,7 +90,7 @@ class FixedLeap(Leap):
     def earliest(self) -> int:
         return self._config.after
 
-    def is_ready(self, step: Step, v: mx.array) -> bool:
+    def decide(self, step: Step, v: mx.array) -> bool:
         return step.index >= self.earliest and step.pending is None
 
 
@@ -99,7 +99,7 @@ class TimedLeap(Leap):
 
     earliest = 0
 
-    def is_ready(self, step: Step, v: mx.array) -> bool:
+    def decide(self, step: Step, v: mx.array) -> bool:
         return bool((step.t <= self._config.time).all().item()) and step.pending is None
 
 
@@ -123,7 +123,7 @@ class AdaptiveLeap(Leap):
         config, steps = self._config, self._schedule.steps
         return max(1, math.ceil(config.minimum * steps) - 1) + config.patience
 
-    def is_ready(self, step: Step, v: mx.array) -> bool:
+    def decide(self, step: Step, v: mx.array) -> bool:
         previous, self._previous = self._previous, v
         if previous is None:
             self._ready = [False] * len(v)
@@ -134,7 +134,7 @@ class AdaptiveLeap(Leap):
         if step.index + 1 < self._config.minimum * step.total:
             return False
         for sample, changing in enumerate(_changing(step, len(v))):
-            if not changing and self._plateaus[sample].reached(values[sample]):
+            if not changing and self._plateaus[sample].update(values[sample]):
                 self._ready[sample] = True
         return all(self._ready)
 
@@ -175,7 +175,7 @@ class ReferenceLeap(Leap):
     def earliest(self) -> int:
         return max(1, self.MINIMUM) + self.PATIENCE - 1
 
-    def is_ready(self, step: Step, v: mx.array) -> bool:
+    def decide(self, step: Step, v: mx.array) -> bool:
         rows = v[0, 0, :, :, 0]
         previous, self._previous = self._previous, rows
         if previous is None:
@@ -185,7 +185,7 @@ class ReferenceLeap(Leap):
         )
         value = float(_cosine(dot, own, other).mean().item())  # type: ignore[arg-type]
         self.similarities.append(value)
-        return step.index >= self.MINIMUM and self.plateau.reached(value)
+        return step.index >= self.MINIMUM and self.plateau.update(value)
 
     def state(self) -> State:
         return {
@@ -209,7 +209,7 @@ class Plateau:
         self._patience, self._tolerance = patience, tolerance
         self.best, self.left = best, patience
 
-    def reached(self, value: float) -> bool:
+    def update(self, value: float) -> bool:
         """Add the next value; return whether the plateau is reached."""
         if value > self.best + self._tolerance:
             self.best, self.left = value, self._patience
@@ -254,7 +254,7 @@ def _cosine(dot: mx.array, a: mx.array, b: mx.array) -> mx.array:
     return dot / (mx.maximum(mx.sqrt(a), TINY) * mx.maximum(mx.sqrt(b), TINY))
 
 
-def _rounded(value: float | list[float]) -> float | list[float]:
+def _round(value: float | list[float]) -> float | list[float]:
     return [round(v, 6) for v in value] if isinstance(value, list) else round(value, 6)
 
 

@@ -273,7 +273,7 @@ class ForwardPass:
         self._cache.store(self, x, out)
 
 
-def every(each: int, warmup: int, steps: int) -> frozenset[int]:
+def periodic_schedule(each: int, warmup: int, steps: int) -> frozenset[int]:
     """Return the first `warmup` steps, and from the last of them every `each`-th."""
     return frozenset(i for i in range(steps) if i < warmup or (i - warmup + 1) % each == 0)
 
@@ -283,7 +283,7 @@ def make_rule(config: StepCache, schedule: ScheduleInfo) -> CacheRule:
     if config.mode == "online":
         return OnlineRule(config.threshold, config.warmup, schedule.steps)
     if config.mode == "every":
-        computed = every(config.each, config.warmup, schedule.steps)
+        computed = periodic_schedule(config.each, config.warmup, schedule.steps)
     else:
         computed = read_schedule(config.computed, config.order, schedule, config.file)
     return ScheduledRule(computed, schedule.steps)

@@ -24,7 +24,7 @@ Config = TypeVar("Config", bound="TechniqueConfig")
 
 
 @dataclass(frozen=True)
-class Parameter:
+class TechniqueParameter:
     """Value of a technique.
 
     defaults: mode to default value, for the modes that have the parameter; None: it is required.
@@ -150,7 +150,7 @@ class TechniqueConfig:
         return f"{text}[{',' if required else ':'}{','.join(optional)}]" if optional else text
 
     @classmethod
-    def _parameters(cls, mode: str) -> dict[str, Parameter]:
+    def _parameters(cls, mode: str) -> dict[str, TechniqueParameter]:
         """Return the parameters of a mode by field."""
         found = {f.name: f.metadata["parameter"] for f in fields(cls) if f.metadata}
         return {name: parameter for name, parameter in found.items() if mode in parameter.defaults}
@@ -200,21 +200,21 @@ def _spell(value: float | str) -> str:
 
 
 def real(defaults: Mapping[str, float | None], low: float, high: float) -> Any:
-    """Return the field of a number from low to high. defaults: as in Parameter."""
-    return _parameter(Parameter(defaults, low, high))
+    """Return the field of a number from low to high. defaults: as in TechniqueParameter."""
+    return _parameter(TechniqueParameter(defaults, low, high))
 
 
 def integer(defaults: Mapping[str, float | None], low: int, high: int, spelling: str = "") -> Any:
-    """Return the field of a whole number from low to high. defaults, spelling: as in Parameter."""
-    return _parameter(Parameter(defaults, low, high, whole=True, spelling=spelling))
+    """Return the field of a whole number; defaults, spelling: as in TechniqueParameter."""
+    return _parameter(TechniqueParameter(defaults, low, high, whole=True, spelling=spelling))
 
 
 def text(defaults: Mapping[str, str | None]) -> Any:
-    """Return the field of a text. defaults: as in Parameter."""
-    return _parameter(Parameter(defaults, text=True))
+    """Return the field of a text. defaults: as in TechniqueParameter."""
+    return _parameter(TechniqueParameter(defaults, text=True))
 
 
-def _parameter(parameter: Parameter) -> Any:
+def _parameter(parameter: TechniqueParameter) -> Any:
     return field(default=None, kw_only=True, metadata={"parameter": parameter})
 
 

@@ -9,7 +9,7 @@ import mlx.core as mx
 from mlx_sora.errors import UsageError
 from mlx_sora.sampling.base import NOISE_TIME, State, Step, VelocityFn
 
-#: Area in pixels of an image whose times are not shifted.
+#: Area in pixels of an image whose times do not shift.
 BASE_AREA = 512 * 512
 
 #: The shift counts 5 latents for every whole chunk of this many frames, and ignores the rest.
@@ -22,11 +22,13 @@ def add_noise(x: mx.array, noise: mx.array, t: mx.array) -> mx.array:
     return weight * x + (1.0 - weight) * noise
 
 
-def shift(t: mx.array, height: mx.array, width: mx.array, num_frames: mx.array) -> mx.array:
+def timestep_transform(
+    t: mx.array, height: mx.array, width: mx.array, num_frames: mx.array
+) -> mx.array:
     """Shift flow times t [..., B] towards noise, the more the larger the video.
 
     height, width, num_frames: sizes [B] in pixels and frames; the ratio is computed in their type.
-    Mirrors timestep_transform of Open-Sora 1.2.
+    Mirrors the function of this name in Open-Sora 1.2.
     """
     latents = mx.where(num_frames == 1, num_frames, num_frames // FRAMES_PER_CHUNK * 5)
     ratio = mx.sqrt(height * width / BASE_AREA) * mx.sqrt(latents)
@@ -38,12 +40,13 @@ def shift(t: mx.array, height: mx.array, width: mx.array, num_frames: mx.array) 
 class RFlow:
     """Sampler with Euler steps, at uniform flow times shifted by size and length.
 
-    rounded: round the times to whole numbers before the shift. shifted: False keeps them uniform.
+    use_discrete_timesteps: round the times to whole numbers before the shift.
+    use_timestep_transform: shift the times; both names are those of the reference.
     dtype: of the arithmetic with sizes (the reference uses the type of its network).
     """
 
-    rounded: bool = False
-    shifted: bool = True
+    use_discrete_timesteps: bool = False
+    use_timestep_transform: bool = True
     dtype: mx.Dtype = mx.float32
 
     @property
@@ -65,15 +68,15 @@ class RFlow:
         if steps < 1:
             raise UsageError(f"Cannot denoise in {steps} steps.", "Ask for at least 1 step.")
         uniform = [(1.0 - i / steps) * NOISE_TIME for i in range(steps)]
-        if self.rounded:
+        if self.use_discrete_timesteps:
             uniform = [float(round(t)) for t in uniform]
         # On the CPU, so that a request has the same schedule on every device.
         with mx.stream(mx.cpu):
             sizes = [mx.array(n, self.dtype).reshape(-1) for n in (height, width, num_frames)]
             t = mx.array(uniform)[:, None] + mx.zeros(max(n.size for n in sizes))
-            if self.shifted:
+            if self.use_timestep_transform:
                 _check_frames(sizes[2])
-                t = shift(t, *sizes)
+                t = timestep_transform(t, *sizes)
             # Rounding can lift the first time over 1000, and masks compare with it.
             t = mx.minimum(t, NOISE_TIME)
             t = mx.concatenate([t, mx.zeros_like(t[:1])])

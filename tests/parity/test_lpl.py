@@ -39,8 +39,8 @@ class Recorded(ReferenceLeap):
         self.left: list[int] = []
         super().__init__(Lpl("reference"), ScheduleInfo(options["num_sampling_steps"], 1, 1))
 
-    def is_ready(self, step: Step, v: mx.array) -> bool:
-        ready = super().is_ready(step, v)
+    def decide(self, step: Step, v: mx.array) -> bool:
+        ready = super().decide(step, v)
         self.best.append(self.plateau.best)
         self.left.append(self.plateau.left)
         return ready
@@ -49,7 +49,7 @@ class Recorded(ReferenceLeap):
 def times(case: Case, rounded: bool) -> tuple[RFlow, mx.array]:
     """The case's sampler and flow times."""
     options, call = case.config["rflow"], case.config["call"]
-    sampler = RFlow(rounded=rounded, shifted=options["use_timestep_transform"])
+    sampler = RFlow(rounded, options["use_timestep_transform"])
     sizes = {name: call[name] for name in ("height", "width", "num_frames")}
     return sampler, sampler.timesteps(options["num_sampling_steps"], **sizes)
 

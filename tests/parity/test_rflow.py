@@ -26,8 +26,8 @@ def test_timesteps(case: Case) -> None:
     assert case.config["rows"]
     for row in case.config["rows"]:
         sampler = RFlow(
-            rounded=row["use_discrete_timesteps"],
-            shifted=row["use_timestep_transform"],
+            use_discrete_timesteps=row["use_discrete_timesteps"],
+            use_timestep_transform=row["use_timestep_transform"],
             dtype=getattr(mx, row["args_dtype"]),
         )
         times = sampler.timesteps(
@@ -51,7 +51,8 @@ def schedule(case: Case) -> tuple[RFlow, mx.array]:
     """The case's sampler and its flow times."""
     options: dict[str, Any] = case.config["rflow"]
     sampler = RFlow(
-        rounded=options["use_discrete_timesteps"], shifted=options["use_timestep_transform"]
+        use_discrete_timesteps=options["use_discrete_timesteps"],
+        use_timestep_transform=options["use_timestep_transform"],
     )
     times = sampler.timesteps(
         options["num_sampling_steps"],

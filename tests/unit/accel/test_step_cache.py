@@ -10,7 +10,7 @@ import pytest
 
 from mlx_sora.accel.base import ScheduleInfo
 from mlx_sora.accel.cidl import BlockStream
-from mlx_sora.accel.step_cache import OnlineRule, ResidualCache, every
+from mlx_sora.accel.step_cache import OnlineRule, ResidualCache, periodic_schedule
 from mlx_sora.loading.model_folder import ModelFolder
 from mlx_sora.loading.networks import load_transformer, stream_transformer
 from mlx_sora.models.hooks import Hooks
@@ -72,7 +72,7 @@ def ones(batch: int = 1) -> mx.array:
 def test_the_schedule_is_as_printed(
     each: int, warmup: int, steps: int, computed: list[int]
 ) -> None:
-    assert sorted(every(each, warmup, steps)) == computed
+    assert sorted(periodic_schedule(each, warmup, steps)) == computed
     part, stack = cache(f"every:{each},warmup={warmup}", replace(JOB, steps=steps)), Stack()
     for step in range(steps):
         stack.run(part, step, ones(), 1.0)

@@ -146,12 +146,16 @@ def test_each_sample_has_the_times_of_its_own_size() -> None:
 
 
 def test_unshifted_times_are_uniform_whatever_the_size() -> None:
-    schedule = RFlow(shifted=False).timesteps(4, height=720, width=1280, num_frames=51)
+    schedule = RFlow(use_timestep_transform=False).timesteps(
+        4, height=720, width=1280, num_frames=51
+    )
     assert schedule[:, 0].tolist() == [1000.0, 750.0, 500.0, 250.0, 0.0]
 
 
 def test_rounding_goes_to_even_and_before_the_shift() -> None:
-    schedule = RFlow(rounded=True, shifted=False).timesteps(16, height=512, width=512, num_frames=1)
+    schedule = RFlow(use_discrete_timesteps=True, use_timestep_transform=False).timesteps(
+        16, height=512, width=512, num_frames=1
+    )
     assert schedule[:3, 0].tolist() == [1000.0, 938.0, 875.0]
     assert float(schedule[15, 0]) == 62.0  # 62.5
 
