@@ -16,7 +16,7 @@ from mlx_sora.cli.generate import (
     show_plans,
 )
 from mlx_sora.cli.ranks import broadcast_request
-from mlx_sora.distributed.group import Ranks, init_ranks
+from mlx_sora.distributed.group import init_ranks
 from mlx_sora.request.edit import INJECT_STEPS, SAMPLER, EditRequest
 from mlx_sora.video.output_path import escape_template
 from mlx_sora.video.reader import is_video
@@ -49,27 +49,19 @@ def add_parser(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Make the edit on all ranks and return the exit code."""
+    """Make the edit, or plan it with --dry-run, on all ranks; return the exit code."""
     ranks = init_ranks()
     with ranks.watchdog_scope():
-        return run_on_ranks(args, ranks)
-
-
-def run_on_ranks(args: argparse.Namespace, ranks: Ranks) -> int:
-    """Make the edit and return the exit code."""
-    edit = broadcast_request(ranks, EditRequest, lambda: read_edit(args))
-    renderer = choose_renderer(args, ranks)
-    try:
-        pipeline = open_pipeline(ranks, edit.target, renderer)
-        if args.dry_run:
-            show_plans(ranks, map(pipeline.plan_edit, [edit]), args.json_events)
-            return 0
-        with closing(pipeline.stream_edit(edit)) as events:
-            for event in events:
-                renderer.handle(event)
-    finally:
-        renderer.close()
-    return int(ranks.broadcast_object(0))
+        edit = broadcast_request(ranks, EditRequest, lambda: read_edit(args))
+        with closing(choose_renderer(args, ranks)) as renderer:
+            pipeline = open_pipeline(ranks, edit.target, renderer)
+            if args.dry_run:
+                show_plans(ranks, map(pipeline.plan_edit, [edit]), args.json_events)
+                return 0
+            with closing(pipeline.stream_edit(edit)) as events:
+                for event in events:
+                    renderer.handle(event)
+        return int(ranks.broadcast_object(0))
 
 
 def read_edit(args: argparse.Namespace) -> EditRequest:

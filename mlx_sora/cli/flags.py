@@ -81,7 +81,7 @@ class _HelpAll(argparse.Action):
 
 def add_quiet_flag(parser: argparse._ActionsContainer) -> None:
     """Add --quiet."""
-    parser.add_argument("--quiet", action="store_true", help="print nothing but the path")
+    parser.add_argument("--quiet", action="store_true", help="print only the path")
 
 
 def add_debug_flag(parser: argparse._ActionsContainer) -> argparse.Action:

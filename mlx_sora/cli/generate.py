@@ -91,35 +91,27 @@ def add_progress_flags(parser: Parser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Make all videos on all ranks and return the exit code."""
+    """Make the videos, or plan them with --dry-run, on all ranks; return the exit code."""
     ranks = init_ranks()
     with ranks.watchdog_scope():
-        return run_on_ranks(args, ranks)
-
-
-def run_on_ranks(args: argparse.Namespace, ranks: Ranks) -> int:
-    """Make one video after the other and return the exit code."""
-    cluster = read_cluster(args)
-    batch = broadcast_request(ranks, RequestBatch, lambda: read_requests(args))
-    renderer = choose_renderer(args, ranks)
-    try:
-        for path in batch.existing:
-            renderer.note(f"skipped: {path} exists already")
-        if batch.requests:
-            pipeline = open_pipeline(ranks, batch.requests[0], renderer)
-            if args.dry_run:
-                show_plans(ranks, map(pipeline.plan, batch.requests), args.json_events)
-                if cluster is not None and ranks.is_rank0:
-                    show_estimates(pipeline, batch.requests, cluster, args.json_events)
-            else:
-                make_videos(pipeline, batch, renderer, args.resume)
-    finally:
-        renderer.close()
-    return int(ranks.broadcast_object(report_failures(batch) if ranks.is_rank0 else 0))
+        cluster = read_cluster(args)
+        batch = broadcast_request(ranks, RequestBatch, lambda: read_requests(args))
+        with closing(choose_renderer(args, ranks)) as renderer:
+            for path in batch.existing:
+                renderer.note(f"skipped: {path} exists already")
+            if batch.requests:
+                pipeline = open_pipeline(ranks, batch.requests[0], renderer)
+                if args.dry_run:
+                    show_plans(ranks, map(pipeline.plan, batch.requests), args.json_events)
+                    if cluster is not None and ranks.is_rank0:
+                        show_estimates(pipeline, batch.requests, cluster, args.json_events)
+                else:
+                    make_videos(pipeline, batch, renderer, args.resume)
+        return int(ranks.broadcast_object(report_failures(batch) if ranks.is_rank0 else 0))
 
 
 def make_videos(
-    pipeline: Pipeline, batch: RequestBatch, renderer: Renderer, resume: str | None = None
+    pipeline: Pipeline, batch: RequestBatch, renderer: Renderer, resume: str | None
 ) -> None:
     """Make the videos of a batch. If there are several, record failures and continue."""
     if len(batch.requests) == 1 and batch.unit == "video":

@@ -28,13 +28,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     0 success, 1 failed run, 2 usage, 3 memory, 4 weights, 130 interrupted.
     """
-    words = sys.argv[1:] if argv is None else list(argv)
-    debug = "--debug" in words
+    argv = sys.argv[1:] if argv is None else list(argv)
+    debug = "--debug" in argv
     try:
-        args = parse_args(build_parser(), words)
+        args = parse_args(build_parser(), argv)
         if launch_backend() is not None and not hasattr(args, "parallel_run"):
             raise UsageError(
-                f"This command runs in one process, not in several: {words[0]}.",
+                f"{argv[0]} runs in one process, not in several.",
                 "Start it without mlx.launch.",
             )
         with sigterm_as_interrupt(), log_to_stderr(args):
@@ -42,10 +42,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except MlxSoraError as error:
         if debug:
             traceback.print_exc()
-        _report(str(error), error.exit_code, words, error.reporting_rank)
+        _print_error(str(error), error.exit_code, argv, error.reporting_rank)
         return error.exit_code
     except KeyboardInterrupt:
-        _report("interrupted.", INTERRUPTED, words)
+        _print_error("interrupted.", INTERRUPTED, argv)
         return INTERRUPTED
     except BrokenPipeError:
         # The reader is gone. Without this, the interpreter fails again when it flushes.
@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if debug:
             traceback.print_exc()
         reason = " ".join(str(error).split())[:300]
-        _report(f"{type(error).__name__}: {reason} --debug shows where.", 1, words)
+        _print_error(f"{type(error).__name__}: {reason} Add --debug for a traceback.", 1, argv)
         return 1
 
 
@@ -102,7 +102,7 @@ def log_to_stderr(args: argparse.Namespace) -> Iterator[None]:
     elif getattr(args, "quiet", False):
         level = logging.ERROR
     logger, handler = logging.getLogger("mlx_sora"), logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_Plain())
+    handler.setFormatter(_OneLineFormatter())
     before = logger.level
     logger.setLevel(level)
     logger.addHandler(handler)
@@ -113,21 +113,21 @@ def log_to_stderr(args: argparse.Namespace) -> Iterator[None]:
         logger.setLevel(before)
 
 
-class _Plain(logging.Formatter):
+class _OneLineFormatter(logging.Formatter):
     """Log messages in one line, without control characters."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         return printable(super().formatMessage(record))
 
 
-def _report(message: str, code: int, words: Sequence[str], rank: int = 0) -> None:
+def _print_error(message: str, code: int, argv: Sequence[str], rank: int = 0) -> None:
     """Print one line on stderr, and an event if --json-events is given, on one rank."""
     if launch_rank() != rank:
         # mlx.launch ends all ranks when one has failed: the rank that reports has to be first.
         time.sleep(1)
         return
     message = printable(message, 2 * MAX_MESSAGE)
-    if "--json-events" in words:
+    if "--json-events" in argv:
         with suppress(BrokenPipeError):
             print(json.dumps({"event": "error", "message": message, "exit_code": code}), flush=True)
     print(f"error: {message}", file=sys.stderr)

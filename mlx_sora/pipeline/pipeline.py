@@ -43,7 +43,7 @@ class Pipeline:
         """
         found = find_model(model)
         if model is None and found.name == BUNDLED:
-            log.warning("%s is not here; using the bundled model %s", PUBLISHED, BUNDLED)
+            log.warning("%s is not downloaded; using the bundled model %s", PUBLISHED, BUNDLED)
         return cls(found, dtype)
 
     @property

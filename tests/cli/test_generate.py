@@ -246,7 +246,7 @@ def test_no_command_shows_the_help(capsys: pytest.CaptureFixture[str]) -> None:
         (MemoryBudgetError("too large."), 3, "error: too large."),
         (WeightsError("gone."), 4, "error: gone."),
         (KeyboardInterrupt(), 130, "error: interrupted."),
-        (RuntimeError("line 1\nline 2"), 1, "error: RuntimeError: line 1 line 2 --debug shows"),
+        (RuntimeError("line 1\nline 2"), 1, "error: RuntimeError: line 1 line 2 Add --debug"),
     ],
 )
 def test_failures_leave_one_line_a_code_and_no_file(

@@ -108,6 +108,5 @@ def test_a_command_for_one_process_is_refused(folder: Path) -> None:
     ranks = launch(2, ["-m", "mlx_sora", "info"], cwd=folder)
     assert [each.returncode for each in ranks] == [2, 2]
     assert lines(ranks[0].stderr) == [
-        "error: This command runs in one process, not in several: info. "
-        "Start it without mlx.launch."
+        "error: info runs in one process, not in several. Start it without mlx.launch."
     ]
