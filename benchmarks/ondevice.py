@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,8 @@ from benchmarks.common import RESULTS, markdown, write_json
 from benchmarks.shapes import world
 from benchmarks.shapes.scorer import Reading, read_video, score
 from mlx_sora import GenerationRequest, Pipeline
-from mlx_sora.memory.plan import Plan
-from mlx_sora.runtime.events import Finished, StageFinished, StepFinished
+from mlx_sora.pipeline.generate import generate, prepare
+from mlx_sora.runtime.events import Event, Finished, StageFinished, StepFinished
 
 EXACT = "exact"
 
@@ -34,12 +34,11 @@ EXACT = "exact"
 ON_DEMAND = "CI-DL, on demand"
 
 
-class OnDemand(Pipeline):
-    """Reads each streamed block when its turn comes, never ahead."""
-
-    def _plan(self, *args: Any) -> Plan:
-        plan = super()._plan(*args)
-        return replace(plan, stages=tuple(replace(s, prefetch=False) for s in plan.stages))
+def stream_on_demand(pipe: Pipeline, request: GenerationRequest) -> Iterator[Event]:
+    """Yield the events of a run that reads each streamed block when it is needed, never ahead."""
+    run = prepare(pipe.engine, request)
+    stages = tuple(replace(stage, prefetch=False) for stage in run.plan.stages)
+    yield Finished((yield from generate(replace(run, plan=replace(run.plan, stages=stages)))))
 
 
 def rows_for(steps: int, budget: int) -> dict[str, dict[str, Any]]:
@@ -126,10 +125,10 @@ def tight_budget(options: argparse.Namespace) -> int:
     return (plan.smallest + plan.stage("denoise").peak) // 2
 
 
-def make(pipe: Pipeline, request: GenerationRequest) -> Made:
-    """One video, with the denoising stage's cost."""
+def make(pipe: Pipeline, request: GenerationRequest, *, prefetch: bool = True) -> Made:
+    """Make one video; measure its denoising stage."""
     steps, cost = list[float](), None
-    for event in pipe.stream(request):
+    for event in pipe.stream(request) if prefetch else stream_on_demand(pipe, request):
         if isinstance(event, StepFinished):
             steps.append(event.seconds)
         elif isinstance(event, StageFinished) and event.stage == "denoise":
@@ -146,7 +145,6 @@ def make(pipe: Pipeline, request: GenerationRequest) -> Made:
 def gather(options: argparse.Namespace) -> dict[str, Tally]:
     """Every row on every prompt; the order of the rows turns, so that none is always first."""
     pipe = Pipeline.from_pretrained(options.model)
-    pipes = {ON_DEMAND: OnDemand.from_pretrained(options.model)}
     rows = rows_for(options.steps, options.budget)
     tallies = {name: Tally() for name in rows}
     names = list(rows)
@@ -157,9 +155,8 @@ def gather(options: argparse.Namespace) -> dict[str, Tally]:
         if seed == 0:
             make(pipe, GenerationRequest.from_dict(common))
         for name in names[seed % len(names) :] + names[: seed % len(names)]:
-            made[name] = make(
-                pipes.get(name, pipe), GenerationRequest.from_dict(common | rows[name])
-            )
+            request = GenerationRequest.from_dict(common | rows[name])
+            made[name] = make(pipe, request, prefetch=name != ON_DEMAND)
         for name, tally in tallies.items():
             add(tally, made[name], made[EXACT])
         print(f"{seed + 1} of {options.prompts} prompts", flush=True)

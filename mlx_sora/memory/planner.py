@@ -108,12 +108,11 @@ def _smaller_workloads(workload: Workload) -> Iterator[tuple[str, Workload]]:
     if workload.batch > 1:
         yield "--sequential-guidance", sequential
     most = min(MAX_TILES, min(workload.geometry.latent[1:]) // 2)
-    for tiles in range(workload.vae_tiles + 1, most + 1):
-        yield f"--vae-tiles {tiles}", replace(workload, vae_tiles=tiles)
-    for tiles in range(workload.vae_tiles + 1, most + 1):
-        if workload.batch > 1:
-            flags = f"--sequential-guidance --vae-tiles {tiles}"
-            yield flags, replace(sequential, vae_tiles=tiles)
+    tiles = range(workload.vae_tiles + 1, most + 1)
+    yield from ((f"--vae-tiles {n}", replace(workload, vae_tiles=n)) for n in tiles)
+    if workload.batch > 1:
+        for n in tiles:
+            yield f"--sequential-guidance --vae-tiles {n}", replace(sequential, vae_tiles=n)
 
 
 def _smallest_budget(sizes: ModelSizes, workload: Workload, machine: Machine) -> int:

@@ -17,9 +17,9 @@ import logging
 import os
 import platform
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from sysconfig import get_config_var
 
@@ -113,20 +113,9 @@ def _addresses(library: ctypes.CDLL) -> list[int | None] | None:
     return None
 
 
-def _mkl() -> Blas | None:
-    return _load_first("MKL", _installed("libmkl_rt.so*"), ("libmkl_rt.so.3", "libmkl_rt.so.2"))
-
-
-def _system_openblas() -> Blas | None:
-    return _load_first("OpenBLAS", _installed("libopenblas.so*"), ("libopenblas.so.0",))
-
-
-def _installed(pattern: str) -> Iterator[Path]:
-    yield from sorted((Path(sys.prefix) / "lib").glob(pattern))
-
-
-def _load_first(name: str, files: Iterator[Path], sonames: tuple[str, ...]) -> Blas | None:
-    """Load the first library with cblas_sgemm: of files, then of names that the linker knows."""
+def _load_first(name: str, pattern: str, *sonames: str) -> Blas | None:
+    """Load the first library with cblas_sgemm: of sys.prefix, then of the linker's names."""
+    files = sorted((Path(sys.prefix) / "lib").glob(pattern))
     for candidate in (*map(str, files), *sonames):
         # Probe it locally first: a library without the function must not become global.
         probe = _load(candidate)
@@ -146,6 +135,6 @@ def _load(path: str | Path, mode: int = ctypes.RTLD_LOCAL) -> ctypes.CDLL | None
 
 _LOADERS: dict[str, Callable[[], Blas | None]] = {
     "numpy": _numpy_openblas,
-    "mkl": _mkl,
-    "openblas": _system_openblas,
+    "mkl": partial(_load_first, "MKL", "libmkl_rt.so*", "libmkl_rt.so.3", "libmkl_rt.so.2"),
+    "openblas": partial(_load_first, "OpenBLAS", "libopenblas.so*", "libopenblas.so.0"),
 }

@@ -74,9 +74,12 @@ class Health:
         if not found.finite:
             raise NumericsError(f"NaN or Inf in the latents {when}.", self._overflow())
         if found.rms > EXPLODED:
+            fix = f"The transformer may be damaged or of another model: {_DOCTOR}"
+            if self.guidance > HIGH_GUIDANCE:
+                fix = f"--guidance {self.guidance:g} may be too high: lower it."
             raise NumericsError(
                 f"The latents explode: their RMS is {found.rms:.3g} {when}, usual is about 1.",
-                self._too_large(),
+                f"{fix} {_ANYWAY}",
             )
         if found.flat or found.identical_frames:
             what = "are the same number" if found.flat else "of all frames are the same"
@@ -93,11 +96,6 @@ class Health:
         if self.dtype != mx.float32:
             return f"Try --dtype float32. If that does not help, {_DOCTOR}"
         return f"Sound weights do not overflow in float32: {_DOCTOR}"
-
-    def _too_large(self) -> str:
-        if self.guidance > HIGH_GUIDANCE:
-            return f"--guidance {self.guidance:g} may be too high: lower it. {_ANYWAY}"
-        return f"The transformer may be damaged or of another model: {_DOCTOR} {_ANYWAY}"
 
 
 class FrameHealth:

@@ -122,7 +122,10 @@ def test_macos_uses_the_blas_of_mlx(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @linux_only
-def test_a_library_without_the_function_is_skipped(tmp_path: Path) -> None:
-    broken = tmp_path / "libopenblas.so"
-    broken.write_bytes(b"not a library")
-    assert blas._load_first("OpenBLAS", iter([broken]), ("libm.so.6",)) is None
+def test_a_library_without_the_function_is_skipped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "prefix", str(tmp_path))
+    (tmp_path / "lib").mkdir()
+    (tmp_path / "lib" / "libopenblas.so").write_bytes(b"not a library")
+    assert blas._load_first("OpenBLAS", "libopenblas.so*", "libm.so.6") is None
