@@ -13,7 +13,6 @@ import threading
 import time
 from collections import deque
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Generic, TypeVar
 
 import mlx.core as mx
@@ -81,12 +80,7 @@ class BlockStream(Generic[Block]):
     def __enter__(self) -> BlockStream[Block]:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def get(self, index: int) -> Block:
