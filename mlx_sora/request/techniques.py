@@ -220,7 +220,7 @@ def _parameter(parameter: TechniqueParameter) -> Any:
 
 @dataclass(frozen=True, eq=False)
 class Lpl(TechniqueConfig):
-    """When to leap to t = 0.
+    """Rule of the leap to t = 0.
 
     after: number of ordinary steps before the leap. time: flow time of the leap, 1000 to 0.
     patience, tolerance, minimum: leap once the similarity of successive velocities has failed

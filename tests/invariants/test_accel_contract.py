@@ -1,6 +1,6 @@
-"""What every acceleration promises: off changes nothing, on is repeatable, combinable and recorded.
+"""Contract of accelerations: off is exact; on is deterministic, composable and recorded.
 
-A technique that is new in the registry is tested from here once its modes are listed in EXAMPLES.
+These tests cover a new technique once EXAMPLES lists its modes.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def exact(pipe: Pipeline) -> list[bytes]:
 
 
 def latents(pipe: Pipeline, **modes: object) -> list[bytes]:
-    """The latents after each step, all that decoding depends on."""
+    """Return the latents after each step."""
     run = pipe.stream(GenerationRequest.from_dict({**SMALL, **modes}))
     found = []
     for event in run:
@@ -63,12 +63,12 @@ def video(run: list[Event]) -> Video:
     return last.video
 
 
-def test_every_technique_is_tested() -> None:
+def test_examples_cover_every_technique() -> None:
     assert EXAMPLES.keys() == set(technique_names())
 
 
 @pytest.mark.parametrize("name", technique_names())
-def test_off_is_exact_bit_for_bit(pipe: Pipeline, exact: list[bytes], name: str) -> None:
+def test_off_is_exact(pipe: Pipeline, exact: list[bytes], name: str) -> None:
     assert latents(pipe, **{name: OFF}) == exact
 
 
@@ -82,7 +82,7 @@ def test_off_is_recorded_as_off(pipe: Pipeline) -> None:
 
 
 @pytest.mark.parametrize(("name", "mode"), EACH)
-def test_on_is_deterministic_and_leaves_no_trace(
+def test_on_is_deterministic_and_keeps_no_state(
     pipe: Pipeline, exact: list[bytes], name: str, mode: str
 ) -> None:
     first = latents(pipe, **{name: mode})
@@ -101,14 +101,14 @@ def test_on_is_recorded(pipe: Pipeline, name: str, mode: str) -> None:
 
 
 @pytest.mark.parametrize(("name", "mode"), EACH)
-def test_an_interrupted_run_goes_on_the_same(
+def test_interrupted_run_continues_exactly(
     pipe: Pipeline, tmp_path: Path, name: str, mode: str
 ) -> None:
     check_resumes(pipe, tmp_path, {**SMALL, name: mode}, after=(1, 2), decode=False)
 
 
-def test_all_together_go_on_with_the_same_account(pipe: Pipeline, tmp_path: Path) -> None:
-    """To the last byte of the file, and to the last figure of what was done."""
+def test_all_techniques_together_continue_exactly(pipe: Pipeline, tmp_path: Path) -> None:
+    """The file and the account are the same, byte for byte."""
     modes = {name: modes[0] for name, modes in EXAMPLES.items()}
     modes |= {"lpl": "adaptive:patience=2,tolerance=2", "sampler": "ab2"}
     more = {"steps": 7, "sequential_guidance": True, "ci_dl": True}
@@ -128,15 +128,15 @@ def test_pairs_compose(pipe: Pipeline, exact: list[bytes], modes: Mapping[str, s
             assert latents(pipe, **others) != together, f"{name} has no effect in {modes}"
 
 
-def test_a_leap_never_touches_what_comes_before_it(pipe: Pipeline) -> None:
-    """Leaping after merged steps: as merging alone up to the leap, bit for bit."""
+def test_leap_changes_no_earlier_step(pipe: Pipeline) -> None:
+    """A leap after merged steps: the same bits as merging alone up to the leap."""
     merging, both = latents(pipe, tdtm="1"), latents(pipe, tdtm="1", lpl="fixed:3")
     assert len(both) == 4
     assert both[:3] == merging[:3]
     assert both[3] != merging[3]
 
 
-def test_what_was_done_is_in_the_record(pipe: Pipeline) -> None:
+def test_metadata_has_the_account(pipe: Pipeline) -> None:
     run = finished(pipe, lpl=Lpl(after=2), tdtm=Tdtm())
     t = [event.t for event in run if isinstance(event, StepFinished)][-1]
     assert video(run).metadata["accelerations"] == {
@@ -150,7 +150,7 @@ def test_what_was_done_is_in_the_record(pipe: Pipeline) -> None:
     }
 
 
-def test_a_file_replays_its_accelerations(pipe: Pipeline, tmp_path: Path) -> None:
+def test_replay_uses_the_same_accelerations(pipe: Pipeline, tmp_path: Path) -> None:
     modes = {"lpl": "adaptive:patience=1,tolerance=2", "tdtm": 2}
     made = pipe(**{**SMALL, **modes}, output=str(tmp_path / "a.mp4"))  # type: ignore[arg-type]
     options = replay_options(read_metadata(tmp_path / "a.mp4")) | {"model": None}
@@ -160,7 +160,7 @@ def test_a_file_replays_its_accelerations(pipe: Pipeline, tmp_path: Path) -> Non
     assert np.array_equal(again.frames, video(finished(pipe, **modes)).frames)
 
 
-def test_a_step_without_blocks_reads_none_of_them(pipe: Pipeline) -> None:
+def test_step_without_blocks_reads_no_block(pipe: Pipeline) -> None:
     modes = {"step_cache": "every:3,warmup=1", "guidance_cache": "every:2,after=0"}
     resident = latents(pipe, **modes)
     assert latents(pipe, **modes, ci_dl=True) == resident
@@ -174,9 +174,7 @@ def test_a_step_without_blocks_reads_none_of_them(pipe: Pipeline) -> None:
 
 
 @pytest.mark.parametrize("sampler", ["midpoint", "ab2"])
-def test_caches_go_with_every_sampler_and_guidance_in_two_passes(
-    pipe: Pipeline, sampler: str
-) -> None:
+def test_caches_work_with_samplers_and_sequential_guidance(pipe: Pipeline, sampler: str) -> None:
     modes = {"step_cache": "every:2,warmup=1,order=1", "guidance_cache": "every:2,after=0"}
     common = {**modes, "sampler": sampler, "steps": 3}
     together = video(finished(pipe, **common))
@@ -192,15 +190,13 @@ def test_caches_go_with_every_sampler_and_guidance_in_two_passes(
     assert abs(together.frames.astype(int) - apart.frames).max() <= 1
 
 
-def test_without_guidance_a_step_cache_still_saves(pipe: Pipeline) -> None:
+def test_step_cache_saves_without_guidance(pipe: Pipeline) -> None:
     made = video(finished(pipe, step_cache="every:2,warmup=1", guidance=1))
     assert made.metadata["accelerations"]["step_cache"]["evaluations_saved"] == 2
 
 
-def test_given_frames_that_begin_to_move_have_the_blocks_run(
-    pipe: Pipeline, tmp_path: Path
-) -> None:
-    """A picture of strength 0.5 waits for its turn: the step in which it starts is computed."""
+def test_step_cache_runs_blocks_for_fresh_frames(pipe: Pipeline, tmp_path: Path) -> None:
+    """An image with a strength below 1 starts in a later step, which runs the blocks."""
     from PIL import Image
 
     Image.new("RGB", (32, 32), "red").save(tmp_path / "a.png")

@@ -1,4 +1,4 @@
-"""What every sampler promises in the pipeline: it goes with every technique, and is recorded."""
+"""Contract of samplers in the pipeline: they work with every technique and are recorded."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SMALL |= {"width": 32, "height": 32}
 
 
 def made(pipe: Pipeline, sampler: str, **options: object) -> tuple[list[np.ndarray], Video]:
-    """The latents after each step, and the video."""
+    """Return the latents after each step, and the video."""
     request = GenerationRequest.from_dict({**SMALL, "sampler": sampler, **options})
     latents = []
     for event in pipe.stream(request):
@@ -31,7 +31,7 @@ def made(pipe: Pipeline, sampler: str, **options: object) -> tuple[list[np.ndarr
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_every_way_to_run_it_agrees(pipe: Pipeline, sampler: str) -> None:
+def test_sampler_agrees_streamed_and_sequential(pipe: Pipeline, sampler: str) -> None:
     plain, video = made(pipe, sampler)
     assert video.metadata["settings"]["sampler"] == sampler
     streamed, _ = made(pipe, sampler, ci_dl=True)
@@ -43,7 +43,7 @@ def test_every_way_to_run_it_agrees(pipe: Pipeline, sampler: str) -> None:
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_a_leap_counts_what_it_saves(pipe: Pipeline, sampler: str) -> None:
+def test_leap_counts_the_evaluations_it_saves(pipe: Pipeline, sampler: str) -> None:
     plain, leaping = made(pipe, sampler)[0], made(pipe, sampler, lpl="fixed:2")
     for a, b in zip(plain[:2], leaping[0][:2], strict=True):
         assert np.array_equal(a, b)
@@ -51,8 +51,8 @@ def test_a_leap_counts_what_it_saves(pipe: Pipeline, sampler: str) -> None:
     assert leaping[1].metadata["accelerations"]["lpl"]["evaluations_saved"] == 2 * evaluations - 1
 
 
-def test_all_stages_of_a_merged_step_are_merged(pipe: Pipeline) -> None:
-    """The plan counts on it: two evaluations in each of the merged steps."""
+def test_merged_step_merges_all_its_evaluations(pipe: Pipeline) -> None:
+    """The plan counts two evaluations in each merged step."""
     request = {**SMALL, "sampler": "midpoint"}
     work = [
         pipe.plan(GenerationRequest.from_dict({**request, "tdtm": tdtm})).stage("denoise").flops
@@ -65,7 +65,7 @@ def test_all_stages_of_a_merged_step_are_merged(pipe: Pipeline) -> None:
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_a_given_frame_stays_and_the_others_see_it(
+def test_given_frame_stays_and_conditions_the_others(
     pipe: Pipeline, sampler: str, tmp_path: Path
 ) -> None:
     picture = save_frames(tmp_path / "a.png", np.full((1, 32, 32, 3), 200, np.uint8), 1)
@@ -77,8 +77,8 @@ def test_a_given_frame_stays_and_the_others_see_it(
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_an_interrupted_run_goes_on_the_same(pipe: Pipeline, sampler: str, tmp_path: Path) -> None:
-    """Over clips that begin with the one before, and before and after a given frame moves."""
+def test_interrupted_run_continues_exactly(pipe: Pipeline, sampler: str, tmp_path: Path) -> None:
+    """Over clips that continue each other, before and after a given frame starts."""
     picture = save_frames(tmp_path / "a.png", np.full((1, 32, 32, 3), 200, np.uint8), 1)
     given = {"images": [[str(picture), 0, 0.7]], "loop": 2, "num_frames": 34, "steps": 3}
     options = {**SMALL, "sampler": sampler, **given, "condition_edit": 0.5}

@@ -1,4 +1,4 @@
-"""Guidance that spares the half without prompt: when, what stands for it, and how it is counted."""
+"""Guidance cache and interval: steps without an uncond prediction, and what replaces it."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from tests.helpers.flows import latents
 from tests.helpers.techniques import make_accelerations
 from tests.unit.sampling.test_guidance import NULL, Recorder, null_text
 
-JOB = ScheduleInfo(12, 1, 3, times=tuple(1000.0 - 80 * i for i in range(12)))
+SCHEDULE = ScheduleInfo(12, 1, 3, times=tuple(1000.0 - 80 * i for i in range(12)))
 TEXT = [latents(3, (5, 6))]
 Z = latents(0, (1, 3, 4, 6, 2))
 
 
-def cache(text: str, job: ScheduleInfo = JOB) -> UncondCache:
-    return UncondCache(GuidanceCache.parse(text), job)
+def cache(text: str, schedule: ScheduleInfo = SCHEDULE) -> UncondCache:
+    return UncondCache(GuidanceCache.parse(text), schedule)
 
 
 def step(index: int, fresh: mx.array | None = None) -> Step:
@@ -44,29 +44,29 @@ def step(index: int, fresh: mx.array | None = None) -> Step:
         ("every:1", [*range(12)]),
     ],
 )
-def test_the_schedule_is_as_printed(text: str, full: list[int]) -> None:
+def test_schedule_computes_every_nth_step(text: str, full: list[int]) -> None:
     assert sorted(cache(text).cond_only_steps) == [i for i in range(12) if i not in full]
 
 
-def test_full_steps_are_those_that_run_blocks_and_have_guidance() -> None:
-    part = cache("every:3,after=0", replace(JOB, skipped_steps=frozenset({3, 4, 9})))
+def test_schedule_counts_only_steps_with_blocks_and_guidance() -> None:
+    part = cache("every:3,after=0", replace(SCHEDULE, skipped_steps=frozenset({3, 4, 9})))
     assert sorted(set(range(12)) - part.cond_only_steps) == [0, 5, 8, 11]
-    part = cache("every:3,after=0", replace(JOB, cond_only_steps=frozenset({0, 1, 6})))
+    part = cache("every:3,after=0", replace(SCHEDULE, cond_only_steps=frozenset({0, 1, 6})))
     assert sorted(set(range(12)) - part.cond_only_steps - {0, 1, 6}) == [2, 5, 8, 11]
 
 
 def run(part: Accelerations, seen: Recorder, sequential: bool = False) -> list[mx.array]:
-    """Guided velocities of all steps; the flow stands still, so that only guidance changes."""
+    """Return the guided velocities of all steps at the same z, so that only guidance changes."""
     velocity = Guidance(seen, TEXT, null_text, 4.0, sequential=sequential, policy=part.guidance)
     return [velocity(Z, step(i).t, step(i)) for i in range(12)]
 
 
 @pytest.mark.parametrize("sequential", [False, True])
-def test_the_difference_stands_for_the_half(sequential: bool) -> None:
-    """A made-up network whose halves differ by the same in every step: nothing is lost."""
+def test_cached_difference_replaces_uncond(sequential: bool) -> None:
+    """With a network whose predictions differ by the same in every step, the cache is exact."""
     plain, seen = Recorder(), Recorder()
-    exact = run(make_accelerations({}, JOB), plain, sequential)
-    part = make_accelerations({"guidance_cache": "every:4,after=0"}, JOB)
+    exact = run(make_accelerations({}, SCHEDULE), plain, sequential)
+    part = make_accelerations({"guidance_cache": "every:4,after=0"}, SCHEDULE)
     found = run(part, seen, sequential)
     assert all(mx.allclose(a, b, atol=1e-5) for a, b in zip(exact, found, strict=True))
     both = [1, 1] if sequential else [2]
@@ -75,7 +75,7 @@ def test_the_difference_stands_for_the_half(sequential: bool) -> None:
     assert "in 3 of 12 evaluations" in part.summaries()[0]
 
 
-def test_low_and_high_frequencies() -> None:
+def test_bands_split_low_and_high_frequencies() -> None:
     x = latents(7, (1, 2, 10, 15, 3))
     low, high = split_bands(x)
     assert mx.allclose(low + high, x, atol=1e-6)
@@ -88,19 +88,19 @@ def test_low_and_high_frequencies() -> None:
         assert mx.allclose(part, wave, atol=1e-5), waves
 
 
-def test_boost_weighs_low_frequencies_first_and_high_ones_last() -> None:
+def test_boost_applies_to_low_frequencies_first_and_high_ones_last() -> None:
     part = cache("every:12,after=0,boost=3")
-    with_prompt, without = latents(1, Z.shape), latents(2, Z.shape)
-    low, high = split_bands(without - with_prompt)
+    cond, uncond = latents(1, Z.shape), latents(2, Z.shape)
+    low, high = split_bands(uncond - cond)
     assert part.predict_uncond(step(0)) is None
-    part.update(step(0), (with_prompt, without))
+    part.update(step(0), (cond, uncond))
     for index, expected in ((1, 3 * low + high), (8, 3 * low + 3 * high), (11, low + 3 * high)):
         make = part.predict_uncond(step(index))
         assert make is not None
-        assert mx.allclose(make(with_prompt), with_prompt + expected, atol=1e-5)
+        assert mx.allclose(make(cond), cond + expected, atol=1e-5)
 
 
-def test_frames_that_begin_to_move_have_both_halves_run() -> None:
+def test_cache_is_not_used_with_fresh_frames() -> None:
     part = cache("every:12,after=0")
     assert part.predict_uncond(step(1)) is None  # nothing is known yet
     part.update(step(1), (Z, Z))
@@ -108,33 +108,33 @@ def test_frames_that_begin_to_move_have_both_halves_run() -> None:
     assert part.predict_uncond(step(3, mx.array([[True, False, False]]))) is None
 
 
-def test_outside_the_interval_there_is_no_guidance() -> None:
-    part = make_accelerations({"guidance_interval": "500,840"}, JOB)
+def test_interval_turns_guidance_off_outside() -> None:
+    part = make_accelerations({"guidance_interval": "500,840"}, SCHEDULE)
     assert sorted(set(range(12)) - part.cond_only_steps) == [2, 3, 4, 5, 6]
-    found, plain = run(part, Recorder()), run(make_accelerations({}, JOB), Recorder())
+    found, plain = run(part, Recorder()), run(make_accelerations({}, SCHEDULE), Recorder())
     alone = Guidance(Recorder(), TEXT, null_text, 1.0)
     for i in range(12):
         expected = plain[i] if 2 <= i <= 6 else alone(Z, step(i).t, step(i))
         assert mx.array_equal(found[i], expected)
 
 
-def test_an_empty_interval_is_refused_and_one_without_steps_warned_of() -> None:
+def test_interval_refuses_empty_spans_and_warns_of_unused_ones() -> None:
     with pytest.raises(UsageError, match="lower time first"):
         GuidanceInterval.parse("900,200")
-    part = IntervalGuidance(GuidanceInterval(low=3, high=4), JOB)
+    part = IntervalGuidance(GuidanceInterval(low=3, high=4), SCHEDULE)
     assert "no step" in part.warnings[0]
 
 
-def test_both_compose_the_interval_first() -> None:
+def test_cache_composes_with_interval() -> None:
     modes = {"guidance_interval": "500,840", "guidance_cache": "every:3,after=0"}
-    part, seen = make_accelerations(modes, JOB), Recorder()
+    part, seen = make_accelerations(modes, SCHEDULE), Recorder()
     run(part, seen)
     assert seen.batches == [1, 1, 2, 1, 1, 2, 1, 1, 1, 1, 1, 1]
 
 
-def test_what_the_null_text_is_has_no_part_in_it() -> None:
+def test_cache_works_with_any_null_text() -> None:
     make: Callable[[int], mx.array] = lambda n: NULL[:n]  # noqa: E731
-    policy = make_accelerations({"guidance_cache": "every:3,after=0"}, JOB).guidance
+    policy = make_accelerations({"guidance_cache": "every:3,after=0"}, SCHEDULE).guidance
     seen = Recorder()
     velocity = Guidance(seen, TEXT, make, 4.0, policy=policy)
     for i in range(4):

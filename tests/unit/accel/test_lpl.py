@@ -1,4 +1,4 @@
-"""Leaps: when each rule says so, with masks, batches and every sampler, and the account of it."""
+"""Leaps: the step that each rule chooses, with masks, batches and every sampler; its account."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SHAPE = (1, 3, 4, 4, 4)
 
 
 def rule(text: str, steps: int = 8, evaluations: int = 1) -> Leap:
-    """The rule that --lpl `text` means in a run of `steps` steps."""
+    """Return the leap of --lpl `text` in a run of `steps` steps."""
     return make_leap(Lpl.parse(text), ScheduleInfo(steps, evaluations, 3))
 
 
@@ -36,7 +36,7 @@ class EarlyReferenceLeap(ReferenceLeap):
 
 
 def leap_of(results: Sequence[StepResult]) -> int | None:
-    """The index of the step that was the leap."""
+    """Return the index of the step that was the leap."""
     assert not any(result.is_leap for result in results[:-1])
     return results[-1].step.index if results[-1].is_leap else None
 
@@ -65,7 +65,7 @@ class Turning:
 
 
 def turning(cosines: np.ndarray) -> Turning:
-    """Velocities whose successive cosines are `cosines` [steps - 1, B]."""
+    """Return velocities whose successive cosines are `cosines` [steps - 1, B]."""
     angles = np.arccos(np.clip(cosines, -1, 1))
     return Turning(np.concatenate([np.zeros((1, angles.shape[1])), np.cumsum(angles, axis=0)]))
 
@@ -79,7 +79,7 @@ def run(
 
 
 def by_the_text(cosines: Sequence[float], text: str, steps: int) -> int | None:
-    """The paper's rule for one sample, written plainly. cosines[k - 1] is that of step k."""
+    """Return the leap of the paper's rule for one sample. cosines[k - 1] is that of step k."""
     config = Lpl.parse(text)
     best, failures = -math.inf, 0
     for index in range(1, steps):
@@ -96,7 +96,7 @@ def by_the_text(cosines: Sequence[float], text: str, steps: int) -> int | None:
 
 @pytest.mark.parametrize("name", SAMPLERS)
 @pytest.mark.parametrize("steps", [0, 1, 5, 7])
-def test_fixed(name: str, steps: int) -> None:
+def test_fixed_rule_leaps_after_its_steps(name: str, steps: int) -> None:
     flow, sampler = Curved(), SAMPLERS[name]
     results = list(denoise(flow, latents(), times(8), sampler, policy=rule(f"fixed:{steps}")))
     plain = list(denoise(Curved(), latents(), times(8), sampler))
@@ -108,7 +108,7 @@ def test_fixed(name: str, steps: int) -> None:
     assert mx.allclose(last.z, last.z_in + last.v * last.t / 1000, rtol=0, atol=1e-6)
 
 
-def test_fixed_beyond_the_end_never_leaps() -> None:
+def test_fixed_rule_beyond_the_end_never_leaps() -> None:
     results = list(denoise(Curved(), latents(), times(8), RFlow(), policy=rule("fixed:8")))
     plain = list(denoise(Curved(), latents(), times(8), RFlow()))
     assert leap_of(results) is None
@@ -118,7 +118,7 @@ def test_fixed_beyond_the_end_never_leaps() -> None:
 @pytest.mark.parametrize("name", SAMPLERS)
 @pytest.mark.parametrize("steps", [10, 30])
 @pytest.mark.parametrize("frames", [17, 102])
-def test_a_time_is_the_same_for_every_schedule(name: str, steps: int, frames: int) -> None:
+def test_timed_rule_leaps_at_its_time_on_every_schedule(name: str, steps: int, frames: int) -> None:
     schedule = SAMPLERS[name].timesteps(steps, height=720, width=1280, num_frames=frames)
     flow = Straight(latents(1))
     *_, last = denoise(flow, latents(), schedule, SAMPLERS[name], policy=rule("t:660"))
@@ -127,7 +127,7 @@ def test_a_time_is_the_same_for_every_schedule(name: str, steps: int, frames: in
     assert mx.allclose(last.z, flow.end, rtol=0, atol=1e-5)
 
 
-def test_a_time_is_awaited_by_all_samples() -> None:
+def test_timed_rule_waits_for_all_samples() -> None:
     own = mx.array([[1000.0, 1000.0], [600.0, 900.0], [300.0, 700.0], [100.0, 400.0], [0.0, 0.0]])
     results = list(denoise(Curved(), latents(), own, RFlow(), policy=rule("t:700")))
     assert leap_of(results) == 2
@@ -145,7 +145,7 @@ RULES = (
 
 @pytest.mark.parametrize("text", RULES)
 @pytest.mark.parametrize("seed", range(6))
-def test_adaptive_is_the_text_of_the_paper(text: str, seed: int) -> None:
+def test_adaptive_rule_is_the_text_of_the_paper(text: str, seed: int) -> None:
     rng = np.random.default_rng(seed)
     rising = np.linspace(0.6, 0.95, 19) if seed % 2 else 0.8
     cosines = rising + 0.04 * rng.uniform(-1, 1, 19)
@@ -154,8 +154,8 @@ def test_adaptive_is_the_text_of_the_paper(text: str, seed: int) -> None:
 
 
 @pytest.mark.parametrize("text", [*RULES, "fixed:3", "reference", "reference from the first step"])
-def test_nothing_leaps_before_the_earliest(text: str) -> None:
-    """And with velocities that never change, the adaptive rules leap just then."""
+def test_rules_never_leap_before_the_earliest_step(text: str) -> None:
+    """With velocities that never change, the adaptive rules leap in the earliest step."""
     for steps in (1, 2, 7, 20, 30):
         if text.endswith("first step"):
             leap: Leap = EarlyReferenceLeap(Lpl("reference"), ScheduleInfo(steps, 1, 3))
@@ -167,14 +167,14 @@ def test_nothing_leaps_before_the_earliest(text: str) -> None:
         assert index == (earliest if earliest < steps else None)
 
 
-def test_rising_similarity_is_waited_for() -> None:
+def test_adaptive_rule_waits_for_rising_similarity() -> None:
     cosines = np.linspace(0.5, 0.99, 29)[:, None]
     assert leap_of(run(turning(cosines), "adaptive", 30)) is None
     assert leap_of(run(turning(cosines), "adaptive:tolerance=0.1", 30)) is not None
 
 
-def test_the_whole_tensor_counts() -> None:
-    """The reference looks at one frame of one channel; here that part alone is steady."""
+def test_adaptive_rule_sees_the_whole_tensor() -> None:
+    """The reference sees one frame of one channel, which alone is steady here."""
     rng = np.random.default_rng(1)
     angles = np.arccos(np.linspace(0.3, 0.999, 29))
 
@@ -191,7 +191,7 @@ def test_the_whole_tensor_counts() -> None:
         assert leap_of(results) == leap
 
 
-def test_cosines_are_exact_for_large_latents() -> None:
+def test_similarity_is_exact_for_large_latents() -> None:
     shape = (2, 15, 30, 53, 4)
     a, b = (mx.random.normal(shape, key=mx.random.key(i)) + 1.0 for i in range(2))
     step = Step(1, 30, mx.array([900.0] * 2), mx.array([800.0] * 2))
@@ -200,8 +200,8 @@ def test_cosines_are_exact_for_large_latents() -> None:
         assert value == pytest.approx(x @ y / np.linalg.norm(x) / np.linalg.norm(y), abs=1e-6)
 
 
-def test_a_velocity_of_zero_is_no_accident() -> None:
-    """Nothing moves any more, so there is nothing to wait for."""
+def test_rules_accept_a_velocity_of_zero() -> None:
+    """Velocities of zero never become more similar."""
 
     def still(z: mx.array, t: mx.array, step: Step, /) -> mx.array:
         return mx.zeros(z.shape)
@@ -211,7 +211,7 @@ def test_a_velocity_of_zero_is_no_accident() -> None:
         assert leap_of(results) == leap
 
 
-def test_a_batch_leaps_when_its_last_sample_would() -> None:
+def test_batch_leaps_with_its_last_sample() -> None:
     rng = np.random.default_rng(5)
     text = "adaptive:patience=2,tolerance=0.001,minimum=0.3"
     found: list[list[int]] = []
@@ -225,7 +225,7 @@ def test_a_batch_leaps_when_its_last_sample_would() -> None:
     assert any(len(leaps) == 3 and min(leaps) < max(leaps) for leaps in found)
 
 
-def test_samples_are_judged_by_themselves() -> None:
+def test_similarity_is_taken_per_sample() -> None:
     cosines = np.random.default_rng(6).uniform(0.5, 1, (9, 2))
     together = rule("adaptive:patience=9", 10)
     flow = turning(cosines)
@@ -239,7 +239,7 @@ def given(*mask: float) -> Conditioning:
     return Conditioning(mx.array([mask]), Noise([3], SHAPE[1:]))
 
 
-def test_held_frames_do_not_count() -> None:
+def test_adaptive_rule_ignores_frames_that_do_not_move() -> None:
     flow = turning(np.linspace(0.5, 0.99, 29)[:, None])
     flow.noisy = (0, 2)
     steady = turning(np.ones((29, 1)))
@@ -258,8 +258,8 @@ def test_held_frames_do_not_count() -> None:
         ("adaptive:patience=1,minimum=0.2", 4, 14),
     ],
 )
-def test_no_leap_over_a_frame_that_waits(text: str, alone: int, waiting: int) -> None:
-    """Strength 0.4 on a uniform schedule of 20 steps: the frame begins to move at t = 400."""
+def test_rules_wait_for_pending_frames(text: str, alone: int, waiting: int) -> None:
+    """With strength 0.4 and 20 uniform steps, the frame starts to move at t = 400."""
     flow = turning(np.ones((19, 1)))
     assert leap_of(run(flow, text, 20, given(1.0, 1.0, 0.0))) == alone
     results = run(flow, text, 20, given(1.0, 0.4, 0.0))
@@ -268,12 +268,12 @@ def test_no_leap_over_a_frame_that_waits(text: str, alone: int, waiting: int) ->
     assert mx.array_equal(results[-1].z[:, 2], mx.zeros(SHAPE)[:, 2])
 
 
-def test_a_frame_that_would_never_move_is_not_waited_for() -> None:
+def test_rules_do_not_wait_for_frames_that_never_move() -> None:
     flow = turning(np.ones((19, 1)))
     assert leap_of(run(flow, "fixed:3", 20, given(1.0, 0.04, 0.0))) == 3
 
 
-def test_a_clip_of_given_frames_only() -> None:
+def test_rules_leap_in_a_clip_of_given_frames() -> None:
     flow = turning(np.ones((19, 1)))
     for text in ("fixed:3", "t:500", "adaptive"):
         results = run(flow, text, 20, given(0.0, 0.0, 0.0))
@@ -282,7 +282,7 @@ def test_a_clip_of_given_frames_only() -> None:
 
 
 @pytest.mark.parametrize("text", ["fixed:3", "t:700", "adaptive", "reference"])
-def test_runs_of_one_rule_do_not_disturb_each_other(text: str) -> None:
+def test_runs_of_one_rule_are_independent(text: str) -> None:
     def one(seed: int) -> Iterator[StepResult]:
         return denoise(Curved(), latents(seed), times(30), RFlow(), policy=rule(text, 30))
 
@@ -293,7 +293,7 @@ def test_runs_of_one_rule_do_not_disturb_each_other(text: str) -> None:
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_the_record_says_where_and_what_was_saved(name: str) -> None:
+def test_record_has_the_leap_and_its_savings(name: str) -> None:
     sampler, flow = SAMPLERS[name], Curved()
     part = rule("fixed:3", evaluations=sampler.evaluations)
     assert part.warnings == ()
@@ -307,7 +307,7 @@ def test_the_record_says_where_and_what_was_saved(name: str) -> None:
     )
 
 
-def test_the_record_keeps_similarities_and_runs_without_a_leap() -> None:
+def test_record_has_similarities_without_a_leap() -> None:
     part = rule("adaptive:patience=9")
     results = list(denoise(Curved(), latents(), times(8), RFlow(), policy=part.policy))
     for result in results:
@@ -333,7 +333,7 @@ def test_the_record_keeps_similarities_and_runs_without_a_leap() -> None:
         ("t:0", 8, False),
     ],
 )
-def test_a_leap_that_can_save_nothing_is_said(mode: str, steps: int, useless: bool) -> None:
+def test_leap_that_can_save_nothing_warns(mode: str, steps: int, useless: bool) -> None:
     part = rule(mode, steps)
     expected = f"--lpl {Lpl.parse(mode)} can save nothing in {steps} steps."
     assert part.warnings == ((expected,) if useless else ())

@@ -1,4 +1,4 @@
-"""The registry: every technique has its field, and a set of techniques works as one."""
+"""Accelerations: techniques from configs, composed as one."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from mlx_sora.request.techniques import OFF, TechniqueConfig
 from mlx_sora.sampling.guidance import CFGSlice
 from tests.helpers.techniques import make_accelerations
 
-JOB = ScheduleInfo(
+SCHEDULE = ScheduleInfo(
     steps=6, evaluations=1, frames=5, times=(1000.0, 900.0, 800.0, 600.0, 400.0, 200.0)
 )
 WHOLE = CFGSlice(0, 2)
 
 
 @pytest.mark.parametrize("name", technique_names())
-def test_every_technique_has_a_config_and_what_makes_it(name: str) -> None:
+def test_technique_names_have_configs(name: str) -> None:
     config = options()[name].parse(OFF)
     assert isinstance(config, TechniqueConfig)
     assert (config.mode, str(config), options()[name].default) == (OFF, OFF, None)
@@ -32,8 +32,8 @@ def test_every_technique_has_a_config_and_what_makes_it(name: str) -> None:
 
 
 @pytest.mark.parametrize("modes", [{}, dict.fromkeys(technique_names(), OFF)], ids=["unsaid", OFF])
-def test_off_is_plain(modes: dict[str, str]) -> None:
-    parts = make_accelerations(modes, JOB)
+def test_off_changes_nothing(modes: dict[str, str]) -> None:
+    parts = make_accelerations(modes, SCHEDULE)
     assert parts.policy is None
     assert (parts.guidance, parts.block_cache(0, WHOLE), parts.cached_residuals) == (None, None, 0)
     assert parts.skipped_steps == parts.cond_only_steps == frozenset()
@@ -44,39 +44,39 @@ def test_off_is_plain(modes: dict[str, str]) -> None:
     assert (parts.record(), parts.summaries(), parts.warnings) == ({}, [], [])
 
 
-def test_each_fills_its_own_seam() -> None:
-    leaping = make_accelerations({"lpl": "fixed:2"}, JOB)
+def test_techniques_fill_only_their_own_hooks() -> None:
+    leaping = make_accelerations({"lpl": "fixed:2"}, SCHEDULE)
     assert leaping.policy is not None
     assert isinstance(leaping.hooks(0).token_merging, NoMerging)
-    merging = make_accelerations({"tdtm": "2"}, JOB)
+    merging = make_accelerations({"tdtm": "2"}, SCHEDULE)
     assert merging.policy is None
     kinds = [type(merging.hooks(i).token_merging) for i in range(4)]
     assert kinds == [PairedFrames, PairedFrames, NoMerging, NoMerging]
 
-    caching = make_accelerations({"step_cache": "every:2,warmup=1"}, JOB)
+    caching = make_accelerations({"step_cache": "every:2,warmup=1"}, SCHEDULE)
     assert caching.block_cache(0, WHOLE) is not None
     assert caching.guidance is None
     assert (caching.skipped_steps, caching.cached_residuals) == ({1, 3, 5}, 1)
-    sparing = make_accelerations({"guidance_interval": "300,900"}, JOB)
-    assert sparing.block_cache(0, WHOLE) is None
-    assert sparing.guidance is not None
-    assert sparing.cond_only_steps == {0, 5}
+    interval = make_accelerations({"guidance_interval": "300,900"}, SCHEDULE)
+    assert interval.block_cache(0, WHOLE) is None
+    assert interval.guidance is not None
+    assert interval.cond_only_steps == {0, 5}
 
 
-def test_a_technique_heeds_what_those_before_it_leave_out() -> None:
-    """Full guidance waits for a step with guidance whose blocks run."""
+def test_guidance_cache_knows_steps_without_blocks_or_guidance() -> None:
+    """The uncond prediction needs a step with guidance whose blocks run."""
     alone = {"guidance_cache": "every:2,after=0"}
-    assert make_accelerations(alone, JOB).cond_only_steps == {1, 3, 5}
-    cached = make_accelerations(alone | {"step_cache": "every:3,warmup=1"}, JOB)
+    assert make_accelerations(alone, SCHEDULE).cond_only_steps == {1, 3, 5}
+    cached = make_accelerations(alone | {"step_cache": "every:3,warmup=1"}, SCHEDULE)
     assert cached.skipped_steps == {1, 2, 4, 5}
     assert cached.cond_only_steps == {1, 2, 4, 5}
-    within = make_accelerations(alone | {"guidance_interval": "300,900"}, JOB)
+    within = make_accelerations(alone | {"guidance_interval": "300,900"}, SCHEDULE)
     assert within.cond_only_steps == {0, 5} | {2, 4}
 
 
-def test_without_guidance_there_is_none_to_spare() -> None:
+def test_guidance_techniques_warn_without_guidance() -> None:
     modes = {"guidance_interval": "300,900", "guidance_cache": "every:2"}
-    parts = make_accelerations(modes, replace(JOB, guided=False))
+    parts = make_accelerations(modes, replace(SCHEDULE, guided=False))
     assert parts.cond_only_steps == frozenset()
     assert [line.split()[0] for line in parts.warnings] == [
         "--guidance-interval",
@@ -84,10 +84,10 @@ def test_without_guidance_there_is_none_to_spare() -> None:
     ]
 
 
-def test_together_they_report_one_by_one() -> None:
+def test_records_and_warnings_are_in_order() -> None:
     modes = {"tdtm": "9", "lpl": "fixed:5", "step_cache": "every:9,warmup=9"}
     parts = make_accelerations(
-        modes | {"guidance_interval": "0,1", "guidance_cache": "every:1"}, JOB
+        modes | {"guidance_interval": "0,1", "guidance_cache": "every:1"}, SCHEDULE
     )
     assert [warning.split()[0] for warning in parts.warnings] == [
         "--lpl",
@@ -106,7 +106,7 @@ def test_together_they_report_one_by_one() -> None:
     assert [line.split(":")[0] for line in parts.summaries()] == technique_names()
 
 
-def test_blocks_of_another_are_passed_on() -> None:
+def test_hooks_pass_the_block_provider_on() -> None:
     blocks = ResidentBlocks[Any]([])
     for modes in ({}, {"tdtm": "all"}):
-        assert make_accelerations(modes, JOB).hooks(0, blocks).blocks is blocks
+        assert make_accelerations(modes, SCHEDULE).hooks(0, blocks).blocks is blocks

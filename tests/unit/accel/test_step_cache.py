@@ -1,4 +1,4 @@
-"""The step cache: when the blocks run, what stands for them, and that streaming reads nothing."""
+"""Step cache: when the blocks run, what replaces them, and that no block is read meanwhile."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from mlx_sora.request.techniques import StepCache
 from mlx_sora.sampling.guidance import CFGSlice
 from tests.helpers import networks
 
-JOB = ScheduleInfo(steps=8, evaluations=1, frames=3)
+SCHEDULE = ScheduleInfo(steps=8, evaluations=1, frames=3)
 SHAPE = (1, 3, 4, 2)
 
 
-def cache(text: str, job: ScheduleInfo = JOB) -> ResidualCache:
-    return ResidualCache(StepCache.parse(text), job)
+def cache(text: str, schedule: ScheduleInfo = SCHEDULE) -> ResidualCache:
+    return ResidualCache(StepCache.parse(text), schedule)
 
 
 @dataclass
 class Stack:
-    """Blocks that add a known sum; counts how often they run."""
+    """Block stack that adds a known residual and records the steps in which it runs."""
 
     calls: list[int] = field(default_factory=list)
 
@@ -44,14 +44,14 @@ class Stack:
         rows: CFGSlice | None = None,
         mask: mx.array | None = None,
     ) -> mx.array:
-        """What the network has after its blocks."""
-        seam = part.block_cache(step, rows or CFGSlice(0, len(x)))
-        known = seam.cached_residual(x, mx.full((len(x),), 1000.0 - step if t is None else t), mask)
+        """Return the tokens after the blocks."""
+        call = part.block_cache(step, rows or CFGSlice(0, len(x)))
+        known = call.cached_residual(x, mx.full((len(x),), 1000.0 - step if t is None else t), mask)
         if known is not None:
             return x + known
         self.calls.append(step)
         out = x + added
-        seam.update(x, out)
+        call.update(x, out)
         return out
 
 
@@ -69,11 +69,11 @@ def ones(batch: int = 1) -> mx.array:
         (9, 6, 4, [0, 1, 2, 3]),
     ],
 )
-def test_the_schedule_is_as_printed(
+def test_schedule_computes_warmup_and_every_nth_step(
     each: int, warmup: int, steps: int, computed: list[int]
 ) -> None:
     assert sorted(periodic_schedule(each, warmup, steps)) == computed
-    part, stack = cache(f"every:{each},warmup={warmup}", replace(JOB, steps=steps)), Stack()
+    part, stack = cache(f"every:{each},warmup={warmup}", replace(SCHEDULE, steps=steps)), Stack()
     for step in range(steps):
         stack.run(part, step, ones(), 1.0)
     assert stack.calls == computed
@@ -89,13 +89,13 @@ def test_the_schedule_is_as_printed(
     )
 
 
-def test_the_last_sum_is_added_to_the_new_tokens() -> None:
+def test_order_zero_adds_the_last_residual() -> None:
     part, stack = cache("every:3,warmup=1"), Stack()
     stack.run(part, 0, ones(), 2.0)
     assert mx.array_equal(stack.run(part, 1, 5 * ones(), 9.0), 7 * ones())
 
 
-def test_order_one_follows_the_line_in_flow_time() -> None:
+def test_order_one_extrapolates_in_flow_time() -> None:
     part, stack = cache("every:3,warmup=2,order=1"), Stack()
     stack.run(part, 0, ones(), 8.0, t=1000.0)
     stack.run(part, 1, ones(), 6.0, t=900.0)
@@ -104,25 +104,25 @@ def test_order_one_follows_the_line_in_flow_time() -> None:
     assert stack.calls == [0, 1]
 
 
-def test_two_evaluations_at_one_time_have_no_slope() -> None:
+def test_order_one_has_no_slope_within_one_time() -> None:
     part, stack = cache("every:3,warmup=2,order=1"), Stack()
     stack.run(part, 0, ones(), 8.0, t=900.0)
     stack.run(part, 1, ones(), 6.0, t=900.0)
     assert mx.array_equal(stack.run(part, 2, ones(), 99.0, t=650.0), 7 * ones())
 
 
-def test_every_sample_has_its_own_sum() -> None:
+def test_samples_have_their_own_residuals() -> None:
     part, stack = cache("every:2,warmup=1"), Stack()
-    sums = mx.array([1.0, 5.0]).reshape(2, 1, 1, 1)
+    residuals = mx.array([1.0, 5.0]).reshape(2, 1, 1, 1)
     x = ones(2)
-    seam = part.block_cache(0, CFGSlice(0, 2))
-    assert seam.cached_residual(x, mx.array([9.0, 9.0]), None) is None
-    seam.update(x, x + sums)
-    assert mx.array_equal(stack.run(part, 1, x, 0.0), x + sums)
+    call = part.block_cache(0, CFGSlice(0, 2))
+    assert call.cached_residual(x, mx.array([9.0, 9.0]), None) is None
+    call.update(x, x + residuals)
+    assert mx.array_equal(stack.run(part, 1, x, 0.0), x + residuals)
     assert stack.calls == []
 
 
-def test_halves_in_two_calls_share_the_decision() -> None:
+def test_sequential_guidance_shares_the_decision() -> None:
     part, stack = cache("every:2,warmup=1"), Stack()
     for step in range(4):
         for first, added in ((0, 1.0), (1, 5.0)):
@@ -132,8 +132,8 @@ def test_halves_in_two_calls_share_the_decision() -> None:
     assert part.record()["evaluations"] == 4
 
 
-def test_sums_of_different_ages_are_not_mixed() -> None:
-    """The half without prompt was not run last time: both are run now, batched or not."""
+def test_residuals_of_different_ages_are_not_mixed() -> None:
+    """After a step without uncond, both predictions are computed, batched or not."""
     for split in (True, False):
         part, stack = cache("every:9,warmup=2"), Stack()
         stack.run(part, 0, ones(2), 1.0)
@@ -148,7 +148,7 @@ def test_sums_of_different_ages_are_not_mixed() -> None:
         assert mx.array_equal(stack.run(part, 4, ones(2), 9.0), 5 * ones(2))
 
 
-def test_frames_that_begin_to_move_have_the_blocks_run() -> None:
+def test_changed_frame_mask_runs_the_blocks() -> None:
     part, stack = cache("every:9,warmup=1"), Stack()
     held, moving = mx.array([[False, True, True]]), mx.array([[True, True, True]])
     for step, mask in enumerate((held, held, moving, moving, None, None)):
@@ -157,13 +157,13 @@ def test_frames_that_begin_to_move_have_the_blocks_run() -> None:
 
 
 @pytest.mark.parametrize("text", ["every:1", "every:3,warmup=8"])
-def test_what_saves_nothing_is_said(text: str) -> None:
+def test_schedule_that_saves_nothing_warns(text: str) -> None:
     assert "saves nothing in 8 steps" in cache(text).warnings[0]
     assert cache("every:2").warnings == ()
 
 
 def moves(sizes: Sequence[float], threshold: float, warmup: int = 2) -> list[int]:
-    """Steps that Online computes, where tokens are at `sizes` and blocks triple them."""
+    """Return the steps that OnlineRule computes for tokens of `sizes`, which the blocks triple."""
     rule, computed = OnlineRule(threshold, warmup, len(sizes)), []
     for step, size in enumerate(sizes):
         x = size * ones()
@@ -173,8 +173,8 @@ def moves(sizes: Sequence[float], threshold: float, warmup: int = 2) -> list[int
     return computed
 
 
-def test_online_foresees_the_change_of_the_outcome() -> None:
-    """The ratio is 3, an outcome is 3 · 10: each step of 0.5 foresees 3 · 0.5 / 30 of it."""
+def test_online_rule_estimates_the_change_of_the_output() -> None:
+    """The ratio is 3, an output is 3 · 10: a step of 0.5 is estimated as 3 · 0.5 / 30 of it."""
     sizes = [10 + 0.5 * i for i in range(12)]
     assert moves(sizes, 0.0) == [*range(12)]
     assert moves(sizes, 1.0) == [0, 1, 11]
@@ -183,7 +183,7 @@ def test_online_foresees_the_change_of_the_outcome() -> None:
     assert moves(sizes, 0.14, warmup=4) == [0, 1, 2, 3, 7, 11]
 
 
-def test_online_copes_with_tokens_that_stand_still() -> None:
+def test_online_rule_accepts_tokens_that_do_not_change() -> None:
     assert moves([2.0] * 6, 0.1) == [0, 1, 2, 3, 4, 5]
     assert moves([0.0] * 6, 0.1) == [0, 1, 2, 3, 4, 5]
     assert moves([1.0, 2.0, 2.0, 2.0, 2.0, 2.0], 0.1) == [0, 1, 5]
@@ -198,22 +198,22 @@ def test_online_copes_with_tokens_that_stand_still() -> None:
         ("online,order=1", False, 5),
     ],
 )
-def test_tensors_that_are_kept(text: str, guided: bool, tensors: float) -> None:
+def test_cached_residuals_are_counted(text: str, guided: bool, tensors: float) -> None:
     text = text.replace("online,", "online:")
-    assert cache(text, replace(JOB, guided=guided)).cached_residuals == tensors
+    assert cache(text, replace(SCHEDULE, guided=guided)).cached_residuals == tensors
 
 
 # On a network.
 
 
 def path(network: STDiT3, part: ResidualCache | None, blocks: object = None) -> list[mx.array]:
-    """Predictions of a few steps, each on the one before."""
+    """Return the predictions of a few steps, each from the one before."""
     config = network.config
     z = mx.random.normal((1, *networks.GRID, config.in_channels), key=mx.random.key(4))
     text = mx.random.normal((8, config.caption_channels), key=mx.random.key(5))
     conditions = network.prepare([text], networks.GRID, height=40, width=48, fps=24)
     found = []
-    for step in range(JOB.steps):
+    for step in range(SCHEDULE.steps):
         stack = None if part is None else part.block_cache(step, CFGSlice(0, 1))
         t = mx.array([1000.0 - 100 * step])
         out = network(z, t, conditions, None, Hooks(blocks, block_cache=stack))  # type: ignore[arg-type]
@@ -223,14 +223,14 @@ def path(network: STDiT3, part: ResidualCache | None, blocks: object = None) -> 
     return found
 
 
-def test_computing_every_step_is_exact_bit_for_bit(model: ModelFolder) -> None:
+def test_cache_that_computes_every_step_is_exact(model: ModelFolder) -> None:
     network = load_transformer(model, mx.float32)
     plain = path(network, None)
     for text in ("every:1", "every:1,order=1", "online:threshold=0"):
         assert all(map(mx.array_equal, path(network, cache(text)), plain)), text
 
 
-def test_up_to_the_first_reuse_nothing_changes_and_then_it_does(model: ModelFolder) -> None:
+def test_cache_changes_nothing_before_the_first_reuse(model: ModelFolder) -> None:
     network = load_transformer(model, mx.float32)
     plain, cached = path(network, None), path(network, cache("every:3,warmup=2"))
     same = [bool(mx.array_equal(a, b)) for a, b in zip(plain, cached, strict=True)]
@@ -239,7 +239,7 @@ def test_up_to_the_first_reuse_nothing_changes_and_then_it_does(model: ModelFold
     assert not mx.array_equal(cached[2], cached[1])
 
 
-def test_a_cached_step_reads_no_block(model: ModelFolder) -> None:
+def test_cached_step_reads_no_block(model: ModelFolder) -> None:
     whole = path(load_transformer(model, mx.float32), cache("every:3,warmup=2"))
     network, source = stream_transformer(model, mx.float32)
     with BlockStream(source, cyclic=True) as blocks:

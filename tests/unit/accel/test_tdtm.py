@@ -1,4 +1,4 @@
-"""Merging frame pairs: every length, what it is by definition, and the run's account of it."""
+"""Merging of frame pairs: by definition, in the network for every length, and its account."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def tokens(frames: int) -> mx.array:
 
 
 @pytest.mark.parametrize("frames", range(2, 32))
-def test_by_definition(frames: int) -> None:
+def test_merge_averages_pairs_and_unmerge_repeats_them(frames: int) -> None:
     x = np.array(tokens(frames))
     merged = PairedFrames().merge(mx.array(x))
     assert merged.shape == (2, frames // 2, 3, 4)
@@ -36,14 +36,14 @@ def test_by_definition(frames: int) -> None:
         assert mx.array_equal(back[:, frame], merged[:, min(frame // 2, frames // 2 - 1)])
 
 
-def test_a_single_frame_is_left_alone() -> None:
+def test_merge_keeps_a_single_frame() -> None:
     x = tokens(1)
     assert PairedFrames().merge(x) is x
     assert PairedFrames().unmerge(x, 1) is x
 
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16, mx.float16])
-def test_types_stay(dtype: mx.Dtype) -> None:
+def test_merge_keeps_the_dtype(dtype: mx.Dtype) -> None:
     merged = PairedFrames().merge(tokens(5).astype(dtype))
     assert merged.dtype == dtype
     assert PairedFrames().unmerge(merged, 5).dtype == dtype
@@ -73,8 +73,8 @@ def latents(frames: int) -> mx.array:
 
 @pytest.mark.parametrize("frames", [2, 3, 5, 10, 13, 31])
 @pytest.mark.parametrize("masked", [False, True])
-def test_the_network_takes_every_length(network: STDiT3, frames: int, masked: bool) -> None:
-    """Those on which the reference fails too."""
+def test_network_merges_every_length(network: STDiT3, frames: int, masked: bool) -> None:
+    """Includes lengths on which the reference fails."""
     x_mask = (mx.arange(2 * frames) % 3 > 0).reshape(2, frames) if masked else None
     z = latents(frames)
     out, plain = (predict(network, z, merged=m, x_mask=x_mask) for m in (True, False))
@@ -83,18 +83,18 @@ def test_the_network_takes_every_length(network: STDiT3, frames: int, masked: bo
     assert mx.abs(out - plain).max().item() > 1e-2
 
 
-def test_one_frame_is_the_plain_pass_bit_for_bit(network: STDiT3) -> None:
+def test_network_with_one_frame_is_exact(network: STDiT3) -> None:
     assert mx.array_equal(predict(network, latents(1)), predict(network, latents(1), merged=False))
 
 
-def test_a_mask_of_moving_frames_is_no_mask(network: STDiT3) -> None:
+def test_network_ignores_a_mask_of_moving_frames(network: STDiT3) -> None:
     z = latents(5)
     masked = predict(network, z, x_mask=mx.ones((2, 5), dtype=mx.bool_))
     assert mx.allclose(masked, predict(network, z), rtol=0, atol=1e-5)
 
 
-def test_the_mask_holds_for_single_frames_of_a_pair(network: STDiT3) -> None:
-    """Modulation knows all frames, as in the reference: a pair may be half still."""
+def test_network_applies_the_mask_to_single_frames_of_a_pair(network: STDiT3) -> None:
+    """Modulation sees single frames, as in the reference: half of a pair may be at t = 0."""
     z, first = latents(4), mx.array([[False, True, True, True]] * 2)
     second = mx.array([[True, False, True, True]] * 2)
     one, other, all_moving = (predict(network, z, x_mask=m) for m in (first, second, None))
@@ -112,7 +112,7 @@ def watched(part: MergedSteps, steps: int) -> MergedSteps:
 @pytest.mark.parametrize(
     ("asked", "steps", "merged"), [("1", 6, 1), ("4", 6, 4), ("6", 6, 6), ("all", 6, 6)]
 )
-def test_the_first_steps_merge(asked: str, steps: int, merged: int) -> None:
+def test_steps_merge_at_first(asked: str, steps: int, merged: int) -> None:
     part = MergedSteps(Tdtm.parse(asked), ScheduleInfo(steps, 1, 15))
     assert [part.token_merging(i) is not None for i in range(steps)] == [
         i < merged for i in range(steps)
@@ -123,18 +123,18 @@ def test_the_first_steps_merge(asked: str, steps: int, merged: int) -> None:
     assert f"7 instead of 15 latent frames attended in {merged} of 6 steps" in part.summary()
 
 
-def test_only_steps_that_were_made_count() -> None:
+def test_record_counts_finished_steps() -> None:
     part = watched(MergedSteps(Tdtm.parse("15"), ScheduleInfo(30, 1, 20)), 4)
     assert part.record()["merged_steps"] == 4
 
 
-def test_more_steps_than_there_are_is_said() -> None:
+def test_more_steps_than_the_run_has_warn() -> None:
     part = watched(MergedSteps(Tdtm.parse("31"), ScheduleInfo(30, 1, 20)), 30)
     assert part.warnings == ("--tdtm 31 covers all of the 30 steps.",)
     assert part.record()["merged_steps"] == 30
 
 
-def test_an_image_has_nothing_to_merge() -> None:
+def test_image_merges_nothing() -> None:
     part = watched(MergedSteps(Tdtm.parse("all"), ScheduleInfo(30, 1, 1)), 30)
     assert "single frame" in part.warnings[0]
     assert part.token_merging(0) is None

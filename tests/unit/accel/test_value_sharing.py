@@ -1,4 +1,4 @@
-"""Shared values: kept as they are, given back by time, counted, and never a trace without them."""
+"""Value sharing: values are captured unchanged, reused by flow time, and counted."""
 
 from __future__ import annotations
 
@@ -41,61 +41,61 @@ def predict(
     return out
 
 
-def test_keeping_changes_nothing(network: STDiT3) -> None:
-    kept = CapturedValues()
+def test_capture_changes_nothing(network: STDiT3) -> None:
+    captured = CapturedValues()
     assert mx.array_equal(
-        predict(network, latents(1), kept.capture(500.0)), predict(network, latents(1), None)
+        predict(network, latents(1), captured.capture(500.0)), predict(network, latents(1), None)
     )
-    assert kept.evaluations == 1
+    assert captured.evaluations == 1
 
 
-def test_what_is_kept_is_counted_in_advance(network: STDiT3) -> None:
-    kept = CapturedValues()
+def test_captured_bytes_are_known_in_advance(network: STDiT3) -> None:
+    captured = CapturedValues()
     for t in (900.0, 800.0):
-        predict(network, latents(1), kept.capture(t))
-    assert kept.nbytes == captured_bytes(networks.STDIT, networks.GRID, 2, 4) > 0
+        predict(network, latents(1), captured.capture(t))
+    assert captured.nbytes == captured_bytes(networks.STDIT, networks.GRID, 2, 4) > 0
 
 
-def test_own_values_back_are_the_plain_pass(network: STDiT3) -> None:
-    kept = CapturedValues()
-    plain = predict(network, latents(1), kept.capture(500.0))
-    assert mx.array_equal(predict(network, latents(1), kept.reuse(500.0)), plain)
+def test_reuse_of_own_values_is_exact(network: STDiT3) -> None:
+    captured = CapturedValues()
+    plain = predict(network, latents(1), captured.capture(500.0))
+    assert mx.array_equal(predict(network, latents(1), captured.reuse(500.0)), plain)
 
 
-def test_other_values_change_the_outcome(network: STDiT3) -> None:
-    kept = CapturedValues()
-    predict(network, latents(1), kept.capture(500.0))
-    shared = predict(network, latents(2), kept.reuse(500.0))
+def test_reuse_of_other_values_changes_the_output(network: STDiT3) -> None:
+    captured = CapturedValues()
+    predict(network, latents(1), captured.capture(500.0))
+    shared = predict(network, latents(2), captured.reuse(500.0))
     assert mx.abs(shared - predict(network, latents(2), None)).max().item() > 1e-2
 
 
-def test_both_halves_of_a_guided_batch_get_them(network: STDiT3) -> None:
-    kept = CapturedValues()
-    predict(network, latents(1), kept.capture(500.0))
-    both = predict(network, latents(2, batch=2), kept.reuse(500.0))
-    alone = predict(network, latents(2), kept.reuse(500.0))
+def test_reuse_covers_both_predictions_of_cfg(network: STDiT3) -> None:
+    captured = CapturedValues()
+    predict(network, latents(1), captured.capture(500.0))
+    both = predict(network, latents(2, batch=2), captured.reuse(500.0))
+    alone = predict(network, latents(2), captured.reuse(500.0))
     assert mx.allclose(both[:1], alone, rtol=0, atol=1e-4)
     plain = predict(network, latents(2, batch=2), None)
     assert mx.abs(both[1:] - plain[1:]).max().item() > 1e-2
 
 
-def test_the_nearest_time_is_taken() -> None:
-    kept = CapturedValues()
+def test_reuse_takes_the_nearest_time() -> None:
+    captured = CapturedValues()
     for t in (900.0, 800.0, 600.0):
-        kept.capture(t).values(mx.full((1, 1, 1, 1), t), 0)
+        captured.capture(t).values(mx.full((1, 1, 1, 1), t), 0)
     asked = {1000.0: 900.0, 900.0: 900.0, 830.0: 800.0, 650.0: 600.0, 0.0: 600.0}
     for t, nearest in asked.items():
-        policy = kept.reuse(t)
+        policy = captured.reuse(t)
         assert policy is not None
         assert policy.values(mx.zeros((1, 1, 1, 1)), 0).item() == nearest
 
 
-def test_nothing_kept_is_nothing_shared() -> None:
+def test_reuse_without_values_is_none() -> None:
     assert CapturedValues().reuse(500.0) is None
 
 
-def test_frames_in_time_keep_their_own() -> None:
-    """One entry per spatial block: temporal blocks are never asked."""
+def test_capture_covers_spatial_blocks_only() -> None:
+    """There is one entry per spatial block and none of temporal blocks."""
     blocks: list[int] = []
 
     class Spy:
@@ -109,7 +109,7 @@ def test_frames_in_time_keep_their_own() -> None:
     assert blocks == list(range(networks.STDIT.depth))
 
 
-def test_streamed_blocks_leave_their_values_behind(model: ModelFolder, network: STDiT3) -> None:
+def test_capture_outlives_streamed_blocks(model: ModelFolder, network: STDiT3) -> None:
     resident, streamed = CapturedValues(), CapturedValues()
     expected = predict(network, latents(1), resident.capture(500.0))
     other, source = stream_transformer(model, mx.float32)
@@ -121,8 +121,10 @@ def test_streamed_blocks_leave_their_values_behind(model: ModelFolder, network: 
     assert mx.array_equal(shared, predict(network, latents(2), resident.reuse(500.0)))
 
 
-def test_merged_frames_share_with_merged_frames(network: STDiT3) -> None:
-    kept, merged = CapturedValues(), Hooks[BlockPair](token_merging=PairedFrames())
-    plain = predict(network, latents(1), kept.capture(500.0), context=merged)
-    assert mx.array_equal(predict(network, latents(1), kept.reuse(500.0), context=merged), plain)
-    assert kept.nbytes == captured_bytes(networks.STDIT, networks.GRID, 1, 4) // 2
+def test_capture_works_with_merged_frames(network: STDiT3) -> None:
+    captured, merged = CapturedValues(), Hooks[BlockPair](token_merging=PairedFrames())
+    plain = predict(network, latents(1), captured.capture(500.0), context=merged)
+    assert mx.array_equal(
+        predict(network, latents(1), captured.reuse(500.0), context=merged), plain
+    )
+    assert captured.nbytes == captured_bytes(networks.STDIT, networks.GRID, 1, 4) // 2

@@ -1,4 +1,4 @@
-"""Configs of techniques: what is read, how it is spelt out, and what a wrong value is told."""
+"""Configs of techniques: parsing, spelling, keywords, and messages about wrong values."""
 
 from __future__ import annotations
 
@@ -55,14 +55,16 @@ class Table(TechniqueConfig):
         (17.0, "17", "", {"count": 17}),
     ],
 )
-def test_reading(given: object, text: str, name: str, values: dict[str, float]) -> None:
+def test_text_is_parsed_and_spelt_out(
+    given: object, text: str, name: str, values: dict[str, float]
+) -> None:
     config = MadeUp.parse(given)
     assert (str(config), config.mode) == (text, name)
     assert {key: getattr(config, key) for key in values} == values
     assert MadeUp.parse(text) == config == MadeUp(name, **values)  # type: ignore[arg-type]
 
 
-def test_texts_keep_their_case_and_are_empty_unless_given() -> None:
+def test_text_values_keep_their_case_and_default_to_empty() -> None:
     assert Table.forms() == "table:COUNT[,order=0,file=FILE]"
     plain, named = Table.parse("Table:3"), Table.parse("table:3,FILE=/A b/C:d.json,Order=1")
     assert (str(plain), plain.file) == ("table:3,order=0", "")
@@ -74,12 +76,12 @@ def test_texts_keep_their_case_and_are_empty_unless_given() -> None:
             Table.parse(wrong)
 
 
-def test_forms_say_all_there_is() -> None:
+def test_forms_list_all_modes() -> None:
     assert MadeUp.forms() == "off, at:PLACE[,width=2], auto[:patience=3,limit=0.0001] or COUNT"
 
 
 @pytest.mark.parametrize(
-    ("given", "told"),
+    ("given", "message"),
     [
         (True, "off, at:PLACE"),
         (None, "off, at:PLACE"),
@@ -105,14 +107,14 @@ def test_forms_say_all_there_is() -> None:
         ("auto:limit=1e400", "from 0 to 1 as limit"),
     ],
 )
-def test_wrong_values_are_told_the_valid_ones(given: object, told: str) -> None:
+def test_wrong_text_raises_the_valid_forms(given: object, message: str) -> None:
     with pytest.raises(ValueError, match=r".") as caught:
         MadeUp.parse(given)
-    assert told in str(caught.value)
+    assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
-def test_without_a_nameless_mode_a_bare_number_is_nothing() -> None:
+def test_bare_number_needs_a_mode_without_a_name() -> None:
     with pytest.raises(ValueError, match=r"^table:COUNT"):
         Table.parse("3")
 
@@ -136,14 +138,14 @@ def test_without_a_nameless_mode_a_bare_number_is_nothing() -> None:
     ],
     ids=str,
 )
-def test_keywords_mean_the_same_as_text(config: TechniqueConfig, text: str) -> None:
+def test_keywords_equal_text(config: TechniqueConfig, text: str) -> None:
     assert str(config) == text
     assert config == text == type(config).parse(text)
     assert hash(config) == hash(text)
     assert config not in ("fixed:1", None, 15, MadeUp(OFF))
 
 
-def test_a_request_takes_configs_wherever_it_takes_text() -> None:
+def test_request_accepts_configs() -> None:
     configs = {"lpl": Lpl(after=15), "tdtm": Tdtm(steps=3), "step_cache": StepCache(each=4)}
     request = GenerationRequest("a", **configs)  # type: ignore[arg-type]
     assert request.lpl is configs["lpl"]
@@ -158,12 +160,12 @@ def test_a_request_takes_configs_wherever_it_takes_text() -> None:
         GenerationRequest("a", lpl=Tdtm())  # type: ignore[arg-type]
 
 
-def test_configs_belong_to_the_public_names() -> None:
+def test_configs_are_public_names() -> None:
     assert {"Lpl", "Tdtm", "StepCache", "GuidanceInterval", "GuidanceCache"} <= {*dir(mlx_sora)}
 
 
 @pytest.mark.parametrize(
-    ("keywords", "told"),
+    ("keywords", "message"),
     [
         ({"place": 11}, r"MadeUp: place must be a number from 0 to 10, not 11\. As text: off, at"),
         ({"place": True}, "place must be a number"),
@@ -176,10 +178,10 @@ def test_configs_belong_to_the_public_names() -> None:
         ({"mode": OFF, "place": 1}, "of mode 'off', place"),
     ],
 )
-def test_wrong_keywords_are_told_the_valid_ones(keywords: dict[str, object], told: str) -> None:
-    with pytest.raises(UsageError, match=told):
+def test_wrong_keywords_raise_the_valid_forms(keywords: dict[str, object], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
         MadeUp(**keywords)  # type: ignore[arg-type]
 
 
-def test_a_config_can_be_changed_in_one_value() -> None:
+def test_replace_changes_one_value() -> None:
     assert replace(Lpl(after=15), after=3) == Lpl(after=3)

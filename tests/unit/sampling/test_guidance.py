@@ -1,4 +1,4 @@
-"""Guidance: which texts are run when, and that its two ways agree."""
+"""Guidance: which texts each call has, and that batched and sequential calls agree."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def null_text(length: int) -> mx.array:
     return NULL[:length]
 
 
-def test_formula() -> None:
+def test_guidance_extrapolates_from_uncond() -> None:
     z = latents()
     v = Guidance(Recorder(), TEXT, null_text, 7.0)(z, T, step())
     means = [mx.stack([x.mean() for x in half]) for half in (TEXT, [NULL[:5], NULL[:2]])]
@@ -69,7 +69,7 @@ def test_formula() -> None:
     assert mx.allclose(v, expected, rtol=0, atol=1e-5)
 
 
-def test_both_halves_in_one_call_prompts_first() -> None:
+def test_batched_guidance_is_one_call_with_cond_first() -> None:
     seen = Recorder()
     x_mask = mx.array([[True, False, True], [True, True, False]])
     Guidance(seen, TEXT, null_text, 4.0)(latents(), T, step(x_mask))
@@ -81,7 +81,7 @@ def test_both_halves_in_one_call_prompts_first() -> None:
     assert seen.indices == [3]
 
 
-def test_sequential_is_two_calls_of_half_the_size() -> None:
+def test_sequential_guidance_is_two_calls_of_half_the_size() -> None:
     seen = Recorder()
     Guidance(seen, TEXT, null_text, 4.0, sequential=True)(latents(), T, step())
     assert seen.batches == [2, 2]
@@ -89,7 +89,7 @@ def test_sequential_is_two_calls_of_half_the_size() -> None:
     assert seen.indices == [3, 3]
 
 
-def test_scale_one_never_asks_for_the_null_text() -> None:
+def test_scale_one_never_uses_the_null_text() -> None:
     def never(length: int) -> mx.array:
         raise AssertionError("the half without prompt has no weight")
 
@@ -101,7 +101,7 @@ def test_scale_one_never_asks_for_the_null_text() -> None:
 
 
 @pytest.mark.parametrize("mask", [None, mx.array([[True, False, True], [True, True, True]])])
-def test_batched_equals_sequential_on_the_real_network(mask: mx.array | None) -> None:
+def test_batched_guidance_equals_sequential_on_the_network(mask: mx.array | None) -> None:
     """Prompts of different lengths, so that one call has to mask what two calls need not."""
     config = STDiT3Config.from_dict(
         {"hidden_size": 24, "num_heads": 2, "depth": 2, "caption_channels": 6}

@@ -1,4 +1,4 @@
-"""The denoising loop: frames that are given, leaps, foresight, and parts that can be exchanged."""
+"""The denoising loop: given frames, leaps, x0, and restored runs."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ BATCH, FRAMES = SHAPE[:2]
 
 
 def run(mask: mx.array | None = None, steps: int = 8) -> list[StepResult]:
-    """The curved flow, with a frame mask or without."""
+    """Return the steps of the curved flow, with a frame mask or without."""
     given = None if mask is None else Conditioning(mask, Noise([7, 8], SHAPE[1:]))
     return list(denoise(Curved(), latents(), times(steps), RFlow(), conditioning=given))
 
 
-def test_same_request_same_bytes() -> None:
+def test_loop_is_deterministic() -> None:
     mask = mx.array([[0.0, 0.5, 1.0], [1.0, 0.3, 0.0]])
     first = run(mask)
     mx.random.normal((3,))  # the global random state is none of the loop's business
@@ -35,19 +35,19 @@ def test_same_request_same_bytes() -> None:
         assert np.array(a.z).tobytes() == np.array(b.z).tobytes()
 
 
-def test_all_frames_masked_in_is_no_mask() -> None:
+def test_mask_of_ones_is_no_mask() -> None:
     for masked, plain in zip(run(mx.ones((BATCH, FRAMES))), run(), strict=True):
         assert mx.array_equal(masked.z, plain.z)
         assert mx.array_equal(masked.v, plain.v)
 
 
-def test_given_frames_stay_byte_for_byte() -> None:
+def test_given_frames_do_not_change() -> None:
     start, results = latents(), run(mx.array([[0.0, 1.0, 0.0]]))
     assert mx.array_equal(results[-1].z[:, ::2], start[:, ::2])
     assert not mx.array_equal(results[-1].z[:, 1], start[:, 1])
 
 
-def test_a_frame_between_waits_for_its_level_and_gets_noise_once() -> None:
+def test_frame_between_waits_for_its_level_and_receives_noise_once() -> None:
     asked: list[int] = []
     draws = Noise([7, 8], SHAPE[1:])
 
@@ -69,7 +69,7 @@ def test_a_frame_between_waits_for_its_level_and_gets_noise_once() -> None:
     assert mx.array_equal(results[5].z_in, results[4].z)
 
 
-def test_the_velocity_is_told_which_frames_move() -> None:
+def test_velocity_receives_the_frame_mask() -> None:
     flow = Straight(latents(1))
     mask = mx.array([[0.0, 0.5, 1.0]])
     list(
@@ -88,7 +88,7 @@ def test_the_velocity_is_told_which_frames_move() -> None:
 
 @dataclass
 class LeapAt:
-    """Leaps at step `index`; keeps what it was shown."""
+    """Policy that leaps at step `index` and records its calls."""
 
     index: int
     seen: list[tuple[int, float]] = field(default_factory=list)
@@ -104,7 +104,7 @@ class LeapAt:
         assert state == {}
 
 
-def test_a_leap_goes_straight_to_zero_and_ends_the_run() -> None:
+def test_leap_goes_straight_to_zero_and_ends_the_run() -> None:
     policy, flow = LeapAt(2), Curved()
     results = list(denoise(flow, latents(), times(8), RFlow(), policy=policy))
     assert [r.is_leap for r in results] == [False, False, True]
@@ -117,24 +117,24 @@ def test_a_leap_goes_straight_to_zero_and_ends_the_run() -> None:
         assert mx.array_equal(plain.z, leaping.z)
 
 
-def test_a_leap_leaves_given_frames_alone() -> None:
+def test_leap_does_not_change_given_frames() -> None:
     given = Conditioning(mx.array([[0.0, 1.0, 1.0]]), Noise([1, 2], SHAPE[1:]))
     *_, last = denoise(Curved(), latents(), times(8), RFlow(), policy=LeapAt(3), conditioning=given)
     assert mx.array_equal(last.z[:, 0], latents()[:, 0])
 
 
-def test_x0_foresees_the_end_and_not_the_noise() -> None:
+def test_x0_is_the_end_of_a_straight_flow() -> None:
     flow = Straight(latents(1))
     for result in denoise(flow, latents(), times(6), RFlow()):
         assert mx.allclose(result.x0, flow.end, atol=1e-5)
 
 
-def test_x0_shows_given_frames_as_they_are() -> None:
+def test_x0_has_given_frames_unchanged() -> None:
     for result in run(mx.array([[0.0, 1.0, 1.0]])):
         assert mx.array_equal(result.x0[:, 0], latents()[:, 0])
 
 
-def test_nothing_is_computed_ahead_of_what_is_asked_for() -> None:
+def test_loop_computes_nothing_ahead() -> None:
     flow = Curved()
     steps = denoise(flow, latents(), times(8), RFlow())
     assert flow.calls == 0
@@ -143,7 +143,7 @@ def test_nothing_is_computed_ahead_of_what_is_asked_for() -> None:
         assert flow.calls == expected
 
 
-def test_results_say_where_they_are() -> None:
+def test_results_have_step_and_time() -> None:
     results = run(steps=4)
     assert [r.t for r in results] == [1000.0, 750.0, 500.0, 250.0]
     assert [(r.step.index, r.step.total) for r in results] == [(i, 4) for i in range(4)]
@@ -151,15 +151,15 @@ def test_results_say_where_they_are() -> None:
     assert mx.array_equal(results[1].z_in, results[0].z)
 
 
-def test_rising_times_lead_back() -> None:
-    """The way from noise to the end and back, at small steps."""
+def test_rising_times_invert_the_flow() -> None:
+    """From noise to the end and back, in small steps."""
     *_, there = denoise(Curved(), latents(), times(400), RFlow())
     *_, back = denoise(Curved(), there.z, times(400)[::-1], RFlow())
     assert mx.allclose(back.z, latents(), atol=0.01)
 
 
-def test_stages_see_given_frames_at_rest() -> None:
-    """Whatever a method tries in the middle of a step, frames that do not move are as they were."""
+def test_velocity_fn_receives_given_frames_unchanged() -> None:
+    """Frames that do not move are unchanged in every evaluation of a step."""
     start, seen = latents(), list[mx.array]()
 
     def flow(z: mx.array, t: mx.array, step: Step, /) -> mx.array:
@@ -173,7 +173,7 @@ def test_stages_see_given_frames_at_rest() -> None:
         assert mx.array_equal(z[:, 0], start[:, 0])
 
 
-def test_a_step_knows_which_frames_still_wait() -> None:
+def test_step_has_pending_frames() -> None:
     """Frames that no step moves, as with a mask of 0.04, do not wait."""
     seen: list[list[list[bool]] | None] = []
 
@@ -187,8 +187,8 @@ def test_a_step_knows_which_frames_still_wait() -> None:
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_a_run_goes_on_where_another_was_interrupted(sampler: str) -> None:
-    """Whatever the step, also while frames wait and in the step in which they begin to move."""
+def test_restored_run_continues_exactly(sampler: str) -> None:
+    """After any step, also while frames are pending and in the step in which they start."""
     asked: list[int] = []
     draws = Noise([7, 8], SHAPE[1:])
 

@@ -1,4 +1,4 @@
-"""A seed's noise depends on the seed and on nothing else."""
+"""Noise depends on the seed and on nothing else."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mlx_sora.sampling.noise import Noise
 SHAPE = (5, 8, 8, 4)
 
 
-def test_same_seed_same_bytes_whatever_was_drawn_before() -> None:
+def test_noise_depends_only_on_the_seed() -> None:
     first = Noise([42], SHAPE).initial()
     mx.random.seed(1)
     mx.random.normal((10,))
@@ -20,7 +20,7 @@ def test_same_seed_same_bytes_whatever_was_drawn_before() -> None:
     assert np.array(first).tobytes() == np.array(again).tobytes()
 
 
-def test_drawing_leaves_the_global_state_alone() -> None:
+def test_noise_does_not_touch_the_global_state() -> None:
     mx.random.seed(5)
     expected = mx.random.normal((4,))
     mx.random.seed(5)
@@ -29,7 +29,7 @@ def test_drawing_leaves_the_global_state_alone() -> None:
 
 
 @pytest.mark.parametrize("index", [None, 0, 12])
-def test_a_batch_is_its_samples(index: int | None) -> None:
+def test_batch_has_the_noise_of_its_samples(index: int | None) -> None:
     seeds = [0, 7, MAX_SEED]
 
     def draw(some: list[int]) -> mx.array:
@@ -42,7 +42,7 @@ def test_a_batch_is_its_samples(index: int | None) -> None:
         assert mx.array_equal(both[i], draw([seed])[0])
 
 
-def test_seeds_and_steps_are_independent() -> None:
+def test_noise_is_independent_across_seeds_and_steps() -> None:
     draws = [Noise([seed], SHAPE) for seed in (0, 1, 2**32, MAX_SEED)]
     flat = mx.stack([d.flatten() for n in draws for d in (n.initial(), n(0), n(1), n(29))])
     correlation = flat @ flat.T / flat.shape[1] - mx.eye(len(flat))

@@ -1,4 +1,4 @@
-"""What holds for every sampler of the registry, and what holds for rectified flow."""
+"""Every sampler of the registry, and the times of rectified flow."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ GRIDS: dict[str, Callable[[int], mx.array]] = {
 
 
 def outcome(name: str, steps: int, grid: str = "even") -> mx.array:
-    """Where the curved flow ends by `steps` steps."""
+    """Return the end of the curved flow after `steps` steps."""
     *_, last = denoise(Curved(), latents(), GRIDS[grid](steps), SAMPLERS[name])
     return last.z
 
@@ -40,24 +40,24 @@ def error(name: str, steps: int, grid: str = "even") -> float:
     return float(mx.abs(outcome(name, steps, grid) - Curved.end(latents())).max())
 
 
-def test_every_sampler_promises_an_order() -> None:
+def test_samplers_all_have_an_order() -> None:
     assert set(ORDERS) == set(SAMPLERS)
 
 
 @pytest.mark.parametrize("grid", GRIDS)
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_order_of_convergence(name: str, grid: str) -> None:
+def test_sampler_converges_with_its_order(name: str, grid: str) -> None:
     coarse, fine = error(name, 32, grid), error(name, 128, grid)
     assert math.log(coarse / fine, 4) > ORDERS[name] - 0.25
 
 
-def test_steps_of_first_order_stay_so() -> None:
-    """That the orders above are not the flow's doing."""
+def test_first_order_sampler_stays_first_order() -> None:
+    """The orders above do not come from the flow."""
     assert math.log(error("rflow", 32) / error("rflow", 128), 4) < 1.1
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_each_sample_follows_its_own_times(name: str) -> None:
+def test_samples_follow_their_own_times(name: str) -> None:
     both = mx.concatenate([GRIDS["growing"](8), GRIDS["alternating"](8)], axis=1)
     *_, together = denoise(Curved(), latents(), both, SAMPLERS[name])
     for sample in range(2):
@@ -67,8 +67,8 @@ def test_each_sample_follows_its_own_times(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_a_frame_that_begins_to_move_owes_nothing_to_its_past(name: str) -> None:
-    """The frame noised at 500 ends as in a run of its own from there."""
+def test_fresh_frame_has_no_history(name: str) -> None:
+    """A frame that starts at 500 ends as in a run of its own from there."""
     noise = Noise([7, 8], SHAPE[1:])
     given = Conditioning(mx.array([[0.5, 1.0, 0.0]]), noise)
     *_, last = denoise(Curved(), latents(), times(8), SAMPLERS[name], conditioning=given)
@@ -79,14 +79,14 @@ def test_a_frame_that_begins_to_move_owes_nothing_to_its_past(name: str) -> None
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_the_way_back_leads_to_the_start(name: str) -> None:
+def test_sampler_inverts_the_flow(name: str) -> None:
     *_, there = denoise(Curved(), latents(), times(200), SAMPLERS[name])
     *_, back = denoise(Curved(), there.z, times(200)[::-1], SAMPLERS[name])
     assert mx.allclose(back.z, latents(), rtol=0, atol=0.05 ** ORDERS[name])
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_evaluations_are_as_declared(name: str) -> None:
+def test_sampler_makes_its_number_of_evaluations(name: str) -> None:
     flow = Curved()
     results = list(denoise(flow, latents(), times(5), SAMPLERS[name]))
     assert [result.step.index for result in results] == [0, 1, 2, 3, 4]
@@ -95,7 +95,7 @@ def test_evaluations_are_as_declared(name: str) -> None:
 
 @pytest.mark.parametrize("name", SAMPLERS)
 @pytest.mark.parametrize("steps", [1, 2, 7])
-def test_a_straight_flow_is_exact_in_any_number_of_steps(name: str, steps: int) -> None:
+def test_sampler_is_exact_on_a_straight_flow(name: str, steps: int) -> None:
     flow = Straight(latents(1))
     schedule = SAMPLERS[name].timesteps(steps, height=64, width=64, num_frames=51)
     *_, last = denoise(flow, latents(), schedule, SAMPLERS[name])
@@ -103,8 +103,8 @@ def test_a_straight_flow_is_exact_in_any_number_of_steps(name: str, steps: int) 
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_runs_do_not_disturb_each_other(name: str) -> None:
-    """One sampler object, two runs at once, step by step in turn."""
+def test_runs_of_one_sampler_are_independent(name: str) -> None:
+    """Two runs of one sampler object, step by step in turn."""
     alone = outcome(name, 6)
     first = denoise(Curved(), latents(), times(6), SAMPLERS[name])
     other = denoise(Curved(), latents(5), times(6), SAMPLERS[name])
@@ -115,7 +115,7 @@ def test_runs_do_not_disturb_each_other(name: str) -> None:
 @pytest.mark.parametrize("name", SAMPLERS)
 @pytest.mark.parametrize("resolution", ["144p", "240p", "720p"])
 @pytest.mark.parametrize("frames", [1, 17, 51, 408])
-def test_times_fall_from_noise_to_zero(name: str, resolution: str, frames: int) -> None:
+def test_timesteps_fall_from_noise_to_zero(name: str, resolution: str, frames: int) -> None:
     """Never above 1000, where float32 rounding would put some image sizes."""
     for ratio in aspect_ratios():
         width, height = get_image_size(resolution, ratio)
@@ -127,13 +127,13 @@ def test_times_fall_from_noise_to_zero(name: str, resolution: str, frames: int) 
         assert mx.all(schedule[1:] < schedule[:-1]).item()
 
 
-def test_some_size_needs_the_limit_at_1000() -> None:
+def test_timesteps_need_the_limit_at_1000() -> None:
     sizes = [get_image_size("144p", ratio) for ratio in aspect_ratios()]
     ratios = [mx.sqrt(mx.array(float(w)) * h / 512**2) for w, h in sizes]
     assert max(float(r / (1.0 + (r - 1.0)) * 1000.0) for r in ratios) > 1000.0
 
 
-def test_each_sample_has_the_times_of_its_own_size() -> None:
+def test_timesteps_follow_the_size_of_each_sample() -> None:
     heights, widths, frames = [64.0, 240.0], [64.0, 426.0], [17.0, 102.0]
     both = RFlow().timesteps(
         12, height=mx.array(heights), width=mx.array(widths), num_frames=mx.array(frames)
@@ -145,14 +145,14 @@ def test_each_sample_has_the_times_of_its_own_size() -> None:
     assert mx.all(both[1:-1, 1] > both[1:-1, 0]).item(), "the larger video stays longer in noise"
 
 
-def test_unshifted_times_are_uniform_whatever_the_size() -> None:
+def test_timesteps_without_transform_are_uniform() -> None:
     schedule = RFlow(use_timestep_transform=False).timesteps(
         4, height=720, width=1280, num_frames=51
     )
     assert schedule[:, 0].tolist() == [1000.0, 750.0, 500.0, 250.0, 0.0]
 
 
-def test_rounding_goes_to_even_and_before_the_shift() -> None:
+def test_discrete_timesteps_round_to_even_before_the_shift() -> None:
     schedule = RFlow(use_discrete_timesteps=True, use_timestep_transform=False).timesteps(
         16, height=512, width=512, num_frames=1
     )
@@ -161,18 +161,18 @@ def test_rounding_goes_to_even_and_before_the_shift() -> None:
 
 
 @pytest.mark.parametrize("frames", [2, 16])
-def test_short_clips_have_no_schedule(frames: int) -> None:
+def test_timesteps_refuse_short_clips(frames: int) -> None:
     with pytest.raises(UsageError, match="2 to 16 frames"):
         RFlow().timesteps(30, height=240, width=426, num_frames=frames)
 
 
 @pytest.mark.parametrize("steps", [0, -3])
-def test_no_steps_no_schedule(steps: int) -> None:
+def test_timesteps_refuse_zero_steps(steps: int) -> None:
     with pytest.raises(UsageError, match="at least 1 step"):
         RFlow().timesteps(steps, height=240, width=426, num_frames=17)
 
 
-def test_noise_at_both_ends_and_between() -> None:
+def test_add_noise_at_both_ends_and_between() -> None:
     x, noise = latents(), latents(1)
     assert mx.array_equal(add_noise(x, noise, mx.array([0.0, 0.0])), x)
     assert mx.array_equal(add_noise(x, noise, mx.array([1000.0, 1000.0])), noise)
