@@ -1,7 +1,7 @@
-"""A long video in clips: each but the first begins with the last frames of the one before it.
+"""Long videos as clips: each but the first starts with the last frames of the one before.
 
-Frames are counted over the whole video; those that two clips share are shown once, as the earlier
-clip made them, so that n clips of F frames with c shared make F + (n - 1)(F - c).
+Frames are numbered over the whole video. Frames that two clips share are shown once, from the
+earlier clip, so that n clips of F frames that share c have F + (n - 1)(F - c) frames.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from mlx_sora.geometry import MICRO_FRAME_SIZE, latent_frames
 
 @dataclass(frozen=True)
 class Clips:
-    """`count` clips of `num_frames` frames, neighbours sharing `shared`."""
+    """`count` clips of `num_frames` frames; neighbours share `shared_frames`."""
 
     num_frames: int
     count: int = 1
     shared_frames: int = MICRO_FRAME_SIZE
 
     def check(self) -> None:
-        """Raise UsageError where clips cannot be joined without a gap."""
+        """Raise UsageError if the clips cannot be joined without a gap."""
         if self.count == 1:
             return
         for name, frames in (
@@ -50,11 +50,11 @@ class Clips:
         return latent_frames(self.shared_frames)
 
     def frames_to_skip(self, clip: int) -> int:
-        """Frames at the beginning of clip `clip` that the one before has shown."""
+        """Return the number of first frames of `clip` that the clip before has shown."""
         return self.shared_frames if clip else 0
 
     def locate(self, frame: int) -> tuple[int, int]:
-        """Clip that makes frame `frame` of the video, and the frame's number in that clip."""
+        """Return the clip that shows frame `frame` of the video, and its number in that clip."""
         step = self.num_frames - self.shared_frames
         clip = 0 if frame < self.num_frames else 1 + (frame - self.num_frames) // step
         return clip, frame - clip * step

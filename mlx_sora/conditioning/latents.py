@@ -1,4 +1,4 @@
-"""Media as latents: what has to be read and encoded, and what each clip begins with."""
+"""Latents of media: the chunks to read and encode, and the initial latents of each clip."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class EncodeTask:
-    """One chunk to read and encode, `frames` frames.
+    """One chunk of `frames` frames to read and encode.
 
-    owner: the clip, or (counted from -1 downwards) the reference whose latent frames `latents`
-    it gives, the first ones of the chunk's. read: its pixels, uint8 [frames, H, W, 3].
+    owner: clip, or reference (counted from -1 downwards), that gets the first latents of the chunk
+    as its `latents`. read: returns the chunk's pixels, uint8 [frames, H, W, 3].
     """
 
     owner: int
@@ -36,42 +36,44 @@ class EncodeTask:
 
 
 def encode_tasks(media: Media, size: Size) -> list[EncodeTask]:
-    """All chunks to encode, in pictures of `size`; those that no clip needs are left out."""
-    found = []
-    for clip in sorted({patch.clip for patch in media.media_clips}):
-        patches = [patch for patch in media.media_clips if patch.clip == clip]
-        wanted = {index for patch in patches for index in patch.latents}
-        chunks = _needed_chunks(media.clips.num_frames, wanted)
-        found += [
-            _chunk_task(clip, chunk, partial(_read_media_clips, patches, chunk, size))
-            for chunk in chunks
+    """Return the chunks that the clips need, as pictures of `size`."""
+    tasks = []
+    for clip in sorted({item.clip for item in media.media_clips}):
+        items = [item for item in media.media_clips if item.clip == clip]
+        needed = {index for item in items for index in item.latents}
+        tasks += [
+            _chunk_task(clip, chunk, partial(_read_clip_chunk, items, chunk, size))
+            for chunk in _needed_chunks(media.clips.num_frames, needed)
         ]
-    for number, source in enumerate(media.references):
-        wanted = {
+    for number, file in enumerate(media.references):
+        needed = {
             index
             for clip in range(media.clips.count)
             for span in media.spans(clip)
             if span.reference == number
             for index in span.source
         }
-        chunks = _needed_chunks(source.num_frames, wanted)
-        found += [_reference_task(-1 - number, source, chunk, media, size) for chunk in chunks]
-    return found
+        chunks = _needed_chunks(file.num_frames, needed)
+        tasks += [_reference_task(-1 - number, file, chunk, media, size) for chunk in chunks]
+    return tasks
 
 
 class ConditioningLatents:
-    """Latents that media came to, [1, T, h, w, C] each, and those of clips that were made."""
+    """Latents of the media and of generated clips that later clips continue; [1, T, h, w, C] each.
+
+    latent: T, h, w of a clip.
+    """
 
     def __init__(self, media: Media, latent: tuple[int, int, int], channels: int) -> None:
-        """latent: T, h, w of a clip."""
-        self._media, self._latent = media, latent
-        frames = [source.latents for source in media.references]
-        self._references = [mx.zeros((1, n, *latent[1:], channels)) for n in frames]
-        clips = {patch.clip for patch in media.media_clips}
+        self._media = media
+        self._references = [
+            mx.zeros((1, file.latents, *latent[1:], channels)) for file in media.references
+        ]
+        clips = {item.clip for item in media.media_clips}
         self._media_latents = {clip: mx.zeros((1, *latent, channels)) for clip in clips}
         self._generated: dict[int, mx.array] = {}
         first = len(media.references)
-        #: Clip that was made → the last one that is made from it.
+        #: Generated clip -> last clip that continues it.
         self._last_use = {
             span.reference - first: clip
             for clip in range(media.clips.count)
@@ -80,36 +82,35 @@ class ConditioningLatents:
         }
 
     def set_latents(self, task: EncodeTask, encoded: mx.array) -> None:
-        """Take the latents of a task's chunk."""
-        home = (
-            self._references[-1 - task.owner] if task.owner < 0 else self._media_latents[task.owner]
-        )
-        home[:, task.latents.start : task.latents.stop] = encoded[:, : len(task.latents)]
-        mx.eval(home)
+        """Store the latents of a task's chunk."""
+        owner = task.owner
+        latents = self._references[-1 - owner] if owner < 0 else self._media_latents[owner]
+        latents[:, task.latents.start : task.latents.stop] = encoded[:, : len(task.latents)]
+        mx.eval(latents)
 
     def initial_latents(self, clip: int, noise: Noise) -> tuple[mx.array, Conditioning | None]:
-        """What clip `clip` begins with, from its noise; None where all of it is generated."""
+        """Return the latents at which `clip` starts; no Conditioning if all is generated."""
         z, mask = noise.initial(), self._media.mask(clip)
-        if all(share == 1 for share in mask):
+        if all(level == 1 for level in mask):
             return z, None
-        for patch in self._media.media_clips:
-            if patch.clip == clip:
-                for index in patch.latents:
+        for item in self._media.media_clips:
+            if item.clip == clip:
+                for index in item.latents:
                     z[:, index] = self._media_latents[clip][:, index]
-        behind = [self._generated.get(i, z[:, :0]) for i in range(clip)]
-        z, _ = apply_mask_strategy(z, [*self._references, *behind], self._media.spans(clip))
+        generated = [self._generated.get(i, z[:, :0]) for i in range(clip)]
+        z, _ = apply_mask_strategy(z, [*self._references, *generated], self._media.spans(clip))
         return z, Conditioning(mx.array([mask]), noise)
 
     def remember(self, clip: int, latents: mx.array) -> None:
-        """Remember a clip for those made from it; forget what no clip asks for any more."""
-        made = self._generated | {clip: latents}
-        self._generated = {i: z for i, z in made.items() if self._last_use.get(i, 0) > clip}
+        """Store a generated clip; drop those that no later clip continues."""
+        generated = self._generated | {clip: latents}
+        self._generated = {i: z for i, z in generated.items() if self._last_use.get(i, 0) > clip}
 
 
-def _needed_chunks(num_frames: int, wanted: set[int]) -> list[Chunk]:
-    """The chunks of a clip that hold one of the `wanted` latent frames."""
+def _needed_chunks(num_frames: int, needed: set[int]) -> list[Chunk]:
+    """Return the chunks of a clip that hold one of the `needed` latent frames."""
     chunks = chunk_plan(num_frames, MICRO_FRAME_SIZE, FRAMES_PER_CELL)
-    return [c for c in chunks if wanted & set(range(c.latent, c.latent + c.latents))]
+    return [c for c in chunks if needed & set(range(c.latent, c.latent + c.latents))]
 
 
 def _chunk_task(owner: int, chunk: Chunk, read: Callable[[], np.ndarray]) -> EncodeTask:
@@ -117,45 +118,46 @@ def _chunk_task(owner: int, chunk: Chunk, read: Callable[[], np.ndarray]) -> Enc
 
 
 def _reference_task(
-    owner: int, source: MediaFile, chunk: Chunk, media: Media, size: Size
+    owner: int, file: MediaFile, chunk: Chunk, media: Media, size: Size
 ) -> EncodeTask:
-    """A chunk of a reference; a picture for a video is encoded as the first of still frames."""
-    if source.fps is not None:
-        return _chunk_task(owner, chunk, partial(_read_video_chunk, source, chunk, size))
+    """Return the task of a reference's chunk; a picture is repeated and gives its first latent."""
+    if file.fps is not None:
+        return _chunk_task(owner, chunk, partial(_read_video_chunk, file, chunk, size))
     frames = min(media.clips.num_frames, MICRO_FRAME_SIZE)
-    return EncodeTask(owner, range(1), frames, partial(_read_repeated_image, source, frames, size))
+    return EncodeTask(owner, range(1), frames, partial(_read_repeated_image, file, frames, size))
 
 
-def _read_video_chunk(source: MediaFile, chunk: Chunk, size: Size) -> np.ndarray:
-    return read_video(source.path, chunk.frames, start=chunk.frame, size=size).frames
+def _read_video_chunk(file: MediaFile, chunk: Chunk, size: Size) -> np.ndarray:
+    return read_video(file.path, chunk.frames, start=chunk.frame, size=size).frames
 
 
-def _read_repeated_image(source: MediaFile, frames: int, size: Size) -> np.ndarray:
+def _read_repeated_image(file: MediaFile, frames: int, size: Size) -> np.ndarray:
     import numpy as np
 
-    picture = read_image(source.path, size)
-    return np.broadcast_to(picture, (frames, *picture.shape))
+    image = read_image(file.path, size)
+    return np.broadcast_to(image, (frames, *image.shape))
 
 
-def _read_media_clips(patches: list[MediaClip], chunk: Chunk, size: Size) -> np.ndarray:
-    """A chunk of a clip: frames that are given, and between them the nearest of those."""
+def _read_clip_chunk(items: list[MediaClip], chunk: Chunk, size: Size) -> np.ndarray:
+    """Read a chunk of a clip; other frames repeat the nearest frame of the media."""
     import numpy as np
 
-    known = sorted((frame, number) for number, p in enumerate(patches) for frame in p.frames)
-    wanted = range(chunk.frame, chunk.frame + chunk.frames)
-    nearest = [min(known, key=lambda item: abs(item[0] - frame)) for frame in wanted]
-    shown: dict[tuple[int, int], np.ndarray] = {}
-    for number, patch in enumerate(patches):
+    known = sorted((frame, number) for number, item in enumerate(items) for frame in item.frames)
+    nearest = [
+        min(known, key=lambda each: abs(each[0] - frame))
+        for frame in range(chunk.frame, chunk.frame + chunk.frames)
+    ]
+    pixels: dict[tuple[int, int], np.ndarray] = {}
+    for number, item in enumerate(items):
         frames = sorted({frame for frame, owner in nearest if owner == number})
         if frames:
-            pixels = _read_frames(patch, range(frames[0], frames[-1] + 1), size)
-            shown |= {(frame, number): pixels[frame - frames[0]] for frame in frames}
-    return np.stack([shown[item] for item in nearest])
+            found = _read_frames(item, range(frames[0], frames[-1] + 1), size)
+            pixels |= {(frame, number): found[frame - frames[0]] for frame in frames}
+    return np.stack([pixels[each] for each in nearest])
 
 
-def _read_frames(patch: MediaClip, frames: range, size: Size) -> np.ndarray:
-    """What a patch shows in `frames` of its clip."""
-    if not is_video(patch.file.path):
-        return read_image(patch.file.path, size)[None]
-    start = patch.start + frames.start - patch.frames.start
-    return read_video(patch.file.path, len(frames), start=start, size=size).frames
+def _read_frames(item: MediaClip, frames: range, size: Size) -> np.ndarray:
+    if not is_video(item.file.path):
+        return read_image(item.file.path, size)[None]
+    start = item.start + frames.start - item.frames.start
+    return read_video(item.file.path, len(frames), start=start, size=size).frames

@@ -1,7 +1,7 @@
-"""Mask strategies: which frames of which reference a generation keeps, written as text.
+"""Mask strategies: text that says which latent frames of which reference a clip starts from.
 
-`loop,reference,reference_start,target_start,length,edit;...`; what is left off at the end of a
-group has the default of `Placement`. Positions and lengths count latent frames. Mirrors the
+`loop,reference,reference_start,target_start,length,edit_ratio;...`; fields left off at the end of a
+group have the defaults of `MaskGroup`. Positions and lengths count latent frames. Mirrors the
 conditioning helpers of Open-Sora 1.2.
 """
 
@@ -19,10 +19,11 @@ from mlx_sora.geometry import MAX_LOOPS
 
 @dataclass(frozen=True)
 class MaskGroup:
-    """In loop `loop`, put `length` latent frames of a reference into the video.
+    """Copies `length` latent frames of a reference into the clip of loop `loop`.
 
-    reference_start, target_start: first frame taken and first frame written; negative counts from
-    the end. edit: 0 keeps the frames, 1 generates them anew, between starts from them, noised.
+    reference_start, target_start: first latent frame of the reference and of the clip; negative
+    counts from the end. edit_ratio: 0 keeps the frames, 1 generates them, between starts from
+    noised ones.
     """
 
     loop: int = 0
@@ -36,37 +37,22 @@ class MaskGroup:
         return ",".join(str(value) for value in astuple(self))
 
 
+@dataclass(frozen=True)
+class LatentSpan:
+    """Latent frames `source` of a reference that are copied to frames `target` of a clip."""
+
+    reference: int
+    source: range
+    target: range
+    edit_ratio: float
+
+
 def parse_mask_strategy(text: str | None) -> list[MaskGroup]:
-    """Placements of a mask strategy; none for an empty one. Raises UsageError."""
+    """Parse a mask strategy into its groups; an empty one has none. Raises UsageError."""
     groups = text.split(";") if text else []
     if len(groups) > MAX_LOOPS:
         raise UsageError(f"The mask strategy has {len(groups)} groups.", f"Give up to {MAX_LOOPS}.")
     return [_parse_group(group) for group in groups]
-
-
-def append_generated(
-    loops: Iterable[int], references: int, length: int, edit: float = 0.0
-) -> list[MaskGroup]:
-    """Begin each of `loops` with the last `length` latent frames of the clip before it.
-
-    references: how many the sample has; the clips go behind them, one after the other.
-    """
-    return [
-        MaskGroup(loop, behind, -length, 0, length, edit)
-        for behind, loop in enumerate(loops, start=references)
-    ]
-
-
-def find_nearest_point(position: int, unit: int, limit: int) -> int:
-    """`position` moved to the nearest multiple of `unit`: ties down, up only within `limit`.
-
-    Chunks of the temporal VAE are independent, so that a clip must not start inside one. Up means
-    to the start of the last whole unit of `limit` at most.
-    """
-    units, rest = divmod(position, unit)
-    if 2 * rest > unit and units < limit // unit - 1:
-        units += 1
-    return units * unit
 
 
 def _parse_group(group: str) -> MaskGroup:
@@ -80,21 +66,35 @@ def _parse_group(group: str) -> MaskGroup:
             raise ValueError
     except ValueError as error:
         raise UsageError(
-            f"Mask strategy {group!r} cannot be read.",
+            f"Cannot parse mask strategy {group!r}.",
             "Write up to five whole numbers and an edit ratio: loop, reference, reference start, "
             "target start, length, edit.",
         ) from error
     return MaskGroup(*numbers, *edit)
 
 
-@dataclass(frozen=True)
-class LatentSpan:
-    """Frames `source` of reference `reference` go to frames `target`; edit as in Placement."""
+def append_generated(
+    loops: Iterable[int], references: int, length: int, edit: float = 0.0
+) -> list[MaskGroup]:
+    """Make each of `loops` start with the last `length` latent frames of the clip before it.
 
-    reference: int
-    source: range
-    target: range
-    edit_ratio: float
+    references: number of references; generated clips follow them.
+    """
+    return [
+        MaskGroup(loop, behind, -length, 0, length, edit)
+        for behind, loop in enumerate(loops, start=references)
+    ]
+
+
+def find_nearest_point(position: int, unit: int, limit: int) -> int:
+    """Move `position` to the nearest multiple of `unit`, up only to the last whole unit of `limit`.
+
+    Ties move down. Chunks of the temporal VAE are independent, so a clip must not start inside one.
+    """
+    units, rest = divmod(position, unit)
+    if 2 * rest > unit and units < limit // unit - 1:
+        units += 1
+    return units * unit
 
 
 def resolve_mask_strategy(
@@ -104,60 +104,57 @@ def resolve_mask_strategy(
     frames: int,
     unit: int | None = None,
 ) -> list[LatentSpan]:
-    """The placements of one loop; references have `lengths` latent frames, the clip has `frames`.
+    """Return the spans of one loop. Parts beyond either end are cut off.
 
-    Negative starts count from the end; unit: starts move to its multiples (see `align`). What
-    reaches beyond either end is cut off. Raises UsageError for a reference that does not exist, and
-    where nothing is left of it for frames that want something.
+    Args:
+        lengths: latent frames of each reference.
+        frames: latent frames of the clip.
+        unit: align starts to its multiples (see `find_nearest_point`).
+
+    Raises UsageError for a reference that does not exist or has too few frames.
     """
     spans = []
-    for placement in groups:
-        if placement.loop != loop:
+    for group in groups:
+        if group.loop != loop:
             continue
-        if not -len(lengths) <= placement.reference < len(lengths):
+        if not -len(lengths) <= group.reference < len(lengths):
             raise UsageError(
-                f"The mask strategy {str(placement)!r} asks for reference {placement.reference} "
+                f"The mask strategy {str(group)!r} asks for reference {group.reference} "
                 f"of {len(lengths)}.",
                 "References are counted from 0.",
             )
-        length = lengths[placement.reference]
-        source, target = placement.reference_start, placement.target_start
-        source += length if source < 0 else 0
-        target += frames if target < 0 else 0
+        length = lengths[group.reference]
+        start, target_start = group.reference_start, group.target_start
+        start += length if start < 0 else 0
+        target_start += frames if target_start < 0 else 0
         if unit is not None:
-            source, target = (
-                find_nearest_point(source, unit, length),
-                find_nearest_point(target, unit, frames),
-            )
-        count = min(placement.length, frames - target, length - source)
-        taken = range(length)[source : source + count]
-        written = range(frames)[target : target + count]
-        if len(taken) != len(written) and len(taken) != 1:
+            start = find_nearest_point(start, unit, length)
+            target_start = find_nearest_point(target_start, unit, frames)
+        count = min(group.length, frames - target_start, length - start)
+        source = range(length)[start : start + count]
+        target = range(frames)[target_start : target_start + count]
+        if len(source) != len(target) and len(source) != 1:
             raise UsageError(
-                f"The mask strategy {str(placement)!r} reaches beyond its reference, "
+                f"The mask strategy {str(group)!r} starts beyond its reference, "
                 f"which has {length} latent frames.",
-                f"Start at one of 0 to {length - 1}.",
+                f"Start at 0 to {length - 1}.",
             )
-        spans.append(LatentSpan(placement.reference, taken, written, placement.edit_ratio))
+        spans.append(LatentSpan(group.reference, source, target, group.edit_ratio))
     return spans
 
 
 def apply_mask_strategy(
     z: mx.array, references: Sequence[mx.array], spans: Iterable[LatentSpan]
 ) -> tuple[mx.array, mx.array]:
-    """Latents z [1, T, H, W, C] with `spans` of references [1, T', H, W, C], and the mask [1, T].
+    """Copy `spans` of references [1, T', H, W, C] into latents z [1, T, H, W, C].
 
-    The mask is as in `loop.Conditioning`: 1 where nothing is given.
+    Returns the latents and their mask [1, T] as in `loop.Conditioning`: 1 where z is kept.
     """
     z, mask = mx.array(z), mx.ones(z.shape[:2])
     for span in spans:
-        if not span.target:
-            continue
-        source, target = _as_slice(span.source), _as_slice(span.target)
-        z[:, target] = references[span.reference][:, source]
-        mask[:, target] = span.edit_ratio
+        if span.target:
+            source = slice(span.source.start, span.source.stop)
+            target = slice(span.target.start, span.target.stop)
+            z[:, target] = references[span.reference][:, source]
+            mask[:, target] = span.edit_ratio
     return z, mask
-
-
-def _as_slice(span: range) -> slice:
-    return slice(span.start, span.stop)

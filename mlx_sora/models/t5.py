@@ -8,7 +8,7 @@ network without it, and the caller passes embeddings.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -199,31 +199,6 @@ class T5Encoder(nn.Module):
         out: mx.array = self.shared(ids)
         return out
 
-    def hidden_states(
-        self,
-        embeds: mx.array,
-        mask: mx.array | None = None,
-        blocks: BlockProvider[T5Block] | None = None,
-    ) -> Iterator[mx.array]:
-        """Yield the residual stream [B, L, D] after each block, before the final norm.
-
-        Raises UsageError for embeddings in float16, in which T5 overflows.
-        """
-        check_text_encoder(embeds.dtype)
-        if blocks is None:
-            blocks = ResidentBlocks(self.encoder.block)
-        x = embeds
-        bias = mx.array(0.0)
-        for index in range(self.config.num_layers):
-            block = blocks.get(index)
-            if index == 0:
-                bias = block.position_bias(x.shape[1])
-                if mask is not None:
-                    bias = mx.where(mask.astype(mx.bool_)[:, None, None, :], bias, MASKED)
-            x = block(x, bias)
-            blocks.release(index, x)
-            yield x
-
     def __call__(
         self,
         embeds: mx.array,
@@ -236,10 +211,21 @@ class T5Encoder(nn.Module):
             mask: [B, L], non-zero for tokens, zero for padding; None means no padding. Padded
                 positions are computed, but no token attends to them.
             blocks: provider of the blocks; None means that they are resident.
+
+        Raises UsageError for embeddings in float16, in which T5 overflows.
         """
-        x = embeds
-        for x in self.hidden_states(embeds, mask, blocks):  # noqa: B007
-            pass
+        check_text_encoder(embeds.dtype)
+        if blocks is None:
+            blocks = ResidentBlocks(self.encoder.block)
+        x, bias = embeds, mx.array(0.0)
+        for index in range(self.config.num_layers):
+            block = blocks.get(index)
+            if index == 0:
+                bias = block.position_bias(x.shape[1])
+                if mask is not None:
+                    bias = mx.where(mask.astype(mx.bool_)[:, None, None, :], bias, MASKED)
+            x = block(x, bias)
+            blocks.release(index, x)
         out: mx.array = self.encoder.final_layer_norm(x)
         return out
 

@@ -6,7 +6,8 @@ import mlx.core as mx
 import pytest
 
 from mlx_sora.loading.checkpoint import load_weights
-from mlx_sora.models.t5 import KEYS, T5Config, T5Encoder
+from mlx_sora.models.hooks import ResidentBlocks
+from mlx_sora.models.t5 import KEYS, T5Block, T5Config, T5Encoder
 from tests.helpers.golden import Case, relative_error
 
 TOLERANCE = 1e-4
@@ -29,8 +30,13 @@ def test_every_position(case: Case) -> None:
 def test_intermediates(case: Case) -> None:
     encoder = load(case)
     embeds = encoder.embed(case["in.input_ids"])
-    states = dict(enumerate(encoder.hidden_states(embeds, case["in.attention_mask"]), start=1))
-    actual = {f"out.hidden.{i}": state for i, state in states.items()}
+    actual = dict[str, mx.array]()
+
+    class Recording(ResidentBlocks[T5Block]):
+        def release(self, index: int, output: mx.array) -> None:
+            actual[f"out.hidden.{index + 1}"] = output
+
+    encoder(embeds, case["in.attention_mask"], Recording(encoder.encoder.block))
     actual["out.hidden.0"] = actual["out.embed"] = embeds
     actual["out.position_bias"] = encoder.encoder.block[0].position_bias(embeds.shape[1])
     compared = [name for name in actual if case.get(name) is not None]

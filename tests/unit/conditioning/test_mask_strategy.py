@@ -34,5 +34,5 @@ def test_clips_go_behind_the_references() -> None:
     "text", ["a", "0;", "0,0.5", "0,0,0,0,1,x", "0,0,0,0,1,0,9", "0,0,0,0,1,nan"]
 )
 def test_unreadable_strategies(text: str) -> None:
-    with pytest.raises(UsageError, match="cannot be read"):
+    with pytest.raises(UsageError, match="Cannot parse"):
         parse_mask_strategy(text)

@@ -183,7 +183,7 @@ def test_what_happens_to_media_is_said_and_recorded() -> None:
         ({"images": ["a.png"], "videos": ["clip.mp4"]}, "same frames"),
         ({"images": [["a.png", 1], ["b.png", 4]]}, "same frames"),
         ({"videos": [["clip.mp4", "before", 41]]}, "40 frames, 41"),
-        ({"videos": [["clip.mp4", "after", 3]]}, "stands for 4 frames"),
+        ({"videos": [["clip.mp4", "after", 3]]}, "encodes 4 frames"),
         ({"references": ["a.png"]}, "without a mask strategy"),
         ({"mask_strategy": "0"}, "no reference 0 of 0"),
         ({"references": ["a.png"], "mask_strategy": "0,1"}, "no reference 1 of 1"),
@@ -193,7 +193,7 @@ def test_what_happens_to_media_is_said_and_recorded() -> None:
         ({"references": ["a.png"], "mask_strategy": "0,0,0,15"}, "no latent frame 15 of 15"),
         ({"references": ["a.png"], "mask_strategy": "0,0,0,0,0"}, "a length of 0"),
         ({"references": ["a.png"], "mask_strategy": "0,0,0,0,1,2"}, "an edit of 2"),
-        ({"references": ["a.png"], "mask_strategy": "zero"}, "cannot be read"),
+        ({"references": ["a.png"], "mask_strategy": "zero"}, "Cannot parse"),
     ],
     ids=lambda value: str(value)[:60],
 )
