@@ -28,7 +28,7 @@ from mlx_sora.sampling import SAMPLERS
 from mlx_sora.video import Video
 from mlx_sora.video.frames import FrameCounter, FramesInMemory, FrameWriter
 from mlx_sora.video.output_path import check_output, output_path
-from mlx_sora.video.writer import open_checked_writer, write_sidecar
+from mlx_sora.video.writer import open_writer, write_sidecar
 
 
 def prepare(
@@ -228,7 +228,5 @@ def _frame_writer(run: GenerationRun) -> FrameWriter:
         return FrameCounter()
     if run.output is None:
         return FramesInMemory()
-    settings = run.settings
-    return open_checked_writer(
-        run.output, settings.geometry.decoded, settings.fps, overwrite=run.request.overwrite
-    )
+    size, fps = run.settings.geometry.decoded, run.settings.fps
+    return open_writer(run.output, *size, fps, overwrite=run.request.overwrite, check=False)

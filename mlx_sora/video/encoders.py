@@ -1,7 +1,7 @@
-"""One class per file format: frames in, one finished file out.
+"""Frame encoders, one class per file format.
 
-Each has `add(frame uint8 [H, W, 3])`, `save(path, metadata)` and `close()`, which frees what is
-held and never writes. Metadata arrives at the end, when the timings are known.
+`add` takes frames uint8 [H, W, 3], `save` writes the file, and `close` frees all resources without
+writing. Metadata is given to `save`, because the timings are known only then.
 """
 
 from __future__ import annotations
@@ -17,11 +17,6 @@ from mlx_sora.video.metadata import EXIF_DESCRIPTION, PNG_KEY, to_json
 if TYPE_CHECKING:
     import numpy as np
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    import numpy as np
-
 Metadata = dict[str, Any]
 
 CRF = "16"
@@ -29,9 +24,12 @@ CRF = "16"
 #: FFmpeg's numbers for BT.709 primaries, transfer and matrix, and for limited range.
 BT709, LIMITED_RANGE = 1, 1
 
+#: Luma weights of red and blue (ITU-R BT.709); green has the rest.
+KR, KB = 0.2126, 0.0722
+
 
 class FrameEncoder(Protocol):
-    """What `mlx_sora.video.writer` asks of a format."""
+    """Encoder of one file format, as `mlx_sora.video.writer` uses it."""
 
     def add(self, frame: np.ndarray) -> None: ...
 
@@ -43,8 +41,8 @@ class FrameEncoder(Protocol):
 class Mp4Encoder:
     """H.264 yuv420p, CRF 16, BT.709 limited range, index at the front.
 
-    Frames are compressed as they come; the packets wait in memory until `save`, because a header
-    cannot be changed once written. `path` is the file that `save` will be given.
+    Frames are compressed as they come. The packets wait in memory until `save`, because a header
+    cannot be changed once it is written. The constructor and `save` have the same `path`.
     """
 
     def __init__(self, path: Path, width: int, height: int, fps: float) -> None:
@@ -80,7 +78,6 @@ class Mp4Encoder:
         self._packets += self._stream.encode(picture)
 
     def save(self, path: Path, metadata: Metadata | None) -> None:
-        """Write the file. `path` is the one given to the constructor."""
         if metadata is not None:
             self._container.metadata["comment"] = to_json(metadata)
         self._packets += self._stream.encode(None)
@@ -94,7 +91,7 @@ class Mp4Encoder:
 
 
 class PngEncoder:
-    """One picture."""
+    """A single picture."""
 
     def __init__(self) -> None:
         self._frame: np.ndarray | None = None
@@ -113,9 +110,9 @@ class PngEncoder:
 
 
 class AnimationEncoder:
-    """GIF (256 colours per frame) and WebP (quality 90), both by Pillow.
+    """GIF (256 colours per frame) and WebP (quality 90) by Pillow.
 
-    Pillow writes them in one go, so the frames wait in memory: 1 byte a pixel for GIF, 3 for WebP.
+    Pillow writes all frames at once, so they wait in memory: 1 byte a pixel for GIF, 3 for WebP.
     """
 
     def __init__(self, kind: str, fps: float) -> None:
@@ -126,10 +123,7 @@ class AnimationEncoder:
         from PIL import Image
 
         image = Image.fromarray(frame)
-        if self._kind == "gif":
-            self._images.append(image.quantize(256))
-        else:
-            self._images.append(image.copy())
+        self._images.append(image.quantize(256) if self._kind == "gif" else image.copy())
 
     def save(self, path: Path, metadata: Metadata | None) -> None:
         from PIL import Image
@@ -152,14 +146,14 @@ class AnimationEncoder:
         self._images.clear()
 
     def _durations(self) -> list[int]:
-        """Milliseconds per frame in the format's unit, rounded so that the sum does not drift."""
+        """Return milliseconds per frame in the unit of the format, without drift of their sum."""
         unit = 10 if self._kind == "gif" else 1
         edges = [round(1000 * i / self._fps / unit) * unit for i in range(len(self._images) + 1)]
         return [after - before for before, after in pairwise(edges)]
 
 
 def save_png(frame: np.ndarray, path: Path, metadata: Metadata | None) -> None:
-    """uint8 [H, W, 3] as a png file, with the metadata as a text chunk."""
+    """Write uint8 [H, W, 3] as a png file, with the metadata as a text chunk."""
     from PIL import Image
     from PIL.PngImagePlugin import PngInfo
 
@@ -169,14 +163,10 @@ def save_png(frame: np.ndarray, path: Path, metadata: Metadata | None) -> None:
     Image.fromarray(frame).save(path, "png", pnginfo=info)
 
 
-#: Luma weights of red and blue (ITU-R BT.709); green is the rest.
-KR, KB = 0.2126, 0.0722
-
-
 def rgb_to_yuv420(frame: np.ndarray) -> np.ndarray:
-    """uint8 [H, W, 3] -> uint8 [3H/2, W]: planes Y, U, V as PyAV lays out yuv420p. H, W even.
+    """Convert uint8 [H, W, 3] to uint8 [3H/2, W]: planes Y, U, V in PyAV's layout of yuv420p.
 
-    Y = 16..235, U and V = 16..240; each chroma sample is the mean of its four pixels.
+    H and W are even. Y = 16..235, U and V = 16..240. Each chroma sample is the mean of four pixels.
     """
     import numpy as np
 

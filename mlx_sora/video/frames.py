@@ -1,9 +1,8 @@
-"""Frames between the VAE and a file: their bytes, and keeping them when no file was asked for."""
+"""Conversion of frames to bytes, and frame writers for runs that write no file."""
 
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
@@ -15,34 +14,27 @@ if TYPE_CHECKING:
 
 
 def to_uint8(frames: mx.array) -> np.ndarray:
-    """Float frames in [-1, 1] to uint8, rounded to nearest as Open-Sora saves them."""
+    """Convert float frames in [-1, 1] to uint8, rounded to nearest as Open-Sora does."""
     import numpy as np
 
     return np.array(mx.floor(mx.clip(frames, -1, 1) * 127.5 + 128).astype(mx.uint8))
 
 
 class _NoOutput(AbstractContextManager["_NoOutput"]):
-    """Stands in for a `VideoWriter` where there is no file to put in place."""
+    """Replacement of a `VideoWriter` that writes no file."""
 
     def __init__(self) -> None:
         self.metadata: dict[str, Any] | None = None
         self.path = None
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Nothing to put in place."""
+    def __exit__(self, *error: object) -> None:
+        """Do nothing."""
 
 
 class FrameCounter(_NoOutput):
-    """For ranks that write nothing."""
+    """Counts frames, for ranks that write nothing."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.num_frames = 0
+    num_frames = 0
 
     def write(self, frames: np.ndarray) -> None:
         """Count uint8 frames [n, H, W, 3]."""
@@ -50,7 +42,7 @@ class FrameCounter(_NoOutput):
 
 
 class FramesInMemory(_NoOutput):
-    """For runs without an output: the frames stay in memory."""
+    """Keeps the frames of a run without an output file."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -62,7 +54,7 @@ class FramesInMemory(_NoOutput):
 
     @property
     def frames(self) -> np.ndarray:
-        """uint8 [F, H, W, 3]."""
+        """All frames, uint8 [F, H, W, 3]."""
         import numpy as np
 
         return np.concatenate(self._parts)
@@ -72,5 +64,5 @@ class FramesInMemory(_NoOutput):
         self._parts.append(frames)
 
 
-#: Whatever takes the frames of a run.
+#: Any receiver of the frames of a run.
 FrameWriter = VideoWriter | FramesInMemory | FrameCounter

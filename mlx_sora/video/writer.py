@@ -1,11 +1,11 @@
-"""Writes frames as they are decoded; the file appears whole, at the end, or not at all."""
+"""Video writers: frames are written as they are decoded; the finished file appears at the end."""
 
 from __future__ import annotations
 
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from mlx_sora.errors import MlxSoraError
@@ -42,37 +42,27 @@ def open_writer(
     fps: float,
     metadata: Mapping[str, Any] | None = None,
     overwrite: bool = False,
+    *,
+    check: bool = True,
 ) -> VideoWriter:
-    """A writer for the kind of file that `path` names. Use it in a `with` block.
+    """Open a writer for the kind of file that `path` names. Use it in a `with` block.
 
-    Raises UsageError where `path` cannot be written; see `mlx_sora.video.output_path.check_output`.
+    check: call `check_output` first, which raises UsageError. Without it, a file that has appeared
+    since an earlier check is not an error. Raises MlxSoraError if the file system refuses.
     """
     path = Path(path)
-    check_output(path, overwrite, size=(width, height), fps=fps)
-    return open_checked_writer(path, (width, height), fps, metadata, overwrite)
-
-
-def open_checked_writer(
-    path: Path,
-    size: tuple[int, int],
-    fps: float,
-    metadata: Mapping[str, Any] | None = None,
-    overwrite: bool = False,
-) -> VideoWriter:
-    """As `open_writer`, for a path that was checked before: what is there now has come since.
-
-    Raises MlxSoraError where the file system refuses.
-    """
+    if check:
+        check_output(path, overwrite, size=(width, height), fps=fps)
     with explain_os_errors(path):
         kind = SequenceWriter if is_sequence(path) else FileWriter
-        return kind(path, size, fps, metadata, overwrite)
+        return kind(path, (width, height), fps, metadata, overwrite)
 
 
-class VideoWriter:
-    """Takes frames, then leaves a finished file at `path` when its block ends without an error.
+class VideoWriter(ABC):
+    """Takes frames; leaves a finished file at `path` if its block ends without an error.
 
     metadata: recorded in the file; may be replaced until the block ends. None records nothing.
-    path: where the file is; a free name nearby if something appeared at the wanted one meanwhile.
+    path: of the file; a free name nearby if another file has appeared at the given one.
     """
 
     def __init__(
@@ -88,6 +78,7 @@ class VideoWriter:
         self.overwrite = overwrite
         self.num_frames = 0
         remove_stale_partials(path)
+        self._open()
 
     def write(self, frames: np.ndarray) -> None:
         """Append uint8 frames [n, H, W, 3]."""
@@ -105,12 +96,7 @@ class VideoWriter:
     def __enter__(self) -> VideoWriter:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         try:
             if kind is None:
                 if not self.num_frames:
@@ -123,41 +109,40 @@ class VideoWriter:
     def _record(self) -> dict[str, Any] | None:
         return None if self.metadata is None else dict(self.metadata)
 
+    @abstractmethod
+    def _open(self) -> None:
+        """Prepare for the first frame."""
+
+    @abstractmethod
     def _write_frame(self, frame: np.ndarray) -> None:
-        raise TypeError("use open_writer")
+        """Write frame number `num_frames`, uint8 [H, W, 3]."""
 
+    @abstractmethod
     def _commit(self) -> None:
-        """Put the finished file in its place."""
+        """Rename the finished file into place."""
 
+    @abstractmethod
     def _clean_up(self) -> None:
-        """Free everything and remove every partial file; also called after `_finish`."""
+        """Free everything and remove partial files; also called after `_commit`."""
 
 
 class FileWriter(VideoWriter):
     """One file: mp4, gif, webp, or png of a single frame."""
 
-    def __init__(
-        self,
-        path: Path,
-        size: tuple[int, int],
-        fps: float,
-        metadata: Mapping[str, Any] | None,
-        overwrite: bool,
-    ) -> None:
-        super().__init__(path, size, fps, metadata, overwrite)
-        self._partial = partial_name(path)
+    def _open(self) -> None:
+        self._partial = partial_name(self.path)
         self._encoder: FrameEncoder
-        kind = path.suffix.lower().removeprefix(".")
+        kind = self.path.suffix.lower().removeprefix(".")
         if kind == "mp4":
             try:
-                self._encoder = Mp4Encoder(self._partial, *size, fps)
+                self._encoder = Mp4Encoder(self._partial, *self.size, self.fps)
             except BaseException:
                 remove_partial(self._partial)
                 raise
         elif kind == "png":
             self._encoder = PngEncoder()
         else:
-            self._encoder = AnimationEncoder(kind, fps)
+            self._encoder = AnimationEncoder(kind, self.fps)
 
     def _write_frame(self, frame: np.ndarray) -> None:
         self._encoder.add(frame)
@@ -174,22 +159,15 @@ class FileWriter(VideoWriter):
 
 
 class SequenceWriter(VideoWriter):
-    """One png per frame, numbered from 0; frame 0 carries the metadata.
+    """One png per frame, numbered from 0; frame 0 has the metadata.
 
-    Frames are written under temporary names as they come and renamed together at the end.
+    Frames are written under temporary names and renamed together at the end.
     """
 
-    def __init__(
-        self,
-        path: Path,
-        size: tuple[int, int],
-        fps: float,
-        metadata: Mapping[str, Any] | None,
-        overwrite: bool,
-    ) -> None:
-        super().__init__(path, size, fps, metadata, overwrite)
-        self._new_folder = not path.parent.exists()
-        path.parent.mkdir(exist_ok=True)
+    def _open(self) -> None:
+        folder = self.path.parent
+        self._new_folder = not folder.exists()
+        folder.mkdir(exist_ok=True)
         self._partials: list[Path] = []
         self._first: np.ndarray | None = None
 
@@ -206,28 +184,29 @@ class SequenceWriter(VideoWriter):
         save_png(self._first, self._partials[0], self._record())
         for partial in self._partials:
             fsync(partial)
-        taken = existing_files(self.path)
-        if taken and not self.overwrite:
+        existing = existing_files(self.path)
+        if existing and not self.overwrite:
             self.path = next(p for p in free_names(self.path) if not existing_files(p))
-            logger.warning("%s appeared meanwhile; writing %s", taken[0], self.path)
+            logger.warning("%s appeared meanwhile; writing %s", existing[0], self.path)
         targets = [frame_path(self.path, i) for i in range(self.num_frames)]
-        # The first comes last: without it the others are known to be of a run that was killed.
+        # The first frame is renamed last: a sequence without it was left by a killed run.
         for partial, target in reversed(list(zip(self._partials, targets, strict=True))):
             partial.replace(target)
         self._new_folder = False
-        for stale in set(taken) - set(targets):
+        for stale in set(existing) - set(targets):
             if self.overwrite:
                 stale.unlink()
 
     def _clean_up(self) -> None:
         for partial in self._partials:
             remove_partial(partial)
-        if self._new_folder and self.path.parent.is_dir() and not any(self.path.parent.iterdir()):
-            self.path.parent.rmdir()
+        folder = self.path.parent
+        if self._new_folder and folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
 
 
 def write_sidecar(path: str | Path, record: Mapping[str, Any], overwrite: bool = False) -> Path:
-    """Write `record` as JSON beside the video `path`, whole or not at all; its path."""
+    """Write `record` as JSON beside the video `path`; return the path of the JSON file."""
     import json
 
     with atomic_write(sidecar_path(Path(path)), overwrite) as file:
@@ -243,9 +222,9 @@ def save_frames(
     metadata: Mapping[str, Any] | None = None,
     overwrite: bool = False,
 ) -> Path:
-    """Write uint8 frames [F, H, W, 3] that are all in memory; the path written."""
-    count_, height, width, _ = frames.shape
-    check_format(Path(path), num_frames=count_)
+    """Write uint8 frames [F, H, W, 3] and return the path of the file."""
+    num_frames, height, width, _ = frames.shape
+    check_format(Path(path), num_frames=num_frames)
     with open_writer(path, width, height, fps, metadata, overwrite) as writer:
         writer.write(frames)
     return writer.path
