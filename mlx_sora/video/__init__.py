@@ -1,4 +1,4 @@
-"""What a run gives back."""
+"""The result of a run."""
 
 from __future__ import annotations
 
@@ -22,10 +22,9 @@ __all__ = ["Video"]
 class Video:
     """A finished video or image.
 
-    path: file it was written to, None when no output was asked for; then `frames` holds the video,
-    uint8 [F, H, W, 3]. Of several ranks the first has them, the others neither. width, height:
-    pixels of the frames. timings: seconds per stage. memory: peak bytes per stage. metadata: the
-    record that is also inside the file.
+    path: the file; None if there is no output file, or on a rank other than 0. frames: uint8 [F, H,
+    W, 3] if there is no output file; rank 0 only. width, height: pixels of the frames. timings:
+    seconds per stage. memory: peak bytes per stage. metadata: the record that is also in the file.
     """
 
     path: Path | None
@@ -42,9 +41,9 @@ class Video:
     frames: np.ndarray | None = field(default=None, repr=False, compare=False)
 
     def save(self, path: str | Path, overwrite: bool = False) -> Path:
-        """Write the video to `path` (mp4, gif, webp, png, name_%04d.png); the path written.
+        """Write the video to `path` (mp4, gif, webp, png, name_%04d.png) and return the path.
 
-        A video that is in a file already can only be copied, to the same kind of file.
+        A video that is in a file already can only be copied, to a file of the same format.
         """
         from mlx_sora.utils.files import atomic_write
         from mlx_sora.video.output_path import check_output
@@ -56,8 +55,8 @@ class Video:
             return save_frames(path, self.frames, self.fps, record, overwrite)
         if self.path is None or self.path.suffix.lower() != path.suffix.lower():
             raise UsageError(
-                f"The frames were not kept, so {path.name} cannot be made.",
-                "Give output=... that way, or none to keep the frames.",
+                f"The frames are no longer in memory, so {path.name} cannot be written.",
+                "Give output=... with that suffix, or none to keep the frames in memory.",
             )
         check_output(path, overwrite, num_frames=self.num_frames)
         with atomic_write(path, overwrite) as file:

@@ -1,7 +1,7 @@
-"""Opening videos that somebody else made, without reading other files or taking all memory.
+"""Open untrusted videos and pictures without reading other files or using all memory.
 
-FFmpeg takes a file for what its content says: a playlist named .mp4 would make it open whatever
-that lists, and a box of a few bytes in an mp4 makes it allocate an index of any length.
+FFmpeg decides by content, not by name: a playlist named .mp4 would make it open the files that it
+lists. A box of a few bytes in an mp4 makes it allocate an index of any length.
 """
 
 from __future__ import annotations
@@ -18,48 +18,25 @@ from mlx_sora.errors import UsageError
 #: FFmpeg's names of the containers that are read.
 VIDEO_FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,gif"
 
-#: Pillow's names of the pictures that are read. Others bring programs (EPS), or nothing but risk.
+#: Pillow's names of the picture formats that are read. Others run programs (EPS) or are rare.
 IMAGE_FORMATS = (
-    "PNG",
-    "JPEG",
-    "MPO",
-    "WEBP",
-    "GIF",
-    "BMP",
-    "TIFF",
-    "PPM",
-    "AVIF",
-    "JPEG2000",
-    "HEIF",
+    *("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "PPM"),
+    *("AVIF", "JPEG2000", "HEIF"),
 )
 
-#: Pixels of a picture or a frame: 8K video has 33 million. RGB takes three bytes of each, and
-#: what decodes it as much again.
+#: Largest number of pixels: 8K video has 33 million. RGB takes three bytes of each, and decoding
+#: as much again.
 MAX_PIXELS = 40_000_000
 
-#: Frames of a video: more than two hours at 30 a second.
+#: Largest number of frames of a video: more than two hours at 30 a second.
 MAX_PACKETS = 250_000
 
-#: Boxes of an mp4 that hold boxes.
-_PARENT_BOXES = (
-    b"moov",
-    b"trak",
-    b"mdia",
-    b"minf",
-    b"stbl",
-    b"moof",
-    b"traf",
-    b"mvex",
-    b"edts",
-    b"dinf",
-    b"tref",
-    b"wave",
-    b"udta",
-)
+#: Boxes of an mp4 that contain boxes.
+_PARENT_BOXES = b"moov trak mdia minf stbl moof traf mvex edts dinf tref wave udta".split()
 
 
 def open_container(path: str | Path) -> Any:
-    """A PyAV container. Raises UsageError for claims that cannot be true, and what PyAV raises."""
+    """Open a PyAV container. Raises UsageError for impossible frame counts, and PyAV's errors."""
     import av
 
     _check_sample_counts(Path(path))
@@ -68,17 +45,20 @@ def open_container(path: str | Path) -> Any:
         "protocol_whitelist": "file",
         "max_pixels": str(MAX_PIXELS),
     }
-    # With its protocol spelt out, no part of a name is taken for one, such as concat:.
+    # With the explicit protocol, FFmpeg takes no part of a name for one, such as concat:.
     return av.open(f"file:{os.path.abspath(path)}", options=options)
 
 
 @contextmanager
 def open_image(path: str | Path, formats: Sequence[str] = IMAGE_FORMATS) -> Iterator[Any]:
-    """A Pillow image, its pixels unread. Raises UsageError for too many, and what Pillow raises."""
+    """Open a Pillow image without reading its pixels.
+
+    Raises UsageError for too many pixels, and Pillow's errors.
+    """
     from PIL import Image
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of damage that does not matter, and of large pictures
+        warnings.simplefilter("ignore")  # about minor damage and large pictures
         Image.init()
         known = [name for name in formats if name in Image.OPEN]
         with Image.open(path, formats=known) as image:
@@ -107,7 +87,7 @@ def _check_sample_counts(path: Path) -> None:
 
 
 def _sample_counts(file: BinaryIO, start: int, end: int, depth: int = 0) -> Iterator[int]:
-    """Samples claimed by the boxes between two places of an mp4; what is none has no such boxes."""
+    """Yield the sample counts in the boxes between two offsets of an mp4; other files have none."""
     while start + 8 <= end and depth < len(_PARENT_BOXES):
         file.seek(start)
         head = file.read(32)
@@ -120,7 +100,7 @@ def _sample_counts(file: BinaryIO, start: int, end: int, depth: int = 0) -> Iter
         if kind in _PARENT_BOXES:
             yield from _sample_counts(file, start + header, min(stop, end), depth + 1)
         fields = head[header:]
-        if kind == b"stsz" and any(fields[4:8]):  # all samples of one size: no table behind it
+        if kind == b"stsz" and any(fields[4:8]):  # all samples have one size: no table follows
             yield int.from_bytes(fields[8:12], "big")
         elif kind == b"trun":
             yield int.from_bytes(fields[4:8], "big")

@@ -1,4 +1,4 @@
-"""The record of a run: what was asked, what was used, what it took; written into the file itself.
+"""The metadata of a run: request, settings and measurements, embedded in the output file.
 
 mp4: comment tag; png: text chunk "mlx_sora"; gif: comment; webp: EXIF description; sidecar: JSON.
 """
@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 PNG_KEY = "mlx_sora"
 EXIF_DESCRIPTION = 0x010E
 
-#: Formats of pictures that carry a record.
+#: Picture formats that can hold a record.
 IMAGE_FORMATS = ("PNG", "GIF", "WEBP")
 
-#: More than a record can need; what is larger was not written by us.
+#: Largest size of a record.
 MAX_BYTES = 1 << 20
 
 
@@ -37,7 +37,10 @@ def build_metadata(
     seconds: Mapping[str, float] | None = None,
     peak_memory: Mapping[str, int] | None = None,
 ) -> dict[str, Any]:
-    """The record. settings: every option as decided; seconds and peak_memory (bytes): per stage."""
+    """Return the record of a run.
+
+    settings: resolved options. seconds, peak_memory: per stage; bytes.
+    """
     record: dict[str, Any] = {
         "request": request.to_dict(),
         "settings": dict(settings),
@@ -52,12 +55,12 @@ def build_metadata(
 
 
 def to_json(record: Mapping[str, Any], *, ascii_only: bool = False) -> str:
-    """One line of JSON."""
+    """Serialize a record as one line of JSON."""
     return json.dumps(record, ensure_ascii=ascii_only, separators=(",", ":"))
 
 
 def read_metadata(path: str | Path) -> dict[str, Any]:
-    """The record inside an mp4, png, gif, webp, or in a JSON file. Raises UsageError."""
+    """Read the record of an mp4, png, gif, webp or JSON file. Raises UsageError."""
     path = Path(path)
     if not path.is_file():
         raise UsageError(f"No such file: {path}.", "Give a video or JSON file of mlx_sora.")
@@ -73,18 +76,18 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
 
 
 def replay_options(record: Mapping[str, Any], source: str | Path = "the record") -> dict[str, Any]:
-    """Options of `GenerationRequest` that make the recorded run again.
+    """Return the options of `GenerationRequest` that repeat the recorded run.
 
-    Settings win over the request, so that a model's later defaults change nothing; where the output
-    goes is not taken over. Raises UsageError for a record that is not ours.
+    Settings override the request, so that later defaults of a model change nothing. Options of the
+    output are left out. Raises UsageError for a record that is not of mlx_sora.
     """
     request = record.get("request")
     settings = record.get("settings", {})
     if not isinstance(request, dict) or not isinstance(settings, dict):
-        raise UsageError(f"{source} holds no request of mlx_sora.", "Give a file it wrote.")
+        raise UsageError(f"{source} has no request of mlx_sora.", "Give a file that it wrote.")
     if "edit" in record:
         raise UsageError(
-            f"{source} is an edit, which a prompt alone cannot repeat.",
+            f"{source} is an edited video, which a prompt alone cannot repeat.",
             "Edit its source again with mlx_sora edit.",
         )
     known = options()
@@ -94,18 +97,18 @@ def replay_options(record: Mapping[str, Any], source: str | Path = "the record")
             f"{source} asks for {unknown[0]!r}, which this version does not know.",
             "Update mlx_sora.",
         )
-    chosen = {name: value for name, value in request.items() if known[name].replay}
+    found = {name: value for name, value in request.items() if known[name].replay}
     if "width" in settings:
         for name in ("resolution", "aspect_ratio"):
-            chosen.pop(name, None)
+            found.pop(name, None)
     for name, value in settings.items():
-        if name in known and known[name].replay and not (name == "model" and name in chosen):
-            chosen[name] = value
-    return chosen
+        if name in known and known[name].replay and not (name == "model" and name in found):
+            found[name] = value
+    return found
 
 
 def unchanged_media(record: Mapping[str, Any], paths: Sequence[str]) -> set[str]:
-    """Those of `paths` whose content is what the recorded run was given."""
+    """Return the `paths` whose content is the same as in the recorded run."""
     from mlx_sora.utils.files import sha256
 
     settings = record.get("settings")
@@ -117,7 +120,7 @@ def unchanged_media(record: Mapping[str, Any], paths: Sequence[str]) -> set[str]
 
 def _parse(text: str | None, path: Path) -> dict[str, Any]:
     if not text:
-        raise UsageError(f"{path} carries no metadata of mlx_sora.", "Give a file it wrote.")
+        raise UsageError(f"{path} has no metadata of mlx_sora.", "Give a file that it wrote.")
     try:
         if len(text) > MAX_BYTES:
             raise ValueError("it is too long")

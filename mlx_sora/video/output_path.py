@@ -1,6 +1,6 @@
-"""Where a video goes: templates, file kinds, and whether it may be written there.
+"""Output paths: templates, formats, and checks that they can be written.
 
-Everything here happens before any work, so that a run never ends in "cannot write".
+All checks run before any work, so that a run does not end with "cannot write".
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from mlx_sora.request.options import as_path
 SUFFIXES = (".mp4", ".gif", ".webp", ".png")
 TEMPLATE_NAMES = ("seed", "index", "prompt_slug")
 
-#: Used when the command line names no output; the suffix follows from the number of frames.
+#: Default of the command line; the suffix depends on the number of frames.
 DEFAULT_OUTPUT = "{prompt_slug}-{seed}"
 
-#: How the name of a checkpoint ends.
+#: Suffix of checkpoints.
 CHECKPOINT_SUFFIX = ".checkpoint.safetensors"
 
 #: GIF stores delays in 1/100 s, and players slow down anything below 2/100 s.
@@ -26,18 +26,18 @@ MAX_GIF_FPS = 50.0
 
 _COUNTER = re.compile(r"%0?(\d{0,2})d")
 
-#: How a field of a template may be written: {index:03d}. Any width would be filled with blanks.
+#: Format of a template's field, such as {index:03d}; larger widths would make long names.
 _SPEC = re.compile(r"\d{0,2}d?")
 
 
 def slug(prompt: str, limit: int = 48) -> str:
-    """A prompt as part of a file name: words joined by hyphens, at most `limit` characters."""
+    """Return a prompt as part of a file name: words joined by hyphens, cut to `limit` characters."""
     words = re.findall(r"\w+", prompt.lower())
     return "-".join(words)[:limit].strip("-_") or "video"
 
 
 def fill_template(template: str, *, prompt: str, seed: int, index: int = 0) -> str:
-    """`template` with {seed}, {index} and {prompt_slug} filled in ({index:03d} works too).
+    """Fill {seed}, {index} and {prompt_slug} into `template` ({index:03d} works too).
 
     Raises UsageError for any other name.
     """
@@ -52,7 +52,7 @@ def fill_template(template: str, *, prompt: str, seed: int, index: int = 0) -> s
         known = ", ".join(f"{{{name}}}" for name in TEMPLATE_NAMES)
         raise UsageError(
             f"Cannot fill in the output {template!r}.",
-            f"Known: {known}; write {{{{ and }}}} for braces.",
+            f"Use {known}; write {{{{ and }}}} for braces.",
         ) from None
 
 
@@ -62,7 +62,7 @@ def escape_template(name: str) -> str:
 
 
 def output_path(template: str, *, prompt: str, seed: int, num_frames: int, index: int = 0) -> Path:
-    """Return the file that a request writes: `complete_path` of the filled-in template."""
+    """Return the output file of a request: `complete_path` of the filled-in template."""
     name = fill_template(template, prompt=prompt, seed=seed, index=index)
     return complete_path(name, num_frames)
 
@@ -70,7 +70,7 @@ def output_path(template: str, *, prompt: str, seed: int, num_frames: int, index
 def complete_path(name: str, num_frames: int) -> Path:
     """Return `name` as a path, with a suffix if it has none: .png for one frame, else .mp4.
 
-    "FOLDER/" becomes FOLDER/frame_%05d.png, a pattern that means one png per frame.
+    "FOLDER/" becomes FOLDER/frame_%05d.png, a pattern with one png per frame.
     """
     path = expand_path(name)
     if name.endswith(("/", "\\")):
@@ -81,7 +81,7 @@ def complete_path(name: str, num_frames: int) -> Path:
 
 
 def expand_path(name: str) -> Path:
-    """A path with the home folder in place of ~. Raises UsageError for what can be no path."""
+    """Return a path with ~ expanded. Raises UsageError for an invalid path."""
     try:
         return Path(as_path(name)).expanduser()
     except (ValueError, RuntimeError) as error:
@@ -90,12 +90,12 @@ def expand_path(name: str) -> Path:
 
 
 def is_sequence(path: Path) -> bool:
-    """Whether `path` is a pattern such as name_%04d.png."""
+    """Return True if `path` is a pattern such as name_%04d.png."""
     return _COUNTER.search(path.name) is not None
 
 
 def frame_path(path: Path, index: int) -> Path:
-    """File of frame `index` of a sequence."""
+    """Return the file of frame `index` of a sequence."""
 
     def number(match: re.Match[str]) -> str:
         return str(index).zfill(int(match[1] or 0))
@@ -104,15 +104,15 @@ def frame_path(path: Path, index: int) -> Path:
 
 
 def checkpoint_path(output: Path) -> Path:
-    """Where the checkpoint of a run that writes `output` is: beside it, under its whole name."""
+    """Return the path of a run's checkpoint: beside its output, named after it."""
     return output.with_name(output.name + CHECKPOINT_SUFFIX)
 
 
 def existing_files(path: Path) -> list[Path]:
-    """Files that writing to `path` would replace.
+    """Return the files that writing to `path` would replace.
 
-    Pictures of a sequence that a killed run had begun to put in its place do not count: the first
-    is missing, as it comes last, and the run's checkpoint is still there.
+    An incomplete sequence of a killed run does not count. Its first picture is missing, because
+    that is renamed last, and the run's checkpoint exists.
     """
     if not is_sequence(path):
         return [path] if path.is_file() else []
@@ -121,12 +121,12 @@ def existing_files(path: Path) -> list[Path]:
     before, after = _COUNTER.split(path.name, maxsplit=1)[::2]
     pattern = re.compile(re.escape(before) + r"\d+" + re.escape(after))
     found = sorted(file for file in path.parent.iterdir() if pattern.fullmatch(file.name))
-    begun = frame_path(path, 0) not in found and checkpoint_path(path).is_file()
-    return [] if begun else found
+    incomplete = frame_path(path, 0) not in found and checkpoint_path(path).is_file()
+    return [] if incomplete else found
 
 
 def sidecar_path(path: Path) -> Path:
-    """JSON file beside `path`: clip.mp4 -> clip.json, clip_%04d.png -> clip.json."""
+    """Return the JSON file beside `path`: clip.mp4 -> clip.json, clip_%04d.png -> clip.json."""
     stem = _COUNTER.sub("", path.stem, count=1).rstrip("-_. ")
     return path.with_name((stem or "metadata") + ".json")
 
@@ -140,18 +140,18 @@ def check_output(
     size: tuple[int, int] | None = None,
     fps: float | None = None,
 ) -> None:
-    """Raise UsageError unless `path` can be written now. Leaves nothing behind.
+    """Raise UsageError unless `path` can be written now. Leaves no file.
 
-    size: (width, height) in pixels. What is None is not checked.
+    size: (width, height) in pixels. Values that are None are not checked.
     """
     path = Path(path)
     _check_kind(path)
     _check_folder(path)
-    taken = existing_files(path)
-    if sidecar:
-        taken += [file for file in [sidecar_path(path)] if file.exists()]
-    if taken and not overwrite:
-        raise UsageError(f"{taken[0]} exists already.", "Give --overwrite or another --output.")
+    existing = existing_files(path)
+    if sidecar and sidecar_path(path).exists():
+        existing.append(sidecar_path(path))
+    if existing and not overwrite:
+        raise UsageError(f"{existing[0]} exists already.", "Give --overwrite or another --output.")
     check_format(path, num_frames=num_frames, size=size, fps=fps)
 
 
@@ -162,7 +162,7 @@ def check_format(
     size: tuple[int, int] | None = None,
     fps: float | None = None,
 ) -> None:
-    """Raise UsageError for what the format of `path` cannot hold."""
+    """Raise UsageError for frames that the format of `path` cannot hold."""
     suffix = path.suffix.lower()
     if suffix == ".mp4" and size and (size[0] % 2 or size[1] % 2):
         raise UsageError(
@@ -181,19 +181,18 @@ def check_format(
 
 
 def _check_kind(path: Path) -> None:
-    known = ", ".join(SUFFIXES)
     if path.is_dir():
         raise UsageError(
             f"{path} is a folder.", f"Name a file in it, or write {path}/ for one png per frame."
         )
     if path.suffix.lower() not in SUFFIXES:
-        raise UsageError(f"Unknown kind of output {path.name!r}.", f"Known: {known}.")
+        raise UsageError(f"Unknown output format {path.name!r}.", f"Use {', '.join(SUFFIXES)}.")
     if is_sequence(path) and path.suffix.lower() != ".png":
         raise UsageError(f"{path.name}: only png is written frame by frame.", "Use .png.")
 
 
 def _check_folder(path: Path) -> None:
-    """The folder must exist and take a file; only the folder of a sequence may be made anew."""
+    """Check that the folder exists and is writable; that of a sequence may be missing."""
     import tempfile
 
     folder = path.parent

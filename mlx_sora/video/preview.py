@@ -1,8 +1,8 @@
-"""Latents as small pictures, without the VAE: a linear map that was fitted to it.
+"""Latent previews: a linear map from latents to small pictures, fitted to the VAE.
 
-Each place sees its 3 x 3 neighbours; latents that stand for one frame have a map of their own. The
-map is a JSON file in the model's folder: "weights" [2][9 * C + 1][3] to RGB in [0, 1], the last row
-added to all; "psnr" in dB to what the VAE decodes, of clips that it was not fitted to.
+Each position sees its 3 x 3 neighbours. Latents of a single frame have their own map. The map is a
+JSON file in the model folder: "weights" [2][9 * C + 1][3] to RGB in [0, 1], the last row is the
+bias; "psnr" in dB against the VAE's frames of clips that it was not fitted to.
 """
 
 from __future__ import annotations
@@ -28,16 +28,19 @@ MAX_SIDE, SCALE = 256, 8
 
 @dataclass(frozen=True)
 class LatentToRGB:
-    """weights: float32 [2, 9 * C + 1, 3], for latents of one frame and of several."""
+    """Linear map from latents to RGB.
+
+    weights: float32 [2, 9 * C + 1, 3], for latents of one frame and of several.
+    """
 
     weights: np.ndarray
     psnr: float
 
     @classmethod
     def load(cls, model: Path, channels: int) -> LatentToRGB | None:
-        """That of a model folder for latents of C channels; None where there is none.
+        """Load the map of a model folder for latents of C channels, or return None if it has none.
 
-        Raises WeightsError for a file that is none.
+        Raises WeightsError for an invalid file.
         """
         import numpy as np
 
@@ -46,20 +49,23 @@ class LatentToRGB:
             return None
         try:
             found: Any = json.loads(file.read_text(encoding="utf-8"))
-            made = cls(np.array(found["weights"], np.float32), float(found["psnr"]))
-            if made.weights.shape != (2, 9 * channels + 1, 3):
-                raise ValueError(f"weights of shape {made.weights.shape}")
+            weights, psnr = np.array(found["weights"], np.float32), float(found["psnr"])
+            if weights.shape != (2, 9 * channels + 1, 3):
+                raise ValueError(f"weights of shape {weights.shape}")
         except (OSError, ValueError, TypeError, LookupError, RecursionError) as error:
-            raise WeightsError(f"{file} is no map for previews: {error}.", "Delete it.") from error
-        return made
+            raise WeightsError(f"{file} is not a preview map: {error}.", "Delete it.") from error
+        return cls(weights, psnr)
 
     def decode(self, z: np.ndarray, single_frame: Sequence[bool]) -> np.ndarray:
-        """Latents [T, h, w, C], enlarged: uint8 [T, H, W, 3]. alone: which stand for one frame."""
+        """Map latents [T, h, w, C] to enlarged pictures, uint8 [T, H, W, 3].
+
+        single_frame: per latent, True if it encodes one frame.
+        """
         import numpy as np
         from PIL import Image
 
-        kinds = self.weights[[0 if one else 1 for one in single_frame]]
-        colours = np.einsum("thwf,tfc->thwc", neighbourhoods(z), kinds)
+        weights = self.weights[[0 if single else 1 for single in single_frame]]
+        colours = np.einsum("thwf,tfc->thwc", neighbourhoods(z), weights)
         pictures = np.rint(np.clip(colours, 0, 1) * 255).astype(np.uint8)
         height, width = z.shape[1:3]
         scale = min(SCALE, max(1, MAX_SIDE // max(height, width)))
@@ -69,7 +75,7 @@ class LatentToRGB:
 
 
 def neighbourhoods(z: np.ndarray) -> np.ndarray:
-    """Each place with those around it, and 1: [T, h, w, C] to [T, h, w, 9 * C + 1]."""
+    """Return each position with its neighbours and a 1: [T, h, w, C] to [T, h, w, 9 * C + 1]."""
     import numpy as np
 
     _, height, width, _ = z.shape
@@ -79,16 +85,16 @@ def neighbourhoods(z: np.ndarray) -> np.ndarray:
 
 
 def preview_path(output: Path, num_frames: int) -> Path:
-    """Where the preview of a run that writes `output` is: beside it, under its whole name."""
+    """Return the path of a run's preview: beside its output, named after it."""
     return output.with_name(f"{output.name}.preview.{'png' if num_frames == 1 else 'gif'}")
 
 
 def write_preview(path: Path, frames: np.ndarray, fps: float) -> None:
-    """uint8 [F, H, W, 3] as a gif, or a png of one frame, in place of the preview before.
+    """Write uint8 [F, H, W, 3] as a gif, or as a png of one frame; replaces the last preview.
 
-    Raises MlxSoraError or OSError where that cannot be written.
+    Raises MlxSoraError or OSError if it cannot be written.
     """
-    path.parent.mkdir(exist_ok=True)  # that of a sequence of pictures
+    path.parent.mkdir(exist_ok=True)  # a sequence of pictures makes its folder later
     with atomic_write(path, overwrite=True) as file:
         if len(frames) == 1:
             save_png(frames[0], file.partial, None)

@@ -1,4 +1,4 @@
-"""Reads pictures and videos: uint8 RGB, upright, and brought to size as Open-Sora 1.2 does it."""
+"""Reads pictures and videos as uint8 RGB, upright, and resized as in Open-Sora 1.2."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ if TYPE_CHECKING:
 
 VIDEO_SUFFIXES = (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".gif")
 
-#: How many times as many pixels a picture may have, scaled so that it covers what it is cut to.
+#: Largest ratio of the pixels of a scaled picture to those it is cropped to.
 MAX_CROP_RATIO = 32
 
-#: Intervals between frames may differ from the usual one by this share; more is another rate.
+#: Intervals between frames may differ from the median by this share.
 JITTER = 0.5
 
 
 @dataclass(frozen=True)
 class Footage:
-    """Frames uint8 [F, H, W, 3] and how many of them a second shows."""
+    """Frames uint8 [F, H, W, 3] and frames per second."""
 
     frames: np.ndarray
     fps: float
@@ -41,7 +41,7 @@ class Footage:
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """What a video file holds, as shown: upright size, number of frames, frames per second."""
+    """Properties of a video as shown: upright size, number of frames, frames per second."""
 
     size: Size
     num_frames: int
@@ -50,7 +50,7 @@ class VideoInfo:
 
 @dataclass(frozen=True)
 class ResizeCrop:
-    """How a picture fills a size: scaled, then cut to `size` in the middle."""
+    """How a picture fills a size: scaled, then cropped to `size` at the centre."""
 
     source: Size
     scaled: Size
@@ -58,7 +58,7 @@ class ResizeCrop:
 
     @classmethod
     def from_sizes(cls, source: Size, size: Size) -> ResizeCrop:
-        """Scaled by the factor that just covers `size`; mirrors ResizeCrop of Open-Sora 1.2."""
+        """Scale by the factor that just covers `size`; mirrors ResizeCrop of Open-Sora 1.2."""
         across, down = size.width / source.width, size.height / source.height
         if down > across:
             scaled = Size(round(source.width * down), size.height)
@@ -69,7 +69,7 @@ class ResizeCrop:
         return cls(source, scaled, size)
 
     def __str__(self) -> str:
-        """What happens, such as "400x300, scaled to 320x240, cropped to 320x180"."""
+        """Describe the steps, such as "400x300, scaled to 320x240, cropped to 320x180"."""
         parts = [str(self.source)]
         if self.scaled != self.source:
             parts.append(f"scaled to {self.scaled}")
@@ -79,23 +79,23 @@ class ResizeCrop:
 
 
 def is_video(path: str | Path) -> bool:
-    """Whether the file's name is that of a video."""
+    """Return True if the suffix is that of a video."""
     return Path(path).suffix.lower() in VIDEO_SUFFIXES
 
 
 def image_size(path: str | Path) -> Size:
-    """Upright size of a picture, from its header. Raises UsageError."""
+    """Read the upright size of a picture from its header. Raises UsageError."""
     with _open_image(path) as image:
-        turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
+        rotated = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
         width, height = image.size
-    return Size(height, width) if turned else Size(width, height)
+    return Size(height, width) if rotated else Size(width, height)
 
 
 def read_image(path: str | Path, size: Size | None = None) -> np.ndarray:
-    """A picture as uint8 [H, W, 3], filled into `size` if there is one.
+    """Read a picture as uint8 [H, W, 3], scaled and cropped to `size` if it is given.
 
-    Turned as its EXIF orientation says; transparency lies on black; 16 bits become 8. Raises
-    UsageError for a file that is missing, no picture, or damaged.
+    Applies the EXIF orientation; puts transparency on black; converts 16 bits to 8. Raises
+    UsageError for a file that is missing, damaged or not a picture.
     """
     import numpy as np
     from PIL import ImageOps
@@ -109,10 +109,10 @@ def read_image(path: str | Path, size: Size | None = None) -> np.ndarray:
 
 
 def probe_video(path: str | Path) -> VideoInfo:
-    """Size, frames and rate of a video, from its index: nothing is decoded.
+    """Read size, frames and rate of a video from its index.
 
-    Raises UsageError for a file that is missing, no video, damaged, without frames, or whose frames
-    follow each other at varying intervals.
+    Raises UsageError for a file that is missing, damaged, not a video or without frames, and for a
+    variable frame rate.
     """
     with _open_video(path) as (container, stream):
         try:
@@ -140,27 +140,27 @@ def read_video(
     start: int = 0,
     size: Size | None = None,
 ) -> Footage:
-    """Frames `start` up to `start + max_frames` of a video, or up to its end.
+    """Read frames `start` to `start + max_frames` of a video, or to its end.
 
-    size: each frame is filled into it as soon as it is decoded. Raises UsageError as `probe_video`
-    does, and where there is no frame in that range.
+    Each frame is scaled and cropped to `size` as soon as it is decoded. Raises UsageError as
+    `probe_video` does, and if the range has no frames.
     """
     import numpy as np
 
     info = probe_video(path)
     stop = None if max_frames is None else start + max_frames
-    picked = islice(_decode_frames(path), start, stop)
-    frames = [frame if size is None else resize_and_crop(frame[None], size)[0] for frame in picked]
+    selected = islice(_decode_frames(path), start, stop)
+    frames = [f if size is None else resize_and_crop(f[None], size)[0] for f in selected]
     if not frames:
         raise UsageError(
             f"{path} has {info.num_frames} frames, none from number {start} on.",
-            "Ask for frames that it has.",
+            "Select existing frames.",
         )
     return Footage(np.stack(frames), info.fps)
 
 
 def resize_and_crop(frames: np.ndarray, size: Size) -> np.ndarray:
-    """Frames uint8 [F, H, W, 3] filled into `size`: [F, height, width, 3].
+    """Scale and crop frames uint8 [F, H, W, 3] to `size`: [F, height, width, 3].
 
     Bilinear between the four nearest pixels, without smoothing, as Open-Sora resizes videos.
     """
@@ -175,21 +175,21 @@ def resize_and_crop(frames: np.ndarray, size: Size) -> np.ndarray:
         columns = _interpolation_weights(width, fit.scaled.width)
         scaled = np.stack([_bilinear(frame, rows, columns) for frame in frames])
     left, top = (fit.scaled.width - size.width) // 2, (fit.scaled.height - size.height) // 2
-    cut: np.ndarray = scaled[:, top : top + size.height, left : left + size.width]
-    return cut
+    cropped: np.ndarray = scaled[:, top : top + size.height, left : left + size.width]
+    return cropped
 
 
 def to_upright_rgb(frame: Any) -> np.ndarray:
-    """Pixels of a PyAV frame, turned as its file wants them shown."""
+    """Return the pixels of a PyAV frame, rotated as its file says."""
     import numpy as np
 
     pixels: Any = frame.to_ndarray(format="rgb24")
-    turned: np.ndarray = np.rot90(pixels, round(frame.rotation / 90))
-    return turned
+    rotated: np.ndarray = np.rot90(pixels, round(frame.rotation / 90))
+    return rotated
 
 
 def _interpolation_weights(length: int, target: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """For each of `target` pixels: the two source pixels around it and the weight of the second."""
+    """Return, for each of `target` pixels, its two source pixels and the weight of the second."""
     import numpy as np
 
     centre = (np.arange(target) + 0.5) * (length / target) - 0.5
@@ -209,19 +209,18 @@ def _bilinear(frame: np.ndarray, rows: Any, columns: Any) -> np.ndarray:
 
 
 def _resize_crop_image(image: Any, fit: ResizeCrop) -> Any:
-    """A Pillow image scaled (bicubic) and cut, as Open-Sora does with pictures."""
+    """Scale (bicubic) and crop a Pillow image, as Open-Sora does for pictures."""
     from PIL import Image
 
     if fit.scaled != fit.source:
         image = image.resize(fit.scaled, Image.Resampling.BICUBIC)
-    # Python's own rounding, to even: what the reference uses for pictures, not for videos.
+    # The reference rounds to even here, as Python does, but not for videos.
     left = round((fit.scaled.width - fit.size.width) / 2)
     top = round((fit.scaled.height - fit.size.height) / 2)
     return image.crop((left, top, left + fit.size.width, top + fit.size.height))
 
 
 def _to_rgb(image: Any, path: Path) -> Any:
-    """A Pillow image of any mode as RGB of 8 bits."""
     import numpy as np
     from PIL import Image
 
@@ -241,7 +240,7 @@ def _to_rgb(image: Any, path: Path) -> Any:
 
 @contextmanager
 def _open_image(path: str | Path) -> Iterator[Any]:
-    """A picture to look at and read. Raises UsageError, also for what fails inside."""
+    """Open a picture. Errors inside the block become UsageErrors, too."""
     _check_file(path)
     try:
         with open_image(path) as image:
@@ -254,7 +253,7 @@ def _open_image(path: str | Path) -> Iterator[Any]:
 
 @contextmanager
 def _open_video(path: str | Path) -> Iterator[tuple[Any, Any]]:
-    """The container and its first video stream."""
+    """Open a container; yield it and its first video stream."""
     _check_file(path)
     try:
         container = open_container(path)
@@ -264,18 +263,18 @@ def _open_video(path: str | Path) -> Iterator[tuple[Any, Any]]:
         raise _read_error(path, error) from None
     with container:
         if not container.streams.video:
-            raise UsageError(f"{path} has no video in it.", "Give a video file.")
+            raise UsageError(f"{path} has no video stream.", "Give a video file.")
         stream = container.streams.video[0]
         codec = stream.codec_context
         if codec is None:
-            raise UsageError(f"{path} is of an unknown codec.", "Convert it to H.264.")
+            raise UsageError(f"{path} has an unknown codec.", "Convert it to H.264.")
         check_pixels(path, codec.width, codec.height)
         codec.options = {"max_pixels": str(MAX_PIXELS)}
         yield container, stream
 
 
 def _decode_frames(path: str | Path) -> Iterator[np.ndarray]:
-    """Frames one by one, upright. Raises UsageError for damage, and where there is none."""
+    """Yield upright frames. Raises UsageError for damage and for a video without frames."""
     with _open_video(path) as (container, stream):
         first = None
         try:
@@ -283,7 +282,7 @@ def _decode_frames(path: str | Path) -> Iterator[np.ndarray]:
                 pixels = to_upright_rgb(frame)
                 first = pixels.shape if first is None else first
                 if pixels.shape != first:
-                    raise UsageError(f"{path} changes its size on the way.", "Make it one size.")
+                    raise UsageError(f"{path} has frames of several sizes.", "Use one size.")
                 yield pixels
         except (GeneratorExit, UsageError):
             raise
@@ -294,9 +293,9 @@ def _decode_frames(path: str | Path) -> Iterator[np.ndarray]:
 
 
 def _constant_rate(path: str | Path, intervals: list[float]) -> float:
-    """Frames per second; raises UsageError where the intervals are not alike."""
-    usual = sorted(intervals)[len(intervals) // 2]
-    if usual <= 0 or any(abs(each - usual) > JITTER * usual for each in intervals):
+    """Return frames per second. Raises UsageError for unequal intervals."""
+    median = sorted(intervals)[len(intervals) // 2]
+    if median <= 0 or any(abs(each - median) > JITTER * median for each in intervals):
         shortest, longest = min(intervals), max(intervals)
         raise UsageError(
             f"{path} has a variable frame rate: its frames last {1000 * shortest:.0f} to "

@@ -110,7 +110,7 @@ def test_impossible_places(tmp_path: Path) -> None:
         (tmp_path / "missing" / "new" / "f_%d.png", "does not exist"),
         (tmp_path / "folder.mp4", "is a folder"),
         (tmp_path / "a.avi", ".mp4, .gif, .webp, .png"),
-        (tmp_path / "a", "Unknown kind"),
+        (tmp_path / "a", "Unknown output format"),
         (tmp_path / "a_%02d.mp4", "only png"),
     ):
         with pytest.raises(UsageError, match=message):

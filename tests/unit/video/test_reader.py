@@ -214,7 +214,7 @@ def test_a_folder_and_a_sound_are_no_video(tmp_path: Path) -> None:
         sound.rate = 44100
         container.mux(stream.encode(sound))
         container.mux(stream.encode(None))
-    with pytest.raises(UsageError, match="no video in it"):
+    with pytest.raises(UsageError, match="no video stream"):
         read_video(tmp_path / "c.mp4")
 
 

@@ -192,7 +192,7 @@ def test_the_last_metadata_is_recorded(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize("name", KINDS)
 def test_without_metadata_nothing_is_recorded(tmp_path: Path, name: str) -> None:
     save_frames(tmp_path / name, clip(), 24)
-    with pytest.raises(UsageError, match="carries no metadata"):
+    with pytest.raises(UsageError, match="has no metadata"):
         read_metadata(min(tmp_path.iterdir()))
 
 
