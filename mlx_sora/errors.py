@@ -1,21 +1,21 @@
-"""Errors a user can act on: one line that says what happened, one that says what to do.
+"""Errors with a cause and a fix: one line for each.
 
-Each class carries the exit code of the command line (1 run, 2 usage, 3 memory, 4 weights).
+Each class has the exit code of the command line (1 run, 2 usage, 3 memory, 4 weights).
 """
 
 from __future__ import annotations
 
-#: Exit code of a program that was interrupted.
+#: Exit code of an interrupted program.
 INTERRUPTED = 130
 
-#: Characters of a message: what it quotes may be of any length.
+#: Largest length of a message, which may quote text of any length.
 MAX_MESSAGE = 1000
 
 
 def printable(text: str, limit: int = MAX_MESSAGE) -> str:
-    """`text` as one line that a terminal shows and does not obey, cut in the middle to `limit`.
+    """Return `text` as one printable line, shortened in the middle to `limit` characters.
 
-    Line breaks, escape sequences, marks of direction and half characters come as \\n, \\x1b, ...
+    Line breaks, escape sequences, direction marks and surrogates become \\n, \\x1b, ...
     """
     if len(text) > limit:
         text = f"{text[: limit // 2]} ... {text[len(text) - limit // 4 :]}"
@@ -26,17 +26,17 @@ def printable(text: str, limit: int = MAX_MESSAGE) -> str:
 
 
 class MlxSoraError(Exception):
-    """A failure with a known cause. `fix` says in one sentence what the user can do about it.
+    """A failure with a known cause. `fix` tells the user in one sentence what to do.
 
-    Both are brought into one printable line: they quote what others wrote.
+    Both become one printable line, because they quote text from elsewhere.
     """
 
     exit_code = 1
 
-    #: Of several ranks, all have raised it.
+    #: All ranks have raised it.
     on_all_ranks = False
 
-    #: The rank that reports it: the first of those that are left.
+    #: Rank that reports it: the first that is still running.
     reporting_rank = 0
 
     def __init__(self, message: str, fix: str = "") -> None:
@@ -49,29 +49,29 @@ class MlxSoraError(Exception):
 
 
 class UsageError(MlxSoraError):
-    """A request that cannot be meant: unknown value, impossible size, unwritable output."""
+    """A request with an unknown value, an impossible size or an unwritable output."""
 
     exit_code = 2
 
 
 class MemoryBudgetError(MlxSoraError):
-    """The work does not fit the memory that it may use."""
+    """The work does not fit the memory budget."""
 
     exit_code = 3
 
 
 class WeightsError(MlxSoraError):
-    """Weights that are missing, damaged or of another model. Names file, key, expected, found."""
+    """Missing, damaged or unsuitable weights. Names file, key, expected and found."""
 
     exit_code = 4
 
 
 class NumericsError(MlxSoraError):
-    """NaN, Inf or degenerate values, with the stage and step where they appeared."""
+    """NaN, Inf or degenerate values, with the stage and step."""
 
 
 class RankLostError(MlxSoraError):
-    """Of several processes that make a video together, rank `rank` has ended it for all."""
+    """Another rank, `rank`, has ended the run for all."""
 
     def __init__(self, message: str, fix: str, rank: int, exit_code: int = 1) -> None:
         super().__init__(message, fix)

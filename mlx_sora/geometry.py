@@ -1,8 +1,8 @@
 """Sizes and lengths: resolution buckets, frame counts, latent shapes. Pure functions, no arrays.
 
-Two spellings of an aspect ratio meet here. The tables of Open-Sora 1.2 are keyed height:width
-("9:16" is landscape); everything a user sees is width:height ("16:9" is landscape). Only
-`bucket_size` speaks the former. T H W are frames, rows and columns of the latent.
+The tables of Open-Sora 1.2 name aspect ratios height:width ("9:16" is landscape). Everything that a
+user sees is width:height ("16:9" is landscape). Only `bucket_size` takes the former. T H W are
+frames, rows and columns of the latent.
 """
 
 from __future__ import annotations
@@ -18,31 +18,22 @@ PIXELS_PER_CELL = 8
 #: Frames in one independent chunk of the temporal VAE, which become `FRAMES_PER_CELL`-fold fewer.
 MICRO_FRAME_SIZE = 17
 FRAMES_PER_CELL = 4
-#: What the model is told for a single image, whatever frame rate was asked for.
+#: Frame rate that the model gets for a single image.
 IMAGE_FPS = 120
 MIN_SIDE, MAX_SIDE = 16, 8192
-#: Tiles in a row that pictures can be decoded in: with more, what is not tiled needs the most.
+#: Largest number of VAE tiles per side: with more, the part that is not tiled needs most memory.
 MAX_TILES = 4
 MAX_FRAMES = 4096
-#: Clips of one video.
+#: Largest number of clips of one video.
 MAX_LOOPS = 1000
 
-#: What `--resolution` takes: the range Open-Sora 1.2 was trained on.
+#: Values of `--resolution`: the range that Open-Sora 1.2 was trained on.
 RESOLUTIONS = ("144p", "240p", "360p", "480p", "720p")
 DEFAULT_ASPECT_RATIO = "16:9"
 
-FRAME_ALIASES = {
-    "1x": 51,
-    "2x": 102,
-    "4x": 204,
-    "8x": 408,
-    "16x": 816,
-    "2s": 51,
-    "4s": 102,
-    "8s": 204,
-    "16s": 408,
-    "32s": 816,
-}
+#: Open-Sora's names of frame counts: multiples of 51 frames, and about that many seconds.
+FRAME_ALIASES = {f"{n}x": 51 * n for n in (1, 2, 4, 8, 16)}
+FRAME_ALIASES |= {f"{2 * n}s": 51 * n for n in (1, 2, 4, 8, 16)}
 
 #: Open-Sora's ratios as height:width, in the order of the rows of `_BUCKETS`.
 BUCKET_RATIOS = (
@@ -50,7 +41,7 @@ BUCKET_RATIOS = (
     *("3:4", "1:1", "4:3", "3:2", "16:9", "17:9", "2:1", "50:27"),
 )
 
-#: height x width. The sizes were picked by hand upstream: no rounding rule yields them.
+#: height x width. Upstream chose the sizes by hand: no rounding rule yields them.
 _BUCKETS = {
     "144p": "117x312 125x291 133x277 135x270 139x262 141x260 144x256 151x241 156x234 "
     "166x221 192x192 221x165 235x156 256x144 263x139 271x135 277x132",
@@ -70,13 +61,13 @@ _BUCKETS = {
     "2352x3528 2494x3326 2880x2880 3326x2494 3528x2352 3840x2160 3958x2096 4072x2036 4156x1994",
 }
 
-#: Square-area families that hold few of the ratios.
+#: Square-area families, with few of the ratios.
 _SQUARES = ("256", "512", "1024", "2048", "2880")
 BUCKET_RESOLUTIONS = (*_BUCKETS, *_SQUARES)
 
 
 class Size(NamedTuple):
-    """A picture's size, in pixels unless said otherwise."""
+    """Size of a picture, in pixels unless stated otherwise."""
 
     width: int
     height: int
@@ -87,7 +78,7 @@ class Size(NamedTuple):
 
 @dataclass(frozen=True)
 class ModelArguments:
-    """What schedule and transformer are told of a clip: pixels as asked for, length and speed."""
+    """Size in pixels, length and speed of a clip, as schedule and transformer get them."""
 
     height: int
     width: int
@@ -96,16 +87,16 @@ class ModelArguments:
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Those that the schedule follows from, by name."""
+        """Arguments of the schedule, by name."""
         return {"height": self.height, "width": self.width, "num_frames": self.num_frames}
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """What a request comes to.
+    """Sizes of a request.
 
-    size: pixels asked for, which the transformer is told. decoded: pixels of the finished frames.
-    latent: (T, H, W). warnings: every deviation from the request, in words.
+    size: requested pixels, which the transformer gets. decoded: pixels of the finished frames.
+    latent: (T, H, W). warnings: every deviation from the request.
     """
 
     size: Size
@@ -116,12 +107,12 @@ class Geometry:
 
 
 def aspect_ratios() -> tuple[str, ...]:
-    """Ratios that `image_size` takes, width:height, widest first."""
+    """Return the ratios that `get_image_size` takes, width:height, widest first."""
     return tuple(_public_ratio(ratio) for ratio in BUCKET_RATIOS)
 
 
 def get_image_size(resolution: str, aspect_ratio: str = DEFAULT_ASPECT_RATIO) -> Size:
-    """Size of a named resolution at a width:height ratio ("240p", "16:9" -> 426 x 240).
+    """Return the size of a resolution at a width:height ratio ("240p", "16:9" -> 426 x 240).
 
     Raises UsageError with the valid values for an unknown one.
     """
@@ -134,10 +125,10 @@ def get_image_size(resolution: str, aspect_ratio: str = DEFAULT_ASPECT_RATIO) ->
 
 
 def bucket_size(resolution: str, ratio: str, *, repaired: bool = True) -> Size:
-    """Entry of Open-Sora's tables; `ratio` is height:width as there ("9:16" is landscape).
+    """Look up Open-Sora's tables; `ratio` is height:width as there ("9:16" is landscape).
 
-    repaired: with the ratios 1:1, 1:2 and 2:1 of the square resolutions, which a misspelt key hides
-    in Open-Sora 1.2 and On-device Sora mended. Raises UsageError where the table has no entry.
+    repaired: include the ratios 1:1, 1:2 and 2:1 of the square resolutions, which Open-Sora 1.2
+    hides behind a misspelt key; On-device Sora fixed it. Raises UsageError for a missing entry.
     """
     if resolution in _BUCKETS:
         table = dict(zip(BUCKET_RATIOS, _BUCKETS[resolution].split(), strict=True))
@@ -156,7 +147,7 @@ def bucket_size(resolution: str, ratio: str, *, repaired: bool = True) -> Size:
 
 
 def get_num_pixels(resolution: str) -> int:
-    """Nominal area of a resolution: its 9:16 (height:width) size, or the square of its side."""
+    """Return the nominal area of a resolution: of its 9:16 (height:width) size or its square."""
     if resolution in _SQUARES:
         return int(resolution) ** 2
     size = bucket_size(resolution, "9:16")
@@ -164,9 +155,9 @@ def get_num_pixels(resolution: str) -> int:
 
 
 def get_num_frames(value: int | float | str) -> int:
-    """Frame count as Open-Sora reads it: an alias ("4s") or anything `int` takes (1.9 -> 1).
+    """Parse a frame count as Open-Sora does: an alias ("4s") or anything `int` takes (1.9 -> 1).
 
-    Raises ValueError otherwise. For what a user typed use `parse_frames`.
+    Raises ValueError otherwise. Use `parse_frames` for user input.
     """
     if isinstance(value, str) and value in FRAME_ALIASES:
         return FRAME_ALIASES[value]
@@ -174,10 +165,7 @@ def get_num_frames(value: int | float | str) -> int:
 
 
 def parse_frames(value: int | str) -> int:
-    """Frame count a user asked for: a whole number or an alias. 2..16 are refused.
-
-    Raises UsageError.
-    """
+    """Parse a user's frame count: a whole number or an alias. Raises UsageError, also for 2..16."""
     aliases = ", ".join(alias for alias in FRAME_ALIASES if alias.endswith("s"))
     try:
         frames = get_num_frames(value.strip() if isinstance(value, str) else value)
@@ -200,9 +188,10 @@ def parse_frames(value: int | str) -> int:
 
 
 def latent_frames(frames: int, micro_frame: int | None = MICRO_FRAME_SIZE) -> int:
-    """Latent frames of a clip: chunks of `micro_frame` frames, four to a latent, each rounded up.
+    """Return the number of latent frames: four frames to one, rounded up in each chunk.
 
-    None: the whole clip is one chunk. Mirrors VideoAutoencoderPipeline of Open-Sora 1.2.
+    micro_frame: frames per chunk; None means one chunk. Mirrors VideoAutoencoderPipeline of
+    Open-Sora.
     """
     if micro_frame is None:
         return _cells(frames)
@@ -210,31 +199,31 @@ def latent_frames(frames: int, micro_frame: int | None = MICRO_FRAME_SIZE) -> in
 
 
 def latent_size(width: int, height: int) -> Size:
-    """Latent cells across and down; pixels beyond the last whole cell are dropped."""
+    """Return the latent columns and rows; pixels beyond the last whole one are dropped."""
     return Size(width // PIXELS_PER_CELL, height // PIXELS_PER_CELL)
 
 
 def latent_shape(
     frames: int, size: Size, micro_frame: int | None = MICRO_FRAME_SIZE
 ) -> tuple[int, int, int]:
-    """(T, H, W) of the latent of `frames` frames of `size` pixels."""
+    """Return the latent (T, H, W) of `frames` frames of `size` pixels."""
     cells = latent_size(*size)
     return latent_frames(frames, micro_frame), cells.height, cells.width
 
 
 def decoded_size(width: int, height: int) -> Size:
-    """Pixels of the frames that come out for a size asked for (426 x 240 -> 424 x 240)."""
+    """Return the pixels of decoded frames of a requested size (426 x 240 -> 424 x 240)."""
     cells = latent_size(width, height)
     return Size(cells.width * PIXELS_PER_CELL, cells.height * PIXELS_PER_CELL)
 
 
 def model_arguments(size: Size, frames: int, fps: float) -> ModelArguments:
-    """What is told of `frames` frames of `size` pixels at `fps`; a single image has its own."""
+    """Return the model's arguments for a clip; a single image has its own frame rate."""
     return ModelArguments(size.height, size.width, frames, IMAGE_FPS if frames == 1 else fps)
 
 
 def check_size(width: int, height: int) -> Size:
-    """The size itself; raises UsageError where no picture of that size can be made."""
+    """Return the size. Raises UsageError if no picture of that size can be made."""
     for name, side in (("Width", width), ("Height", height)):
         if isinstance(side, bool) or not isinstance(side, int):
             raise UsageError(f"{name} {side!r} is not a whole number of pixels.", "Give a number.")
@@ -254,16 +243,17 @@ def resolve_size(
     width: int | None = None,
     height: int | None = None,
 ) -> Size:
-    """Size in pixels that a request names; `default` is the model's own size.
+    """Return the size in pixels of a request; `default` is the model's own size.
 
-    Either width and height, or a resolution and / or an aspect ratio (width:height), or nothing.
-    A ratio alone keeps the default's area. Raises UsageError for half a size or a contradiction.
+    Takes width and height, or a resolution and/or an aspect ratio (width:height), or nothing. A
+    ratio alone keeps the default's area. Raises UsageError for an incomplete size or a
+    contradiction.
     """
     if width is not None or height is not None:
         if width is None or height is None:
             missing = "height" if height is None else "width"
             raise UsageError(
-                f"Half a size: {missing} is missing.", "Give width and height together."
+                f"Incomplete size: {missing} is missing.", "Give width and height together."
             )
         if resolution is not None or aspect_ratio is not None:
             raise UsageError(
@@ -279,7 +269,7 @@ def resolve_size(
 
 
 def plan_geometry(size: Size, frames: int, micro_frame: int | None = MICRO_FRAME_SIZE) -> Geometry:
-    """Latent shape and finished size of `frames` frames of `size` pixels, with what was snapped.
+    """Return the latent shape and decoded size of a clip, with a warning if pixels are dropped.
 
     Raises UsageError for an impossible size or frame count.
     """
@@ -309,7 +299,7 @@ def _square_table(side: int, *, repaired: bool) -> dict[str, str]:
 
 
 def _public_ratio(ratio: str) -> str:
-    """width:height of a bucket. Upstream's "50:27" holds sizes of 25:12 and is named so here."""
+    """Return width:height of a bucket. Upstream's "50:27" has sizes of 25:12, its name here."""
     height, width = ("25", "12") if ratio == "50:27" else ratio.split(":")
     return f"{width}:{height}"
 

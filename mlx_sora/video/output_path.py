@@ -31,7 +31,7 @@ _SPEC = re.compile(r"\d{0,2}d?")
 
 
 def slug(prompt: str, limit: int = 48) -> str:
-    """Return a prompt as part of a file name: words joined by hyphens, cut to `limit` characters."""
+    """Return a prompt's words for a file name: joined by hyphens, at most `limit` characters."""
     words = re.findall(r"\w+", prompt.lower())
     return "-".join(words)[:limit].strip("-_") or "video"
 
