@@ -118,8 +118,8 @@ def test_budget_error_suggests_sequential_guidance_if_it_helps() -> None:
     large = workload(1280, 720)
     model = replace(XL, vae=VAEConfig(), vae_decoder=VAESizes(1, 1, 859 * MB))
     both = make_plan(XL, large, CPU).smallest
-    alone = make_plan(XL, replace(large, sequential_guidance=True), CPU).smallest
-    assert alone <= both
+    sequential = make_plan(XL, replace(large, sequential_guidance=True), CPU).smallest
+    assert sequential <= both
     with pytest.raises(MemoryBudgetError) as error:
         make_plan(model, workload(854, 480, 204), CPU, 2 * GB)
     assert "--sequential-guidance" in error.value.fix
@@ -139,13 +139,13 @@ def test_only_tight_budgets_throttle() -> None:
 
 def test_sequential_guidance_halves_activations_and_doubles_reading() -> None:
     both = denoising(int(3.3 * GB))
-    alone = denoising(int(3.3 * GB), sequential_guidance=True)
-    assert alone.flops == both.flops
-    assert alone.resident > both.resident
+    sequential = denoising(int(3.3 * GB), sequential_guidance=True)
+    assert sequential.flops == both.flops
+    assert sequential.resident > both.resident
     streamed = denoising(streamed=True, sequential_guidance=True)
     assert streamed.read == 74 * MB + 60 * 28 * 170 * MB
     # Text keys and values of the pass without prompt: 28 pairs of blocks, 60 tokens, in float32.
-    assert alone.reserve == 28 * 2 * 2 * 60 * 1152 * 4
+    assert sequential.reserve == 28 * 2 * 2 * 60 * 1152 * 4
     assert both.reserve == 0
 
 
@@ -172,16 +172,18 @@ def test_step_variants_read_and_compute_less() -> None:
     def stage(*variants: tuple[StepVariant, int], **more: object) -> StagePlan:
         return denoising(streamed=True, variants=variants, **more)
 
-    skipped, alone = StepVariant(blocks_skipped=True), StepVariant(cond_only=True)
+    skipped, cond_only = StepVariant(blocks_skipped=True), StepVariant(cond_only=True)
     exact, half = stage(), stage((skipped, 15))
     blocks = XL.transformer_weights.stored_blocks
     assert exact.read - half.read == pytest.approx(15 * blocks, rel=0.01)
     assert 1.98 < exact.flops / half.flops < 2.0
-    spared = stage((alone, 20))
-    assert spared.read == exact.read
-    assert spared.flops == pytest.approx(exact.flops * 40 / 60, rel=0.01)
-    apart = stage((alone, 20), sequential_guidance=True)
-    assert stage(sequential_guidance=True).read - apart.read == pytest.approx(20 * blocks, rel=0.01)
+    unguided = stage((cond_only, 20))
+    assert unguided.read == exact.read
+    assert unguided.flops == pytest.approx(exact.flops * 40 / 60, rel=0.01)
+    sequential = stage((cond_only, 20), sequential_guidance=True)
+    assert stage(sequential_guidance=True).read - sequential.read == pytest.approx(
+        20 * blocks, rel=0.01
+    )
 
 
 def test_cached_residuals_are_counted() -> None:
@@ -241,11 +243,11 @@ def test_inversion_adds_unguided_evaluations() -> None:
 
 
 def test_captured_values_are_counted() -> None:
-    budget, kept = 4 * GB, GB
-    plain, keeping = (denoising(budget, inversion=True, captured_bytes=n) for n in (0, kept))
-    assert keeping.peak <= budget
-    assert keeping.resident < plain.resident
-    assert keeping.reserve == plain.reserve + kept
+    budget, captured = 4 * GB, GB
+    plain, capturing = (denoising(budget, inversion=True, captured_bytes=n) for n in (0, captured))
+    assert capturing.peak <= budget
+    assert capturing.resident < plain.resident
+    assert capturing.reserve == plain.reserve + captured
     with pytest.raises(MemoryBudgetError):
         make_plan(XL, workload(inversion=True, captured_bytes=budget), CPU, budget)
 

@@ -62,10 +62,10 @@ def test_choose_resident_fits() -> None:
 @pytest.mark.parametrize("blocks", range(1, 30))
 def test_evenly_spaced_gaps_differ_by_one_at_most(blocks: int) -> None:
     for count in range(blocks + 3):
-        kept = sorted(evenly_spaced(blocks, count))
-        assert len(kept) == min(count, blocks)
-        following = [*kept[1:], blocks + kept[0]] if kept else []
-        gaps = {b - a for a, b in zip(kept, following, strict=True)}
+        resident = sorted(evenly_spaced(blocks, count))
+        assert len(resident) == min(count, blocks)
+        following = [*resident[1:], blocks + resident[0]] if resident else []
+        gaps = {b - a for a, b in zip(resident, following, strict=True)}
         assert max(gaps, default=0) - min(gaps, default=0) <= 1
 
 
