@@ -79,7 +79,7 @@ class Leap(Acceleration):
         )
 
     def _saved(self, index: int) -> int:
-        """Return the evaluations that a leap in step `index` saves; the leap itself takes one."""
+        # The leap itself takes one evaluation.
         return (self._schedule.steps - index) * self._schedule.evaluations - 1
 
 

@@ -62,7 +62,7 @@ class TechniqueConfig:
 
     MODES: names of its modes. ACCELERATION: module and name of what makes the Acceleration from a
     config and a ScheduleInfo; as text, so that a config does not load MLX.
-    mode: one of MODES; without it, the first mode that has all the values given. After
+    mode: one of MODES; without it, the first mode that takes these values. After
     construction every value of the mode is set, and the values of other modes are None.
     Raises UsageError for values out of range or of different modes. A config equals its text.
     """
@@ -73,17 +73,17 @@ class TechniqueConfig:
     mode: str | None = None
 
     def __post_init__(self) -> None:
-        given = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "mode"}
-        given = {name: value for name, value in given.items() if value is not None}
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "mode"}
+        values = {name: value for name, value in values.items() if value is not None}
         title, hint = type(self).__name__, f"As text: {self.forms()}."
         modes = [m for m in self.MODES if m != OFF] if self.mode is None else [self.mode]
-        mode = next((mode for mode in modes if self._fits(mode, given)), None)
+        mode = next((mode for mode in modes if self._fits(mode, values)), None)
         if mode is None:
-            values = [*([] if self.mode is None else [f"mode {self.mode!r}"]), *given]
-            raise UsageError(f"{title} cannot be made of {', '.join(values) or 'nothing'}.", hint)
+            parts = [*([] if self.mode is None else [f"mode {self.mode!r}"]), *values]
+            raise UsageError(f"{title} cannot be made of {', '.join(parts) or 'nothing'}.", hint)
         object.__setattr__(self, "mode", mode)
         for name, parameter in self._parameters(mode).items():
-            value = given.get(name, parameter.defaults[mode])
+            value = values.get(name, parameter.defaults[mode])
             try:
                 value = value if value == "" else parameter.convert(value)
             except ValueError as error:
@@ -156,11 +156,11 @@ class TechniqueConfig:
         return {name: parameter for name, parameter in found.items() if mode in parameter.defaults}
 
     @classmethod
-    def _fits(cls, mode: str, given: Mapping[str, Any]) -> bool:
-        """Return whether a mode has all the fields given, and needs no more."""
+    def _fits(cls, mode: str, values: Mapping[str, Any]) -> bool:
+        """Return whether a mode has all these values and requires no others."""
         parameters = cls._parameters(mode)
         required = {name for name, p in parameters.items() if p.defaults[mode] is None}
-        return mode in cls.MODES and required <= given.keys() <= parameters.keys()
+        return mode in cls.MODES and required <= values.keys() <= parameters.keys()
 
     @classmethod
     def _read(cls, mode: str, items: list[str]) -> dict[str, float | str]:

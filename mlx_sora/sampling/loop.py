@@ -81,7 +81,7 @@ def denoise(
     times: from Sampler.timesteps, or a monotonous part of it (rising times invert the flow).
     policy: ends the run early; None takes every step.
     restored: progress of an interrupted run, z being its latents; the result is the same.
-    The z of the last result is the outcome. A step is computed when its result is asked for.
+    The z of the last result is the outcome. Each step is computed when its result is requested.
     """
     times = mx.broadcast_to(times, (times.shape[0], z.shape[0]))
     mask = None if conditioning is None else mx.broadcast_to(conditioning.mask, z.shape[:2])
