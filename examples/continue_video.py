@@ -1,4 +1,4 @@
-"""A video that goes on, and what came before it: python examples/continue_video.py"""
+"""Continue a video, and make what comes before it: python examples/continue_video.py"""
 
 from mlx_sora import Pipeline
 
@@ -6,7 +6,7 @@ pipe = Pipeline.from_pretrained("shapes")
 prompt = "a green triangle growing on a navy background"
 pipe(prompt, seed=3, steps=10, output="clip.mp4", overwrite=True)
 
-for side, name in (("before", "after-it.mp4"), ("after", "before-it.mp4")):
+for side, name in (("before", "continued.mp4"), ("after", "preceding.mp4")):
     video = pipe(
         prompt,
         videos=[("clip.mp4", side)],

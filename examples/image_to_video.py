@@ -1,4 +1,4 @@
-"""A picture that begins to move, and one that it ends with: python examples/image_to_video.py"""
+"""Animate an image, and animate between two images: python examples/image_to_video.py"""
 
 from PIL import Image, ImageDraw
 
@@ -10,10 +10,10 @@ first.save("first.png")
 
 pipe = Pipeline.from_pretrained("shapes")
 prompt = "a red circle moving right on a black background"
-video = pipe(prompt, images="first.png", seed=1, output="from-picture.mp4", overwrite=True)
+video = pipe(prompt, images="first.png", seed=1, output="animated.mp4", overwrite=True)
 print(f"{video.path}: {video.num_frames} frames from {video.metadata['settings']['media']}")
 
 first.transpose(Image.Transpose.FLIP_LEFT_RIGHT).save("last.png")
-pictures = ["first.png", ("last.png", "last")]
-between = pipe(prompt, images=pictures, seed=1, steps=10, output="between.mp4", overwrite=True)
+images = ["first.png", ("last.png", "last")]
+between = pipe(prompt, images=images, seed=1, steps=10, output="between.mp4", overwrite=True)
 print(between.path)

@@ -1,4 +1,4 @@
-"""Three clips in one video, with a scene for each: python examples/long_video.py"""
+"""Make a video of three clips with a prompt for each scene: python examples/long_video.py"""
 
 from mlx_sora import Pipeline
 

@@ -1,4 +1,4 @@
-"""Many prompts, their text encoded at once: python examples/many_videos.py"""
+"""Make several images; all prompts are encoded first: python examples/many_videos.py"""
 
 from mlx_sora import GenerationRequest, Pipeline
 from mlx_sora.runtime.events import Finished, RequestFailed, RequestStarted

@@ -1,4 +1,4 @@
-"""One frame is an image: python examples/text_to_image.py"""
+"""Make an image, which is a video of one frame: python examples/text_to_image.py"""
 
 from mlx_sora import Pipeline
 

@@ -1,4 +1,4 @@
-"""A prompt to an mp4, with the bundled model: python examples/text_to_video.py"""
+"""Make an mp4 from a prompt with the bundled model: python examples/text_to_video.py"""
 
 from mlx_sora import Pipeline
 

@@ -1,4 +1,4 @@
-"""Events while a video is made, with previews: python examples/watch_progress.py"""
+"""Print the events of a run and save its previews: python examples/watch_progress.py"""
 
 from PIL import Image
 

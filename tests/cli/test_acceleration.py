@@ -1,4 +1,4 @@
-"""Accelerations on the command line: mistakes are one line, and what was done is shown."""
+"""Accelerations on the command line: usage errors and notes."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from tests.helpers.fake_pipeline import FakePipeline
         ("--preset slow", "'exact', 'balanced', 'fast', 'tiny-ram'"),
     ],
 )
-def test_wrong_modes_are_told_the_valid_ones(
+def test_bad_modes_show_the_valid_ones(
     folder: Path,
     pipeline: FakePipeline,
     capsys: pytest.CaptureFixture[str],
@@ -46,7 +46,7 @@ def test_wrong_modes_are_told_the_valid_ones(
     assert list(folder.iterdir()) == []
 
 
-def test_what_was_done_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+def test_notes_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
     event = Noted("lpl: leapt")
     BarRenderer().handle(event)
     JsonRenderer().handle(event)

@@ -1,4 +1,4 @@
-"""`bench memory`: real processes where that is what is tested, made-up figures elsewhere."""
+"""`bench memory`, in real processes and with invented measurements."""
 
 from __future__ import annotations
 
@@ -13,9 +13,8 @@ import pytest
 from PIL import Image
 
 from mlx_sora import GenerationRequest, Pipeline
-from mlx_sora.cli.bench import measure as child
+from mlx_sora.cli.bench import measure as measuring
 from mlx_sora.cli.bench import memory
-from mlx_sora.cli.bench import memory as files
 from mlx_sora.cli.bench.measure import ChildFailed, Measurement, measure
 from mlx_sora.cli.bench.memory import draw_memory
 from mlx_sora.cli.flags import Parser, add_request_flags, explicit_options, to_command_line
@@ -29,27 +28,27 @@ MB = 10**6
 
 
 @pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> list[Sequence[str]]:
-    """Generations and pictures take no time; which flags were asked for."""
-    asked: list[Sequence[str]] = []
+def commands(monkeypatch: pytest.MonkeyPatch) -> list[Sequence[str]]:
+    """Generations and pictures take no time; which flags were commands for."""
+    commands: list[Sequence[str]] = []
 
-    def measured(words: Sequence[str]) -> Measurement:
-        asked.append(words)
+    def fake_measure(words: Sequence[str]) -> Measurement:
+        commands.append(words)
         stages = {"encode": 0.5, "denoise": 2.0, "decode": 1.0}
         stream = {"denoise": {"resident": 1, "blocks": 4, "bytes_read": 5 * MB}}
         budgeted = any("--memory-budget" in word for word in words)
         return Measurement(3.5, 4.0, 150 * MB, 20 * MB, stages, stream if budgeted else {})
 
-    monkeypatch.setattr(memory, "measure", measured)
+    monkeypatch.setattr(memory, "measure", fake_measure)
     monkeypatch.setattr(memory, "draw_memory", lambda result, path: path.write_bytes(b"a picture"))
-    return asked
+    return commands
 
 
 def smallest() -> int:
     return Pipeline.from_pretrained("shapes").plan(GenerationRequest("a")).smallest
 
 
-def test_measured_in_processes_of_their_own(folder: Path) -> None:
+def test_bench_measures_in_new_processes(folder: Path) -> None:
     budget = 400 * MB
     words = ["--budgets", "100MB,400MB", *IMAGE, "-o", "results/here"]
     run = subprocess.run([*COMMAND, *words], capture_output=True, text=True, check=False)
@@ -76,20 +75,22 @@ def test_measured_in_processes_of_their_own(folder: Path) -> None:
     assert sorted(path.name for path in folder.rglob("*.*")) == ["memory.json", "memory.png"]
 
 
-def test_default_budgets_span_what_is_possible(
-    folder: Path, asked: list[Sequence[str]], capsys: pytest.CaptureFixture[str]
+def test_default_budgets_span_the_possible_range(
+    folder: Path, commands: list[Sequence[str]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main([*BENCH, "--steps", "3", "--tdtm", "2", "--sequential-guidance"]) == 0
-    budgets = [word.split("=")[1] for words in asked for word in words if "memory-bud" in word]
-    assert len(asked) == 1 + len(budgets)
+    budgets = [word.split("=")[1] for words in commands for word in words if "memory-bud" in word]
+    assert len(commands) == 1 + len(budgets)
     assert len(budgets) == memory.NUM_BUDGETS
-    assert all({"--steps=3", "--tdtm=2", "--sequential-guidance"} <= set(words) for words in asked)
+    assert all(
+        {"--steps=3", "--tdtm=2", "--sequential-guidance"} <= set(words) for words in commands
+    )
     row = capsys.readouterr().out.splitlines()[2]
     assert row.split()[2:6] == ["3.50", "0.50", "2.00", "1.00"]
     assert row.endswith("1 of 4      5 MB")
 
 
-def test_spread() -> None:
+def test_default_budgets_are_evenly_spaced() -> None:
     assert memory.evenly_spaced_budgets(281_400_000, 315_000_000) == [
         n * MB for n in (282, 290, 298, 307, 315)
     ]
@@ -97,8 +98,8 @@ def test_spread() -> None:
     assert memory.evenly_spaced_budgets(300 * MB, 200 * MB) == [300 * MB]
 
 
-def test_the_smallest_budget_is_measured_and_one_below_is_refused(
-    folder: Path, asked: list[Sequence[str]], capsys: pytest.CaptureFixture[str]
+def test_budget_below_the_smallest_is_refused(
+    folder: Path, commands: list[Sequence[str]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     least = smallest()
     assert main([*BENCH, "--budgets", f"{least},{least - 1},{least}"]) == 0
@@ -108,8 +109,8 @@ def test_the_smallest_budget_is_measured_and_one_below_is_refused(
     assert "refused" in capsys.readouterr().out
 
 
-def test_what_the_machine_cannot_hold_is_not_tried(
-    folder: Path, asked: list[Sequence[str]], monkeypatch: pytest.MonkeyPatch
+def test_budget_beyond_the_machine_is_not_run(
+    folder: Path, commands: list[Sequence[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     least = smallest()
     monkeypatch.setattr("mlx_sora.runtime.device.total_memory", lambda: least)
@@ -119,18 +120,18 @@ def test_what_the_machine_cannot_hold_is_not_tried(
     assert free["measured"] is None
     assert "not run" in free["reason"]
     assert bounded["measured"] is not None
-    assert len(asked) == 1
+    assert len(commands) == 1
     draw_memory(result, folder / "picture")
     assert (folder / "picture").read_bytes().startswith(b"\x89PNG")
 
 
-def test_without_matplotlib_there_is_all_but_the_picture(
+def test_chart_is_left_out_without_matplotlib(
     folder: Path,
-    asked: list[Sequence[str]],
+    commands: list[Sequence[str]],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(files, "find_spec", lambda name: None)
+    monkeypatch.setattr(memory, "find_spec", lambda name: None)
     assert main([*BENCH, "--budgets", "1GB"]) == 0
     captured = capsys.readouterr()
     assert 'pip install "mlx_sora[bench]"' in captured.err
@@ -139,8 +140,8 @@ def test_without_matplotlib_there_is_all_but_the_picture(
     assert [path.name for path in (folder / "bench").iterdir()] == ["memory.json"]
 
 
-def test_results_are_replaced_only_when_asked(
-    folder: Path, asked: list[Sequence[str]], capsys: pytest.CaptureFixture[str]
+def test_results_are_replaced_only_with_overwrite(
+    folder: Path, commands: list[Sequence[str]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     (folder / "bench").mkdir()
     for name in ("memory.json", "memory.png"):
@@ -148,7 +149,7 @@ def test_results_are_replaced_only_when_asked(
         assert main([*BENCH, "--budgets", "1GB"]) == 2
         assert "--overwrite" in capsys.readouterr().err
         assert (folder / "bench" / name).read_text() == "precious"
-    assert asked == []
+    assert commands == []
     assert main([*BENCH, "--budgets", "1GB", "--overwrite"]) == 0
     assert json.loads((folder / "bench/memory.json").read_text())["rows"]
 
@@ -165,9 +166,9 @@ def test_results_are_replaced_only_when_asked(
     ],
     ids=str,
 )
-def test_mistakes_are_one_line(
+def test_usage_errors_are_one_line(
     folder: Path,
-    asked: list[Sequence[str]],
+    commands: list[Sequence[str]],
     capsys: pytest.CaptureFixture[str],
     words: list[str],
     says: str,
@@ -177,17 +178,17 @@ def test_mistakes_are_one_line(
     captured = capsys.readouterr()
     assert says in captured.err
     assert captured.err.count("\n") == 1
-    assert asked == []
+    assert commands == []
     assert [path.name for path in folder.iterdir()] == ["file"]
 
 
-def test_a_bench_must_be_named(capsys: pytest.CaptureFixture[str]) -> None:
+def test_missing_bench_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench"]) == 2
     assert main(["bench", "memory2"]) == 2
     assert "memory" in capsys.readouterr().err
 
 
-def test_a_failing_generation_fails_the_bench_with_its_code(
+def test_failed_generation_fails_the_bench_with_its_code(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(ChildFailed, match=r"gone.*") as error:
@@ -203,12 +204,12 @@ def test_a_failing_generation_fails_the_bench_with_its_code(
     assert list(folder.iterdir()) == []
 
 
-def test_what_ends_a_child_without_a_word() -> None:
-    assert "signal 9" in child._failure(-9, "", "").message
-    assert child._failure(1, "", "some\nlast line\n").message == "last line"
+def test_child_error_without_an_event() -> None:
+    assert "signal 9" in measuring._child_error(-9, "", "").message
+    assert measuring._child_error(1, "", "some\nlast line\n").message == "last line"
 
 
-def test_an_interrupt_ends_the_child(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupt_ends_the_child(monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[subprocess.Popen[str]] = []
     real = subprocess.Popen
 
@@ -220,14 +221,14 @@ def test_an_interrupt_ends_the_child(monkeypatch: pytest.MonkeyPatch) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(subprocess, "Popen", popen)
-    monkeypatch.setattr(child._ChildMonitor, "handle", interrupt)
+    monkeypatch.setattr(measuring._ChildMonitor, "handle", interrupt)
     with pytest.raises(KeyboardInterrupt):
         measure(["-p", "a", "--model", "shapes", "--steps", "1000"])
     assert started[0].returncode == 130
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda n: n.name)
-def test_an_interrupt_leaves_nothing(folder: Path, number: signal.Signals) -> None:
+def test_interrupt_leaves_no_file(folder: Path, number: signal.Signals) -> None:
     words = [*COMMAND, "--steps", "1000", "--budgets", "1GB"]
     process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None
@@ -249,7 +250,7 @@ def test_an_interrupt_leaves_nothing(folder: Path, number: signal.Signals) -> No
     ],
     ids=str,
 )
-def test_flags_are_read_back_as_they_were(options: dict[str, object]) -> None:
+def test_command_line_round_trips(options: dict[str, object]) -> None:
     parser = Parser()
     add_request_flags(parser, "generate")
     assert explicit_options(parser.parse_args(to_command_line(options))) == options

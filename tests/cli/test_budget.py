@@ -1,4 +1,4 @@
-"""Memory budgets end to end: planned, kept, or refused; streaming blocks changes nothing."""
+"""Memory budgets end to end: planned, kept or refused; streaming changes no result."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def smallest(pipe: Pipeline, **options: object) -> int:
 
 
 @pytest.mark.parametrize("frames", [1, 17, 51])
-def test_the_process_stays_within_the_smallest_budget(
+def test_process_stays_within_the_smallest_budget(
     pipe: Pipeline, tmp_path: Path, frames: int
 ) -> None:
     budget = smallest(pipe, num_frames=frames, steps=3)
@@ -54,7 +54,7 @@ def test_the_process_stays_within_the_smallest_budget(
     assert peak_of(words, tmp_path) <= budget
 
 
-def test_a_clip_four_times_as_long_takes_no_more_memory(tmp_path: Path) -> None:
+def test_memory_does_not_grow_with_the_length(tmp_path: Path) -> None:
     small = ["--steps", "1", "--guidance", "1", "--width", "32", "--height", "32"]
     short, long = (
         peak_of([*COMMAND, *small, "--num-frames", str(n), "-o", f"{n}.mp4"], tmp_path)
@@ -63,7 +63,7 @@ def test_a_clip_four_times_as_long_takes_no_more_memory(tmp_path: Path) -> None:
     assert long < 1.05 * short
 
 
-def test_a_budget_too_small_names_one_that_does(pipe: Pipeline, tmp_path: Path) -> None:
+def test_small_budget_error_names_a_possible_one(pipe: Pipeline, tmp_path: Path) -> None:
     words = [*COMMAND, "-o", "a.mp4", "--memory-budget", "100MB"]
     result = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert result.returncode == 3
@@ -77,7 +77,7 @@ def test_a_budget_too_small_names_one_that_does(pipe: Pipeline, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("more", [{}, {"tdtm": "2"}, {"lpl": "fixed:2"}], ids=str)
-def test_streamed_equals_resident_bit_for_bit(pipe: Pipeline, more: dict[str, str]) -> None:
+def test_streaming_changes_no_bit(pipe: Pipeline, more: dict[str, str]) -> None:
     plain = pipe(PROMPT, seed=1, steps=4, **more)
     streamed = pipe(PROMPT, seed=1, steps=4, ci_dl=True, **more)
     # In turn or together, the two decoders see the same numbers.
@@ -88,13 +88,13 @@ def test_streamed_equals_resident_bit_for_bit(pipe: Pipeline, more: dict[str, st
     assert "ci_dl" not in plain.metadata["accelerations"]
 
 
-def test_a_budget_changes_no_more_than_rounding(pipe: Pipeline) -> None:
+def test_budget_changes_no_more_than_rounding(pipe: Pipeline) -> None:
     plain = pipe(PROMPT, seed=1, steps=4)
     tight = pipe(PROMPT, seed=1, steps=4, memory_budget=str(smallest(pipe)))
     assert np.abs(tight.frames.astype(int) - plain.frames.astype(int)).max() <= 1
 
 
-def test_dry_run_prints_the_plan_and_stops(tmp_path: Path) -> None:
+def test_dry_run_prints_the_plan(tmp_path: Path) -> None:
     words = [*COMMAND, "--dry-run"]
     result = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert result.returncode == 0
@@ -119,6 +119,6 @@ def test_dry_run_prints_the_plan_and_stops(tmp_path: Path) -> None:
     ],
     ids=str,
 )
-def test_bad_budgets(pipe: Pipeline, options: dict[str, str]) -> None:
+def test_bad_budgets_are_refused(pipe: Pipeline, options: dict[str, str]) -> None:
     with pytest.raises(UsageError):
         pipe.plan(GenerationRequest.from_dict({"prompt": PROMPT, **options}))

@@ -21,7 +21,7 @@ def clip(folder: Path) -> str:
     return str(save_frames(folder / "clip{1}.mp4", frames, 24, None, False))
 
 
-def test_the_path_is_printed_and_the_request_inside(
+def test_edit_prints_the_path_and_records_the_request(
     clip: str, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["edit", clip, *SMALL, "--inject-steps", "0", "--quiet"]) == 0
@@ -33,7 +33,7 @@ def test_the_path_is_printed_and_the_request_inside(
     assert main(["edit", clip, *SMALL]) == 2, "what is there is not overwritten"
 
 
-def test_a_dry_run_writes_nothing(
+def test_dry_run_writes_no_file(
     clip: str, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["edit", clip, *SMALL, "--dry-run"]) == 0
@@ -51,7 +51,7 @@ def test_a_dry_run_writes_nothing(
         ([*PROMPTS, "--inject-steps", "40", "--model", "shapes"], "Give 0 to 30"),
     ],
 )
-def test_bad_input_is_one_line(
+def test_usage_errors_are_one_line(
     clip: str, words: list[str], said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["edit", clip, *words]) == 2

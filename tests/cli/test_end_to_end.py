@@ -1,4 +1,4 @@
-"""The command line as a new user meets it: real processes, the bundled model, real mistakes."""
+"""The command line in real processes with the bundled model."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def generate(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
     return run(folder, "generate", "-p", PROMPT, "--steps", "2", *words)
 
 
-def test_prompt_in_video_out(tmp_path: Path) -> None:
+def test_generate_writes_a_video(tmp_path: Path) -> None:
     result = generate(tmp_path, "--seed", "7")
     assert result.returncode == 0, result.stderr
     path = tmp_path / result.stdout.strip()
@@ -41,13 +41,13 @@ def test_prompt_in_video_out(tmp_path: Path) -> None:
         assert word in result.stderr
 
 
-def test_several_seeds_make_several_files(tmp_path: Path) -> None:
+def test_seeds_make_one_file_each(tmp_path: Path) -> None:
     result = generate(tmp_path, "--seed", "1", "2", "--num-frames", "1", "-o", "{seed}.png")
     assert result.returncode == 0, result.stderr
     assert sorted(file.name for file in tmp_path.iterdir()) == ["1.png", "2.png"]
 
 
-def test_a_video_replays_itself(tmp_path: Path) -> None:
+def test_replay_repeats_the_pixels(tmp_path: Path) -> None:
     assert generate(tmp_path, "--seed", "5", "-o", "a_%02d.png").returncode == 0
     replay = run(tmp_path, "generate", "-C", "a_00.png", "-o", "b_%02d.png")
     assert replay.returncode == 0, replay.stderr
@@ -56,7 +56,7 @@ def test_a_video_replays_itself(tmp_path: Path) -> None:
         assert first.tobytes() == second.tobytes()
 
 
-def test_without_the_published_model_the_bundled_one_is_named(tmp_path: Path) -> None:
+def test_fallback_to_the_bundled_model_is_announced(tmp_path: Path) -> None:
     result = generate(tmp_path)
     assert result.returncode == 0
     notices = [line for line in result.stderr.splitlines() if PUBLISHED in line]
@@ -82,7 +82,7 @@ def test_without_the_published_model_the_bundled_one_is_named(tmp_path: Path) ->
     ],
     ids=lambda value: "-".join(value) if isinstance(value, list) else "",
 )
-def test_mistakes_are_one_line(tmp_path: Path, words: list[str], code: int, says: str) -> None:
+def test_usage_errors_are_one_line(tmp_path: Path, words: list[str], code: int, says: str) -> None:
     (tmp_path / "taken.mp4").write_bytes(b"precious")
     result = generate(tmp_path, *words)
     assert result.returncode == code, result.stderr
@@ -94,7 +94,7 @@ def test_mistakes_are_one_line(tmp_path: Path, words: list[str], code: int, says
     assert (tmp_path / "taken.mp4").read_bytes() == b"precious"
 
 
-def test_wrong_weights_are_exit_code_4(tmp_path: Path) -> None:
+def test_wrong_weights_exit_with_4(tmp_path: Path) -> None:
     model = tmp_path / "model"
     shutil.copytree(find_model("shapes").path, model)
     shutil.copy(model / "vae" / "model.safetensors", model / "transformer" / "model.safetensors")
@@ -105,7 +105,7 @@ def test_wrong_weights_are_exit_code_4(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda n: n.name)
-def test_an_interrupt_leaves_nothing(tmp_path: Path, number: signal.Signals) -> None:
+def test_interrupt_leaves_no_file(tmp_path: Path, number: signal.Signals) -> None:
     process = subprocess.Popen(
         [*COMMAND, "generate", "-p", PROMPT, "--steps", "1000", "--json-events", "-o", "a.mp4"],
         cwd=tmp_path,
@@ -125,7 +125,7 @@ def test_an_interrupt_leaves_nothing(tmp_path: Path, number: signal.Signals) -> 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_info_names_model_and_machine(tmp_path: Path) -> None:
+def test_info_shows_model_and_machine(tmp_path: Path) -> None:
     result = run(tmp_path, "info", "--model", "shapes")
     assert result.returncode == 0
     for word in ("shapes", "parameters", "transformer", "backend", "mlx"):

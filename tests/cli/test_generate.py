@@ -35,7 +35,7 @@ def one_line(text: str) -> str:
     return text.strip()
 
 
-def test_prompt_in_path_out(
+def test_generate_prints_the_path(
     folder: Path, pipeline: FakePipeline, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["generate", "-p", "A red circle", "-s", "7"]) == 0
@@ -46,7 +46,7 @@ def test_prompt_in_path_out(
         assert text in captured.err, text
 
 
-def test_summary_has_seconds_and_peaks_per_stage(
+def test_stage_table_has_seconds_and_peaks(
     folder: Path, pipeline: FakePipeline, capsys: pytest.CaptureFixture[str]
 ) -> None:
     main(["generate", "-p", "a"])
@@ -56,20 +56,20 @@ def test_summary_has_seconds_and_peaks_per_stage(
     assert ["total", "1.50", "3", "MB", "99", "MB"] in rows
 
 
-def test_an_image_becomes_png(folder: Path, pipeline: FakePipeline) -> None:
+def test_one_frame_becomes_png(folder: Path, pipeline: FakePipeline) -> None:
     assert main(["generate", "-p", "a", "-s", "1", "--num-frames", "1"]) == 0
     assert files(folder) == ["a-1.png"]
 
 
 @pytest.mark.parametrize("output", ["a.mp4", "a.gif", "a.webp", "f_%02d.png", "frames/"])
-def test_kinds_of_output(folder: Path, pipeline: FakePipeline, output: str) -> None:
+def test_output_formats_are_written(folder: Path, pipeline: FakePipeline, output: str) -> None:
     assert main(["generate", "-p", "a", "-o", output]) == 0
     assert len([path for path in folder.rglob("*") if path.is_file()]) == (
         17 if "png" in output or "/" in output else 1
     )
 
 
-def test_several_seeds_make_several_videos(
+def test_seeds_make_one_video_each(
     folder: Path, pipeline: FakePipeline, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["generate", "-p", "a {b}", "-s", "3", "4", "-o", "{index}_{seed}_{{x}}.gif"]
@@ -79,7 +79,7 @@ def test_several_seeds_make_several_videos(
     assert len(pipeline.loaded) == 1
 
 
-def test_seeds_are_drawn_and_recorded(folder: Path, pipeline: FakePipeline) -> None:
+def test_random_seeds_are_recorded(folder: Path, pipeline: FakePipeline) -> None:
     main(["generate", "-p", "a", "-o", "1.mp4"])
     main(["generate", "-p", "a", "-o", "2.mp4"])
     seeds = [read_metadata(folder / name)["settings"]["seed"] for name in ("1.mp4", "2.mp4")]
@@ -87,7 +87,7 @@ def test_seeds_are_drawn_and_recorded(folder: Path, pipeline: FakePipeline) -> N
     assert seeds[0] != seeds[1]
 
 
-def test_prompt_from_stdin(
+def test_prompt_is_read_from_stdin(
     folder: Path, pipeline: FakePipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "stdin", io.StringIO("from a pipe\n"))
@@ -96,7 +96,7 @@ def test_prompt_from_stdin(
 
 
 @pytest.mark.parametrize("name", ["a.mp4", "a.gif", "a.webp", "f_%02d.png"])
-def test_replay(folder: Path, pipeline: FakePipeline, name: str) -> None:
+def test_replay_takes_recorded_options(folder: Path, pipeline: FakePipeline, name: str) -> None:
     main(["generate", "-p", "a cat", "-s", "9", "--steps", "3", "--fps", "12", "-o", name])
     source = files(folder)[0]
     assert main(["generate", "-C", source, "-o", "b.mp4", "--fps", "30"]) == 0
@@ -106,16 +106,14 @@ def test_replay(folder: Path, pipeline: FakePipeline, name: str) -> None:
     assert second.output == "b.mp4"
 
 
-def test_replay_from_a_sidecar(folder: Path, pipeline: FakePipeline) -> None:
+def test_replay_reads_a_sidecar(folder: Path, pipeline: FakePipeline) -> None:
     main(["generate", "-p", "a cat", "-s", "9", "-o", "a.mp4", "--metadata"])
     assert files(folder) == ["a.json", "a.mp4"]
     assert main(["generate", "-C", "a.json", "-s", "10"]) == 0
     assert [request.seed for request in pipeline.requests] == [9, 10]
 
 
-def test_a_size_that_is_typed_replaces_the_recorded_one(
-    folder: Path, pipeline: FakePipeline
-) -> None:
+def test_replay_size_is_replaced_by_flags(folder: Path, pipeline: FakePipeline) -> None:
     pixels = {"width": 64, "height": 64}
     write_sidecar(folder / "pixels.mp4", {"request": {"prompt": "a", **pixels}})
     write_sidecar(folder / "named.mp4", {"request": {"prompt": "a", "resolution": "240p"}})
@@ -126,7 +124,7 @@ def test_a_size_that_is_typed_replaces_the_recorded_one(
     assert (second.width, second.height, second.resolution) == (32, 32, None)
 
 
-def test_json_events(
+def test_json_events_are_printed(
     folder: Path, pipeline: FakePipeline, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["generate", "-p", "a", "-s", "7", "--json-events"]) == 0
@@ -142,7 +140,7 @@ def test_json_events(
     assert captured.err == "log of level warning\nlog of level error\n"
 
 
-def test_json_events_tell_errors_too(
+def test_json_events_include_errors(
     folder: Path, pipeline: FakePipeline, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pipeline.failure = MemoryBudgetError("too small.", "Get more.")
@@ -153,7 +151,9 @@ def test_json_events_tell_errors_too(
     assert captured.err.splitlines()[-1] == "error: too small. Get more."
 
 
-def test_quiet(folder: Path, pipeline: FakePipeline, capsys: pytest.CaptureFixture[str]) -> None:
+def test_quiet_prints_only_the_path(
+    folder: Path, pipeline: FakePipeline, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["generate", "-p", "a", "-s", "7", "--quiet"]) == 0
     captured = capsys.readouterr()
     assert (captured.out, captured.err) == ("a-7.mp4\n", "log of level error\n")
@@ -163,7 +163,7 @@ def test_quiet(folder: Path, pipeline: FakePipeline, capsys: pytest.CaptureFixtu
     ("flag", "levels"),
     [("--quiet", "error"), ("--json-events", "warning error"), ("-v", "info warning error")],
 )
-def test_loudness_of_the_log(
+def test_log_level_follows_the_flags(
     folder: Path,
     pipeline: FakePipeline,
     capsys: pytest.CaptureFixture[str],
@@ -209,7 +209,7 @@ def test_loudness_of_the_log(
         ("--nope", "unrecognized arguments"),
     ],
 )
-def test_usage_errors_are_one_line_and_touch_nothing(
+def test_usage_errors_are_one_line_and_change_no_file(
     folder: Path,
     pipeline: FakePipeline,
     capsys: pytest.CaptureFixture[str],
@@ -226,13 +226,13 @@ def test_usage_errors_are_one_line_and_touch_nothing(
     assert (folder / "taken.mp4").read_text() == "precious"
 
 
-def test_overwrite(folder: Path, pipeline: FakePipeline) -> None:
+def test_overwrite_replaces_the_output(folder: Path, pipeline: FakePipeline) -> None:
     (folder / "a.mp4").write_text("old")
     assert main(["generate", "-p", "a", "-o", "a.mp4", "--overwrite"]) == 0
     assert read_metadata(folder / "a.mp4")["request"]["prompt"] == "a"
 
 
-def test_no_command_shows_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+def test_missing_command_shows_the_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 2
     captured = capsys.readouterr()
     assert "generate" in captured.err
@@ -249,7 +249,7 @@ def test_no_command_shows_the_help(capsys: pytest.CaptureFixture[str]) -> None:
         (RuntimeError("line 1\nline 2"), 1, "error: RuntimeError: line 1 line 2 Add --debug"),
     ],
 )
-def test_failures_leave_one_line_a_code_and_no_file(
+def test_failures_print_one_line_and_leave_no_file(
     folder: Path,
     pipeline: FakePipeline,
     capsys: pytest.CaptureFixture[str],
@@ -280,7 +280,7 @@ def run_python(code: str, **more: object) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize("words", [["--help"], ["generate", "--help"], ["--version"]])
-def test_help_is_quick_to_import(words: list[str]) -> None:
+def test_help_imports_nothing_heavy(words: list[str]) -> None:
     result = run_python(f"""
         import sys
         from mlx_sora.cli.main import main
@@ -294,7 +294,7 @@ def test_help_is_quick_to_import(words: list[str]) -> None:
     assert "mlx_sora" in result.stdout
 
 
-def test_an_interruption_outside_the_run_ends_it_too(
+def test_interrupt_of_the_renderer_ends_the_run(
     folder: Path, pipeline: FakePipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Ctrl-C while progress is drawn: the fake keeps its run alive, so only closing ends it."""
@@ -337,7 +337,7 @@ def test_signals_leave_no_partial_file(folder: Path, number: signal.Signals) -> 
     assert files(folder) == []
 
 
-def test_the_module_carries_the_exit_code(folder: Path) -> None:
+def test_module_returns_the_exit_code(folder: Path) -> None:
     result = subprocess.run(
         [sys.executable, "-m", "mlx_sora", "generate"],
         capture_output=True,

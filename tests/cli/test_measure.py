@@ -1,4 +1,4 @@
-"""The physical footprint of macOS, read from a stand-in; from the system itself where it can be."""
+"""The peak footprint of macOS, read from a fake library and, on macOS, from the system."""
 
 from __future__ import annotations
 
@@ -68,15 +68,15 @@ def library(status: int) -> Any:
     return SimpleNamespace(proc_pid_rusage=proc_pid_rusage)
 
 
-def test_the_field_of_the_peak() -> None:
+def test_read_peak_reads_the_lifetime_maximum() -> None:
     assert read_peak(library(0), 7) == 1000 + FIELDS.index("lifetime_max_phys_footprint")
 
 
-def test_a_process_that_is_gone() -> None:
+def test_read_peak_of_an_ended_process_is_none() -> None:
     assert read_peak(library(-1), 7) is None
 
 
-def test_this_process() -> None:
+def test_peak_footprint_of_this_process() -> None:
     peak = peak_footprint(os.getpid())
     if platform.system() == "Darwin":
         assert peak is not None
@@ -85,7 +85,7 @@ def test_this_process() -> None:
         assert peak is None
 
 
-def test_other_systems_load_no_library(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_peak_footprint_loads_no_library_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(platform, "system", lambda: "Linux")
     monkeypatch.setattr(ctypes, "CDLL", None)
     assert peak_footprint(os.getpid()) is None

@@ -1,4 +1,4 @@
-"""`generate --prompt-file`: many videos of one file, and of several seeds."""
+"""`generate --prompt-file`, and several seeds."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ def write(folder: Path, *lines: object, name: str = "many.jsonl") -> str:
     return name
 
 
-def test_a_prompt_a_line(folder: Path, pipeline: FakePipeline) -> None:
+def test_text_lines_are_prompts(folder: Path, pipeline: FakePipeline) -> None:
     name = write(folder, "a cat", "", "# no prompt", '  a {"b"}  ', name="many.txt")
     assert main([*COMMAND, name, "--steps", "3"]) == 0
     assert files(folder) == ["0000-a-cat.mp4", "0001-a-b.mp4"]
     assert [(r.prompt, r.steps) for r in pipeline.requests] == [("a cat", 3), ('a {"b"}', 3)]
 
 
-def test_any_option_a_line(folder: Path, pipeline: FakePipeline) -> None:
+def test_json_lines_hold_any_option(folder: Path, pipeline: FakePipeline) -> None:
     one = {"prompt": "a", "seed": [4, 5], "num_frames": 1}
     two = {"prompt": "b", "seed": 6, "steps": 9, "output": "own-{seed}.mp4", "images": ["a.png"]}
     assert main([*COMMAND, write(folder, one, two), "--steps", "3"]) == 0
@@ -41,7 +41,7 @@ def test_any_option_a_line(folder: Path, pipeline: FakePipeline) -> None:
     assert pipeline.requests[2].images == (("a.png", 0, 1.0),)
 
 
-def test_what_is_there_is_skipped(
+def test_existing_outputs_are_skipped(
     folder: Path, pipeline: FakePipeline, capsys: pytest.CaptureFixture[str]
 ) -> None:
     name = write(folder, {"prompt": "a"}, {"prompt": "b"})
@@ -57,7 +57,7 @@ def test_what_is_there_is_skipped(
     assert len(pipeline.requests) == 5
 
 
-def test_a_file_of_another_prompt_is_no_finished_output(
+def test_existing_output_of_another_prompt_is_an_error(
     folder: Path, pipeline: FakePipeline, capsys: pytest.CaptureFixture[str]
 ) -> None:
     main([*COMMAND, write(folder, {"prompt": "a", "output": "x.mp4"})])
@@ -66,9 +66,7 @@ def test_a_file_of_another_prompt_is_no_finished_output(
     assert read_metadata(folder / "x.mp4")["request"]["prompt"] == "a"
 
 
-def test_a_dry_run_tells_what_is_wrong_in_a_line(
-    folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_dry_run_reports_errors_by_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     name = write(folder, {"prompt": "a", "steps": 0}, {"prompt": "b", "num_frames": 1})
     assert main([*COMMAND, name, "--model", "shapes", "--dry-run"]) == 2
     captured = capsys.readouterr()
@@ -76,7 +74,7 @@ def test_a_dry_run_tells_what_is_wrong_in_a_line(
     assert "error: line 1: --steps" in captured.err
 
 
-def test_failures_are_told_at_the_end(
+def test_failures_are_printed_last(
     folder: Path, pipeline: FakePipeline, capsys: pytest.CaptureFixture[str]
 ) -> None:
     lines = ["{", {"prompt": "a", "stesp": 3}, {"prompt": " "}, {"prompt": "b"}, "[]"]
@@ -92,7 +90,7 @@ def test_failures_are_told_at_the_end(
     assert files(folder) == ["0003-b.mp4"]
 
 
-def test_a_failing_run_has_its_line_and_code(
+def test_failed_run_is_reported_by_line(
     folder: Path, pipeline: FakePipeline, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pipeline.failure = MemoryBudgetError("too much.", "Use less.")
@@ -104,7 +102,7 @@ def test_a_failing_run_has_its_line_and_code(
     assert files(folder) == []
 
 
-def test_several_seeds_fail_apart(
+def test_seeds_fail_independently(
     folder: Path, pipeline: FakePipeline, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pipeline.failure = MemoryBudgetError("too much.", "Use less.")
@@ -125,7 +123,7 @@ def test_several_seeds_fail_apart(
         (["one.txt", "-o", "{nothing}.mp4"], "Cannot fill in"),
     ],
 )
-def test_files_that_cannot_be(
+def test_bad_prompt_files_are_refused(
     folder: Path,
     pipeline: FakePipeline,
     capsys: pytest.CaptureFixture[str],

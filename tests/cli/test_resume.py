@@ -1,4 +1,4 @@
-"""Ending a real process in the middle of its work, and giving the same command again."""
+"""`generate` after a signal has ended it: the same command or --resume continues."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def run(folder: Path, *words: str) -> tuple[int, str, str]:
     return process.returncode, out, errors
 
 
-def end(folder: Path, number: signal.Signals, event: str, *words: str) -> int:
-    """Send a signal after the event that a line tells of; the exit code."""
+def interrupt(folder: Path, number: signal.Signals, event: str, *words: str) -> int:
+    """Send a signal after the first line with `event`; return the exit code."""
     process = start(folder, *WORDS, *words)
     assert process.stdout is not None
     assert any(event in line for line in process.stdout)
@@ -41,9 +41,9 @@ def end(folder: Path, number: signal.Signals, event: str, *words: str) -> int:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    """The video of a run that nothing happened to."""
-    folder = tmp_path_factory.mktemp("whole")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """Return the video of a run without an interruption."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
     code, _, errors = run(folder, *WORDS, "--seed", "3", "-o", "a.mp4")
     assert code == 0, errors
     assert [file.name for file in folder.iterdir()] == ["a.mp4"]
@@ -51,11 +51,11 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 
 
 @pytest.mark.parametrize("number", EACH, ids=lambda n: n.name)
-def test_the_same_command_finishes_the_same_video(
-    tmp_path: Path, whole: bytes, number: signal.Signals
+def test_repeated_command_finishes_the_same_video(
+    tmp_path: Path, uninterrupted: bytes, number: signal.Signals
 ) -> None:
     words = ["--seed", "3", "-o", "a.mp4"]
-    code = end(tmp_path, number, '"step_finished", "step": 2', *words)
+    code = interrupt(tmp_path, number, '"step_finished", "step": 2', *words)
     assert code == (-9 if number == signal.SIGKILL else 130)
     # A process that is killed leaves its claim's empty file, which the next run takes over.
     left = [file.name for file in tmp_path.iterdir() if file.suffix != ".lock"]
@@ -65,12 +65,12 @@ def test_the_same_command_finishes_the_same_video(
     made = [line for line in out.splitlines() if '"step_finished"' in line]
     # A signal that can be answered costs the step it falls into, a kill those since the last write.
     assert len(made) <= (STEPS - 2 if number == signal.SIGKILL else STEPS - 3)
-    assert (tmp_path / "a.mp4").read_bytes() == whole
+    assert (tmp_path / "a.mp4").read_bytes() == uninterrupted
     assert [file.name for file in tmp_path.iterdir()] == ["a.mp4"]
 
 
-def test_a_file_is_enough(tmp_path: Path, whole: bytes) -> None:
-    end(tmp_path, signal.SIGTERM, '"step_finished", "step": 0', "--seed", "3", "-o", "a.mp4")
+def test_resume_needs_only_the_checkpoint(tmp_path: Path, uninterrupted: bytes) -> None:
+    interrupt(tmp_path, signal.SIGTERM, '"step_finished", "step": 0', "--seed", "3", "-o", "a.mp4")
     file = "a.mp4" + CHECKPOINT_SUFFIX
     code, _, errors = run(tmp_path, "generate", "--resume", file, "--steps", "9")
     assert code == 2
@@ -78,10 +78,10 @@ def test_a_file_is_enough(tmp_path: Path, whole: bytes) -> None:
     code, _, errors = run(tmp_path, "generate", "--resume", file)
     assert code == 0, errors
     assert "1 of 6 steps are done" in errors
-    assert (tmp_path / "a.mp4").read_bytes() == whole
+    assert (tmp_path / "a.mp4").read_bytes() == uninterrupted
 
 
-def test_a_batch_goes_on_where_it_was(tmp_path: Path) -> None:
+def test_prompt_file_continues_after_a_kill(tmp_path: Path) -> None:
     (tmp_path / "p.txt").write_text("a red circle\na blue square\n")
     words = [*WORDS[:1], *WORDS[3:], "--prompt-file", "p.txt"]
     process = start(tmp_path, *words)
@@ -112,7 +112,7 @@ def test_a_batch_goes_on_where_it_was(tmp_path: Path) -> None:
     ],
     ids=str,
 )
-def test_mistakes_are_one_line(tmp_path: Path, words: list[str], code: int, says: str) -> None:
+def test_resume_errors_are_one_line(tmp_path: Path, words: list[str], code: int, says: str) -> None:
     (tmp_path / "junk").write_bytes(b"junk")
     found, _, errors = run(tmp_path, "generate", *words)
     assert found == code
@@ -120,7 +120,7 @@ def test_mistakes_are_one_line(tmp_path: Path, words: list[str], code: int, says
     assert says in errors
 
 
-def test_an_edit_does_not_offer_it(tmp_path: Path) -> None:
+def test_edit_offers_no_resume(tmp_path: Path) -> None:
     code, out, _ = run(tmp_path, "edit", "--help")
     assert code == 0
     assert "--checkpoint-every" not in out

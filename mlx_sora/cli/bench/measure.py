@@ -90,7 +90,7 @@ def measure(flags: Sequence[str]) -> Measurement:
             resident = _wait(process)
             if process.returncode != 0:
                 errors.seek(0)
-                raise _failure(process.returncode, monitor.error, errors.read())
+                raise _child_error(process.returncode, monitor.error, errors.read())
         wall = time.perf_counter() - start
         sidecar = json.loads(Path(folder, "video.json").read_text(encoding="utf-8"))
     return Measurement(
@@ -132,7 +132,7 @@ def _wait(process: subprocess.Popen[str]) -> int:
     return usage.ru_maxrss * (1 if platform.system() == "Darwin" else 1024)
 
 
-def _failure(code: int, message: str, errors: str) -> ChildFailed:
+def _child_error(code: int, message: str, errors: str) -> ChildFailed:
     if code < 0:
         return ChildFailed(f"The generation was killed by signal {-code}; out of memory?", 1)
     lines = errors.strip().splitlines()
