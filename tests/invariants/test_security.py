@@ -233,5 +233,5 @@ def test_a_model_cannot_put_words_into_a_command(tmp_path: Path) -> None:
 
 
 def test_a_model_of_nobody_is_a_plain_error() -> None:
-    with pytest.raises(WeightsError, match="home"):
+    with pytest.raises(WeightsError, match="no such user"):
         ModelFolder.open("~nobody-there/model")
