@@ -41,9 +41,12 @@ class Source:
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 yield node
 
-    def imports(self) -> Iterator[tuple[int, str]]:
-        """(line, dotted name) of every import, deferred ones too, those for type checkers not."""
-        for node in _runtime_nodes(self.tree):
+    def imports(self, type_checking: bool = False) -> Iterator[tuple[int, str]]:
+        """Yield (line, dotted name) of every import, deferred ones included.
+
+        type_checking: with those under `if TYPE_CHECKING:`.
+        """
+        for node in ast.walk(self.tree) if type_checking else _runtime_nodes(self.tree):
             if isinstance(node, ast.Import):
                 yield from ((node.lineno, alias.name) for alias in node.names)
             elif isinstance(node, ast.ImportFrom):

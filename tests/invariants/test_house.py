@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import re
+from collections.abc import Iterator
 
-from tests.helpers.source import sources
+from tests.helpers.source import Source, sources
 
 EVERYWHERE = ("mlx_sora", "tests", "benchmarks", "examples")
 MAX_FILE, MAX_FUNCTION, MAX_PARAMETERS = 400, 60, 8
@@ -86,3 +88,58 @@ def test_modules_classes_and_public_functions_of_the_package_say_what_they_are()
         and ast.get_docstring(node) is None
     ]
     assert missing == []
+
+
+#: Words that name nothing in the field: participles that do not say of what, and metaphors.
+BANNED = {
+    *("told", "alone", "begun", "anew", "spared", "kept", "made", "given", "asked", "wanted"),
+    *("crew", "parcel", "claim", "claimed", "stranger", "strangers", "lessen", "hearing"),
+    *("foretell", "foretold", "forecast", "halves"),
+}
+
+
+def names(source: Source) -> Iterator[tuple[int, str]]:
+    """Yield line and name of every class, function, parameter and class attribute."""
+    for node in ast.walk(source.tree):
+        if isinstance(node, ast.ClassDef | ast.FunctionDef):
+            yield node.lineno, node.name
+        if isinstance(node, ast.FunctionDef):
+            arguments = node.args
+            for each in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs):
+                yield each.lineno, each.arg
+        if isinstance(node, ast.ClassDef):
+            for statement in node.body:
+                if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
+                    yield statement.lineno, statement.target.id
+
+
+def test_names_are_words_of_the_field() -> None:
+    found = [
+        f"{s.name}:{line} {name}"
+        for s in sources("mlx_sora")
+        for line, name in names(s)
+        if BANNED & set(re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower().split("_"))
+    ]
+    assert found == []
+
+
+def test_public_classes_have_different_names() -> None:
+    places: dict[str, list[str]] = {}
+    for s in sources("mlx_sora"):
+        for node in s.tree.body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                places.setdefault(node.name, []).append(s.name)
+    assert {name: files for name, files in places.items() if len(files) > 1} == {}
+
+
+def test_docstrings_begin_with_what_a_thing_is_or_does() -> None:
+    """With a verb or a noun, never with a question word; ruff's D401 wants the imperative."""
+    found = [
+        f"{s.name}:{getattr(node, 'lineno', 1)} {doc.splitlines()[0]}"
+        for s in sources("mlx_sora")
+        for node in ast.walk(s.tree)
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
+        and (doc := ast.get_docstring(node))
+        and doc.split()[0] in ("What", "Whether", "Where", "How", "Which", "Those", "Whatever")
+    ]
+    assert found == []

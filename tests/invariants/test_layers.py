@@ -1,8 +1,9 @@
-"""Lower layers never import higher ones, and networks do not know who accelerates them."""
+"""Layers, import circles and the root of the package; networks do not know accelerations."""
 
 from __future__ import annotations
 
 import re
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,38 @@ def test_every_module_has_a_layer() -> None:
 
 def test_lower_layers_do_not_import_higher_ones() -> None:
     assert [v for source in sources("mlx_sora") for v in violations(source)] == []
+
+
+def imported_modules() -> dict[str, set[str]]:
+    """Return the modules of the package that each module imports, for type checkers too."""
+    modules = {source.module: source for source in sources("mlx_sora")}
+    graph: dict[str, set[str]] = {}
+    for module, source in modules.items():
+        targets = set()
+        for _, name in source.imports(type_checking=True):
+            while name not in modules and "." in name:
+                name = name.rpartition(".")[0]
+            targets.add(name)
+        graph[module] = (targets & modules.keys()) - {module, "mlx_sora"}
+    return graph
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    graph = imported_modules()
+    try:
+        list(TopologicalSorter(graph).static_order())
+    except CycleError as error:
+        pytest.fail(" -> ".join(error.args[1]))
+
+
+def test_the_root_of_the_package_holds_only_what_everything_needs() -> None:
+    root = {source.path.name for source in sources("mlx_sora") if source.module.count(".") < 2}
+    loose = {name for name in root if name != "__init__.py"}
+    assert loose == {"__main__.py", "errors.py", "geometry.py"}
+
+
+def test_the_package_has_few_files() -> None:
+    assert len(sources("mlx_sora")) <= 145
 
 
 @pytest.mark.parametrize(
