@@ -1,4 +1,4 @@
-"""How several ranks split one evaluation of the transformer.
+"""Split of one evaluation of the transformer among ranks.
 
 Modes have the names of xDiT and VideoSys. guidance (CFG parallel): the conditional and the
 unconditional prediction on different ranks. sequence (sequence parallel): spatial attention split
@@ -24,7 +24,7 @@ RESIDUAL_ITEMSIZE = 4
 
 @dataclass(frozen=True)
 class ParallelPlan:
-    """How `ranks` split an evaluation: in `cfg_degree` groups (1 or 2), each with its own samples.
+    """Split of an evaluation among `ranks`: in `cfg_degree` groups (1 or 2), each with its own samples.
 
     subgroups: each group has collectives of its own. ring: neighbours can send to each other.
     Without either, every exchange is an all-gather of all ranks.

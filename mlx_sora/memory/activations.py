@@ -25,7 +25,7 @@ COMPILED_BUFFER = SLICE_BYTES // 2
 
 @dataclass(frozen=True)
 class ExecutionMode:
-    """How MLX computes.
+    """Conditions under which MLX computes.
 
     gpu: kernels run on whole tensors.
     throttled: the scheduler may not allocate ahead (see `stage_limits`); no effect on GPUs.

@@ -334,7 +334,7 @@ BlockPair = tuple[STDiT3Block, STDiT3Block]
 
 @dataclass(frozen=True)
 class Conditions:
-    """What the steps of a run share.
+    """Inputs of the network that all steps of a run share.
 
     text: [B, L, C], after the text MLP. text_mask: boolean [B, 1, 1, L], None if all lengths agree.
     position: [S, C]. fps: [B, C]. t0, t0_mlp: embedding [B, C] and modulation [B, 6C] of frames at

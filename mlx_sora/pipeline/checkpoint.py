@@ -118,7 +118,7 @@ class Checkpoints:
         new: Snapshot | None = None,
         source: Path | None = None,
     ) -> None:
-        """new: the run before its first step, or as the file `source` holds it."""
+        """Set up; new is the run before its first step, or as the file `source` holds it."""
         self._path, self._every, self._source = path, every, source
         self._written: Snapshot | None = None
         # States stay on disk until their clip begins: text is encoded first.

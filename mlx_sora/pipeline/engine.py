@@ -93,7 +93,7 @@ class Engine:
 
     @property
     def machine(self) -> Machine:
-        """What the planner knows about this machine."""
+        """Machine as the planner sees it."""
         return Machine(on_gpu(), default_cache_limit() or total_memory(), self.mx_dtype.size)
 
     def check_equal(self, requests: Sequence[GenerationRequest], **more: Any) -> None:

@@ -71,7 +71,7 @@ class EditSource:
 
 @dataclass
 class RunResult:
-    """What a run has done so far.
+    """Record of a run so far.
 
     warnings: for the user and the metadata. clips: account of the accelerations, for each finished
     clip. seconds, memory: wall seconds and peak resident bytes per stage, over all clips. streamed:

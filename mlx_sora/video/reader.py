@@ -50,7 +50,7 @@ class VideoInfo:
 
 @dataclass(frozen=True)
 class ResizeCrop:
-    """How a picture fills a size: scaled, then cropped to `size` at the centre."""
+    """Resize of a picture to fill a size: scaled, then cropped to `size` at the centre."""
 
     source: Size
     scaled: Size
