@@ -24,7 +24,7 @@ RESIDUAL_ITEMSIZE = 4
 
 @dataclass(frozen=True)
 class ParallelPlan:
-    """Split of an evaluation among `ranks`: in `cfg_degree` groups (1 or 2), each with its own samples.
+    """Split of an evaluation among `ranks`, in `cfg_degree` groups (1 or 2) with their own samples.
 
     subgroups: each group has collectives of its own. ring: neighbours can send to each other.
     Without either, every exchange is an all-gather of all ranks.
