@@ -209,7 +209,7 @@ class FlowEdit:
             yield StepFinished(step.step.index, 2 * self._steps, step.t, step.seconds, z)
         if self._values.evaluations:
             yield Noted(
-                f"values of {self._values.evaluations} evaluations in memory: "
+                f"attention values of {self._values.evaluations} evaluations kept in memory: "
                 f"{format_bytes(self._values.nbytes)}"
             )
         return z
