@@ -17,7 +17,7 @@ from pathlib import Path
 from benchmarks.common import RESULTS, markdown, write_json
 from mlx_sora.distributed.cost_model import LINKS, Chip, Cluster, estimate_step, parse_chip
 from mlx_sora.geometry import Size, plan_geometry
-from mlx_sora.memory.estimate import sizes_from_configs
+from mlx_sora.memory.estimate import published_sizes
 from mlx_sora.memory.plan import ModelSizes, Workload
 
 SIZES = {"240p": Size(426, 240), "480p": Size(854, 480), "720p": Size(1280, 720)}
@@ -78,7 +78,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=RESULTS / "clusters.json")
     options = parser.parse_args()
     chip = parse_chip(options.chip)
-    table = rows(sizes_from_configs(2), chip)
+    table = rows(published_sizes(2), chip)
     print(show(table))
     write_json(options.json, {"chip": asdict(chip), "rows": [asdict(row) for row in table]})
 

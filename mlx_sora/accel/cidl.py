@@ -18,7 +18,7 @@ from typing import Generic, TypeVar
 import mlx.core as mx
 
 from mlx_sora.loading.blocks import BlockSource
-from mlx_sora.memory.residency import BlockSizes, Residency, evenly_spaced
+from mlx_sora.memory.residency import Residency, evenly_spaced
 
 Block = TypeVar("Block")
 
@@ -139,7 +139,7 @@ class BlockStream(Generic[Block]):
     def _decide(self, index: int) -> None:
         assert self._policy is not None
         source = self.source
-        plan = self._policy.record_block(index, BlockSizes(source.nbytes, source.load_peak_bytes))
+        plan = self._policy.record_block(index, source.nbytes, source.load_peak_bytes)
         if plan is not None:
             self._is_measuring = False
             self._resident = evenly_spaced(len(source), plan.resident)

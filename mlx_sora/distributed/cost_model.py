@@ -21,8 +21,8 @@ from mlx_sora.distributed.partition import (
     split_evenly,
 )
 from mlx_sora.errors import UsageError
-from mlx_sora.memory import flops
-from mlx_sora.memory.activations import ExecutionMode, transformer_activations
+from mlx_sora.memory import activations, flops
+from mlx_sora.memory.activations import ExecutionMode
 from mlx_sora.memory.estimate import ASSUMED_EFFICIENCY, DEVICES
 from mlx_sora.memory.flops import Grid
 from mlx_sora.memory.plan import ModelSizes, Workload
@@ -154,7 +154,7 @@ def _estimate(
     batch = 2 if workload.guided else 1
     grid = Grid.from_latent(config, workload.geometry.latent, batch, workload.text_tokens)
     share = _largest_share(grid, plan)
-    activation_bytes = transformer_activations(config, grid, _MODE) * 2 * config.depth
+    activation_bytes = activations.transformer(config, grid, _MODE) * 2 * config.depth
     compute = max(
         share * flops.transformer_flops(config, grid) / chip.flops,
         (model.transformer_weights.total + share * activation_bytes) / chip.bandwidth,

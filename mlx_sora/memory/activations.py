@@ -41,7 +41,7 @@ class ExecutionMode:
         return throttled if self.throttled and not self.gpu else unthrottled
 
 
-def text_encoder_activations(config: T5Config, tokens: int, mode: ExecutionMode) -> int:
+def text_encoder(config: T5Config, tokens: int, mode: ExecutionMode) -> int:
     """Return the activations of one T5 block on a prompt, with the shared position bias."""
     bias = FLOAT32_SIZE * config.num_heads * tokens**2
     x, inner, wide = (
@@ -53,7 +53,7 @@ def text_encoder_activations(config: T5Config, tokens: int, mode: ExecutionMode)
     return int(mode.pick(1, 2.3) * peak)
 
 
-def transformer_activations(config: STDiT3Config, grid: Grid, mode: ExecutionMode) -> int:
+def transformer(config: STDiT3Config, grid: Grid, mode: ExecutionMode) -> int:
     """Return the activations of one STDiT3 block pair, its input included."""
     stream = FLOAT32_SIZE * grid.num_tokens * config.hidden_size
     factor = 1 + mode.pick(8.1, 17.5)
@@ -71,13 +71,13 @@ def dequantization_buffers(largest: int, mode: ExecutionMode) -> int:
     return 0 if mode.gpu else int(mode.pick(2, 4) * largest)
 
 
-def text_kv_bytes(config: STDiT3Config, grid: Grid, mode: ExecutionMode) -> int:
+def text_keys_values(config: STDiT3Config, grid: Grid, mode: ExecutionMode) -> int:
     """Return the bytes of the text keys and values of all blocks, which stay for the run."""
     each = mode.itemsize * grid.batch * grid.text_tokens * config.hidden_size
     return 2 * 2 * config.depth * each
 
 
-def spatial_decoder_activations(
+def spatial_decoder(
     config: VAEConfig, size: Size, frames: int, mode: ExecutionMode, tiles: int = 1
 ) -> int:
     """Return the activations of the image decoder on frames of `size` pixels, in tiles x tiles."""
@@ -99,7 +99,7 @@ def spatial_decoder_activations(
     return int(most + mode.pick(0, COMPILED_BUFFER)) + beside + 4 * kernel
 
 
-def temporal_decoder_activations(
+def temporal_decoder(
     config: VAEConfig, num_frames: int, height: int, width: int, mode: ExecutionMode
 ) -> int:
     """Return the activations of the temporal decoder on the largest chunk of a clip.
@@ -116,7 +116,7 @@ def temporal_decoder_activations(
     return int(mode.pick(7, 13.5) * tensor + mode.pick(0, COMPILED_BUFFER)) + kernel
 
 
-def spatial_encoder_activations(
+def spatial_encoder(
     config: VAEConfig, height: int, width: int, frames: int, mode: ExecutionMode
 ) -> int:
     """Return the activations of the image encoder on frames of `height` x `width` pixels."""
@@ -125,7 +125,7 @@ def spatial_encoder_activations(
     return int(mode.pick(7, 15) * FLOAT32_SIZE * frames * height * width * widths[0]) + 2 * kernel
 
 
-def temporal_encoder_activations(
+def temporal_encoder(
     config: VAEConfig, frames: int, height: int, width: int, mode: ExecutionMode
 ) -> int:
     """Return the activations of the temporal encoder on a chunk. height, width: of the latents."""

@@ -1,6 +1,6 @@
-"""Estimate the time of a run on devices that were not measured, and sizes of a model from configs.
+"""Estimated time of a run on devices that were not measured, and sizes of the published model.
 
-The time follows from published figures and arithmetic; `python -m mlx_sora bench memory` measures.
+The time follows from published figures. `python -m mlx_sora bench memory` measures.
 """
 
 from __future__ import annotations
@@ -142,18 +142,12 @@ def bytes_touched(stage: StageMemory, sizes: ModelSizes, workload: Workload) -> 
     )
 
 
-def sizes_from_configs(
-    itemsize: int,
-    text: T5Config | None = None,
-    transformer: STDiT3Config | None = None,
-    vae: VAEConfig | None = None,
-) -> ModelSizes:
-    """Return the sizes of a model with `itemsize` bytes per weight; its VAE is float32.
+def published_sizes(itemsize: int) -> ModelSizes:
+    """Return the sizes of Open-Sora 1.2 with `itemsize` bytes per weight; its VAE is float32.
 
-    Missing configurations are those of Open-Sora 1.2. Builds the networks, allocates nothing.
+    Builds the networks, allocates nothing.
     """
-    text, transformer = text or T5Config(), transformer or STDiT3Config.xl_2()
-    vae = vae or VAEConfig()
+    text, transformer, vae = T5Config(), STDiT3Config.xl_2(), VAEConfig()
     encoder, denoiser = T5Encoder(text, embedding=False), STDiT3(transformer, mx.float32)
     decoder = VideoVAE(vae, ("decoder",))
     pairs = zip(denoiser.spatial_blocks, denoiser.temporal_blocks, strict=True)

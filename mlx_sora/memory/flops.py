@@ -17,11 +17,7 @@ from mlx_sora.models.vae_temporal import TemporalVAEConfig
 
 @dataclass(frozen=True)
 class Grid:
-    """Tokens of one transformer pass.
-
-    batch: samples; frames: latent frames.
-    spatial_tokens: per frame; text_tokens: per sample.
-    """
+    """Tokens of one transformer pass: spatial ones per latent frame, text ones per sample."""
 
     batch: int
     frames: int

@@ -17,10 +17,9 @@ FLOAT32_SIZE = 4
 class WeightSizes:
     """Bytes of the weights of a network that is made of blocks.
 
-    blocks: each block in memory.
     load_peak_bytes: peak while one block is loaded.
-    rest: everything outside the blocks, in memory.
-    stored_blocks, stored_rest: the same on disk.
+    rest: everything outside the blocks.
+    stored_blocks, stored_rest: blocks and rest on disk.
     largest_dequantized: the largest quantized layer after dequantization; 0 without any.
     """
 
@@ -42,10 +41,7 @@ class WeightSizes:
 
 @dataclass(frozen=True)
 class VAESizes:
-    """Bytes of the temporal and the spatial network of a VAE's encoder or decoder.
-
-    stored: both on disk.
-    """
+    """Bytes of a VAE's temporal and spatial encoders or decoders; stored: both on disk."""
 
     temporal: int
     spatial: int
@@ -54,10 +50,7 @@ class VAESizes:
 
 @dataclass(frozen=True)
 class ModelSizes:
-    """Configurations of a model's networks and bytes of their weights.
-
-    vae_encoder: zeros if no media are encoded.
-    """
+    """Configurations and sizes of networks. vae_encoder: zeros if no media are encoded."""
 
     text: T5Config
     transformer: STDiT3Config
@@ -70,11 +63,7 @@ class ModelSizes:
 
 @dataclass(frozen=True)
 class MediaWorkload:
-    """Media to encode.
-
-    chunk_frames: frames of the longest chunk.
-    source_pixels: pixels of the largest source frame.
-    """
+    """Media to encode: chunks, frames of the longest one, pixels of the largest source frame."""
 
     chunks: int
     chunk_frames: int
@@ -149,10 +138,9 @@ class Workload:
 
 @dataclass(frozen=True)
 class Machine:
-    """The device that computes.
+    """The device that computes. itemsize: bytes per weight in memory.
 
     cache_limit: bytes of freed buffers that MLX may keep in a run without a budget.
-    itemsize: bytes per weight in memory.
     """
 
     gpu: bool
@@ -164,9 +152,7 @@ class Machine:
 class StagePlan:
     """Plan of one stage.
 
-    peak: bytes of the process.
-    read: bytes read from disk.
-    cache_limit, memory_limit: MLX's limits.
+    peak: bytes of the process. read: bytes from disk.
     throttled: MLX's scheduler may not allocate ahead, which needs less memory.
     resident: blocks, of `blocks`, that stay in memory.
     prefetch: streamed blocks are read ahead.

@@ -8,18 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from mlx_sora.memory import flops
-from mlx_sora.memory.activations import (
-    ExecutionMode,
-    dequantization_buffers,
-    spatial_decoder_activations,
-    spatial_encoder_activations,
-    temporal_decoder_activations,
-    temporal_encoder_activations,
-    text_encoder_activations,
-    text_kv_bytes,
-    transformer_activations,
-)
+from mlx_sora.memory import activations, flops
+from mlx_sora.memory.activations import ExecutionMode
 from mlx_sora.memory.flops import Grid
 from mlx_sora.memory.plan import (
     FLOAT32_SIZE,
@@ -32,7 +22,7 @@ from mlx_sora.memory.plan import (
     WeightSizes,
     Workload,
 )
-from mlx_sora.memory.residency import BlockSizes, ResidencyPlan, choose_resident
+from mlx_sora.memory.residency import ResidencyPlan, choose_resident
 from mlx_sora.models.stdit3 import STDiT3Config
 from mlx_sora.models.vae import VAEConfig, chunk_plan
 from mlx_sora.models.vae_tiling import tiling_cost
@@ -84,8 +74,7 @@ class BlockStageMemory:
         available = budget - self.fixed - self.activations
         spare = available - max(weights.blocks) - weights.load_peak_bytes
         cache = _cache_limit(spare, self.activations, machine)
-        sizes = BlockSizes(weights.blocks, weights.load_peak_bytes)
-        residency = choose_resident(available - cache, sizes)
+        residency = choose_resident(available - cache, weights.blocks, weights.load_peak_bytes)
         if self.passes == 1:  # a resident block would never be used again
             residency = replace(residency, resident=0)
         return self._plan(residency, cache)
@@ -205,26 +194,24 @@ def stage_requirements(
 ) -> tuple[StageMemory, ...]:
     """Return the memory of every stage in order, with MLX's scheduler throttled or not."""
     mode = ExecutionMode(machine.gpu, throttled, machine.itemsize)
-    stages: list[StageMemory] = [_text_encoder_memory(sizes, workload, mode)]
+    stages: list[StageMemory] = [_text_encoder_memory(sizes, workload.text_tokens, mode)]
     if workload.media is not None:
         stages.append(_media_encoder_memory(sizes, workload, workload.media, mode))
     stages += [_denoising_memory(sizes, workload, mode), _decoder_memory(sizes, workload, mode)]
     return tuple(stages)
 
 
-def _text_encoder_memory(
-    sizes: ModelSizes, workload: Workload, mode: ExecutionMode
-) -> BlockStageMemory:
+def _text_encoder_memory(sizes: ModelSizes, tokens: int, mode: ExecutionMode) -> BlockStageMemory:
     weights = sizes.text_weights
     return BlockStageMemory(
         stage="encode",
         fixed=NON_MLX_BYTES + weights.rest,
-        activations=text_encoder_activations(sizes.text, workload.text_tokens, mode)
-        + dequantization_buffers(weights.largest_dequantized, mode),
+        activations=activations.text_encoder(sizes.text, tokens, mode)
+        + activations.dequantization_buffers(weights.largest_dequantized, mode),
         weights=weights,
         passes=1,
         throttled=mode.throttled,
-        flops=flops.text_encoder_flops(sizes.text, workload.text_tokens),
+        flops=flops.text_encoder_flops(sizes.text, tokens),
     )
 
 
@@ -243,9 +230,9 @@ def _media_encoder_memory(
         + VIDEO_ENCODER_BYTES
         + VIDEO_DECODER_BYTES_PER_PIXEL * media.source_pixels,
         weights=sizes.vae_encoder,
-        temporal_activations=temporal_encoder_activations(config, frames, rows, columns, mode),
+        temporal_activations=activations.temporal_encoder(config, frames, rows, columns, mode),
         spatial_activations={
-            n: pixels + spatial_encoder_activations(config, height, width, n, mode)
+            n: pixels + activations.spatial_encoder(config, height, width, n, mode)
             for n in _micro_batches(config, frames)
         },
         throttled=mode.throttled,
@@ -273,13 +260,13 @@ def _denoising_memory(
         stage="denoise",
         fixed=NON_MLX_BYTES
         + weights.rest
-        + text_kv_bytes(config, cfg, mode)
-        + cond_only * text_kv_bytes(config, single, mode)
+        + activations.text_keys_values(config, cfg, mode)
+        + cond_only * activations.text_keys_values(config, single, mode)
         + workload.captured_bytes
         + int(workload.cached_residuals * residual_bytes(config, cfg))
         + (_video_encoder_bytes(workload) if workload.clips > 1 else 0),
-        activations=transformer_activations(config, grid, mode)
-        + dequantization_buffers(weights.largest_dequantized, mode),
+        activations=activations.transformer(config, grid, mode)
+        + activations.dequantization_buffers(weights.largest_dequantized, mode),
         weights=weights,
         passes=workload.block_passes,
         throttled=mode.throttled,
@@ -305,15 +292,15 @@ def _denoising_reserve(
     """Return the bytes that denoising allocates after its first pass."""
     cfg, single = replace(grid, batch=2 if workload.guided else 1), replace(grid, batch=1)
     if workload.inversion:  # its first pass is unguided and captures one evaluation at most
-        wider = transformer_activations(config, grid, mode)
-        wider -= transformer_activations(config, single, mode)
-        return workload.captured_bytes + text_kv_bytes(config, cfg, mode) + wider
+        wider = activations.transformer(config, grid, mode)
+        wider -= activations.transformer(config, single, mode)
+        return workload.captured_bytes + activations.text_keys_values(config, cfg, mode) + wider
     reserve = int(workload.cached_residuals * residual_bytes(config, cfg))
     # The unconditional pass has its own text keys and values, and so have cond-only steps.
     if workload.guided and workload.sequential_guidance:
-        reserve += text_kv_bytes(config, single, mode)
+        reserve += activations.text_keys_values(config, single, mode)
     if any(variant.cond_only for variant, _ in workload.variants):
-        reserve += text_kv_bytes(config, single, mode)
+        reserve += activations.text_keys_values(config, single, mode)
     return reserve
 
 
@@ -338,9 +325,9 @@ def _decoder_memory(sizes: ModelSizes, workload: Workload, mode: ExecutionMode) 
         stage="decode",
         fixed=NON_MLX_BYTES + _video_encoder_bytes(workload),
         weights=sizes.vae_decoder,
-        temporal_activations=temporal_decoder_activations(config, frames, rows, columns, mode),
+        temporal_activations=activations.temporal_decoder(config, frames, rows, columns, mode),
         spatial_activations={
-            n: pixels + spatial_decoder_activations(config, geometry.decoded, n, mode, tiles)
+            n: pixels + activations.spatial_decoder(config, geometry.decoded, n, mode, tiles)
             for n in _micro_batches(config, longest)
         },
         throttled=mode.throttled,

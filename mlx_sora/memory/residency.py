@@ -28,18 +28,6 @@ class MemorySample:
 
 
 @dataclass(frozen=True)
-class BlockSizes:
-    """Bytes of each block in memory, and the peak while one is loaded."""
-
-    nbytes: Sequence[int]
-    load_peak_bytes: int
-
-    @property
-    def largest(self) -> int:
-        return max(self.nbytes)
-
-
-@dataclass(frozen=True)
 class ResidencyPlan:
     """Number of resident blocks; prefetch: the next block may be loaded during computation."""
 
@@ -47,16 +35,18 @@ class ResidencyPlan:
     prefetch: bool
 
 
-def choose_resident(available: int, blocks: BlockSizes) -> ResidencyPlan:
+def choose_resident(available: int, blocks: Sequence[int], load_peak_bytes: int) -> ResidencyPlan:
     """Choose the blocks that fit into `available` bytes.
 
     All of them, or the one that computes, one that is prefetched and as many more as fit. Without
     space for two there is no prefetch. The planner has already checked that one fits.
+
+    blocks: bytes of each in memory. load_peak_bytes: peak while one is loaded.
     """
-    count, size = len(blocks.nbytes), blocks.largest
-    if available >= sum(blocks.nbytes) + blocks.load_peak_bytes - size:
+    count, size = len(blocks), max(blocks)
+    if available >= sum(blocks) + load_peak_bytes - size:
         return ResidencyPlan(count, prefetch=True)
-    spare = available - size - blocks.load_peak_bytes
+    spare = available - size - load_peak_bytes
     return ResidencyPlan(min(count - 1, max(0, spare // size)), prefetch=spare >= 0)
 
 
@@ -97,13 +87,11 @@ class Residency:
         reserve: int = 0,
         throttled: bool = False,
         sample: Callable[[], MemorySample] = sample_memory,
-        reset_peak: Callable[[], None] = mx.reset_peak_memory,
-        set_limit: Callable[[int], int] = mx.set_memory_limit,
     ) -> None:
         self.budget = budget - cache_limit - reserve
         #: Largest peak of MLX's memory so far. Measuring resets MLX's own.
         self.peak = 0
-        self._sample, self._reset_peak, self._set_limit = sample, reset_peak, set_limit
+        self._sample = sample
         self._first: MemorySample | None = None
         self._throttled = throttled
         self._previous_limit: int | None = None
@@ -111,33 +99,34 @@ class Residency:
     def start_measuring(self) -> None:
         """Begin a measured pass. No block may be in memory."""
         self.peak = max(self.peak, self._sample().peak)
-        self._reset_peak()
+        mx.reset_peak_memory()
         self._first = None
         if self._throttled:
-            self._previous_limit = self._set_limit(0)
+            self._previous_limit = mx.set_memory_limit(0)
 
-    def record_block(self, index: int, blocks: BlockSizes) -> ResidencyPlan | None:
+    def record_block(
+        self, index: int, blocks: Sequence[int], load_peak_bytes: int
+    ) -> ResidencyPlan | None:
         """Record that block `index` (0, then 1) has computed and is in memory; decide after both.
 
         Returns None before the second block.
         """
         sample = self._sample()
         self.peak = max(self.peak, sample.peak)
-        count = len(blocks.nbytes)
-        if index == 0 and count > 1:
+        if index == 0 and len(blocks) > 1:
             self._first = sample
             return None
         self.stop_measuring()
         growth = max(0, sample.active - self._first.active) if self._first else 0
-        activations = sample.peak - min(blocks.nbytes[: index + 1])
-        future_growth = growth * (count - index - 1)
+        activations = sample.peak - min(blocks[: index + 1])
+        future_growth = growth * (len(blocks) - index - 1)
         available = self.budget - activations - future_growth - sample.non_mlx
-        return choose_resident(available, blocks)
+        return choose_resident(available, blocks, load_peak_bytes)
 
     def stop_measuring(self) -> None:
         """Restore MLX's memory limit."""
         if self._previous_limit is not None:
-            self._set_limit(self._previous_limit)
+            mx.set_memory_limit(self._previous_limit)
             self._previous_limit = None
 
 

@@ -52,11 +52,10 @@ class StepFinished:
 
 @dataclass(frozen=True)
 class PreviewReady:
-    """A preview of the prediction of x0 in `step`.
+    """A preview of x0 as predicted in `step`. path: file it was written to, or None.
 
-    frames: uint8 [frames, height, width, 3]; one small frame per latent frame if the model has a
-    preview map, else decoded frames.
-    path: file it was written to, or None.
+    frames: uint8 [frames, height, width, 3], decoded; with a preview map of the model small, one
+    per latent frame.
     """
 
     step: int

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from mlx_sora.errors import MemoryBudgetError
 from mlx_sora.geometry import Size, plan_geometry
-from mlx_sora.memory.estimate import DEVICES, Device, Estimate, estimate, sizes_from_configs
+from mlx_sora.memory.estimate import DEVICES, Device, Estimate, estimate, published_sizes
 from mlx_sora.memory.plan import ModelSizes, Workload
 from mlx_sora.request.generation import options
 from mlx_sora.request.options import Option
@@ -62,7 +62,7 @@ def all_options_tables() -> str:
 
 def estimates_table() -> str:
     """Markdown table: one row per class of machines; times of each length, and its peak memory."""
-    model = sizes_from_configs(_ITEMSIZE)
+    model = published_sizes(_ITEMSIZE)
     lengths = " | ".join(f"{frames} frames | peak" for frames in _LENGTHS)
     rows = [f"| machine | {lengths} |", f"|---{'|---|---' * len(_LENGTHS)}|"]
     for device in DEVICES:

@@ -100,7 +100,6 @@ def test_stdit3_with_measured_residency_that_is_reconsidered(model: ModelFolder,
     policy = Residency(
         work + room,
         sample=lambda: MemorySample(active=0, peak=work + size, non_mlx=0),
-        reset_peak=lambda: None,
     )
     found = []
     with BlockStream(source, policy, cyclic=True) as blocks:

@@ -203,7 +203,7 @@ def test_twenty_runs_leave_no_thread_and_no_memory(wide: ModelFolder) -> None:
 def scripted(samples: list[MemorySample], budget: int) -> tuple[Residency, list[MemorySample]]:
     """Return a Residency that sees `samples` in turn (start, first block, second block)."""
     left = list(samples)
-    return Residency(budget, sample=lambda: left.pop(0), reset_peak=lambda: None), left
+    return Residency(budget, sample=lambda: left.pop(0)), left
 
 
 def test_two_blocks_are_measured_alone_before_others_stay(model: ModelFolder) -> None:
@@ -244,7 +244,7 @@ def test_remeasure_frees_all_blocks_first(model: ModelFolder) -> None:
         held.append(sum(b.layer[0].SelfAttention.q.weight.size > 0 for b in source.blocks))
         return MemorySample(0, max(source.nbytes), 0)
 
-    policy = Residency(everything, sample=read, reset_peak=lambda: None)
+    policy = Residency(everything, sample=read)
     with BlockStream(source, policy, cyclic=True) as blocks:
         networks.t5_states(network, blocks)
         networks.t5_states(network, blocks)

@@ -18,7 +18,7 @@ from mlx_sora.distributed.cost_model import (
 )
 from mlx_sora.errors import UsageError
 from mlx_sora.geometry import Size, plan_geometry
-from mlx_sora.memory.estimate import sizes_from_configs
+from mlx_sora.memory.estimate import published_sizes
 from mlx_sora.memory.plan import ModelSizes, Workload
 
 CHIP = Chip("test", 1e13, math.inf)
@@ -27,7 +27,7 @@ FREE = Link("free", math.inf, 0.0)
 
 @pytest.fixture(scope="module")
 def model() -> ModelSizes:
-    return sizes_from_configs(2)
+    return published_sizes(2)
 
 
 def workload(frames: int = 51, guided: bool = True) -> Workload:

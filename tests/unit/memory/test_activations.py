@@ -10,16 +10,8 @@ from mlx import nn
 from mlx.utils import tree_map
 
 from mlx_sora.geometry import Size
-from mlx_sora.memory.activations import (
-    ExecutionMode,
-    spatial_decoder_activations,
-    spatial_encoder_activations,
-    temporal_decoder_activations,
-    temporal_encoder_activations,
-    text_encoder_activations,
-    text_kv_bytes,
-    transformer_activations,
-)
+from mlx_sora.memory import activations
+from mlx_sora.memory.activations import ExecutionMode
 from mlx_sora.memory.flops import Grid
 from mlx_sora.models import ops
 from mlx_sora.models.hooks import Hooks, Unsharded
@@ -98,9 +90,9 @@ def test_transformer(mode: ExecutionMode, batch: int, frames: int) -> None:
         + x.nbytes
     )
     # The constant for pieces weighs more here than at full size.
-    assert close(transformer_activations(config, grid, mode), measured, 3)
+    assert close(activations.transformer(config, grid, mode), measured, 3)
     left = mx.get_active_memory() - before
-    assert left == pytest.approx(text_kv_bytes(config, grid, mode), rel=0.1)
+    assert left == pytest.approx(activations.text_keys_values(config, grid, mode), rel=0.1)
 
 
 @pytest.mark.parametrize("tokens", [60, 300])
@@ -111,7 +103,7 @@ def test_text_encoder(mode: ExecutionMode, tokens: int) -> None:
     x = mx.zeros((1, tokens, 256))
     mx.eval(x)
     measured = peak(lambda: network(x))
-    assert close(text_encoder_activations(config, tokens, mode), measured, 2.5)
+    assert close(activations.text_encoder(config, tokens, mode), measured, 2.5)
 
 
 @pytest.mark.parametrize(("frames", "rows", "columns"), [(1, 24, 32), (3, 16, 16)])
@@ -122,7 +114,7 @@ def test_spatial_decoder(mode: ExecutionMode, frames: int, rows: int, columns: i
     mx.eval(z)
     measured = peak(lambda: network.decode(z))
     assert close(
-        spatial_decoder_activations(VAE, Size(4 * columns, 4 * rows), frames, mode), measured
+        activations.spatial_decoder(VAE, Size(4 * columns, 4 * rows), frames, mode), measured
     )
 
 
@@ -133,7 +125,7 @@ def test_spatial_decoder_in_tiles(mode: ExecutionMode, tiles: int) -> None:
     z = mx.zeros((1, 24, 32, 4))
     mx.eval(z)
     measured = peak(lambda: decode_tiled(network, z, tiles))
-    assert close(spatial_decoder_activations(VAE, Size(128, 96), 1, mode, tiles), measured, 2)
+    assert close(activations.spatial_decoder(VAE, Size(128, 96), 1, mode, tiles), measured, 2)
 
 
 @pytest.mark.parametrize(("frames", "rows", "columns"), [(17, 18, 20), (17, 8, 8), (5, 18, 32)])
@@ -143,7 +135,7 @@ def test_temporal_decoder(mode: ExecutionMode, frames: int, rows: int, columns: 
     z = mx.zeros((1, -(-frames // 4), rows, columns, 4))
     mx.eval(z)
     measured = peak(lambda: network.decode(z, frames))
-    assert close(temporal_decoder_activations(VAE, frames, rows, columns, mode), measured, 2.5)
+    assert close(activations.temporal_decoder(VAE, frames, rows, columns, mode), measured, 2.5)
 
 
 @pytest.mark.parametrize(("frames", "rows", "columns"), [(1, 96, 128), (3, 64, 64)])
@@ -153,7 +145,7 @@ def test_spatial_encoder(mode: ExecutionMode, frames: int, rows: int, columns: i
     x = mx.zeros((frames, rows, columns, 3))
     mx.eval(x)
     measured = peak(lambda: network.encode(x))
-    assert close(spatial_encoder_activations(VAE, rows, columns, frames, mode), measured, 2)
+    assert close(activations.spatial_encoder(VAE, rows, columns, frames, mode), measured, 2)
 
 
 @pytest.mark.parametrize(("frames", "rows", "columns"), [(17, 18, 20), (17, 8, 8), (5, 18, 32)])
@@ -163,4 +155,4 @@ def test_temporal_encoder(mode: ExecutionMode, frames: int, rows: int, columns: 
     x = mx.zeros((1, frames, rows, columns, 4))
     mx.eval(x)
     measured = peak(lambda: network.encode(x))
-    assert close(temporal_encoder_activations(VAE, frames, rows, columns, mode), measured, 2.5)
+    assert close(activations.temporal_encoder(VAE, frames, rows, columns, mode), measured, 2.5)

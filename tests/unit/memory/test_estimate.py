@@ -18,7 +18,7 @@ from mlx_sora.memory.estimate import (
     Device,
     Efficiency,
     estimate,
-    sizes_from_configs,
+    published_sizes,
 )
 from mlx_sora.memory.plan import ModelSizes, Workload
 from mlx_sora.memory.profiles import PROFILES
@@ -31,7 +31,7 @@ FAST = 1e30
 
 @pytest.fixture(scope="module")
 def model() -> ModelSizes:
-    return sizes_from_configs(2)
+    return published_sizes(2)
 
 
 def workload(frames: int = 51) -> Workload:
@@ -95,14 +95,14 @@ def test_a_run_that_does_not_fit_raises(model: ModelSizes) -> None:
 def test_sizes_from_configs_equal_the_published_files(tmp_path: Path) -> None:
     mx.clear_cache()
     before = mx.get_active_memory()
-    assert sizes_from_configs(4) == model_sizes(
+    assert published_sizes(4) == model_sizes(
         ModelFolder.open(write_published(tmp_path)), mx.float32
     )
     assert mx.get_active_memory() - before < 1 << 20
 
 
 def test_itemsize_scales_all_but_the_vae() -> None:
-    whole, half = sizes_from_configs(4), sizes_from_configs(2)
+    whole, half = published_sizes(4), published_sizes(2)
     assert whole.transformer_weights.stored == 2 * half.transformer_weights.stored
     assert whole.text_weights.total == 2 * half.text_weights.total
     assert whole.vae_decoder == half.vae_decoder

@@ -9,7 +9,6 @@ import pytest
 from mlx_sora import GenerationRequest, Pipeline
 from mlx_sora.memory.limits import current_rss
 from mlx_sora.memory.residency import (
-    BlockSizes,
     BudgetMonitor,
     MemorySample,
     Residency,
@@ -23,7 +22,7 @@ from mlx_sora.runtime.events import Finished, StepFinished, Warned
 
 PROMPT = "a red circle moving right on a black background"
 MB = 1 << 20
-TEN = BlockSizes([100] * 10, load_peak_bytes=100)
+BLOCKS = [100] * 10
 
 
 @pytest.mark.parametrize(
@@ -41,20 +40,19 @@ TEN = BlockSizes([100] * 10, load_peak_bytes=100)
     ],
 )
 def test_choose_resident(available: int, expected: ResidencyPlan) -> None:
-    assert choose_resident(available, TEN) == expected
+    assert choose_resident(available, BLOCKS, 100) == expected
 
 
 def test_choose_resident_counts_the_peak_of_loading() -> None:
-    casting = BlockSizes([100] * 10, load_peak_bytes=130)
-    assert choose_resident(229, casting) == ResidencyPlan(0, False)
-    assert choose_resident(230, casting) == ResidencyPlan(0, True)
-    assert choose_resident(1029, casting) == ResidencyPlan(7, True)
-    assert choose_resident(1030, casting) == ResidencyPlan(10, True)
+    assert choose_resident(229, BLOCKS, 130) == ResidencyPlan(0, False)
+    assert choose_resident(230, BLOCKS, 130) == ResidencyPlan(0, True)
+    assert choose_resident(1029, BLOCKS, 130) == ResidencyPlan(7, True)
+    assert choose_resident(1030, BLOCKS, 130) == ResidencyPlan(10, True)
 
 
 def test_choose_resident_fits() -> None:
     for room in range(0, 1300, 7):
-        chosen = choose_resident(room, TEN)
+        chosen = choose_resident(room, BLOCKS, 100)
         streamed = 0 if chosen.resident == 10 else 2 if chosen.prefetch else 1
         assert (chosen.resident + streamed) * 100 <= max(room, 100)
 
@@ -71,15 +69,15 @@ def test_evenly_spaced_gaps_differ_by_one_at_most(blocks: int) -> None:
 
 def residency_of(samples: list[MemorySample], **options: int) -> Residency:
     left = list(samples)
-    return Residency(sample=lambda: left.pop(0), reset_peak=lambda: None, **options)
+    return Residency(sample=lambda: left.pop(0), **options)
 
 
-def decide(residency: Residency, blocks: BlockSizes = TEN) -> ResidencyPlan:
+def decide(residency: Residency) -> ResidencyPlan:
     residency.start_measuring()
-    assert residency.record_block(0, blocks) is None
-    room = residency.record_block(1, blocks)
-    assert room is not None
-    return room
+    assert residency.record_block(0, BLOCKS, 100) is None
+    plan = residency.record_block(1, BLOCKS, 100)
+    assert plan is not None
+    return plan
 
 
 def test_record_block_counts_all_measured_memory() -> None:
@@ -102,7 +100,7 @@ def test_record_block_ignores_shrinking_memory() -> None:
 def test_record_block_decides_at_once_for_a_single_block() -> None:
     residency = residency_of([MemorySample(0, 0, 0), MemorySample(400, 1100, 0)], budget=1100)
     residency.start_measuring()
-    assert residency.record_block(0, BlockSizes([100], 100)) == ResidencyPlan(1, True)
+    assert residency.record_block(0, [100], 100) == ResidencyPlan(1, True)
 
 
 def test_residency_remembers_the_largest_peak() -> None:
@@ -114,32 +112,17 @@ def test_residency_remembers_the_largest_peak() -> None:
 
 
 def test_residency_throttles_only_while_measuring() -> None:
-    limits = [777]
-
-    def limit(count: int) -> int:
-        limits.append(count)
-        return limits[-2]
-
-    left = [MemorySample(0, 0, 0), MemorySample(1, 10, 0), MemorySample(1, 11, 0)] * 2
-
-    def make(*, throttled: bool) -> Residency:
-        return Residency(
-            1,
-            throttled=throttled,
-            sample=lambda: left.pop(0),
-            reset_peak=lambda: None,
-            set_limit=limit,
-        )
-
-    residency = make(throttled=True)
-    decide(residency)
-    assert limits == [777, 0, 777]
-    residency.start_measuring()
-    residency.stop_measuring()
-    residency.stop_measuring()
-    assert limits == [777, 0, 777, 0, 777]
-    make(throttled=False).start_measuring()
-    assert limits == [777, 0, 777, 0, 777]
+    samples = [MemorySample(0, 0, 0), MemorySample(1, 10, 0), MemorySample(1, 11, 0)] * 2
+    residency = residency_of(samples, budget=1, throttled=True)
+    limit = mx.get_memory_limit()
+    for end in (lambda: residency.record_block(0, [100], 100), residency.stop_measuring):
+        residency.start_measuring()
+        assert mx.get_memory_limit() == 0
+        end()
+        residency.stop_measuring()
+        assert mx.get_memory_limit() == limit
+    residency_of(samples, budget=1).start_measuring()
+    assert mx.get_memory_limit() == limit
 
 
 def test_sample_memory_of_this_process() -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from mlx_sora import GenerationRequest, MemoryBudgetError, Pipeline, UsageError, Video
 from mlx_sora.cli.main import main
-from mlx_sora.memory.estimate import sizes_from_configs
+from mlx_sora.memory.estimate import published_sizes
 from mlx_sora.video.metadata import read_metadata
 
 PROMPT = "a red circle moving right on a black background"
@@ -68,9 +68,7 @@ def test_pictures_too_small_for_tiles(
 @pytest.fixture
 def large(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> Pipeline:
     """The pipeline, to be asked for plans only, as if its model were Open-Sora 1.2."""
-    monkeypatch.setattr(
-        "mlx_sora.pipeline.engine.model_sizes", lambda *_, **__: sizes_from_configs(4)
-    )
+    monkeypatch.setattr("mlx_sora.pipeline.engine.model_sizes", lambda *_, **__: published_sizes(4))
     return Pipeline(pipe.model)
 
 
