@@ -92,7 +92,7 @@ def test_a_run_that_does_not_fit_raises(model: ModelSizes) -> None:
         estimate(model, workload(408), DEVICES[0], 2)
 
 
-def test_sizes_from_configs_equal_the_published_files(tmp_path: Path) -> None:
+def test_published_sizes_equal_those_of_the_files(tmp_path: Path) -> None:
     mx.clear_cache()
     before = mx.get_active_memory()
     assert published_sizes(4) == model_sizes(
