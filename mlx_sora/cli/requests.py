@@ -233,7 +233,7 @@ def _with_output(request: GenerationRequest, index: int) -> GenerationRequest:
     """Return the request with a seed and its output filled in.
 
     Raises UsageError if the output cannot be written. `prepare` checks that too, but only after
-    MLX is loaded, and for several seeds after the first videos are made.
+    MLX is loaded, and in a batch the other videos would still be made.
     """
     template = request.output or DEFAULT_OUTPUT
     request, name = _fill_output(replace(request, output=template), index)
