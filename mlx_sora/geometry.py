@@ -27,8 +27,6 @@ MAX_FRAMES = 4096
 #: Largest number of clips of one video.
 MAX_LOOPS = 1000
 
-#: Values of `--resolution`: the range that Open-Sora 1.2 was trained on.
-RESOLUTIONS = ("144p", "240p", "360p", "480p", "720p")
 DEFAULT_ASPECT_RATIO = "16:9"
 
 #: Open-Sora's names of frame counts: multiples of 51 frames, and about that many seconds.
@@ -53,17 +51,10 @@ _BUCKETS = {
     "554x738 640x640 740x555 784x522 854x480 880x466 906x454 924x444",
     "720p": "588x1568 628x1466 666x1388 678x1356 698x1318 706x1306 720x1280 758x1212 784x1176 "
     "832x1110 960x960 1108x832 1176x784 1280x720 1320x698 1358x680 1386x666",
-    "1080p": "882x2352 942x2198 998x2080 1018x2036 1048x1980 1058x1958 1080x1920 1138x1820 "
-    "1176x1764 1248x1664 1440x1440 1662x1246 1764x1176 1920x1080 1980x1048 2036x1018 2078x998",
-    "2k": "1176x3136 1256x2930 1330x2770 1358x2716 1398x2640 1412x2612 1440x2560 1518x2428 "
-    "1568x2352 1662x2216 1920x1920 2218x1664 2352x1568 2560x1440 2638x1396 2716x1358 2772x1330",
-    "4k": "1764x4704 1886x4400 1996x4158 2036x4072 2096x3960 2118x3918 2160x3840 2276x3642 "
-    "2352x3528 2494x3326 2880x2880 3326x2494 3528x2352 3840x2160 3958x2096 4072x2036 4156x1994",
 }
 
-#: Square-area families, with few of the ratios.
-_SQUARES = ("256", "512", "1024", "2048", "2880")
-BUCKET_RESOLUTIONS = (*_BUCKETS, *_SQUARES)
+#: Values of `--resolution`: the range that Open-Sora 1.2 was trained on.
+RESOLUTIONS = tuple(_BUCKETS)
 
 
 class Size(NamedTuple):
@@ -124,32 +115,15 @@ def get_image_size(resolution: str, aspect_ratio: str = DEFAULT_ASPECT_RATIO) ->
     return bucket_size(resolution, _bucket_ratio(aspect_ratio))
 
 
-def bucket_size(resolution: str, ratio: str, *, repaired: bool = True) -> Size:
-    """Look up Open-Sora's tables; `ratio` is height:width as there ("9:16" is landscape).
-
-    repaired: include the ratios 1:1, 1:2 and 2:1 of the square resolutions, which Open-Sora 1.2
-    hides behind a misspelt key; On-device Sora fixed it. Raises UsageError for a missing entry.
-    """
-    if resolution in _BUCKETS:
-        table = dict(zip(BUCKET_RATIOS, _BUCKETS[resolution].split(), strict=True))
-    elif resolution in _SQUARES:
-        table = _square_table(int(resolution), repaired=repaired)
-    else:
-        known = ", ".join(BUCKET_RESOLUTIONS)
-        raise UsageError(f"Unknown resolution {resolution!r}.", f"Choose one of {known}.")
-    if ratio not in table:
-        raise UsageError(
-            f"Resolution {resolution} has no height:width ratio {ratio!r}.",
-            f"Choose one of {', '.join(table) or 'another resolution'}.",
-        )
-    height, width = table[ratio].split("x")
+def bucket_size(resolution: str, ratio: str) -> Size:
+    """Look up Open-Sora's tables; `ratio` is height:width as there ("9:16" is landscape)."""
+    index = BUCKET_RATIOS.index(ratio)
+    height, width = _BUCKETS[resolution].split()[index].split("x")
     return Size(int(width), int(height))
 
 
 def get_num_pixels(resolution: str) -> int:
-    """Return the nominal area of a resolution: of its 9:16 (height:width) size or its square."""
-    if resolution in _SQUARES:
-        return int(resolution) ** 2
+    """Return the nominal area of a resolution: that of its 9:16 (height:width) size."""
     size = bucket_size(resolution, "9:16")
     return size.width * size.height
 
@@ -268,34 +242,20 @@ def resolve_size(
     return _size_from_area(default.width * default.height, aspect_ratio)
 
 
-def plan_geometry(size: Size, frames: int, micro_frame: int | None = MICRO_FRAME_SIZE) -> Geometry:
+def plan_geometry(size: Size, frames: int) -> Geometry:
     """Return the latent shape and decoded size of a clip, with a warning if pixels are dropped.
 
     Raises UsageError for an impossible size or frame count.
     """
     size, frames = check_size(*size), parse_frames(frames)
     decoded = decoded_size(*size)
-    warnings: tuple[str, ...] = ()
-    if decoded != size:
-        warnings = (
-            f"{size} pixels come out as {decoded}: the VAE works in cells of {PIXELS_PER_CELL}.",
-        )
-    return Geometry(size, decoded, frames, latent_shape(frames, size, micro_frame), warnings)
+    warning = f"{size} pixels come out as {decoded}: the VAE works in cells of {PIXELS_PER_CELL}."
+    warnings = () if decoded == size else (warning,)
+    return Geometry(size, decoded, frames, latent_shape(frames, size), warnings)
 
 
 def _cells(frames: int) -> int:
     return -(-frames // FRAMES_PER_CELL)
-
-
-def _square_table(side: int, *, repaired: bool) -> dict[str, str]:
-    short, long, longest = side * 11 // 16, side * 11 // 8, side * 23 // 16
-    full = side != 2880
-    table = {"12:25": f"{short}x{longest}"} if full else {}
-    if repaired:
-        table["1:1"] = f"{side}x{side}"
-        if full:
-            table |= {"1:2": f"{short}x{long}", "2:1": f"{long}x{short}"}
-    return table
 
 
 def _public_ratio(ratio: str) -> str:
