@@ -19,35 +19,37 @@ MAX_DEPTH = 200
 FIX = "Use the config.json that was published with the weights."
 
 
-def read_config(cls: type[Config], values: Mapping[str, Any]) -> Config:
-    """Make a `cls` from the object of a config.json.
+class NetworkConfig:
+    """Base of the frozen dataclasses that hold a network's configuration."""
 
-    Unknown keys are ignored, absent ones keep their default, and lists become tuples. Raises
-    WeightsError for a value whose type differs from the default's, and for implausible numbers.
-    """
-    known: dict[str, Any] = {}
-    for field in fields(cls):  # type: ignore[arg-type]
-        if field.name not in values:
-            continue
-        value, default = values[field.name], field.default
-        if isinstance(value, list):
-            value = tuple(value)
-        if isinstance(default, float) and type(value) is int and abs(value) <= MAX_NUMBER:
-            value = float(value)
-        if type(value) is not type(default) or not _is_valid(value, default):
-            shown = printable(repr(value), 80)
-            raise WeightsError(f"{field.name} cannot be {shown} in a model's config.json.", FIX)
-        known[field.name] = value
-    return cls(**known)
+    @classmethod
+    def from_dict(cls: type[Config], values: Mapping[str, Any]) -> Config:
+        """Make a configuration from the object of a config.json.
+
+        Unknown keys are ignored, absent ones keep their default, and lists become tuples. Raises
+        WeightsError for a value whose type differs from the default's, and for implausible numbers.
+        """
+        known: dict[str, Any] = {}
+        for field in fields(cls):  # type: ignore[arg-type]
+            if field.name not in values:
+                continue
+            value, default = values[field.name], field.default
+            if isinstance(value, list):
+                value = tuple(value)
+            if isinstance(default, float) and type(value) is int and abs(value) <= MAX_NUMBER:
+                value = float(value)
+            if type(value) is not type(default) or not _is_valid(value, default):
+                shown = printable(repr(value), 80)
+                raise WeightsError(f"{field.name} cannot be {shown} in a model's config.json.", FIX)
+            known[field.name] = value
+        return cls(**known)
 
 
 def _is_valid(value: Any, default: Any) -> bool:
-    """Check that numbers are within bounds and that the items of a list have one type."""
     if isinstance(value, tuple):
         kind = type(default[0])
-        return 0 < len(value) <= MAX_LIST and all(
-            type(each) is kind and _is_valid(each, default[0]) for each in value
-        )
+        items = (type(item) is kind and _is_valid(item, default[0]) for item in value)
+        return 0 < len(value) <= MAX_LIST and all(items)
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return 0 < value <= MAX_NUMBER
     return True

@@ -9,17 +9,16 @@ tokens, C hidden channels. Latents are [B, T, H, W, channels].
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 import mlx.core as mx
 from mlx import nn
 
 from mlx_sora.errors import UsageError
 from mlx_sora.models import precision
-from mlx_sora.models.config import MAX_DEPTH, read_config, require
+from mlx_sora.models.config import MAX_DEPTH, NetworkConfig, require
 from mlx_sora.models.hooks import Hooks, ResidentBlocks, Shard, TokenMerging, Unsharded
 from mlx_sora.models.key_map import CONV3D, KeyMap, KeyRule
 from mlx_sora.models.ops import add_gated, apply_in_slices, attention, gelu_tanh, modulate, silu
@@ -37,7 +36,7 @@ KeysValues = tuple[mx.array, mx.array]
 
 
 @dataclass(frozen=True)
-class STDiT3Config:
+class STDiT3Config(NetworkConfig):
     """Keys of the published config.json that shape the network; defaults are STDiT3-XL/2."""
 
     input_sq_size: int = 512
@@ -61,11 +60,6 @@ class STDiT3Config:
             and self.hidden_size % 4 == 0,
             f"hidden_size {self.hidden_size} does not fit {self.num_heads} heads",
         )
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> STDiT3Config:
-        """Read a config.json; unknown keys are ignored."""
-        return read_config(cls, values)
 
     @classmethod
     def xl_2(cls) -> STDiT3Config:

@@ -8,15 +8,13 @@ network without it, and the caller passes embeddings.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import mlx.core as mx
 from mlx import nn
 
 from mlx_sora.models import precision
-from mlx_sora.models.config import MAX_DEPTH, read_config, require
+from mlx_sora.models.config import MAX_DEPTH, NetworkConfig, require
 from mlx_sora.models.hooks import BlockProvider, ResidentBlocks
 from mlx_sora.models.key_map import KeyMap, KeyRule
 from mlx_sora.models.ops import attention, gelu_tanh
@@ -30,7 +28,7 @@ EMBEDDING_KEY = "shared.weight"
 
 
 @dataclass(frozen=True)
-class T5Config:
+class T5Config(NetworkConfig):
     """Keys of the published config.json of a T5 v1.1 encoder; defaults are T5 v1.1 XXL."""
 
     vocab_size: int = 32128
@@ -55,11 +53,6 @@ class T5Config:
             1 <= exact < self.relative_attention_max_distance,
             "relative_attention_num_buckets must be 4 or more, and max_distance larger",
         )
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> T5Config:
-        """Read a config.json; unknown keys are ignored."""
-        return read_config(cls, values)
 
 
 def position_buckets(length: int, buckets: int, max_distance: int) -> mx.array:

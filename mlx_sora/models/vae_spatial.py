@@ -6,15 +6,14 @@ latents [N, h, w, C]. Runs in float32.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import mlx.core as mx
 from mlx import nn
 
 from mlx_sora.models import ops
-from mlx_sora.models.config import MAX_DEPTH, read_config, require
+from mlx_sora.models.config import MAX_DEPTH, NetworkConfig, require
 from mlx_sora.models.conv import Conv2d, Downsample2d, GroupNorm, Pointwise, Upsample2d
 from mlx_sora.models.key_map import KeyMap, KeyRule
 
@@ -26,7 +25,7 @@ NETWORKS = ("encoder", "decoder")
 
 
 @dataclass(frozen=True)
-class SpatialVAEConfig:
+class SpatialVAEConfig(NetworkConfig):
     """Constructor arguments of AutoencoderKL; defaults are SDXL's."""
 
     in_channels: int = 3
@@ -35,19 +34,13 @@ class SpatialVAEConfig:
     layers_per_block: int = 2
     latent_channels: int = 4
     norm_num_groups: int = 32
+    act_fn: str = "silu"
 
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> SpatialVAEConfig:
-        """Read a diffusers config.json; unknown keys are ignored.
-
-        Raises WeightsError for an activation that is not SiLU.
-        """
-        act = values.get("act_fn", "silu")
-        require(act in ("silu", "swish"), f"act_fn {act!r} is not known (only silu is)")
-        config = read_config(cls, values)
-        layers = config.layers_per_block
+    def __post_init__(self) -> None:
+        known = self.act_fn in ("silu", "swish")
+        require(known, f"act_fn {self.act_fn!r} is not known (only silu is)")
+        layers = self.layers_per_block
         require(layers <= MAX_DEPTH, f"layers_per_block is {layers}")
-        return config
 
     @property
     def factor(self) -> int:

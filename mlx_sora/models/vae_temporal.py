@@ -5,15 +5,14 @@ Mirrors VAE_Temporal of Open-Sora 1.2. Channels last: [B, T, H, W, C]. Runs in f
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import mlx.core as mx
 from mlx import nn
 
 from mlx_sora.models import ops
-from mlx_sora.models.config import MAX_DEPTH, read_config, require
+from mlx_sora.models.config import MAX_DEPTH, NetworkConfig, require
 from mlx_sora.models.conv import CausalConv3d, GroupNorm, Pointwise
 from mlx_sora.models.key_map import KeyMap, KeyRule
 from mlx_sora.models.vae_spatial import NETWORKS
@@ -23,7 +22,7 @@ EPS = 1e-5
 
 
 @dataclass(frozen=True)
-class TemporalVAEConfig:
+class TemporalVAEConfig(NetworkConfig):
     """Constructor arguments of VAE_Temporal; defaults are VAE_Temporal_SD's."""
 
     in_out_channels: int = 4
@@ -35,20 +34,13 @@ class TemporalVAEConfig:
     temporal_downsample: tuple[bool, ...] = (False, True, True)
     num_groups: int = 32
 
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> TemporalVAEConfig:
-        """Read a mapping with the constructor's names; other keys are ignored.
-
-        Raises WeightsError if the levels do not fit each other.
-        """
-        config = read_config(cls, values)
-        require(config.num_res_blocks <= MAX_DEPTH, f"num_res_blocks is {config.num_res_blocks}")
-        levels, steps = len(config.channel_multipliers), len(config.temporal_downsample)
+    def __post_init__(self) -> None:
+        require(self.num_res_blocks <= MAX_DEPTH, f"num_res_blocks is {self.num_res_blocks}")
+        levels, steps = len(self.channel_multipliers), len(self.temporal_downsample)
         require(
             steps == levels - 1,
             f"temporal_downsample has {steps} entries for {levels} channel_multipliers",
         )
-        return config
 
     @property
     def factor(self) -> int:
