@@ -70,7 +70,7 @@ def network(model: str, blocks: int) -> STDiT3:
     if model == "shapes":
         return load_transformer(find_model("shapes"), mx.float32)
     mx.random.seed(0)
-    transformer = STDiT3(replace(STDiT3Config.xl_2(), depth=blocks))
+    transformer = STDiT3(replace(STDiT3Config(), depth=blocks))
     mx.eval(transformer.parameters())
     return transformer
 

@@ -57,7 +57,7 @@ class Steps:
     """Evaluations of a network of `pairs` block pairs, each at its own flow time."""
 
     def __init__(self, pairs: int) -> None:
-        self.network = STDiT3(replace(STDiT3Config.xl_2(), depth=pairs))
+        self.network = STDiT3(replace(STDiT3Config(), depth=pairs))
         self.network.update(tree_map(_random, self.network.parameters()))
         config = self.network.config
         text = mx.random.normal((40, config.caption_channels))

@@ -108,7 +108,6 @@ class ConditioningLatents:
 
 
 def _needed_chunks(num_frames: int, needed: set[int]) -> list[Chunk]:
-    """Return the chunks of a clip that hold one of the `needed` latent frames."""
     chunks = chunk_plan(num_frames, MICRO_FRAME_SIZE, FRAMES_PER_CELL)
     return [c for c in chunks if needed & set(range(c.latent, c.latent + c.latents))]
 

@@ -223,7 +223,6 @@ def _video_clip(item: VideoReference, file: MediaFile, clips: Clips) -> MediaCli
 
 
 def _check_overlap(items: Sequence[MediaClip]) -> None:
-    """Raise UsageError if two media condition the same latent frame."""
     owners: dict[tuple[int, int], MediaClip] = {}
     for item in items:
         for latent in item.latents:
@@ -239,7 +238,6 @@ def _check_overlap(items: Sequence[MediaClip]) -> None:
 def _mask_groups(
     strategy: str | None, references: Sequence[MediaFile], clips: Clips
 ) -> list[MaskGroup]:
-    """Parse a mask strategy. Raises UsageError for a group out of range."""
     groups = parse_mask_strategy(strategy)
     if references and not groups:
         raise UsageError(
@@ -260,7 +258,6 @@ def _mask_groups(
 
 
 def _out_of_range(group: MaskGroup, lengths: Sequence[int], latents: int, clips: Clips) -> str:
-    """Say what is out of range in a group; empty if nothing is."""
     if not 0 <= group.loop < clips.count:
         return f"there is no loop {group.loop} of {clips.count}"
     if not 0 <= group.reference < len(lengths):
@@ -284,7 +281,6 @@ def _frame_rate_warnings(files: Iterable[MediaFile], fps: float) -> Iterator[str
 def _alignment_warnings(
     groups: Sequence[MaskGroup], references: Sequence[MediaFile], clips: Clips
 ) -> Iterator[str]:
-    """Yield a warning for each group that is moved to the start of a chunk."""
     latents = latent_frames(clips.num_frames)
     for group in groups:
         lengths = [file.latents for file in references] + [latents] * group.loop

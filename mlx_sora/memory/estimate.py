@@ -147,7 +147,7 @@ def published_sizes(itemsize: int) -> ModelSizes:
 
     Builds the networks, allocates nothing.
     """
-    text, transformer, vae = T5Config(), STDiT3Config.xl_2(), VAEConfig()
+    text, transformer, vae = T5Config(), STDiT3Config(), VAEConfig()
     encoder, denoiser = T5Encoder(text, embedding=False), STDiT3(transformer, mx.float32)
     decoder = VideoVAE(vae, ("decoder",))
     pairs = zip(denoiser.spatial_blocks, denoiser.temporal_blocks, strict=True)

@@ -54,7 +54,6 @@ def exp(x: mx.array) -> mx.array:
 
 @mx.compile
 def _exp_input(x: mx.array) -> mx.array:
-    """Return the exponent of two for e^x."""
     return mx.clip(x * _LOG2_E, -125.0, 125.0)
 
 
@@ -201,7 +200,6 @@ def attention(
 
 
 def _slice_size(total: int, most: int) -> int:
-    """Return the size of about equal slices of `total`, at most `most` each."""
     return -(-total // -(-total // most))
 
 
@@ -219,7 +217,6 @@ def _slice_mask(mask: mx.array | None, samples: slice, start: int, queries: int)
 
 
 def _attend(q: mx.array, k: mx.array, v: mx.array, scale: float, mask: mx.array | None) -> mx.array:
-    """Compute attention on CPU, all logits at once."""
     scores = (q * scale) @ k.swapaxes(-1, -2)
     if mask is not None:
         if mask.dtype == mx.bool_:

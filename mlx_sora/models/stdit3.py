@@ -37,7 +37,7 @@ KeysValues = tuple[mx.array, mx.array]
 
 @dataclass(frozen=True)
 class STDiT3Config(NetworkConfig):
-    """Keys of the published config.json that shape the network; defaults are STDiT3-XL/2."""
+    """Keys of a config.json that shape the network; defaults are STDiT3-XL/2 (1.2 B parameters)."""
 
     input_sq_size: int = 512
     in_channels: int = 4
@@ -60,11 +60,6 @@ class STDiT3Config(NetworkConfig):
             and self.hidden_size % 4 == 0,
             f"hidden_size {self.hidden_size} does not fit {self.num_heads} heads",
         )
-
-    @classmethod
-    def xl_2(cls) -> STDiT3Config:
-        """Return the published Open-Sora 1.2, STDiT3-XL/2 (1.2 B parameters)."""
-        return cls()
 
     @property
     def head_dim(self) -> int:

@@ -116,7 +116,6 @@ class VAEConfig:
 def _read_per_channel(
     values: Mapping[str, Any], name: str, default: Sequence[float], channels: int
 ) -> tuple[float, ...]:
-    """Read one number per latent channel; a single number applies to all. Raises WeightsError."""
     value = values.get(name, default)
     numbers = [value] * channels if isinstance(value, int | float) else value
     whole = isinstance(numbers, list | tuple) and len(numbers) == channels
@@ -333,21 +332,16 @@ def _nest_rules(rules: Sequence[KeyRule], stored: str, path: str) -> tuple[KeyRu
     return (*nested, KeyRule(rf"{stored}(.*)", rf"{path}\1"))
 
 
-_IGNORED = {
-    "encoder": KeyRule(
-        r"(spatial_vae\.module|temporal_vae)\.(encoder|quant_conv)\..*", ignore=True
-    ),
-    "decoder": KeyRule(
-        r"(spatial_vae\.module|temporal_vae)\.(decoder|post_quant_conv)\..*", ignore=True
-    ),
-}
+_MODULES = {"encoder": "(encoder|quant_conv)", "decoder": "(decoder|post_quant_conv)"}
 
 
 def key_map(networks: Sequence[str] = NETWORKS) -> KeyMap:
     """Return the key map of a VideoVAE with `networks`; it ignores tensors of the other one."""
+    unused = [module for network, module in _MODULES.items() if network not in networks]
+    prefix = r"(spatial_vae\.module|temporal_vae)\."
     return KeyMap(
         rules=(
-            *(rule for part, rule in _IGNORED.items() if part not in networks),
+            *(KeyRule(rf"{prefix}{module}\..*", ignore=True) for module in unused),
             KeyRule(r"scale|shift", flatten=True),
             *_nest_rules(vae_spatial.RULES, "spatial_vae.module.", "spatial_vae."),
             *_nest_rules(vae_temporal.RULES, "temporal_vae.", "temporal_vae."),

@@ -66,6 +66,18 @@ def open_image(path: str | Path, formats: Sequence[str] = IMAGE_FORMATS) -> Iter
             yield image
 
 
+@contextmanager
+def read_errors(path: str | Path, fix: str) -> Iterator[None]:
+    """Turn errors in the block into UsageErrors: damaged files fail in many ways in libraries."""
+    try:
+        yield
+    except UsageError:
+        raise
+    except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:120].rstrip(".")
+        raise UsageError(f"Cannot read {path}: {reason}.", fix) from None
+
+
 def check_pixels(path: str | Path, width: int, height: int) -> None:
     """Raise UsageError for a picture that would take too much memory."""
     if width * height > MAX_PIXELS:
@@ -75,7 +87,6 @@ def check_pixels(path: str | Path, width: int, height: int) -> None:
 
 
 def _check_sample_counts(path: Path) -> None:
-    """Raise UsageError for an mp4 with more samples than the file has bytes."""
     size = path.stat().st_size
     with path.open("rb") as file:
         for count in _sample_counts(file, 0, size):

@@ -14,7 +14,7 @@ from mlx_sora.errors import UsageError
 from mlx_sora.request.generation import options
 from mlx_sora.utils.json import parse_object
 from mlx_sora.utils.versions import versions
-from mlx_sora.video.containers import open_container, open_image
+from mlx_sora.video.containers import open_container, open_image, read_errors
 
 if TYPE_CHECKING:
     from mlx_sora.request.generation import GenerationRequest
@@ -65,13 +65,8 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise UsageError(f"No such file: {path}.", "Give a video or JSON file of mlx_sora.")
     reader = _READERS.get(path.suffix.lower(), _read_image)
-    try:
+    with read_errors(path, "Is it damaged?"):
         text = reader(path)
-    except UsageError:
-        raise
-    except Exception as error:  # damaged files fail in many ways inside the libraries
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
-        raise UsageError(f"Cannot read {path}: {reason}.", "Is it damaged?") from None
     return _parse(text, path)
 
 

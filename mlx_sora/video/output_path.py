@@ -192,7 +192,6 @@ def _check_kind(path: Path) -> None:
 
 
 def _check_folder(path: Path) -> None:
-    """Check that the folder exists and is writable; that of a sequence may be missing."""
     import tempfile
 
     folder = path.parent

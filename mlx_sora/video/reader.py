@@ -17,12 +17,16 @@ from mlx_sora.video.containers import (
     check_pixels,
     open_container,
     open_image,
+    read_errors,
 )
 
 if TYPE_CHECKING:
     import numpy as np
 
 VIDEO_SUFFIXES = (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".gif")
+
+#: Advice for a file that cannot be read.
+DAMAGED = "Is it a picture or video, and whole?"
 
 #: Largest ratio of the pixels of a scaled picture to those it is cropped to.
 MAX_CROP_RATIO = 32
@@ -115,12 +119,10 @@ def probe_video(path: str | Path) -> VideoInfo:
     variable frame rate.
     """
     with _open_video(path) as (container, stream):
-        try:
+        with read_errors(path, DAMAGED):
             packets = islice(container.demux(stream), MAX_PACKETS + 1)
             stamps = sorted(p.pts for p in packets if p.pts is not None and p.size)
             unit = float(stream.time_base or 1)
-        except Exception as error:
-            raise _read_error(path, error) from None
         context = stream.codec_context
         size, rate = Size(context.width, context.height), stream.average_rate
     if len(stamps) >= MAX_PACKETS:
@@ -242,25 +244,15 @@ def _to_rgb(image: Any, path: Path) -> Any:
 def _open_image(path: str | Path) -> Iterator[Any]:
     """Open a picture. Errors inside the block become UsageErrors, too."""
     _check_file(path)
-    try:
-        with open_image(path) as image:
-            yield image
-    except UsageError:
-        raise
-    except Exception as error:  # damaged files fail in many ways inside the library
-        raise _read_error(path, error) from None
+    with read_errors(path, DAMAGED), open_image(path) as image:
+        yield image
 
 
 @contextmanager
 def _open_video(path: str | Path) -> Iterator[tuple[Any, Any]]:
-    """Open a container; yield it and its first video stream."""
     _check_file(path)
-    try:
+    with read_errors(path, DAMAGED):
         container = open_container(path)
-    except UsageError:
-        raise
-    except Exception as error:
-        raise _read_error(path, error) from None
     with container:
         if not container.streams.video:
             raise UsageError(f"{path} has no video stream.", "Give a video file.")
@@ -275,25 +267,19 @@ def _open_video(path: str | Path) -> Iterator[tuple[Any, Any]]:
 
 def _decode_frames(path: str | Path) -> Iterator[np.ndarray]:
     """Yield upright frames. Raises UsageError for damage and for a video without frames."""
-    with _open_video(path) as (container, stream):
+    with _open_video(path) as (container, stream), read_errors(path, DAMAGED):
         first = None
-        try:
-            for frame in container.decode(stream):
-                pixels = to_upright_rgb(frame)
-                first = pixels.shape if first is None else first
-                if pixels.shape != first:
-                    raise UsageError(f"{path} has frames of several sizes.", "Use one size.")
-                yield pixels
-        except (GeneratorExit, UsageError):
-            raise
-        except Exception as error:
-            raise _read_error(path, error) from None
+        for frame in container.decode(stream):
+            pixels = to_upright_rgb(frame)
+            first = pixels.shape if first is None else first
+            if pixels.shape != first:
+                raise UsageError(f"{path} has frames of several sizes.", "Use one size.")
+            yield pixels
         if first is None:
             raise UsageError(f"{path} holds no frames.", "Give a video with at least one.")
 
 
 def _constant_rate(path: str | Path, intervals: list[float]) -> float:
-    """Return frames per second. Raises UsageError for unequal intervals."""
     median = sorted(intervals)[len(intervals) // 2]
     if median <= 0 or any(abs(each - median) > JITTER * median for each in intervals):
         shortest, longest = min(intervals), max(intervals)
@@ -308,8 +294,3 @@ def _constant_rate(path: str | Path, intervals: list[float]) -> float:
 def _check_file(path: str | Path) -> None:
     if not Path(path).is_file():
         raise UsageError(f"No such file: {path}.", "Give the path of a picture or a video.")
-
-
-def _read_error(path: str | Path, error: Exception) -> UsageError:
-    reason = (str(error).splitlines() or [type(error).__name__])[0][:120].rstrip(".")
-    return UsageError(f"Cannot read {path}: {reason}.", "Is it a picture or video, and whole?")

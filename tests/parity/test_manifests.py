@@ -25,7 +25,7 @@ def test_t5(case: Case) -> None:
 def test_stdit3(case: Case, rope: bool) -> None:
     manifest = {k: v for k, v in case.config.items() if rope or k != "rope.freqs"}
     with nothing_allocated():
-        model = stdit3.STDiT3(stdit3.STDiT3Config.xl_2())
+        model = stdit3.STDiT3(stdit3.STDiT3Config())
         check_manifest(model, stdit3.KEYS, manifest)
 
 

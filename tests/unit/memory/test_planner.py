@@ -33,7 +33,7 @@ MB, GB = 10**6, 10**9
 #: Open-Sora 1.2 in float32: T5 v1.1 XXL, STDiT3-XL/2 and the decoders.
 XL = ModelSizes(
     text=T5Config(),
-    transformer=STDiT3Config.xl_2(),
+    transformer=STDiT3Config(),
     vae=VAEConfig(),
     text_weights=WeightSizes((772 * MB,) * 24, 772 * MB, 0, 24 * 772 * MB, 0),
     transformer_weights=WeightSizes((170 * MB,) * 28, 170 * MB, 74 * MB, 28 * 170 * MB, 74 * MB),

@@ -277,4 +277,4 @@ def test_impossible_configurations_are_refused(values: dict[str, object]) -> Non
 
 def test_published_configuration() -> None:
     published = {"patch_size": [1, 2, 2], "input_size": [None, None, None], "drop_path": 0.0}
-    assert STDiT3Config.from_dict(published) == STDiT3Config.xl_2()
+    assert STDiT3Config.from_dict(published) == STDiT3Config()
