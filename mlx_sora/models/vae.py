@@ -35,46 +35,6 @@ LOGVAR_RANGE = (-30.0, 20.0)
 
 
 @dataclass(frozen=True)
-class Chunk:
-    """Frames [frame, frame + frames) and latents [latent, latent + latents) of one chunk."""
-
-    frame: int
-    frames: int
-    latent: int
-    latents: int
-
-
-def chunk_plan(num_frames: int, micro_frame: int | None, factor: int = 4) -> list[Chunk]:
-    """Cut a clip into chunks of `micro_frame` frames, the last one shorter.
-
-    micro_frame: None means one chunk. factor: frames per latent. Raises UsageError without frames.
-    """
-    if num_frames < 1:
-        raise UsageError(f"num_frames must be at least 1, got {num_frames}.", "Raise it.")
-    size = micro_frame or num_frames
-    plan: list[Chunk] = []
-    latent = 0
-    for frame in range(0, num_frames, size):
-        frames = min(size, num_frames - frame)
-        latents = -(-frames // factor)
-        plan.append(Chunk(frame, frames, latent, latents))
-        latent += latents
-    return plan
-
-
-@dataclass
-class MicroBatch:
-    """Frames per spatial pass; may be lowered between two chunks."""
-
-    frames: int
-
-    def halve(self) -> bool:
-        """Halve the batch; return False if it is a single frame already."""
-        self.frames, before = max(1, self.frames // 2), self.frames
-        return self.frames < before
-
-
-@dataclass(frozen=True)
 class VAEConfig:
     """config.json of OpenSoraVAE; the two networks have the sizes of version 1.2 by default.
 
@@ -122,6 +82,46 @@ def _read_per_channel(
     finite = whole and all(isinstance(n, int | float) and abs(n) < math.inf for n in numbers)
     require(finite, f"{name} is not {channels} numbers")
     return tuple(float(n) for n in numbers)
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Frames [frame, frame + frames) and latents [latent, latent + latents) of one chunk."""
+
+    frame: int
+    frames: int
+    latent: int
+    latents: int
+
+
+def chunk_plan(num_frames: int, micro_frame: int | None, factor: int = 4) -> list[Chunk]:
+    """Cut a clip into chunks of `micro_frame` frames, the last one shorter.
+
+    micro_frame: None means one chunk. factor: frames per latent. Raises UsageError without frames.
+    """
+    if num_frames < 1:
+        raise UsageError(f"num_frames must be at least 1, got {num_frames}.", "Raise it.")
+    size = micro_frame or num_frames
+    plan: list[Chunk] = []
+    latent = 0
+    for frame in range(0, num_frames, size):
+        frames = min(size, num_frames - frame)
+        latents = -(-frames // factor)
+        plan.append(Chunk(frame, frames, latent, latents))
+        latent += latents
+    return plan
+
+
+@dataclass
+class MicroBatch:
+    """Frames per spatial pass; may be lowered between two chunks."""
+
+    frames: int
+
+    def halve(self) -> bool:
+        """Halve the batch; return False if it is a single frame already."""
+        self.frames, before = max(1, self.frames // 2), self.frames
+        return self.frames < before
 
 
 @dataclass(frozen=True)
