@@ -9,25 +9,13 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from mlx_sora.errors import (
-    MemoryBudgetError,
-    MlxSoraError,
-    NumericsError,
-    UsageError,
-    WeightsError,
-)
+from mlx_sora.errors import MemoryBudgetError, MlxSoraError, NumericsError, UsageError, WeightsError
 from mlx_sora.runtime import blas as _blas
 
 if TYPE_CHECKING:
     from mlx_sora.pipeline import Pipeline
     from mlx_sora.request.generation import GenerationRequest
-    from mlx_sora.request.techniques import (
-        GuidanceCache,
-        GuidanceInterval,
-        Lpl,
-        StepCache,
-        Tdtm,
-    )
+    from mlx_sora.request.techniques import GuidanceCache, GuidanceInterval, Lpl, StepCache, Tdtm
     from mlx_sora.video import Video
 
 __version__ = "0.1.0"

@@ -9,12 +9,7 @@ from collections.abc import Iterable
 from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
-from mlx_sora.cli.flags import (
-    Parser,
-    add_debug_flag,
-    add_quiet_flag,
-    add_request_flags,
-)
+from mlx_sora.cli.flags import Parser, add_debug_flag, add_quiet_flag, add_request_flags
 from mlx_sora.cli.progress import (
     BarRenderer,
     JsonRenderer,

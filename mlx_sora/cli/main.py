@@ -34,8 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = parse_args(build_parser(), argv)
         if launch_backend() is not None and not hasattr(args, "parallel_run"):
             raise UsageError(
-                f"{argv[0]} runs in one process, not in several.",
-                "Start it without mlx.launch.",
+                f"{argv[0]} runs in one process, not in several.", "Start it without mlx.launch."
             )
         with sigterm_as_interrupt(), log_to_stderr(args):
             return int(args.run(args))

@@ -20,14 +20,7 @@ from mlx.utils import tree_unflatten
 from mlx_sora.errors import WeightsError
 from mlx_sora.loading.checkpoint import Checkpoint, Entry, assign, match_keys
 from mlx_sora.loading.file_guard import FileStat, retry_read
-from mlx_sora.loading.safetensors import (
-    FIX,
-    FLOATS,
-    Reader,
-    TensorInfo,
-    load_tensors,
-    memory_dtype,
-)
+from mlx_sora.loading.safetensors import FIX, FLOATS, Reader, TensorInfo, load_tensors, memory_dtype
 from mlx_sora.models.key_map import KeyMap
 from mlx_sora.runtime.device import explain_device_error
 

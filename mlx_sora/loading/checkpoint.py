@@ -243,10 +243,7 @@ def _headers(checkpoint: Checkpoint | Mapping[str, mx.array]) -> Mapping[str, Te
 
 
 def _check_fit(
-    key: str,
-    info: TensorInfo,
-    parameter: Parameter,
-    expected: Mapping[str, tuple[Shape, mx.Dtype]],
+    key: str, info: TensorInfo, parameter: Parameter, expected: Mapping[str, tuple[Shape, mx.Dtype]]
 ) -> None:
     if parameter.path not in expected:
         raise WeightsError(

@@ -34,12 +34,7 @@ from mlx_sora.manage.conversion_plan import (
     plan_part,
     source_files,
 )
-from mlx_sora.manage.progress import (
-    FileProgress,
-    ProgressCallback,
-    byte_counter,
-    ignore_progress,
-)
+from mlx_sora.manage.progress import FileProgress, ProgressCallback, byte_counter, ignore_progress
 from mlx_sora.manage.provenance import FILE, FileOrigin, Provenance
 from mlx_sora.manage.staging import (
     disk_errors,

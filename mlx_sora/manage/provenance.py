@@ -117,10 +117,7 @@ class Provenance:
         return [origin for path, origin in self.files.items() if path.startswith(f"{part}/")]
 
     def damaged_files(
-        self,
-        folder: Path,
-        checksums: bool = False,
-        on_progress: ProgressCallback = ignore_progress,
+        self, folder: Path, checksums: bool = False, on_progress: ProgressCallback = ignore_progress
     ) -> list[str]:
         """Return the paths of files with a wrong size or, with `checksums`, another content."""
         damaged = []

@@ -158,10 +158,7 @@ def _pad_space(x: mx.array) -> mx.array:
 
 
 def _sum_taps(
-    sources: Sequence[mx.array],
-    taps: Sequence[Tap],
-    bias: mx.array | None,
-    size: tuple[int, ...],
+    sources: Sequence[mx.array], taps: Sequence[Tap], bias: mx.array | None, size: tuple[int, ...]
 ) -> mx.array:
     """Sum shifted source @ kernelᵀ over the taps, in blocks of image rows: [N, H, W, O].
 

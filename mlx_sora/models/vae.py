@@ -242,10 +242,7 @@ class VideoVAE(nn.Module):
             yield _in_batches(partial(decode, self.spatial_vae), frames, size)
 
     def encode(
-        self,
-        x: mx.array,
-        noise: EncodeNoise | None = None,
-        micro_batch: int | None = None,
+        self, x: mx.array, noise: EncodeNoise | None = None, micro_batch: int | None = None
     ) -> mx.array:
         """Encode frames [B, F, H, W, 3] in [-1, 1] to latents [B, T, H // 8, W // 8, C].
 

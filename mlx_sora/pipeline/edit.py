@@ -244,11 +244,7 @@ class FlowEdit:
 
 
 def _metadata(edit: EditRequest, inject_steps: int | None) -> dict[str, Any]:
-    return {
-        "video": edit.video,
-        "source_prompt": edit.source_prompt,
-        "inject_steps": inject_steps,
-    }
+    return {"video": edit.video, "source_prompt": edit.source_prompt, "inject_steps": inject_steps}
 
 
 def _probe(path: str, image_fps: float) -> tuple[Size, int, float]:

@@ -26,14 +26,7 @@ from mlx_sora.models.stdit3 import BlockPair
 from mlx_sora.models.vae import MicroBatch
 from mlx_sora.pipeline.networks import ClipTransformer, Stage, StreamedTransformer
 from mlx_sora.pipeline.run import GenerationRun
-from mlx_sora.runtime.events import (
-    Event,
-    Noted,
-    StageProgress,
-    StageStarted,
-    StepFinished,
-    Warned,
-)
+from mlx_sora.runtime.events import Event, Noted, StageProgress, StageStarted, StepFinished, Warned
 from mlx_sora.sampling import SAMPLERS, loop
 from mlx_sora.sampling.guidance import Guidance, GuidancePolicy
 from mlx_sora.sampling.noise import Noise

@@ -136,11 +136,7 @@ def probe_video(path: str | Path) -> VideoInfo:
 
 
 def read_video(
-    path: str | Path,
-    max_frames: int | None = None,
-    *,
-    start: int = 0,
-    size: Size | None = None,
+    path: str | Path, max_frames: int | None = None, *, start: int = 0, size: Size | None = None
 ) -> Footage:
     """Read frames `start` to `start + max_frames` of a video, or to its end.
 
