@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import signal
 from collections.abc import Iterator
 from functools import cache
@@ -18,6 +19,9 @@ from mlx_sora.loading.model_folder import BUNDLED, WEIGHTS_VARIABLE, ModelFolder
 from mlx_sora.text.tokenizer import Tokenizer
 from tests.helpers import networks
 from tests.helpers.golden import DEFAULT_GOLDEN, find_cases
+
+#: More processes than this compete for memory, and tests of lost ranks for time.
+MAX_WORKERS = 4
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -36,6 +40,13 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "markers", "golden(family): run once per golden case whose file name starts with `family`"
     )
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Use the cores for the whole suite; parts of it start faster in this process."""
+    whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS
+    selected = config.option.keyword or config.option.markexpr != "not longrun"
+    return min(os.cpu_count() or 1, MAX_WORKERS) if whole and not selected else 0
 
 
 def pytest_collection_finish() -> None:
