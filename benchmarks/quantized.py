@@ -127,11 +127,11 @@ def stored(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
-def layer_errors(plain: nn.Module, quantised: nn.Module) -> dict[str, dict[str, float]]:
+def layer_errors(plain: nn.Module, quantized: nn.Module) -> dict[str, dict[str, float]]:
     """Error of each kind of layer: mean and largest over the blocks."""
     layers = dict(plain.named_modules())
     found: dict[str, list[float]] = {}
-    for path, layer in quantised.named_modules():
+    for path, layer in quantized.named_modules():
         if isinstance(layer, QuantizedLinear):
             x = mx.random.normal((256, layers[path].weight.shape[1]), key=mx.random.key(0))
             kind = re.sub(r"\.\d+\.", ".", path)
@@ -147,7 +147,7 @@ def distance(found: mx.array, expected: mx.array) -> float:
     return float((mx.linalg.norm(found - expected) / mx.linalg.norm(expected)).item())
 
 
-def network_errors(plain: ModelFolder, quantised: ModelFolder) -> dict[str, Any]:
+def network_errors(plain: ModelFolder, quantized: ModelFolder) -> dict[str, Any]:
     """Of T5's states of one prompt, and of one velocity from noise under them."""
     from mlx_sora.text.encoder import encode_tokens
     from mlx_sora.text.tokenizer import Tokenizer
@@ -156,7 +156,7 @@ def network_errors(plain: ModelFolder, quantised: ModelFolder) -> dict[str, Any]
     tokenizer = Tokenizer.load(plain.tokenizer)
     networks: dict[str, Any] = {}
     states, velocities = [], []
-    for model in (plain, quantised):
+    for model in (plain, quantized):
         t5, rows = load_text_encoder(model, mx.float32)
         states.append(encode_tokens(t5, rows, tokenizer.encode(prompt).ids, mx.float32))
         stdit = load_transformer(model, mx.float32)

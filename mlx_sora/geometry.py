@@ -58,7 +58,7 @@ RESOLUTIONS = tuple(_BUCKETS)
 
 
 class Size(NamedTuple):
-    """Size of a picture, in pixels unless stated otherwise."""
+    """Size of an image, in pixels unless stated otherwise."""
 
     width: int
     height: int
@@ -197,7 +197,7 @@ def model_arguments(size: Size, frames: int, fps: float) -> ModelArguments:
 
 
 def check_size(width: int, height: int) -> Size:
-    """Return the size. Raises UsageError if no picture of that size can be made."""
+    """Return the size. Raises UsageError if no image of that size can be made."""
     for name, side in (("Width", width), ("Height", height)):
         if isinstance(side, bool) or not isinstance(side, int):
             raise UsageError(f"{name} {side!r} is not a whole number of pixels.", "Give a number.")

@@ -97,7 +97,7 @@ def read_table(path: Path) -> ScheduleTable:
         )
     except FileNotFoundError:
         raise UsageError(
-            f"There is no table of schedules {path}.",
+            f"No table of schedules at {path}.",
             "Make it with: python -m mlx_sora calibrate, or use --step-cache every:3.",
         ) from None
     except OSError as error:

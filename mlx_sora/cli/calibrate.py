@@ -15,7 +15,7 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "calibrate",
         help="search schedules for --step-cache table:N",
-        description="Search the best N steps in which to run the transformer blocks, for every N, "
+        description="Find, for each N, the best N steps in which to run the transformer blocks, "
         "on a few prompts. Writes a small JSON file, by default into the model folder, that "
         "--step-cache table:N uses for the same number of steps and size. Takes little longer than "
         "making the videos.",

@@ -1,4 +1,4 @@
-"""`convert`: write a model folder in another type, quantised, one file per streamed block."""
+"""`convert`: write a model folder in another type, quantized, one file per streamed block."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ def add_parser(commands: Any) -> None:
     """Register the command."""
     parser = commands.add_parser(
         "convert",
-        help="convert a model to another type or to quantised weights, one file per block",
-        description="Convert a model folder to another type or to quantised weights, with one file "
-        "per streamed block.",
+        help="convert a model to another data type or to quantized weights, one file per block",
+        description="Convert a model folder to another data type or to quantized weights, with one "
+        "file per streamed block.",
         epilog=_EPILOG,
     )
     parser.add_argument(
@@ -36,7 +36,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16"),
-        help="type of T5 and STDiT; default: as stored, or 16-bit with --quantize",
+        help="data type of T5 and STDiT; default: as stored, or 16-bit with --quantize",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing model in DST")
     parser.add_argument(
@@ -57,7 +57,7 @@ def add_quantize_flag(parser: argparse.ArgumentParser) -> None:
         type=int,
         choices=(4, 8),
         metavar="BITS",
-        help="quantise the linear layers of T5 and STDiT to 4 or 8 bits per weight",
+        help="quantize the linear layers of T5 and STDiT to 4 or 8 bits per weight",
     )
 
 

@@ -47,7 +47,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--remove-original",
         action="store_true",
-        help="with --quantize: remove the download when the quantised model is complete",
+        help="with --quantize: remove the download when the quantized model is complete",
     )
     parser.add_argument(
         "--check",
@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
             f"Give {MODEL}; shapes is bundled, and any other model is a folder of yours.",
         )
     if args.remove_original and args.quantize is None:
-        raise UsageError("--remove-original goes with --quantize.", "Add --quantize 8 or 4.")
+        raise UsageError("--remove-original needs --quantize.", "Add --quantize 8 or 4.")
     from mlx_sora.loading.model_folder import weights_root
     from mlx_sora.manage.download import download, download_quantized
     from mlx_sora.manage.hub import Hub

@@ -48,7 +48,7 @@ def broadcast_request(ranks: Ranks, kind: type[T], read: Callable[[], T]) -> T:
         request = read()
         if request.single_process:
             raise UsageError(
-                "--parallel off leaves nothing to the other ranks.",
+                "--parallel off is for a single process.",
                 "Start one process, without mlx.launch.",
             )
         return request
@@ -86,7 +86,7 @@ def read_cluster(args: argparse.Namespace) -> Cluster | None:
         return None
     if not args.dry_run:
         raise UsageError(
-            "--ranks, --link and --chip are for --dry-run.",
+            "--ranks, --link and --chip need --dry-run.",
             "To run on several machines: mlx.launch --hostfile FILE -- python -m mlx_sora ...",
         )
     if args.ranks is None:

@@ -30,7 +30,7 @@ class Clips:
         ):
             if frames % MICRO_FRAME_SIZE or frames < MICRO_FRAME_SIZE:
                 raise UsageError(
-                    f"With --loop, {name} {frames} is not in whole chunks of the VAE.",
+                    f"With --loop, {name} {frames} is not a whole number of VAE chunks.",
                     f"Give a multiple of {MICRO_FRAME_SIZE}.",
                 )
         if self.shared_frames >= self.num_frames:

@@ -36,7 +36,7 @@ class EncodeTask:
 
 
 def encode_tasks(media: Media, size: Size) -> list[EncodeTask]:
-    """Return the chunks that the clips need, as pictures of `size`."""
+    """Return the chunks that the clips need, as images of `size`."""
     tasks = []
     for clip in sorted({item.clip for item in media.media_clips}):
         items = [item for item in media.media_clips if item.clip == clip]
@@ -119,7 +119,7 @@ def _chunk_task(owner: int, chunk: Chunk, read: Callable[[], np.ndarray]) -> Enc
 def _reference_task(
     owner: int, file: MediaFile, chunk: Chunk, media: Media, size: Size
 ) -> EncodeTask:
-    """Return the task of a reference's chunk; a picture is repeated and gives its first latent."""
+    """Return the task of a reference's chunk; an image is repeated and gives its first latent."""
     if file.fps is not None:
         return _chunk_task(owner, chunk, partial(_read_video_chunk, file, chunk, size))
     frames = min(media.clips.num_frames, MICRO_FRAME_SIZE)

@@ -119,8 +119,8 @@ def resolve_mask_strategy(
             continue
         if not -len(lengths) <= group.reference < len(lengths):
             raise UsageError(
-                f"The mask strategy {str(group)!r} asks for reference {group.reference} "
-                f"of {len(lengths)}.",
+                f"The mask strategy {str(group)!r} names reference {group.reference}, but "
+                f"{len(lengths)} are given.",
                 "References are counted from 0.",
             )
         length = lengths[group.reference]

@@ -1,6 +1,6 @@
-"""Media of a request: which frames of which pictures and videos condition which clips.
+"""Media of a request: which frames of which images and videos condition which clips.
 
-Decided from file headers; no pixels are read. A picture or video is assigned to frames of a clip
+Decided from file headers; no pixels are read. An image or video is assigned to frames of a clip
 and conditions the latent frames of those. These are encoded together with repeated frames around
 them, because a frame that is alone in its chunk of the VAE comes out differently (its norms see
 padding).
@@ -39,7 +39,7 @@ CHUNK_LATENTS = latent_frames(MICRO_FRAME_SIZE)
 
 @dataclass(frozen=True)
 class MediaFile:
-    """A picture or video: size, frames (1 for a picture), checksum, rate (None for a picture)."""
+    """An image or video: size, frames (1 for an image), checksum, rate (None for an image)."""
 
     path: str
     size: Size
@@ -177,13 +177,13 @@ def frames_by_latent(num_frames: int) -> list[range]:
 
 
 def _image_clip(item: ImageReference, file: MediaFile, clips: Clips) -> MediaClip:
-    """Show a picture in one frame; it conditions the latent frame of that frame."""
+    """Show an image in one frame; it conditions the latent frame of that frame."""
     if file.fps is not None:
         raise UsageError(f"--image {item.path} is a video.", "Give it to --video.")
     frame = item.frame + clips.total if item.frame < 0 else item.frame
     if not 0 <= frame < clips.total:
         raise UsageError(
-            f"--image {item.path}: there is no frame {item.frame} in {clips.total}.",
+            f"--image {item.path}: frame {item.frame} is out of range: there are {clips.total}.",
             f"Give 0 to {clips.total - 1}, first, or last.",
         )
     clip, local = clips.locate(frame)
@@ -195,7 +195,7 @@ def _image_clip(item: ImageReference, file: MediaFile, clips: Clips) -> MediaCli
 def _video_clip(item: VideoReference, file: MediaFile, clips: Clips) -> MediaClip:
     """Show the end of a video before the first clip, or the start of one after the last."""
     if file.fps is None:
-        raise UsageError(f"--video {item.path} is a picture.", "Give it to --image.")
+        raise UsageError(f"--video {item.path} is an image.", "Give it to --image.")
     if item.frames > file.num_frames:
         raise UsageError(
             f"--video {item.path} has {file.num_frames} frames, {item.frames} are to be used.",
@@ -259,17 +259,19 @@ def _mask_groups(
 
 def _out_of_range(group: MaskGroup, lengths: Sequence[int], latents: int, clips: Clips) -> str:
     if not 0 <= group.loop < clips.count:
-        return f"there is no loop {group.loop} of {clips.count}"
+        return f"loop {group.loop} is out of range: {clips.count} made, counted from 0"
     if not 0 <= group.reference < len(lengths):
-        return f"there is no reference {group.reference} of {len(lengths)}"
+        return f"reference {group.reference} is out of range: {len(lengths)} given, counted from 0"
     length = lengths[group.reference]
     if not -length <= group.reference_start < length:
-        return f"its reference has no latent frame {group.reference_start} of {length}"
+        return f"reference start {group.reference_start} is out of range: {length} latent frames"
     if not -latents <= group.target_start < latents:
-        return f"the clip has no latent frame {group.target_start} of {latents}"
+        return f"target start {group.target_start} is out of range: {latents} latent frames"
     if group.length < 1:
-        return f"a length of {group.length}"
-    return "" if 0 <= group.edit_ratio <= 1 else f"an edit of {group.edit_ratio:g}, not 0 to 1"
+        return f"the length {group.length} is below 1"
+    return (
+        "" if 0 <= group.edit_ratio <= 1 else f"the edit ratio {group.edit_ratio:g} is not 0 to 1"
+    )
 
 
 def _frame_rate_warnings(files: Iterable[MediaFile], fps: float) -> Iterator[str]:

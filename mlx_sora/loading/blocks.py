@@ -112,7 +112,7 @@ class BlockSource(Generic[Block]):
         """Return the bytes that reading a tensor takes beside its final form."""
         if info.dtype in FLOATS:
             return info.nbytes if FLOATS[info.dtype] != self.dtype else 0
-        # A weight that is quantised on load is read in full, and a copy of it may become float32.
+        # A weight that is quantized on load is read in full, and a copy of it may become float32.
         return 3 * info.nbytes if info.nbytes > prod(info.shape) * mx.uint32.size else 0
 
     def _load_from_file(

@@ -64,7 +64,7 @@ class Defaults:
 
 @dataclass(frozen=True)
 class ModelFolder:
-    """A complete model on disk. quantize_bits: bits per weight to quantise to on load, if any."""
+    """A complete model on disk. quantize_bits: bits per weight to quantize to on load, if any."""
 
     path: Path
     name: str
@@ -153,7 +153,7 @@ def find_model(model: str | Path | None = None) -> ModelFolder:
 
 
 def download_command(name: str) -> str:
-    """Return the command that downloads (and quantises) the model `name`."""
+    """Return the command that downloads (and quantizes) the model `name`."""
     bits = [bits for bits, quantized in QUANTIZED_MODELS.items() if quantized == name]
     return f"python -m mlx_sora download {PUBLISHED}" + (f" --quantize {bits[0]}" if bits else "")
 

@@ -110,7 +110,7 @@ def _transformer(model: ModelFolder, dtype: mx.Dtype) -> tuple[stdit3.STDiT3, Ch
 def _quantize_network(
     model: ModelFolder, network: nn.Module, config: Mapping[str, Any], checkpoint: Checkpoint
 ) -> Checkpoint:
-    """Quantise `network` as config.json or `model` requires; return the matching checkpoint."""
+    """Quantize `network` as config.json or `model` requires; return the matching checkpoint."""
     quantization = Quantization.from_config(config)
     if quantization is None and model.quantize_bits is not None:
         quantization = Quantization(model.quantize_bits)
@@ -147,7 +147,7 @@ def match_part(model: ModelFolder, part: str, checkpoint: Checkpoint) -> list[En
 
 
 def quantizable_layers(model: ModelFolder, part: str, quantization: Quantization) -> list[str]:
-    """Return the paths of the layers of `part` to quantise. Reads config.json only."""
+    """Return the paths of the layers of `part` to quantize. Reads config.json only."""
     return list(quantizable_linears(_empty_network(model, part)[0], quantization))
 
 

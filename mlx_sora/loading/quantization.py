@@ -1,6 +1,6 @@
-"""Affine quantisation of the linear layers of a network.
+"""Affine quantization of the linear layers of a network.
 
-Only the linear layers in the blocks of T5 and STDiT are quantised. Embedders, norms, time
+Only the linear layers in the blocks of T5 and STDiT are quantized. Embedders, norms, time
 modulation, final layer, scale-shift tables and the VAE keep their values. config.json records it as
 in other MLX models: {"quantization": {"bits": 8, "group_size": 64}}.
 """
@@ -45,7 +45,7 @@ class Quantization:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Quantization | None:
-        """Read the settings of a config.json; None for a network that is not quantised.
+        """Read the settings of a config.json; None for a network that is not quantized.
 
         Raises WeightsError for settings that this package does not write.
         """
@@ -74,7 +74,7 @@ class Quantization:
     def quantize(
         self, weight: mx.array, dtype: mx.Dtype | None = None, stream: mx.Stream | None = None
     ) -> dict[str, mx.array]:
-        """Quantise the weight [outputs, inputs] of a layer; return arrays by parameter name.
+        """Quantize the weight [outputs, inputs] of a layer; return arrays by parameter name.
 
         dtype: of scales and biases; None selects the more accurate 16-bit type for them: float16 is
         eight times finer, except for the smallest numbers. stream: runs the work.
@@ -104,7 +104,7 @@ def _rounding_error(scales: mx.array, biases: mx.array, kind: mx.Dtype) -> float
 
 
 def quantizable_linears(network: nn.Module, quantization: Quantization) -> dict[str, nn.Linear]:
-    """Return the layers of `network` to quantise, by path.
+    """Return the layers of `network` to quantize, by path.
 
     Leaves out layers whose inputs do not divide into whole groups (STDiT3-3B has such).
     """
@@ -118,7 +118,7 @@ def quantizable_linears(network: nn.Module, quantization: Quantization) -> dict[
 
 
 def insert_quantized_layers(network: nn.Module, quantization: Quantization | None) -> None:
-    """Replace layers of a `network` without weights by quantised layers."""
+    """Replace layers of a `network` without weights by quantized layers."""
     if quantization is None:
         return
     layers = []
@@ -130,7 +130,7 @@ def insert_quantized_layers(network: nn.Module, quantization: Quantization | Non
 
 
 def dense_bytes(network: nn.Module, dtype: mx.Dtype) -> dict[str, int]:
-    """Return the bytes of each quantised layer's weights dequantised to `dtype`, by path."""
+    """Return the bytes of each quantized layer's weights dequantized to `dtype`, by path."""
     return {
         path: layer.dense_size * dtype.size
         for path, layer in network.named_modules()
@@ -139,7 +139,7 @@ def dense_bytes(network: nn.Module, dtype: mx.Dtype) -> dict[str, int]:
 
 
 def count_parameters(checkpoint: Checkpoint, quantization: Quantization | None) -> int:
-    """Count the parameters of the network, without scales and biases of its quantisation."""
+    """Count the parameters of the network, without scales and biases of its quantization."""
     counts = [(prod(info.shape), info.dtype) for info in checkpoint.tensors.values()]
     total = sum(count for count, _ in counts)
     if quantization is None:
@@ -151,10 +151,10 @@ def count_parameters(checkpoint: Checkpoint, quantization: Quantization | None) 
 
 @dataclass(frozen=True)
 class QuantizingReader:
-    """A Reader that quantises `weights`, each into three tensors.
+    """A Reader that quantizes `weights`, each into three tensors.
 
     weights: stored tensors by key. They are evaluated one by one, so that only one is in memory
-    unquantised.
+    unquantized.
     """
 
     quantization: Quantization
@@ -177,15 +177,15 @@ class QuantizingReader:
 def quantize_on_load(
     checkpoint: Checkpoint, network: nn.Module, quantization: Quantization
 ) -> Checkpoint:
-    """Return `checkpoint` with a reader that quantises the linear layers of `network`.
+    """Return `checkpoint` with a reader that quantizes the linear layers of `network`.
 
-    network: not quantised yet. Tensors of unexpected shape are left for `match_keys` to report.
-    Raises UsageError for a network without a layer that can be quantised.
+    network: not quantized yet. Tensors of unexpected shape are left for `match_keys` to report.
+    Raises UsageError for a network without a layer that can be quantized.
     """
     layers = quantizable_linears(network, quantization)
     if not layers:
         raise UsageError(
-            f"No layer in {checkpoint.path} can be quantised: no input size is a multiple of the "
+            f"No layer in {checkpoint.path} can be quantized: no input size is a multiple of the "
             f"group size {quantization.group_size}.",
             "Leave --quantize out.",
         )
@@ -205,9 +205,9 @@ def quantize_on_load(
 
 
 def choose_quantization(model: ModelFolder, bits: int | None) -> ModelFolder:
-    """Return `model` with the bits per weight to quantise to on load; None changes nothing.
+    """Return `model` with the bits per weight to quantize to on load; None changes nothing.
 
-    Raises UsageError for a folder that is quantised to another number of bits.
+    Raises UsageError for a folder that is quantized to another number of bits.
     """
     if bits is None:
         return model
@@ -215,7 +215,7 @@ def choose_quantization(model: ModelFolder, bits: int | None) -> ModelFolder:
     others = found - {Quantization(bits)}
     if others:
         raise UsageError(
-            f"{model.name} is quantised to {others.pop()}, which --quantize cannot change.",
+            f"{model.name} is quantized to {others.pop()}, which --quantize cannot change.",
             "Leave --quantize out, or take the model that it was converted from.",
         )
     return replace(model, quantize_bits=None if found else bits)

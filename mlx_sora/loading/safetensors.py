@@ -22,7 +22,7 @@ from mlx_sora.utils.json import parse_object
 #: Floating types of weights.
 FLOATS: dict[str, mx.Dtype] = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}
 
-#: Type code of the words that hold quantised weights.
+#: Type code of the words that hold quantized weights.
 PACKED = "U32"
 
 _SIZES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4} | dict.fromkeys(

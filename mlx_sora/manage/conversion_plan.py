@@ -57,7 +57,7 @@ class ConversionOptions:
 
 @dataclass(frozen=True)
 class TensorConversion:
-    """Conversion of the tensor `key` to another type or, quantised, to three tensors."""
+    """Conversion of the tensor `key` to another type or, quantized, to three tensors."""
 
     key: str
     info: TensorInfo
@@ -119,11 +119,11 @@ def plan_part(model: ModelFolder, part: str, options: ConversionOptions) -> list
     """Plan the files of `part`: blocks in the order of their use, then all other tensors.
 
     Leaves out tensors that the network does not use. Raises WeightsError for a checkpoint that does
-    not match its configuration, UsageError for one that is quantised already.
+    not match its configuration, UsageError for one that is quantized already.
     """
     if Quantization.from_config(model.config(part)) is not None:
         raise UsageError(
-            f"{model.path} is quantised already.", "Convert the model that it was converted from."
+            f"{model.path} is quantized already.", "Convert the model that it was converted from."
         )
     checkpoint = Checkpoint.open(model.path / part)
     keys = {entry.key for entry in match_part(model, part, checkpoint)}

@@ -1,4 +1,4 @@
-"""Conversion of a model folder: one file per streamed block, another type, quantised weights.
+"""Conversion of a model folder: one file per streamed block, another type, quantized weights.
 
 Files are built in a hidden folder beside the destination, with a journal of their checksums, so
 that an interrupted conversion continues. Configurations come last, then the folder is renamed: a
@@ -271,7 +271,7 @@ def _refuse_overlap(source: Path, target: Path) -> None:
 def _require_quantized(model: ModelFolder, shards: Sequence[ShardPlan]) -> None:
     if all(tensor.quantization is None for shard in shards for tensor in shard.conversions):
         raise UsageError(
-            f"No layer of {model.name} can be quantised: no input size is a multiple of the group "
+            f"No layer of {model.name} can be quantized: no input size is a multiple of the group "
             f"size {GROUP_SIZE}.",
             "Convert it without --quantize.",
         )

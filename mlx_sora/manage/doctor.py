@@ -75,7 +75,7 @@ def diagnose(
 
 
 def describe_part(checkpoint: Checkpoint, quantization: Quantization | None) -> dict[str, Any]:
-    """Return parameters, bytes, types, files and, if any, quantisation of a part."""
+    """Return parameters, bytes, types, files and, if any, quantization of a part."""
     types = Counter(info.dtype for info in checkpoint.tensors.values())
     facts: dict[str, Any] = {
         "parameters": count_parameters(checkpoint, quantization),
@@ -145,7 +145,7 @@ class ModelChecker:
                 continue
             facts = describe_part(checkpoint, quantization)
             size = f"{facts['parameters']:,} values, {facts['bytes'] / 1e6:,.1f} MB"
-            suffix = "" if quantization is None else f", quantised to {quantization}"
+            suffix = "" if quantization is None else f", quantized to {quantization}"
             message = f"fits its configuration: {facts['types']} tensors, {size}{suffix}."
             yield Diagnostic("ok", part, message)
 

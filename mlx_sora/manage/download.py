@@ -1,4 +1,4 @@
-"""Download of the published model, and of its quantised conversions.
+"""Download of the published model, and of its quantized conversions.
 
 Files arrive in a hidden folder beside the destination, each under a `.part` name until its checksum
 is right. When all are there and open as a model, the folder is renamed. So a partial download is
@@ -64,7 +64,7 @@ class DownloadResult:
 
 @dataclass(frozen=True)
 class QuantizedDownload:
-    """A quantised model. download: None if nothing had to be downloaded."""
+    """A quantized model. download: None if nothing had to be downloaded."""
 
     download: DownloadResult | None
     conversion: ConversionResult

@@ -14,7 +14,7 @@ from mlx import nn
 
 from mlx_sora.models.ops import on_gpu
 
-#: Bits of the words that quantised weights are packed into.
+#: Bits of the words that quantized weights are packed into.
 WORD_BITS = 32
 
 

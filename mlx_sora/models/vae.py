@@ -200,7 +200,7 @@ class VideoVAE(nn.Module):
             sequential_offload: decode all chunks with the temporal VAE first, then delete it, so
                 that lazily loaded weights of both are never in memory at once. This VAE cannot be
                 used again.
-            tiles: decode pictures in tiles x tiles parts, approximately (models/vae_tiling.py).
+            tiles: decode frames in tiles x tiles parts, approximately (models/vae_tiling.py).
             selection: chunks to decode.
 
         Raises UsageError, before any work, if z does not hold num_frames frames.

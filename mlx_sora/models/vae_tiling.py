@@ -1,10 +1,10 @@
-"""Tiled decoding of large pictures: an approximation that saves memory.
+"""Tiled decoding of large images: an approximation that saves memory.
 
-Attention and the first level run on the whole picture. The other levels, whose activations are up
+Attention and the first level run on the whole image. The other levels, whose activations are up
 to 16 times larger, run on overlapping tiles that are blended linearly. Group norms of a tile use
-mean and variance of the picture subsampled to every `tiles`-th row and column, because those of a
+mean and variance of the image subsampled to every `tiles`-th row and column, because those of a
 tile depend on its content. Dimension letters: N images, h, w latent rows and columns, H, W those of
-the picture.
+the image.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def tile_spans(length: int, tiles: int) -> list[slice]:
 
 
 def tiling_cost(rows: int, columns: int, tiles: int) -> float:
-    """Return the work on the tiles and the subsampled picture, relative to untiled work."""
+    """Return the work on the tiles and the subsampled image, relative to untiled work."""
     if tiles == 1:
         return 1.0
     covered = tiles**2 * tile_side(rows, tiles) * tile_side(columns, tiles)

@@ -1,4 +1,4 @@
-"""Prompt in, video out: the road of a request, one page for each part of it."""
+"""From a request to a video: one module for each step."""
 
 from mlx_sora.pipeline.pipeline import Pipeline
 

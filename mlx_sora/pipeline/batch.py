@@ -215,7 +215,8 @@ def _as_single_rank(request: GenerationRequest) -> GenerationRequest:
     """Return the request as one rank makes it. Raises UsageError if checkpoints are asked for."""
     if request.checkpoint_every is not None:
         raise UsageError(
-            "--checkpoint-every does not go with --parallel prompts.", "Leave one of them out."
+            "--checkpoint-every cannot be combined with --parallel prompts.",
+            "Leave one of them out.",
         )
     return replace(request, parallel="auto") if request.parallel == "prompts" else request
 

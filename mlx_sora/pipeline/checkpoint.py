@@ -36,7 +36,7 @@ FORMAT = 1
 #: Fields of Snapshot that are tuples, which JSON has as lists.
 _LISTS = ("finished", "accounts", "warnings", "resumed")
 
-_FIX = "Delete it to begin anew."
+_FIX = "Delete it to start again."
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Snapshot:
         record = json.dumps(flatten_state(found, "run", arrays))
         metadata = {"format": str(FORMAT), "record": record, "sha256": _digest(record, arrays)}
         with explain_os_errors(path):
-            path.parent.mkdir(exist_ok=True)  # that of a sequence of pictures
+            path.parent.mkdir(exist_ok=True)  # the folder of a png sequence
             with atomic_write(path, overwrite=True) as file, file.partial.open("wb") as handle:
                 mx.save_safetensors(handle, arrays, metadata)
 
@@ -88,7 +88,7 @@ class Snapshot:
         if metadata["format"] != str(FORMAT):
             raise UsageError(
                 f"{path} is a checkpoint of format {metadata['format'][:9]}, not {FORMAT}.",
-                "Go on with the version of mlx_sora that wrote it.",
+                "Resume with the version of mlx_sora that wrote it.",
             )
         try:
             arrays = mx.load(str(path), format="safetensors")
@@ -246,7 +246,7 @@ def _metadata(path: Path) -> dict[str, str]:
         raise WeightsError(f"The checkpoint {path} is damaged: {reason}.", _FIX) from error
     if not {"format", "record", "sha256"} <= found.keys():
         raise UsageError(
-            f"{path} is no checkpoint of a run.", f"Give a file NAME{CHECKPOINT_SUFFIX}."
+            f"{path} is not a checkpoint of a run.", f"Give a file NAME{CHECKPOINT_SUFFIX}."
         )
     return found
 

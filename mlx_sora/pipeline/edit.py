@@ -248,7 +248,7 @@ def _metadata(edit: EditRequest, inject_steps: int | None) -> dict[str, Any]:
 
 
 def _probe(path: str, image_fps: float) -> tuple[Size, int, float]:
-    """Return size, frames and fps of a video or picture. Raises UsageError."""
+    """Return size, frames and fps of a video or image. Raises UsageError."""
     if not is_video(path):
         return image_size(path), 1, image_fps
     info = probe_video(path)

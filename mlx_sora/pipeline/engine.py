@@ -29,7 +29,7 @@ from mlx_sora.utils.versions import versions
 class Engine:
     """Model folder, number format and ranks; holds no weights.
 
-    model: may ask for quantisation on loading. dtype: auto, float32 or bfloat16. ranks: the
+    model: may ask for quantization on loading. dtype: auto, float32 or bfloat16. ranks: the
     processes that mlx.launch started with this one, or this process alone.
     """
 
@@ -40,7 +40,7 @@ class Engine:
     _tokenizer: list[Tokenizer] = field(default_factory=list, repr=False)
 
     def for_request(self, request: GenerationRequest) -> Engine:
-        """Return the engine with the number format, quantisation and ranks that a request asks for.
+        """Return the engine with the number format, quantization and ranks that a request asks for.
 
         Raises UsageError if the request asks for another model, or for what this one cannot do.
         """

@@ -1,4 +1,4 @@
-"""The road of a request: prepare() decides everything, generate() carries it out."""
+"""Generation of one request: prepare() plans the run, generate() carries it out."""
 
 from __future__ import annotations
 

@@ -34,8 +34,8 @@ def process_lock() -> Iterator[None]:
     """Hold the process for one run. Raises UsageError if a run of any thread holds it."""
     if not _process.acquire(blocking=False):
         raise UsageError(
-            "Another run of this process is under way.",
-            "Wait for its end, close its generator, or start a process for this one.",
+            "Another run is in progress in this process.",
+            "Wait until it ends, close its generator, or use another process.",
         )
     try:
         yield

@@ -113,7 +113,7 @@ class Pipeline:
         """Change what a video shows: from `source_prompt`, what it shows now, to `prompt`.
 
         options: those of EditRequest, such as inject_steps, and the fields of GenerationRequest
-        that edits share (steps, guidance, sampler, output, ...). A picture is a video of one frame.
+        that edits share (steps, guidance, sampler, output, ...). An image is a video of one frame.
         """
         from mlx_sora.request.edit import EditRequest as Request
 

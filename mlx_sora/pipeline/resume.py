@@ -41,7 +41,7 @@ def with_checkpoints(run: GenerationRun, resume: Path | None) -> GenerationRun:
     """
     request, output = run.request, run.output
     if output is None:
-        raise UsageError("A checkpoint lies beside the output, and there is none.", "Give output.")
+        raise UsageError("A checkpoint needs an output file to lie beside.", "Give output.")
     path = checkpoint_path(output)
     source = path if resume is None else resume
     own = identity(run, fingerprint(run.engine.model))
@@ -50,7 +50,7 @@ def with_checkpoints(run: GenerationRun, resume: Path | None) -> GenerationRun:
     if resume is None and not path.exists():
         return replace(run, checkpoints=Checkpoints(path, every, new))
     if source != path and path.exists() and not request.overwrite:
-        raise UsageError(f"{path} exists already.", "Go on with it, or give --overwrite.")
+        raise UsageError(f"{path} exists already.", "Resume from it, or give --overwrite.")
     found = Snapshot.load(source)
     mismatch = checkpoint_mismatch(source, found, own)
     if mismatch is not None:

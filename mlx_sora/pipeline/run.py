@@ -63,7 +63,7 @@ class EditSource:
             return plan
         if mode != "auto":
             raise UsageError(
-                f"--parallel {mode} does not go with injected values.",
+                f"--parallel {mode} cannot be combined with --inject-steps {self.inject_steps}.",
                 "Use --parallel sequence, or --inject-steps 0.",
             )
         return ParallelPlan(plan.ranks)

@@ -182,7 +182,7 @@ def _resolve_tiles(request: GenerationRequest, geometry: Geometry) -> int:
     if tiles > 1 and min(geometry.latent[1:]) < 2 * tiles:
         raise UsageError(
             f"{geometry.decoded} pixels are too few for --vae-tiles {tiles}.",
-            "Leave it out, or make a larger picture.",
+            "Leave it out, or make a larger image.",
         )
     return tiles
 

@@ -88,7 +88,7 @@ def _encode_texts(
 
 
 def encode_media(run: GenerationRun) -> Generator[Event, None, ConditioningLatents]:
-    """Encode the pictures and videos of the request, on rank 0; broadcast their latents."""
+    """Encode the images and videos of the request, on rank 0; broadcast their latents."""
     settings = run.settings
     channels = run.engine.transformer_config.in_channels
     conditioning = ConditioningLatents(settings.media, settings.geometry.latent, channels)

@@ -79,8 +79,8 @@ class TechniqueConfig:
         modes = [m for m in self.MODES if m != OFF] if self.mode is None else [self.mode]
         mode = next((mode for mode in modes if self._fits(mode, values)), None)
         if mode is None:
-            parts = [*([] if self.mode is None else [f"mode {self.mode!r}"]), *values]
-            raise UsageError(f"{title} cannot be made of {', '.join(parts) or 'nothing'}.", hint)
+            parts = [*([] if self.mode is None else [f"the name {self.mode!r}"]), *values]
+            raise UsageError(f"{title} has no mode with {', '.join(parts) or 'no values'}.", hint)
         object.__setattr__(self, "mode", mode)
         for name, parameter in self._parameters(mode).items():
             value = values.get(name, parameter.defaults[mode])

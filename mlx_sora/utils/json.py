@@ -18,7 +18,7 @@ def read_bytes(path: Path, limit: int) -> bytes:
     Raises OSError, also for pipes and devices, which may never end; ValueError above `limit`.
     """
     if path.exists() and not path.is_file():
-        raise OSError(errno.EINVAL, "no regular file", os.fspath(path))
+        raise OSError(errno.EINVAL, "not a regular file", os.fspath(path))
     with path.open("rb") as file:
         data = file.read(limit + 1)
     if len(data) > limit:

@@ -1,4 +1,4 @@
-"""Open untrusted videos and pictures without reading other files or using all memory.
+"""Open untrusted videos and images without reading other files or using all memory.
 
 FFmpeg decides by content, not by name: a playlist named .mp4 would make it open the files that it
 lists. A box of a few bytes in an mp4 makes it allocate an index of any length.
@@ -18,7 +18,7 @@ from mlx_sora.errors import UsageError
 #: FFmpeg's names of the containers that are read.
 VIDEO_FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,gif"
 
-#: Pillow's names of the picture formats that are read. Others run programs (EPS) or are rare.
+#: Pillow's names of the image formats that are read. Others run programs (EPS) or are rare.
 IMAGE_FORMATS = (
     *("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "PPM"),
     *("AVIF", "JPEG2000", "HEIF"),
@@ -58,7 +58,7 @@ def open_image(path: str | Path, formats: Sequence[str] = IMAGE_FORMATS) -> Iter
     from PIL import Image
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about minor damage and large pictures
+        warnings.simplefilter("ignore")  # about minor damage and large images
         Image.init()
         known = [name for name in formats if name in Image.OPEN]
         with Image.open(path, formats=known) as image:
@@ -79,7 +79,7 @@ def read_errors(path: str | Path, fix: str) -> Iterator[None]:
 
 
 def check_pixels(path: str | Path, width: int, height: int) -> None:
-    """Raise UsageError for a picture that would take too much memory."""
+    """Raise UsageError for an image that would take too much memory."""
     if width * height > MAX_PIXELS:
         raise UsageError(
             f"{path} has {width}x{height} pixels.", f"Give {MAX_PIXELS / 1e6:g} million at most."

@@ -91,7 +91,7 @@ class Mp4Encoder:
 
 
 class PngEncoder:
-    """A single picture."""
+    """A single image."""
 
     def __init__(self) -> None:
         self._frame: np.ndarray | None = None

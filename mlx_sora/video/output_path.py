@@ -111,7 +111,7 @@ def checkpoint_path(output: Path) -> Path:
 def existing_files(path: Path) -> list[Path]:
     """Return the files that writing to `path` would replace.
 
-    An incomplete sequence of a killed run does not count. Its first picture is missing, because
+    An incomplete sequence of a killed run does not count. Its first image is missing, because
     that is renamed last, and the run's checkpoint exists.
     """
     if not is_sequence(path):

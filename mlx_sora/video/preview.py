@@ -1,4 +1,4 @@
-"""Latent previews: a linear map from latents to small pictures, fitted to the VAE.
+"""Latent previews: a linear map from latents to small images, fitted to the VAE.
 
 Each position sees its 3 x 3 neighbours. Latents of a single frame have their own map. The map is a
 JSON file in the model folder: "weights" [2][9 * C + 1][3] to RGB in [0, 1], the last row is the
@@ -57,7 +57,7 @@ class LatentToRGB:
         return cls(weights, psnr)
 
     def decode(self, z: np.ndarray, single_frame: Sequence[bool]) -> np.ndarray:
-        """Map latents [T, h, w, C] to enlarged pictures, uint8 [T, H, W, 3].
+        """Map latents [T, h, w, C] to enlarged images, uint8 [T, H, W, 3].
 
         single_frame: per latent, True if it encodes one frame.
         """
@@ -94,7 +94,7 @@ def write_preview(path: Path, frames: np.ndarray, fps: float) -> None:
 
     Raises MlxSoraError or OSError if it cannot be written.
     """
-    path.parent.mkdir(exist_ok=True)  # a sequence of pictures makes its folder later
+    path.parent.mkdir(exist_ok=True)  # a sequence of images makes its folder later
     with atomic_write(path, overwrite=True) as file:
         if len(frames) == 1:
             save_png(frames[0], file.partial, None)

@@ -1,4 +1,4 @@
-"""Reads pictures and videos as uint8 RGB, upright, and resized as in Open-Sora 1.2."""
+"""Images and videos, read as uint8 RGB, upright, and resized as in Open-Sora 1.2."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 VIDEO_SUFFIXES = (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".gif")
 
 #: Advice for a file that cannot be read.
-DAMAGED = "Is it a picture or video, and whole?"
+DAMAGED = "Is it an image or video, and whole?"
 
-#: Largest ratio of the pixels of a scaled picture to those it is cropped to.
+#: Largest ratio of the pixels of a scaled image to those it is cropped to.
 MAX_CROP_RATIO = 32
 
 #: Intervals between frames may differ from the median by this share.
@@ -54,7 +54,7 @@ class VideoInfo:
 
 @dataclass(frozen=True)
 class ResizeCrop:
-    """Resize of a picture to fill a size: scaled, then cropped to `size` at the centre."""
+    """Resize of an image to fill a size: scaled, then cropped to `size` at the centre."""
 
     source: Size
     scaled: Size
@@ -88,7 +88,7 @@ def is_video(path: str | Path) -> bool:
 
 
 def image_size(path: str | Path) -> Size:
-    """Read the upright size of a picture from its header. Raises UsageError."""
+    """Read the upright size of an image from its header. Raises UsageError."""
     with _open_image(path) as image:
         rotated = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
         width, height = image.size
@@ -96,10 +96,10 @@ def image_size(path: str | Path) -> Size:
 
 
 def read_image(path: str | Path, size: Size | None = None) -> np.ndarray:
-    """Read a picture as uint8 [H, W, 3], scaled and cropped to `size` if it is given.
+    """Read an image as uint8 [H, W, 3], scaled and cropped to `size` if it is given.
 
     Applies the EXIF orientation; puts transparency on black; converts 16 bits to 8. Raises
-    UsageError for a file that is missing, damaged or not a picture.
+    UsageError for a file that is missing, damaged or not an image.
     """
     import numpy as np
     from PIL import ImageOps
@@ -207,7 +207,7 @@ def _bilinear(frame: np.ndarray, rows: Any, columns: Any) -> np.ndarray:
 
 
 def _resize_crop_image(image: Any, fit: ResizeCrop) -> Any:
-    """Scale (bicubic) and crop a Pillow image, as Open-Sora does for pictures."""
+    """Scale (bicubic) and crop a Pillow image, as Open-Sora does for images."""
     from PIL import Image
 
     if fit.scaled != fit.source:
@@ -238,7 +238,7 @@ def _to_rgb(image: Any, path: Path) -> Any:
 
 @contextmanager
 def _open_image(path: str | Path) -> Iterator[Any]:
-    """Open a picture. Errors inside the block become UsageErrors, too."""
+    """Open an image. Errors inside the block become UsageErrors, too."""
     _check_file(path)
     with read_errors(path, DAMAGED), open_image(path) as image:
         yield image
@@ -289,4 +289,4 @@ def _constant_rate(path: str | Path, intervals: list[float]) -> float:
 
 def _check_file(path: str | Path) -> None:
     if not Path(path).is_file():
-        raise UsageError(f"No such file: {path}.", "Give the path of a picture or a video.")
+        raise UsageError(f"No such file: {path}.", "Give the path of an image or a video.")

@@ -58,7 +58,7 @@ def test_convert_and_use(folder: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert pictures[0] == pictures[1] == pictures[2]
 
 
-def test_quantised_while_loading(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_quantized_while_loading(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     kind = {"bits": 8, "group_size": 64}
     for name, words in (("whole", []), ("streamed", ["--ci-dl"])):
         assert main([*GENERATE, "a red circle", "-q", "8", "-o", f"{name}.png", *words]) == 0
@@ -75,7 +75,7 @@ def test_quantised_while_loading(folder: Path, capsys: pytest.CaptureFixture[str
     assert "quantization" not in read_metadata("plain.png")
     assert main(["convert", "shapes", "small", "-q", "8", "--quiet"]) == 0
     assert main([*GENERATE, "a", "--model", "small", "-q", "4", "-o", "no.png"]) == 2
-    assert "quantised to 8 bits" in capsys.readouterr().err
+    assert "quantized to 8 bits" in capsys.readouterr().err
 
 
 def test_the_named_command_mends_a_conversion(

@@ -1,4 +1,4 @@
-"""A model whose layers can be quantised: random T5 and STDiT in float32, the bundled VAE."""
+"""A model whose layers can be quantized: random T5 and STDiT in float32, the bundled VAE."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`download --quantize`: from an empty folder to a video of the quantised model, and back again."""
+"""`download --quantize`: from an empty folder to a video of the quantized model, and back again."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_download_doctor_generate(
     assert main(["doctor", MADE]) == 0
     out = capsys.readouterr().out
     assert "sizes and checksums as recorded, from PixArt-alpha/" in out
-    assert out.count("quantised to 8 bits in groups of 64") == 2
+    assert out.count("quantized to 8 bits in groups of 64") == 2
     words = "generate --steps 2 --width 32 --height 32 --num-frames 1 -o a.png --quiet -p"
     assert main([*words.split(), "a red circle", "--model", MADE]) == 0
     assert (tmp_path / "a.png").stat().st_size > 0

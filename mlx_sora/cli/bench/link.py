@@ -28,7 +28,13 @@ def add_parser(benches: Any) -> None:
         "bench link. It times gathers between them and a block pair on each, and prints the flags "
         "with which `generate --dry-run` estimates other requests and clusters.",
     )
-    parser.add_argument("--runs", type=int, default=5, metavar="N", help="default: 5")
+    parser.add_argument(
+        "--runs",
+        type=int,
+        default=5,
+        metavar="N",
+        help="timed runs, of which the median counts; default: 5",
+    )
     add_debug_flag(parser)
     parser.set_defaults(run=run, parallel_run=True)
 

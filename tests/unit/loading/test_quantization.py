@@ -1,4 +1,4 @@
-"""Which layers are quantised, what they lose, and that streaming them changes nothing."""
+"""Which layers are quantized, what they lose, and that streaming them changes nothing."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ from tests.helpers.quantizable_model import STDIT, T5, write_model
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> ModelFolder:
-    """Quantised to 8 bits."""
+    """Quantized to 8 bits."""
     root = tmp_path_factory.mktemp("models")
     (root / "plain").mkdir()
     made = convert(write_model(root / "plain"), root / "q8", ConversionOptions(8))
     return ModelFolder.open(made.path)
 
 
-def test_what_is_quantised() -> None:
+def test_what_is_quantized() -> None:
     layers = set(quantizable_linears(T5Encoder(T5), Quantization(8)))
     block = ["SelfAttention.q", "SelfAttention.k", "SelfAttention.v", "SelfAttention.o"]
     names = {f"layer.0.{name}" for name in block}
@@ -85,14 +85,14 @@ def test_loss(bits: int, error: float, size: float) -> None:
 @pytest.mark.parametrize(
     "values", [3, {"bits": 8}, {"bits": 3, "group_size": 64}, {"bits": 8, "group_size": 32}]
 )
-def test_another_kind_of_quantisation_is_refused(values: object) -> None:
+def test_another_kind_of_quantization_is_refused(values: object) -> None:
     with pytest.raises(WeightsError, match="quantization cannot be"):
         Quantization.from_config({"quantization": values})
     assert Quantization.from_config({}) is None
 
 
 def dense(network: T5Encoder | STDiT3) -> dict[str, mx.array]:
-    """Parameters of a quantised network as those of a plain one."""
+    """Parameters of a quantized network as those of a plain one."""
     values = dict(tree_flatten(network.parameters()))
     for path, layer in network.named_modules():
         if isinstance(layer, QuantizedLinear):
@@ -102,7 +102,7 @@ def dense(network: T5Encoder | STDiT3) -> dict[str, mx.array]:
 
 
 def test_text_encoder(model: ModelFolder) -> None:
-    """Whole, streamed, and with dequantised weights: the same states, bit for bit."""
+    """Whole, streamed, and with dequantized weights: the same states, bit for bit."""
     whole, _ = load_text_encoder(model, mx.float32)
     expected = networks.t5_states(whole)
     plain = T5Encoder(whole.config, embedding=False)
@@ -131,7 +131,7 @@ def test_transformer(model: ModelFolder, resident: int) -> None:
 
 
 def test_sizes(model: ModelFolder) -> None:
-    """Memory counts words as they are, scales in the type of the run, and one dequantised layer."""
+    """Memory counts words as they are, scales in the type of the run, and one dequantized layer."""
     sizes = model_sizes(model, mx.float32)
     network = load_transformer(model, mx.float32)
     found = dict(tree_flatten(network.parameters()))
@@ -152,19 +152,19 @@ def test_files_and_config_must_agree(model: ModelFolder, tmp_path: Path) -> None
     config = tmp_path / "transformer" / "config.json"
     text = config.read_text()
     config.unlink()
-    for old, new in (('"bits": 8', '"bits": 4'), ('"quantization"', '"was_quantised"')):
+    for old, new in (('"bits": 8', '"bits": 4'), ('"quantization"', '"was_quantized"')):
         config.write_text(text.replace(old, new))
         with pytest.raises(WeightsError, match="blocks"):
             load_transformer(broken, mx.float32)
 
 
 def plain_model(tmp_path: Path, bits: int | None, dtype: mx.Dtype = mx.float32) -> ModelFolder:
-    """The model before it is converted, to be quantised while it is loaded."""
+    """The model before it is converted, to be quantized while it is loaded."""
     return choose_quantization(write_model(tmp_path, dtype), bits)
 
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.float16])
-def test_quantised_while_loading_as_if_converted(tmp_path: Path, dtype: mx.Dtype) -> None:
+def test_quantized_while_loading_as_if_converted(tmp_path: Path, dtype: mx.Dtype) -> None:
     plain = plain_model(tmp_path / "plain", 8, dtype)
     converted = ModelFolder.open(
         convert(plain, tmp_path / "q8", ConversionOptions(8, "float32")).path
@@ -183,8 +183,8 @@ def test_quantised_while_loading_as_if_converted(tmp_path: Path, dtype: mx.Dtype
     assert mx.array_equal(networks.t5_states(text), networks.t5_states(other)).item()
 
 
-def test_memory_of_quantising_while_loading(tmp_path: Path) -> None:
-    """What stays is counted as quantised; reading a block takes no more than planned."""
+def test_memory_of_quantizing_while_loading(tmp_path: Path) -> None:
+    """What stays is counted as quantized; reading a block takes no more than planned."""
     plain = plain_model(tmp_path, 8, mx.float16)
     _, source = stream_transformer(plain, mx.float32)
     _, whole = stream_transformer(replace(plain, quantize_bits=None), mx.float32)
@@ -205,7 +205,7 @@ def test_bits_that_are_not_those_of_the_folder(model: ModelFolder, tmp_path: Pat
     with pytest.raises(UsageError, match="8 bits in groups of 64, which --quantize cannot change"):
         choose_quantization(model, 4)
     networks.t5_model(tmp_path, replace(networks.T5, d_ff=32))
-    with pytest.raises(UsageError, match="can be quantised"):
+    with pytest.raises(UsageError, match="can be quantized"):
         load_text_encoder(
             ModelFolder(tmp_path, "small", model.defaults, quantize_bits=8), mx.float32
         )

@@ -84,7 +84,7 @@ def test_values_that_are_not_asked_to_change_do_not(model: ModelFolder, tmp_path
             assert mx.array_equal(value, after[key]).item()
 
 
-def test_quantised_are_linear_layers_alone(model: ModelFolder, tmp_path: Path) -> None:
+def test_quantized_are_linear_layers_alone(model: ModelFolder, tmp_path: Path) -> None:
     made = convert(model, tmp_path / "made", ConversionOptions(8)).path
     assert {k: v.dtype for k, v in tensors(made, "vae").items()} == {
         k: v.dtype for k, v in tensors(model, "vae").items()
@@ -202,7 +202,7 @@ def test_a_damaged_conversion_is_repeated(model: ModelFolder, tmp_path: Path) ->
     assert file.read_bytes() == content
 
 
-def quantised(model: ModelFolder, tmp_path: Path) -> tuple[ModelFolder, Path]:
+def quantized(model: ModelFolder, tmp_path: Path) -> tuple[ModelFolder, Path]:
     return ModelFolder.open(
         convert(model, tmp_path / "q", ConversionOptions(8)).path
     ), tmp_path / "made"
@@ -224,7 +224,7 @@ def indivisible(model: ModelFolder, tmp_path: Path) -> tuple[ModelFolder, Path]:
 
 @pytest.mark.parametrize(
     ("make", "says"),
-    [(quantised, "quantised already"), (inside, "overlap"), (indivisible, "can be quantised")],
+    [(quantized, "quantized already"), (inside, "overlap"), (indivisible, "can be quantized")],
 )
 def test_refused(
     model: ModelFolder,
@@ -239,7 +239,7 @@ def test_refused(
     assert not staging_folder(target).exists()
 
 
-def test_nan_is_not_quantised(model: ModelFolder, tmp_path: Path) -> None:
+def test_nan_is_not_quantized(model: ModelFolder, tmp_path: Path) -> None:
     root = tmp_path / "nan"
     shutil.copytree(model.path, root)
     file = root / "transformer" / "model-0.safetensors"

@@ -1,4 +1,4 @@
-"""Quantised layers against plain ones with the same, dequantised weights."""
+"""Quantized layers against plain ones with the same, dequantized weights."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from mlx_sora.models.quantized import QuantizedLinear, dequantize_once
 
 
 def pair(bits: int, bias: bool) -> tuple[QuantizedLinear, nn.Linear]:
-    """A quantised layer, and the plain one that it stands for."""
+    """A quantized layer, and the plain one that it stands for."""
     plain = nn.Linear(128, 24, bias=bias)
     layer = QuantizedLinear(128, 24, bias=bias, bits=bits, group_size=64)
     weight, scales, biases = mx.quantize(mx.random.normal((24, 128)), group_size=64, bits=bits)

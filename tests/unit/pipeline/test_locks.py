@@ -63,7 +63,7 @@ def test_the_second_run_is_refused_and_does_not_disturb_the_first(
     thread.start()
     thread.join()
     assert [str(error).partition(".")[0] for error in errors] == [
-        "Another run of this process is under way"
+        "Another run is in progress in this process"
     ]
     with pytest.raises(UsageError, match="Another run"):
         next(other.stream_all([asked(seed=2)]))
