@@ -79,8 +79,9 @@ class TechniqueConfig:
         modes = [m for m in self.MODES if m != OFF] if self.mode is None else [self.mode]
         mode = next((mode for mode in modes if self._fits(mode, values)), None)
         if mode is None:
-            parts = [*([] if self.mode is None else [f"the name {self.mode!r}"]), *values]
-            raise UsageError(f"{title} has no mode with {', '.join(parts) or 'no values'}.", hint)
+            name = "mode" if self.mode is None else f"mode {self.mode!r}"
+            found = ", ".join(values) or "no values"
+            raise UsageError(f"{title} has no {name} with {found}.", hint)
         object.__setattr__(self, "mode", mode)
         for name, parameter in self._parameters(mode).items():
             value = values.get(name, parameter.defaults[mode])

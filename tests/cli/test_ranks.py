@@ -101,7 +101,7 @@ def test_parallel_off_on_two_ranks_is_refused(tmp_path: Path) -> None:
     words = (*GENERATE[:2], "edit", "a.png", "--source-prompt", "a", "-p", "b")
     ranks = launch(2, [*words, "--parallel", "off"], cwd=tmp_path)
     assert [each.returncode for each in ranks] == [2, 2]
-    assert lines(ranks[0].stderr)[0].startswith("error: --parallel off leaves nothing")
+    assert lines(ranks[0].stderr)[0].startswith("error: --parallel off is for a single process")
 
 
 def test_a_command_for_one_process_is_refused(folder: Path) -> None:

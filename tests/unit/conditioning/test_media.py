@@ -178,7 +178,7 @@ def test_what_happens_to_media_is_said_and_recorded() -> None:
         ({"images": ["clip.mp4"]}, "is a video"),
         ({"videos": ["a.png"]}, "is an image"),
         ({"images": [["a.png", 51]]}, "frame 51 is out of range"),
-        ({"images": [["a.png", -52]]}, "no frame -52"),
+        ({"images": [["a.png", -52]]}, "frame -52 is out of range"),
         ({"images": ["a.png", "b.png"]}, "same frames"),
         ({"images": ["a.png"], "videos": ["clip.mp4"]}, "same frames"),
         ({"images": [["a.png", 1], ["b.png", 4]]}, "same frames"),

@@ -173,9 +173,9 @@ def test_configs_are_public_names() -> None:
         ({"width": 1.5, "place": 1}, "width must be a whole number from 1 to 5"),
         ({"width": 2}, "MadeUp has no mode with width"),
         ({"place": 1, "count": 2}, "MadeUp has no mode with place, count"),
-        ({"mode": "at"}, "MadeUp has no mode with the name 'at'"),
-        ({"mode": "there", "place": 1}, "of mode 'there', place"),
-        ({"mode": OFF, "place": 1}, "of mode 'off', place"),
+        ({"mode": "at"}, "MadeUp has no mode 'at' with no values"),
+        ({"mode": "there", "place": 1}, "has no mode 'there' with place"),
+        ({"mode": OFF, "place": 1}, "has no mode 'off' with place"),
     ],
 )
 def test_wrong_keywords_raise_the_valid_forms(keywords: dict[str, object], message: str) -> None:
