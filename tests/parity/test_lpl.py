@@ -11,11 +11,11 @@ import pytest
 
 from mlx_sora.accel.base import ScheduleInfo
 from mlx_sora.accel.lpl import FixedLeap, ReferenceLeap
-from mlx_sora.accel.tdtm import MergedSteps
+from mlx_sora.accel.tdtm import PairedFrames
 from mlx_sora.loading.checkpoint import load_weights
 from mlx_sora.models.hooks import Hooks
 from mlx_sora.models.stdit3 import KEYS, BlockPair, STDiT3, STDiT3Config
-from mlx_sora.request.techniques import Lpl, Tdtm
+from mlx_sora.request.techniques import Lpl
 from mlx_sora.sampling.base import LeapPolicy, Step, Velocity
 from mlx_sora.sampling.guidance import Guidance
 from mlx_sora.sampling.loop import StepResult, denoise
@@ -133,11 +133,10 @@ def guided_model(case: Case) -> Velocity:
     model = STDiT3(STDiT3Config.from_dict(constructor))
     load_weights(model, case.weights, KEYS)
     grid = case["in.z_init"].shape[2:]
-    merged = MergedSteps(Tdtm(steps=constructor["merge_steps"]), ScheduleInfo(1000, 1, grid[0]))
 
     def hooks(step: int) -> Hooks[BlockPair] | None:
-        tokens = merged.token_merging(step)
-        return None if tokens is None else Hooks(token_merging=tokens)
+        merges = step < constructor["merge_steps"]
+        return Hooks(token_merging=PairedFrames()) if merges else None
 
     bound = BoundModel(
         model,
