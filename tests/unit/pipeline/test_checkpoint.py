@@ -85,7 +85,7 @@ def test_other_files_are_refused(tmp_path: Path, file: Path) -> None:
     for path, error, says in (
         (tmp_path / "gone", UsageError, "No such"),
         (tmp_path, UsageError, "No such"),
-        (tmp_path / "other.safetensors", UsageError, "no checkpoint"),
+        (tmp_path / "other.safetensors", UsageError, "not a checkpoint"),
         (Path(__file__), WeightsError, "damaged"),
     ):
         with pytest.raises(error, match=says):
