@@ -18,6 +18,7 @@ from mlx_sora import Pipeline
 from mlx_sora.loading.model_folder import BUNDLED, WEIGHTS_VARIABLE, ModelFolder, weights_root
 from mlx_sora.text.tokenizer import Tokenizer
 from tests.helpers import networks
+from tests.helpers.emulated_mac import emulate_mac
 from tests.helpers.golden import DEFAULT_GOLDEN, find_cases
 
 #: More processes than this compete for memory, and tests of lost ranks for time.
@@ -32,6 +33,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="folder of golden cases of the reference code (default: the committed subset)",
     )
     parser.addoption(
+        "--emulate-gpu",
+        action="store_true",
+        help="run as on a Mac: forms for GPUs, bfloat16 by default, macOS; MLX computes on the CPU",
+    )
+    parser.addoption(
         "--faults", type=Path, help="with -m longrun: file for the rows of the table of faults"
     )
 
@@ -40,6 +46,10 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "markers", "golden(family): run once per golden case whose file name starts with `family`"
     )
+    if config.getoption("--emulate-gpu"):
+        patch = pytest.MonkeyPatch()
+        config.add_cleanup(patch.undo)
+        emulate_mac(patch)
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
