@@ -20,6 +20,7 @@ from mlx.utils import tree_flatten
 
 from mlx_sora.errors import WeightsError
 from mlx_sora.loading.safetensors import FIX
+from mlx_sora.memory.limits import stop_throttling
 from mlx_sora.runtime.device import explain_device_error
 
 logger = logging.getLogger(__name__)
@@ -70,9 +71,11 @@ class WeightFileGuard:
         try:
             yield
         except RuntimeError as error:
-            self._refuse_rewritten()
-            if not str(error).startswith(_READ_ERROR):
+            if not _is_read_error(error):
+                self._refuse_rewritten()
                 raise
+            stop_throttling()
+            self._refuse_rewritten()
             message = f"Cannot read the weights in {self._folder}: {error}"
             raise WeightsError(message, FIX) from error
         self._refuse_rewritten()
@@ -85,6 +88,10 @@ class WeightFileGuard:
                 continue
             if now != before and (now.device, now.inode) == (before.device, before.inode):
                 raise WeightsError(f"{file} was rewritten while it was read.", "Try again.")
+
+
+def _is_read_error(error: BaseException) -> bool:
+    return isinstance(error, RuntimeError) and str(error).startswith(_READ_ERROR)
 
 
 def eval_parameters(network: nn.Module) -> None:
@@ -110,6 +117,8 @@ def retry_read(read: Callable[[], Result], name: str) -> Result:
         except (OSError, RuntimeError) as error:
             if explain_device_error(error, "") is not None:
                 raise
+            if _is_read_error(error):
+                stop_throttling()
             reason = " ".join(str(error).split())[:200]
             logger.warning("reading %s failed (%s), trying again", name, reason)
             time.sleep(pause)

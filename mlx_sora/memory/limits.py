@@ -32,6 +32,9 @@ _LARGE = 1 << 20
 #: The value of M_MMAP_THRESHOLD that glibc itself reaches after a program has freed large arrays.
 _GLIBC_MMAP_THRESHOLD = 32 << 20
 
+#: Set when MLX's scheduler can no longer hold a memory limit; see `stop_throttling`.
+_throttling_stopped = threading.Event()
+
 
 def default_cache_limit() -> int | None:
     """Return the bytes of freed buffers MLX may keep: min(4 GiB, RAM / 6) on CPUs, None on GPUs.
@@ -62,6 +65,31 @@ def memory_scope(cache_limit: int | None = None) -> Iterator[None]:
         if previous is not None:
             mx.set_cache_limit(previous)
         release()
+
+
+def set_memory_limit(limit: int) -> int | None:
+    """Set MLX's memory limit in bytes; return the previous one, or None once throttling stopped.
+
+    Above the limit MLX's scheduler waits for running operations instead of allocating ahead.
+    """
+    return None if _throttling_stopped.is_set() else mx.set_memory_limit(limit)
+
+
+def restore_memory_limit(previous: int | None) -> None:
+    """Restore a limit that `set_memory_limit` returned."""
+    if previous is not None and not _throttling_stopped.is_set():
+        mx.set_memory_limit(previous)
+
+
+def stop_throttling() -> None:
+    """Lift the memory limit for the rest of the process, after a failed read in the main thread.
+
+    MLX 0.32.4 may then count a task that never ends (`CommandEncoder::dispatch` of its CPU
+    backend), and its scheduler waits for that task whenever memory is above the limit.
+    """
+    if threading.current_thread() is threading.main_thread():
+        _throttling_stopped.set()
+        mx.set_memory_limit(sys.maxsize)
 
 
 @contextmanager

@@ -10,11 +10,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
-import mlx.core as mx
-
 from mlx_sora.errors import MemoryBudgetError
 from mlx_sora.geometry import MAX_TILES
-from mlx_sora.memory.limits import memory_scope, return_freed_memory
+from mlx_sora.memory.limits import (
+    memory_scope,
+    restore_memory_limit,
+    return_freed_memory,
+    set_memory_limit,
+)
 from mlx_sora.memory.plan import Machine, ModelSizes, Plan, StagePlan, Workload
 from mlx_sora.memory.profiles import format_bytes
 from mlx_sora.memory.requirements import StageMemory, stage_requirements
@@ -69,11 +72,11 @@ def stage_limits(stage: StagePlan) -> Iterator[None]:
     nearly doubles the peak. A throttled stage allocates less, and keeps a core busy waiting.
     """
     with return_freed_memory(), memory_scope(stage.cache_limit):
-        previous = mx.set_memory_limit(stage.memory_limit)
+        previous = set_memory_limit(stage.memory_limit)
         try:
             yield
         finally:
-            mx.set_memory_limit(previous)
+            restore_memory_limit(previous)
 
 
 def _budget_error(

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from mlx_sora.memory.limits import current_rss
+from mlx_sora.memory.limits import current_rss, restore_memory_limit, set_memory_limit
 from mlx_sora.memory.profiles import format_bytes
 
 #: Bytes of a process outside MLX on systems that do not report them (macOS).
@@ -102,7 +102,7 @@ class Residency:
         mx.reset_peak_memory()
         self._first = None
         if self._throttled:
-            self._previous_limit = mx.set_memory_limit(0)
+            self._previous_limit = set_memory_limit(0)
 
     def record_block(
         self, index: int, blocks: Sequence[int], load_peak_bytes: int
@@ -125,9 +125,8 @@ class Residency:
 
     def stop_measuring(self) -> None:
         """Restore MLX's memory limit."""
-        if self._previous_limit is not None:
-            mx.set_memory_limit(self._previous_limit)
-            self._previous_limit = None
+        restore_memory_limit(self._previous_limit)
+        self._previous_limit = None
 
 
 class BudgetMonitor:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +20,11 @@ from mlx_sora.loading.file_guard import WeightFileGuard, eval_parameters
 from mlx_sora.loading.model_folder import ModelFolder, find_model
 from mlx_sora.loading.networks import load_transformer, stream_transformer
 from mlx_sora.loading.safetensors import TensorInfo, load_tensors
+from mlx_sora.memory import limits
+from mlx_sora.memory.plan import StagePlan
+from mlx_sora.memory.planner import stage_limits
 from mlx_sora.models.stdit3 import STDiT3
+from tests.helpers.threads import in_thread
 
 PROMPT = "a red circle moving right on a black background"
 
@@ -27,6 +32,15 @@ PROMPT = "a red circle moving right on a black background"
 @pytest.fixture(autouse=True)
 def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(file_guard, "RETRY_DELAYS", (0.0, 0.0))
+
+
+@pytest.fixture(autouse=True)
+def fresh_throttling(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Throttling as in a process in which no read has failed yet."""
+    limit = mx.get_memory_limit()
+    monkeypatch.setattr(limits, "_throttling_stopped", threading.Event())
+    yield
+    mx.set_memory_limit(limit)
 
 
 @pytest.fixture
@@ -71,7 +85,7 @@ def test_what_is_rewritten_in_place_is_an_error(
 ) -> None:
     file = last_file(model.transformer)
     with pytest.raises(WeightsError, match=f"{file.name} was rewritten"):
-        read_while(model, harm)
+        in_thread(lambda: read_while(model, harm))
 
 
 @pytest.mark.parametrize("harm", [exchange, Path.unlink])
@@ -82,6 +96,18 @@ def test_what_is_replaced_or_removed_is_read_as_it_was(
     eval_parameters(expected)
     network = read_while(model, harm)
     assert mx.array_equal(network.x_embedder.proj.weight, expected.x_embedder.proj.weight)
+
+
+def test_a_failed_read_in_the_main_thread_ends_throttling(model: ModelFolder) -> None:
+    """MLX would wait for ever for a task that it counts wrongly since."""
+    stage = StagePlan("denoise", 0, 0, 0, cache_limit=0, memory_limit=5, throttled=True)
+    with stage_limits(stage):
+        assert mx.get_memory_limit() == 5
+        with pytest.raises(WeightsError), WeightFileGuard(model.transformer).check_reads():
+            raise RuntimeError("[read] Unable to read from file.")
+        assert mx.get_memory_limit() > 1 << 60
+    with stage_limits(stage):
+        assert mx.get_memory_limit() > 1 << 60
 
 
 def test_other_errors_pass(model: ModelFolder) -> None:
@@ -113,7 +139,7 @@ def test_a_run_names_the_file_that_was_cut_while_it_was_read(
     load = mx.load
     monkeypatch.setattr("mlx.core.load", cutting)
     with pytest.raises(WeightsError, match=file.name):
-        Pipeline(model)(PROMPT, steps=1, num_frames=1, output=tmp_path / "a.png")
+        in_thread(lambda: Pipeline(model)(PROMPT, steps=1, num_frames=1, output=tmp_path / "a.png"))
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
