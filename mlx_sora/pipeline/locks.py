@@ -9,7 +9,6 @@ do that itself, because a thread that has cleared its streams cannot compute any
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import threading
 from collections.abc import Generator, Iterator
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING
 from mlx_sora.distributed.group import Ranks
 from mlx_sora.errors import UsageError
 from mlx_sora.runtime.events import Event, Finished
+from mlx_sora.utils.files import name_hash
 
 if TYPE_CHECKING:
     from filelock import FileLock
@@ -134,5 +134,4 @@ def _file_lock(output: Path) -> FileLock:
 
 def lock_path(output: Path) -> Path:
     """Return the lock file of `output`: hidden, beside it, with a short name."""
-    name = hashlib.sha256(output.name.encode()).hexdigest()[:12]
-    return output.with_name(f".{name}.lock")
+    return output.with_name(f".{name_hash(output)}.lock")

@@ -81,11 +81,14 @@ def describe_machine() -> dict[str, object]:
 _SMALLER_BUDGET = "Lower --memory-budget (--dry-run shows what fits) or make a smaller video."
 _SMALLER_ARRAYS = "Use --sequential-guidance or --vae-tiles 2, or make a smaller video."
 _SHORTER_WORK = (
-    "Turn the display off or close what draws on it. --sequential-guidance, --vae-tiles 2 or a "
-    "smaller video also give the GPU less work at a time."
+    "Turn the display off or run it over ssh; or set AGX_RELAX_CDM_CTXSTORE_TIMEOUT=1, with which "
+    "the screen may stutter. --sequential-guidance, --vae-tiles 2 or a smaller video also give the "
+    "GPU less work at a time."
 )
 
-#: Pattern of an error's message, kind of error to raise, its message and what to do.
+#: Pattern of an error's message, kind of error to raise, its message and what to do. MLX stores an
+#: error of the GPU and raises it when the stream is used next or waited for: `mx.eval` may return
+#: first, with arrays that were never written.
 _DEVICE_ERRORS: tuple[tuple[str, type[MlxSoraError], str, str], ...] = (
     (
         r"greater than the maximum allowed buffer size",
@@ -113,6 +116,18 @@ _DEVICE_ERRORS: tuple[tuple[str, type[MlxSoraError], str, str], ...] = (
         MlxSoraError,
         "the system ended work that kept the GPU busy for too long",
         _SHORTER_WORK,
+    ),
+    (
+        r"kIOGPUCommandBufferCallbackErrorInnocentVictim|victim of GPU error",
+        MlxSoraError,
+        "other work broke the GPU, and the system dropped this run's with it",
+        "Start again; if it repeats, close what else uses the GPU, or restart the machine.",
+    ),
+    (
+        r"kIOGPUCommandBufferCallbackErrorSubmissionsIgnored|causing prior/excessive GPU errors",
+        MlxSoraError,
+        "the GPU takes no more work from this process after earlier errors",
+        f"Start again in a new process. {_SHORTER_WORK}",
     ),
 )
 

@@ -7,6 +7,7 @@ import hashlib
 import logging
 import os
 import platform
+import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -93,8 +94,18 @@ def remove_stale_partials(path: Path) -> None:
 
 
 def _partial_prefix(path: Path) -> str:
-    name, machine = (hashlib.sha256(s.encode()).hexdigest() for s in (path.name, platform.node()))
-    return f".{name[:12]}-{machine[:8]}-"
+    machine = hashlib.sha256(platform.node().encode()).hexdigest()
+    return f".{name_hash(path)}-{machine[:8]}-"
+
+
+def name_hash(path: Path) -> str:
+    """Return 12 hexadecimal digits for a file's name, for short names of files beside it.
+
+    Names that APFS takes for one, because they differ in case or in the form of accents only, have
+    one hash on every file system: a lock too many costs little.
+    """
+    name = unicodedata.normalize("NFD", unicodedata.normalize("NFD", path.name).casefold())
+    return hashlib.sha256(name.encode()).hexdigest()[:12]
 
 
 def _process_exists(process: int) -> bool:

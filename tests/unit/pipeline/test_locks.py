@@ -15,6 +15,7 @@ import pytest
 
 from mlx_sora import GenerationRequest, Pipeline, UsageError
 from mlx_sora.errors import MlxSoraError
+from mlx_sora.pipeline.locks import is_locked, output_lock
 from mlx_sora.runtime.events import (
     Event,
     Finished,
@@ -24,6 +25,7 @@ from mlx_sora.runtime.events import (
     StageStarted,
     StepFinished,
 )
+from mlx_sora.utils.files import partial_name
 
 PROMPT = "a red circle moving right on a black background"
 
@@ -113,6 +115,25 @@ def test_in_a_batch_each_output_is_held_in_turn(pipe: Pipeline, tmp_path: Path) 
     rest = list(events)
     assert not [event for event in rest if isinstance(event, RequestFailed)]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["0.png", "1.png"]
+
+
+@pytest.mark.parametrize(
+    ("name", "same"),
+    [("up.mp4", True), ("UP.mp4", True), ("u\u0308p.mp4", False), ("\u00fcp.mp4", False)],
+)
+def test_names_that_differ_in_case_only_share_a_lock(tmp_path: Path, name: str, same: bool) -> None:
+    with output_lock(tmp_path / "Up.mp4"):
+        assert is_locked(tmp_path / name) is same
+    assert (partial_prefix(tmp_path / name) == partial_prefix(tmp_path / "Up.mp4")) is same
+
+
+def test_names_that_differ_in_the_form_of_accents_share_a_lock(tmp_path: Path) -> None:
+    with output_lock(tmp_path / "\u00dcber.mp4"):
+        assert is_locked(tmp_path / "u\u0308ber.mp4")
+
+
+def partial_prefix(path: Path) -> str:
+    return partial_name(path).name.partition("-")[0]
 
 
 class Mine(Exception):

@@ -101,6 +101,12 @@ TOO_LONG = (
     "[METAL] Command buffer execution failed: Caused GPU Hang Error "
     "(00000003:kIOGPUCommandBufferCallbackErrorHang)",
 )
+LOST_GPU = (
+    "[METAL] Command buffer execution failed: Discarded (victim of GPU error/recovery) "
+    "(00000005:kIOGPUCommandBufferCallbackErrorInnocentVictim)",
+    "[METAL] Command buffer execution failed: Ignored (for causing prior/excessive GPU errors) "
+    "(00000004:kIOGPUCommandBufferCallbackErrorSubmissionsIgnored)",
+)
 OTHERS = ("[matmul] Last dimension of first input", "[read] Unable to read from file.", "")
 
 
@@ -118,7 +124,16 @@ def test_gpu_timeouts_are_explained(text: str) -> None:
     found = explain_device_error(RuntimeError(text), "decode")
     assert type(found) is MlxSoraError
     assert "Stage decode" in str(found)
-    assert "--vae-tiles" in found.fix
+    for way in ("display off", "ssh", "AGX_RELAX_CDM_CTXSTORE_TIMEOUT=1", "--vae-tiles"):
+        assert way in found.fix
+
+
+@pytest.mark.parametrize("text", LOST_GPU)
+def test_a_gpu_that_others_broke_is_explained(text: str) -> None:
+    found = explain_device_error(RuntimeError(text), "decode")
+    assert type(found) is MlxSoraError
+    assert "Start again" in found.fix
+    assert ("--vae-tiles" in found.fix) is ("Ignored" in text)
 
 
 @pytest.mark.parametrize("text", OTHERS)
