@@ -63,6 +63,8 @@ def causal_conv3d(
     of time by kt - time_stride frames. Returns [B, T // time_stride, H, W, O]. Runs one sample at a
     time: MLX's per-frame path on Metal needs a batch of 1.
     """
+    if ops.on_gpu() and x.shape[1] == time_stride == 1:  # the other taps see only padding
+        return plain_conv2d(x[:, 0], weight[-1], bias)[:, None]
     form = plain_conv3d if ops.on_gpu() or not _use_shifted_form(x) else shifted_conv3d
     samples = [form(x[b : b + 1], weight, bias, time_stride) for b in range(x.shape[0])]
     return samples[0] if len(samples) == 1 else mx.concatenate(samples)

@@ -7,7 +7,7 @@ Dimension letters: B batch, T frames, S tokens per frame, C channels.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
 
@@ -161,7 +161,8 @@ class Hooks(Generic[Block]):
     """Hooks of one forward pass.
 
     blocks: None for the network's own, resident ones. value_sharing: sees the values of this rank's
-    shard. block_cache: sees the tokens of all ranks.
+    shard. block_cache: sees the tokens of all ranks. on_block: called with the index of each block
+    that has been computed; with it, blocks are evaluated one by one.
     """
 
     blocks: BlockProvider[Block] | None = None
@@ -169,3 +170,4 @@ class Hooks(Generic[Block]):
     value_sharing: ValueSharing | None = None
     block_cache: BlockStackCache | None = None
     sharding: Sharding = field(default_factory=Unsharded)
+    on_block: Callable[[int], None] | None = None

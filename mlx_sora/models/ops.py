@@ -13,6 +13,7 @@ from collections.abc import Callable
 from functools import partial
 
 import mlx.core as mx
+from mlx import nn
 
 from mlx_sora.models import precision
 
@@ -23,6 +24,24 @@ SLICE_BYTES = 8 << 20
 #: Smallest slices of queries and of rows: with fewer, matrix products are inefficient.
 MIN_QUERIES = 64
 MIN_ROWS = 1024
+
+#: On GPUs, one kernel does about this many floating-point operations at most: 0.2 to 0.4 s on an
+#: M1. macOS ends what keeps a GPU from drawing the screen for seconds, and a kernel is not divided.
+DISPATCH_FLOPS = 500_000_000_000
+
+#: On GPUs, logits of attention that MLX does not fuse are at most this large. The VAE's single head
+#: over a frame of 720p has 0.8 GB of them.
+LOGITS_BYTES = 64 << 20
+
+#: Largest head size whose attention MLX fuses on every GPU: no logits in memory.
+MAX_FUSED_HEAD = 128
+
+#: On GPUs, the hidden values of an MLP are at most this large. Those of a long clip have gigabytes.
+MLP_BYTES = 256 << 20
+
+#: On GPUs, an evaluation of the transformer with more tokens is computed block by block, so that
+#: its commands are not all queued at once, and its progress shows.
+LARGE_PASS_TOKENS = 100_000
 
 
 def on_gpu() -> bool:
@@ -158,14 +177,34 @@ def apply_in_slices(
 ) -> mx.array:
     """Return function(x) for a function that maps each row of x [..., C] to a row [..., C_out].
 
-    On CPU it runs on SLICE_BYTES at a time. row_bytes: memory that `function` needs for one row.
+    On CPU it runs on SLICE_BYTES at a time, on GPUs on MLP_BYTES. row_bytes: memory that `function`
+    needs for one row.
     """
-    flat = x.reshape(-1, x.shape[-1])
-    rows = _slice_size(flat.shape[0], max(MIN_ROWS, SLICE_BYTES // row_bytes))
-    if on_gpu() or flat.shape[0] <= rows:
+    limit = MLP_BYTES if on_gpu() else SLICE_BYTES
+    return _apply_to_rows(function, x, limit // row_bytes)
+
+
+def is_large_pass(x: mx.array) -> bool:
+    """Return True if a transformer has to compute tokens x [B, T, S, C] block by block."""
+    return on_gpu() and math.prod(x.shape[:-1]) > LARGE_PASS_TOKENS
+
+
+def linear(layer: nn.Module, x: mx.array) -> mx.array:
+    """Return layer(x) of a linear layer. On GPUs one product does DISPATCH_FLOPS at most."""
+    if not on_gpu():
+        return layer(x)  # type: ignore[no-any-return]
+    return _apply_to_rows(layer, x, DISPATCH_FLOPS // (2 * x.shape[-1] * layer.weight.shape[0]))
+
+
+def _apply_to_rows(function: Callable[[mx.array], mx.array], x: mx.array, most: int) -> mx.array:
+    """Return function(x) [..., C_out] for x [..., C], computed on about `most` rows at a time."""
+    count = math.prod(x.shape[:-1])
+    rows = _slice_size(count, max(MIN_ROWS, most))
+    if count <= rows:
         return function(x)
+    flat = x.reshape(count, x.shape[-1])
     done: list[mx.array] = []
-    for start in range(0, flat.shape[0], rows):
+    for start in range(0, count, rows):
         done.append(function(_run_after(done, flat[start : start + rows])))
     return mx.concatenate(done).reshape(*x.shape[:-1], -1)
 
@@ -180,23 +219,36 @@ def attention(
         k, v: [B, heads, M, d].
         mask: boolean (True = attend) or additive; four axes that broadcast to [B, heads, L, M].
     """
-    if on_gpu():
-        return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
-    batch, heads, length, _ = q.shape
-    query_bytes = heads * k.shape[2] * 4
-    if batch * length * query_bytes <= SLICE_BYTES:
-        return _attend(q, k, v, scale, mask)
-    samples = max(1, SLICE_BYTES // (length * query_bytes))
-    queries = _slice_size(length, max(MIN_QUERIES, SLICE_BYTES // query_bytes))
+    batch, _, length, _ = q.shape
+    attend = _attend_fused if on_gpu() else _attend
+    most = _max_queries(q, k)
+    if batch * length <= most:
+        return attend(q, k, v, scale, mask)
+    samples = max(1, most // length)
+    queries = _slice_size(length, max(MIN_QUERIES, most))
     done: list[mx.array] = []
     for b in range(0, batch, samples):
         some = slice(b, b + samples)
         row: list[mx.array] = []
         for i in range(0, length, queries):
             part = _run_after(row or done, q[some, :, i : i + queries])
-            row.append(_attend(part, k[some], v[some], scale, _slice_mask(mask, some, i, queries)))
+            row.append(attend(part, k[some], v[some], scale, _slice_mask(mask, some, i, queries)))
         done.append(row[0] if len(row) == 1 else mx.concatenate(row, axis=2))
     return mx.concatenate(done)
+
+
+def _max_queries(q: mx.array, k: mx.array) -> int:
+    """Return the queries to attend at a time, over all samples."""
+    _, heads, keys, size = k.shape
+    if not on_gpu():
+        return SLICE_BYTES // (4 * heads * keys)
+    most = DISPATCH_FLOPS // (4 * heads * keys * size)
+    return most if _is_fused(q) else min(most, LOGITS_BYTES // (q.dtype.size * heads * keys))
+
+
+def _is_fused(q: mx.array) -> bool:
+    """Return True if MLX's GPU kernel attends without logits in memory; cuDNN's is for halves."""
+    return q.shape[-1] <= MAX_FUSED_HEAD and not (q.dtype == mx.float32 and mx.cuda.is_available())
 
 
 def _slice_size(total: int, most: int) -> int:
@@ -214,6 +266,12 @@ def _slice_mask(mask: mx.array | None, samples: slice, start: int, queries: int)
     if mask.shape[0] > 1:
         mask = mask[samples]
     return mask[:, :, start : start + queries] if mask.shape[2] > 1 else mask
+
+
+def _attend_fused(
+    q: mx.array, k: mx.array, v: mx.array, scale: float, mask: mx.array | None
+) -> mx.array:
+    return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
 
 
 def _attend(q: mx.array, k: mx.array, v: mx.array, scale: float, mask: mx.array | None) -> mx.array:

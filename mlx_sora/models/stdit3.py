@@ -17,7 +17,7 @@ import mlx.core as mx
 from mlx import nn
 
 from mlx_sora.errors import UsageError
-from mlx_sora.models import precision
+from mlx_sora.models import ops, precision
 from mlx_sora.models.config import MAX_DEPTH, NetworkConfig, require
 from mlx_sora.models.hooks import Hooks, ResidentBlocks, Shard, TokenMerging, Unsharded
 from mlx_sora.models.key_map import CONV3D, KeyMap, KeyRule
@@ -202,7 +202,11 @@ class SelfAttention(nn.Module):
         batch, frames, tokens, channels = x.shape
         outer, inner = (tokens, frames) if self.temporal else (frames, tokens)
         order = (3, 0, 2, 4, 1, 5) if self.temporal else (3, 0, 1, 4, 2, 5)
-        qkv = self.qkv(x).reshape(batch, frames, tokens, 3, self.heads, -1).transpose(order)
+        qkv = (
+            ops.linear(self.qkv, x)
+            .reshape(batch, frames, tokens, 3, self.heads, -1)
+            .transpose(order)
+        )
         q, k, v = qkv.reshape(3, batch * outer, self.heads, inner, -1)
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
@@ -213,8 +217,7 @@ class SelfAttention(nn.Module):
         out = attention(q, k, v, scale=q.shape[-1] ** -0.5)
         out = out.reshape(batch, outer, self.heads, inner, -1)
         out = out.transpose((0, 3, 1, 2, 4) if self.temporal else (0, 1, 3, 2, 4))
-        result: mx.array = self.proj(out.reshape(batch, frames, tokens, channels))
-        return result
+        return ops.linear(self.proj, out.reshape(batch, frames, tokens, channels))
 
 
 class CrossAttention(nn.Module):
@@ -237,10 +240,9 @@ class CrossAttention(nn.Module):
     def __call__(self, x: mx.array, text: KeysValues, mask: mx.array | None) -> mx.array:
         """Attend from x [B, T, S, C] to the text; mask boolean [B, 1, 1, L]."""
         batch, channels = x.shape[0], x.shape[-1]
-        q = self.q_linear(x).reshape(batch, -1, self.heads, channels // self.heads)
+        q = ops.linear(self.q_linear, x).reshape(batch, -1, self.heads, channels // self.heads)
         out = attention(q.swapaxes(1, 2), *text, scale=q.shape[-1] ** -0.5, mask=mask)
-        result: mx.array = self.proj(out.swapaxes(1, 2).reshape(x.shape))
-        return result
+        return ops.linear(self.proj, out.swapaxes(1, 2).reshape(x.shape))
 
 
 class STDiT3Block(nn.Module):
@@ -475,6 +477,10 @@ class STDiT3(nn.Module):
             x = spatial(x, shard.scatter_frames(modulation), spatial_text, *rest, value_fn)
             x = temporal(shard.to_temporal(x), modulation, temporal_text, *rest)
             blocks.release(index, x)
+            if hooks.on_block is not None or ops.is_large_pass(x):
+                mx.eval(x)
+            if hooks.on_block is not None:
+                hooks.on_block(index)
         return x
 
     def _unpatchify(self, x: mx.array, grid: Sequence[int]) -> mx.array:

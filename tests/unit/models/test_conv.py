@@ -117,6 +117,17 @@ def test_causal_conv3d_of_a_batch_is_that_of_each_sample(side: int, stride: int)
         )
 
 
+@pytest.mark.parametrize("biased", [False, True])
+def test_one_frame_on_a_gpu_is_one_image(monkeypatch: pytest.MonkeyPatch, biased: bool) -> None:
+    """The first two taps in time see only padding, which MLX would multiply."""
+    x, weight = normal(1, 2, 1, 7, 9, 3), normal(2, 3, 3, 3, 5, 3)
+    bias = normal(3, 5) if biased else None
+    expected = mx.concatenate([conv.plain_conv3d(x[b : b + 1], weight, bias) for b in range(2)])
+    monkeypatch.setattr(ops, "on_gpu", lambda: True)
+    monkeypatch.delattr(mx, "conv3d")
+    assert difference(conv.causal_conv3d(x, weight, bias), expected) <= SAME
+
+
 @pytest.mark.parametrize("side", [4, 24])
 def test_causal_conv3d_sees_no_later_frame(side: int) -> None:
     x, weight = normal(1, 1, 6, side, side, 3), normal(2, 3, 3, 3, 5, 3)

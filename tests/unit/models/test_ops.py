@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import pytest
+from mlx import nn
 
 from mlx_sora.models import ops
 
@@ -63,9 +65,81 @@ def test_attention_never_holds_all_logits(monkeypatch: pytest.MonkeyPatch) -> No
     assert mx.get_peak_memory() - before < 20 * ops.SLICE_BYTES
 
 
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS.keys())
+@pytest.mark.parametrize(
+    ("limit", "sizes"),
+    [
+        ("DISPATCH_FLOPS", [(1, 50)] * 9),
+        ("LOGITS_BYTES", [(1, 50)] * 9),
+        ("DISPATCH_FLOPS", [(2, 150), (1, 150)]),
+        ("LOGITS_BYTES", [(2, 150), (1, 150)]),
+    ],
+)
+def test_attention_of_gpus_in_pieces(
+    monkeypatch: pytest.MonkeyPatch,
+    mask: mx.array | None,
+    limit: str,
+    sizes: list[tuple[int, int]],
+) -> None:
+    """A kernel does 50 queries, or two samples: the same result."""
+    queries = sizes[0][0] * sizes[0][1]
+    most = queries * {"DISPATCH_FLOPS": 4 * 2 * 7 * 8, "LOGITS_BYTES": 4 * 2 * 7}[limit]
+    monkeypatch.setattr(ops, "on_gpu", lambda: True)
+    monkeypatch.setattr(ops, "MIN_QUERIES", 1)
+    monkeypatch.setattr(ops, "MAX_FUSED_HEAD", 7)
+    monkeypatch.setattr(ops, limit, most)
+    seen: list[tuple[int, int]] = []
+    whole = mx.fast.scaled_dot_product_attention
+
+    def watched(q: mx.array, *rest: mx.array, **options: Any) -> mx.array:
+        seen.append((q.shape[0], q.shape[2]))
+        return whole(q, *rest, **options)
+
+    monkeypatch.setattr(mx.fast, "scaled_dot_product_attention", watched)
+    q, k, v = normal(3, 2, 150, 8), normal(3, 2, 7, 8, seed=1), normal(3, 2, 7, 8, seed=2)
+    out = ops.attention(q, k, v, 0.3, mask)
+    assert seen == sizes
+    np.testing.assert_allclose(np.array(out), plain_attention(q, k, v, 0.3, mask), atol=2e-6)
+
+
+def test_fused_attention_of_gpus_is_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Logits that never exist need no limit; cuDNN fuses half precision only."""
+    q = normal(1, 1, 200, 8)
+    monkeypatch.setattr(ops, "on_gpu", lambda: True)
+    monkeypatch.setattr(ops, "LOGITS_BYTES", 1)
+    assert ops._max_queries(q, q) > 200
+    monkeypatch.setattr(mx.cuda, "is_available", lambda: True)
+    assert ops._max_queries(q, q) == 0
+    half = q.astype(mx.float16)
+    assert ops._max_queries(half, half) > 200
+
+
+@pytest.mark.parametrize("rows", [3, 4, 30])
+def test_linear_of_gpus_in_pieces(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
+    """Rows are cut so that one product does no more than the limit: 3 of 10, or all."""
+    layer, x, seen = nn.Linear(4, 6), normal(2, 5, 4), []
+
+    class Watched(nn.Linear):
+        def __call__(self, x: mx.array) -> mx.array:
+            seen.append(x.shape[:-1])
+            out: mx.array = layer(x)
+            return out
+
+    assert mx.array_equal(ops.linear(layer, x), layer(x))
+    monkeypatch.setattr(ops, "on_gpu", lambda: True)
+    monkeypatch.setattr(ops, "MIN_ROWS", 1)
+    monkeypatch.setattr(ops, "DISPATCH_FLOPS", 2 * 4 * 6 * rows)
+    out = ops.linear(Watched(4, 6), x)
+    assert seen == {3: [(3,), (3,), (3,), (1,)], 4: [(4,), (4,), (2,)], 30: [(2, 5)]}[rows]
+    np.testing.assert_allclose(np.array(out), np.array(layer(x)), atol=1e-6)
+
+
+@pytest.mark.parametrize("device", ["SLICE_BYTES", "MLP_BYTES"])
 @pytest.mark.parametrize("piece", [1, 100, 1 << 20])
-def test_in_pieces(monkeypatch: pytest.MonkeyPatch, piece: int) -> None:
-    monkeypatch.setattr(ops, "SLICE_BYTES", piece)
+def test_in_pieces(monkeypatch: pytest.MonkeyPatch, piece: int, device: str) -> None:
+    monkeypatch.setattr(ops, "on_gpu", lambda: device == "MLP_BYTES")
+    monkeypatch.setattr(ops, "MIN_ROWS", 1)
+    monkeypatch.setattr(ops, device, piece)
     x, w = normal(2, 5, 3, 4), normal(4, 6, seed=1)
     out = ops.apply_in_slices(lambda rows: mx.tanh(rows @ w), x, row_bytes=24)
     np.testing.assert_allclose(np.array(out), np.tanh(np.array(x) @ np.array(w)), atol=1e-6)

@@ -104,6 +104,58 @@ def test_pieces_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert difference(model(z, t, conditions(model, 3, 11)), whole) <= TOLERANCE
 
 
+def test_pieces_of_gpus_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every product in pieces and every block evaluated by itself agree with the whole on CPU."""
+    model, z, t = network(), normal(2, *GRID, 4), mx.array([300.0, 800.0])
+    whole = model(z, t, conditions(model, 3, 11))
+    mx.eval(whole)
+    monkeypatch.setattr(ops, "on_gpu", lambda: True)
+    for name in ("DISPATCH_FLOPS", "MLP_BYTES", "LARGE_PASS_TOKENS"):
+        monkeypatch.setattr(ops, name, 1)
+    for name in ("MIN_ROWS", "MIN_QUERIES"):
+        monkeypatch.setattr(ops, name, 5)
+    assert difference(model(z, t, conditions(model, 3, 11)), whole) <= TOLERANCE
+
+
+def evaluated(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """Return a list that receives the shape of each array that the network evaluates."""
+    seen: list[tuple[int, ...]] = []
+    plain = mx.eval
+
+    def watched(x: mx.array) -> None:
+        seen.append(x.shape)
+        plain(x)
+
+    monkeypatch.setattr(mx, "eval", watched)
+    return seen
+
+
+@pytest.mark.parametrize(("limit", "count"), [(119, CONFIG.depth), (120, 0)])
+def test_large_passes_of_gpus_are_evaluated_by_block(
+    monkeypatch: pytest.MonkeyPatch, limit: int, count: int
+) -> None:
+    model, z, t = network(), normal(2, *GRID, 4), mx.array([300.0, 800.0])
+    kept, seen = conditions(model, 3, 11), evaluated(monkeypatch)
+    monkeypatch.setattr(ops, "LARGE_PASS_TOKENS", limit)
+    model(z, t, kept)
+    assert seen == []
+    monkeypatch.setattr(ops, "on_gpu", lambda: True)
+    model(z, t, kept)
+    assert seen == [(2, 5, 12, 32)] * count
+
+
+def test_a_listener_hears_of_every_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each block is evaluated before the call; the result stays the same."""
+    model, z, t = network(), normal(1, *GRID, 4), mx.array([500.0])
+    expected = model(z, t, conditions(model, 4))
+    mx.eval(expected)
+    seen, blocks = evaluated(monkeypatch), list[tuple[int, int]]()
+    hooks = Hooks[BlockPair](on_block=lambda index: blocks.append((index, len(seen))))
+    out = model(z, t, conditions(model, 4), hooks=hooks)
+    assert blocks == [(i, i + 1) for i in range(CONFIG.depth)]
+    assert mx.array_equal(out, expected)
+
+
 def test_a_batch_is_its_samples() -> None:
     """Batched guidance and one call after the other agree."""
     model, z, t = network(), normal(2, *GRID, 4), mx.array([300.0, 800.0])

@@ -13,7 +13,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlx_sora import geometry
 from mlx_sora.errors import UsageError, WeightsError
 from mlx_sora.loading.checkpoint import load_weights
-from mlx_sora.models import vae_spatial, vae_temporal
+from mlx_sora.models import ops, vae_spatial, vae_temporal
 from mlx_sora.models.vae import (
     KEYS,
     LATENT_FACTOR,
@@ -157,6 +157,19 @@ def test_decoding_follows_the_definition(vae: VideoVAE) -> None:
     expected = vae.spatial_vae.decode(frames[0] / 0.18215)
     assert difference(vae.decode(z, 9)[0], expected) <= SAME
     assert LATENT_FACTOR == 0.18215
+
+
+def test_attention_of_gpus_in_pieces_changes_nothing(
+    vae: VideoVAE, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Logits of one query at a time agree with those of the CPU's form."""
+    z = normal(1, 1, 2, 4, 6, 4)
+    whole = vae.decode(z, 5)
+    mx.eval(whole)
+    monkeypatch.setattr(ops, "on_gpu", lambda: True)
+    for name in ("MAX_FUSED_HEAD", "LOGITS_BYTES", "MIN_QUERIES"):
+        monkeypatch.setattr(ops, name, 1)
+    assert difference(vae.decode(z, 5), whole) <= SAME
 
 
 def test_a_batch_is_its_samples(vae: VideoVAE) -> None:
