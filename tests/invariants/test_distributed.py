@@ -10,9 +10,10 @@ import pytest
 
 from mlx_sora.distributed.partition import split_evenly
 from tests.helpers.ranks import launch
+from tests.helpers.tolerance import rounding
 
 #: In standard deviations: products of fewer rows may be added up in another order.
-TOLERANCE = 1e-5
+TOLERANCE = rounding(1e-5)
 
 
 @pytest.mark.parametrize("ranks", [2, 4])

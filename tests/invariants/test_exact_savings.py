@@ -26,9 +26,10 @@ from mlx_sora.models import conv, ops, stdit3, t5
 from mlx_sora.models.stdit3 import Conditions, STDiT3, STDiT3Config
 from mlx_sora.models.t5 import T5Config, T5Encoder
 from mlx_sora.text.encoder import encode_tokens
+from tests.helpers.tolerance import rounding
 
 #: Largest difference allowed, in standard deviations of the result.
-SAME = 1e-5
+SAME = rounding(1e-5)
 
 #: The reference pads every prompt to this many tokens.
 PADDED = 300

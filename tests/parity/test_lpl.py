@@ -22,11 +22,12 @@ from mlx_sora.sampling.loop import StepResult, denoise
 from mlx_sora.sampling.rflow import RFlow
 from tests.helpers.golden import Case, channels_first, channels_last, drop_padding, relative_error
 from tests.helpers.models import BoundModel
+from tests.helpers.tolerance import rounding
 from tests.parity.test_rflow import conditioning
 
-TRAJECTORY = 1e-3
+TRAJECTORY = rounding(1e-3)
 TIMES = 1e-3
-COSINE = 1e-5
+COSINE = rounding(1e-5)
 
 
 class Recorded(ReferenceLeap):

@@ -15,9 +15,10 @@ from mlx_sora.sampling.loop import Conditioning, StepResult, denoise
 from mlx_sora.sampling.rflow import RFlow, add_noise
 from tests.helpers.golden import Case, channels_first, channels_last, drop_padding, relative_error
 from tests.helpers.models import BoundModel
+from tests.helpers.tolerance import rounding
 
-TRAJECTORY = 1e-3
-NETWORK = 1e-4
+TRAJECTORY = rounding(1e-3)
+NETWORK = rounding(1e-4)
 TIMES = 1e-3
 
 
@@ -44,7 +45,7 @@ def test_timesteps(case: Case) -> None:
 @pytest.mark.golden("rflow_add_noise")
 def test_add_noise(case: Case) -> None:
     noisy = add_noise(case["in.original"], case["in.noise"], case["in.timesteps"])
-    assert relative_error(noisy, case["out.noisy"]) <= 1e-6
+    assert relative_error(noisy, case["out.noisy"]) <= rounding(1e-6)
 
 
 def schedule(case: Case) -> tuple[RFlow, mx.array]:

@@ -12,8 +12,9 @@ import pytest
 from mlx_sora.loading.checkpoint import load_weights
 from mlx_sora.models.stdit3 import KEYS, Conditions, STDiT3, STDiT3Config
 from tests.helpers.golden import Case, channels_first, channels_last, drop_padding, relative_error
+from tests.helpers.tolerance import rounding
 
-TOLERANCE = 1e-4
+TOLERANCE = rounding(1e-4)
 
 
 def load(case: Case) -> STDiT3:

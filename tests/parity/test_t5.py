@@ -9,8 +9,9 @@ from mlx_sora.loading.checkpoint import load_weights
 from mlx_sora.models.hooks import ResidentBlocks
 from mlx_sora.models.t5 import KEYS, T5Block, T5Config, T5Encoder
 from tests.helpers.golden import Case, relative_error
+from tests.helpers.tolerance import rounding
 
-TOLERANCE = 1e-4
+TOLERANCE = rounding(1e-4)
 
 
 def load(case: Case) -> T5Encoder:

@@ -11,9 +11,10 @@ from mlx_sora.models.vae import EncodeNoise, Posterior, VAEConfig, VideoVAE, key
 from mlx_sora.models.vae_spatial import SpatialVAE, SpatialVAEConfig
 from mlx_sora.models.vae_temporal import TemporalVAE, TemporalVAEConfig
 from tests.helpers.golden import Case, channels_first, channels_last, relative_error
+from tests.helpers.tolerance import rounding
 
 #: Largest error of one network pass, in standard deviations of the reference's output.
-TOLERANCE = 1e-4
+TOLERANCE = rounding(1e-4)
 
 
 def frames_of(case: Case, pattern: str) -> list[int]:

@@ -18,6 +18,7 @@ from mlx_sora.sampling.base import Step
 from mlx_sora.sampling.guidance import Guidance
 from tests.helpers.flows import latents
 from tests.helpers.techniques import make_accelerations
+from tests.helpers.tolerance import rounding
 from tests.unit.sampling.test_guidance import NULL, Recorder, null_text
 
 SCHEDULE = ScheduleInfo(12, 1, 3, times=tuple(1000.0 - 80 * i for i in range(12)))
@@ -68,7 +69,7 @@ def test_cached_difference_replaces_uncond(sequential: bool) -> None:
     exact = run(make_accelerations({}, SCHEDULE), plain, sequential)
     part = make_accelerations({"guidance_cache": "every:4,after=0"}, SCHEDULE)
     found = run(part, seen, sequential)
-    assert all(mx.allclose(a, b, atol=1e-5) for a, b in zip(exact, found, strict=True))
+    assert all(mx.allclose(a, b, atol=rounding(1e-5)) for a, b in zip(exact, found, strict=True))
     both = [1, 1] if sequential else [2]
     assert seen.batches == [*both, 1, 1, 1] * 3
     assert part.record() == {"guidance_cache": {"guided": 12, "halves_saved": 9}}
@@ -78,14 +79,14 @@ def test_cached_difference_replaces_uncond(sequential: bool) -> None:
 def test_bands_split_low_and_high_frequencies() -> None:
     x = latents(7, (1, 2, 10, 15, 3))
     low, high = split_bands(x)
-    assert mx.allclose(low + high, x, atol=1e-6)
+    assert mx.allclose(low + high, x, atol=rounding(1e-6))
     flat = mx.ones((1, 1, 10, 10, 1))
-    assert mx.allclose(split_bands(flat)[0], flat, atol=1e-6)
+    assert mx.allclose(split_bands(flat)[0], flat, atol=rounding(1e-6))
     rows = mx.arange(10)[None, None, :, None, None]
     for waves, is_low in ((1, True), (2, True), (3, False), (5, False)):
         wave = mx.broadcast_to(mx.cos(2 * mx.pi * waves * rows / 10), flat.shape)
         part = split_bands(wave)[0 if is_low else 1]
-        assert mx.allclose(part, wave, atol=1e-5), waves
+        assert mx.allclose(part, wave, atol=rounding(1e-5)), waves
 
 
 def test_boost_applies_to_low_frequencies_first_and_high_ones_last() -> None:
@@ -97,7 +98,7 @@ def test_boost_applies_to_low_frequencies_first_and_high_ones_last() -> None:
     for index, expected in ((1, 3 * low + high), (8, 3 * low + 3 * high), (11, low + 3 * high)):
         make = part.predict_uncond(step(index))
         assert make is not None
-        assert mx.allclose(make(cond), cond + expected, atol=1e-5)
+        assert mx.allclose(make(cond), cond + expected, atol=rounding(1e-5))
 
 
 def test_cache_is_not_used_with_fresh_frames() -> None:

@@ -20,6 +20,7 @@ from mlx_sora.sampling.loop import Conditioning, StepResult, denoise
 from mlx_sora.sampling.noise import Noise
 from mlx_sora.sampling.rflow import RFlow
 from tests.helpers.flows import Curved, Straight, latents, times
+from tests.helpers.tolerance import rounding
 
 SHAPE = (1, 3, 4, 4, 4)
 
@@ -105,7 +106,7 @@ def test_fixed_rule_leaps_after_its_steps(name: str, steps: int) -> None:
     for leaping, ordinary in zip(results[:-1], plain, strict=False):
         assert mx.array_equal(leaping.z, ordinary.z)
     last = results[-1]
-    assert mx.allclose(last.z, last.z_in + last.v * last.t / 1000, rtol=0, atol=1e-6)
+    assert mx.allclose(last.z, last.z_in + last.v * last.t / 1000, rtol=0, atol=rounding(1e-6))
 
 
 def test_fixed_rule_beyond_the_end_never_leaps() -> None:
@@ -124,7 +125,7 @@ def test_timed_rule_leaps_at_its_time_on_every_schedule(name: str, steps: int, f
     *_, last = denoise(flow, latents(), schedule, SAMPLERS[name], policy=rule("t:660"))
     assert last.is_leap
     assert last.t <= 660 < float(schedule[last.step.index - 1, 0])
-    assert mx.allclose(last.z, flow.end, rtol=0, atol=1e-5)
+    assert mx.allclose(last.z, flow.end, rtol=0, atol=rounding(1e-5))
 
 
 def test_timed_rule_waits_for_all_samples() -> None:
@@ -232,7 +233,7 @@ def test_similarity_is_taken_per_sample() -> None:
     for index in range(10):
         step = Step(index, 10, mx.array([900.0] * 2), mx.array([800.0] * 2))
         together.should_leap(step, mx.zeros(0), flow(mx.zeros((2, *SHAPE[1:])), step.t, step))
-    assert np.allclose(together.similarities, cosines, rtol=0, atol=1e-5)
+    assert np.allclose(together.similarities, cosines, rtol=0, atol=rounding(1e-5))
 
 
 def given(*mask: float) -> Conditioning:

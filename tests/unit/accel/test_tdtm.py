@@ -16,6 +16,7 @@ from mlx_sora.models.hooks import Hooks
 from mlx_sora.models.stdit3 import STDiT3
 from mlx_sora.request.techniques import Tdtm
 from tests.helpers.networks import STDIT, random_weights
+from tests.helpers.tolerance import rounding
 
 
 def tokens(frames: int) -> mx.array:
@@ -29,7 +30,7 @@ def test_merge_averages_pairs_and_unmerge_repeats_them(frames: int) -> None:
     assert merged.shape == (2, frames // 2, 3, 4)
     for pair in range(frames // 2):
         mean = (x[:, 2 * pair] + x[:, 2 * pair + 1]) / 2
-        assert np.allclose(np.array(merged[:, pair]), mean, rtol=0, atol=1e-6)
+        assert np.allclose(np.array(merged[:, pair]), mean, rtol=0, atol=rounding(1e-6))
     back = PairedFrames().unmerge(merged, frames)
     assert back.shape == x.shape
     for frame in range(frames):
@@ -90,7 +91,7 @@ def test_network_with_one_frame_is_exact(network: STDiT3) -> None:
 def test_network_ignores_a_mask_of_moving_frames(network: STDiT3) -> None:
     z = latents(5)
     masked = predict(network, z, x_mask=mx.ones((2, 5), dtype=mx.bool_))
-    assert mx.allclose(masked, predict(network, z), rtol=0, atol=1e-5)
+    assert mx.allclose(masked, predict(network, z), rtol=0, atol=rounding(1e-5))
 
 
 def test_network_applies_the_mask_to_single_frames_of_a_pair(network: STDiT3) -> None:

@@ -32,7 +32,9 @@ from mlx_sora.models.quantized import QuantizedLinear
 from mlx_sora.models.stdit3 import STDiT3, STDiT3Config
 from mlx_sora.models.t5 import T5Encoder
 from tests.helpers import networks
+from tests.helpers.golden import relative_error
 from tests.helpers.quantizable_model import STDIT, T5, write_model
+from tests.unit.models.test_quantized import SAME
 
 
 @pytest.fixture(scope="module")
@@ -102,12 +104,12 @@ def dense(network: T5Encoder | STDiT3) -> dict[str, mx.array]:
 
 
 def test_text_encoder(model: ModelFolder) -> None:
-    """Whole, streamed, and with dequantized weights: the same states, bit for bit."""
+    """Whole, streamed, and with dequantized weights: the same states; on CPU, bit for bit."""
     whole, _ = load_text_encoder(model, mx.float32)
     expected = networks.t5_states(whole)
     plain = T5Encoder(whole.config, embedding=False)
     plain.update(tree_unflatten(list(dense(whole).items())))
-    assert mx.array_equal(networks.t5_states(plain), expected).item()
+    assert relative_error(networks.t5_states(plain), expected) <= SAME
     network, _, source = stream_text_encoder(model, mx.float32)
     with BlockStream(source) as blocks:
         assert mx.array_equal(networks.t5_states(network, blocks), expected).item()
@@ -125,7 +127,7 @@ def test_transformer(model: ModelFolder, resident: int) -> None:
             networks.steps(network, blocks), networks.steps(plain), expected, strict=True
         ):
             assert mx.array_equal(found, out).item()
-            assert mx.array_equal(same, out).item()
+            assert relative_error(same, out) <= SAME
         assert blocks.stats.loads > 0
     assert blocks.stats.nbytes == sum(source.disk_bytes) * blocks.stats.loads / len(source)
 

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from mlx_sora.models import conv, ops
+from tests.helpers.tolerance import rounding
 
 #: Two float32 forms of the same sum, in standard deviations of the result.
-SAME = 1e-5
+SAME = rounding(1e-5)
 
 Array = np.ndarray
 SIZES = [(1, 1), (1, 6), (2, 3), (5, 4), (8, 8), (7, 9), (24, 17)]

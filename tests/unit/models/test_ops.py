@@ -11,6 +11,7 @@ import pytest
 from mlx import nn
 
 from mlx_sora.models import ops
+from tests.helpers.tolerance import rounding
 
 cpu_only = pytest.mark.skipif(ops.on_gpu(), reason="pieces are the CPU's way")
 
@@ -49,7 +50,9 @@ def test_attention_in_pieces(
     monkeypatch.setattr(ops, "SLICE_BYTES", piece)
     q, k, v = normal(3, 2, 150, 8), normal(3, 2, 7, 8, seed=1), normal(3, 2, 7, 8, seed=2)
     out = ops.attention(q, k, v, 0.3, mask)
-    np.testing.assert_allclose(np.array(out), plain_attention(q, k, v, 0.3, mask), atol=2e-6)
+    np.testing.assert_allclose(
+        np.array(out), plain_attention(q, k, v, 0.3, mask), atol=rounding(2e-6)
+    )
 
 
 @cpu_only
@@ -142,7 +145,9 @@ def test_in_pieces(monkeypatch: pytest.MonkeyPatch, piece: int, device: str) -> 
     monkeypatch.setattr(ops, device, piece)
     x, w = normal(2, 5, 3, 4), normal(4, 6, seed=1)
     out = ops.apply_in_slices(lambda rows: mx.tanh(rows @ w), x, row_bytes=24)
-    np.testing.assert_allclose(np.array(out), np.tanh(np.array(x) @ np.array(w)), atol=1e-6)
+    np.testing.assert_allclose(
+        np.array(out), np.tanh(np.array(x) @ np.array(w)), atol=rounding(1e-6)
+    )
 
 
 def test_pieces_have_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,14 +163,16 @@ def test_pieces_have_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ops, "SLICE_BYTES", 1)
     for a, b in zip(gradient(q, k, v), whole, strict=True):
         assert float(mx.abs(b).max()) > 0
-        np.testing.assert_allclose(np.array(a), np.array(b), rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(
+            np.array(a), np.array(b), rtol=rounding(1e-4), atol=rounding(1e-5)
+        )
 
 
 def test_exp() -> None:
     for limit, tolerance in ((8, 1.2e-6), (80, 5e-6)):
         x = mx.linspace(-limit, limit, 4001)
         expected = np.exp(np.array(x, dtype=np.float64))
-        np.testing.assert_allclose(np.array(ops.exp(x)), expected, rtol=tolerance)
+        np.testing.assert_allclose(np.array(ops.exp(x)), expected, rtol=rounding(tolerance))
     assert float(ops.exp(mx.array(-200.0))) < 1e-37
     assert float(ops.exp(mx.array(0.0))) == 1.0
 
@@ -173,12 +180,16 @@ def test_exp() -> None:
 def test_exp_is_its_own_derivative() -> None:
     x = mx.linspace(-20, 20, 401)
     slope = mx.grad(lambda a: ops.exp(a).sum())(x)
-    np.testing.assert_allclose(np.array(slope), np.exp(np.array(x, np.float64)), rtol=1e-5)
+    np.testing.assert_allclose(
+        np.array(slope), np.exp(np.array(x, np.float64)), rtol=rounding(1e-5)
+    )
 
 
 def test_activations() -> None:
     x = mx.linspace(-30, 30, 2001)
     d = np.array(x, dtype=np.float64)
     u = math.sqrt(2 / math.pi) * (d + 0.044715 * d**3)
-    np.testing.assert_allclose(np.array(ops.gelu_tanh(x)), 0.5 * d * (1 + np.tanh(u)), atol=4e-6)
-    np.testing.assert_allclose(np.array(ops.silu(x)), d / (1 + np.exp(-d)), atol=4e-6)
+    np.testing.assert_allclose(
+        np.array(ops.gelu_tanh(x)), 0.5 * d * (1 + np.tanh(u)), atol=rounding(4e-6)
+    )
+    np.testing.assert_allclose(np.array(ops.silu(x)), d / (1 + np.exp(-d)), atol=rounding(4e-6))

@@ -74,7 +74,9 @@ def test_softmax_is_float32_inside() -> None:
     """600 equal logits: a running sum in bfloat16 would stop at 256."""
     q = mx.zeros((1, 1, 600, 4), mx.bfloat16)
     v = mx.ones((1, 1, 600, 4), mx.bfloat16)
-    assert mx.array_equal(ops.attention(q, q, v, 1.0), v)
+    # MLX's own attention rounds the 600 weights to bfloat16.
+    error = 2.0**-8 if ops.on_gpu() else 0.0
+    assert float(mx.abs(ops.attention(q, q, v, 1.0) - v).max()) <= error
 
 
 def test_times_are_told_apart() -> None:

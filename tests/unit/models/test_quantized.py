@@ -6,7 +6,12 @@ import mlx.core as mx
 import pytest
 from mlx import nn
 
+from mlx_sora.models.ops import on_gpu
 from mlx_sora.models.quantized import QuantizedLinear, dequantize_once
+from tests.helpers.golden import relative_error
+
+#: On CPU a quantized layer is the plain product; the kernel of GPUs adds in another order.
+SAME = 1e-4 if on_gpu() else 0.0
 
 
 def pair(bits: int, bias: bool) -> tuple[QuantizedLinear, nn.Linear]:
@@ -29,8 +34,8 @@ def pair(bits: int, bias: bool) -> tuple[QuantizedLinear, nn.Linear]:
 def test_as_the_plain_layer(bits: int, bias: bool) -> None:
     layer, plain = pair(bits, bias)
     x = mx.random.normal((2, 5, 128))
-    assert mx.array_equal(layer(x), plain(x)).item()
-    assert mx.array_equal(dequantize_once(layer, x)(x), plain(x)).item()
+    assert relative_error(layer(x), plain(x)) <= SAME
+    assert relative_error(dequantize_once(layer, x)(x), plain(x)) <= SAME
     assert layer.dense_size == plain.weight.size
 
 

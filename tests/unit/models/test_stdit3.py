@@ -13,12 +13,14 @@ from mlx_sora.errors import UsageError, WeightsError
 from mlx_sora.models import ops
 from mlx_sora.models.hooks import Hooks
 from mlx_sora.models.stdit3 import BlockPair, Conditions, STDiT3, STDiT3Config
+from tests.helpers.tolerance import rounding
 
 CONFIG = STDiT3Config(
     hidden_size=32, num_heads=2, depth=2, caption_channels=12, model_max_length=20
 )
+
 GRID = (5, 6, 7)
-TOLERANCE = 1e-5
+TOLERANCE = rounding(1e-5)
 
 
 def network(config: STDiT3Config = CONFIG) -> STDiT3:

@@ -27,9 +27,10 @@ from mlx_sora.models.vae import (
 )
 from mlx_sora.models.vae_spatial import SpatialVAE, SpatialVAEConfig
 from mlx_sora.models.vae_temporal import TemporalVAE, TemporalVAEConfig
+from tests.helpers.tolerance import rounding
 
 #: Two orders of the same float32 work, in standard deviations of the result.
-SAME = 1e-5
+SAME = rounding(1e-5)
 
 SMALL: dict[str, Any] = {
     "spatial_config": {"block_out_channels": [8, 8, 8, 16], "layers_per_block": 1}

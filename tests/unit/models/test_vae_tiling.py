@@ -21,6 +21,7 @@ from mlx_sora.models.vae_spatial import SpatialVAE, SpatialVAEConfig
 from mlx_sora.models.vae_temporal import TemporalVAEConfig
 from mlx_sora.models.vae_tiling import decode_tiled, tile_side, tile_spans, use_moments
 from tests.helpers import networks
+from tests.helpers.tolerance import rounding
 
 TILES = range(2, MAX_TILES + 1)
 
@@ -49,7 +50,7 @@ def test_a_network_that_sees_one_pixel_is_put_together_exactly(
 ) -> None:
     x = mx.random.normal((2, *size, 3), key=mx.random.key(1))
     out = vae_tiles._run_tiled(lambda part: upsample2x(2 * part), x, tiles)
-    assert np.allclose(out, upsample2x(2 * x), atol=1e-6)
+    assert np.allclose(out, upsample2x(2 * x), atol=rounding(1e-6))
 
 
 def test_tiles_are_blended_linearly() -> None:
@@ -117,7 +118,7 @@ def test_every_way_of_streaming_gives_the_same_tiles() -> None:
     for options in ({"sequential_offload": True}, {"micro_batch": 1}, {"micro_batch": 17}):
         chunks = small_vae().decode_chunks(z, 22, tiles=2, **options)  # type: ignore[arg-type]
         for a, b in zip(plain, chunks, strict=True):
-            assert np.allclose(a, b, atol=1e-4)
+            assert np.allclose(a, b, atol=rounding(1e-4))
 
 
 def peak_of_decoding(vae: VideoVAE, z: mx.array, frames: int, **options: object) -> int:
@@ -155,11 +156,11 @@ def test_norms_are_their_own_again_whatever_happens() -> None:
     x, other = (mx.random.normal((1, 5, 5, 4), key=mx.random.key(i)) for i in range(2))
     mean, variance = group_moments(other, 2)
     with use_moments(other, norm, [norm]):
-        assert np.allclose(norm(x), (x - mean) * mx.rsqrt(variance + 1e-6), atol=1e-5)
+        assert np.allclose(norm(x), (x - mean) * mx.rsqrt(variance + 1e-6), atol=rounding(1e-5))
     with pytest.raises(KeyError, match="half way"), use_moments(other, norm, [norm]):
         raise KeyError("half way")
     assert norm.moments is None
-    assert abs(float(norm(x).mean())) < 1e-5
+    assert abs(float(norm(x).mean())) < rounding(1e-5)
 
 
 def test_one_tile_is_the_decoder_itself() -> None:

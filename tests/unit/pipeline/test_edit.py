@@ -122,7 +122,7 @@ def test_shared_values_matter_in_their_steps_only(pipe: Pipeline, clip: Path) ->
 
 def test_what_is_kept_is_planned_and_told(pipe: Pipeline, clip: Path) -> None:
     def peak(inject: int) -> int:
-        edit = EditRequest.from_options(clip, {**SMALL, "inject_steps": inject})
+        edit = EditRequest.from_options(clip, {**SMALL, "inject_steps": inject, "dtype": "float32"})
         return pipe.plan_edit(edit).stage("denoise").peak
 
     run = events(pipe, clip, inject_steps=2)

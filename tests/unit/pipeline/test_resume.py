@@ -15,6 +15,7 @@ from mlx_sora.errors import MlxSoraError
 from mlx_sora.loading.model_folder import ModelFolder, find_model, fingerprint
 from mlx_sora.pipeline.checkpoint import Snapshot
 from mlx_sora.pipeline.resume import checkpoint_seed, resumed_request
+from mlx_sora.runtime.device import default_dtype
 from mlx_sora.runtime.events import Event, Finished, Noted, StageStarted, StepFinished, Warned
 from mlx_sora.video.output_path import checkpoint_path
 
@@ -164,7 +165,8 @@ def test_overwrite_replaces_the_checkpoint_of_another_request(pipe: Pipeline, ou
 
 def test_what_changes_nothing_may_change(pipe: Pipeline, output: Path) -> None:
     stop(pipe, request(output), 1)
-    asked = request(output, checkpoint_every=1, ci_dl=True, steps=3, dtype="float32", fps=24)
+    dtype = str(default_dtype()).removeprefix("mlx.core.")
+    asked = request(output, checkpoint_every=1, ci_dl=True, steps=3, dtype=dtype, fps=24)
     assert "1 of 3 steps" in notes(finish(pipe.stream(asked))[0])
 
 

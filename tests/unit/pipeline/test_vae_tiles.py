@@ -86,17 +86,20 @@ def test_tiles_need_less_memory_where_it_is_scarce(large: Pipeline) -> None:
     assert work[0] < work[1] < 2 * work[0]
 
 
+def refusal(pipe: Pipeline, ways: dict[str, object], **more: object) -> str:
+    """Return the advice of a refusal within the smallest budget that `ways` need."""
+    least = str(pipe.plan(request_of(**more, **ways)).smallest)
+    assert pipe.plan(request_of(**more, **ways, memory_budget=least)).peak <= int(least)
+    with pytest.raises(MemoryBudgetError) as error:
+        pipe.plan(request_of(**more, memory_budget=least))
+    return error.value.fix
+
+
 def test_a_refusal_names_tiles_where_they_would_do_and_never_takes_them(large: Pipeline) -> None:
-    with pytest.raises(MemoryBudgetError) as error:
-        large.plan(request_of(memory_budget="3.3GB"))
-    assert "or --vae-tiles 2," in error.value.fix
-    plan = large.plan(request_of(memory_budget="3.3GB", vae_tiles=2))
-    assert plan.peak <= 3.3e9
+    assert "or --vae-tiles 2," in refusal(large, {"vae_tiles": 2})
     # Where guidance in two passes does alone, nothing approximate is named.
-    with pytest.raises(MemoryBudgetError) as error:
-        large.plan(request_of(resolution="480p", num_frames=204, memory_budget="5.2GB"))
-    assert "--vae-tiles" not in error.value.fix
-    assert "--sequential-guidance" in error.value.fix
-    with pytest.raises(MemoryBudgetError) as error:
-        large.plan(request_of(num_frames=51, memory_budget="3.9GB"))
-    assert "or --sequential-guidance --vae-tiles 2," in error.value.fix
+    advice = refusal(large, {"sequential_guidance": True}, resolution="480p", num_frames=204)
+    assert "--vae-tiles" not in advice
+    assert "--sequential-guidance" in advice
+    advice = refusal(large, {"sequential_guidance": True, "vae_tiles": 2}, num_frames=51)
+    assert "or --sequential-guidance --vae-tiles 2," in advice

@@ -16,6 +16,7 @@ from mlx_sora.sampling.midpoint import Midpoint
 from mlx_sora.sampling.noise import Noise
 from mlx_sora.sampling.rflow import RFlow, add_noise
 from tests.helpers.flows import SHAPE, Curved, Straight, latents, times
+from tests.helpers.tolerance import rounding
 
 BATCH, FRAMES = SHAPE[:2]
 
@@ -64,7 +65,7 @@ def test_frame_between_waits_for_its_level_and_receives_noise_once() -> None:
     for index in range(4):
         assert mx.array_equal(results[index].z[0, 0], start[0, 0])
     level = add_noise(start, draws(4), mx.full((BATCH,), 500.0))
-    assert mx.allclose(results[4].z_in[0, 0], level[0, 0], atol=1e-6)
+    assert mx.allclose(results[4].z_in[0, 0], level[0, 0], atol=rounding(1e-6))
     assert mx.array_equal(results[4].z_in[1, 0], start[1, 0])
     assert mx.array_equal(results[5].z_in, results[4].z)
 
@@ -111,7 +112,7 @@ def test_leap_goes_straight_to_zero_and_ends_the_run() -> None:
     assert flow.calls == 3
     assert policy.seen == [(0, 1000.0), (1, 875.0), (2, 750.0)]
     last = results[-1]
-    assert mx.allclose(last.z, last.z_in + 0.75 * last.v, atol=1e-6)
+    assert mx.allclose(last.z, last.z_in + 0.75 * last.v, atol=rounding(1e-6))
     assert mx.array_equal(last.z, last.x0)
     for plain, leaping in zip(run(), results[:2], strict=False):
         assert mx.array_equal(plain.z, leaping.z)
@@ -126,7 +127,7 @@ def test_leap_does_not_change_given_frames() -> None:
 def test_x0_is_the_end_of_a_straight_flow() -> None:
     flow = Straight(latents(1))
     for result in denoise(flow, latents(), times(6), RFlow()):
-        assert mx.allclose(result.x0, flow.end, atol=1e-5)
+        assert mx.allclose(result.x0, flow.end, atol=rounding(1e-5))
 
 
 def test_x0_has_given_frames_unchanged() -> None:
