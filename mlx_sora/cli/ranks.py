@@ -121,9 +121,11 @@ def estimate_on_cluster(
     from mlx_sora.distributed.cost_model import estimate_step
     from mlx_sora.loading.quantization import choose_quantization
     from mlx_sora.loading.sizes import model_sizes
+    from mlx_sora.models.precision import Precision
 
     run = pipeline.prepare(request)
-    sizes = model_sizes(choose_quantization(pipeline.model, run.request.quantize), mx.bfloat16)
+    half = Precision(mx.bfloat16, mx.bfloat16)
+    sizes = model_sizes(choose_quantization(pipeline.model, run.request.quantize), half)
     evaluations = run.workload.evaluations // run.settings.steps
     return [
         estimate

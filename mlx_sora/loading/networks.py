@@ -119,11 +119,15 @@ def _quantize_network(
     return checkpoint
 
 
-def load_vae(model: ModelFolder, parts: Sequence[str] = ("decoder",)) -> VideoVAE:
-    """Load the encoder, the decoder or both of the VAE, always in float32."""
+def load_vae(
+    model: ModelFolder, parts: Sequence[str] = ("decoder",), dtype: mx.Dtype = mx.float32
+) -> VideoVAE:
+    """Load the encoder, the decoder or both of the VAE. Its scale and shift stay float32."""
     with _config_errors("vae"):
-        network = VideoVAE(VAEConfig.from_dict(model.config("vae")), parts)
-    load_weights(network, Checkpoint.open(model.vae), key_map(parts), dtype=precision.VAE)
+        network = VideoVAE(VAEConfig.from_dict(model.config("vae")), parts, dtype)
+    load_weights(network, Checkpoint.open(model.vae), key_map(parts), dtype=precision.LATENTS)
+    network.spatial_vae.set_dtype(dtype)
+    network.temporal_vae.set_dtype(dtype)
     return network
 
 

@@ -14,19 +14,19 @@ from mlx_sora.loading.checkpoint import Checkpoint, match_keys
 from mlx_sora.loading.model_folder import ModelFolder
 from mlx_sora.loading.networks import stream_text_encoder, stream_transformer
 from mlx_sora.loading.quantization import dense_bytes
-from mlx_sora.memory.plan import ModelSizes, VAESizes, WeightSizes
-from mlx_sora.models import precision
+from mlx_sora.memory.plan import FLOAT32_SIZE, ModelSizes, VAESizes, WeightSizes
+from mlx_sora.models.precision import Precision
 from mlx_sora.models.vae import VAEConfig, VideoVAE, key_map
 
 
-def model_sizes(model: ModelFolder, dtype: mx.Dtype, *, encoders: bool = False) -> ModelSizes:
-    """Return the sizes of `model` with weights in `dtype`, its VAE in float32. Reads headers only.
+def model_sizes(model: ModelFolder, precision: Precision, *, encoders: bool = False) -> ModelSizes:
+    """Return the sizes of `model` in the types of `precision`. Reads headers only.
 
     encoders: also those of the VAE's encoders.
     Raises WeightsError for a checkpoint that does not match its configuration.
     """
-    text, _, text_blocks = stream_text_encoder(model, dtype)
-    transformer, transformer_blocks = stream_transformer(model, dtype)
+    text, _, text_blocks = stream_text_encoder(model, precision.text_encoder)
+    transformer, transformer_blocks = stream_transformer(model, precision.transformer)
     config = VAEConfig.from_dict(model.config("vae"))
     return ModelSizes(
         text=text.config,
@@ -59,4 +59,4 @@ def _weight_sizes(source: BlockSource[Any]) -> WeightSizes:
 
 def _float32_bytes(network: nn.Module) -> int:
     leaves: list[tuple[str, mx.array]] = tree_flatten(network.parameters())  # type: ignore[assignment]
-    return sum(prod(value.shape) for _, value in leaves) * precision.VAE.size
+    return sum(prod(value.shape) for _, value in leaves) * FLOAT32_SIZE

@@ -1,10 +1,12 @@
-"""The types of values that stay float32 when matrix products run in half precision.
+"""The types of each network, and of values that stay float32 when it runs in half precision.
 
-Weights and operands of matrix products have the dtype of the run (`runtime/device.py`: bfloat16 on
-GPUs, float32 on CPUs). MLX's kernels accumulate their results in float32.
+Weights and operands of matrix products have the type of their network (`choose_precision` in
+`runtime/device.py`). MLX's kernels accumulate their results in float32.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import mlx.core as mx
 
@@ -24,11 +26,25 @@ MODULATION = mx.float32
 #: Means, variances, logits and softmax of every norm and attention: sums of many values.
 STATISTICS = mx.float32
 
+#: Latents, frames, and the images between the spatial and the temporal VAE.
+LATENTS = mx.float32
+
 #: Inside GELU and SiLU, which are one pass over memory in any type.
 ACTIVATION = mx.float32
 
-#: All of the VAE, weights too, as in the reference: half precision shows as banding.
-VAE = mx.float32
+
+@dataclass(frozen=True)
+class Precision:
+    """Type of each network's weights and of the operands of its matrix products."""
+
+    text_encoder: mx.Dtype = mx.float32
+    transformer: mx.Dtype = mx.float32
+    vae: mx.Dtype = mx.float32
+
+
+def dtype_name(dtype: mx.Dtype) -> str:
+    """Return the name of a type as options have it, such as bfloat16."""
+    return str(dtype).removeprefix("mlx.core.")
 
 
 def check_text_encoder(dtype: mx.Dtype) -> None:

@@ -155,11 +155,19 @@ class EncodeNoise:
 
 
 class VideoVAE(nn.Module):
-    """Spatial and temporal VAE with `networks` ("encoder", "decoder", or both)."""
+    """Spatial and temporal VAE with `networks` ("encoder", "decoder", or both).
 
-    def __init__(self, config: VAEConfig, networks: Sequence[str] = NETWORKS) -> None:
+    dtype: of both networks. Latents, frames and what lies between the networks are float32.
+    """
+
+    def __init__(
+        self,
+        config: VAEConfig,
+        networks: Sequence[str] = NETWORKS,
+        dtype: mx.Dtype = mx.float32,
+    ) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.dtype = config, dtype
         self.spatial_vae = SpatialVAE(config.spatial, networks)
         self.temporal_vae = TemporalVAE(config.temporal, networks)
         self.shift = mx.array(config.shift)[None]
@@ -219,9 +227,9 @@ class VideoVAE(nn.Module):
 
     def _decode_time(self, z: mx.array, chunk: Chunk) -> mx.array:
         """Return the spatial latents of a chunk's frames, [frames, h, w, C], evaluated."""
-        part = z[:, chunk.latent : chunk.latent + chunk.latents].astype(precision.VAE)
-        part = part * self.scale + self.shift
-        frames = self.temporal_vae.decode(part, chunk.frames)[0] / LATENT_FACTOR
+        part = z[:, chunk.latent : chunk.latent + chunk.latents] * self.scale + self.shift
+        decode = partial(self.temporal_vae.decode, num_frames=chunk.frames)
+        frames = self._run(decode, part)[0] / LATENT_FACTOR
         # Evaluate here, so that no later graph holds the temporal network's activations.
         mx.eval(frames)
         return frames
@@ -239,7 +247,7 @@ class VideoVAE(nn.Module):
             mx.clear_cache()
         for frames in parts:
             size = micro_batch.frames if isinstance(micro_batch, MicroBatch) else micro_batch
-            yield _in_batches(partial(decode, self.spatial_vae), frames, size)
+            yield _in_batches(partial(self._run, partial(decode, self.spatial_vae)), frames, size)
 
     def encode(
         self, x: mx.array, noise: EncodeNoise | None = None, micro_batch: int | None = None
@@ -250,15 +258,16 @@ class VideoVAE(nn.Module):
         means.
         """
         b, f, h, w, _ = x.shape
-        frames = x.astype(precision.VAE).reshape(b * f, h, w, -1)
+        frames = x.reshape(b * f, h, w, -1)
         micro_batch = micro_batch or self.config.micro_batch_size
-        moments = _in_batches(self.spatial_vae.encode, frames, micro_batch)
+        moments = _in_batches(partial(self._run, self.spatial_vae.encode), frames, micro_batch)
         draws = noise.spatial if noise else None
         z = Posterior.from_moments(moments).sample(draws) * LATENT_FACTOR
         z = z.reshape(b, f, *z.shape[1:])
         parts = []
         for chunk in self.chunks(f):
-            moments = self.temporal_vae.encode(z[:, chunk.frame : chunk.frame + chunk.frames])
+            frames = z[:, chunk.frame : chunk.frame + chunk.frames]
+            moments = self._run(self.temporal_vae.encode, frames)
             span = slice(chunk.latent, chunk.latent + chunk.latents)
             draws = noise.temporal[:, span] if noise else None
             parts.append(Posterior.from_moments(moments).sample(draws))
@@ -291,16 +300,20 @@ class VideoVAE(nn.Module):
 
     def _encode_space(self, frames: mx.array, micro_batch: int | None) -> mx.array:
         """Return the spatial latents of a chunk's frames, [f, h, w, C], evaluated."""
-        moments = _in_batches(self.spatial_vae.encode, frames.astype(precision.VAE), micro_batch)
+        moments = _in_batches(partial(self._run, self.spatial_vae.encode), frames, micro_batch)
         z = Posterior.from_moments(moments).mean * LATENT_FACTOR
         mx.eval(z)
         return z
 
     def _encode_time(self, z: mx.array) -> mx.array:
-        mean = Posterior.from_moments(self.temporal_vae.encode(z[None])).mean
+        mean = Posterior.from_moments(self._run(self.temporal_vae.encode, z[None])).mean
         out = (mean - self.shift) / self.scale
         mx.eval(out)
         return out
+
+    def _run(self, network: Callable[[mx.array], mx.array], x: mx.array) -> mx.array:
+        """Return float32 network(x), computed in this VAE's type."""
+        return network(x.astype(self.dtype)).astype(precision.LATENTS)
 
 
 def _in_batches(

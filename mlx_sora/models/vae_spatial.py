@@ -1,7 +1,7 @@
 """The spatial VAE: single frames to latents of an eighth of their height and width, and back.
 
 Mirrors diffusers' AutoencoderKL (the layout of the SDXL VAE). Channels last: frames [N, H, W, 3],
-latents [N, h, w, C]. Runs in float32.
+latents [N, h, w, C].
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The temporal VAE: four frames of spatial latents to one and back, causal in time.
 
-Mirrors VAE_Temporal of Open-Sora 1.2. Channels last: [B, T, H, W, C]. Runs in float32.
+Mirrors VAE_Temporal of Open-Sora 1.2. Channels last: [B, T, H, W, C].
 """
 
 from __future__ import annotations

@@ -226,6 +226,7 @@ def _encoding_groups(runs: Mapping[int, GenerationRun]) -> list[list[int]]:
     groups: dict[object, list[int]] = defaultdict(list)
     for index, run in runs.items():
         if run.has_steps_left:
-            weights = (run.engine.mx_dtype, run.engine.model, run.request.health_check)
-            groups[weights, run.settings.memory_budget, run.request.ci_dl].append(index)
+            dtype, checks = run.engine.precision.text_encoder, run.request.health_check
+            limits = (run.settings.memory_budget, run.request.ci_dl)
+            groups[dtype, run.engine.model, checks, limits].append(index)
     return list(groups.values())

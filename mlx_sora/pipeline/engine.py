@@ -7,8 +7,6 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
-import mlx.core as mx
-
 from mlx_sora.distributed.group import Ranks
 from mlx_sora.errors import UsageError
 from mlx_sora.loading.model_folder import ModelFolder, find_model, fingerprint
@@ -17,30 +15,32 @@ from mlx_sora.loading.sizes import model_sizes
 from mlx_sora.memory.limits import default_cache_limit
 from mlx_sora.memory.plan import Machine, ModelSizes
 from mlx_sora.models.ops import on_gpu
+from mlx_sora.models.precision import Precision
 from mlx_sora.models.stdit3 import STDiT3Config
 from mlx_sora.models.vae import VAEConfig
 from mlx_sora.request.generation import GenerationRequest, label
-from mlx_sora.runtime.device import default_dtype, total_memory
+from mlx_sora.runtime.device import choose_precision, total_memory
 from mlx_sora.text.tokenizer import Tokenizer
 from mlx_sora.utils.versions import versions
 
 
 @dataclass(frozen=True)
 class Engine:
-    """Model folder, number format and ranks; holds no weights.
+    """Model folder, data types and ranks; holds no weights.
 
-    model: may ask for quantization on loading. dtype: auto, float32 or bfloat16. ranks: the
-    processes that mlx.launch started with this one, or this process alone.
+    model: may ask for quantization on loading. dtype, vae_dtype: as in GenerationRequest. ranks:
+    the processes that mlx.launch started with this one, or this process alone.
     """
 
     model: ModelFolder
     dtype: str
     ranks: Ranks
+    vae_dtype: str = "float32"
     _sizes: dict[tuple[Any, ...], ModelSizes] = field(default_factory=dict, repr=False)
     _tokenizer: list[Tokenizer] = field(default_factory=list, repr=False)
 
     def for_request(self, request: GenerationRequest) -> Engine:
-        """Return the engine with the number format, quantization and ranks that a request asks for.
+        """Return the engine with the data types, quantization and ranks that a request asks for.
 
         Raises UsageError if the request asks for another model, or for what this one cannot do.
         """
@@ -53,6 +53,7 @@ class Engine:
             self.single_process() if request.parallel == "off" else self,
             model=choose_quantization(self.model, request.quantize),
             dtype=self.dtype if request.dtype == "auto" else request.dtype,
+            vae_dtype=request.vae_dtype,
         )
 
     def single_process(self) -> Engine:
@@ -67,9 +68,9 @@ class Engine:
         return self._tokenizer[0]
 
     @cached_property
-    def mx_dtype(self) -> mx.Dtype:
-        """Number format in MLX. Raises UsageError if the device cannot compute in it."""
-        return default_dtype(requested=self.dtype)
+    def precision(self) -> Precision:
+        """Type of each network. Raises UsageError if the device cannot compute in one of them."""
+        return choose_precision(self.dtype, self.vae_dtype)
 
     @cached_property
     def vae_config(self) -> VAEConfig:
@@ -86,15 +87,17 @@ class Engine:
 
         encoders: with the encoders of the VAE.
         """
-        key = (self.model, self.mx_dtype, encoders)
+        key = (self.model, self.precision, encoders)
         if key not in self._sizes:
-            self._sizes[key] = model_sizes(self.model, self.mx_dtype, encoders=encoders)
+            self._sizes[key] = model_sizes(self.model, self.precision, encoders=encoders)
         return self._sizes[key]
 
     @property
     def machine(self) -> Machine:
         """Machine as the planner sees it."""
-        return Machine(on_gpu(), default_cache_limit() or total_memory(), self.mx_dtype.size)
+        return Machine(
+            on_gpu(), default_cache_limit() or total_memory(), self.precision.transformer.size
+        )
 
     def check_equal(self, requests: Sequence[GenerationRequest], **more: Any) -> None:
         """Raise UsageError if ranks have different versions, weights, requests or `more`."""

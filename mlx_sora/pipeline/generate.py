@@ -78,7 +78,7 @@ def plan_run(
         vae_tiles=resolved.vae_tiles,
     )
     if source is not None:
-        workload = source.add_to(workload, engine.mx_dtype)
+        workload = source.add_to(workload, engine.precision.transformer)
     sizes = engine.sizes(encoders=workload.media is not None)
     budget = resolved.memory_budget
     plan = make_plan(sizes, workload, engine.machine, budget, streamed=request.ci_dl)

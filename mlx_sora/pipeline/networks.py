@@ -26,6 +26,7 @@ from mlx_sora.memory.plan import StagePlan
 from mlx_sora.memory.planner import stage_limits
 from mlx_sora.memory.residency import BudgetMonitor, Residency
 from mlx_sora.models.hooks import Sharding, ValueSharing
+from mlx_sora.models.precision import Precision
 from mlx_sora.models.stdit3 import BlockPair, Conditions, STDiT3
 from mlx_sora.models.t5 import T5Block, T5Encoder
 from mlx_sora.runtime.device import explain_device_error
@@ -46,14 +47,14 @@ class Stage:
 
 @dataclass(frozen=True)
 class NetworkLoader:
-    """Opens networks of `model` in `dtype`.
+    """Opens networks of `model` in the types of `precision`.
 
     budget: bytes for the whole process, or None. streamed: read blocks from disk while others
     compute, even without a budget.
     """
 
     model: ModelFolder
-    dtype: mx.Dtype
+    precision: Precision
     budget: int | None = None
     streamed: bool = False
 
@@ -82,7 +83,7 @@ class NetworkLoader:
             with WeightFileGuard(self.model.text_encoder).check_reads():
                 yield *retry_read(self._text_encoder, "the text encoder"), None
             return
-        network, rows, source = stream_text_encoder(self.model, self.dtype)
+        network, rows, source = stream_text_encoder(self.model, self.precision.text_encoder)
         # One pass: a resident block would never be used again.
         with BlockStream(source, 0, prefetch=plan.prefetch) as stream:
             yield network, rows, stream
@@ -95,17 +96,17 @@ class NetworkLoader:
                 network = retry_read(self._transformer, "the transformer")
             yield network, None
             return
-        network, source = stream_transformer(self.model, self.dtype)
+        network, source = stream_transformer(self.model, self.precision.transformer)
         with self._cyclic_stream(source, plan) as stream:
             yield network, stream
 
     def _text_encoder(self) -> tuple[T5Encoder, ReadRows]:
-        network, rows = load_text_encoder(self.model, self.dtype)
+        network, rows = load_text_encoder(self.model, self.precision.text_encoder)
         eval_parameters(network)
         return network, rows
 
     def _transformer(self) -> STDiT3:
-        network = load_transformer(self.model, self.dtype)
+        network = load_transformer(self.model, self.precision.transformer)
         eval_parameters(network)
         return network
 

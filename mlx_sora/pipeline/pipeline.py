@@ -17,7 +17,7 @@ from mlx_sora.pipeline.locks import run_exclusively
 from mlx_sora.pipeline.resume import checkpoint_seed, resumed_request
 from mlx_sora.pipeline.run import GenerationRun
 from mlx_sora.request.generation import GenerationRequest
-from mlx_sora.runtime.device import default_dtype, describe_machine
+from mlx_sora.runtime.device import choose_precision, describe_machine
 from mlx_sora.runtime.events import Event, Finished
 from mlx_sora.video import Video
 
@@ -32,14 +32,14 @@ class Pipeline:
 
     def __init__(self, model: ModelFolder, dtype: str = "auto") -> None:
         self.engine = Engine(model, dtype, init_ranks())
-        default_dtype(requested=dtype)  # refuses what the device cannot do, before any work
+        choose_precision(dtype)  # refuses what the device cannot do, before any work
 
     @classmethod
     def from_pretrained(cls, model: str | Path | None = None, *, dtype: str = "auto") -> Pipeline:
         """Make a pipeline for `shapes`, `opensora-1.2` or a model folder; None picks the best.
 
-        dtype: auto, float32 or bfloat16. Downloads nothing and reads no weights yet. Raises
-        WeightsError if the model is absent or incomplete.
+        dtype: auto, float32, bfloat16 or float16 (transformer only). Downloads nothing and reads no
+        weights yet. Raises WeightsError if the model is absent or incomplete.
         """
         found = find_model(model)
         if model is None and found.name == BUNDLED:
@@ -53,7 +53,7 @@ class Pipeline:
 
     @property
     def dtype(self) -> str:
-        """Number format that was asked for: auto, float32 or bfloat16."""
+        """Number format that was asked for: auto, float32, bfloat16 or float16."""
         return self.engine.dtype
 
     @property

@@ -15,6 +15,7 @@ from typing import Any
 from mlx_sora.errors import MlxSoraError, UsageError, WeightsError
 from mlx_sora.loading.model_folder import fingerprint
 from mlx_sora.memory.limits import release
+from mlx_sora.models.precision import dtype_name
 from mlx_sora.pipeline.checkpoint import Checkpoints, Snapshot, read_record
 from mlx_sora.pipeline.locks import is_locked
 from mlx_sora.pipeline.run import GenerationRun
@@ -81,7 +82,7 @@ def identity(run: GenerationRun, weights: str) -> dict[str, Any]:
     names = [name for name in _replayed_options() if name not in _RESOLVED]
     found = {name: getattr(run.request, name) for name in names} | run.settings.to_dict()
     del found["memory_budget"]
-    found["dtype"] = str(run.engine.mx_dtype).removeprefix("mlx.core.")
+    found["dtype"] = dtype_name(run.engine.precision.transformer)
     found["weights"] = weights
     # A schedule table may have been calibrated again since.
     found["schedule"] = [

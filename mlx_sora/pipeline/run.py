@@ -142,7 +142,7 @@ class GenerationRun:
     @cached_property
     def health(self) -> Health:
         """Checks for results that cannot become a video."""
-        return Health(self.engine.mx_dtype, self.settings.guidance, self.request.health_check)
+        return Health(self.engine.precision, self.settings.guidance, self.request.health_check)
 
     @cached_property
     def sharding(self) -> Sharding:
@@ -156,7 +156,7 @@ class GenerationRun:
         """Opens the networks for one stage each."""
         budget = self.settings.memory_budget
         streamed = self.request.ci_dl or budget is not None
-        return NetworkLoader(self.engine.model, self.engine.mx_dtype, budget, streamed)
+        return NetworkLoader(self.engine.model, self.engine.precision, budget, streamed)
 
     @property
     def has_steps_left(self) -> bool:

@@ -78,7 +78,7 @@ def _encode_texts(
     with run.loader.text_encoder(run.plan.stage("encode")) as (network, rows, blocks):
         for done, text in enumerate(todo, start=1):
             ids = encodings[text].ids
-            states = encode_tokens(network, rows, ids, run.engine.mx_dtype, blocks)
+            states = encode_tokens(network, rows, ids, run.engine.precision.text_encoder, blocks)
             run.health.check_text(states)
             texts[text], warnings[text] = states, encodings[text].warnings
             yield StageProgress("encode", done, len(todo))
@@ -124,7 +124,7 @@ def _encode_chunks(
     encoded = list[mx.array]()
     plan, model = stage.plan, run.engine.model
     with WeightFileGuard(model.vae).check_reads():
-        vae = load_vae(model, ("encoder",))
+        vae = load_vae(model, ("encoder",), run.engine.precision.vae)
         pixels = (mx.array(chunk).astype(mx.float32) / 127.5 - 1 for chunk in chunks)
         latents = vae.encode_chunks(
             pixels, plan.micro_batch, sequential_offload=plan.sequential_offload
@@ -281,7 +281,8 @@ def _decoded_chunks(
     """Decode latents to `count` frames, uint8 [n, H, W, 3] each; ranks decode side by side."""
     ranks, model = run.ranks, run.engine.model
     with ranks.collective_errors():
-        files, vae = WeightFileGuard(model.vae), load_vae(model)
+        files = WeightFileGuard(model.vae)
+        vae = load_vae(model, dtype=run.engine.precision.vae)
     total = len(vae.chunks(count))
     chunks = vae.decode_chunks(
         latents,

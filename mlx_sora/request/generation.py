@@ -55,8 +55,9 @@ SAMPLERS = {
     "ab2": "mlx_sora.sampling.ab2:AdamsBashforth",
 }
 
-#: Data types of weights and activations. float16 is absent: T5 overflows in it.
-DTYPES = ("auto", "float32", "bfloat16")
+#: Data types of weights and activations: of the transformer and T5, and of the VAE.
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+VAE_DTYPES = ("float32", "bfloat16", "float16")
 
 #: How ranks split a video; see mlx_sora/distributed/partition.py.
 PARALLEL_MODES = ("auto", "guidance", "sequence", "both", "prompts", "off")
@@ -258,7 +259,20 @@ class GenerationRequest:
         group="acceleration",
     )
 
-    dtype: str = option("data type of weights and activations", "auto", tasks=_ALL, choices=DTYPES)
+    dtype: str = option(
+        "data type of weights and activations; auto: bfloat16 on GPUs, float32 on CPUs; float16 is "
+        "faster on M1 and M2, which emulate bfloat16, and for the transformer only: T5 overflows",
+        "auto",
+        tasks=_ALL,
+        choices=DTYPES,
+    )
+    vae_dtype: str = _memory(
+        "data type of the VAE: half precision takes about half of its memory, for slightly other "
+        "colours; float16 is finer than bfloat16, but SDXL's VAE may overflow in it",
+        "float32",
+        tasks=_VIDEO,
+        choices=VAE_DTYPES,
+    )
     quantize: int | None = _memory(
         "quantize the weights to 4 or 8 bits while loading, which saves memory; convert does it "
         "once and also saves reading",

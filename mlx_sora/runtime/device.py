@@ -11,31 +11,61 @@ from pathlib import Path
 import mlx.core as mx
 
 from mlx_sora.errors import MemoryBudgetError, MlxSoraError, UsageError
-from mlx_sora.models.precision import check_text_encoder
-from mlx_sora.request.generation import DTYPES
+from mlx_sora.models.precision import Precision, dtype_name
+from mlx_sora.request.generation import DTYPES, VAE_DTYPES
 from mlx_sora.runtime import blas
 from mlx_sora.utils.versions import versions
 
+#: Seconds of a matrix product on a Linux CPU over those of float32, where MLX uses BLAS.
+_SLOWDOWN = {"bfloat16": 18, "float16": 23}
+
+
+def choose_precision(
+    dtype: str = "auto", vae_dtype: str = "float32", device: mx.Device | None = None
+) -> Precision:
+    """Return the type of each network on `device` (default: MLX's default device).
+
+    dtype: of the transformer and of T5; with float16, in which T5 overflows, T5 has that of auto.
+    Raises UsageError for unknown names, and for half precision on a Linux CPU.
+    """
+    transformer = default_dtype(device, dtype)
+    text_encoder = default_dtype(device) if transformer == mx.float16 else transformer
+    if vae_dtype not in VAE_DTYPES:
+        valid = ", ".join(VAE_DTYPES)
+        raise UsageError(f"Unknown VAE dtype {vae_dtype!r}.", f"Choose one of: {valid}.")
+    if vae_dtype != "float32" and _is_linux_cpu(device):
+        raise UsageError(
+            f"A VAE in {vae_dtype} is slower than in float32 on a Linux CPU, in no less memory.",
+            "Use --vae-dtype float32, or a GPU.",
+        )
+    return Precision(text_encoder, transformer, getattr(mx, vae_dtype))
+
 
 def default_dtype(device: mx.Device | None = None, requested: str = "auto") -> mx.Dtype:
-    """Return the dtype of weights and activations on `device` (default: MLX's default device).
+    """Return the type of the transformer on `device` (default: MLX's default device).
 
-    auto: bfloat16 on GPUs, float32 on CPUs. Raises UsageError for unknown names and for bfloat16 on
-    a Linux CPU: MLX multiplies it there without BLAS, about 18 times slower than float32.
+    auto: bfloat16 on GPUs, float32 on CPUs. Raises UsageError for unknown names and for half
+    precision on a Linux CPU, where MLX multiplies it without BLAS.
     """
-    if requested == "float16":
-        check_text_encoder(mx.float16)
     if requested not in DTYPES:
         raise UsageError(f"Unknown dtype {requested!r}.", f"Choose one of: {', '.join(DTYPES)}.")
-    on_cpu = (device or mx.default_device()) == mx.Device(mx.cpu)
-    if requested == "bfloat16" and on_cpu and sys.platform == "linux":
+    if requested in _SLOWDOWN and _is_linux_cpu(device):
         raise UsageError(
-            "bfloat16 is about 18 times slower than float32 on a Linux CPU.",
+            f"{requested} is about {_SLOWDOWN[requested]} times slower than float32 on a Linux "
+            "CPU.",
             "Use --dtype float32 or auto, or a GPU.",
         )
     if requested == "auto":
-        return mx.float32 if on_cpu else mx.bfloat16
-    return mx.float32 if requested == "float32" else mx.bfloat16
+        return mx.float32 if _is_cpu(device) else mx.bfloat16
+    return getattr(mx, requested)  # type: ignore[no-any-return]
+
+
+def _is_cpu(device: mx.Device | None) -> bool:
+    return bool((device or mx.default_device()) == mx.Device(mx.cpu))
+
+
+def _is_linux_cpu(device: mx.Device | None) -> bool:
+    return sys.platform == "linux" and _is_cpu(device)
 
 
 def backend() -> str:
@@ -67,7 +97,7 @@ def describe_machine() -> dict[str, object]:
     return {
         "backend": backend(),
         "device": str(mx.device_info().get("device_name", platform.processor())),
-        "dtype": str(default_dtype()).removeprefix("mlx.core."),
+        "dtype": dtype_name(default_dtype()),
         "platform": f"{platform.system()} {platform.release()} {platform.machine()}",
         "cpu_count": os.cpu_count(),
         "memory": total_memory(),

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from mlx_sora.errors import NumericsError
+from mlx_sora.models.precision import Precision
 
 #: Root mean square far beyond any flow from unit noise to latents of unit variance.
 EXPLODED = 50.0
@@ -30,11 +31,11 @@ _ANYWAY = "--no-health-check continues anyway."
 class Health:
     """Checks of one run. Each raises NumericsError with stage, step and advice.
 
-    dtype, guidance: those of the run, to name a likely cause.
+    precision, guidance: those of the run, to name a likely cause.
     enabled: False turns all checks off.
     """
 
-    dtype: mx.Dtype
+    precision: Precision
     guidance: float
     enabled: bool = True
 
@@ -44,7 +45,8 @@ class Health:
             return
         found = _ArrayStats.from_array(states)
         if not found.finite:
-            raise NumericsError("NaN or Inf in the text states (stage encode).", self._overflow())
+            fix = _overflow_advice(self.precision.text_encoder)
+            raise NumericsError("NaN or Inf in the text states (stage encode).", fix)
         if found.flat:
             what = "zero" if found.high == 0 else "the same number"
             raise NumericsError(
@@ -57,7 +59,7 @@ class Health:
         if self.enabled and not mx.isfinite(latents).all().item():
             raise NumericsError(
                 "NaN or Inf in the latents of the media (stage read).",
-                f"The VAE's encoder may be damaged: {_DOCTOR}",
+                _vae_advice(self.precision.vae, "The VAE's encoder may be damaged"),
             )
 
     def check_latents(
@@ -72,7 +74,8 @@ class Health:
         found = _ArrayStats.from_array(z, compare_frames=not conditioned)
         when = f"after step {index + 1} of {total} (stage denoise)"
         if not found.finite:
-            raise NumericsError(f"NaN or Inf in the latents {when}.", self._overflow())
+            fix = _overflow_advice(self.precision.transformer)
+            raise NumericsError(f"NaN or Inf in the latents {when}.", fix)
         if found.rms > EXPLODED:
             fix = f"The transformer may be damaged or of another model: {_DOCTOR}"
             if self.guidance > HIGH_GUIDANCE:
@@ -90,19 +93,33 @@ class Health:
 
     def frame_health(self) -> FrameHealth:
         """Return the check of the frames of one clip."""
-        return FrameHealth(self.enabled)
+        return FrameHealth(self.enabled, self.precision.vae)
 
-    def _overflow(self) -> str:
-        if self.dtype != mx.float32:
-            return f"Try --dtype float32. If that does not help, {_DOCTOR}"
+
+def _overflow_advice(dtype: mx.Dtype, option: str = "--dtype") -> str:
+    """Return what to do about NaN or Inf from a network in `dtype`, the value of `option`."""
+    if dtype == mx.float32:
         return f"Sound weights do not overflow in float32: {_DOCTOR}"
+    wider = "float32"
+    if dtype == mx.float16:
+        wider = f"bfloat16: float16 ends at {mx.finfo(dtype).max:.0f}"
+    return f"Try {option} {wider}. If that does not help, {_DOCTOR}"
+
+
+def _vae_advice(dtype: mx.Dtype, damage: str) -> str:
+    if dtype == mx.float32:
+        return f"{damage}: {_DOCTOR}"
+    return _overflow_advice(dtype, "--vae-dtype")
 
 
 class FrameHealth:
-    """Checks of a clip's frames, float [n, H, W, 3], nominally in [-1, 1], chunk by chunk."""
+    """Checks of a clip's frames, float [n, H, W, 3], nominally in [-1, 1], chunk by chunk.
 
-    def __init__(self, enabled: bool = True) -> None:
-        self._enabled = enabled
+    dtype: of the VAE.
+    """
+
+    def __init__(self, enabled: bool = True, dtype: mx.Dtype = mx.float32) -> None:
+        self._enabled, self._dtype = enabled, dtype
         self._count = 0
         self._black = self._white = self._flat = self._identical = True
         #: The first frame, while all others are identical.
@@ -119,7 +136,7 @@ class FrameHealth:
             raise NumericsError(
                 f"NaN or Inf in frames {self._count} to {self._count + len(frames) - 1} "
                 "(stage decode).",
-                f"The VAE may be damaged, or of another model: {_DOCTOR}",
+                _vae_advice(self._dtype, "The VAE may be damaged, or of another model"),
             )
         self._count += len(frames)
         self._black &= found.high <= -1

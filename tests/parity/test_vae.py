@@ -41,14 +41,16 @@ def expect_posterior(case: Case, prefix: str, moments: mx.array) -> None:
     expect(case, f"{prefix}sample", posterior.sample(noise))
 
 
-def video_vae(case: Case) -> VideoVAE:
+def video_vae(case: Case, dtype: mx.Dtype = mx.float32) -> VideoVAE:
     values = dict(case.config["constructor"])
     values["spatial_config"] = values.pop("spatial")
     values["temporal_config"] = values.pop("temporal")
     halves = {"encoder": "encoder.", "decoder": "decoder."}
     parts = [p for p, name in halves.items() if any(f".{name}" in key for key in case.weights)]
-    vae = VideoVAE(VAEConfig.from_dict(values), parts)
+    vae = VideoVAE(VAEConfig.from_dict(values), parts, dtype)
     load_weights(vae, case.weights, key_map(parts))
+    vae.spatial_vae.set_dtype(dtype)
+    vae.temporal_vae.set_dtype(dtype)
     return vae
 
 

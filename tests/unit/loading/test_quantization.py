@@ -28,6 +28,7 @@ from mlx_sora.loading.sizes import model_sizes
 from mlx_sora.manage.conversion_plan import ConversionOptions
 from mlx_sora.manage.convert import convert
 from mlx_sora.memory.limits import release
+from mlx_sora.models.precision import Precision
 from mlx_sora.models.quantized import QuantizedLinear
 from mlx_sora.models.stdit3 import STDiT3, STDiT3Config
 from mlx_sora.models.t5 import T5Encoder
@@ -134,7 +135,7 @@ def test_transformer(model: ModelFolder, resident: int) -> None:
 
 def test_sizes(model: ModelFolder) -> None:
     """Memory counts words as they are, scales in the type of the run, and one dequantized layer."""
-    sizes = model_sizes(model, mx.float32)
+    sizes = model_sizes(model, Precision())
     network = load_transformer(model, mx.float32)
     found = dict(tree_flatten(network.parameters()))
     assert sizes.transformer_weights.total == sum(value.nbytes for value in found.values())

@@ -13,6 +13,7 @@ from mlx_sora.errors import WeightsError
 from mlx_sora.loading.model_folder import ModelFolder
 from mlx_sora.loading.networks import load_text_encoder, load_transformer
 from mlx_sora.loading.sizes import model_sizes
+from mlx_sora.models.precision import Precision
 from mlx_sora.models.vae import VAEConfig, VideoVAE
 from tests.helpers import networks
 
@@ -50,7 +51,7 @@ def bytes_of(network: nn.Module) -> int:
 @pytest.mark.parametrize("dtype", [mx.float32, mx.float16])
 def test_sizes(model: ModelFolder, dtype: mx.Dtype) -> None:
     before = mx.get_active_memory()
-    sizes = model_sizes(model, dtype)
+    sizes = model_sizes(model, Precision(dtype, dtype))
     assert mx.get_active_memory() - before < 1 << 16
     text, _ = load_text_encoder(model, dtype)
     transformer = load_transformer(model, dtype)
@@ -75,4 +76,4 @@ def test_a_checkpoint_of_another_configuration(model: ModelFolder, tmp_path: Pat
     config = tmp_path / "transformer" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"depth": 6}))
     with pytest.raises(WeightsError, match=r"missing tensor spatial_blocks\.5"):
-        model_sizes(ModelFolder(tmp_path, "test", model.defaults), mx.float32)
+        model_sizes(ModelFolder(tmp_path, "test", model.defaults), Precision())

@@ -22,6 +22,7 @@ from mlx_sora.memory.estimate import (
 )
 from mlx_sora.memory.plan import ModelSizes, Workload
 from mlx_sora.memory.profiles import PROFILES
+from mlx_sora.models.precision import Precision
 from tests.helpers.full_size import write_published
 
 MAC = Device("a Mac", "mac-16gb", flops=4e12, bandwidth=100e9, disk=2e9)
@@ -95,9 +96,8 @@ def test_a_run_that_does_not_fit_raises(model: ModelSizes) -> None:
 def test_published_sizes_equal_those_of_the_files(tmp_path: Path) -> None:
     mx.clear_cache()
     before = mx.get_active_memory()
-    assert published_sizes(4) == model_sizes(
-        ModelFolder.open(write_published(tmp_path)), mx.float32
-    )
+    folder = ModelFolder.open(write_published(tmp_path))
+    assert published_sizes(4) == model_sizes(folder, Precision())
     assert mx.get_active_memory() - before < 1 << 20
 
 

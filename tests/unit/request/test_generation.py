@@ -123,7 +123,8 @@ def test_values_are_converted_to_the_type_of_the_field() -> None:
         ("num_frames", 2.5),
         ("num_frames", []),
         ("sampler", "euler"),
-        ("dtype", "float16"),
+        ("dtype", "half"),
+        ("vae_dtype", "auto"),
         ("quantize", 5),
         ("quantize", "half"),
         ("camera", 3),
@@ -141,7 +142,7 @@ def test_wrong_value_raises_and_names_the_option(name: str, value: object) -> No
 
 
 def test_wrong_choice_lists_the_choices() -> None:
-    with pytest.raises(UsageError, match="auto, float32, bfloat16"):
+    with pytest.raises(UsageError, match="auto, float32, bfloat16, float16"):
         GenerationRequest(prompt="a", dtype="half")
 
 

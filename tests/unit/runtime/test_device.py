@@ -26,32 +26,44 @@ CPU, GPU = mx.Device(mx.cpu), mx.Device(mx.gpu)
         (GPU, "auto", mx.bfloat16),
         (GPU, "float32", mx.float32),
         (GPU, "bfloat16", mx.bfloat16),
+        (GPU, "float16", mx.float16),
     ],
 )
 def test_dtype_by_device(where: mx.Device, requested: str, expected: mx.Dtype) -> None:
     assert device.default_dtype(where, requested) == expected
 
 
+@pytest.mark.parametrize("name", ["bfloat16", "float16"])
 @pytest.mark.parametrize("platform", ["linux", "darwin"])
-def test_bfloat16_on_a_cpu_is_refused_on_linux_only(
-    monkeypatch: pytest.MonkeyPatch, platform: str
+def test_half_precision_on_a_cpu_is_refused_on_linux_only(
+    monkeypatch: pytest.MonkeyPatch, platform: str, name: str
 ) -> None:
     monkeypatch.setattr(sys, "platform", platform)
     if platform == "darwin":
-        assert device.default_dtype(CPU, "bfloat16") == mx.bfloat16
+        assert device.default_dtype(CPU, name) == getattr(mx, name)
+        assert device.choose_precision("auto", name, CPU).vae == getattr(mx, name)
         return
-    with pytest.raises(UsageError, match="--dtype float32"):
-        device.default_dtype(CPU, "bfloat16")
+    with pytest.raises(UsageError, match=f"{name}.*slower.*--dtype float32"):
+        device.default_dtype(CPU, name)
+    with pytest.raises(UsageError, match=f"{name}.*slower.*--vae-dtype float32"):
+        device.choose_precision("auto", name, CPU)
+    assert device.choose_precision("auto", name, GPU).vae == getattr(mx, name)
 
 
 def test_unknown_dtype_lists_the_valid_ones() -> None:
-    with pytest.raises(UsageError, match="auto, float32, bfloat16"):
+    with pytest.raises(UsageError, match="auto, float32, bfloat16, float16"):
         device.default_dtype(CPU, "float8")
+    with pytest.raises(UsageError, match="VAE dtype 'auto'.*float32, bfloat16, float16"):
+        device.choose_precision("auto", "auto")
 
 
-def test_float16_is_refused_for_t5() -> None:
-    with pytest.raises(UsageError, match="T5 cannot run in float16"):
-        device.default_dtype(CPU, "float16")
+def test_t5_never_runs_in_float16(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert device.choose_precision("float16", device=GPU).text_encoder == mx.bfloat16
+    assert device.choose_precision("float16", device=CPU).text_encoder == mx.float32
+    for name in ("float32", "bfloat16"):
+        chosen = device.choose_precision(name, device=GPU)
+        assert chosen.text_encoder == chosen.transformer == getattr(mx, name)
 
 
 def test_describe_is_plain_data_about_this_machine() -> None:

@@ -14,13 +14,16 @@ import pytest
 from mlx_sora import GenerationRequest, Pipeline
 from mlx_sora.errors import NumericsError
 from mlx_sora.loading.model_folder import find_model
+from mlx_sora.models.precision import Precision
 from mlx_sora.runtime.events import Event, Finished, StepFinished
 from mlx_sora.runtime.health import FrameHealth, Health
 from mlx_sora.sampling.loop import StepResult, denoise
 from tests.helpers.golden import Case, channels_last
 
 PROMPT = "a white circle moving right on a white background"
-HEALTH = Health(mx.float32, 7.0)
+HEALTH = Health(Precision(), 7.0)
+BF16 = Precision(mx.bfloat16, mx.bfloat16, mx.bfloat16)
+F16 = Precision(mx.bfloat16, mx.float16, mx.float16)
 
 Arrays = dict[str, mx.array]
 
@@ -148,9 +151,9 @@ def test_a_damaged_step_stops_the_run(
 @pytest.mark.parametrize(
     ("health", "says"),
     [
-        (Health(mx.float32, 50.0), "--guidance 50"),
-        (Health(mx.float32, 7.0), "doctor"),
-        (Health(mx.bfloat16, 7.0), "doctor"),
+        (Health(Precision(), 50.0), "--guidance 50"),
+        (Health(Precision(), 7.0), "doctor"),
+        (Health(BF16, 7.0), "doctor"),
     ],
 )
 def test_exploding_latents_name_the_likely_cause(health: Health, says: str) -> None:
@@ -161,10 +164,33 @@ def test_exploding_latents_name_the_likely_cause(health: Health, says: str) -> N
 def test_nan_in_half_precision_suggests_float32() -> None:
     nan = mx.full((3, 4), NAN)
     with pytest.raises(NumericsError, match="--dtype float32"):
-        Health(mx.bfloat16, 7.0).check_text(nan)
+        Health(BF16, 7.0).check_text(nan)
     with pytest.raises(NumericsError) as error:
         HEALTH.check_text(nan)
     assert "--dtype" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("precision", "fix"),
+    [
+        (Precision(), "doctor"),
+        (BF16, "--vae-dtype float32"),
+        (F16, "--vae-dtype bfloat16: float16 ends at 65504"),
+    ],
+)
+def test_overflow_of_the_vae_names_its_type(precision: Precision, fix: str) -> None:
+    health, nan = Health(precision, 7.0), mx.full((1, 2, 2, 3), NAN)
+    with pytest.raises(NumericsError, match=fix):
+        health.check_media(nan)
+    with pytest.raises(NumericsError, match=fix):
+        health.frame_health().add(nan)
+
+
+def test_overflow_of_the_transformer_names_float16() -> None:
+    with pytest.raises(NumericsError, match="--dtype bfloat16: float16 ends at 65504"):
+        Health(F16, 7.0).check_latents(mx.full((1, 2, 2, 2, 4), NAN), 0, 3)
+    with pytest.raises(NumericsError, match="--dtype float32"):
+        Health(F16, 7.0).check_text(mx.full((3, 4), NAN))  # T5 runs in bfloat16 then
 
 
 def test_media_latents_are_checked() -> None:
