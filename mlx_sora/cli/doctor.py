@@ -1,25 +1,30 @@
-"""`doctor`: check a model and show the commands that repair it."""
+"""`doctor`: check a model and show the commands that repair it, or check this machine."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
+from collections import Counter
+from dataclasses import asdict
 from typing import Any
 
 from mlx_sora.cli.flags import add_debug_flag
 from mlx_sora.cli.progress import Bars
-from mlx_sora.errors import WeightsError, printable
+from mlx_sora.errors import UsageError, WeightsError, printable
 
 _MARKS = {"ok": "ok", "note": "note", "warning": "WARNING", "error": "ERROR"}
+_MACHINE_MARKS = {"ok": "ok", "skipped": "skipped", "slow": "SLOW", "wrong": "WRONG"}
 
 
 def add_parser(commands: Any) -> None:
     """Register the command."""
     parser = commands.add_parser(
         "doctor",
-        help="check a model's files and show how to repair them",
+        help="check a model's files, or this machine",
         description="Check a model: parts, configurations, names, shapes and types, checksums, NaN "
-        "and Inf, one block of each network. The exit code is 4 if there is an error.",
+        "and Inf, one block of each network. Or, with --machine, check without a model that this "
+        "machine computes right. The exit code is 4 if there is an error.",
     )
     parser.add_argument(
         "path",
@@ -28,20 +33,58 @@ def add_parser(commands: Any) -> None:
         help="shapes, opensora-1.2 or a folder; default: opensora-1.2 if downloaded, else shapes",
     )
     parser.add_argument("--quick", action="store_true", help="do not read the weights")
+    parser.add_argument(
+        "--machine",
+        action="store_true",
+        help="check this machine instead, in about two minutes: results and memory",
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
     add_debug_flag(parser)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Print one line per result; return 0 without errors."""
+    if args.machine:
+        if args.path is not None or args.quick:
+            raise UsageError(
+                "--machine checks this machine, not a model.", "Leave MODEL and --quick out."
+            )
+        return _check_machine(args.json)
+    return _check_model(args)
+
+
+def _check_model(args: argparse.Namespace) -> int:
     from mlx_sora.manage.doctor import diagnose, find_folder
 
-    errors = 0
-    with Bars(quiet=not sys.stderr.isatty()) as bars:
+    results = []
+    with Bars(quiet=args.json or not sys.stderr.isatty()) as bars:
         for result in diagnose(find_folder(args.path), quick=args.quick, on_progress=bars.show):
             bars.close()
+            results.append(result)
             fix = f" Repair: {result.fix}" if result.fix else ""
             line = f"{_MARKS[result.level]:<8}{result.subject:<13}{result.message}{fix}"
-            print(printable(line))
-            errors += result.level == "error"
-    return WeightsError.exit_code if errors else 0
+            if not args.json:
+                print(printable(line))
+    if args.json:
+        print(json.dumps({"results": [asdict(result) for result in results]}, indent=2))
+    return WeightsError.exit_code if any(r.level == "error" for r in results) else 0
+
+
+def _check_machine(as_json: bool) -> int:
+    from mlx_sora.manage.machine_report import diagnose_machine, machine_report
+
+    results = []
+    for result in diagnose_machine():
+        results.append(result)
+        seconds = "" if result.seconds is None else f"{result.seconds:.2f} s"
+        line = f"{_MACHINE_MARKS[result.status]:<8}{result.name:<52}{seconds:>8}  {result.message}"
+        if result.advice:
+            line += f". {result.advice}"
+        print(printable(line), file=sys.stderr if as_json else sys.stdout, flush=True)
+    if as_json:
+        print(json.dumps(machine_report(results), indent=2))
+    counts = Counter(result.status for result in results)
+    summary = ", ".join(f"{counts[status]} {status}" for status in _MACHINE_MARKS)
+    print(f"{summary}.", file=sys.stderr if as_json else sys.stdout)
+    return WeightsError.exit_code if counts["wrong"] else 0

@@ -9,7 +9,9 @@ text tokens, C channels.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import partial
 
 import mlx.core as mx
@@ -44,9 +46,24 @@ MLP_BYTES = 256 << 20
 LARGE_PASS_TOKENS = 100_000
 
 
+#: Forms that `use_forms` has chosen for the block that runs; None: those of the default device.
+_gpu_forms: ContextVar[bool | None] = ContextVar("gpu_forms", default=None)
+
+
 def on_gpu() -> bool:
     """Return True if MLX's default device is a GPU (Metal or CUDA)."""
-    return bool(mx.default_device() == mx.Device(mx.gpu))
+    chosen = _gpu_forms.get()
+    return bool(mx.default_device() == mx.Device(mx.gpu)) if chosen is None else chosen
+
+
+@contextmanager
+def use_forms(gpu: bool) -> Iterator[None]:
+    """Use the forms of GPUs, or of CPUs, on any device inside the block, to compare both."""
+    token = _gpu_forms.set(gpu)
+    try:
+        yield
+    finally:
+        _gpu_forms.reset(token)
 
 
 #: 2^r on [-1/2, 1/2], r^0 to r^5: minimax under the constraint that e^0 is exactly 1; error 1e-7.
