@@ -7,6 +7,7 @@ import hashlib
 import logging
 import os
 import platform
+import sys
 import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -26,10 +27,33 @@ _FIXES = {
     errno.EIO: "The disk fails: write to another one.",
 }
 
+#: Environment variable with the folder for files that can be made again.
+CACHE_VARIABLE = "MLX_SORA_CACHE"
+
 #: Bytes read at a time for a checksum.
 _READ_SIZE = 1 << 22
 
 logger = logging.getLogger(__name__)
+
+
+def cache_folder() -> Path:
+    """Return the folder for files that can be made again; it may not exist yet.
+
+    $MLX_SORA_CACHE, else mlx_sora in ~/Library/Caches on macOS, else in $XDG_CACHE_HOME or
+    ~/.cache. Raises MlxSoraError without a home folder.
+    """
+    override = os.environ.get(CACHE_VARIABLE)
+    if override:
+        return Path(override)
+    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    try:
+        if sys.platform == "darwin":
+            base = Path.home() / "Library" / "Caches"
+        elif not base.is_absolute():  # which the specification has ignored
+            base = Path.home() / ".cache"
+    except RuntimeError:
+        raise MlxSoraError("There is no home folder.", f"Set {CACHE_VARIABLE}.") from None
+    return base / "mlx_sora"
 
 
 @dataclass
