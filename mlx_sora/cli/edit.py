@@ -13,8 +13,8 @@ from mlx_sora.cli.generate import (
     add_progress_flags,
     choose_renderer,
     open_pipeline,
-    show_plans,
 )
+from mlx_sora.cli.plans import show_plans
 from mlx_sora.cli.ranks import broadcast_request
 from mlx_sora.distributed.group import init_ranks
 from mlx_sora.request.edit import INJECT_STEPS, SAMPLER, EditRequest
@@ -54,9 +54,10 @@ def run(args: argparse.Namespace) -> int:
     with ranks.watchdog_scope():
         edit = broadcast_request(ranks, EditRequest, lambda: read_edit(args))
         with closing(choose_renderer(args, ranks)) as renderer:
-            pipeline = open_pipeline(ranks, edit.target, renderer)
+            pipeline = open_pipeline(ranks, edit.target, renderer, plan=args.dry_run)
             if args.dry_run:
-                show_plans(ranks, map(pipeline.plan_edit, [edit]), args.json_events)
+                runs = map(pipeline.prepare_edit, [edit])
+                show_plans(ranks, runs, renderer, as_json=args.json_events)
                 return 0
             with closing(pipeline.stream_edit(edit)) as events:
                 for event in events:

@@ -3,28 +3,26 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-from collections.abc import Iterable
 from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
 from mlx_sora.cli.flags import Parser, add_debug_flag, add_quiet_flag, add_request_flags
+from mlx_sora.cli.plans import show_plans
 from mlx_sora.cli.progress import (
     BarRenderer,
     JsonRenderer,
     QuietRenderer,
     Renderer,
     SilentRenderer,
-    plan_table,
 )
 from mlx_sora.cli.ranks import add_cluster_flags, broadcast_request, read_cluster, show_estimates
 from mlx_sora.cli.requests import RequestBatch, read_requests
 from mlx_sora.distributed.group import Ranks, init_ranks
+from mlx_sora.errors import WeightsError
 from mlx_sora.runtime.events import RequestFailed
 
 if TYPE_CHECKING:
-    from mlx_sora.memory.plan import Plan
     from mlx_sora.pipeline.pipeline import Pipeline
     from mlx_sora.request.generation import GenerationRequest
 
@@ -67,7 +65,8 @@ def add_dry_run_flag(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="print peak memory, bytes read and FLOPs of each stage, and stop",
+        help="print peak memory, bytes read, FLOPs and, after `doctor --machine`, seconds of each "
+        "stage, and stop; the published model need not be downloaded",
     )
 
 
@@ -95,9 +94,10 @@ def run(args: argparse.Namespace) -> int:
             for path in batch.existing:
                 renderer.note(f"skipped: {path} exists already")
             if batch.requests:
-                pipeline = open_pipeline(ranks, batch.requests[0], renderer)
+                pipeline = open_pipeline(ranks, batch.requests[0], renderer, plan=args.dry_run)
                 if args.dry_run:
-                    show_plans(ranks, map(pipeline.plan, batch.requests), args.json_events)
+                    runs = map(pipeline.prepare, batch.requests)
+                    show_plans(ranks, runs, renderer, as_json=args.json_events)
                     if cluster is not None and ranks.is_rank0:
                         show_estimates(pipeline, batch.requests, cluster, args.json_events)
                 else:
@@ -131,14 +131,6 @@ def report_failures(batch: RequestBatch) -> int:
     return 0
 
 
-def show_plans(ranks: Ranks, plans: Iterable[Plan], as_json: bool) -> None:
-    """Print the plan of each run. An error in making one is raised on all ranks."""
-    with ranks.collective_errors():
-        for plan in plans:
-            if ranks.is_rank0:
-                print(json.dumps(plan.to_dict()) if as_json else "\n".join(plan_table(plan)))
-
-
 def choose_renderer(args: argparse.Namespace, ranks: Ranks) -> Renderer:
     """Return the renderer that the flags choose. Ranks other than 0 are silent."""
     if not ranks.is_rank0:
@@ -148,10 +140,21 @@ def choose_renderer(args: argparse.Namespace, ranks: Ranks) -> Renderer:
     return QuietRenderer() if args.quiet else BarRenderer()
 
 
-def open_pipeline(ranks: Ranks, request: GenerationRequest, renderer: Renderer) -> Pipeline:
-    """Return the pipeline of a request on all ranks; show a hint about this machine, if any."""
+def open_pipeline(
+    ranks: Ranks, request: GenerationRequest, renderer: Renderer, *, plan: bool = False
+) -> Pipeline:
+    """Return the pipeline of a request on all ranks; show a hint about this machine, if any.
+
+    plan: for a plan only, for which the published model need not be downloaded.
+    """
     with ranks.collective_errors():
-        pipeline = load_pipeline(request.model, request.dtype)
+        try:
+            pipeline = load_pipeline(request.model, request.dtype)
+        except WeightsError:
+            undownloaded = undownloaded_pipeline(request, renderer) if plan else None
+            if undownloaded is None:
+                raise
+            pipeline = undownloaded
     if notice := environment_notice():
         renderer.note(notice)
     return pipeline
@@ -162,6 +165,18 @@ def load_pipeline(model: str | None, dtype: str) -> Pipeline:
     from mlx_sora.pipeline.pipeline import Pipeline
 
     return Pipeline.from_pretrained(model, dtype=dtype)
+
+
+def undownloaded_pipeline(request: GenerationRequest, renderer: Renderer) -> Pipeline | None:
+    """Return a pipeline that plans with the published model before it is downloaded, if asked."""
+    from mlx_sora.loading.published import find_undownloaded
+    from mlx_sora.pipeline.pipeline import Pipeline
+
+    model = find_undownloaded(request.model)
+    if model is None:
+        return None
+    renderer.note(model.notice)
+    return Pipeline(model, request.dtype)
 
 
 def environment_notice() -> str:

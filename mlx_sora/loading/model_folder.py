@@ -41,6 +41,9 @@ MAX_NAME = 100
 #: Environment variable with the folder of models; the default is beside the package.
 WEIGHTS_VARIABLE = "MLX_SORA_WEIGHTS"
 
+#: The folder of models beside the package, which holds the bundled one.
+_OWN_ROOT = Path(__file__).resolve().parents[2] / "weights"
+
 #: Bytes of each tensor that a fingerprint reads.
 _SAMPLE = 64
 
@@ -105,6 +108,10 @@ class ModelFolder:
         name, defaults = _read_index(path)
         return cls(path, name, defaults)
 
+    def checkpoint(self, part: str) -> Checkpoint:
+        """Open the weights of `part`. Reads headers only. Raises WeightsError."""
+        return Checkpoint.open(self.path / part)
+
     def config(self, part: str) -> dict[str, Any]:
         """Read config.json of `part` (transformer, vae or text_encoder). Raises WeightsError."""
         return _read_json(self.path / part / "config.json")
@@ -129,7 +136,18 @@ def missing_parts(path: Path) -> list[str]:
 def weights_root() -> Path:
     """Return the folder of models: $MLX_SORA_WEIGHTS, else `weights/` beside the package."""
     override = os.environ.get(WEIGHTS_VARIABLE)
-    return Path(override) if override else Path(__file__).resolve().parents[2] / "weights"
+    return Path(override) if override else _OWN_ROOT
+
+
+def bundled_folder() -> Path:
+    """Return the folder of the bundled model."""
+    own, other = _OWN_ROOT / BUNDLED, weights_root() / BUNDLED
+    return own if own.is_dir() else other
+
+
+def model_path(model: str | Path) -> Path:
+    """Return the folder of a model by name or path; it may not exist. Raises WeightsError."""
+    return weights_root() / model if str(model) in MODEL_NAMES else expand_folder(model)
 
 
 def find_model(model: str | Path | None = None) -> ModelFolder:
@@ -142,7 +160,7 @@ def find_model(model: str | Path | None = None) -> ModelFolder:
         complete = (name for name in MODEL_NAMES if not missing_parts(root / name))
         return ModelFolder.open(root / next(complete, BUNDLED))
     if str(model) in MODEL_NAMES:
-        path = root / str(model)
+        path = model_path(model)
         if not path.is_dir():
             fix = f"Set {WEIGHTS_VARIABLE}, or give the path of a model folder."
             if path.name != BUNDLED:
@@ -204,7 +222,7 @@ def fingerprint(model: ModelFolder) -> str:
     digest = hashlib.sha256()
     for part in PARTS:
         digest.update(json.dumps([part, model.config(part)], sort_keys=True).encode())
-        tensors = Checkpoint.open(model.path / part).tensors
+        tensors = model.checkpoint(part).tensors
         for name, info in sorted(tensors.items(), key=lambda item: (item[1].file, item[1].offset)):
             digest.update(f"\n{name} {info.dtype} {info.shape}\n".encode())
             with info.file.open("rb") as file:

@@ -64,7 +64,7 @@ def _text_encoder(model: ModelFolder) -> tuple[t5.T5Encoder, Checkpoint]:
     values = model.config("text_encoder")
     with _config_errors("text_encoder"):
         network = t5.T5Encoder(t5.T5Config.from_dict(values), embedding=False)
-    checkpoint = Checkpoint.open(model.text_encoder)
+    checkpoint = model.checkpoint("text_encoder")
     table = checkpoint.tensors.get(t5.EMBEDDING_KEY)
     expected = (network.config.vocab_size, network.config.d_model)
     if table is None or table.shape != expected:
@@ -104,7 +104,7 @@ def _transformer(model: ModelFolder, dtype: mx.Dtype) -> tuple[stdit3.STDiT3, Ch
     values = model.config("transformer")
     with _config_errors("transformer"):
         network = stdit3.STDiT3(stdit3.STDiT3Config.from_dict(values), dtype)
-    return network, _quantize_network(model, network, values, Checkpoint.open(model.transformer))
+    return network, _quantize_network(model, network, values, model.checkpoint("transformer"))
 
 
 def _quantize_network(
@@ -125,7 +125,7 @@ def load_vae(
     """Load the encoder, the decoder or both of the VAE. Its scale and shift stay float32."""
     with _config_errors("vae"):
         network = VideoVAE(VAEConfig.from_dict(model.config("vae")), parts, dtype)
-    load_weights(network, Checkpoint.open(model.vae), key_map(parts), dtype=precision.LATENTS)
+    load_weights(network, model.checkpoint("vae"), key_map(parts), dtype=precision.LATENTS)
     network.spatial_vae.set_dtype(dtype)
     network.temporal_vae.set_dtype(dtype)
     return network
@@ -146,16 +146,16 @@ def match_part(model: ModelFolder, part: str, checkpoint: Checkpoint) -> list[En
     Reads config.json only. Raises WeightsError for an impossible configuration and for a checkpoint
     that does not match it.
     """
-    network, keys = _empty_network(model, part)
+    network, keys = empty_network(model, part)
     return match_keys(network, checkpoint, keys)
 
 
 def quantizable_layers(model: ModelFolder, part: str, quantization: Quantization) -> list[str]:
     """Return the paths of the layers of `part` to quantize. Reads config.json only."""
-    return list(quantizable_linears(_empty_network(model, part)[0], quantization))
+    return list(quantizable_linears(empty_network(model, part)[0], quantization))
 
 
-def _empty_network(model: ModelFolder, part: str) -> tuple[nn.Module, KeyMap]:
+def empty_network(model: ModelFolder, part: str) -> tuple[nn.Module, KeyMap]:
     """Return the whole network of `part` without weights, and its key map."""
     values = model.config(part)
     network: nn.Module

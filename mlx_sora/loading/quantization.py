@@ -21,7 +21,7 @@ from mlx.utils import tree_unflatten
 from mlx_sora.errors import UsageError, WeightsError
 from mlx_sora.loading.checkpoint import Checkpoint
 from mlx_sora.loading.model_folder import PARTS, ModelFolder
-from mlx_sora.loading.safetensors import PACKED, TensorInfo, load_tensors
+from mlx_sora.loading.safetensors import PACKED, Reader, TensorInfo, load_tensors
 from mlx_sora.models.config import FIX
 from mlx_sora.models.key_map import Shape
 from mlx_sora.models.quantized import WORD_BITS, QuantizedLinear
@@ -154,11 +154,12 @@ class QuantizingReader:
     """A Reader that quantizes `weights`, each into three tensors.
 
     weights: stored tensors by key. They are evaluated one by one, so that only one is in memory
-    unquantized.
+    unquantized. reader: loads them.
     """
 
     quantization: Quantization
     weights: Mapping[str, TensorInfo]
+    reader: Reader = load_tensors
 
     def __call__(
         self, file: Path, tensors: Mapping[str, TensorInfo], stream: mx.Stream | None = None
@@ -166,7 +167,7 @@ class QuantizingReader:
         weights = {key: self.weights[key] for key in tensors if key in self.weights}
         packed = {name for key in weights for name in packed_names(key)}
         others = {key: info for key, info in tensors.items() if key not in packed}
-        arrays = load_tensors(file, weights | others, stream)
+        arrays = self.reader(file, weights | others, stream)
         for key in weights:
             quantized = self.quantization.quantize(arrays.pop(key), mx.float32, stream)
             mx.eval(quantized)
@@ -201,7 +202,9 @@ def quantize_on_load(
         tensors[weight] = replace(info, dtype=PACKED, shape=packed)
         for name, shape in zip(names, floats, strict=True):  # their bytes count with the weight
             tensors[name] = replace(info, dtype="F32", shape=shape, nbytes=0)
-    return replace(checkpoint, tensors=tensors, reader=QuantizingReader(quantization, dense))
+    return replace(
+        checkpoint, tensors=tensors, reader=QuantizingReader(quantization, dense, checkpoint.reader)
+    )
 
 
 def choose_quantization(model: ModelFolder, bits: int | None) -> ModelFolder:

@@ -10,9 +10,10 @@ from mlx import nn
 from mlx.utils import tree_flatten
 
 from mlx_sora.loading.blocks import BlockSource
-from mlx_sora.loading.checkpoint import Checkpoint, match_keys
+from mlx_sora.loading.checkpoint import match_keys
 from mlx_sora.loading.model_folder import ModelFolder
 from mlx_sora.loading.networks import stream_text_encoder, stream_transformer
+from mlx_sora.loading.published import PublishedModel
 from mlx_sora.loading.quantization import dense_bytes
 from mlx_sora.memory.plan import FLOAT32_SIZE, ModelSizes, VAESizes, WeightSizes
 from mlx_sora.models.precision import Precision
@@ -40,9 +41,12 @@ def model_sizes(model: ModelFolder, precision: Precision, *, encoders: bool = Fa
 
 
 def _vae_sizes(model: ModelFolder, config: VAEConfig, part: str) -> VAESizes:
-    vae, checkpoint = VideoVAE(config, (part,)), Checkpoint.open(model.vae)
-    entries = match_keys(vae, checkpoint, key_map((part,)))
-    disk = sum(checkpoint.tensors[entry.key].nbytes for entry in entries)
+    vae = VideoVAE(config, (part,))
+    disk = _float32_bytes(vae)
+    if not isinstance(model, PublishedModel):
+        checkpoint = model.checkpoint("vae")
+        entries = match_keys(vae, checkpoint, key_map((part,)))
+        disk = sum(checkpoint.tensors[entry.key].nbytes for entry in entries)
     return VAESizes(_float32_bytes(vae.temporal_vae), _float32_bytes(vae.spatial_vae), disk)
 
 

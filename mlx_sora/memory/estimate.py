@@ -1,6 +1,7 @@
-"""Estimated time of a run on devices that were not measured, and sizes of the published model.
+"""Estimated time of a run, and sizes of the published model.
 
-The time follows from published figures. `python -m mlx_sora bench memory` measures.
+On a machine that `doctor --machine` measured, the time follows from its speeds; on other devices,
+from published figures. `python -m mlx_sora bench memory` measures whole runs.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from mlx_sora.memory.plan import (
 from mlx_sora.memory.planner import make_plan
 from mlx_sora.memory.profiles import PROFILES
 from mlx_sora.memory.requirements import BlockStageMemory, StageMemory, stage_requirements
+from mlx_sora.memory.speeds import MachineSpeeds
+from mlx_sora.models.precision import Precision, dtype_name
 from mlx_sora.models.stdit3 import STDiT3, STDiT3Config
 from mlx_sora.models.t5 import T5Config, T5Encoder
 from mlx_sora.models.vae import VAEConfig, VideoVAE, chunk_plan
@@ -120,6 +123,42 @@ def estimate(
         reading = stage.read / (device.disk * efficiency.disk)
         seconds[stage.stage] = max(computing, reading) if stage.prefetch else computing + reading
     return Estimate(seconds, plan)
+
+
+#: Network that does the work of a stage.
+_NETWORKS = {"encode": "text_encoder", "read": "vae", "denoise": "transformer", "decode": "vae"}
+
+
+def estimate_from_speeds(
+    sizes: ModelSizes,
+    workload: Workload,
+    plan: Plan,
+    speeds: MachineSpeeds,
+    precision: Precision,
+    texts: int = 1,
+) -> Estimate:
+    """Estimate the seconds of a planned run on the machine that has these speeds.
+
+    texts: number of texts to encode. Start-up does not count, nor do other ranks.
+    """
+    passes = {"encode": texts, "denoise": workload.clips * workload.block_passes}
+    weights = {"encode": sizes.text_weights.total, "denoise": sizes.transformer_weights.total}
+    seconds = {}
+    for stage in plan.stages:
+        name = stage.stage
+        count = passes.get(name, 0)
+        network = _NETWORKS[name]
+        speed = speeds.network(network, dtype_name(getattr(precision, network)))
+        flops = stage.flops * (texts if name == "encode" else 1)
+        computing = speed.seconds(flops, count * weights.get(name, 0))
+        computing += count * stage.blocks * _BLOCKS_PER_UNIT.get(name, 1) * speeds.latency
+        reading = stage.read / speeds.disk
+        seconds[name] = max(computing, reading) if stage.prefetch else computing + reading
+    return Estimate(seconds, plan)
+
+
+#: Blocks of a network in what the plan calls a block: STDiT3 has a spatial and a temporal one.
+_BLOCKS_PER_UNIT = {"denoise": 2}
 
 
 def bytes_touched(stage: StageMemory, sizes: ModelSizes, workload: Workload) -> int:

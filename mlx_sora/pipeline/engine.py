@@ -9,7 +9,7 @@ from typing import Any
 
 from mlx_sora.distributed.group import Ranks
 from mlx_sora.errors import UsageError
-from mlx_sora.loading.model_folder import ModelFolder, find_model, fingerprint
+from mlx_sora.loading.model_folder import ModelFolder, fingerprint, model_path
 from mlx_sora.loading.quantization import choose_quantization
 from mlx_sora.loading.sizes import model_sizes
 from mlx_sora.memory.limits import default_cache_limit
@@ -44,7 +44,7 @@ class Engine:
 
         Raises UsageError if the request asks for another model, or for what this one cannot do.
         """
-        if request.model is not None and find_model(request.model).path != self.model.path:
+        if request.model is not None and model_path(request.model) != self.model.path:
             raise UsageError(
                 f"This pipeline holds {self.model.name}, the request asks for {request.model}.",
                 "Make a pipeline of that model, or leave the request's model open.",

@@ -127,9 +127,13 @@ class Pipeline:
 
     def plan_edit(self, edit: EditRequest) -> Plan:
         """Plan an edit, as `plan` does for a generation."""
+        return self.prepare_edit(edit).plan
+
+    def prepare_edit(self, edit: EditRequest) -> GenerationRun:
+        """Return the run of an edit as it would begin. Raises as `plan` does."""
         from mlx_sora.pipeline.edit import prepare_edit
 
-        return prepare_edit(self.engine, edit).run.plan
+        return prepare_edit(self.engine, edit).run
 
     def plan(self, request: GenerationRequest) -> Plan:
         """Plan memory, reading and work of each stage, without running it. Reads headers only.

@@ -17,11 +17,15 @@ from mlx_sora.memory.estimate import (
     DEVICES,
     Device,
     Efficiency,
+    Estimate,
     estimate,
+    estimate_from_speeds,
     published_sizes,
 )
-from mlx_sora.memory.plan import ModelSizes, Workload
+from mlx_sora.memory.plan import Machine, ModelSizes, Workload
+from mlx_sora.memory.planner import make_plan
 from mlx_sora.memory.profiles import PROFILES
+from mlx_sora.memory.speeds import NETWORKS, MachineSpeeds, NetworkSpeed
 from mlx_sora.models.precision import Precision
 from tests.helpers.full_size import write_published
 
@@ -91,6 +95,46 @@ def test_devices(model: ModelSizes, device: Device) -> None:
 def test_a_run_that_does_not_fit_raises(model: ModelSizes) -> None:
     with pytest.raises(MemoryBudgetError):
         estimate(model, workload(408), DEVICES[0], 2)
+
+
+def from_speeds(model: ModelSizes, run: Workload, texts: int = 1, **changes: float) -> Estimate:
+    """Estimate on a machine with these speeds, and otherwise endless ones."""
+    networks = {
+        name: {"float32": NetworkSpeed(changes.get("flops", FAST), changes.get("per_byte", 0.0))}
+        for name in NETWORKS
+    }
+    known = {name: changes.get(name, FAST) for name in ("bandwidth", "disk")}
+    speeds = MachineSpeeds({}, {}, **known, latency=changes.get("latency", 0), networks=networks)
+    plan = make_plan(model, run, Machine(gpu=True, cache_limit=1 << 30), int(11e9))
+    return estimate_from_speeds(model, run, plan, speeds, Precision(), texts)
+
+
+def test_measured_speeds_give_seconds(model: ModelSizes) -> None:
+    found = from_speeds(model, workload(), flops=1e12)
+    assert found.seconds == {s.stage: pytest.approx(s.flops / 1e12) for s in found.plan.stages}
+    twice = from_speeds(model, workload(), texts=2, flops=1e12)
+    assert twice.seconds["encode"] == pytest.approx(2 * found.seconds["encode"])
+    assert twice.seconds["denoise"] == found.seconds["denoise"]
+
+
+def test_weights_and_latency_count_in_every_pass(model: ModelSizes) -> None:
+    found = from_speeds(model, workload(), per_byte=1e-9)
+    weights = model.transformer_weights.total
+    assert found.seconds["denoise"] == pytest.approx(30 * weights * 1e-9)
+    assert found.seconds["encode"] == pytest.approx(model.text_weights.total * 1e-9)
+    late = from_speeds(model, replace(workload(), sequential_guidance=True, clips=2), latency=0.01)
+    assert late.seconds["denoise"] == pytest.approx(2 * 60 * 2 * 28 * 0.01)
+    assert late.seconds["encode"] == pytest.approx(24 * 0.01)
+
+
+def test_a_measured_disk_hides_behind_computing_only_with_prefetch(model: ModelSizes) -> None:
+    slow = from_speeds(model, workload(), disk=1e9, flops=1e12)
+    for stage in slow.plan.stages:
+        parts = stage.read / 1e9, stage.flops / 1e12
+        expected = max(parts) if stage.prefetch else sum(parts)
+        assert slow.seconds[stage.stage] == pytest.approx(expected)
+    assert slow.plan.stage("encode").prefetch
+    assert not slow.plan.stage("decode").prefetch
 
 
 def test_published_sizes_equal_those_of_the_files(tmp_path: Path) -> None:

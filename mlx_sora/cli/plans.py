@@ -1,0 +1,78 @@
+"""`--dry-run`: the plan of a run, and the seconds it would take on a measured machine."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from mlx_sora.cli.progress import Renderer, plan_table
+
+if TYPE_CHECKING:
+    from mlx_sora.distributed.group import Ranks
+    from mlx_sora.memory.estimate import Estimate
+    from mlx_sora.memory.speeds import MachineSpeeds
+    from mlx_sora.pipeline.run import GenerationRun
+
+
+def show_plans(
+    ranks: Ranks, runs: Iterable[GenerationRun], renderer: Renderer, *, as_json: bool
+) -> None:
+    """Print the plan of each run. An error in making one is raised on all ranks."""
+    from mlx_sora.manage.machine_file import read_speeds
+
+    # Several ranks share the work; `--ranks N` estimates that.
+    speeds = None
+    if ranks.size == 1:
+        known = read_speeds()
+        speeds = known.speeds
+        if known.notice:
+            renderer.note(known.notice)
+    with ranks.collective_errors():
+        for run in runs:
+            if ranks.is_rank0:
+                estimate = None if speeds is None else estimate_run(run, speeds)
+                if as_json:
+                    print(json.dumps(run.plan.to_dict() | estimate_record(estimate)))
+                else:
+                    lines = [*plan_table(run.plan), *estimate_lines(estimate)]
+                    print("\n".join(lines))
+
+
+def estimate_run(run: GenerationRun, speeds: MachineSpeeds) -> Estimate:
+    """Estimate the seconds of a run on this machine."""
+    from mlx_sora.memory.estimate import estimate_from_speeds
+
+    engine = run.engine
+    sizes = engine.sizes(encoders=run.workload.media is not None)
+    texts = len(run.encodings)
+    return estimate_from_speeds(sizes, run.workload, run.plan, speeds, engine.precision, texts)
+
+
+def estimate_record(estimate: Estimate | None) -> dict[str, Any]:
+    """Return the seconds as JSON values; null without an estimate."""
+    if estimate is None:
+        return {"seconds": None, "total_seconds": None}
+    seconds = {stage: round(value, 3) for stage, value in estimate.seconds.items()}
+    return {"seconds": seconds, "total_seconds": round(estimate.total, 3)}
+
+
+def estimate_lines(estimate: Estimate | None) -> list[str]:
+    """Return the seconds as one line; none without an estimate."""
+    if estimate is None:
+        return []
+    stages = ", ".join(
+        f"{stage} {format_duration(value)}" for stage, value in estimate.seconds.items()
+    )
+    return [f"estimated on this machine: {format_duration(estimate.total)} ({stages})"]
+
+
+def format_duration(seconds: float) -> str:
+    """Format seconds with no more digits than an estimate bears."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    if seconds < 7200:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"
