@@ -1,7 +1,7 @@
 """mlx_sora: Open-Sora 1.2 text-to-video on Apple MLX.
 
-Importing it is light: networks, MLX and file formats load on first use. The one thing done at once
-is to put a fast BLAS in place on Linux, which only works before `mlx.core` is loaded.
+Importing it is light: networks, MLX and file formats load on first use. Two things are done at once,
+as they only work before MLX is used: a fast BLAS on Linux, and defaults of MLX's switches.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from mlx_sora.errors import MemoryBudgetError, MlxSoraError, NumericsError, UsageError, WeightsError
 from mlx_sora.runtime import blas as _blas
+from mlx_sora.runtime import switches as _switches
 
 if TYPE_CHECKING:
     from mlx_sora.pipeline import Pipeline
@@ -50,6 +51,7 @@ _LAZY = {
 }
 
 _blas.install()
+_switches.set_defaults()
 
 
 def __getattr__(name: str) -> object:

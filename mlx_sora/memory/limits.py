@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import os
 import resource
 import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import mlx.core as mx
 
 from mlx_sora.runtime.device import backend, total_memory
+from mlx_sora.runtime.footprint import current_footprint, peak_footprint
 
 #: Seconds between samples of the resident set, at first and after 20 s. A sample takes 20 µs.
 _FIRST_INTERVAL, _LAST_INTERVAL = 0.01, 0.1
@@ -46,8 +48,10 @@ def default_cache_limit() -> int | None:
 
 
 def release() -> None:
-    """Free garbage cycles, then MLX's cached buffers."""
+    """Free garbage cycles, then MLX's cached buffers, also those that a GPU still uses."""
     gc.collect()
+    with suppress(RuntimeError):  # an error of the GPU, which its stage has raised
+        mx.synchronize()
     mx.clear_cache()
 
 
@@ -116,7 +120,7 @@ def return_freed_memory() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class StageUsage:
-    """Cost of a stage: wall seconds, peaks of MLX's allocator and of the resident set in bytes."""
+    """Cost of a stage: wall seconds, peaks of MLX's allocator and of the process in bytes."""
 
     stage: str
     seconds: float
@@ -127,10 +131,9 @@ class StageUsage:
 class StageMeter:
     """Context manager that measures one stage; `usage` is set at its end.
 
-    Meters do not nest, as each resets MLX's peak. The peak of the resident set is exact if the
-    stage raised the peak of the process. Else it is the largest sample; samples are 10 ms apart,
-    later 100 ms. On systems without a current value (macOS) it is the peak of the process so far,
-    an upper bound.
+    Meters do not nest, as each resets MLX's peak. The peak of the process is exact if the stage
+    raised it. Else it is the largest sample; samples are 10 ms apart, later 100 ms. On systems
+    without a current value it is the peak of the process so far, an upper bound.
     """
 
     def __init__(self, stage: str) -> None:
@@ -142,9 +145,9 @@ class StageMeter:
 
     def __enter__(self) -> StageMeter:
         mx.reset_peak_memory()
-        self._max_rss_before = max_rss()
+        self._peak_before = peak_process_memory()
         self._started = time.perf_counter()
-        if current_rss() is not None:
+        if process_memory() is not None:
             self._sampler = threading.Thread(target=self._sample, name="rss", daemon=True)
             self._sampler.start()
         return self
@@ -155,29 +158,33 @@ class StageMeter:
         if self._sampler is not None:
             self._sampler.join()
         # The kernel's peak misses nothing, but belongs to this stage only if the stage raised it.
-        peak = max_rss()
-        if peak <= self._max_rss_before and self._sampler is not None:
+        peak = peak_process_memory()
+        if peak <= self._peak_before and self._sampler is not None:
             peak = self._peak_rss
         self.usage = StageUsage(self.stage, seconds, mx.get_peak_memory(), peak)
 
     def _sample(self) -> None:
         interval = _FIRST_INTERVAL
         while True:
-            self._peak_rss = max(self._peak_rss, current_rss() or 0)
+            self._peak_rss = max(self._peak_rss, process_memory() or 0)
             if self._done.wait(interval):
                 return
             interval = min(1.005 * interval, _LAST_INTERVAL)
 
 
-def current_rss() -> int | None:
-    """Return the resident bytes of this process; None on systems without /proc."""
+def process_memory() -> int | None:
+    """Return the bytes of this process: the resident set, or macOS's physical footprint.
+
+    None on other systems.
+    """
     try:
         return int(_STATM.read_bytes().split()[1]) * _PAGE
     except OSError:
-        return None
+        return current_footprint(os.getpid())
 
 
-def max_rss() -> int:
-    """Return the peak of the resident set of this process so far, in bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+def peak_process_memory() -> int:
+    """Return the peak of `process_memory` so far, in bytes."""
+    if sys.platform == "darwin":
+        return peak_footprint(os.getpid()) or 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

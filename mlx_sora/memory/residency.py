@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from mlx_sora.memory.limits import current_rss, restore_memory_limit, set_memory_limit
+from mlx_sora.memory.limits import process_memory, restore_memory_limit, set_memory_limit
 from mlx_sora.memory.profiles import format_bytes
 
-#: Bytes of a process outside MLX on systems that do not report them (macOS).
+#: Bytes of a process outside MLX on systems that do not report them.
 ASSUMED_NON_MLX_BYTES = 256 << 20
 
 
@@ -61,9 +61,10 @@ def evenly_spaced(num_blocks: int, count: int) -> frozenset[int]:
 
 
 def sample_memory() -> MemorySample:
-    """Sample the memory of this process."""
-    active, rss = mx.get_active_memory(), current_rss()
-    non_mlx = ASSUMED_NON_MLX_BYTES if rss is None else rss - active - mx.get_cache_memory()
+    """Sample the memory of this process, once the GPU has freed what it no longer uses."""
+    mx.synchronize()
+    active, process = mx.get_active_memory(), process_memory()
+    non_mlx = ASSUMED_NON_MLX_BYTES if process is None else process - active - mx.get_cache_memory()
     return MemorySample(active, mx.get_peak_memory(), max(0, non_mlx))
 
 
@@ -157,6 +158,7 @@ class BudgetMonitor:
         if used <= self._budget:
             return None
         smaller = shrink()
+        mx.synchronize()
         mx.clear_cache()
         if self._warned:
             return None

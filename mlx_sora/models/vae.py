@@ -244,6 +244,7 @@ class VideoVAE(nn.Module):
         if sequential_offload:
             parts = list(parts)
             del self["temporal_vae"]
+            mx.synchronize()  # GPUs free buffers after the work that used them
             mx.clear_cache()
         for frames in parts:
             size = micro_batch.frames if isinstance(micro_batch, MicroBatch) else micro_batch
@@ -295,6 +296,7 @@ class VideoVAE(nn.Module):
         if sequential_offload:
             parts = iter(list(parts))
             del self["spatial_vae"]
+            mx.synchronize()  # GPUs free buffers after the work that used them
             mx.clear_cache()
         return map(self._encode_time, parts)
 

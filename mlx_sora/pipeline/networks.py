@@ -68,6 +68,7 @@ class NetworkLoader:
         with StageMeter(plan.stage) as meter, limits:
             try:
                 yield Stage(plan, meter, BudgetMonitor(plan.stage, self.budget))
+                mx.synchronize()  # a GPU's errors come out here, not in the next stage
             except (RuntimeError, MemoryError) as error:
                 known = explain_device_error(error, plan.stage)
                 if known is None:

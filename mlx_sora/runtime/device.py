@@ -14,6 +14,7 @@ from mlx_sora.errors import MemoryBudgetError, MlxSoraError, UsageError
 from mlx_sora.models.precision import Precision, dtype_name
 from mlx_sora.request.generation import DTYPES, VAE_DTYPES
 from mlx_sora.runtime import blas
+from mlx_sora.runtime.switches import switches
 from mlx_sora.utils.versions import versions
 
 #: Seconds of a matrix product on a Linux CPU over those of float32, where MLX uses BLAS.
@@ -104,6 +105,7 @@ def describe_machine() -> dict[str, object]:
         "blas": library.name,
         "blas_library": Path(library.path).name,
         "blas_fast": library.fast,
+        "mlx_switches": switches(),
         "versions": versions(),
     }
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlx_sora.errors import UsageError
 from mlx_sora.request.generation import options
+from mlx_sora.runtime.switches import switches
 from mlx_sora.utils.json import parse_object
 from mlx_sora.utils.versions import versions
 from mlx_sora.video.containers import open_container, open_image, read_errors
@@ -46,6 +47,7 @@ def build_metadata(
         "settings": dict(settings),
         "warnings": list(warnings),
         "versions": versions(),
+        "mlx_switches": switches(),
     }
     if seconds:
         record["seconds"] = {stage: round(value, 3) for stage, value in seconds.items()}

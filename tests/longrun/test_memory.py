@@ -16,12 +16,12 @@ RUNS = 50
 MAKE = """
 import json, sys, threading
 from mlx_sora import Pipeline
-from mlx_sora.memory.limits import current_rss
+from mlx_sora.memory.limits import process_memory
 pipe = Pipeline.from_pretrained("shapes")
 sizes = []
 for number in range(int(sys.argv[1])):
     pipe("a red circle moving right", seed=number, steps=2, ci_dl=sys.argv[2] == "streamed")
-    sizes.append(current_rss())
+    sizes.append(process_memory())
 print(json.dumps([sizes, threading.active_count()]))
 """
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import platform
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from mlx_sora.errors import MlxSoraError
+from mlx_sora.runtime.footprint import peak_footprint
 
 #: Seconds until an interrupted child is killed. It removes its partial files before.
 _KILL_AFTER = 20.0
@@ -137,32 +137,3 @@ def _child_error(code: int, message: str, errors: str) -> ChildFailed:
         return ChildFailed(f"The generation was killed by signal {-code}; out of memory?", 1)
     lines = errors.strip().splitlines()
     return ChildFailed(message or (lines[-1] if lines else f"exit code {code}"), code)
-
-
-_LIBRARY = "/usr/lib/libproc.dylib"
-_RUSAGE_INFO_V4 = 4
-
-#: struct rusage_info_v4: 16 bytes of UUID, then 35 numbers of 64 bits. A newer kernel writes no
-#: more than this version of the struct.
-_UUID, _NUMBERS = 16, 35
-
-#: Index of ri_lifetime_max_phys_footprint among the numbers.
-_LIFETIME_MAX = 28
-
-
-def peak_footprint(pid: int) -> int | None:
-    """Return the largest physical footprint of process `pid` so far, in bytes.
-
-    None if the system has no such measure (Linux) or the process has ended.
-    """
-    if platform.system() != "Darwin":
-        return None
-    return read_peak(ctypes.CDLL(_LIBRARY), pid)
-
-
-def read_peak(library: ctypes.CDLL, pid: int) -> int | None:
-    """Return the peak footprint from a loaded `libproc`."""
-    record = (ctypes.c_uint8 * (_UUID + 8 * _NUMBERS))()
-    if library.proc_pid_rusage(pid, _RUSAGE_INFO_V4, ctypes.byref(record)) != 0:
-        return None
-    return ctypes.c_uint64.from_buffer(record, _UUID + 8 * _LIFETIME_MAX).value

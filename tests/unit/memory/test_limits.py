@@ -99,7 +99,7 @@ def test_meter_reports_the_peaks_of_its_stage() -> None:
     assert first.usage.seconds >= 0.05
     assert first.usage.peak_memory >= 96 * MIB > second.usage.peak_memory >= 24 * MIB
     assert first.usage.peak_rss >= 96 * MIB
-    if memory.current_rss() is not None:
+    if memory.process_memory() is not None:
         assert second.usage.peak_rss < first.usage.peak_rss
 
 
@@ -111,20 +111,20 @@ def test_meter_reports_a_failed_stage() -> None:
     assert meter.usage.peak_rss > 0
 
 
-def test_meter_without_current_rss_reports_the_process(
+def test_meter_without_samples_reports_the_process(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(memory, "current_rss", lambda: None)
+    monkeypatch.setattr(memory, "process_memory", lambda: None)
     with memory.StageMeter("macos") as meter:
         busy(1, 0.0)
     assert meter.usage is not None
-    assert meter.usage.peak_rss == memory.max_rss()
+    assert meter.usage.peak_rss == memory.peak_process_memory()
 
 
 HOLES = """
 import ctypes, sys
 from contextlib import nullcontext
-from mlx_sora.memory.limits import current_rss, return_freed_memory
+from mlx_sora.memory.limits import process_memory, return_freed_memory
 
 libc = ctypes.CDLL(None)
 libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
@@ -138,10 +138,10 @@ def allocate(size):
 libc.free(allocate(30 << 20))  # glibc takes such sizes from the heap after this
 with return_freed_memory() if sys.argv[1] == "scope" else nullcontext():
     blocks = [allocate(4 << 20) for _ in range(32)]
-    before = current_rss()
+    before = process_memory()
     for block in blocks[:-1]:
         libc.free(block)
-    print(before - current_rss())
+    print(before - process_memory())
 """
 
 

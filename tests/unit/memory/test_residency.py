@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from mlx_sora import GenerationRequest, Pipeline
-from mlx_sora.memory.limits import current_rss
+from mlx_sora.memory.limits import process_memory
 from mlx_sora.memory.residency import (
     BudgetMonitor,
     MemorySample,
@@ -176,12 +176,12 @@ def test_micro_batch_is_halved_down_to_one_frame() -> None:
     assert batch.frames == 1
 
 
-@pytest.mark.skipif(current_rss() is None, reason="the system does not tell what others take")
+@pytest.mark.skipif(process_memory() is None, reason="the system does not tell what others take")
 def test_run_over_its_budget_shrinks_and_makes_the_same_video(pipe: Pipeline) -> None:
     """Resident blocks are freed and the VAE decodes fewer frames at a time."""
     values = {"prompt": PROMPT, "steps": 4, "seed": 1, "num_frames": 34}
     plain = pipe(**values, ci_dl=True)
-    room = (current_rss() or 0) + 400 * MB
+    room = (process_memory() or 0) + 400 * MB
     ballast, warned, last = None, list[str](), None
     for event in pipe.stream(GenerationRequest.from_dict({**values, "memory_budget": str(room)})):
         if isinstance(event, StepFinished) and ballast is None:

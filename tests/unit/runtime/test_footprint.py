@@ -1,16 +1,17 @@
-"""The peak footprint of macOS, read from a fake library and, on macOS, from the system."""
+"""The footprint of a process on macOS, read from a fake library and, on macOS, from the system."""
 
 from __future__ import annotations
 
 import ctypes
 import os
 import platform
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from mlx_sora.cli.bench.measure import peak_footprint, read_peak
+from mlx_sora.runtime.footprint import current_footprint, peak_footprint
 
 #: struct rusage_info_v4 of <sys/resource.h>, without the leading ri_uuid[16].
 FIELDS = (
@@ -68,24 +69,40 @@ def library(status: int) -> Any:
     return SimpleNamespace(proc_pid_rusage=proc_pid_rusage)
 
 
-def test_read_peak_reads_the_lifetime_maximum() -> None:
-    assert read_peak(library(0), 7) == 1000 + FIELDS.index("lifetime_max_phys_footprint")
+@pytest.fixture
+def mac(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Replace libproc by a fake that answers with `status`."""
+
+    def answer(status: int) -> None:
+        monkeypatch.setattr(platform, "system", lambda: "Darwin")
+        monkeypatch.setattr(ctypes, "CDLL", lambda _: library(status))
+
+    return answer
 
 
-def test_read_peak_of_an_ended_process_is_none() -> None:
-    assert read_peak(library(-1), 7) is None
+def test_fields(mac: Callable[[int], None]) -> None:
+    mac(0)
+    assert current_footprint(7) == 1000 + FIELDS.index("phys_footprint")
+    assert peak_footprint(7) == 1000 + FIELDS.index("lifetime_max_phys_footprint")
 
 
-def test_peak_footprint_of_this_process() -> None:
-    peak = peak_footprint(os.getpid())
+def test_an_ended_process_has_none(mac: Callable[[int], None]) -> None:
+    mac(-1)
+    assert current_footprint(7) is None
+    assert peak_footprint(7) is None
+
+
+def test_this_process() -> None:
+    current, peak = current_footprint(os.getpid()), peak_footprint(os.getpid())
     if platform.system() == "Darwin":
+        assert current is not None
         assert peak is not None
-        assert 1 << 20 < peak < 1 << 40
+        assert 1 << 20 < current <= peak < 1 << 40
     else:
-        assert peak is None
+        assert current is peak is None
 
 
-def test_peak_footprint_loads_no_library_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_library_is_loaded_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(platform, "system", lambda: "Linux")
     monkeypatch.setattr(ctypes, "CDLL", None)
     assert peak_footprint(os.getpid()) is None
