@@ -1,7 +1,7 @@
 """mlx_sora: Open-Sora 1.2 text-to-video on Apple MLX.
 
-Importing it is light: networks, MLX and file formats load on first use. Two things are done at once,
-as they only work before MLX is used: a fast BLAS on Linux, and defaults of MLX's switches.
+Importing it is light: networks, MLX and file formats load on first use. Two things are done at
+once, as they only work before MLX is used: a fast BLAS on Linux, and defaults of MLX's switches.
 """
 
 from __future__ import annotations

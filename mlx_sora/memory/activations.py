@@ -1,8 +1,9 @@
 """Peak memory of activations of each network, in bytes: shapes times measured factors.
 
 A factor is the peak of MLX during one unit of work (a block pair, a frame, a chunk) over the size
-of its main tensor, on CPU in float32 with mlx 0.32.4. GPU kernels run on whole tensors at once: for
-them the sizes of the pieces are added by arithmetic, unmeasured.
+of its main tensor, on CPU in float32 with mlx 0.32.4. GPU kernels run on larger pieces (the limits
+in models/ops.py): for them sizes are added by arithmetic, unmeasured. Single arrays are bounded by
+Metal, too.
 """
 
 from __future__ import annotations
@@ -13,11 +14,15 @@ from mlx_sora.geometry import Size
 from mlx_sora.memory.flops import Grid
 from mlx_sora.memory.plan import FLOAT32_SIZE
 from mlx_sora.models.conv import MAX_WASTE
-from mlx_sora.models.ops import MIN_ROWS, SLICE_BYTES
+from mlx_sora.models.ops import LOGITS_BYTES, MIN_ROWS, MLP_BYTES, SLICE_BYTES
 from mlx_sora.models.stdit3 import STDiT3Config
 from mlx_sora.models.t5 import T5Config
 from mlx_sora.models.vae import VAEConfig, chunk_plan
 from mlx_sora.models.vae_tiling import tile_side
+
+#: Scratch space of a Winograd convolution over its image, with MLX_CONV_WINOGRAD_TILE_BATCH=1: the
+#: padded input, and input and output in tiles (mlx/backend/metal/conv.cpp).
+WINOGRAD_SCRATCH = 1 + 2 * 64 / 36
 
 #: Buffers of a compiled chain of operations beside tensors of a VAE that are below SLICE_BYTES.
 COMPILED_BUFFER = SLICE_BYTES // 2
@@ -28,7 +33,7 @@ class ExecutionMode:
     """Conditions under which MLX computes.
 
     gpu: kernels run on whole tensors.
-    throttled: the scheduler may not allocate ahead (see `stage_limits`); no effect on GPUs.
+    throttled: the scheduler may not allocate ahead (see `stage_limits`).
     itemsize: bytes per element of a matrix product's operands.
     """
 
@@ -38,7 +43,7 @@ class ExecutionMode:
 
     def pick(self, throttled: float, unthrottled: float) -> float:
         """Return the factor that applies."""
-        return throttled if self.throttled and not self.gpu else unthrottled
+        return throttled if self.throttled else unthrottled
 
 
 def text_encoder(config: T5Config, tokens: int, mode: ExecutionMode) -> int:
@@ -58,7 +63,8 @@ def transformer(config: STDiT3Config, grid: Grid, mode: ExecutionMode) -> int:
     stream = FLOAT32_SIZE * grid.num_tokens * config.hidden_size
     factor = 1 + mode.pick(8.1, 17.5)
     if mode.gpu:
-        factor += 5 * config.mlp_ratio * mode.itemsize / FLOAT32_SIZE
+        hidden = int(grid.num_tokens * config.hidden_size * config.mlp_ratio) * mode.itemsize
+        return int(factor * stream) + 5 * min(hidden, MLP_BYTES)
     piece = max(SLICE_BYTES, FLOAT32_SIZE * MIN_ROWS * int(config.hidden_size * config.mlp_ratio))
     return int(factor * stream + mode.pick(4, 8) * piece)
 
@@ -84,6 +90,8 @@ def spatial_decoder(
     widths, (width, height) = config.spatial.block_out_channels, size
     widest = max(widths[:2])  # the second width enters the last block upsampled
     kernel, factor = FLOAT32_SIZE * 9 * max(widths) ** 2, mode.pick(6, 12)
+    if mode.gpu:
+        factor = mode.pick(6 + WINOGRAD_SCRATCH / 2, 12)
     work = factor * FLOAT32_SIZE * frames * height * width * widest
     if tiles == 1:
         return int(work + mode.pick(0, COMPILED_BUFFER)) + 2 * kernel
@@ -92,7 +100,8 @@ def spatial_decoder(
     rows, columns = height // scale, width // scale
     first = FLOAT32_SIZE * frames * rows * columns * widths[-1]
     logits = FLOAT32_SIZE * frames * (rows * columns // 4) ** 2
-    attention = min(mode.pick(3, 4.5) * logits, mode.pick(4, 20) * SLICE_BYTES)
+    piece = LOGITS_BYTES if mode.gpu else SLICE_BYTES
+    attention = min(mode.pick(3, 4.5) * logits, mode.pick(4, 20) * piece)
     share = tile_side(rows, tiles) * tile_side(columns, tiles) / (rows * columns)
     beside = first + 2 * FLOAT32_SIZE * frames * height * width * 3
     most = max(share * work, factor * first, attention + 2 * first)
@@ -113,7 +122,7 @@ def temporal_decoder(
     kernel = FLOAT32_SIZE * 27 * 2 * max(temporal.widths) ** 2
     if _uses_im2col(height, width):
         return 2 * kernel + 37 * tensor + int(mode.pick(0, COMPILED_BUFFER))
-    return int(mode.pick(7, 13.5) * tensor + mode.pick(0, COMPILED_BUFFER)) + kernel
+    return int(_temporal_factor(mode) * tensor + mode.pick(0, COMPILED_BUFFER)) + kernel
 
 
 def spatial_encoder(
@@ -135,7 +144,39 @@ def temporal_encoder(
     kernel = FLOAT32_SIZE * 27 * max(temporal.widths) ** 2
     if _uses_im2col(height, width):
         return 2 * kernel + int(mode.pick(30, 50) * tensor)
-    return kernel + int(mode.pick(7, 13.5) * tensor)
+    return kernel + int(_temporal_factor(mode) * tensor)
+
+
+def largest_transformer_array(config: STDiT3Config, grid: Grid, itemsize: int) -> int:
+    """Return the bytes of the largest array of the transformer on a GPU: stream, or q, k and v."""
+    return grid.num_tokens * config.hidden_size * max(FLOAT32_SIZE, 3 * itemsize)
+
+
+def largest_spatial_array(width: int, size: Size, frames: int, tiles: int = 1) -> int:
+    """Return the bytes of the largest array of the spatial VAE on a GPU.
+
+    width: channels of the widest tensor at full size. size: of a frame. An image in Winograd tiles
+    of 8 x 8 for 6 x 6 values is larger than it was.
+    """
+    share = 1.0
+    if tiles > 1:
+        share = tile_side(size.height, tiles) * tile_side(size.width, tiles)
+        share /= size.height * size.width
+    frame = FLOAT32_SIZE * size.height * size.width * width * share
+    return int(max(frames, 64 / 36) * frame)
+
+
+def largest_temporal_array(config: VAEConfig, frames: int, height: int, width: int) -> int:
+    """Return the bytes of the largest array of the temporal VAE, with two padded frames.
+
+    frames: of a chunk. height, width: of the latents.
+    """
+    return _widest_tensor(config, frames + 2, height, width)
+
+
+def _temporal_factor(mode: ExecutionMode) -> float:
+    """Return activations over the widest tensor. On GPUs Winograd's scratch space adds to them."""
+    return mode.pick(10 if mode.gpu else 7, 13.5)
 
 
 def _widest_tensor(config: VAEConfig, frames: int, height: int, width: int) -> int:

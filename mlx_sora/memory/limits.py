@@ -16,7 +16,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from mlx_sora.runtime.device import backend, total_memory
+from mlx_sora.runtime.device import backend, gpu_memory, total_memory
 from mlx_sora.runtime.footprint import current_footprint, peak_footprint
 
 #: Seconds between samples of the resident set, at first and after 20 s. A sample takes 20 µs.
@@ -33,6 +33,9 @@ _LARGE = 1 << 20
 
 #: The value of M_MMAP_THRESHOLD that glibc itself reaches after a program has freed large arrays.
 _GLIBC_MMAP_THRESHOLD = 32 << 20
+
+#: Share of the RAM that may be wired.
+_WIRED_SHARE = 0.65
 
 #: Set when MLX's scheduler can no longer hold a memory limit; see `stop_throttling`.
 _throttling_stopped = threading.Event()
@@ -69,6 +72,24 @@ def memory_scope(cache_limit: int | None = None) -> Iterator[None]:
         if previous is not None:
             mx.set_cache_limit(previous)
         release()
+
+
+@contextmanager
+def wired_memory(nbytes: int) -> Iterator[None]:
+    """Keep up to `nbytes` of MLX's buffers wired on Metal: the system does not page them out.
+
+    At most Metal's working set and 65 % of the RAM, since Macs with more of it wired have frozen
+    (exo issue 1672).
+    """
+    if backend() != "metal":
+        yield
+        return
+    working_set = gpu_memory() or 0
+    previous = mx.set_wired_limit(int(min(nbytes, working_set, _WIRED_SHARE * total_memory())))
+    try:
+        yield
+    finally:
+        mx.set_wired_limit(previous)
 
 
 def set_memory_limit(limit: int) -> int | None:

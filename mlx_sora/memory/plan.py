@@ -141,11 +141,17 @@ class Machine:
     """The device that computes. itemsize: bytes per weight in memory.
 
     cache_limit: bytes of freed buffers that MLX may keep in a run without a budget.
+    largest_array: most bytes of one array (Metal's maxBufferLength); None without a limit.
     """
 
     gpu: bool
     cache_limit: int
     itemsize: int = FLOAT32_SIZE
+    largest_array: int | None = None
+
+    def can_allocate(self, array: int) -> bool:
+        """Return True if one array may have `array` bytes."""
+        return self.largest_array is None or array <= self.largest_array
 
 
 @dataclass(frozen=True)
@@ -174,6 +180,11 @@ class StagePlan:
     reserve: int = 0
     micro_batch: int | None = None
     sequential_offload: bool = False
+
+    @property
+    def is_resident(self) -> bool:
+        """True if the stage is a stack of blocks that all stay in memory."""
+        return 0 < self.blocks == self.resident
 
 
 @dataclass(frozen=True)

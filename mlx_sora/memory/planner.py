@@ -38,6 +38,9 @@ def make_plan(
     """
     smallest = _smallest_budget(sizes, workload, machine)
     unthrottled = stage_requirements(sizes, workload, machine, throttled=False)
+    for stage in unthrottled:
+        if not machine.can_allocate(stage.largest_array):
+            raise _array_error(stage, budget, sizes, workload, machine)
     if budget is None:
         stages = [stage.plan_unbounded(machine, streamed) for stage in unthrottled]
         return Plan(_scale_to_clips(stages, workload), None, smallest)
@@ -79,6 +82,36 @@ def stage_limits(stage: StagePlan) -> Iterator[None]:
             restore_memory_limit(previous)
 
 
+def _array_error(
+    stage: StageMemory,
+    budget: int | None,
+    sizes: ModelSizes,
+    workload: Workload,
+    machine: Machine,
+) -> MemoryBudgetError:
+    """Name the stage with an array that the GPU cannot allocate, and an option that would do."""
+    fitting = [
+        flags
+        for flags, smaller in _allocatable_workloads(sizes, workload, machine)
+        if budget is None or _smallest_budget(sizes, smaller, machine) <= budget
+    ]
+    return MemoryBudgetError(
+        f"Stage {stage.stage} needs an array of {format_bytes(stage.largest_array)}, "
+        f"this GPU allows {format_bytes(machine.largest_array or 0)}.",
+        f"Use {fitting[0]}, or make a smaller video." if fitting else "Make a smaller video.",
+    )
+
+
+def _allocatable_workloads(
+    sizes: ModelSizes, workload: Workload, machine: Machine
+) -> Iterator[tuple[str, Workload]]:
+    """Yield the smaller workloads whose arrays the machine can allocate, with their flags."""
+    for flags, smaller in _smaller_workloads(workload):
+        stages = stage_requirements(sizes, smaller, machine, throttled=True)
+        if all(machine.can_allocate(stage.largest_array) for stage in stages):
+            yield flags, smaller
+
+
 def _budget_error(
     stage: StageMemory, budget: int, sizes: ModelSizes, workload: Workload, machine: Machine
 ) -> MemoryBudgetError:
@@ -86,7 +119,7 @@ def _budget_error(
     smallest = _smallest_budget(sizes, workload, machine)
     needed = {
         flags: _smallest_budget(sizes, smaller, machine)
-        for flags, smaller in _smaller_workloads(workload)
+        for flags, smaller in _allocatable_workloads(sizes, workload, machine)
     }
     fix = f"Use --memory-budget {_flag_value(smallest)} or more"
     fitting = [flags for flags, other in needed.items() if other <= budget]

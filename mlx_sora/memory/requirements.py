@@ -5,8 +5,9 @@ All sizes are in bytes; peaks are those of the whole process.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 
 from mlx_sora.memory import activations, flops
 from mlx_sora.memory.activations import ExecutionMode
@@ -47,6 +48,7 @@ class BlockStageMemory:
     fixed: everything but blocks, activations and cache.
     passes: passes through the blocks.
     reserve: part of the peak that the first pass does not show.
+    largest_array: bytes of the largest activation.
     """
 
     stage: str
@@ -55,8 +57,9 @@ class BlockStageMemory:
     weights: WeightSizes
     passes: int
     flops: int
-    throttled: bool
+    mode: ExecutionMode
     reserve: int = 0
+    largest_array: int = 0
 
     @property
     def minimum(self) -> int:
@@ -98,8 +101,8 @@ class BlockStageMemory:
             read=weights.stored + (self.passes - 1) * streamed_again,
             flops=self.flops,
             cache_limit=cache,
-            memory_limit=mlx - (self.activations // 2 if self.throttled else 0),
-            throttled=self.throttled,
+            memory_limit=_memory_limit(mlx, self.activations, cache, self.mode),
+            throttled=self.mode.throttled,
             blocks=count,
             resident=residency.resident,
             prefetch=residency.prefetch and residency.resident < count,
@@ -114,6 +117,7 @@ class VaeStageMemory:
     fixed: memory outside MLX.
     spatial_activations: by frames per pass of the spatial VAE.
     queued_latents: latents of all chunks, which wait while the temporal decoder is offloaded.
+    largest_array: bytes of the largest activation with one frame per pass.
     """
 
     stage: str
@@ -122,8 +126,9 @@ class VaeStageMemory:
     temporal_activations: int
     spatial_activations: Mapping[int, int]
     flops: int
-    throttled: bool
+    mode: ExecutionMode
     queued_latents: int = 0
+    largest_array: int = 0
 
     @property
     def minimum(self) -> int:
@@ -173,8 +178,8 @@ class VaeStageMemory:
             read=self.weights.stored,
             flops=self.flops,
             cache_limit=cache,
-            memory_limit=used - (activations // 2 if self.throttled else 0),
-            throttled=self.throttled,
+            memory_limit=_memory_limit(used, activations, cache, self.mode),
+            throttled=self.mode.throttled,
             micro_batch=frames,
             sequential_offload=sequential_offload,
         )
@@ -184,6 +189,15 @@ def _cache_limit(spare: int, activations: int, machine: Machine) -> int:
     """Return half of the spare bytes, but no more than activations can use."""
     most = max(MIN_CACHE, min(machine.cache_limit, activations))
     return min(most, max(MIN_CACHE, spare // 2))
+
+
+def _memory_limit(used: int, activations: int, cache: int, mode: ExecutionMode) -> int:
+    """Return MLX's memory limit: what is used, less if the scheduler is to wait for memory.
+
+    On GPUs it counts the cache, too: above it Metal frees cached buffers before it makes new ones.
+    """
+    limit = used - (activations // 2 if mode.throttled else 0)
+    return limit + (cache if mode.gpu else 0)
 
 
 StageMemory = BlockStageMemory | VaeStageMemory
@@ -196,8 +210,9 @@ def stage_requirements(
     mode = ExecutionMode(machine.gpu, throttled, machine.itemsize)
     stages: list[StageMemory] = [_text_encoder_memory(sizes, workload.text_tokens, mode)]
     if workload.media is not None:
-        stages.append(_media_encoder_memory(sizes, workload, workload.media, mode))
-    stages += [_denoising_memory(sizes, workload, mode), _decoder_memory(sizes, workload, mode)]
+        stages.append(_media_encoder_memory(sizes, workload, workload.media, machine, mode))
+    stages.append(_denoising_memory(sizes, workload, mode))
+    stages.append(_decoder_memory(sizes, workload, machine, mode))
     return tuple(stages)
 
 
@@ -210,15 +225,21 @@ def _text_encoder_memory(sizes: ModelSizes, tokens: int, mode: ExecutionMode) ->
         + activations.dequantization_buffers(weights.largest_dequantized, mode),
         weights=weights,
         passes=1,
-        throttled=mode.throttled,
+        mode=mode,
         flops=flops.text_encoder_flops(sizes.text, tokens),
     )
 
 
 def _media_encoder_memory(
-    sizes: ModelSizes, workload: Workload, media: MediaWorkload, mode: ExecutionMode
+    sizes: ModelSizes,
+    workload: Workload,
+    media: MediaWorkload,
+    machine: Machine,
+    mode: ExecutionMode,
 ) -> VaeStageMemory:
     config, (width, height) = sizes.vae, workload.geometry.size
+    channels = config.spatial.block_out_channels[0]
+    arrays = partial(activations.largest_spatial_array, channels, workload.geometry.size)
     _, rows, columns = workload.geometry.latent
     frames = media.chunk_frames
     pixels = 3 * frames * FLOAT32_SIZE * 3 * width * height
@@ -233,10 +254,13 @@ def _media_encoder_memory(
         temporal_activations=activations.temporal_encoder(config, frames, rows, columns, mode),
         spatial_activations={
             n: pixels + activations.spatial_encoder(config, height, width, n, mode)
-            for n in _micro_batches(config, frames)
+            for n in _micro_batches(config, frames, lambda n: machine.can_allocate(arrays(n)))
         },
-        throttled=mode.throttled,
+        mode=mode,
         flops=media.chunks * chunk_flops,
+        largest_array=max(
+            arrays(1), activations.largest_temporal_array(config, frames, rows, columns)
+        ),
     )
 
 
@@ -269,9 +293,10 @@ def _denoising_memory(
         + activations.dequantization_buffers(weights.largest_dequantized, mode),
         weights=weights,
         passes=workload.block_passes,
-        throttled=mode.throttled,
+        mode=mode,
         reserve=_denoising_reserve(config, grid, workload, mode),
         flops=operations,
+        largest_array=activations.largest_transformer_array(config, grid, mode.itemsize),
     )
 
 
@@ -304,8 +329,12 @@ def _denoising_reserve(
     return reserve
 
 
-def _decoder_memory(sizes: ModelSizes, workload: Workload, mode: ExecutionMode) -> VaeStageMemory:
+def _decoder_memory(
+    sizes: ModelSizes, workload: Workload, machine: Machine, mode: ExecutionMode
+) -> VaeStageMemory:
     config, geometry, tiles = sizes.vae, workload.geometry, workload.vae_tiles
+    widest = max(config.spatial.block_out_channels[:2])
+    arrays = partial(activations.largest_spatial_array, widest, geometry.decoded, tiles=tiles)
     width, height = geometry.decoded
     _, rows, columns = geometry.latent
     chunks = chunk_plan(geometry.num_frames, config.micro_frame_size, config.temporal.factor)
@@ -328,11 +357,14 @@ def _decoder_memory(sizes: ModelSizes, workload: Workload, mode: ExecutionMode) 
         temporal_activations=activations.temporal_decoder(config, frames, rows, columns, mode),
         spatial_activations={
             n: pixels + activations.spatial_decoder(config, geometry.decoded, n, mode, tiles)
-            for n in _micro_batches(config, longest)
+            for n in _micro_batches(config, longest, lambda n: machine.can_allocate(arrays(n)))
         },
-        throttled=mode.throttled,
+        mode=mode,
         flops=operations,
         queued_latents=FLOAT32_SIZE * frames * rows * columns * channels,
+        largest_array=max(
+            arrays(1), activations.largest_temporal_array(config, longest, rows, columns)
+        ),
     )
 
 
@@ -341,7 +373,9 @@ def _video_encoder_bytes(workload: Workload) -> int:
     return VIDEO_ENCODER_BYTES + VIDEO_ENCODER_BYTES_PER_PIXEL * width * height
 
 
-def _micro_batches(config: VAEConfig, longest: int) -> set[int]:
-    """Return the frames per pass to choose from: the config's, halved down to one."""
+def _micro_batches(config: VAEConfig, longest: int, fits: Callable[[int], bool]) -> Iterator[int]:
+    """Yield the frames per pass to choose from: the config's, halved down to one, that fit."""
     most = min(config.micro_batch_size or longest, longest)
-    return {most >> i for i in range(most.bit_length())}
+    for n in (most >> i for i in range(most.bit_length())):
+        if n == 1 or fits(n):
+            yield n

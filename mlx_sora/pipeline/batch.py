@@ -227,6 +227,6 @@ def _encoding_groups(runs: Mapping[int, GenerationRun]) -> list[list[int]]:
     for index, run in runs.items():
         if run.has_steps_left:
             dtype, checks = run.engine.precision.text_encoder, run.request.health_check
-            limits = (run.settings.memory_budget, run.request.ci_dl)
+            limits = (run.request.memory_budget, run.request.device_profile, run.request.ci_dl)
             groups[dtype, run.engine.model, checks, limits].append(index)
     return list(groups.values())

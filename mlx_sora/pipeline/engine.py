@@ -19,7 +19,7 @@ from mlx_sora.models.precision import Precision
 from mlx_sora.models.stdit3 import STDiT3Config
 from mlx_sora.models.vae import VAEConfig
 from mlx_sora.request.generation import GenerationRequest, label
-from mlx_sora.runtime.device import choose_precision, total_memory
+from mlx_sora.runtime.device import choose_precision, largest_array, total_memory
 from mlx_sora.text.tokenizer import Tokenizer
 from mlx_sora.utils.versions import versions
 
@@ -96,7 +96,10 @@ class Engine:
     def machine(self) -> Machine:
         """Machine as the planner sees it."""
         return Machine(
-            on_gpu(), default_cache_limit() or total_memory(), self.precision.transformer.size
+            on_gpu(),
+            default_cache_limit() or total_memory(),
+            self.precision.transformer.size,
+            largest_array(),
         )
 
     def check_equal(self, requests: Sequence[GenerationRequest], **more: Any) -> None:

@@ -13,9 +13,12 @@ from mlx_sora.accel import Accelerations
 from mlx_sora.accel.base import ScheduleInfo
 from mlx_sora.conditioning.latents import encode_tasks
 from mlx_sora.distributed.partition import ParallelPlan, choose_parallel
+from mlx_sora.errors import MemoryBudgetError
 from mlx_sora.loading.quantization import quantization_metadata
+from mlx_sora.memory.budget import is_automatic
 from mlx_sora.memory.plan import MediaWorkload, StepVariant, Workload
 from mlx_sora.memory.planner import make_plan
+from mlx_sora.memory.profiles import format_bytes
 from mlx_sora.pipeline.engine import Engine
 from mlx_sora.pipeline.preview import Previews
 from mlx_sora.pipeline.resume import with_checkpoints
@@ -81,7 +84,14 @@ def plan_run(
         workload = source.add_to(workload, engine.precision.transformer)
     sizes = engine.sizes(encoders=workload.media is not None)
     budget = resolved.memory_budget
-    plan = make_plan(sizes, workload, engine.machine, budget, streamed=request.ci_dl)
+    automatic = is_automatic(request.memory_budget, request.device_profile)
+    notes = []
+    if budget is not None and automatic:
+        notes.append(f"Memory budget {format_bytes(budget)}, measured; --memory-budget changes it.")
+    try:
+        plan = make_plan(sizes, workload, engine.machine, budget, streamed=request.ci_dl)
+    except MemoryBudgetError as error:
+        raise _name_off(error) if automatic else error from None
     return GenerationRun(
         engine=engine,
         request=request,
@@ -92,11 +102,19 @@ def plan_run(
         workload=workload,
         plan=plan,
         parallel=parallel,
+        notes=tuple(notes),
         previews=Previews.from_request(request, engine.model, resolved, output),
         result=RunResult(
             warnings=[*resolved.warnings, *accelerations.warnings],
             metadata=quantization_metadata(engine.model),
         ),
+    )
+
+
+def _name_off(error: MemoryBudgetError) -> MemoryBudgetError:
+    """Return the refusal of a measured budget, with the option that lifts it."""
+    return MemoryBudgetError(
+        error.message, f"{error.fix} --memory-budget off tries it all the same, slowly if it pages."
     )
 
 

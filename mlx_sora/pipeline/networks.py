@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
 import mlx.core as mx
@@ -21,7 +21,7 @@ from mlx_sora.loading.networks import (
     stream_text_encoder,
     stream_transformer,
 )
-from mlx_sora.memory.limits import StageMeter, memory_scope
+from mlx_sora.memory.limits import StageMeter, memory_scope, wired_memory
 from mlx_sora.memory.plan import StagePlan
 from mlx_sora.memory.planner import stage_limits
 from mlx_sora.memory.residency import BudgetMonitor, Residency
@@ -64,8 +64,9 @@ class NetworkLoader:
 
         Raises MLX's errors about memory and time as MlxSoraErrors.
         """
-        limits = memory_scope() if self.budget is None else stage_limits(plan)
-        with StageMeter(plan.stage) as meter, limits:
+        limits = memory_scope(plan.cache_limit) if self.budget is None else stage_limits(plan)
+        wired = wired_memory(plan.memory_limit) if plan.is_resident else nullcontext()
+        with StageMeter(plan.stage) as meter, limits, wired:
             try:
                 yield Stage(plan, meter, BudgetMonitor(plan.stage, self.budget))
                 mx.synchronize()  # a GPU's errors come out here, not in the next stage

@@ -23,7 +23,7 @@ from mlx_sora.geometry import (
     resolve_size,
 )
 from mlx_sora.loading.model_folder import ModelFolder
-from mlx_sora.memory.profiles import parse_bytes, profile_budget
+from mlx_sora.memory.budget import resolve_budget
 from mlx_sora.request.generation import GenerationRequest, technique_names
 from mlx_sora.request.techniques import OFF, TechniqueConfig
 from mlx_sora.text.cleaning import preprocess
@@ -138,7 +138,7 @@ def resolve(request: GenerationRequest, model: ModelFolder) -> ResolvedRequest:
         motion=scores.motion,
         camera=scores.camera,
         accelerations={name: getattr(request, name) for name in technique_names()},
-        memory_budget=_resolve_budget(request),
+        memory_budget=resolve_budget(request.memory_budget, request.device_profile),
         vae_tiles=_resolve_tiles(request, geometry),
         warnings=tuple(warnings),
     )
@@ -185,12 +185,3 @@ def _resolve_tiles(request: GenerationRequest, geometry: Geometry) -> int:
             "Leave it out, or make a larger image.",
         )
     return tiles
-
-
-def _resolve_budget(request: GenerationRequest) -> int | None:
-    """Return the bytes that the process may use. Raises UsageError for unknown ones, and two."""
-    if request.memory_budget is not None and request.device_profile is not None:
-        raise UsageError("--memory-budget and --device-profile exclude each other.", "Give one.")
-    if request.device_profile is not None:
-        return profile_budget(request.device_profile)
-    return None if request.memory_budget is None else parse_bytes(request.memory_budget)

@@ -283,8 +283,9 @@ class GenerationRequest:
         common=True,
     )
     memory_budget: str | None = _memory(
-        "most memory that the process may use, such as 3.3GB; streams weights and decodes fewer "
-        "frames at a time to stay within it",
+        "most memory that the process may use: an amount such as 3.3GB, auto (90 percent of what "
+        "the GPU may use, or what is available now) or off; streams weights and decodes fewer "
+        "frames at a time to stay within it; default: auto on GPUs, off on CPUs",
         tasks="generate edit calibrate",
         metavar="BYTES",
         replay=False,

@@ -92,6 +92,21 @@ def total_memory() -> int:
     return memory
 
 
+def gpu_memory() -> int | None:
+    """Return the bytes that the GPU uses without paging; None on CPUs."""
+    if backend() == "cpu":
+        return None
+    info = mx.device_info()
+    memory = info.get("max_recommended_working_set_size", info.get("total_memory"))
+    return None if memory is None else int(memory)
+
+
+def largest_array() -> int | None:
+    """Return the most bytes that one array may have; None where nothing limits it."""
+    limit = mx.device_info().get("max_buffer_length") if backend() == "metal" else None
+    return None if limit is None else int(limit)
+
+
 def describe_machine() -> dict[str, object]:
     """Return JSON values for `info` and metadata: sizes in bytes, no paths."""
     library = blas.install()

@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
     files = ResultFiles(Path(args.folder), args.replace_results)
     files.check()
     pipeline = load_pipeline(request.model, request.dtype)
-    plan = pipeline.plan(request)
+    plan = pipeline.plan(replace(request, memory_budget="off"))
     rows = []
     print(TABLE_HEADER, flush=True)
     for budget in (None, *(args.budgets or evenly_spaced_budgets(plan.smallest, plan.peak))):
@@ -110,12 +110,11 @@ def measure_row(pipeline: Pipeline, request: GenerationRequest, budget: int | No
     """Run within `budget`, or give the reason why that is impossible. Raises ChildFailed."""
     from mlx_sora.runtime.device import total_memory
 
-    if budget is not None:
-        request = replace(request, memory_budget=str(budget))
+    request = replace(request, memory_budget="off" if budget is None else str(budget))
     try:
         needed = pipeline.plan(request).peak
     except MemoryBudgetError:
-        smallest = format_bytes(pipeline.plan(replace(request, memory_budget=None)).smallest)
+        smallest = format_bytes(pipeline.plan(replace(request, memory_budget="off")).smallest)
         return BudgetRow(budget, reason=f"refused: the smallest possible budget is {smallest}")
     if needed > total_memory():
         has = format_bytes(total_memory())
@@ -150,7 +149,7 @@ def result_record(
     from mlx_sora.pipeline.settings import resolve
     from mlx_sora.runtime.device import describe_machine
 
-    plan = pipeline.plan(request)
+    plan = pipeline.plan(replace(request, memory_budget="off"))
     return {
         "settings": resolve(request, pipeline.model).to_dict(),
         "plan": {"peak": plan.peak, "smallest": plan.smallest},

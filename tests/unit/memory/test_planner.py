@@ -78,7 +78,8 @@ def test_every_stage_stays_within_the_budget(budget: float, gpu: bool) -> None:
     for stage in plan.stages:
         assert NON_MLX_BYTES < stage.peak <= most
         assert stage.cache_limit >= MIN_CACHE
-        assert 0 < stage.memory_limit < stage.peak - stage.cache_limit
+        cache = 0 if gpu else stage.cache_limit  # Metal's memory limit counts it
+        assert 0 < stage.memory_limit < stage.peak - cache
 
 
 def test_larger_budgets_keep_more_blocks_and_read_less() -> None:
