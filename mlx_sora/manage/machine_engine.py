@@ -20,7 +20,7 @@ from mlx_sora.loading.blocks import BlockSource, split_blocks
 from mlx_sora.loading.checkpoint import Checkpoint
 from mlx_sora.manage.machine_check import OK, REPORT, SKIPPED, SLOW, WRONG, Allowance, CheckResult
 from mlx_sora.manage.machine_forms import normals
-from mlx_sora.memory.limits import current_rss, memory_scope, release
+from mlx_sora.memory.limits import memory_scope, process_memory, release
 from mlx_sora.models.key_map import KeyMap
 from mlx_sora.runtime.device import backend, describe_machine
 
@@ -135,11 +135,11 @@ def check_memory(allowance: Allowance) -> Iterator[CheckResult]:
     with memory_scope(2 * size):
         _settle()
         mx.reset_peak_memory()
-        active, resident = mx.get_active_memory(), current_rss()
+        active, resident = mx.get_active_memory(), process_memory()
         x = mx.arange(size // 4)
         mx.eval(x)
         mx.synchronize()
-        grown, grown_resident = mx.get_active_memory() - active, current_rss()
+        grown, grown_resident = mx.get_active_memory() - active, process_memory()
         peak = mx.get_peak_memory() - active
         del x
         mx.synchronize()
