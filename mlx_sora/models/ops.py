@@ -18,6 +18,7 @@ import mlx.core as mx
 from mlx import nn
 
 from mlx_sora.models import precision
+from mlx_sora.models.layers import compiled
 
 #: On CPU, chains of elementwise operations run on about this many bytes at a time. The slices stay
 #: in cache, and the transient memory does not grow with the size of the video.
@@ -88,12 +89,12 @@ def exp(x: mx.array) -> mx.array:
 # the input is float32; on GPUs it is any type, and the computation is float32.
 
 
-@mx.compile
+@compiled
 def _exp_input(x: mx.array) -> mx.array:
     return mx.clip(x * _LOG2_E, -125.0, 125.0)
 
 
-@mx.compile
+@compiled
 def _split_exponent(t: mx.array, same: mx.array) -> tuple[mx.array, mx.array]:
     """Return t minus its nearest integer n, and the bits of 2^n. same: t without a gradient."""
     exponent = (same + 126.5).astype(mx.int32)
@@ -113,40 +114,40 @@ def _polynomial(r: mx.array) -> mx.array:
     return ((f * r + e) * square + (d * r + c)) * square + (b * r + a)
 
 
-@mx.compile
+@compiled
 def _exp2(r: mx.array, power: mx.array) -> mx.array:
     return _polynomial(r) * power
 
 
-@mx.compile
+@compiled
 def _times_sigmoid(x: mx.array, r: mx.array, power: mx.array) -> mx.array:
     """Return x · sigmoid(-log(2^r · power))."""
     return x / (1.0 + _polynomial(r) * power)
 
 
-@mx.compile
+@compiled
 def _softmax_input(x: mx.array, top: mx.array) -> mx.array:
     return mx.maximum((x - top) * _LOG2_E, -125.0)
 
 
-@mx.compile
+@compiled
 def _silu_input(x: mx.array) -> mx.array:
     return mx.clip(x * -_LOG2_E, -125.0, 125.0)
 
 
-@mx.compile
+@compiled
 def _gelu_input(x: mx.array) -> mx.array:
     c = -2.0 * math.sqrt(2.0 / math.pi) * _LOG2_E
     return mx.clip(x * (c + (c * 0.044715) * (x * x)), -125.0, 125.0)
 
 
-@partial(mx.compile, shapeless=True)
+@partial(compiled, shapeless=True)
 def _silu_gpu(x: mx.array) -> mx.array:
     wide = x.astype(precision.ACTIVATION)
     return (wide * mx.sigmoid(wide)).astype(x.dtype)
 
 
-@partial(mx.compile, shapeless=True)
+@partial(compiled, shapeless=True)
 def _gelu_tanh_gpu(x: mx.array) -> mx.array:
     wide = x.astype(precision.ACTIVATION)
     c = 2.0 * math.sqrt(2.0 / math.pi)
@@ -154,13 +155,13 @@ def _gelu_tanh_gpu(x: mx.array) -> mx.array:
     return (wide * mx.sigmoid(u)).astype(x.dtype)
 
 
-@partial(mx.compile, shapeless=True)
+@partial(compiled, shapeless=True)
 def modulate(x: mx.array, shift: mx.array, scale: mx.array) -> mx.array:
     """Return x (1 + scale) + shift."""
     return x * (1 + scale) + shift
 
 
-@partial(mx.compile, shapeless=True)
+@partial(compiled, shapeless=True)
 def add_gated(x: mx.array, gate: mx.array, y: mx.array) -> mx.array:
     """Return x + gate · y, in their promoted type."""
     return x + gate * y

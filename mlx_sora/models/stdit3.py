@@ -21,6 +21,7 @@ from mlx_sora.models import ops, precision
 from mlx_sora.models.config import MAX_DEPTH, NetworkConfig, require
 from mlx_sora.models.hooks import Hooks, ResidentBlocks, Shard, TokenMerging, Unsharded
 from mlx_sora.models.key_map import CONV3D, KeyMap, KeyRule
+from mlx_sora.models.layers import Linear
 from mlx_sora.models.ops import add_gated, apply_in_slices, attention, gelu_tanh, modulate, silu
 from mlx_sora.models.quantized import dequantize_once
 
@@ -114,7 +115,7 @@ class ScalarEmbedder(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.mlp = [nn.Linear(FREQUENCIES, channels), SiLU(), nn.Linear(channels, channels)]
+        self.mlp = [Linear(FREQUENCIES, channels), SiLU(), Linear(channels, channels)]
 
     def __call__(self, values: mx.array, dtype: mx.Dtype) -> mx.array:
         x = timestep_embedding(values).astype(dtype)
@@ -129,8 +130,8 @@ class Mlp(nn.Module):
     def __init__(self, channels: int, hidden: int, out: int) -> None:
         super().__init__()
         self.hidden = hidden
-        self.fc1 = nn.Linear(channels, hidden)
-        self.fc2 = nn.Linear(hidden, out)
+        self.fc1 = Linear(channels, hidden)
+        self.fc2 = Linear(hidden, out)
 
     def __call__(self, x: mx.array) -> mx.array:
         fc1, fc2 = dequantize_once(self.fc1, x), dequantize_once(self.fc2, x)
@@ -153,7 +154,7 @@ class PatchEmbedder(nn.Module):
     def __init__(self, config: STDiT3Config) -> None:
         super().__init__()
         self.patch_size = config.patch_size
-        self.proj = nn.Linear(math.prod(config.patch_size) * config.in_channels, config.hidden_size)
+        self.proj = Linear(math.prod(config.patch_size) * config.in_channels, config.hidden_size)
 
     def __call__(self, z: mx.array) -> mx.array:
         """Embed [B, T, H, W, channels] as tokens [B, T', S, C]."""
@@ -190,8 +191,8 @@ class SelfAttention(nn.Module):
         super().__init__()
         channels = config.hidden_size
         self.heads, self.temporal = config.num_heads, temporal
-        self.qkv = nn.Linear(channels, 3 * channels)
-        self.proj = nn.Linear(channels, channels)
+        self.qkv = Linear(channels, 3 * channels)
+        self.proj = Linear(channels, channels)
         self.qk_norm = config.qk_norm
         if config.qk_norm:
             self.q_norm = nn.RMSNorm(config.head_dim, eps=1e-6)
@@ -227,9 +228,9 @@ class CrossAttention(nn.Module):
         super().__init__()
         channels = config.hidden_size
         self.heads = config.num_heads
-        self.q_linear = nn.Linear(channels, channels)
-        self.kv_linear = nn.Linear(channels, 2 * channels)
-        self.proj = nn.Linear(channels, channels)
+        self.q_linear = Linear(channels, channels)
+        self.kv_linear = Linear(channels, 2 * channels)
+        self.proj = Linear(channels, channels)
 
     def keys_values(self, text: mx.array) -> KeysValues:
         """Return keys and values of text [B, L, C], in the layout that all steps use."""
@@ -294,9 +295,7 @@ class FinalLayer(nn.Module):
         super().__init__()
         self.scale_shift_table = mx.zeros((2, config.hidden_size))
         self.norm_final = nn.LayerNorm(config.hidden_size, eps=1e-6, affine=False)
-        self.linear = nn.Linear(
-            config.hidden_size, math.prod(config.patch_size) * config.out_channels
-        )
+        self.linear = Linear(config.hidden_size, math.prod(config.patch_size) * config.out_channels)
 
     def _norm_modulate(self, x: mx.array, t: mx.array) -> mx.array:
         """Normalize x [B, T, S, C], then shift and scale it by the time embedding t [B, C]."""
@@ -352,7 +351,7 @@ class STDiT3(nn.Module):
         self.x_embedder = PatchEmbedder(config)
         self.t_embedder = ScalarEmbedder(channels)
         self.fps_embedder = ScalarEmbedder(channels)
-        self.t_block = [SiLU(), nn.Linear(channels, 6 * channels)]
+        self.t_block = [SiLU(), Linear(channels, 6 * channels)]
         self.y_embedder = CaptionEmbedder(config)
         self.rope = Rope(config.head_dim)
         self.spatial_blocks = [STDiT3Block(config, False, dtype) for _ in range(config.depth)]

@@ -17,6 +17,7 @@ from mlx_sora.models import precision
 from mlx_sora.models.config import MAX_DEPTH, NetworkConfig, require
 from mlx_sora.models.hooks import BlockProvider, ResidentBlocks
 from mlx_sora.models.key_map import KeyMap, KeyRule
+from mlx_sora.models.layers import Embedding, Linear
 from mlx_sora.models.ops import attention, gelu_tanh
 from mlx_sora.models.precision import check_text_encoder
 
@@ -85,12 +86,12 @@ class T5Attention(nn.Module):
         inner = config.num_heads * config.d_kv
         self.heads = config.num_heads
         self.max_distance = config.relative_attention_max_distance
-        self.q = nn.Linear(config.d_model, inner, bias=False)
-        self.k = nn.Linear(config.d_model, inner, bias=False)
-        self.v = nn.Linear(config.d_model, inner, bias=False)
-        self.o = nn.Linear(inner, config.d_model, bias=False)
+        self.q = Linear(config.d_model, inner, bias=False)
+        self.k = Linear(config.d_model, inner, bias=False)
+        self.v = Linear(config.d_model, inner, bias=False)
+        self.o = Linear(inner, config.d_model, bias=False)
         if has_bias:
-            self.relative_attention_bias = nn.Embedding(
+            self.relative_attention_bias = Embedding(
                 config.relative_attention_num_buckets, config.num_heads
             )
 
@@ -115,9 +116,9 @@ class GatedGelu(nn.Module):
 
     def __init__(self, config: T5Config) -> None:
         super().__init__()
-        self.wi_0 = nn.Linear(config.d_model, config.d_ff, bias=False)
-        self.wi_1 = nn.Linear(config.d_model, config.d_ff, bias=False)
-        self.wo = nn.Linear(config.d_ff, config.d_model, bias=False)
+        self.wi_0 = Linear(config.d_model, config.d_ff, bias=False)
+        self.wi_1 = Linear(config.d_model, config.d_ff, bias=False)
+        self.wo = Linear(config.d_ff, config.d_model, bias=False)
 
     def __call__(self, x: mx.array) -> mx.array:
         return self.wo(gelu_tanh(self.wi_0(x)) * self.wi_1(x))
@@ -184,7 +185,7 @@ class T5Encoder(nn.Module):
         super().__init__()
         self.config = config
         if embedding:
-            self.shared = nn.Embedding(config.vocab_size, config.d_model)
+            self.shared = Embedding(config.vocab_size, config.d_model)
         self.encoder = T5Stack(config)
 
     def embed(self, ids: mx.array) -> mx.array:

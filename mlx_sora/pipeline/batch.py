@@ -10,6 +10,7 @@ import logging
 import tempfile
 from collections import defaultdict
 from collections.abc import Generator, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from mlx_sora.errors import MlxSoraError, UsageError
 from mlx_sora.memory.limits import release
 from mlx_sora.pipeline.engine import Engine
 from mlx_sora.pipeline.generate import generate_clips, prepare
-from mlx_sora.pipeline.locks import output_lock_on_rank0, process_lock
+from mlx_sora.pipeline.locks import output_lock_on_rank0, process_lock, stop_at_exit
 from mlx_sora.pipeline.resume import checkpoint_seed
 from mlx_sora.pipeline.run import GenerationRun
 from mlx_sora.pipeline.stages import encode_text
@@ -67,13 +68,21 @@ class _Batch:
                 self._runs[index] = self._prepare(request)
             except Exception as error:
                 yield RequestFailed(index, as_known_error(error))
-        with process_lock(), tempfile.TemporaryDirectory(prefix="mlx_sora-") as folder:
-            texts = yield from self._encode(Path(folder))
-            if self._data_parallel:
-                yield from self._make_side_by_side(texts)
-                return
-            for index in list(self._runs):
-                yield from self._make(index, self._runs.pop(index), texts.get(index))
+        with (
+            process_lock() as ending,
+            tempfile.TemporaryDirectory(prefix="mlx_sora-") as folder,
+            closing(stop_at_exit(self._make_all(Path(folder)), ending)) as stoppable,
+        ):
+            yield from stoppable
+
+    def _make_all(self, folder: Path) -> Generator[Event, None, None]:
+        """Make the videos of all runs. folder: for texts."""
+        texts = yield from self._encode(folder)
+        if self._data_parallel:
+            yield from self._make_side_by_side(texts)
+            return
+        for index in list(self._runs):
+            yield from self._make(index, self._runs.pop(index), texts.get(index))
 
     def _prepare(self, request: GenerationRequest) -> GenerationRun:
         """Prepare a run. Raises UsageError if another one writes to the same file."""

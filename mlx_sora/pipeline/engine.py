@@ -18,6 +18,7 @@ from mlx_sora.models.ops import on_gpu
 from mlx_sora.models.precision import Precision
 from mlx_sora.models.stdit3 import STDiT3Config
 from mlx_sora.models.vae import VAEConfig
+from mlx_sora.pipeline.locks import check_not_forked
 from mlx_sora.request.generation import GenerationRequest, label
 from mlx_sora.runtime.device import choose_precision, largest_array, total_memory
 from mlx_sora.text.tokenizer import Tokenizer
@@ -42,8 +43,10 @@ class Engine:
     def for_request(self, request: GenerationRequest) -> Engine:
         """Return the engine with the data types, quantization and ranks that a request asks for.
 
-        Raises UsageError if the request asks for another model, or for what this one cannot do.
+        Raises UsageError if the request asks for another model, or for what this one cannot do, and
+        in a forked process.
         """
+        check_not_forked()
         if request.model is not None and model_path(request.model) != self.model.path:
             raise UsageError(
                 f"This pipeline holds {self.model.name}, the request asks for {request.model}.",

@@ -1,18 +1,19 @@
 """The two locks of a run: one run per process, and one run per output.
 
-MLX's limits of memory and cache, and the peaks that budgets are decided by, belong to the process;
-compiled functions that several threads call have been seen to abort it at exit (MLX 0.32). So the
-second of two runs is refused instead of risked. A thread besides the main one that has made videos
-should end with `mx.clear_streams()`: without it MLX 0.32 aborts the process at exit. A run cannot
-do that itself, because a thread that has cleared its streams cannot compute any more.
+MLX's limits of memory and cache, and the peaks that budgets are decided by, belong to the process.
+So the second of two runs is refused. Runs may be made in any thread, one after the other. A forked
+child has none of the threads that MLX began before the fork, and would wait for them for ever.
 """
 
 from __future__ import annotations
 
+import atexit
 import logging
+import os
 import threading
 from collections.abc import Generator, Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,18 +30,61 @@ logger = logging.getLogger(__name__)
 _process = threading.Lock()
 
 
+#: Seconds that a daemon thread has at the end of the process to end after its run.
+_GRACE = 1.0
+
+
 @contextmanager
-def process_lock() -> Iterator[None]:
-    """Hold the process for one run. Raises UsageError if a run of any thread holds it."""
+def process_lock() -> Iterator[threading.Event]:
+    """Hold the process for one run; yield the event that is set when the process ends.
+
+    MLX aborts a process that ends while a daemon thread computes. So the end waits until the run
+    has stopped. Raises UsageError if a run of any thread holds the process.
+    """
     if not _process.acquire(blocking=False):
         raise UsageError(
             "Another run is in progress in this process.",
             "Wait until it ends, close its generator, or use another process.",
         )
+    ending, thread = threading.Event(), threading.current_thread()
+
+    def stop() -> None:
+        ending.set()
+        with _process:
+            thread.join(_GRACE)
+
+    if thread.daemon:  # Python waits for other threads
+        atexit.register(stop)
     try:
-        yield
+        yield ending
     finally:
+        atexit.unregister(stop)
         _process.release()
+
+
+def stop_at_exit(
+    events: Generator[Event, None, None], ending: threading.Event
+) -> Generator[Event, None, None]:
+    """Yield the events; end the thread in silence once `ending` is set."""
+    with closing(events):
+        for event in events:
+            if ending.is_set():
+                raise SystemExit
+            yield event
+
+
+def check_not_forked() -> None:
+    """Raise UsageError in a process that was forked after its parent had called this."""
+    if _first_process() != os.getpid():
+        raise UsageError(
+            "This process was forked from one that had used MLX, so MLX would hang in it.",
+            'Start it with multiprocessing.get_context("spawn"), or fork before the first use.',
+        )
+
+
+@cache
+def _first_process() -> int:
+    return os.getpid()
 
 
 @contextmanager
@@ -115,8 +159,12 @@ def run_exclusively(
 
     Both locks are free again when the run yields `Finished`.
     """
-    with process_lock(), output_lock_on_rank0(output, ranks), closing(events):
-        for event in events:
+    with (
+        process_lock() as ending,
+        output_lock_on_rank0(output, ranks),
+        closing(stop_at_exit(events, ending)) as stoppable,
+    ):
+        for event in stoppable:
             if isinstance(event, Finished):
                 break
             yield event

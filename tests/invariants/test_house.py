@@ -56,6 +56,19 @@ def test_only_the_command_line_prints() -> None:
     assert found == []
 
 
+def test_networks_leave_nothing_in_a_thread() -> None:
+    """`models/layers.py` says why, and has what stands for these."""
+    words = ("mx.compile(", "@mx.compile", "(mx.compile", "nn.Linear(", "nn.Embedding(", "nn.Conv")
+    found = [
+        f"{s.name}: {word}"
+        for s in sources("mlx_sora")
+        if s.name != "mlx_sora/models/layers.py"
+        for word in words
+        if word in s.text
+    ]
+    assert found == []
+
+
 def test_nothing_is_left_unimplemented() -> None:
     found = [
         f"{s.name}:{node.lineno}"
