@@ -22,6 +22,7 @@ from mlx_sora.manage.machine_check import OK, REPORT, SKIPPED, SLOW, WRONG, Allo
 from mlx_sora.manage.machine_forms import normals
 from mlx_sora.memory.limits import memory_scope, process_memory, release
 from mlx_sora.models.key_map import KeyMap
+from mlx_sora.models.layers import Linear
 from mlx_sora.runtime.device import backend, describe_machine
 
 #: Bytes of an array whose allocation the readings have to show, at full size.
@@ -74,11 +75,11 @@ class _Blocks(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.blocks = [
-            [nn.Linear(width, width, bias=False) for _ in range(_LAYERS)] for _ in range(_BLOCKS)
+            [Linear(width, width, bias=False) for _ in range(_LAYERS)] for _ in range(_BLOCKS)
         ]
 
 
-def _stream_passes(source: BlockSource[list[nn.Linear]], width: int) -> Iterator[CheckResult]:
+def _stream_passes(source: BlockSource[list[Linear]], width: int) -> Iterator[CheckResult]:
     """Compare a serial pass with one that prefetches, in the same number of rows."""
     (x,) = normals((256, width))
     with BlockStream(source, prefetch=False) as stream:
@@ -114,7 +115,7 @@ def _stream_passes(source: BlockSource[list[nn.Linear]], width: int) -> Iterator
         yield CheckResult("reading ahead", OK, message, seconds=seconds)
 
 
-def _pass(stream: BlockStream[list[nn.Linear]], x: mx.array, repeats: int = 1) -> mx.array:
+def _pass(stream: BlockStream[list[Linear]], x: mx.array, repeats: int = 1) -> mx.array:
     """Return x after all blocks, each applied `repeats` times to the same input."""
     for index in range(_BLOCKS):
         block = stream.get(index)
