@@ -14,6 +14,8 @@ import pytest
 import mlx_sora  # noqa: F401  (before mlx.core, so that the fast BLAS is in place)
 
 # isort: split
+import mlx.core as mx
+
 from mlx_sora import Pipeline
 from mlx_sora.loading.model_folder import BUNDLED, WEIGHTS_VARIABLE, ModelFolder, weights_root
 from mlx_sora.text.tokenizer import Tokenizer
@@ -33,6 +35,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="folder of golden cases of the reference code (default: the committed subset)",
     )
     parser.addoption(
+        "--device", choices=["cpu"], help="MLX's device in place of its own choice, in children too"
+    )
+    parser.addoption(
         "--emulate-gpu",
         action="store_true",
         help="run as on a Mac: forms for GPUs, bfloat16 by default, macOS; MLX computes on the CPU",
@@ -46,9 +51,11 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "markers", "golden(family): run once per golden case whose file name starts with `family`"
     )
+    patch = pytest.MonkeyPatch()
+    config.add_cleanup(patch.undo)
+    if config.getoption("--device") == "cpu":
+        choose_cpu(patch)
     if config.getoption("--emulate-gpu"):
-        patch = pytest.MonkeyPatch()
-        config.add_cleanup(patch.undo)
         emulate_mac(patch)
 
 
@@ -72,6 +79,14 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         return
     cases = find_cases(metafunc.config.getoption("--golden"), *marker.args)
     metafunc.parametrize("case", cases, ids=[case.name for case in cases])
+
+
+def choose_cpu(patch: pytest.MonkeyPatch) -> None:
+    """Let MLX compute on the CPU, in this process and those that tests start."""
+    mx.set_default_device(mx.cpu)
+    patch.setenv("MLX_SORA_TEST_DEVICE", "cpu")
+    children = Path(__file__).parent / "helpers" / "children"
+    patch.setenv("PYTHONPATH", str(children), prepend=os.pathsep)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -44,6 +44,7 @@ _UUID, _FOOTPRINT, _LARGEST_FOOTPRINT = 16, 7, 28
 
 def emulate_mac(patch: pytest.MonkeyPatch) -> None:
     """Replace what MLX, Python and the system answer, until `patch` is undone."""
+    mx.set_default_device(mx.cpu)  # also on a Mac
     _emulate_metal(patch)
     _emulate_platform(patch)
     _hide_linux(patch)

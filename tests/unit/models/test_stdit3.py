@@ -139,6 +139,7 @@ def test_large_passes_of_gpus_are_evaluated_by_block(
     model, z, t = network(), normal(2, *GRID, 4), mx.array([300.0, 800.0])
     kept, seen = conditions(model, 3, 11), evaluated(monkeypatch)
     monkeypatch.setattr(ops, "LARGE_PASS_TOKENS", limit)
+    monkeypatch.setattr(ops, "on_gpu", lambda: False)
     model(z, t, kept)
     assert seen == []
     monkeypatch.setattr(ops, "on_gpu", lambda: True)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -119,6 +121,26 @@ def test_macos_uses_the_blas_of_mlx(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "platform", "darwin")
     found = blas.install.__wrapped__()
     assert (found.path, found.fast, found.notice) == ("", True, "")
+
+
+@pytest.mark.parametrize(("platform", "count"), [("linux", 1), ("darwin", 0)])
+def test_the_extension_is_built_on_linux_only(
+    monkeypatch: pytest.MonkeyPatch, platform: str, count: int
+) -> None:
+    """On macOS an installation must not wait for a compiler."""
+    root = Path(__file__).parents[3]
+    built: list[SimpleNamespace] = []
+    setuptools = SimpleNamespace(
+        Extension=lambda name, sources, **options: SimpleNamespace(sources=sources, **options),
+        setup=lambda **options: built.extend(options["ext_modules"]),
+    )
+    monkeypatch.setitem(sys.modules, "setuptools", setuptools)
+    monkeypatch.setattr(sys, "platform", platform)
+    runpy.run_path(str(root / "setup.py"))
+    assert len(built) == count
+    assert all(extension.optional for extension in built)
+    assert all((root / file).is_file() for extension in built for file in extension.sources)
+    assert "ext-modules" not in (root / "pyproject.toml").read_text()
 
 
 @linux_only
