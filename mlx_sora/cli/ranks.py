@@ -74,8 +74,8 @@ def add_cluster_flags(parser: Parser) -> None:
         group.add_argument(
             "--chip",
             metavar="CHIP",
-            help="their chip: m1, m2, m3, m4, m4-pro, m4-max (default), m1-max, m1-ultra, or a "
-            "measurement of `bench link`",
+            help="their chip: m1 to m5, m4-pro, m5-pro, m1-max, m4-max (default), m5-max, "
+            "m1-ultra, m2-ultra, m3-ultra, or a measurement of `bench link`",
         ),
     )
 

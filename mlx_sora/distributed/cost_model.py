@@ -23,7 +23,7 @@ from mlx_sora.distributed.partition import (
 from mlx_sora.errors import UsageError
 from mlx_sora.memory import activations, flops
 from mlx_sora.memory.activations import ExecutionMode
-from mlx_sora.memory.estimate import ASSUMED_EFFICIENCY, DEVICES
+from mlx_sora.memory.estimate import DEVICES
 from mlx_sora.memory.flops import Grid
 from mlx_sora.memory.plan import ModelSizes, Workload
 
@@ -87,10 +87,10 @@ class StepEstimate:
 def chips() -> dict[str, Chip]:
     """Return chips by name, with the assumed share of their published speeds."""
     return {
-        device.name.rpartition(", ")[2].lower().replace(" ", "-"): Chip(
-            device.name.rpartition(", ")[2],
-            device.flops * ASSUMED_EFFICIENCY.flops,
-            device.bandwidth * ASSUMED_EFFICIENCY.bandwidth,
+        device.chip.lower().replace(" ", "-"): Chip(
+            device.chip,
+            device.flops * device.efficiency.flops,
+            device.bandwidth * device.efficiency.bandwidth,
         )
         for device in DEVICES
         if device.name.startswith("Mac")

