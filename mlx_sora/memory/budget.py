@@ -34,7 +34,12 @@ def resolve_budget(memory_budget: str | None, device_profile: str | None) -> int
     if memory_budget == OFF or (memory_budget is None and backend() == "cpu"):
         return None
     if memory_budget is not None and memory_budget != AUTO:
-        return parse_bytes(memory_budget)
+        try:
+            return parse_bytes(memory_budget)
+        except UsageError as error:
+            raise UsageError(
+                error.message, "Write it as 3.3GB or 800MB, or auto, or off."
+            ) from None
     budget = automatic_budget()
     if budget is None and memory_budget == AUTO:
         raise UsageError(

@@ -33,8 +33,9 @@ def test_given_budgets() -> None:
     assert resolve_budget(None, "mac-16gb") == PROFILES["mac-16gb"]
     with pytest.raises(UsageError, match="exclude each other"):
         resolve_budget("auto", "mac-16gb")
-    with pytest.raises(UsageError, match="'automatic' is not an amount of memory"):
+    with pytest.raises(UsageError, match="'automatic' is not an amount of memory") as error:
         resolve_budget("automatic", None)
+    assert "auto, or off" in error.value.fix
 
 
 def test_a_measured_budget_on_a_cpu_is_asked_for() -> None:
