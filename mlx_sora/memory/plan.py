@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from mlx_sora.geometry import Geometry
@@ -10,7 +10,7 @@ from mlx_sora.models.stdit3 import STDiT3Config
 from mlx_sora.models.t5 import T5Config
 from mlx_sora.models.vae import VAEConfig
 
-FLOAT32_SIZE = 4
+FLOAT32_SIZE, HALF_SIZE = 4, 2
 
 
 @dataclass(frozen=True)
@@ -41,11 +41,16 @@ class WeightSizes:
 
 @dataclass(frozen=True)
 class VAESizes:
-    """Bytes of a VAE's temporal and spatial encoders or decoders; stored: both on disk."""
+    """Bytes of a VAE's temporal and spatial encoders or decoders in float32; stored: on disk."""
 
     temporal: int
     spatial: int
     stored: int
+
+    def with_itemsize(self, itemsize: int) -> VAESizes:
+        """Return the sizes with `itemsize` bytes per weight in memory."""
+        temporal, spatial = (n * itemsize // FLOAT32_SIZE for n in (self.temporal, self.spatial))
+        return replace(self, temporal=temporal, spatial=spatial)
 
 
 @dataclass(frozen=True)
@@ -97,6 +102,7 @@ class Workload:
     captured_bytes: attention values that the inversion keeps.
     clips: clips of the video, all but the first with `shared_frames` frames of the clip before.
     vae_tiles: tiles per side in which frames are decoded.
+    vae_itemsize: bytes per weight and activation of the VAE.
     """
 
     geometry: Geometry
@@ -113,6 +119,7 @@ class Workload:
     clips: int = 1
     shared_frames: int = 0
     vae_tiles: int = 1
+    vae_itemsize: int = FLOAT32_SIZE
 
     @property
     def batch(self) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import product
 
 from mlx_sora.errors import MemoryBudgetError
 from mlx_sora.geometry import MAX_TILES
@@ -18,7 +19,7 @@ from mlx_sora.memory.limits import (
     return_freed_memory,
     set_memory_limit,
 )
-from mlx_sora.memory.plan import Machine, ModelSizes, Plan, StagePlan, Workload
+from mlx_sora.memory.plan import HALF_SIZE, Machine, ModelSizes, Plan, StagePlan, Workload
 from mlx_sora.memory.profiles import format_bytes
 from mlx_sora.memory.requirements import StageMemory, stage_requirements
 
@@ -106,7 +107,7 @@ def _allocatable_workloads(
     sizes: ModelSizes, workload: Workload, machine: Machine
 ) -> Iterator[tuple[str, Workload]]:
     """Yield the smaller workloads whose arrays the machine can allocate, with their flags."""
-    for flags, smaller in _smaller_workloads(workload):
+    for flags, smaller in _smaller_workloads(workload, machine):
         stages = stage_requirements(sizes, smaller, machine, throttled=True)
         if all(machine.can_allocate(stage.largest_array) for stage in stages):
             yield flags, smaller
@@ -135,20 +136,30 @@ def _budget_error(
     )
 
 
-def _smaller_workloads(workload: Workload) -> Iterator[tuple[str, Workload]]:
+def _smaller_workloads(workload: Workload, machine: Machine) -> Iterator[tuple[str, Workload]]:
     """Yield flags that need less memory, and their workload: exact ones first, best quality first.
 
-    VAE tiles are approximate.
+    Half precision, which is for GPUs, and VAE tiles are approximate.
     """
-    sequential = replace(workload, sequential_guidance=True)
-    if workload.batch > 1:
-        yield "--sequential-guidance", sequential
     most = min(MAX_TILES, min(workload.geometry.latent[1:]) // 2)
-    tiles = range(workload.vae_tiles + 1, most + 1)
-    yield from ((f"--vae-tiles {n}", replace(workload, vae_tiles=n)) for n in tiles)
-    if workload.batch > 1:
-        for n in tiles:
-            yield f"--sequential-guidance --vae-tiles {n}", replace(sequential, vae_tiles=n)
+    sequential, half, tiles = (
+        [("--sequential-guidance", {"sequential_guidance": True})] * (workload.batch > 1),
+        [("--vae-dtype bfloat16", {"vae_itemsize": HALF_SIZE})]
+        * (machine.gpu and workload.vae_itemsize > HALF_SIZE),
+        [(f"--vae-tiles {n}", {"vae_tiles": n}) for n in range(workload.vae_tiles + 1, most + 1)],
+    )
+    for options in (
+        (sequential,),
+        (half,),
+        (sequential, half),
+        (tiles,),
+        (sequential, tiles),
+        (half, tiles),
+        (sequential, half, tiles),
+    ):
+        for chosen in product(*options):
+            changes = {name: value for _, change in chosen for name, value in change.items()}
+            yield " ".join(flags for flags, _ in chosen), replace(workload, **changes)
 
 
 def _smallest_budget(sizes: ModelSizes, workload: Workload, machine: Machine) -> int:

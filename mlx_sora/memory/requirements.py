@@ -243,6 +243,7 @@ def _media_encoder_memory(
     _, rows, columns = workload.geometry.latent
     frames = media.chunk_frames
     pixels = 3 * frames * FLOAT32_SIZE * 3 * width * height
+    share = activations.vae_share(workload.vae_itemsize, mode)
     chunk_flops = flops.temporal_encoder_flops(config.temporal, frames, rows, columns)
     chunk_flops += frames * flops.spatial_encoder_flops(config.spatial, height, width)
     return VaeStageMemory(
@@ -250,10 +251,12 @@ def _media_encoder_memory(
         fixed=NON_MLX_BYTES
         + VIDEO_ENCODER_BYTES
         + VIDEO_DECODER_BYTES_PER_PIXEL * media.source_pixels,
-        weights=sizes.vae_encoder,
-        temporal_activations=activations.temporal_encoder(config, frames, rows, columns, mode),
+        weights=sizes.vae_encoder.with_itemsize(workload.vae_itemsize),
+        temporal_activations=int(
+            share * activations.temporal_encoder(config, frames, rows, columns, mode)
+        ),
         spatial_activations={
-            n: pixels + activations.spatial_encoder(config, height, width, n, mode)
+            n: pixels + int(share * activations.spatial_encoder(config, height, width, n, mode))
             for n in _micro_batches(config, frames, lambda n: machine.can_allocate(arrays(n)))
         },
         mode=mode,
@@ -350,13 +353,17 @@ def _decoder_memory(
         for chunk in chunks
     )
     frames, channels = geometry.num_frames, config.spatial.latent_channels
+    share = activations.vae_share(workload.vae_itemsize, mode)
     return VaeStageMemory(
         stage="decode",
         fixed=NON_MLX_BYTES + _video_encoder_bytes(workload),
-        weights=sizes.vae_decoder,
-        temporal_activations=activations.temporal_decoder(config, frames, rows, columns, mode),
+        weights=sizes.vae_decoder.with_itemsize(workload.vae_itemsize),
+        temporal_activations=int(
+            share * activations.temporal_decoder(config, frames, rows, columns, mode)
+        ),
         spatial_activations={
-            n: pixels + activations.spatial_decoder(config, geometry.decoded, n, mode, tiles)
+            n: pixels
+            + int(share * activations.spatial_decoder(config, geometry.decoded, n, mode, tiles))
             for n in _micro_batches(config, longest, lambda n: machine.can_allocate(arrays(n)))
         },
         mode=mode,

@@ -228,8 +228,9 @@ class VideoVAE(nn.Module):
     def _decode_time(self, z: mx.array, chunk: Chunk) -> mx.array:
         """Return the spatial latents of a chunk's frames, [frames, h, w, C], evaluated."""
         part = z[:, chunk.latent : chunk.latent + chunk.latents] * self.scale + self.shift
-        decode = partial(self.temporal_vae.decode, num_frames=chunk.frames)
-        frames = self._run(decode, part)[0] / LATENT_FACTOR
+        vae = self.temporal_vae
+        frames = self._run(vae, partial(vae.decode, num_frames=chunk.frames), part)[0]
+        frames = frames / LATENT_FACTOR
         # Evaluate here, so that no later graph holds the temporal network's activations.
         mx.eval(frames)
         return frames
@@ -248,7 +249,11 @@ class VideoVAE(nn.Module):
             mx.clear_cache()
         for frames in parts:
             size = micro_batch.frames if isinstance(micro_batch, MicroBatch) else micro_batch
-            yield _in_batches(partial(self._run, partial(decode, self.spatial_vae)), frames, size)
+            yield _in_batches(
+                partial(self._run, self.spatial_vae, partial(decode, self.spatial_vae)),
+                frames,
+                size,
+            )
 
     def encode(
         self, x: mx.array, noise: EncodeNoise | None = None, micro_batch: int | None = None
@@ -261,14 +266,16 @@ class VideoVAE(nn.Module):
         b, f, h, w, _ = x.shape
         frames = x.reshape(b * f, h, w, -1)
         micro_batch = micro_batch or self.config.micro_batch_size
-        moments = _in_batches(partial(self._run, self.spatial_vae.encode), frames, micro_batch)
+        moments = _in_batches(
+            partial(self._run, self.spatial_vae, self.spatial_vae.encode), frames, micro_batch
+        )
         draws = noise.spatial if noise else None
         z = Posterior.from_moments(moments).sample(draws) * LATENT_FACTOR
         z = z.reshape(b, f, *z.shape[1:])
         parts = []
         for chunk in self.chunks(f):
             frames = z[:, chunk.frame : chunk.frame + chunk.frames]
-            moments = self._run(self.temporal_vae.encode, frames)
+            moments = self._run(self.temporal_vae, self.temporal_vae.encode, frames)
             span = slice(chunk.latent, chunk.latent + chunk.latents)
             draws = noise.temporal[:, span] if noise else None
             parts.append(Posterior.from_moments(moments).sample(draws))
@@ -302,20 +309,29 @@ class VideoVAE(nn.Module):
 
     def _encode_space(self, frames: mx.array, micro_batch: int | None) -> mx.array:
         """Return the spatial latents of a chunk's frames, [f, h, w, C], evaluated."""
-        moments = _in_batches(partial(self._run, self.spatial_vae.encode), frames, micro_batch)
+        moments = _in_batches(
+            partial(self._run, self.spatial_vae, self.spatial_vae.encode), frames, micro_batch
+        )
         z = Posterior.from_moments(moments).mean * LATENT_FACTOR
         mx.eval(z)
         return z
 
     def _encode_time(self, z: mx.array) -> mx.array:
-        mean = Posterior.from_moments(self._run(self.temporal_vae.encode, z[None])).mean
+        mean = Posterior.from_moments(
+            self._run(self.temporal_vae, self.temporal_vae.encode, z[None])
+        ).mean
         out = (mean - self.shift) / self.scale
         mx.eval(out)
         return out
 
-    def _run(self, network: Callable[[mx.array], mx.array], x: mx.array) -> mx.array:
-        """Return float32 network(x), computed in this VAE's type."""
-        return network(x.astype(self.dtype)).astype(precision.LATENTS)
+    def _run(
+        self, network: nn.Module, function: Callable[[mx.array], mx.array], x: mx.array
+    ) -> mx.array:
+        """Return float32 function(x), computed with `network` in this VAE's type."""
+        if self.dtype != precision.LATENTS:
+            # Else weights would be in memory as stored, too, beside the activations.
+            mx.eval(network.parameters())
+        return function(x.astype(self.dtype)).astype(precision.LATENTS)
 
 
 def _in_batches(

@@ -79,6 +79,7 @@ def plan_run(
         clips=resolved.clips.count,
         shared_frames=resolved.clips.shared_frames,
         vae_tiles=resolved.vae_tiles,
+        vae_itemsize=engine.precision.vae.size,
     )
     if source is not None:
         workload = source.add_to(workload, engine.precision.transformer)

@@ -21,7 +21,7 @@ from mlx_sora.memory.plan import (
     WeightSizes,
     Workload,
 )
-from mlx_sora.memory.planner import make_plan, stage_limits
+from mlx_sora.memory.planner import _smaller_workloads, make_plan, stage_limits
 from mlx_sora.memory.profiles import PROFILES, parse_bytes
 from mlx_sora.memory.requirements import MIN_CACHE, NON_MLX_BYTES, stage_requirements
 from mlx_sora.models.stdit3 import STDiT3Config
@@ -105,6 +105,30 @@ def test_smallest_budget_is_exact_and_named() -> None:
     named = error.value.fix.split("--memory-budget ")[1].split()[0]
     assert 0 <= parse_bytes(named) - smallest < 10 * MB
     assert "Stage" in error.value.message
+
+
+def test_half_precision_of_the_vae_is_named_after_what_is_exact_and_on_gpus_only() -> None:
+    large, gpu = workload(1280, 720), replace(CPU, gpu=True)
+    names = [flags for flags, _ in _smaller_workloads(large, gpu)]
+    assert names[:4] == [
+        "--sequential-guidance",
+        "--vae-dtype bfloat16",
+        "--sequential-guidance --vae-dtype bfloat16",
+        "--vae-tiles 2",
+    ]
+    assert len(set(names)) == len(names)
+    half = replace(large, vae_itemsize=2)
+    for other, machine in ((large, CPU), (half, gpu)):
+        assert not any("--vae-dtype" in flags for flags, _ in _smaller_workloads(other, machine))
+
+
+@pytest.mark.parametrize("budget", [None, 8 * GB])
+def test_half_precision_of_the_vae_takes_less_memory(budget: int | None) -> None:
+    machine = replace(CPU, gpu=True)
+    plans = [make_plan(XL, workload(vae_itemsize=n), machine, budget) for n in (4, 2)]
+    whole, half = (plan.stage("decode") for plan in plans)
+    assert half.peak < whole.peak
+    assert plans[0].stage("denoise") == plans[1].stage("denoise")
 
 
 def test_smallest_budget_does_not_prefetch() -> None:

@@ -178,3 +178,44 @@ def test_group_norm(shape: tuple[int, ...], groups: int) -> None:
     y = y / np.sqrt((y**2).mean(axis=(1, 3), keepdims=True) + 1e-6)
     expected = y.reshape(shape) * np.array(gain, np.float64) + np.array(bias, np.float64)
     assert difference(conv.group_norm(x, gain, bias, groups, 1e-6), expected) <= SAME
+
+
+@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16])
+@pytest.mark.parametrize("gpu", [False, True])
+def test_half_precision_rounds_once_and_avoids_winograd(
+    monkeypatch: pytest.MonkeyPatch, dtype: mx.Dtype, gpu: bool
+) -> None:
+    """Metal's Winograd refuses flipped kernels; that all are is what can be seen elsewhere."""
+    monkeypatch.setattr(ops, "on_gpu", lambda: gpu)
+    real, flips = mx.conv_general, []
+
+    def convolve(*args: object, flip: bool, **more: object) -> mx.array:
+        flips.append(flip)
+        return real(*args, flip=flip, **more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(mx, "conv_general", convolve)
+    x, weight = normal(1, 1, 4, 24, 17, 5).astype(dtype), normal(2, 3, 3, 3, 4, 5).astype(dtype)
+    wide, kernel = x.astype(mx.float32), weight.astype(mx.float32)
+    pairs = [
+        (conv.conv2d(x[0], weight[0]), conv.shifted_conv2d(wide[0], kernel[0])),
+        (conv.upsample_conv2d(x[0], weight[0]), conv.subpixel_conv2d(wide[0], kernel[0])),
+        (conv.causal_conv3d(x, weight), conv.shifted_conv3d(wide, kernel)),
+        (conv.causal_conv3d(x[:, :1], weight), conv.shifted_conv3d(wide[:, :1], kernel)),
+        (conv.causal_conv3d(x, weight, None, 2), conv.shifted_conv3d(wide, kernel, None, 2)),
+    ]
+    for out, expected in pairs:
+        assert out.dtype == dtype
+        assert mx.allclose(out.astype(mx.float32), expected, rtol=mx.finfo(dtype).eps, atol=1e-4)
+    assert all(flips)
+    assert len(flips) == len(pairs)
+
+
+@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16])
+def test_group_norm_in_half_precision_has_float32_statistics(dtype: mx.Dtype) -> None:
+    """Far from zero, where a mean in half precision would be off by more than the spread."""
+    x = (100 + normal(1, 1, 40, 40, 8)).astype(dtype)
+    weight, bias = mx.ones(8, dtype), mx.zeros(8, dtype)
+    exact = conv.group_norm(x.astype(mx.float32), mx.ones(8), mx.zeros(8), 2, 1e-5)
+    out = conv.group_norm(x, weight, bias, 2, 1e-5)
+    assert out.dtype == dtype
+    assert mx.allclose(out.astype(mx.float32), exact, rtol=mx.finfo(dtype).eps, atol=1e-3)
