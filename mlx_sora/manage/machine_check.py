@@ -27,8 +27,8 @@ OK, SLOW, WRONG, SKIPPED = "ok", "slow", "wrong", "skipped"
 #: Seconds of the CPU that a check may take, by which its size is chosen.
 SECONDS = 0.8
 
-#: A form that takes more seconds than this, and longer on a GPU than on the CPU, is slow.
-_SLOW_SECONDS = 0.2
+#: A form that takes more seconds than this on a GPU, and twice as long as on the CPU, is slow.
+_SLOW_SECONDS, _SLOW_RATIO = 0.2, 2
 
 #: MLX's products in half precision on a CPU take this many times as long as in float32.
 _HALF_SLOWDOWN = 20
@@ -38,7 +38,14 @@ REPORT = (
     "python -m mlx_sora doctor --machine --json."
 )
 
+BUSY = "Close other programs and check again."
+
 TYPES = (mx.float32, mx.bfloat16, mx.float16)
+
+
+def type_advice(dtype: mx.Dtype, option: str = "--dtype") -> str:
+    """Return advice for a form that is wrong in a type. option: chooses the type."""
+    return REPORT if dtype == mx.float32 else f"Run with {option} float32. {REPORT}"
 
 
 @dataclass(frozen=True)
@@ -90,7 +97,7 @@ class Form:
     float32: float
     half: float
     types: Sequence[mx.Dtype] = TYPES
-    advice: Callable[[mx.Dtype], str] = lambda _: REPORT
+    advice: Callable[[mx.Dtype], str] = type_advice
 
     def bound(self, dtype: mx.Dtype) -> float:
         """Return the largest expected error in a type."""
@@ -166,12 +173,12 @@ def _compare(
     found = "NaN or Inf" if number is None else f"error {error:.1e}"
     message = f"{found}, at most {bound:.1e} expected"
     if scale < 1:
-        message += f", at {scale:.1g} of the published size"
+        message += f", at {100 * scale:.2g} % of the published size"
     if number is None or number > bound:
         return CheckResult(name, WRONG, message, number, bound, seconds, form.advice(dtype))
     if _is_slow(seconds, cpu_seconds):
         message = f"takes {seconds:.2f} s on the GPU and {cpu_seconds:.2f} s on the CPU"
-        return CheckResult(name, SLOW, message, number, bound, seconds, REPORT)
+        return CheckResult(name, SLOW, message, number, bound, seconds, f"{BUSY} {REPORT}")
     return CheckResult(name, OK, message, number, bound, seconds)
 
 
@@ -188,7 +195,7 @@ def _run(case: Case, dtype: mx.Dtype) -> tuple[mx.array, float]:
 
 
 def _is_slow(seconds: float, cpu_seconds: float) -> bool:
-    return backend() != "cpu" and seconds > max(cpu_seconds, _SLOW_SECONDS)
+    return backend() != "cpu" and seconds > max(_SLOW_RATIO * cpu_seconds, _SLOW_SECONDS)
 
 
 def relative_error(out: mx.array, expected: mx.array) -> float:

@@ -16,7 +16,7 @@ import mlx.core as mx
 from mlx import nn
 
 from mlx_sora.loading.quantization import GROUP_SIZE, Quantization
-from mlx_sora.manage.machine_check import REPORT, Case, Form
+from mlx_sora.manage.machine_check import Case, Form, type_advice
 from mlx_sora.models import conv, ops, stdit3, t5
 from mlx_sora.models.quantized import QuantizedLinear
 
@@ -145,8 +145,11 @@ def group_norm(scale: float) -> Case:
     """Normalize a frame of the VAE's last level, whose mean is far from 0."""
     shape = (1, part(8 * LATENT_HEIGHT, scale), 8 * LATENT_WIDTH, 128)
     x, weight, bias = normals(shape, (128,), (128,))
-    norm = partial(conv.group_norm, groups=32, eps=1e-6)
-    return Case(norm, [x + 2, 1 + weight / 4, bias])
+
+    def run(x: mx.array, weight: mx.array, bias: mx.array) -> mx.array:
+        return conv.group_norm(x, weight, bias, groups=32, eps=1e-6)
+
+    return Case(run, [x + 2, 1 + weight / 4, bias])
 
 
 def activation(function: Callable[[mx.array], mx.array], channels: int, scale: float) -> Case:
@@ -164,16 +167,13 @@ def _product_advice(dtype: mx.Dtype) -> str:
 def _convolution_advice(dtype: mx.Dtype) -> str:
     if dtype == mx.float32 and os.environ.get("MLX_CONV_WINOGRAD", "1") != "0":
         return "Run with MLX_ENABLE_TF32=0 and MLX_CONV_WINOGRAD=0 in the environment."
-    return type_advice(dtype)
+    return type_advice(dtype, "--vae-dtype")
 
 
-def type_advice(dtype: mx.Dtype) -> str:
-    """Return advice for a form that is wrong in a type."""
-    return REPORT if dtype == mx.float32 else f"Run with --dtype float32. {REPORT}"
-
-
-def _attention(name: str, make: Callable[[float], Case], gflop: float, gigabytes: float) -> Form:
-    return Form(f"attention {name}", make, gflop, gigabytes, 60, 20, advice=_product_advice)
+def _attention(
+    name: str, make: Callable[[float], Case], gflop: float, gigabytes: float, half: float = 8
+) -> Form:
+    return Form(f"attention {name}", make, gflop, gigabytes, 60, half, advice=_product_advice)
 
 
 def _convolution(
@@ -219,7 +219,7 @@ FORMS = (
     _attention("along 15 frames (head 72)", partial(temporal_attention, 15), 0.5, 0.1),
     _attention("along 5 frames (head 72)", partial(temporal_attention, 5), 0.1, 0.1),
     _attention("to text (head 72, mask)", cross_attention, 17, 0.6),
-    _attention("of T5 (head 64, biases)", text_attention, 1.5, 0.2),
+    _attention("of T5 (head 64, biases)", text_attention, 1.5, 0.2, half=20),
     _attention("of the VAE (head 512)", image_attention, 424, 2.5),
     *CONVOLUTIONS,
     Form("quantized product, 4 bits", partial(quantized_product, 4, 300), 60, 0.1, 60, 10),
