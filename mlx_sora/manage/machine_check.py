@@ -144,13 +144,9 @@ def check_form(form: Form, allowance: Allowance) -> Iterator[CheckResult]:
     """Check a form in each of its types; yield a result for each."""
     for scale, dtypes in groupby(form.types, lambda dtype: allowance.scale(form, dtype)):
         with memory_scope():
-            try:
-                case = form.make(scale)
-                with reference_device():
-                    expected, cpu_seconds = _run(case, mx.float32)
-            except (RuntimeError, MemoryError) as error:
-                yield failed_result(f"{form.name}, float32 on the CPU", error)
-                continue
+            case = form.make(scale)
+            with reference_device():
+                expected, cpu_seconds = _run(case, mx.float32)
             for dtype in dtypes:
                 yield _compare(form, dtype, scale, case, expected, cpu_seconds)
             del case, expected
@@ -166,7 +162,7 @@ def _compare(
             if _is_slow(seconds, cpu_seconds):  # the first call may have compiled its kernels
                 seconds = _run(case, dtype)[1]
             error = relative_error(out, expected)
-    except (RuntimeError, MemoryError) as caught:
+    except Exception as caught:  # whatever it is, it is a result
         return failed_result(name, caught)
     bound = form.bound(dtype)
     number = error if math.isfinite(error) else None

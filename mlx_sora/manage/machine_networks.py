@@ -16,7 +16,7 @@ import mlx.core as mx
 from mlx import nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mlx_sora.errors import NumericsError, WeightsError
+from mlx_sora.errors import WeightsError
 from mlx_sora.loading.model_folder import BUNDLED
 from mlx_sora.manage.machine_check import (
     OK,
@@ -189,7 +189,7 @@ def _compare_video(types: tuple[str, str], expected: Any) -> CheckResult:
     try:
         with device_under_test():
             frames = _frames(dtype, vae_dtype)
-    except (RuntimeError, NumericsError) as caught:
+    except Exception as caught:  # whatever it is, it is a result
         return failed_result(name, caught)
     seconds = time.perf_counter() - start
     error = float(np.sqrt(np.square(np.subtract(frames, expected, dtype=np.float32)).mean()))

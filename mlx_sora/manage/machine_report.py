@@ -7,7 +7,13 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
-from mlx_sora.manage.machine_check import SECONDS, Allowance, CheckResult, check_form
+from mlx_sora.manage.machine_check import (
+    SECONDS,
+    Allowance,
+    CheckResult,
+    check_form,
+    failed_result,
+)
 from mlx_sora.manage.machine_engine import MLX_CHECKS
 from mlx_sora.manage.machine_forms import FORMS
 from mlx_sora.manage.machine_networks import NETWORKS, check_video
@@ -16,22 +22,25 @@ from mlx_sora.runtime.device import describe_machine
 #: Variables of the environment that change how MLX computes.
 SWITCHES = ("MLX_ENABLE_TF32", "MLX_CONV_WINOGRAD", "MLX_CONV_WINOGRAD_TILE_BATCH")
 
-#: All checks, in order. A check gets its allowance and yields its results.
-CHECKS: tuple[Callable[[Allowance], Iterator[CheckResult]], ...] = (
-    *MLX_CHECKS,
-    *(partial(check_form, form) for form in (*FORMS, *NETWORKS)),
-    check_video,
-)
+#: All checks by name, in order. A check gets its allowance and yields its results.
+CHECKS: dict[str, Callable[[Allowance], Iterator[CheckResult]]] = {
+    **MLX_CHECKS,
+    **{form.name: partial(check_form, form) for form in (*FORMS, *NETWORKS)},
+    "whole video": check_video,
+}
 
 
 def diagnose_machine(seconds: float = SECONDS) -> Iterator[CheckResult]:
-    """Check this machine; yield results as they are found.
+    """Check this machine; yield results as they are found. An error becomes a result.
 
     seconds: of the CPU that a check may take, by which its size is chosen.
     """
     allowance = Allowance.measure(seconds)
-    for check in CHECKS:
-        yield from check(allowance)
+    for name, check in CHECKS.items():
+        try:
+            yield from check(allowance)
+        except Exception as error:
+            yield failed_result(name, error)
 
 
 def machine_report(results: Sequence[CheckResult]) -> dict[str, Any]:
