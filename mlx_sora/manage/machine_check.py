@@ -20,7 +20,7 @@ import mlx.core as mx
 from mlx_sora.errors import MemoryBudgetError
 from mlx_sora.memory.limits import memory_scope
 from mlx_sora.models import ops
-from mlx_sora.runtime.device import backend, explain_device_error, total_memory
+from mlx_sora.runtime.device import backend, explain_device_error, gpu_memory, total_memory
 
 OK, SLOW, WRONG, SKIPPED = "ok", "slow", "wrong", "skipped"
 
@@ -115,11 +115,7 @@ class Allowance:
     @classmethod
     def measure(cls, seconds: float = SECONDS) -> Allowance:
         """Allow a check `seconds` of this CPU and a third of the memory."""
-        memory = total_memory()
-        if backend() != "cpu":
-            memory = min(
-                memory, int(mx.device_info().get("max_recommended_working_set_size", memory))
-            )
+        memory = min(total_memory(), gpu_memory() or total_memory())
         return cls(seconds * _cpu_speed(), memory / 3)
 
     def scale(self, form: Form, dtype: mx.Dtype) -> float:

@@ -1,26 +1,31 @@
-"""The report of `doctor --machine`: all checks of this machine, and the facts for a bug report."""
+"""The report of `doctor --machine`: this machine's facts, the results of all checks, its speeds."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from typing import Any
 
+from mlx_sora.errors import MlxSoraError
 from mlx_sora.manage.machine_check import (
+    OK,
     SECONDS,
+    SLOW,
     Allowance,
     CheckResult,
     check_form,
     failed_result,
 )
 from mlx_sora.manage.machine_engine import MLX_CHECKS
+from mlx_sora.manage.machine_file import write_speeds
 from mlx_sora.manage.machine_forms import FORMS
 from mlx_sora.manage.machine_networks import NETWORKS, check_video
+from mlx_sora.manage.machine_speed import OnProgress, measure_speeds
+from mlx_sora.manage.speed_report import speed_rows
+from mlx_sora.memory.speeds import MachineSpeeds
 from mlx_sora.runtime.device import describe_machine
-
-#: Variables of the environment that change how MLX computes.
-SWITCHES = ("MLX_ENABLE_TF32", "MLX_CONV_WINOGRAD", "MLX_CONV_WINOGRAD_TILE_BATCH")
 
 #: All checks by name, in order. A check gets its allowance and yields its results.
 CHECKS: dict[str, Callable[[Allowance], Iterator[CheckResult]]] = {
@@ -30,23 +35,55 @@ CHECKS: dict[str, Callable[[Allowance], Iterator[CheckResult]]] = {
 }
 
 
-def diagnose_machine(seconds: float = SECONDS) -> Iterator[CheckResult]:
-    """Check this machine; yield results as they are found. An error becomes a result.
+@dataclass
+class MachineReport:
+    """Results so far, and speeds once they are measured.
 
     seconds: of the CPU that a check may take, by which its size is chosen.
     """
-    allowance = Allowance.measure(seconds)
-    for name, check in CHECKS.items():
+
+    seconds: float = SECONDS
+    results: list[CheckResult] = field(default_factory=list)
+    speeds: MachineSpeeds | None = None
+
+    def run(self, on_progress: OnProgress = lambda _: None) -> Iterator[CheckResult]:
+        """Check this machine, then measure it; yield results as they are found.
+
+        An error becomes a result. on_progress: gets the name of what is measured.
+        """
+        for result in chain(self._check(), self._measure(on_progress)):
+            self.results.append(result)
+            yield result
+
+    def _check(self) -> Iterator[CheckResult]:
+        allowance = Allowance.measure(self.seconds)
+        for name, check in CHECKS.items():
+            try:
+                yield from check(allowance)
+            except Exception as error:
+                yield failed_result(name, error)
+
+    def _measure(self, on_progress: OnProgress) -> Iterator[CheckResult]:
+        """Measure the speeds of this machine and keep them for estimates."""
         try:
-            yield from check(allowance)
+            self.speeds = measure_speeds(on_progress)
         except Exception as error:
-            yield failed_result(name, error)
+            yield failed_result("speeds", error)
+            return
+        for row in speed_rows(self.speeds):
+            yield CheckResult(f"speed, {row.name}", row.status, row.message, advice=row.advice)
+        try:
+            path = write_speeds(self.speeds)
+        except MlxSoraError as error:
+            yield CheckResult("machine file", SLOW, error.message, advice=error.fix)
+        else:
+            message = f"{path} has the speeds, by which --dry-run and bench foresee seconds"
+            yield CheckResult("machine file", OK, message)
 
-
-def machine_report(results: Sequence[CheckResult]) -> dict[str, Any]:
-    """Return machine, switches of the environment and results, as JSON values."""
-    return {
-        "machine": describe_machine(),
-        "switches": {name: os.environ.get(name) for name in SWITCHES},
-        "results": [result.to_dict() for result in results],
-    }
+    def to_dict(self) -> dict[str, Any]:
+        """Return machine, results and speeds as JSON values."""
+        return {
+            "machine": describe_machine(),
+            "results": [result.to_dict() for result in self.results],
+            "speeds": None if self.speeds is None else self.speeds.to_dict(),
+        }

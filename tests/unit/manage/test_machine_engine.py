@@ -57,7 +57,7 @@ def test_a_thread_that_may_not_compute(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mx, "new_thread_unsafe_stream", mx.new_stream)
     monkeypatch.setattr(cidl, "_idle_streams", queue.SimpleQueue())
     monkeypatch.setattr(machine_report, "CHECKS", {"streams": check_streaming})
-    (found,) = machine_report.diagnose_machine(0.001)
+    found = next(machine_report.MachineReport(0.001).run())
     assert (found.name, found.status) == ("streams", "wrong")
     assert "no Stream" in found.message
 
@@ -100,7 +100,7 @@ def test_a_reading_that_is_wrong(
 def test_the_memory_of_the_process(
     reading: int | None, status: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(machine_engine, "current_rss", lambda: reading)
+    monkeypatch.setattr(machine_engine, "process_memory", lambda: reading)
     assert rows(check_memory)["memory of the process"].status == status
 
 
