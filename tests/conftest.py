@@ -19,6 +19,7 @@ import mlx.core as mx
 from mlx_sora import Pipeline
 from mlx_sora.loading.model_folder import BUNDLED, WEIGHTS_VARIABLE, ModelFolder, weights_root
 from mlx_sora.text.tokenizer import Tokenizer
+from mlx_sora.utils.files import CACHE_VARIABLE
 from tests.helpers import networks
 from tests.helpers.emulated_mac import emulate_mac
 from tests.helpers.golden import DEFAULT_GOLDEN, find_cases
@@ -53,6 +54,8 @@ def pytest_configure(config: pytest.Config) -> None:
     )
     patch = pytest.MonkeyPatch()
     config.add_cleanup(patch.undo)
+    # A machine file of this user must not change what commands print.
+    patch.setenv(CACHE_VARIABLE, str(config.rootpath / ".pytest_cache" / "mlx_sora"))
     if config.getoption("--device") == "cpu":
         choose_cpu(patch)
     if config.getoption("--emulate-gpu"):

@@ -11,7 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import mlx.core as mx
@@ -82,7 +82,8 @@ def _write(path: Path, most: int) -> None:
         if sys.platform == "darwin":
             import fcntl
 
-            fcntl.fcntl(file, _F_NOCACHE, 1)
+            with suppress(OSError):  # which some file systems refuse
+                fcntl.fcntl(file, _F_NOCACHE, 1)
         file.seek(base)
         while count < most and (count == 0 or time.perf_counter() - start < WRITE_SECONDS):
             file.write(data)

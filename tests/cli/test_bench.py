@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,8 @@ from mlx_sora.cli.bench.memory import draw_memory
 from mlx_sora.cli.flags import Parser, add_request_flags, explicit_options, to_command_line
 from mlx_sora.cli.main import main
 from mlx_sora.errors import UsageError
+from mlx_sora.manage.machine_file import machine_identity, write_speeds
+from tests.helpers.speeds import SPEEDS
 
 COMMAND = [sys.executable, "-m", "mlx_sora", "bench", "memory"]
 BENCH = ["bench", "memory", "--model", "shapes"]
@@ -36,7 +39,7 @@ def commands(monkeypatch: pytest.MonkeyPatch) -> list[Sequence[str]]:
         commands.append(words)
         stages = {"encode": 0.5, "denoise": 2.0, "decode": 1.0}
         stream = {"denoise": {"resident": 1, "blocks": 4, "bytes_read": 5 * MB}}
-        budgeted = any("--memory-budget" in word for word in words)
+        budgeted = "--memory-budget=off" not in words
         return Measurement(3.5, 4.0, 150 * MB, 20 * MB, stages, stream if budgeted else {})
 
     monkeypatch.setattr(memory, "measure", fake_measure)
@@ -79,15 +82,35 @@ def test_default_budgets_span_the_possible_range(
     folder: Path, commands: list[Sequence[str]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main([*BENCH, "--steps", "3", "--tdtm", "2", "--sequential-guidance"]) == 0
-    budgets = [word.split("=")[1] for words in commands for word in words if "memory-bud" in word]
-    assert len(commands) == 1 + len(budgets)
+    words = [word for command in commands for word in command if "memory-budget" in word]
+    unbounded, *budgets = (word.split("=")[1] for word in words)
+    assert len(commands) == len(words)
+    assert unbounded == "off"
     assert len(budgets) == memory.NUM_BUDGETS
     assert all(
         {"--steps=3", "--tdtm=2", "--sequential-guidance"} <= set(words) for words in commands
     )
     row = capsys.readouterr().out.splitlines()[2]
     assert row.split()[2:6] == ["3.50", "0.50", "2.00", "1.00"]
-    assert row.endswith("1 of 4      5 MB")
+    assert row.split()[-6:] == ["1", "of", "4", "5", "MB", "-"]
+
+
+def test_estimates_stand_beside_measurements(
+    folder: Path,
+    commands: list[Sequence[str]],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("MLX_SORA_CACHE", str(folder))
+    write_speeds(replace(SPEEDS, machine=machine_identity()))
+    assert main([*BENCH, "--budgets", "1GB"]) == 0
+    estimated = [
+        row["estimated"] for row in json.loads((folder / "bench/memory.json").read_text())["rows"]
+    ]
+    assert all(value > 0 for value in estimated)
+    table = capsys.readouterr().out.splitlines()
+    assert table[0].endswith("estimated")
+    assert [float(row.split()[-1]) for row in table[1:3]] == estimated
 
 
 def test_default_budgets_are_evenly_spaced() -> None:

@@ -14,19 +14,21 @@ from typing import TYPE_CHECKING, Any
 from mlx_sora.cli.bench.measure import PEAK, Measurement, measure
 from mlx_sora.cli.flags import add_debug_flag, add_request_flags, explicit_options, to_command_line
 from mlx_sora.cli.generate import load_pipeline
+from mlx_sora.cli.plans import estimate_run
 from mlx_sora.errors import MemoryBudgetError, MlxSoraError, UsageError
 from mlx_sora.memory.profiles import format_bytes, parse_bytes
 from mlx_sora.request.generation import GenerationRequest
 from mlx_sora.runtime.events import STAGES
 
 if TYPE_CHECKING:
+    from mlx_sora.memory.speeds import MachineSpeeds
     from mlx_sora.pipeline.pipeline import Pipeline
 
 PROMPT = "a red circle moving right on a black background"
 
 TABLE_HEADER = (
     f"{'budget':<10}{'seconds':>9}{'encode':>9}{'denoise':>9}{'decode':>9}"
-    f"{'peak':>10}{'used':>7}{'peak MLX':>10}{'resident':>10}{'streamed':>10}"
+    f"{'peak':>10}{'used':>7}{'peak MLX':>10}{'resident':>10}{'streamed':>10}{'estimated':>11}"
 )
 
 #: Number of budgets by default.
@@ -35,11 +37,15 @@ NUM_BUDGETS = 5
 
 @dataclass(frozen=True)
 class BudgetRow:
-    """One budget in bytes; None: all blocks resident. Without a measurement, a reason."""
+    """One budget in bytes; None: all blocks resident. Without a measurement, a reason.
+
+    estimated: seconds that follow from the speeds of this machine, if they are known.
+    """
 
     budget: int | None
     measured: Measurement | None = None
     reason: str = ""
+    estimated: float | None = None
 
 
 def add_parser(benches: Any) -> None:
@@ -79,14 +85,17 @@ def run(args: argparse.Namespace) -> int:
     options = {"prompt": PROMPT, **explicit_options(args), "seed": 0}
     request = GenerationRequest.from_dict(options)
     request.validate()
+    from mlx_sora.manage.machine_file import read_speeds
+
     files = ResultFiles(Path(args.folder), args.replace_results)
     files.check()
     pipeline = load_pipeline(request.model, request.dtype)
     plan = pipeline.plan(replace(request, memory_budget="off"))
     rows = []
     print(TABLE_HEADER, flush=True)
+    speeds = read_speeds().speeds
     for budget in (None, *(args.budgets or evenly_spaced_budgets(plan.smallest, plan.peak))):
-        row = measure_row(pipeline, request, budget)
+        row = measure_row(pipeline, request, budget, speeds)
         print(table_row(row), flush=True)
         rows.append(row)
     result = result_record(pipeline, request, rows)
@@ -106,22 +115,30 @@ def evenly_spaced_budgets(smallest: int, peak: int) -> list[int]:
     return sorted({-(-int(step) // 10**6) * 10**6 for step in steps})
 
 
-def measure_row(pipeline: Pipeline, request: GenerationRequest, budget: int | None) -> BudgetRow:
+def measure_row(
+    pipeline: Pipeline,
+    request: GenerationRequest,
+    budget: int | None,
+    speeds: MachineSpeeds | None = None,
+) -> BudgetRow:
     """Run within `budget`, or give the reason why that is impossible. Raises ChildFailed."""
     from mlx_sora.runtime.device import total_memory
 
     request = replace(request, memory_budget="off" if budget is None else str(budget))
     try:
-        needed = pipeline.plan(request).peak
+        run = pipeline.prepare(request)
     except MemoryBudgetError:
         smallest = format_bytes(pipeline.plan(replace(request, memory_budget="off")).smallest)
         return BudgetRow(budget, reason=f"refused: the smallest possible budget is {smallest}")
+    estimated = None if speeds is None else round(estimate_run(run, speeds).total, 2)
+    needed = run.plan.peak
     if needed > total_memory():
-        has = format_bytes(total_memory())
-        return BudgetRow(
-            budget, reason=f"not run: needs {format_bytes(needed)}, this machine has {has}"
+        reason = (
+            f"not run: needs {format_bytes(needed)}, this machine has "
+            f"{format_bytes(total_memory())}"
         )
-    return BudgetRow(budget, measure(to_command_line(request.to_dict())))
+        return BudgetRow(budget, None, reason, estimated)
+    return BudgetRow(budget, measure(to_command_line(request.to_dict())), "", estimated)
 
 
 def table_row(row: BudgetRow) -> str:
@@ -136,9 +153,10 @@ def table_row(row: BudgetRow) -> str:
     read = sum(stage["bytes_read"] for stage in measured.stream.values())
     streamed = format_bytes(read) if denoise else "-"
     stages = "".join(f"{measured.stages[stage]:>9.2f}" for stage in STAGES)
+    estimated = "-" if row.estimated is None else f"{row.estimated:.2f}"
     return (
         f"{name:<10}{measured.seconds:>9.2f}{stages}{format_bytes(measured.peak):>10}{used:>7}"
-        f"{format_bytes(measured.mlx_peak):>10}{resident:>10}{streamed:>10}"
+        f"{format_bytes(measured.mlx_peak):>10}{resident:>10}{streamed:>10}{estimated:>11}"
     )
 
 

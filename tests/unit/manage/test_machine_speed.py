@@ -18,6 +18,7 @@ from mlx_sora.manage.machine_file import machine_identity
 from mlx_sora.manage.machine_speed import SECONDS, SpeedTest, largest_affordable
 from mlx_sora.manage.speed_report import SpeedRow, published_chip, speed_rows
 from mlx_sora.memory.speeds import MachineSpeeds, NetworkSpeed
+from mlx_sora.models.ops import on_gpu
 from mlx_sora.models.stdit3 import STDiT3Config
 from mlx_sora.models.t5 import T5Config
 from mlx_sora.models.vae import VAEConfig
@@ -54,8 +55,7 @@ seen: list[str] = []
 
 
 def test_everything_is_measured(speeds: MachineSpeeds) -> None:
-    gpu = mx.default_device() == mx.Device(mx.gpu)
-    types = ("float32", "bfloat16", "float16") if gpu else ("float32",)
+    types = ("float32", "bfloat16", "float16") if on_gpu() else ("float32",)
     assert speeds.machine == machine_identity()
     assert tuple(speeds.products) == tuple(speeds.networks["transformer"]) == types
     assert "float16" not in speeds.networks["text_encoder"]
