@@ -50,6 +50,32 @@ class Ranks:
         """True on the rank that writes files and reports to the user."""
         return self.rank == 0
 
+    @property
+    def is_watched(self) -> bool:
+        """True if other ranks may wait for this one."""
+        return self._watchdog is not None
+
+    def single_rank(self) -> Ranks:
+        """Return this rank as one without others, which still shows them its progress."""
+        return Ranks(watchdog=self._watchdog)
+
+    def tick(self) -> None:
+        """Show the other ranks a sign of progress."""
+        if self._watchdog is not None:
+            self._watchdog.tick()
+
+    @contextmanager
+    def allow_idle(self, seconds: float) -> Iterator[None]:
+        """Let this rank seem idle inside the block for so long from one sign to the next."""
+        if self._watchdog is None:
+            yield
+            return
+        self._watchdog.allow_idle(seconds)
+        try:
+            yield
+        finally:
+            self._watchdog.allow_idle(0.0)
+
     def all_gather(self, x: mx.array) -> mx.array:
         """Return the x of all ranks, which have one shape, as [size, *x.shape]. Lazy."""
         if self._group is None:
@@ -196,8 +222,7 @@ class Ranks:
         """Yield the events inside a watchdog scope."""
         with self.watchdog_scope(), closing(events):
             for event in events:
-                if self._watchdog is not None:
-                    self._watchdog.tick()
+                self.tick()
                 yield event
 
     def check_equal(self, facts: Mapping[str, Any]) -> None:

@@ -3,7 +3,8 @@
 MLX's collectives block until all ranks have come and do not say which one is missing, or why. So
 every rank keeps a TCP connection to rank 0. Each second both sides send how many collectives they
 have begun and how much processor time they have used. Rank 0 decides which rank is at fault and
-tells all others, so that all ranks end with the same cause.
+tells all others, so that all ranks end with the same cause. A rank whose GPU computes uses next to
+no processor time, so each rank also says how long it may seem idle.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class Timeouts:
     """Timeouts in seconds. interval: between heartbeats. connect: for all to find rank 0.
 
     silence: a rank is lost after so long without a heartbeat. idle: a rank that others wait for
-    hangs after so long without processor time.
+    hangs after so long without a sign of work, or longer if it says so.
     """
 
     interval: float = 1.0
@@ -63,20 +64,24 @@ class PeerState:
     """Last known state of a rank.
 
     collectives: number begun. ticks: signs of other work. cpu_seconds: processor time.
-    last_heard: time of the last heartbeat. last_progress: of the last in which any of these grew.
+    idle: seconds that it may seem idle. last_heard: time of the last heartbeat. last_progress: of
+    the last in which collectives, ticks or processor time grew.
     """
 
     collectives: int = 0
     ticks: int = 0
     cpu_seconds: float = 0.0
+    idle: float = 0.0
     last_heard: float = field(default_factory=time.monotonic)
     last_progress: float = field(default_factory=time.monotonic)
 
-    def record_heartbeat(self, collectives: int, ticks: int, cpu_seconds: float) -> None:
+    def record_heartbeat(
+        self, collectives: int, ticks: int, cpu_seconds: float, idle: float = 0.0
+    ) -> None:
         """Update the state. Processor time up to IDLE_CPU_SHARE is no progress."""
-        self.last_heard = time.monotonic()
-        idle = self.cpu_seconds + 0.03 + IDLE_CPU_SHARE * (self.last_heard - self.last_progress)
-        if collectives > self.collectives or ticks > self.ticks or cpu_seconds > idle:
+        self.last_heard, self.idle = time.monotonic(), idle
+        enough = self.cpu_seconds + 0.03 + IDLE_CPU_SHARE * (self.last_heard - self.last_progress)
+        if collectives > self.collectives or ticks > self.ticks or cpu_seconds > enough:
             self.collectives, self.ticks, self.cpu_seconds = collectives, ticks, cpu_seconds
             self.last_progress = self.last_heard
 
@@ -102,6 +107,7 @@ class Heartbeat:
         self._timeouts = timeouts or Timeouts()
         self._on_failure = on_failure
         self._collectives, self._ticks, self._failed_here = 0, 0, False
+        self._idle = 0.0
         self._failed, self._closed = threading.Event(), threading.Event()
         self._peers = {other: PeerState() for other in range(size)}
         self._connections = _rendezvous(rank, size, all_gather, self._timeouts)
@@ -115,6 +121,10 @@ class Heartbeat:
     def tick(self) -> None:
         """Count a sign of other work in the main thread."""
         self._ticks += 1
+
+    def allow_idle(self, seconds: float) -> None:
+        """Let this rank seem idle for so long from now on; never less than Timeouts.idle."""
+        self._idle = float(round(seconds))
 
     def fail(self, cause: str, exit_code: int = 1) -> None:
         """End the run and report the cause to the other ranks."""
@@ -141,7 +151,12 @@ class Heartbeat:
             connection.socket.close()
 
     def _state(self, cpu_seconds: float) -> dict[str, Any]:
-        return {"collectives": self._collectives, "ticks": self._ticks, "cpu_seconds": cpu_seconds}
+        return {
+            "collectives": self._collectives,
+            "ticks": self._ticks,
+            "cpu_seconds": cpu_seconds,
+            "idle": self._idle,
+        }
 
     def _run(self) -> None:
         """Receive, send and check until the run is over."""
@@ -201,8 +216,9 @@ class Heartbeat:
         for rank, peer in self._peers.items():
             finished = rank != 0 and self._connections[rank].finished
             waited_for = not finished and peer.collectives < most
-            if waited_for and now - peer.last_progress > timeouts.idle:
-                self._report(Failure(rank, f"hangs: no progress for {timeouts.idle:g} s."))
+            idle = max(timeouts.idle, peer.idle)
+            if waited_for and now - peer.last_progress > idle:
+                self._report(Failure(rank, f"hangs: no progress for {idle:g} s."))
 
     def _report(self, failure: Failure) -> None:
         if self.failure is None:

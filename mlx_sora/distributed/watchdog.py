@@ -38,6 +38,10 @@ class Watchdog:
         """Count a sign of other work."""
         self._heartbeat.tick()
 
+    def allow_idle(self, seconds: float) -> None:
+        """Let this rank seem idle for so long from now on."""
+        self._heartbeat.allow_idle(seconds)
+
     @contextmanager
     def scope(self) -> Iterator[None]:
         """Run the block as `Ranks.watchdog_scope` does."""

@@ -135,7 +135,7 @@ def _encode_video(edit: EditRun) -> Generator[Event, None, mx.array]:
     """Encode the video, chunk by chunk, to latents [1, T, h, w, C]."""
     run = edit.run
     yield StageStarted("read", len(edit.chunks))
-    with run.loader.stage(run.plan.stage("read")) as stage:
+    with run.open_stage("read") as stage:
         encoded = yield from encode_chunks(run, stage, _chunk_frames(edit), len(edit.chunks))
         latents = mx.concatenate(encoded, axis=1)
         mx.eval(latents)
@@ -160,7 +160,7 @@ def _invert_and_regenerate(
 ) -> Generator[Event, None, mx.array]:
     run = edit.run
     yield StageStarted("denoise", 2 * run.settings.steps)
-    with run.loader.stage(run.plan.stage("denoise")) as stage:
+    with run.open_stage("denoise") as stage:
         with open_transformer(run, stage) as transformer:
             flow = FlowEdit(run, transformer, edit.source.inject_steps)
             noise = yield from flow.invert(latents, texts[edit.source.text])

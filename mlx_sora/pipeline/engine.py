@@ -61,7 +61,7 @@ class Engine:
 
     def single_process(self) -> Engine:
         """Return the engine as one rank alone uses it."""
-        return self if self.ranks.size == 1 else replace(self, ranks=Ranks())
+        return self if self.ranks.size == 1 else replace(self, ranks=self.ranks.single_rank())
 
     @property
     def tokenizer(self) -> Tokenizer:

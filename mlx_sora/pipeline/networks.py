@@ -133,6 +133,7 @@ class ClipTransformer:
 
     latent: T, H, W. value_sharing: from step and flow time to the hook of an edit, or None.
     inverted_steps: N if the flow is inverted; step i then has the hooks of step N - 1 - i.
+    on_block: called after each block pair is computed.
     """
 
     transformer: StreamedTransformer
@@ -142,6 +143,7 @@ class ClipTransformer:
     sharding: Sharding
     value_sharing: Callable[[int, float], ValueSharing | None] | None = None
     inverted_steps: int | None = None
+    on_block: Callable[[int], None] | None = None
 
     def prepare(self, text: Sequence[mx.array]) -> Conditions:
         """Encode what all steps share: text, position, frame rate."""
@@ -170,6 +172,7 @@ class ClipTransformer:
             block_cache=self.accelerations.block_cache(step, cfg_slice),
             sharding=self.sharding,
             value_sharing=None if values is None else values(step, _first(t)),
+            on_block=self.on_block,
         )
         return network(z, t, conditions, x_mask, hooks)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -14,14 +15,17 @@ from mlx_sora.accel import Accelerations
 from mlx_sora.accel.cidl import BlockStream
 from mlx_sora.accel.sequence_parallel import SequenceParallel
 from mlx_sora.distributed.group import Ranks
+from mlx_sora.distributed.heartbeat import Timeouts
 from mlx_sora.distributed.partition import ParallelPlan
 from mlx_sora.errors import UsageError
+from mlx_sora.geometry import MICRO_FRAME_SIZE
 from mlx_sora.memory.limits import StageMeter
 from mlx_sora.memory.plan import MediaWorkload, Plan, Workload
 from mlx_sora.models.hooks import Sharding, Unsharded
+from mlx_sora.models.ops import on_gpu
 from mlx_sora.pipeline.checkpoint import Checkpoints, Snapshot
 from mlx_sora.pipeline.engine import Engine
-from mlx_sora.pipeline.networks import NetworkLoader
+from mlx_sora.pipeline.networks import NetworkLoader, Stage
 from mlx_sora.pipeline.preview import Previews
 from mlx_sora.pipeline.settings import ResolvedRequest
 from mlx_sora.request.generation import GenerationRequest
@@ -34,6 +38,9 @@ from mlx_sora.video.metadata import build_metadata
 
 if TYPE_CHECKING:
     import numpy as np
+
+#: Operations per second that every GPU exceeds; an iPhone 15 Pro reaches three times as many.
+SLOWEST_GPU = 2e11
 
 
 @dataclass(frozen=True)
@@ -157,6 +164,36 @@ class GenerationRun:
         budget = self.settings.memory_budget
         streamed = self.request.ci_dl or budget is not None
         return NetworkLoader(self.engine.model, self.engine.precision, budget, streamed)
+
+    @contextmanager
+    def open_stage(self, name: str) -> Iterator[Stage]:
+        """Open a stage; other ranks wait for its longest work between two signs of progress."""
+        plan = self.plan.stage(name)
+        with self.ranks.allow_idle(self._longest_idle(name)), self.loader.stage(plan) as stage:
+            yield stage
+
+    @property
+    def on_block(self) -> Callable[[int], None] | None:
+        """Sign of progress after each block of long passes; None without other ranks."""
+        blocks, seconds = self.plan.stage("denoise").blocks, self._longest_idle("denoise")
+        if self.ranks.is_watched and blocks * seconds > Timeouts().idle:
+            return lambda block: self.ranks.tick()
+        return None
+
+    def _longest_idle(self, name: str) -> float:
+        """Return the seconds that a slow GPU needs from one sign to the next; 0 on CPUs.
+
+        Signs are the blocks of the transformer and the chunks of the VAE.
+        """
+        if not on_gpu():
+            return 0.0
+        stage, work = self.plan.stage(name), self.workload
+        signs = {
+            "read": work.media.chunks if work.media else 1,
+            "denoise": work.clips * work.block_passes * stage.blocks,
+            "decode": work.clips * -(-work.geometry.num_frames // MICRO_FRAME_SIZE),
+        }
+        return stage.flops / max(1, signs.get(name, 1)) / SLOWEST_GPU
 
     @property
     def has_steps_left(self) -> bool:

@@ -50,7 +50,7 @@ def encode_text(
     todo = list(dict.fromkeys(text for run in runs for text in run.encodings))
     yield StageStarted("encode", len(todo))
     run = max(runs, key=lambda run: run.plan.stage("encode").peak)
-    with run.loader.stage(run.plan.stage("encode")) as stage:
+    with run.open_stage("encode") as stage:
         found = yield from ranks.stage_on_rank0(_encode_texts(run, runs, todo, texts))
         warnings: dict[str, Sequence[str]] = ranks.broadcast_object(found)
         if ranks.size > 1:
@@ -97,7 +97,7 @@ def encode_media(run: GenerationRun) -> Generator[Event, None, ConditioningLaten
         return conditioning
     yield from map(Noted, settings.media.notes)
     yield StageStarted("read", len(tasks))
-    with run.loader.stage(run.plan.stage("read")) as stage:
+    with run.open_stage("read") as stage:
         latents = yield from encode_chunks(run, stage, (task.read() for task in tasks), len(tasks))
         for task, encoded in zip(tasks, latents, strict=True):
             conditioning.set_latents(task, encoded)
@@ -142,7 +142,7 @@ def denoise(
 ) -> Generator[Event, None, mx.array]:
     """Denoise one clip to latents [1, T, H, W, C]."""
     yield StageStarted("denoise", run.settings.steps)
-    with run.loader.stage(run.plan.stage("denoise")) as stage:
+    with run.open_stage("denoise") as stage:
         latents = yield from _denoise_steps(run, stage, clip, texts, conditioning)
     yield run.result.add_stage(stage.meter)
     return latents
@@ -214,6 +214,7 @@ def clip_transformer(
         accelerations,
         run.sharding,
         value_sharing,
+        on_block=run.on_block,
     )
 
 
@@ -262,7 +263,7 @@ def decode(
     skipped = clips.frames_to_skip(clip)
     frames, before = clips.num_frames - skipped, writer.num_frames
     yield StageStarted("decode", frames)
-    with run.loader.stage(run.plan.stage("decode")) as stage:
+    with run.open_stage("decode") as stage:
         # The VAE decodes chunks independently, so frames of the clip before can be left out.
         new_latents = latents[:, latent_frames(skipped) :]
         batch = MicroBatch(stage.plan.micro_batch or frames)

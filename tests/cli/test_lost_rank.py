@@ -25,6 +25,7 @@ WORDS = ["-p", "a red circle", "--seed", "3", "--steps", "4", "--num-frames", "1
         ("first-dies", 1, "Rank 0 has died."),
         ("stops", 1, "Rank 1 sent no heartbeat for 8 s."),
         ("hangs", 1, "Rank 1 hangs: no progress for 9 s."),
+        ("hangs-gpu", 1, "Rank 1 hangs: no progress for 15 s."),
         ("weights", 4, "Rank 1 stopped: block 3 of the transformer is damaged."),
         ("interrupt", 130, "Rank 1 was interrupted."),
         ("other-version", 2, "Rank 1 has mlx 0.1, rank 0 has "),
@@ -51,6 +52,13 @@ def test_one_line_names_the_rank_and_the_cause(
     files = {path.name for path in tmp_path.iterdir() if path.suffix != ".lock"}
     started = not fault.startswith("other")
     assert files == ({"a.png.checkpoint.safetensors"} if started else set())
+
+
+def test_a_rank_whose_gpu_computes_is_waited_for(tmp_path: Path) -> None:
+    """It sleeps in place of its GPU, for longer than the 9 s that a rank may be idle."""
+    ranks = launch(2, [str(FAULTY), "computes-gpu", "generate", *WORDS], cwd=tmp_path, timeout=150)
+    assert [rank.returncode for rank in ranks] == [0, 0], ranks[0].stderr
+    assert (tmp_path / "a.png").exists()
 
 
 def test_different_options_are_named(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The command line on several ranks with a fault in one: FAULT, then the words of the command.
 
 The fault happens in rank 1 (rank 0 if the name begins with "first-") after its second step.
+With "-gpu", that rank seems to have a GPU that may need 15 s for a block.
 """
 
 from __future__ import annotations
@@ -29,8 +30,10 @@ def fail(kind: str) -> None:
     """Fail in the way `kind` names."""
     if kind == "dies":
         os._exit(9)
-    if kind == "hangs":
+    if kind.startswith("hangs"):
         time.sleep(60)
+    if kind == "computes-gpu":
+        time.sleep(11)
     if kind == "stops":
         os.kill(os.getpid(), signal.SIGSTOP)
     if kind == "weights":
@@ -59,6 +62,8 @@ def install(kind: str) -> None:
 
     GenerationRun.finish_step = then  # type: ignore[method-assign]
     differ(kind)
+    if kind.endswith("-gpu"):
+        GenerationRun._longest_idle = lambda run, name: 15.0  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":

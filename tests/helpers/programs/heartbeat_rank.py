@@ -56,8 +56,19 @@ def main(rank: int, size: int, folder: Path, behaviour: str) -> None:
         end = time.monotonic() + 2.5
         while time.monotonic() < end:
             pass
+    elif behaviour == "waits for its GPU":  # no processor time for longer than others would wait
+        heartbeat.allow_idle(8)
+        time.sleep(4)
+        heartbeat.allow_idle(0)
+    elif behaviour == "hangs in its GPU":
+        heartbeat.allow_idle(4)
+        time.sleep(30)
+    elif behaviour == "signs block by block":
+        for _ in range(10):
+            time.sleep(0.5)
+            heartbeat.tick()
     heartbeat.begin_collective()
-    time.sleep(3 if behaviour == "waits" else 0)  # "ends" is done sooner
+    time.sleep(6 if behaviour == "waits" else 0)  # "ends" is done sooner
     heartbeat.close()
 
 

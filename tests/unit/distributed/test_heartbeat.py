@@ -47,6 +47,7 @@ def run_ranks(folder: Path, behaviours: list[str]) -> list[tuple[int, dict[str, 
         (["dies", "waits", "waits"], "has died."),
         (["stops", "waits", "waits"], "sent no heartbeat for 2 s."),
         (["waits", "hangs", "waits"], "hangs: no progress for 2.5 s."),
+        (["waits", "hangs in its GPU"], "hangs: no progress for 4 s."),
         (["waits", "fails", "waits"], "ran out of memory."),
         (["waits", "fails late", "waits"], "ran out of memory."),
         (["waits", "leaves", "waits"], "ended before the others."),
@@ -64,6 +65,12 @@ def test_all_ranks_name_the_culprit(tmp_path: Path, behaviours: list[str], cause
 def test_slow_and_finished_ranks_are_no_failures(tmp_path: Path) -> None:
     found = run_ranks(tmp_path, ["waits", "computes", "ends"])
     assert found == [(0, None)] * 3
+
+
+def test_ranks_that_wait_for_their_gpu_are_no_failures(tmp_path: Path) -> None:
+    """They sleep in its place, for longer than a rank may be idle."""
+    behaviours = ["waits", "waits for its GPU", "signs block by block"]
+    assert run_ranks(tmp_path, behaviours) == [(0, None)] * 3
 
 
 def test_a_missing_rank_is_named() -> None:

@@ -1,0 +1,70 @@
+"""Signs of progress of a rank that others wait for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import pytest
+
+from mlx_sora import GenerationRequest, Pipeline
+from mlx_sora.distributed.group import Ranks
+from mlx_sora.pipeline import run as run_module
+from mlx_sora.pipeline.pipeline import last_video
+
+STEPS = 3
+
+
+class Signs:
+    """A watchdog that records what this rank shows the others."""
+
+    def __init__(self) -> None:
+        self.ticks, self.idle = 0, list[float]()
+
+    def tick(self) -> None:
+        self.ticks += 1
+
+    def allow_idle(self, seconds: float) -> None:
+        self.idle.append(seconds)
+
+    @contextmanager
+    def scope(self) -> Iterator[None]:
+        yield
+
+
+def make(pipe: Pipeline, **options: object) -> Signs:
+    signs = Signs()
+    watched = Pipeline(pipe.model)
+    watched.engine = replace(pipe.engine, ranks=Ranks(watchdog=signs))  # type: ignore[arg-type]
+    request = GenerationRequest.from_dict(
+        {"prompt": "a red circle", "seed": 1, "steps": STEPS, "num_frames": 34, **options}
+    )
+    last_video(watched.stream(request))
+    return signs
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_long_passes_are_signed_block_by_block(
+    pipe: Pipeline, monkeypatch: pytest.MonkeyPatch, streamed: bool
+) -> None:
+    plain = make(pipe, ci_dl=streamed)
+    monkeypatch.setattr(run_module, "on_gpu", lambda: True)
+    assert make(pipe, ci_dl=streamed).ticks == plain.ticks, "passes of a tiny model are short"
+    monkeypatch.setattr(run_module, "SLOWEST_GPU", 1e6)
+    blocks = pipe.engine.transformer_config.depth
+    assert make(pipe, ci_dl=streamed).ticks == plain.ticks + STEPS * blocks
+
+
+def test_the_patience_of_others_follows_the_plan(
+    pipe: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert set(make(pipe).idle) == {0.0}, "processor time shows the progress of a CPU"
+    monkeypatch.setattr(run_module, "on_gpu", lambda: True)
+    plan = pipe.plan(GenerationRequest("a red circle", seed=1, steps=STEPS, num_frames=34))
+    encode, denoise, decode = (plan.stage(name) for name in ("encode", "denoise", "decode"))
+    expected = [encode.flops, denoise.flops / STEPS / denoise.blocks, decode.flops / 2]
+    assert denoise.blocks == pipe.engine.transformer_config.depth
+    idle = make(pipe).idle
+    assert idle[::2] == pytest.approx([flops / run_module.SLOWEST_GPU for flops in expected])
+    assert set(idle[1::2]) == {0.0}
