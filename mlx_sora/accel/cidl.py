@@ -245,16 +245,20 @@ def _load_blocks(
 ) -> None:
     """Load blocks in the thread. Results are evaluated: MLX ties lazy arrays to their thread."""
     stream = _acquire_stream()
-    while (index := requests.get()) is not None and not stop.is_set():
-        start = time.perf_counter()
-        try:
-            weights = source.load(index, stream)
-        except BaseException as error:
-            results.put(_LoadResult({}, error=error))
-            return  # do not reuse the stream: its state after an error is unknown
-        results.put(_LoadResult(weights, time.perf_counter() - start))
-        del weights
-    _idle_streams.put(stream)
+    try:
+        while (index := requests.get()) is not None and not stop.is_set():
+            start = time.perf_counter()
+            try:
+                weights = source.load(index, stream)
+            except BaseException as error:
+                results.put(_LoadResult({}, error=error))
+                return  # do not reuse the stream: its state after an error is unknown
+            results.put(_LoadResult(weights, time.perf_counter() - start))
+            del weights
+        _idle_streams.put(stream)
+    finally:
+        # MLX's rule for ending threads. It frees the streams that MLX made for this one, not ours.
+        mx.clear_streams()
 
 
 def _acquire_stream() -> mx.Stream:

@@ -6,6 +6,7 @@ loads the weights of one block in any thread, assigns them to the network and cl
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -25,6 +26,10 @@ from mlx_sora.models.key_map import KeyMap
 from mlx_sora.runtime.device import explain_device_error
 
 Block = TypeVar("Block")
+
+#: Tensors that are read while others are cast to the type of the run: this many bytes as stored, or
+#: one larger tensor.
+CAST_BYTES = 48 << 20
 
 
 @dataclass(frozen=True)
@@ -60,14 +65,12 @@ class BlockSource(Generic[Block]):
 
     @cached_property
     def load_peak_bytes(self) -> int:
-        """Peak memory of loading one block, in bytes: the block and one tensor as stored."""
-        infos = [self.tensors[entry.key] for block in self.entries for entry in block]
-        return max(self.nbytes) + max(self._extra_read_bytes(info) for info in infos)
+        """Peak memory of loading one block, in bytes: the block and the tensors being cast."""
+        return max(self.nbytes) + max(map(self._extra_read_bytes, self.entries))
 
     def memory_bytes(self, entries: Iterable[Entry]) -> int:
         """Return the size of tensors in memory, in bytes."""
-        types = ((e.parameter.shape, self.tensors[e.key].dtype) for e in entries)
-        return sum(prod(shape) * memory_dtype(dtype, self.dtype).size for shape, dtype in types)
+        return sum(prod(e.parameter.shape) * self._dtype(e).size for e in entries)
 
     def stored_bytes(self, entries: Iterable[Entry]) -> int:
         """Return the size of tensors on disk, in bytes."""
@@ -108,12 +111,20 @@ class BlockSource(Generic[Block]):
         paths = [entry.parameter.path for entry in self.entries[index]]
         self.network.update(tree_unflatten([(path, empty) for path in paths]))
 
-    def _extra_read_bytes(self, info: TensorInfo) -> int:
-        """Return the bytes that reading a tensor takes beside its final form."""
-        if info.dtype in FLOATS:
-            return info.nbytes if FLOATS[info.dtype] != self.dtype else 0
-        # A weight that is quantized on load is read in full, and a copy of it may become float32.
-        return 3 * info.nbytes if info.nbytes > prod(info.shape) * mx.uint32.size else 0
+    def _dtype(self, entry: Entry) -> mx.Dtype:
+        return memory_dtype(self.tensors[entry.key].dtype, entry.parameter.memory_dtype(self.dtype))
+
+    def _extra_read_bytes(self, entries: Sequence[Entry]) -> int:
+        """Return the bytes that reading tensors takes beside their final form."""
+        casts, quantized = [0], [0]
+        for entry in entries:
+            info = self.tensors[entry.key]
+            if info.dtype in FLOATS:
+                casts.append(info.nbytes if FLOATS[info.dtype] != self._dtype(entry) else 0)
+            elif info.nbytes > prod(info.shape) * mx.uint32.size:
+                # Quantized on load: read in full, and a copy of it may become float32.
+                quantized.append(3 * info.nbytes)
+        return max(min(sum(casts), max(CAST_BYTES, *casts)), *quantized)
 
     def _load_from_file(
         self, file: Path, entries: Sequence[Entry], stream: mx.Stream | None
@@ -121,15 +132,17 @@ class BlockSource(Generic[Block]):
         if FileStat.from_path(file) != self.file_stats[file]:
             raise WeightsError(f"{file} has changed since it was opened.", "Try again.")
         arrays = self.reader(file, {e.key: self.tensors[e.key] for e in entries}, stream)
-        types = {key: memory_dtype(self.tensors[key].dtype, self.dtype) for key in arrays}
-        casting = any(array.dtype != types[key] for key, array in arrays.items())
         weights: dict[str, mx.array] = {}
+        casting: deque[tuple[mx.array, int]] = deque()
         for entry in entries:
             array = entry.parameter.convert(arrays.pop(entry.key))
-            array = array.astype(types[entry.key], stream=stream)
-            weights[entry.parameter.path] = array
-            if casting:  # one by one, so that only one is in memory in both types
-                mx.eval(array)
+            cast = array.astype(self._dtype(entry), stream=stream)
+            weights[entry.parameter.path] = cast
+            if cast.dtype != array.dtype:
+                while casting and array.nbytes + sum(n for _, n in casting) > CAST_BYTES:
+                    mx.eval(casting.popleft()[0])
+                mx.async_eval(cast)
+                casting.append((cast, array.nbytes))
         mx.eval(weights)
         return weights
 

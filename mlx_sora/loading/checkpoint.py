@@ -203,12 +203,15 @@ def assign(
     entries: Iterable[Entry],
     dtype: mx.Dtype | None = None,
 ) -> None:
-    """Assign tensors to the parameters of `entries`, floats cast to `dtype`; all lazy."""
+    """Assign tensors to the parameters of `entries`; all lazy.
+
+    dtype: of floats, except for those that are float32 in every run; None keeps the stored types.
+    """
     values = []
     for entry in entries:
         value = entry.parameter.convert(arrays[entry.key])
         if dtype is not None and mx.issubdtype(value.dtype, mx.floating):
-            value = value.astype(dtype)
+            value = value.astype(entry.parameter.memory_dtype(dtype))
         values.append((entry.parameter.path, value))
     module.update(tree_unflatten(values))
 
@@ -224,7 +227,7 @@ def load_weights(
     """Match and assign a tensor to every parameter of `module`; see `match_keys`.
 
     checkpoint: from disk (stays lazy), or a dict of arrays.
-    dtype: of floating parameters; None keeps the stored type.
+    dtype: of floating parameters; see `assign`.
     """
     entries = match_keys(module, checkpoint, keys, skip_keys)
     if isinstance(checkpoint, Checkpoint):

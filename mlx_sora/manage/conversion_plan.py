@@ -126,7 +126,7 @@ def plan_part(model: ModelFolder, part: str, options: ConversionOptions) -> list
             f"{model.path} is quantized already.", "Convert the model that it was converted from."
         )
     checkpoint = Checkpoint.open(model.path / part)
-    keys = {entry.key for entry in match_part(model, part, checkpoint)}
+    entries = {entry.key: entry for entry in match_part(model, part, checkpoint)}
     packed: set[str] = set()
     if options.quantization is not None:
         packed = {
@@ -134,8 +134,12 @@ def plan_part(model: ModelFolder, part: str, options: ConversionOptions) -> list
         }
     groups: dict[int, list[TensorConversion]] = {}
     for key, info in checkpoint.tensors.items():
-        if key in keys:
-            change = _plan_tensor(key, info, part, options, quantize=key in packed)
+        if key in entries:
+            # The VAE computes in float32, as constants do: any loss of precision is final.
+            if part == "vae" or entries[key].parameter.float32:
+                change = TensorConversion(key, info, FLOATS[info.dtype])
+            else:
+                change = _plan_tensor(key, info, options, quantize=key in packed)
             groups.setdefault(_shard_order(key), []).append(change)
     count = len(groups)
     return [
@@ -154,11 +158,9 @@ def _shard_order(key: str) -> int:
 
 
 def _plan_tensor(
-    key: str, info: TensorInfo, part: str, options: ConversionOptions, *, quantize: bool
+    key: str, info: TensorInfo, options: ConversionOptions, *, quantize: bool
 ) -> TensorConversion:
     stored = FLOATS[info.dtype]
-    if part == "vae":  # computes in float32, so any loss of precision here is final
-        return TensorConversion(key, info, stored)
     if quantize:
         return TensorConversion(key, info, stored, options.quantization, options.mlx_dtype)
     halve = options.bits is not None and stored == mx.float32 and len(info.shape) > 1

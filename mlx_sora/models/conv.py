@@ -9,6 +9,7 @@ Dimension letters: N images, T frames, H height, W width, I input channels, O ou
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import mlx.core as mx
 from mlx import nn
@@ -217,22 +218,72 @@ def upsample2x(x: mx.array) -> mx.array:
     return wide.reshape(n, 2 * h, 2 * w, c)
 
 
-def group_norm(x: mx.array, weight: mx.array, bias: mx.array, groups: int, eps: float) -> mx.array:
+def group_norm(
+    x: mx.array,
+    weight: mx.array,
+    bias: mx.array,
+    groups: int,
+    eps: float,
+    *,
+    silu: bool = False,
+) -> mx.array:
     """Normalize each sample [N, .., C] over all positions and the channels of a group.
 
     Uses two passes of per-channel means, taken axis by axis in float32: a single running sum over
-    millions of values loses more than the reference's tolerance.
+    millions of values loses more than the reference's tolerance. silu: apply SiLU to the result.
     """
+    if ops.on_gpu():
+        return normalize(x, group_moments(x, groups), weight, bias, eps, silu=silu)
     mean = _group_mean(x, groups)
     centred = x.astype(precision.STATISTICS) - mean
     variance = _group_mean(centred * centred, groups)
     gain = mx.rsqrt(variance + eps) * weight
-    return (centred * gain + bias).astype(x.dtype)
+    y = (centred * gain + bias).astype(x.dtype)
+    return ops.silu(y) if silu else y
+
+
+def normalize(
+    x: mx.array,
+    moments: Moments,
+    weight: mx.array,
+    bias: mx.array,
+    eps: float,
+    *,
+    silu: bool = False,
+) -> mx.array:
+    """Compute `group_norm` of x [N, .., C] with mean and variance from `moments`."""
+    mean, variance = moments
+    gain = mx.rsqrt(variance + eps) * weight
+    if ops.on_gpu():
+        return (_scale_silu_gpu if silu else _scale_gpu)(x, mean, gain, bias)
+    y = ((x.astype(precision.STATISTICS) - mean) * gain + bias).astype(x.dtype)
+    return ops.silu(y) if silu else y
+
+
+# On GPUs each of these is one pass over memory.
+
+
+@partial(mx.compile, shapeless=True)
+def _scale_gpu(x: mx.array, mean: mx.array, gain: mx.array, bias: mx.array) -> mx.array:
+    return ((x.astype(precision.STATISTICS) - mean) * gain + bias).astype(x.dtype)
+
+
+@partial(mx.compile, shapeless=True)
+def _scale_silu_gpu(x: mx.array, mean: mx.array, gain: mx.array, bias: mx.array) -> mx.array:
+    y = (x.astype(precision.STATISTICS) - mean) * gain + bias
+    return (y * mx.sigmoid(y)).astype(x.dtype)
+
+
+@partial(mx.compile, shapeless=True)
+def _squared_distance_gpu(x: mx.array, mean: mx.array) -> mx.array:
+    return mx.square(x.astype(precision.STATISTICS) - mean)
 
 
 def group_moments(x: mx.array, groups: int) -> Moments:
     """Return the mean and variance with which `group_norm` normalizes x [N, .., C]."""
     mean = _group_mean(x, groups)
+    if ops.on_gpu():
+        return mean, _group_mean(_squared_distance_gpu(x, mean), groups)
     centred = x.astype(precision.STATISTICS) - mean
     return mean, _group_mean(centred * centred, groups)
 
@@ -261,12 +312,11 @@ class GroupNorm(nn.Module):
         self.weight = mx.ones((channels,))
         self.bias = mx.zeros((channels,))
 
-    def __call__(self, x: mx.array) -> mx.array:
+    def __call__(self, x: mx.array, *, silu: bool = False) -> mx.array:
         if self.moments is None:
-            return group_norm(x, self.weight, self.bias, self.groups, self.eps)
-        mean, variance = self.moments(x, self.groups)
-        gain = mx.rsqrt(variance + self.eps) * self.weight
-        return ((x.astype(precision.STATISTICS) - mean) * gain + self.bias).astype(x.dtype)
+            return group_norm(x, self.weight, self.bias, self.groups, self.eps, silu=silu)
+        moments = self.moments(x, self.groups)
+        return normalize(x, moments, self.weight, self.bias, self.eps, silu=silu)
 
 
 class Conv2d(nn.Module):

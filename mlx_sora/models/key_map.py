@@ -42,11 +42,19 @@ class KeyRule:
 
 @dataclass(frozen=True)
 class Parameter:
-    """Parameter that a checkpoint tensor fills: path, shape and conversion of the data."""
+    """Parameter that a checkpoint tensor fills: path, shape and conversion of the data.
+
+    float32: it is float32 in memory, whatever the type of the run.
+    """
 
     path: str
     shape: Shape
     convert: Callable[[mx.array], mx.array]
+    float32: bool = False
+
+    def memory_dtype(self, run: mx.Dtype) -> mx.Dtype:
+        """Return the type in memory of floating values in a run of type `run`."""
+        return mx.float32 if self.float32 else run
 
 
 @dataclass(frozen=True)
@@ -54,10 +62,12 @@ class KeyMap:
     """Rules of one network, tried in order. A name without a rule keeps its name and layout.
 
     optional: parameters with a computed default, which a checkpoint may lack.
+    float32: constants that stay float32 in runs of any type (see `precision`).
     """
 
     rules: Sequence[KeyRule] = ()
     optional: frozenset[str] = field(default_factory=frozenset)
+    float32: frozenset[str] = field(default_factory=frozenset)
 
     def find_parameter(self, key: str, shape: Shape) -> Parameter | None:
         """Return the parameter that tensor `key` of `shape` fills, or None if it is ignored."""
@@ -68,8 +78,9 @@ class KeyMap:
             if rule.ignore:
                 return None
             path = match.expand(rule.target) if rule.target is not None else key
-            return Parameter(path, _target_shape(rule, shape), partial(_convert, rule))
-        return Parameter(key, shape, lambda a: a)
+            convert = partial(_convert, rule)
+            return Parameter(path, _target_shape(rule, shape), convert, path in self.float32)
+        return Parameter(key, shape, lambda a: a, key in self.float32)
 
 
 def _fits(rule: KeyRule, ndim: int) -> bool:

@@ -232,6 +232,9 @@ def attention(
 ) -> mx.array:
     """Return softmax(scale · q kᵀ + mask) v, [B, heads, L, d], with the softmax in float32.
 
+    Where MLX does not fuse attention on a GPU (heads above MAX_FUSED_HEAD, 8 queries or fewer), it
+    rounds logits and weights to the type of q.
+
     Args:
         q: [B, heads, L, d].
         k, v: [B, heads, M, d].

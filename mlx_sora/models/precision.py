@@ -6,6 +6,7 @@ Weights and operands of matrix products have the type of their network (`choose_
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -23,7 +24,8 @@ RESIDUAL = mx.float32
 #: STDiT's shifts, scales and gates, which act on that stream.
 MODULATION = mx.float32
 
-#: Means, variances, logits and softmax of every norm and attention: sums of many values.
+#: Means, variances and softmax of every norm and attention: sums of many values. Where MLX does not
+#: fuse attention on a GPU, it rounds the logits before and the weights after the softmax.
 STATISTICS = mx.float32
 
 #: Latents, frames, and the images between the spatial and the temporal VAE.
@@ -40,6 +42,23 @@ class Precision:
     text_encoder: mx.Dtype = mx.float32
     transformer: mx.Dtype = mx.float32
     vae: mx.Dtype = mx.float32
+
+
+#: Type of the inputs of each kernel on GPUs, by network; None: the network's own type. The
+#: reference runs T5 in float32, STDiT and the VAE in bfloat16.
+KERNEL_TYPES: Mapping[str, Mapping[str, mx.Dtype | None]] = {
+    "text_encoder": {"matmul": None, "quantized_matmul": None, "attention": None, "rms_norm": None},
+    "transformer": {
+        "matmul": None,
+        "quantized_matmul": None,
+        "attention": None,
+        "rms_norm": None,  # of queries and keys
+        "layer_norm": RESIDUAL,
+        "rope": None,
+        "rope frequencies": TIMES,
+    },
+    "vae": {"matmul": None, "attention": None, "convolution": None},
+}
 
 
 def dtype_name(dtype: mx.Dtype) -> str:

@@ -511,8 +511,12 @@ def _pad_text(packed: mx.array, lengths: Sequence[int]) -> tuple[mx.array, mx.ar
     return mx.stack(rows), mask[:, None, None, :]
 
 
-#: The patch convolution becomes a matrix. Rotary constants may be absent.
+#: Constants, which published checkpoints hold and others may lack.
+_CONSTANTS = frozenset({"rope.freqs"})
+
+#: The patch convolution becomes a matrix.
 KEYS = KeyMap(
     rules=(KeyRule(r"x_embedder\.proj\.weight", axes=CONV3D, flatten=True),),
-    optional=frozenset({"rope.freqs"}),
+    optional=_CONSTANTS,
+    float32=_CONSTANTS,
 )

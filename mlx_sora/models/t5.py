@@ -218,6 +218,7 @@ class T5Encoder(nn.Module):
                 bias = block.position_bias(x.shape[1])
                 if mask is not None:
                     bias = mx.where(mask.astype(mx.bool_)[:, None, None, :], bias, MASKED)
+                bias = bias.astype(x.dtype)  # once, not in each block
             x = block(x, bias)
             blocks.release(index, x)
         out: mx.array = self.encoder.final_layer_norm(x)

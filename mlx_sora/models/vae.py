@@ -360,6 +360,9 @@ def _nest_rules(rules: Sequence[KeyRule], stored: str, path: str) -> tuple[KeyRu
     return (*nested, KeyRule(rf"{stored}(.*)", rf"{path}\1"))
 
 
+#: Statistics of the latents.
+_CONSTANTS = frozenset({"scale", "shift"})
+
 _MODULES = {"encoder": "(encoder|quant_conv)", "decoder": "(decoder|post_quant_conv)"}
 
 
@@ -375,7 +378,8 @@ def key_map(networks: Sequence[str] = NETWORKS) -> KeyMap:
             *_nest_rules(vae_temporal.RULES, "temporal_vae.", "temporal_vae."),
         ),
         # config.json holds both, too.
-        optional=frozenset({"scale", "shift"}),
+        optional=_CONSTANTS,
+        float32=_CONSTANTS,
     )
 
 

@@ -61,8 +61,8 @@ class ResnetBlock(nn.Module):
             self.conv_shortcut = Pointwise(inputs, outputs)
 
     def __call__(self, x: mx.array) -> mx.array:
-        y = self.conv1(ops.silu(self.norm1(x)))
-        y = self.conv2(ops.silu(self.norm2(y)))
+        y = self.conv1(self.norm1(x, silu=True))
+        y = self.conv2(self.norm2(y, silu=True))
         return (self.conv_shortcut(x) if "conv_shortcut" in self else x) + y
 
 
@@ -149,7 +149,7 @@ class SpatialEncoder(nn.Module):
         x = self.conv_in(x)
         for block in self.down_blocks:
             x = block(x)
-        return self.conv_out(ops.silu(self.conv_norm_out(self.mid_block(x))))
+        return self.conv_out(self.conv_norm_out(self.mid_block(x), silu=True))
 
 
 class SpatialDecoder(nn.Module):
@@ -178,7 +178,7 @@ class SpatialDecoder(nn.Module):
         """Run upsampling levels 1..n. Local apart from group norm, so it can be tiled."""
         for block in self.up_blocks[1:]:
             x = block(x)
-        return self.conv_out(ops.silu(self.conv_norm_out(x)))
+        return self.conv_out(self.conv_norm_out(x, silu=True))
 
 
 class SpatialVAE(nn.Module):

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import mlx.core as mx
 from mlx import nn
 
-from mlx_sora.models import ops
 from mlx_sora.models.config import MAX_DEPTH, NetworkConfig, require
 from mlx_sora.models.conv import CausalConv3d, GroupNorm, Pointwise
 from mlx_sora.models.key_map import KeyMap, KeyRule
@@ -70,8 +69,8 @@ class ResBlock(nn.Module):
             self.conv3 = Pointwise(inputs, outputs, bias=False)
 
     def __call__(self, x: mx.array) -> mx.array:
-        y = self.conv1(ops.silu(self.norm1(x)))
-        y = self.conv2(ops.silu(self.norm2(y)))
+        y = self.conv1(self.norm1(x, silu=True))
+        y = self.conv2(self.norm2(y, silu=True))
         return (self.conv3(x) if "conv3" in self else x) + y
 
 
@@ -109,7 +108,7 @@ class TemporalEncoder(nn.Module):
                 x = self.conv_blocks[i](x)
         for block in self.res_blocks:
             x = block(x)
-        return self.conv2(ops.silu(self.norm1(x)))
+        return self.conv2(self.norm1(x, silu=True))
 
 
 class TemporalDecoder(nn.Module):
@@ -140,7 +139,7 @@ class TemporalDecoder(nn.Module):
                 x = block(x)
             if i > 0 and self._upsample[i - 1]:
                 x = _depth_to_time(self.conv_blocks[i - 1](x))
-        return self.conv_out(ops.silu(self.norm1(x)))
+        return self.conv_out(self.norm1(x, silu=True))
 
 
 def _depth_to_time(x: mx.array) -> mx.array:

@@ -14,7 +14,7 @@ import pytest
 from mlx_sora.errors import UsageError, WeightsError
 from mlx_sora.loading.checkpoint import Checkpoint
 from mlx_sora.loading.model_folder import ModelFolder
-from mlx_sora.loading.networks import stream_text_encoder, stream_transformer
+from mlx_sora.loading.networks import load_transformer, stream_text_encoder, stream_transformer
 from mlx_sora.manage.conversion_plan import PARTS, ConversionOptions, plan_part
 from mlx_sora.manage.convert import JOURNAL, convert, staging_folder
 from mlx_sora.manage.doctor import diagnose
@@ -112,6 +112,22 @@ def test_quantized_are_linear_layers_alone(model: ModelFolder, tmp_path: Path) -
         said = {"bits": 8, "group_size": 64}
         assert config.pop("quantization", None) == (None if part == "vae" else said)
         assert config == model.config(part)
+
+
+def test_constants_stay_float32(model: ModelFolder, tmp_path: Path) -> None:
+    """Rotary frequencies: converted, quantized, streamed or whole, in a run of any type."""
+    expected = tensors(model, "transformer")["rope.freqs"]
+    folders = [replace(model, quantize_bits=8)]
+    for number, options in enumerate((ConversionOptions(None, "bfloat16"), ConversionOptions(8))):
+        made = convert(model, tmp_path / str(number), options).path
+        folders.append(ModelFolder.open(made))
+    for folder in folders:
+        whole = load_transformer(folder, mx.bfloat16)
+        streamed, _ = stream_transformer(folder, mx.bfloat16)
+        for network in (whole, streamed):
+            assert network.rope.freqs.dtype == mx.float32
+            assert mx.array_equal(network.rope.freqs, expected)
+            assert network.final_layer.linear.weight.dtype == mx.bfloat16
 
 
 def test_what_is_written_beside(model: ModelFolder, tmp_path: Path) -> None:

@@ -169,8 +169,12 @@ def test_pointwise_in_any_number_of_dimensions() -> None:
 
 @pytest.mark.parametrize("shape", [(1, 1, 1, 8), (2, 5, 4, 8), (1, 3, 5, 4, 8), (1, 96, 96, 32)])
 @pytest.mark.parametrize("groups", [1, 4, 8])
-def test_group_norm(shape: tuple[int, ...], groups: int) -> None:
+@pytest.mark.parametrize("on_gpu", [False, True], ids=["cpu", "gpu"])
+def test_group_norm(
+    monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], groups: int, on_gpu: bool
+) -> None:
     """Against float64, on data whose mean is large: there a single-pass variance fails."""
+    monkeypatch.setattr(ops, "on_gpu", lambda: on_gpu)
     x = normal(1, *shape) * 2 + 5 * normal(2, shape[-1])
     gain, bias = normal(3, shape[-1]), normal(4, shape[-1])
     y = np.array(x, np.float64).reshape(shape[0], -1, groups, shape[-1] // groups)
@@ -178,6 +182,8 @@ def test_group_norm(shape: tuple[int, ...], groups: int) -> None:
     y = y / np.sqrt((y**2).mean(axis=(1, 3), keepdims=True) + 1e-6)
     expected = y.reshape(shape) * np.array(gain, np.float64) + np.array(bias, np.float64)
     assert difference(conv.group_norm(x, gain, bias, groups, 1e-6), expected) <= SAME
+    activated = expected / (1 + np.exp(-expected))
+    assert difference(conv.group_norm(x, gain, bias, groups, 1e-6, silu=True), activated) <= SAME
 
 
 @pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16])
@@ -219,3 +225,14 @@ def test_group_norm_in_half_precision_has_float32_statistics(dtype: mx.Dtype) ->
     out = conv.group_norm(x, weight, bias, 2, 1e-5)
     assert out.dtype == dtype
     assert mx.allclose(out.astype(mx.float32), exact, rtol=mx.finfo(dtype).eps, atol=1e-3)
+
+
+def test_group_norm_of_gpus_rounds_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In half precision, norm and SiLU are those of float32, whatever shapes came before."""
+    gain, bias = normal(3, 8), normal(4, 8)
+    monkeypatch.setattr(ops, "on_gpu", lambda: True)
+    for shape in ((2, 5, 4, 8), (1, 3, 5, 4, 8), (1, 7, 3, 8)):
+        x = normal(1, *shape).astype(mx.bfloat16)
+        wide = conv.group_norm(x.astype(mx.float32), gain, bias, 4, 1e-6, silu=True)
+        out = conv.group_norm(x, gain, bias, 4, 1e-6, silu=True)
+        assert mx.array_equal(out, wide.astype(mx.bfloat16))
