@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from mlx_sora.geometry import MAX_TILES
 from mlx_sora.loading.model_folder import find_model
 from mlx_sora.loading.networks import load_vae
+from mlx_sora.models import ops
 from mlx_sora.models import vae_tiling as vae_tiles
 from mlx_sora.models.conv import GroupNorm, group_moments, upsample2x
 from mlx_sora.models.vae import VAEConfig, VideoVAE
@@ -135,7 +136,8 @@ def peak_of_decoding(vae: VideoVAE, z: mx.array, frames: int, **options: object)
 def test_tiles_take_less_memory(tiles: int) -> None:
     z = mx.random.normal((1, 1, 16, 24, 4), key=mx.random.key(2))
     whole, tiled = (peak_of_decoding(small_vae(), z, 1, tiles=n) for n in (1, tiles))
-    assert tiled < (0.75, 0.6, 0.6)[tiles - 2] * whole
+    # MLX runs ahead by a number of operations, and the fused ones of GPUs hold more each.
+    assert tiled < (0.9 if ops.on_gpu() else 0.75, 0.6, 0.6)[tiles - 2] * whole
 
 
 @pytest.mark.parametrize("options", [{}, {"sequential_offload": True}], ids=str)
