@@ -15,6 +15,7 @@ import mlx.core as mx
 from mlx import nn
 
 from mlx_sora.models import ops, precision
+from mlx_sora.models.layers import compiled
 
 #: A tap: source index, row and column of the padded window, kernel slice [O, I].
 Tap = tuple[int, int, int, mx.array]
@@ -263,18 +264,18 @@ def normalize(
 # On GPUs each of these is one pass over memory.
 
 
-@partial(mx.compile, shapeless=True)
+@partial(compiled, shapeless=True)
 def _scale_gpu(x: mx.array, mean: mx.array, gain: mx.array, bias: mx.array) -> mx.array:
     return ((x.astype(precision.STATISTICS) - mean) * gain + bias).astype(x.dtype)
 
 
-@partial(mx.compile, shapeless=True)
+@partial(compiled, shapeless=True)
 def _scale_silu_gpu(x: mx.array, mean: mx.array, gain: mx.array, bias: mx.array) -> mx.array:
     y = (x.astype(precision.STATISTICS) - mean) * gain + bias
     return (y * mx.sigmoid(y)).astype(x.dtype)
 
 
-@partial(mx.compile, shapeless=True)
+@partial(compiled, shapeless=True)
 def _squared_distance_gpu(x: mx.array, mean: mx.array) -> mx.array:
     return mx.square(x.astype(precision.STATISTICS) - mean)
 
