@@ -60,6 +60,7 @@ def pytest_configure(config: pytest.Config) -> None:
         choose_cpu(patch)
     if config.getoption("--emulate-gpu"):
         emulate_mac(patch)
+        mx.set_cache_limit(4 << 30)  # Metal's is as large; that of CPUs, 32 MiB, is slow
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:

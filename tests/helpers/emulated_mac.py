@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import builtins
 import ctypes
+import fcntl
 import functools
 import io
 import os
@@ -16,9 +17,11 @@ import platform
 import resource
 import sys
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
+import psutil
 import pytest
 
 MEMORY = 16 << 30
@@ -37,6 +40,9 @@ DEVICE_INFO: dict[str, str | int] = {
 _ABSENT_FOLDERS = ("/proc", "/sys")
 _ABSENT_FUNCTIONS = ("sched_getaffinity", "sched_setaffinity", "posix_fadvise", "memfd_create")
 
+#: F_NOCACHE and F_FULLFSYNC, which Linux's fcntl refuses.
+_MAC_COMMANDS = (48, 51)
+
 #: rusage_info_v4 of proc_pid_rusage: after the UUID, number 7 is the physical footprint, number 28
 #: its largest value.
 _UUID, _FOOTPRINT, _LARGEST_FOOTPRINT = 16, 7, 28
@@ -44,7 +50,7 @@ _UUID, _FOOTPRINT, _LARGEST_FOOTPRINT = 16, 7, 28
 
 def emulate_mac(patch: pytest.MonkeyPatch) -> None:
     """Replace what MLX, Python and the system answer, until `patch` is undone."""
-    mx.set_default_device(mx.cpu)  # also on a Mac
+    _REAL_SET_DEVICE(mx.cpu)  # also on a Mac
     _emulate_metal(patch)
     _emulate_platform(patch)
     _hide_linux(patch)
@@ -78,7 +84,7 @@ class _StreamContext:
         self._inner.__exit__(*error)
 
 
-_REAL_STREAM = mx.stream
+_REAL_STREAM, _REAL_SET_DEVICE = mx.stream, mx.set_default_device
 
 
 def _as_device(target: Any) -> mx.Device:
@@ -108,8 +114,6 @@ def _emulate_metal(patch: pytest.MonkeyPatch) -> None:
     for name in ("default_stream", "new_stream", "new_thread_unsafe_stream", "synchronize"):
         patch.setattr(mx, name, _for_cpu(getattr(mx, name)))
     patch.setattr(mx, "set_wired_limit", _WiredLimit())
-    # Metal's cache is bounded by its memory limit; that of CPUs is 32 MiB.
-    mx.set_cache_limit(4 << 30)
 
 
 def _for_cpu(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -148,7 +152,7 @@ def _emulate_platform(patch: pytest.MonkeyPatch) -> None:
         "libc_ver": ("", ""),
     }.items():
         patch.setattr(platform, name, lambda *_, answer=answer: answer)
-    real_sysconf, real_rusage = os.sysconf, resource.getrusage
+    real_sysconf, real_rusage, real_fcntl = os.sysconf, resource.getrusage, fcntl.fcntl
 
     def sysconf(name: str) -> int:
         answers = {"SC_PAGE_SIZE": PAGE, "SC_PAGESIZE": PAGE, "SC_PHYS_PAGES": MEMORY // PAGE}
@@ -161,6 +165,10 @@ def _emulate_platform(patch: pytest.MonkeyPatch) -> None:
         usage[2] *= 1024  # ru_maxrss is in bytes there
         return resource.struct_rusage(usage)
 
+    def control(file: Any, command: int, argument: Any = 0) -> Any:
+        return 0 if command in _MAC_COMMANDS else real_fcntl(file, command, argument)
+
+    patch.setattr(fcntl, "fcntl", control)
     patch.setattr(os, "sysconf", sysconf)
     patch.setattr(resource, "getrusage", getrusage)
 
@@ -216,3 +224,11 @@ def _emulate_libraries(patch: pytest.MonkeyPatch) -> None:
         return real(name, *arguments, **named)
 
     patch.setattr(ctypes, "CDLL", load)
+    patch.setattr(psutil, "virtual_memory", _virtual_memory)
+
+
+def _virtual_memory() -> SimpleNamespace:
+    """Return what is available here, and no more than a Mac at rest has."""
+    with _REAL_OPEN("/proc/meminfo") as file:
+        values = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in file}
+    return SimpleNamespace(total=MEMORY, available=min(values["MemAvailable"], 3 * MEMORY // 4))

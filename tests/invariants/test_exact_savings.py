@@ -273,13 +273,15 @@ def test_conv3d_of_one_sample_with_explicit_padding(
 def test_conv3d_on_a_gpu_meets_the_fast_path(monkeypatch: pytest.MonkeyPatch) -> None:
     """Metal convolves frame by frame when the batch is 1, time unpadded, and its stride 1."""
     seen: list[tuple[int, int, int]] = []
-    plain = mx.conv3d
+    plain = mx.conv_general
 
-    def watched(x: mx.array, kernel: mx.array, **options: Any) -> mx.array:
-        seen.append((x.shape[0], x.shape[1], options["padding"][0]))
-        return plain(x, kernel, **options)
+    def watched(
+        x: mx.array, kernel: mx.array, stride: Any, padding: Any, **options: Any
+    ) -> mx.array:
+        seen.append((x.shape[0], x.shape[1], padding[0]))
+        return plain(x, kernel, stride, padding, **options)
 
     monkeypatch.setattr(ops, "on_gpu", lambda: True)
-    monkeypatch.setattr(mx, "conv3d", watched)
+    monkeypatch.setattr(mx, "conv_general", watched)
     conv.causal_conv3d(normal(1, 3, 4, 5, 5, 6), normal(2, 3, 3, 3, 5, 6))
     assert seen == [(1, 4 + 2, 0)] * 3

@@ -90,7 +90,7 @@ def test_the_machine_is_described(healthy: Path) -> None:
 
 
 def test_a_part_larger_than_memory(healthy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "total_memory", lambda: 1_000_000)
+    monkeypatch.setattr(doctor, "total_memory", lambda: 100_000)
     monkeypatch.setattr(doctor, "blas_notice", lambda: "no BLAS")
     found = [f.message for f in diagnose(healthy, quick=True) if f.level == "warning"]
     assert found[0] == "no BLAS"

@@ -28,7 +28,8 @@ def pipe(folder: Path) -> Pipeline:
 
 def plan(pipe: Pipeline, resolution: str, ratio: str, frames: int, **more: object) -> Plan:
     options = {"resolution": resolution, "aspect_ratio": ratio, "num_frames": frames, "seed": 1}
-    return pipe.plan(GenerationRequest.from_dict({"prompt": "a cat", **options, **more}))
+    limit = {"memory_budget": "off"}
+    return pipe.plan(GenerationRequest.from_dict({"prompt": "a cat", **options, **limit, **more}))
 
 
 @pytest.mark.golden("text_sizes")
@@ -50,8 +51,9 @@ def test_every_size_and_length_has_a_plan(pipe: Pipeline, resolution: str, ratio
     assert work == sorted(work)
     peaks = [found.stage("denoise").peak for found in plans]
     assert peaks == sorted(peaks)
-    # A clip is decoded chunk by chunk: from one whole chunk on, its length is nothing.
-    assert len({found.stage("decode").peak for found in plans[1:]}) == 1
+    # A clip is decoded chunk by chunk: from one whole chunk on, only the latents grow.
+    decoding = [found.stage("decode").peak for found in plans[1:]]
+    assert max(decoding) <= 1.01 * min(decoding)
 
 
 @pytest.mark.parametrize("frames", LENGTHS)
@@ -70,6 +72,7 @@ def test_dry_run(
     folder: Path, capsys: pytest.CaptureFixture[str], resolution: str, frames: str
 ) -> None:
     words = ["generate", "-p", "a cat", "--model", str(folder), "--dry-run"]
+    words += ["--memory-budget", "off"]
     assert main([*words, "--resolution", resolution, "--num-frames", frames]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines[1:4]] == ["encode", "denoise", "decode"]

@@ -127,7 +127,7 @@ def test_what_is_kept_is_planned_and_told(pipe: Pipeline, clip: Path) -> None:
 
     run = events(pipe, clip, inject_steps=2)
     notes = [event.message for event in run if isinstance(event, Noted)]
-    assert "4 evaluations" in notes[0]
+    assert any("4 evaluations" in note for note in notes)
     assert pipe.plan_edit(EditRequest.from_options(clip, SMALL)).stage("read").flops > 0
     # 5 latent frames of 2 x 2 tokens, 128 channels, 4 blocks, float32.
     assert peak(2) - peak(0) == 4 * 4 * (5 * 2 * 2) * 128 * 4
@@ -228,7 +228,7 @@ def test_what_cannot_be_edited(pipe: Pipeline, tmp_path: Path) -> None:
 
 def test_values_that_do_not_fit_are_refused_before_any_work(pipe: Pipeline, clip: Path) -> None:
     def edit(**more: object) -> EditRequest:
-        return EditRequest.from_options(clip, {**SMALL, "steps": 900, **more})
+        return EditRequest.from_options(clip, {**SMALL, "steps": 900, "dtype": "float32", **more})
 
     budget = pipe.plan_edit(edit(inject_steps=0)).smallest
     with pytest.raises(MemoryBudgetError):
