@@ -141,13 +141,13 @@ def rms_norm(channels: int, rows: int, scale: float) -> Case:
     return Case(lambda x, w: mx.fast.rms_norm(x, w, 1e-6), [10 * x, 1 + weight / 4])
 
 
-def group_norm(scale: float) -> Case:
+def group_norm(silu: bool, scale: float) -> Case:
     """Normalize a frame of the VAE's last level, whose mean is far from 0."""
     shape = (1, part(8 * LATENT_HEIGHT, scale), 8 * LATENT_WIDTH, 128)
     x, weight, bias = normals(shape, (128,), (128,))
 
     def run(x: mx.array, weight: mx.array, bias: mx.array) -> mx.array:
-        return conv.group_norm(x, weight, bias, groups=32, eps=1e-6)
+        return conv.group_norm(x, weight, bias, groups=32, eps=1e-6, silu=silu)
 
     return Case(run, [x + 2, 1 + weight / 4, bias])
 
@@ -168,6 +168,9 @@ def _convolution_advice(dtype: mx.Dtype) -> str:
     if dtype == mx.float32 and os.environ.get("MLX_CONV_WINOGRAD", "1") != "0":
         return "Run with MLX_ENABLE_TF32=0 and MLX_CONV_WINOGRAD=0 in the environment."
     return type_advice(dtype, "--vae-dtype")
+
+
+_vae_advice = partial(type_advice, option="--vae-dtype")
 
 
 def _attention(
@@ -230,7 +233,8 @@ FORMS = (
     Form("layer norm", layer_norm, 2, 0.2, 20, 2, (mx.float32,)),
     Form("RMS norm of queries", partial(rms_norm, HEAD, 97200), 2, 0.2, 20, 2),
     Form("RMS norm of text", partial(rms_norm, 4096, TEXT_TOKENS), 0.5, 0.1, 20, 2),
-    Form("group norm", group_norm, 5, 0.3, 100, 2),
+    Form("group norm", partial(group_norm, False), 5, 0.3, 100, 2, advice=_vae_advice),
+    Form("group norm, SiLU", partial(group_norm, True), 5, 0.3, 100, 2, advice=_vae_advice),
     Form("SiLU", partial(activation, ops.silu, WIDTH), 5, 0.1, 50, 1.5),
     Form("GELU", partial(activation, ops.gelu_tanh, MLP), 20, 0.2, 50, 1.5),
 )
