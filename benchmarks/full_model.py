@@ -13,7 +13,7 @@ import argparse
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from math import prod
 from pathlib import Path
@@ -23,6 +23,7 @@ import mlx_sora  # noqa: F401  (before mlx.core: it puts the fast BLAS in place)
 import mlx.core as mx  # isort: skip
 
 from mlx_sora.loading.model_folder import Defaults, ModelFolder
+from mlx_sora.loading.quantization import BLOCK_PATH
 from mlx_sora.memory.limits import memory_scope, release
 from tests.helpers.full_size import CONFIGS, MANIFESTS
 
@@ -32,6 +33,9 @@ TOKENIZER = ROOT / "weights" / "shapes" / "tokenizer"
 
 #: Statistics of the latents that leave random ones as they are.
 PLAIN = {"shift": [0.0] * 4, "scale": [1.0] * 4}
+
+#: Key of config.json with the number of blocks.
+_DEPTHS = {"transformer": "depth", "text_encoder": "num_layers"}
 
 #: Tensors up to this many bytes go together into one file, as the hub's own shards do.
 SHARD = 4 << 30
@@ -52,9 +56,9 @@ def random_tensor(key: str, shape: tuple[int, ...], dtype: mx.Dtype, noise: mx.a
 
 
 def write_part(folder: Path, part: str, dtype: mx.Dtype, depth: int | None = None) -> None:
-    """One network: config.json, shards and their index. depth: of the transformer, if not all."""
+    """One network: config.json, shards and their index. depth: blocks, if not all."""
     folder.mkdir(parents=True)
-    config = CONFIGS[part] | ({} if depth is None else {"depth": depth})
+    config = CONFIGS[part] | ({} if depth is None else {_DEPTHS[part]: depth})
     if part == "vae":
         config |= PLAIN
     (folder / "config.json").write_text(json.dumps(config))
@@ -78,9 +82,9 @@ def write_part(folder: Path, part: str, dtype: mx.Dtype, depth: int | None = Non
 
 
 def _number(key: str) -> int:
-    """Of the block that a tensor of the transformer belongs to; -1 for the rest."""
-    stem, _, rest = key.partition("_blocks.")
-    return int(rest.split(".")[0]) if stem in ("spatial", "temporal") else -1
+    """Of the block that a tensor belongs to; -1 for the rest."""
+    match = BLOCK_PATH.match(key)
+    return -1 if match is None else int(match[1])
 
 
 def _name(number: int) -> str:
@@ -92,10 +96,15 @@ def _save(folder: Path, shard: dict[str, mx.array], number: int) -> None:
     mx.clear_cache()
 
 
-def write_model(folder: Path, dtype: mx.Dtype = mx.bfloat16) -> None:
-    """All parts, and the tokenizer of the bundled model, which is the real one."""
+def write_model(
+    folder: Path, dtype: mx.Dtype = mx.bfloat16, depths: Mapping[str, int] | None = None
+) -> None:
+    """All parts, and the tokenizer of the bundled model, which is the real one.
+
+    depths: blocks of T5 and of the transformer, if not all.
+    """
     for part in CONFIGS:
-        write_part(folder / part, part, dtype)
+        write_part(folder / part, part, dtype, (depths or {}).get(part))
     shutil.copytree(TOKENIZER, folder / "tokenizer")
 
 

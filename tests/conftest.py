@@ -54,8 +54,8 @@ def pytest_configure(config: pytest.Config) -> None:
     )
     patch = pytest.MonkeyPatch()
     config.add_cleanup(patch.undo)
-    # A machine file of this user must not change what commands print.
-    patch.setenv(CACHE_VARIABLE, str(config.rootpath / ".pytest_cache" / "mlx_sora"))
+    # Machine files of this user, and of other tests, must not change what commands print.
+    patch.setenv(CACHE_VARIABLE, str(Path(__file__) / "no-folder"))
     if config.getoption("--device") == "cpu":
         choose_cpu(patch)
     if config.getoption("--emulate-gpu"):

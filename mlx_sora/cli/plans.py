@@ -11,7 +11,6 @@ from mlx_sora.cli.progress import Renderer, plan_table
 if TYPE_CHECKING:
     from mlx_sora.distributed.group import Ranks
     from mlx_sora.memory.estimate import Estimate
-    from mlx_sora.memory.speeds import MachineSpeeds
     from mlx_sora.pipeline.run import GenerationRun
 
 
@@ -31,22 +30,12 @@ def show_plans(
     with ranks.collective_errors():
         for run in runs:
             if ranks.is_rank0:
-                estimate = None if speeds is None else estimate_run(run, speeds)
+                estimate = None if speeds is None else run.estimate(speeds)
                 if as_json:
                     print(json.dumps(run.plan.to_dict() | estimate_record(estimate)))
                 else:
                     lines = [*plan_table(run.plan), *estimate_lines(estimate)]
                     print("\n".join(lines))
-
-
-def estimate_run(run: GenerationRun, speeds: MachineSpeeds) -> Estimate:
-    """Estimate the seconds of a run on this machine."""
-    from mlx_sora.memory.estimate import estimate_from_speeds
-
-    engine = run.engine
-    sizes = engine.sizes(encoders=run.workload.media is not None)
-    texts = len(run.encodings)
-    return estimate_from_speeds(sizes, run.workload, run.plan, speeds, engine.precision, texts)
 
 
 def estimate_record(estimate: Estimate | None) -> dict[str, Any]:
@@ -61,18 +50,9 @@ def estimate_lines(estimate: Estimate | None) -> list[str]:
     """Return the seconds as one line; none without an estimate."""
     if estimate is None:
         return []
+    from mlx_sora.memory.estimate import format_duration
+
     stages = ", ".join(
         f"{stage} {format_duration(value)}" for stage, value in estimate.seconds.items()
     )
     return [f"estimated on this machine: {format_duration(estimate.total)} ({stages})"]
-
-
-def format_duration(seconds: float) -> str:
-    """Format seconds with no more digits than an estimate bears."""
-    if seconds < 10:
-        return f"{seconds:.1f} s"
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    if seconds < 7200:
-        return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.1f} h"

@@ -79,7 +79,7 @@ def read_speeds(path: Path | None = None) -> KnownSpeeds:
         if content.get("format") != FORMAT:
             return _ignored(path, "is of another version of mlx_sora")
         speeds = MachineSpeeds.from_dict(content)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return KnownSpeeds(None, f"To foresee seconds on this machine: {MEASURE_COMMAND}")
     except (OSError, ValueError, MlxSoraError) as error:
         reason = getattr(error, "strerror", None) or str(error)

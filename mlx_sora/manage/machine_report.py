@@ -12,6 +12,7 @@ from mlx_sora.errors import MlxSoraError
 from mlx_sora.manage.machine_check import (
     OK,
     SECONDS,
+    SKIPPED,
     SLOW,
     Allowance,
     CheckResult,
@@ -24,6 +25,7 @@ from mlx_sora.manage.machine_forms import FORMS
 from mlx_sora.manage.machine_networks import NETWORKS, check_video
 from mlx_sora.manage.machine_speed import OnProgress, measure_speeds
 from mlx_sora.manage.speed_report import speed_rows
+from mlx_sora.manage.video_report import estimate_videos
 from mlx_sora.memory.speeds import MachineSpeeds
 from mlx_sora.runtime.device import describe_machine
 
@@ -79,6 +81,7 @@ class MachineReport:
         else:
             message = f"{path} has the speeds, by which --dry-run and bench foresee seconds"
             yield CheckResult("machine file", OK, message)
+        yield from _videos(self.speeds)
 
     def to_dict(self) -> dict[str, Any]:
         """Return machine, results and speeds as JSON values."""
@@ -87,3 +90,13 @@ class MachineReport:
             "results": [result.to_dict() for result in self.results],
             "speeds": None if self.speeds is None else self.speeds.to_dict(),
         }
+
+
+def _videos(speeds: MachineSpeeds) -> Iterator[CheckResult]:
+    """Estimate videos of the published model, which need not be downloaded."""
+    try:
+        for video in estimate_videos(speeds):
+            status = SKIPPED if video.seconds is None else OK
+            yield CheckResult(f"estimate, {video.name}", status, str(video))
+    except Exception as error:
+        yield failed_result("estimates", error)

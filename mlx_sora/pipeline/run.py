@@ -19,8 +19,10 @@ from mlx_sora.distributed.heartbeat import Timeouts
 from mlx_sora.distributed.partition import ParallelPlan
 from mlx_sora.errors import UsageError
 from mlx_sora.geometry import MICRO_FRAME_SIZE
+from mlx_sora.memory.estimate import Estimate, estimate_from_speeds
 from mlx_sora.memory.limits import StageMeter
 from mlx_sora.memory.plan import MediaWorkload, Plan, Workload
+from mlx_sora.memory.speeds import MachineSpeeds
 from mlx_sora.models.hooks import Sharding, Unsharded
 from mlx_sora.models.ops import on_gpu
 from mlx_sora.pipeline.checkpoint import Checkpoints, Snapshot
@@ -199,6 +201,12 @@ class GenerationRun:
     def has_steps_left(self) -> bool:
         """True unless a checkpoint holds the latents of all clips."""
         return self.checkpoints.finished(self.settings.clips.count - 1) is None
+
+    def estimate(self, speeds: MachineSpeeds) -> Estimate:
+        """Estimate the seconds of the run on the machine that has these speeds."""
+        sizes = self.engine.sizes(encoders=self.workload.media is not None)
+        precision, texts = self.engine.precision, len(self.encodings)
+        return estimate_from_speeds(sizes, self.workload, self.plan, speeds, precision, texts)
 
     def opening_events(self) -> Iterator[Event]:
         """Yield the warnings and notes that preparation collected."""

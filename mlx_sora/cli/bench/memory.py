@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 from mlx_sora.cli.bench.measure import PEAK, Measurement, measure
 from mlx_sora.cli.flags import add_debug_flag, add_request_flags, explicit_options, to_command_line
 from mlx_sora.cli.generate import load_pipeline
-from mlx_sora.cli.plans import estimate_run
 from mlx_sora.errors import MemoryBudgetError, MlxSoraError, UsageError
 from mlx_sora.memory.profiles import format_bytes, parse_bytes
 from mlx_sora.request.generation import GenerationRequest
@@ -130,7 +129,7 @@ def measure_row(
     except MemoryBudgetError:
         smallest = format_bytes(pipeline.plan(replace(request, memory_budget="off")).smallest)
         return BudgetRow(budget, reason=f"refused: the smallest possible budget is {smallest}")
-    estimated = None if speeds is None else round(estimate_run(run, speeds).total, 2)
+    estimated = None if speeds is None else round(run.estimate(speeds).total, 2)
     needed = run.plan.peak
     if needed > total_memory():
         reason = (

@@ -14,6 +14,7 @@ from mlx_sora.manage import machine_report
 from mlx_sora.manage.machine_check import CheckResult
 from mlx_sora.manage.machine_file import machine_identity
 from mlx_sora.manage.machine_report import MachineReport
+from mlx_sora.manage.video_report import VideoEstimate
 from mlx_sora.memory.speeds import NETWORKS, MachineSpeeds, NetworkSpeed
 
 RESULT = CheckResult("rope, float32", "ok", "error 1.0e-07")
@@ -26,6 +27,9 @@ def speeds(monkeypatch: pytest.MonkeyPatch) -> MachineSpeeds:
     speeds = MachineSpeeds(machine_identity(), {"float32": 1e11}, 1e10, 1e9, 1e-4, networks)
     monkeypatch.setattr(machine_report, "CHECKS", {"rope": lambda _: iter([RESULT])})
     monkeypatch.setattr(machine_report, "measure_speeds", lambda on_progress: speeds)
+    video = VideoEstimate("240p, 51 frames", "--vae-tiles 2", 600.0, 240.0, 5 * 10**9)
+    videos = [video, VideoEstimate("720p, 51 frames")]
+    monkeypatch.setattr(machine_report, "estimate_videos", lambda speeds: iter(videos))
     return speeds
 
 
@@ -52,8 +56,12 @@ def test_results_come_before_speeds(
         "speed, disk",
         *(f"speed, {name.replace('_', ' ')}, float32" for name in NETWORKS),
         "machine file",
+        "estimate, 240p, 51 frames",
+        "estimate, 720p, 51 frames",
     ]
-    assert str(file) in found[-1].message
+    assert str(file) in found[-3].message
+    assert found[-2].message == "10 min, 4 min with --preset fast, 5.00 GB, needs --vae-tiles 2"
+    assert (found[-1].status, found[-1].message) == ("skipped", "does not fit into this memory")
     assert report.results == found
     assert json.loads(json.dumps(report.to_dict()))["speeds"] == speeds.to_dict()
 
@@ -83,6 +91,6 @@ def test_a_machine_file_that_cannot_be_written(
 ) -> None:
     error = MlxSoraError("Cannot write it: disk full.", "Free space.")
     monkeypatch.setattr(machine_report, "write_speeds", fails(error))
-    found = list(MachineReport(0.001).run())[-1]
+    *_, found, _, _ = MachineReport(0.001).run()
     assert (found.name, found.status) == ("machine file", "slow")
     assert (found.message, found.advice) == (error.message, error.fix)
