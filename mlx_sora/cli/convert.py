@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlx_sora.cli.flags import add_debug_flag, add_quiet_flag
 from mlx_sora.cli.progress import Bars, human_bytes
+from mlx_sora.request.generation import FLOAT_DTYPES
 
 if TYPE_CHECKING:
     from mlx_sora.manage.convert import ConversionResult
@@ -35,8 +36,9 @@ def add_parser(commands: Any) -> None:
     add_quantize_flag(parser)
     parser.add_argument(
         "--dtype",
-        choices=("float32", "bfloat16"),
-        help="data type of T5 and STDiT; default: as stored, or 16-bit with --quantize",
+        choices=FLOAT_DTYPES,
+        help="data type of T5 and STDiT (with float16, T5 gets bfloat16); default: as stored, or "
+        "16-bit with --quantize",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing model in DST")
     parser.add_argument(

@@ -24,7 +24,7 @@ from mlx_sora.loading.quantization import (
     quantizable_linears,
     quantize_on_load,
 )
-from mlx_sora.models import precision, stdit3, t5, vae
+from mlx_sora.models import stdit3, t5, vae
 from mlx_sora.models.key_map import KeyMap
 from mlx_sora.models.vae import VAEConfig, VideoVAE, key_map
 
@@ -125,9 +125,7 @@ def load_vae(
     """Load the encoder, the decoder or both of the VAE. Its scale and shift stay float32."""
     with _config_errors("vae"):
         network = VideoVAE(VAEConfig.from_dict(model.config("vae")), parts, dtype)
-    load_weights(network, model.checkpoint("vae"), key_map(parts), dtype=precision.LATENTS)
-    network.spatial_vae.set_dtype(dtype)
-    network.temporal_vae.set_dtype(dtype)
+    load_weights(network, model.checkpoint("vae"), key_map(parts), dtype=dtype)
     return network
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from mlx_sora.errors import UsageError
+from mlx_sora.errors import UsageError, WeightsError
 from mlx_sora.loading.checkpoint import Checkpoint
 from mlx_sora.loading.model_folder import PARTS, ModelFolder
 from mlx_sora.loading.networks import match_part, quantizable_layers
@@ -40,7 +40,8 @@ class ConversionOptions:
 
     bits: per weight of the linear layers in the blocks of T5 and STDiT. dtype: of their other
     tensors, scales included; with bits, None makes float32 matrices bfloat16 and scales one of the
-    16-bit types. Vectors (norms, constants) then keep their type.
+    16-bit types. Vectors (norms, constants) then keep their type. As in a run, T5 becomes bfloat16
+    where STDiT becomes float16.
     """
 
     bits: int | None = None
@@ -50,9 +51,12 @@ class ConversionOptions:
     def quantization(self) -> Quantization | None:
         return None if self.bits is None else Quantization(self.bits)
 
-    @property
-    def mlx_dtype(self) -> mx.Dtype | None:
-        return None if self.dtype is None else getattr(mx, self.dtype)
+    def dtype_of(self, part: str) -> mx.Dtype | None:
+        """Return the type for T5 or STDiT, the `part`; None keeps that of its tensors."""
+        if self.dtype is None:
+            return None
+        dtype: mx.Dtype = getattr(mx, self.dtype)
+        return mx.bfloat16 if dtype == mx.float16 and part == "text_encoder" else dtype
 
 
 @dataclass(frozen=True)
@@ -81,8 +85,15 @@ class TensorConversion:
         return sum(prod(shape) * sizes[name] for name, shape in shapes.items())
 
     def apply(self, array: mx.array) -> dict[str, mx.array]:
-        """Convert the tensor `array`; return evaluated arrays by name."""
+        """Convert the tensor `array`; return evaluated arrays by name.
+
+        Raises WeightsError for numbers that float16 cannot hold.
+        """
         if self.quantization is None:
+            limit = mx.finfo(mx.float16).max
+            if self.dtype == mx.float16 and (mx.abs(array) > limit).any().item():
+                message = f"{self.info.file}: {self.key} exceeds {limit:.0f}, the limit of float16."
+                raise WeightsError(message, "Convert to bfloat16.")
             arrays = {self.key: array.astype(self.dtype)}
         else:
             quantized = self.quantization.quantize(array, self.scale_dtype)
@@ -133,13 +144,14 @@ def plan_part(model: ModelFolder, part: str, options: ConversionOptions) -> list
             f"{path}.weight" for path in quantizable_layers(model, part, options.quantization)
         }
     groups: dict[int, list[TensorConversion]] = {}
+    dtype = options.dtype_of(part)
     for key, info in checkpoint.tensors.items():
         if key in entries:
-            # The VAE computes in float32, as constants do: any loss of precision is final.
+            # The VAE may compute in float32, as constants do: any loss of precision is final.
             if part == "vae" or entries[key].parameter.float32:
                 change = TensorConversion(key, info, FLOATS[info.dtype])
             else:
-                change = _plan_tensor(key, info, options, quantize=key in packed)
+                change = _plan_tensor(key, info, options, dtype, quantize=key in packed)
             groups.setdefault(_shard_order(key), []).append(change)
     count = len(groups)
     return [
@@ -158,13 +170,19 @@ def _shard_order(key: str) -> int:
 
 
 def _plan_tensor(
-    key: str, info: TensorInfo, options: ConversionOptions, *, quantize: bool
+    key: str,
+    info: TensorInfo,
+    options: ConversionOptions,
+    dtype: mx.Dtype | None,
+    *,
+    quantize: bool,
 ) -> TensorConversion:
+    """Plan the conversion of one tensor to `dtype`; see ConversionOptions for None."""
     stored = FLOATS[info.dtype]
     if quantize:
-        return TensorConversion(key, info, stored, options.quantization, options.mlx_dtype)
+        return TensorConversion(key, info, stored, options.quantization, dtype)
     halve = options.bits is not None and stored == mx.float32 and len(info.shape) > 1
-    return TensorConversion(key, info, options.mlx_dtype or (mx.bfloat16 if halve else stored))
+    return TensorConversion(key, info, dtype or (mx.bfloat16 if halve else stored))
 
 
 def index_text(shards: Sequence[ShardPlan]) -> str:

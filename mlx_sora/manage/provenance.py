@@ -22,6 +22,7 @@ from typing import Any
 from mlx_sora import __version__
 from mlx_sora.errors import WeightsError
 from mlx_sora.manage.progress import ProgressCallback, byte_counter, ignore_progress
+from mlx_sora.request.generation import FLOAT_DTYPES
 from mlx_sora.utils.files import atomic_write, sha256
 from mlx_sora.utils.json import read_object
 
@@ -138,6 +139,6 @@ def _is_valid_conversion(conversion: Mapping[str, Any]) -> bool:
     counts = isinstance(settings, dict) and all(type(n) is int for n in settings.values())
     return (
         isinstance(conversion["source"], str)
-        and conversion["dtype"] in (None, "float32", "bfloat16")
+        and conversion["dtype"] in (None, *FLOAT_DTYPES)
         and (settings is None or (counts and "bits" in settings))
     )

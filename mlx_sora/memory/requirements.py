@@ -243,7 +243,7 @@ def _media_encoder_memory(
     _, rows, columns = workload.geometry.latent
     frames = media.chunk_frames
     pixels = 3 * frames * FLOAT32_SIZE * 3 * width * height
-    share = activations.vae_share(workload.vae_itemsize, mode)
+    share = activations.vae_share(workload.vae_itemsize, mode, encoder=True)
     chunk_flops = flops.temporal_encoder_flops(config.temporal, frames, rows, columns)
     chunk_flops += frames * flops.spatial_encoder_flops(config.spatial, height, width)
     return VaeStageMemory(

@@ -55,9 +55,9 @@ SAMPLERS = {
     "ab2": "mlx_sora.sampling.ab2:AdamsBashforth",
 }
 
-#: Data types of weights and activations: of the transformer and T5, and of the VAE.
-DTYPES = ("auto", "float32", "bfloat16", "float16")
-VAE_DTYPES = ("float32", "bfloat16", "float16")
+#: Data types of weights and activations. auto follows the device.
+FLOAT_DTYPES = ("float32", "bfloat16", "float16")
+DTYPES = ("auto", *FLOAT_DTYPES)
 
 #: How ranks split a video; see mlx_sora/distributed/partition.py.
 PARALLEL_MODES = ("auto", "guidance", "sequence", "both", "prompts", "off")
@@ -271,7 +271,7 @@ class GenerationRequest:
         "colours; float16 is finer than bfloat16, but SDXL's VAE may overflow in it",
         "float32",
         tasks=_VIDEO,
-        choices=VAE_DTYPES,
+        choices=FLOAT_DTYPES,
     )
     quantize: int | None = _memory(
         "quantize the weights to 4 or 8 bits while loading, which saves memory; convert does it "

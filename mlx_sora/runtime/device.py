@@ -12,7 +12,7 @@ import mlx.core as mx
 
 from mlx_sora.errors import MemoryBudgetError, MlxSoraError, UsageError
 from mlx_sora.models.precision import Precision, dtype_name
-from mlx_sora.request.generation import DTYPES, VAE_DTYPES
+from mlx_sora.request.generation import DTYPES, FLOAT_DTYPES
 from mlx_sora.runtime import blas
 from mlx_sora.runtime.switches import switches
 from mlx_sora.utils.versions import versions
@@ -31,8 +31,8 @@ def choose_precision(
     """
     transformer = default_dtype(device, dtype)
     text_encoder = default_dtype(device) if transformer == mx.float16 else transformer
-    if vae_dtype not in VAE_DTYPES:
-        valid = ", ".join(VAE_DTYPES)
+    if vae_dtype not in FLOAT_DTYPES:
+        valid = ", ".join(FLOAT_DTYPES)
         raise UsageError(f"Unknown VAE dtype {vae_dtype!r}.", f"Choose one of: {valid}.")
     if vae_dtype != "float32" and _is_linux_cpu(device):
         raise UsageError(

@@ -48,9 +48,7 @@ def video_vae(case: Case, dtype: mx.Dtype = mx.float32) -> VideoVAE:
     halves = {"encoder": "encoder.", "decoder": "decoder."}
     parts = [p for p, name in halves.items() if any(f".{name}" in key for key in case.weights)]
     vae = VideoVAE(VAEConfig.from_dict(values), parts, dtype)
-    load_weights(vae, case.weights, key_map(parts))
-    vae.spatial_vae.set_dtype(dtype)
-    vae.temporal_vae.set_dtype(dtype)
+    load_weights(vae, case.weights, key_map(parts), dtype=dtype)
     return vae
 
 

@@ -116,6 +116,12 @@ def test_text_encoder(model: ModelFolder) -> None:
         assert mx.array_equal(networks.t5_states(network, blocks), expected).item()
 
 
+def test_scales_have_the_type_of_the_run(model: ModelFolder) -> None:
+    _, source = stream_transformer(model, mx.float16)
+    scales = {v.dtype for k, v in source.load(0).items() if k.endswith(("scales", "biases"))}
+    assert scales == {mx.float16}
+
+
 @pytest.mark.parametrize("resident", [0, 1])
 def test_transformer(model: ModelFolder, resident: int) -> None:
     whole = load_transformer(model, mx.float32)

@@ -54,6 +54,7 @@ def stopping_at(shard: int) -> ProgressCallback:
         ConversionOptions(8),
         ConversionOptions(4, "float32"),
         ConversionOptions(8, "bfloat16"),
+        ConversionOptions(8, "float16"),
     ],
 )
 def test_one_file_per_block(model: ModelFolder, tmp_path: Path, options: ConversionOptions) -> None:
@@ -128,6 +129,27 @@ def test_constants_stay_float32(model: ModelFolder, tmp_path: Path) -> None:
             assert network.rope.freqs.dtype == mx.float32
             assert mx.array_equal(network.rope.freqs, expected)
             assert network.final_layer.linear.weight.dtype == mx.bfloat16
+
+
+def test_float16_is_for_the_transformer(model: ModelFolder, tmp_path: Path) -> None:
+    made = convert(model, tmp_path / "made", ConversionOptions(None, "float16")).path
+    for part, dtype in (("text_encoder", mx.bfloat16), ("transformer", mx.float16)):
+        kinds = {v.dtype for k, v in tensors(made, part).items() if k != "rope.freqs"}
+        assert kinds == {dtype}
+    assert not [f for f in diagnose(made) if f.level in ("error", "warning")]
+
+
+def test_what_float16_cannot_hold_is_refused(tmp_path: Path) -> None:
+    """An infinite weight would show in the middle of a run only."""
+    model = write_model(tmp_path / "plain")
+    values = tensors(model, "transformer")
+    values["final_layer.linear.bias"] = values["final_layer.linear.bias"] + 7e4
+    for file in model.transformer.glob("*.safetensors*"):
+        file.unlink()
+    mx.save_safetensors(str(model.transformer / "model.safetensors"), values)
+    with pytest.raises(WeightsError, match=r"final_layer\.linear\.bias exceeds 65504.*bfloat16"):
+        convert(model, tmp_path / "made", ConversionOptions(None, "float16"))
+    convert(model, tmp_path / "made", ConversionOptions(None, "bfloat16"))
 
 
 def test_what_is_written_beside(model: ModelFolder, tmp_path: Path) -> None:

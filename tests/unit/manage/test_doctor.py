@@ -374,11 +374,11 @@ def test_what_mends_a_conversion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv(WEIGHTS_VARIABLE, str(root))
     get = f"python -m mlx_sora download {PUBLISHED} --quantize 8"
     assert repair_command(root / f"{PUBLISHED}-8bit") == get
-    record = {"source": str(tmp_path), "dtype": "bfloat16", "quantization": {"bits": 4}}
+    record = {"source": str(tmp_path), "dtype": "float16", "quantization": {"bits": 4}}
     for folder in (tmp_path / "mine", root / PUBLISHED, root / f"{PUBLISHED}-8bit"):
         folder.mkdir(parents=True)
         Provenance(PUBLISHED, "", {}, record).write(folder)
-    command = f"python -m mlx_sora convert {tmp_path} {{}} --quantize 4 --dtype bfloat16"
+    command = f"python -m mlx_sora convert {tmp_path} {{}} --quantize 4 --dtype float16"
     for folder in (tmp_path / "mine", root / PUBLISHED):
         assert repair_command(folder) == command.format(folder) + " --check --overwrite"
     assert repair_command(root / f"{PUBLISHED}-8bit") == f"{get} --check"

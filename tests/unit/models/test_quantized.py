@@ -48,6 +48,24 @@ def test_the_kernel_of_gpus_agrees(bias: bool, monkeypatch: pytest.MonkeyPatch) 
     assert mx.allclose(layer(x), plain(x), rtol=1e-4, atol=1e-4).item()
 
 
+@pytest.mark.parametrize("gpu", [False, True])
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
+def test_scales_in_half_precision(
+    dtype: mx.Dtype, gpu: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mlx_sora.models.quantized.on_gpu", lambda: gpu)
+    layer, plain = pair(8, True)
+    layer.set_dtype(dtype)
+    x = mx.random.normal((3, 128)).astype(dtype)
+    out = layer(x)
+    assert out.dtype == dtype
+    assert layer.weight.dtype == mx.uint32
+    assert (
+        relative_error(out.astype(mx.float32), plain(x.astype(mx.float32)))
+        < 8 * mx.finfo(dtype).eps
+    )
+
+
 def test_a_plain_layer_serves_pieces_as_it_is() -> None:
     layer = nn.Linear(4, 4)
     assert dequantize_once(layer, mx.zeros((1, 4))) is layer
