@@ -54,7 +54,7 @@ class Previews:
             raise UsageError(
                 f"{model.name} has no {PREVIEW_FILE}, and for previews the VAE would be in memory "
                 "beside the transformer, which no memory budget counts.",
-                "Leave out --preview-every or the budget.",
+                "Leave out --preview-every, or set --memory-budget off.",
             )
         return cls(request.preview_every, model, settings, output, found)
 
