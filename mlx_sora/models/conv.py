@@ -73,20 +73,45 @@ def causal_conv3d(
 
 
 def plain_conv2d(x: mx.array, weight: mx.array, bias: mx.array | None = None) -> mx.array:
-    """Compute `conv2d` with MLX's own convolution."""
-    return _add_bias(_convolve(x, weight.transpose(2, 0, 1, 3), (1, 1)), bias)
+    """Compute `conv2d` with MLX's own convolution, ops.DISPATCH_FLOPS at a time."""
+    kernel = weight.transpose(2, 0, 1, 3)
+    n, h, w, _ = x.shape
+    most = max(1, ops.DISPATCH_FLOPS // (2 * w * weight.size))
+    if n * h <= most:
+        return _add_bias(_convolve(x, kernel, (1, 1)), bias)
+    images, rows = max(1, most // h), ops.slice_size(h, most)
+    done: list[mx.array] = []
+    for i in range(0, n, images):
+        strips: list[mx.array] = []
+        for top in range(0, h, rows):
+            above = min(top, 1)  # neighbours of the strip; at the border, padding
+            part = ops.run_after(strips or done, x[i : i + images, top - above : top + rows + 1])
+            y = _convolve(part, kernel, (1, 1))[:, above : above + rows]
+            strips.append(_add_bias(y, bias))
+        done.append(strips[0] if len(strips) == 1 else mx.concatenate(strips, axis=1))
+    return mx.concatenate(done)
 
 
 def plain_conv3d(
     x: mx.array, weight: mx.array, bias: mx.array | None = None, time_stride: int = 1
 ) -> mx.array:
-    """Compute `causal_conv3d` with MLX's own convolution."""
+    """Compute `causal_conv3d` with MLX's own convolution, ops.DISPATCH_FLOPS at a time."""
     front = _time_padding(weight, time_stride)
     # Time is padded here because Metal's per-frame path needs a first axis without padding.
     x = mx.pad(x, [(0, 0), (front, 0), (0, 0), (0, 0), (0, 0)])
     kernel = weight.transpose(3, 0, 1, 2, 4)
     stride, padding = (time_stride, 1, 1), (0, 1, 1)
-    return _add_bias(_convolve(x, kernel, padding, stride), bias)
+    n, length, h, w, _ = x.shape
+    steps = (length - len(weight)) // time_stride + 1
+    most = max(1, ops.DISPATCH_FLOPS // (2 * n * h * w * weight.size))
+    count = ops.slice_size(steps, most)
+    done: list[mx.array] = []
+    for start in range(0, steps, count):
+        last = min(steps, start + count) - 1
+        part = x[:, time_stride * start : time_stride * last + len(weight)]
+        y = _convolve(ops.run_after(done, part), kernel, padding, stride)
+        done.append(_add_bias(y, bias))
+    return done[0] if len(done) == 1 else mx.concatenate(done, axis=1)
 
 
 def _convolve(

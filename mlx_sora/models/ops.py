@@ -28,8 +28,9 @@ SLICE_BYTES = 8 << 20
 MIN_QUERIES = 64
 MIN_ROWS = 1024
 
-#: On GPUs, one kernel does about this many floating-point operations at most: 0.2 to 0.4 s on an
-#: M1. macOS ends what keeps a GPU from drawing the screen for seconds, and a kernel is not divided.
+#: On GPUs, one product, attention or convolution does about this many floating-point operations at
+#: most: 0.2 to 0.4 s on an M1. macOS ends what keeps a GPU from drawing the screen for seconds, and
+#: a kernel is not divided.
 DISPATCH_FLOPS = 500_000_000_000
 
 #: On GPUs, logits of attention that MLX does not fuse are at most this large. The VAE's single head
@@ -217,13 +218,13 @@ def linear(layer: nn.Module, x: mx.array) -> mx.array:
 def _apply_to_rows(function: Callable[[mx.array], mx.array], x: mx.array, most: int) -> mx.array:
     """Return function(x) [..., C_out] for x [..., C], computed on about `most` rows at a time."""
     count = math.prod(x.shape[:-1])
-    rows = _slice_size(count, max(MIN_ROWS, most))
+    rows = slice_size(count, max(MIN_ROWS, most))
     if count <= rows:
         return function(x)
     flat = x.reshape(count, x.shape[-1])
     done: list[mx.array] = []
     for start in range(0, count, rows):
-        done.append(function(_run_after(done, flat[start : start + rows])))
+        done.append(function(run_after(done, flat[start : start + rows])))
     return mx.concatenate(done).reshape(*x.shape[:-1], -1)
 
 
@@ -246,13 +247,13 @@ def attention(
     if batch * length <= most:
         return attend(q, k, v, scale, mask)
     samples = max(1, most // length)
-    queries = _slice_size(length, max(MIN_QUERIES, most))
+    queries = slice_size(length, max(MIN_QUERIES, most))
     done: list[mx.array] = []
     for b in range(0, batch, samples):
         some = slice(b, b + samples)
         row: list[mx.array] = []
         for i in range(0, length, queries):
-            part = _run_after(row or done, q[some, :, i : i + queries])
+            part = run_after(row or done, q[some, :, i : i + queries])
             row.append(attend(part, k[some], v[some], scale, _slice_mask(mask, some, i, queries)))
         done.append(row[0] if len(row) == 1 else mx.concatenate(row, axis=2))
     return mx.concatenate(done)
@@ -272,11 +273,12 @@ def _is_fused(q: mx.array) -> bool:
     return q.shape[-1] <= MAX_FUSED_HEAD and not (q.dtype == mx.float32 and mx.cuda.is_available())
 
 
-def _slice_size(total: int, most: int) -> int:
+def slice_size(total: int, most: int) -> int:
+    """Return the size of equal slices of `total`, of `most` at the most."""
     return -(-total // -(-total // most))
 
 
-def _run_after(done: list[mx.array], x: mx.array) -> mx.array:
+def run_after(done: list[mx.array], x: mx.array) -> mx.array:
     """Return x, computed only after the last of `done`, so that slices do not pile up in memory."""
     return mx.depends(x, done[-1]) if done else x
 

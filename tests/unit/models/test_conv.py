@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -118,6 +119,46 @@ def test_causal_conv3d_of_a_batch_is_that_of_each_sample(side: int, stride: int)
         )
 
 
+@pytest.mark.parametrize("rows", [1, 3, 4, 9, 10, 18, 26], ids="{} rows".format)
+def test_conv2d_in_pieces(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
+    """A kernel does so many rows of 3 images of 9: strips, an image or two, or nearly all."""
+    x, weight, bias = normal(1, 3, 9, 7, 5), normal(2, 3, 3, 4, 5), normal(3, 4)
+    whole = conv.plain_conv2d(x, weight, bias)
+    seen = convolutions(monkeypatch)
+    monkeypatch.setattr(ops, "DISPATCH_FLOPS", 2 * rows * 7 * weight.size)
+    assert difference(conv.plain_conv2d(x, weight, bias), whole) <= SAME
+    if rows < 9:
+        strips = {1: [2, *[3] * 7, 2], 3: [4, 5, 4], 4: [4, 5, 4]}[rows]
+        assert [shape[:2] for shape in seen] == [(1, strip) for strip in strips] * 3
+    else:
+        assert [shape[:2] for shape in seen] == ([(1, 9)] * 3 if rows < 18 else [(2, 9), (1, 9)])
+
+
+@pytest.mark.parametrize(("stride", "frames"), [(1, [3] * 6), (1, [5, 5]), (2, [3, 3, 3])])
+def test_conv3d_in_pieces(monkeypatch: pytest.MonkeyPatch, stride: int, frames: list[int]) -> None:
+    """A kernel does a frame or three; each needs the two before."""
+    x, weight, bias = normal(1, 1, 6, 7, 5, 3), normal(2, 3, 3, 3, 4, 3), normal(3, 4)
+    whole = conv.plain_conv3d(x, weight, bias, stride)
+    seen = convolutions(monkeypatch)
+    steps = (frames[0] - 3) // stride + 1
+    monkeypatch.setattr(ops, "DISPATCH_FLOPS", 2 * steps * 7 * 5 * weight.size)
+    assert difference(conv.plain_conv3d(x, weight, bias, stride), whole) <= SAME
+    assert [shape[1] for shape in seen] == frames
+
+
+def convolutions(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """Return a list that receives the shape of the input of each convolution of MLX."""
+    seen: list[tuple[int, ...]] = []
+    plain = mx.conv_general
+
+    def watched(x: mx.array, *args: Any, **options: Any) -> mx.array:
+        seen.append(x.shape)
+        return plain(x, *args, **options)
+
+    monkeypatch.setattr(mx, "conv_general", watched)
+    return seen
+
+
 @pytest.mark.parametrize("biased", [False, True])
 def test_one_frame_on_a_gpu_is_one_image(monkeypatch: pytest.MonkeyPatch, biased: bool) -> None:
     """The first two taps in time see only padding, which MLX would multiply."""
@@ -125,8 +166,9 @@ def test_one_frame_on_a_gpu_is_one_image(monkeypatch: pytest.MonkeyPatch, biased
     bias = normal(3, 5) if biased else None
     expected = mx.concatenate([conv.plain_conv3d(x[b : b + 1], weight, bias) for b in range(2)])
     monkeypatch.setattr(ops, "on_gpu", lambda: True)
-    monkeypatch.delattr(mx, "conv3d")
+    seen = convolutions(monkeypatch)
     assert difference(conv.causal_conv3d(x, weight, bias), expected) <= SAME
+    assert seen == [(2, 7, 9, 3)]
 
 
 @pytest.mark.parametrize("side", [4, 24])
