@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from mlx_sora.cli.awake import add_sleep_flag
 from mlx_sora.cli.flags import add_debug_flag, add_quiet_flag, add_request_flags, explicit_options
 
 
@@ -46,6 +47,7 @@ def add_parser(commands: Any) -> None:
     )
     add_request_flags(parser, "calibrate")
     add_quiet_flag(parser)
+    parser.hide(add_sleep_flag(parser))
     add_debug_flag(parser)
     parser.set_defaults(run=run)
 

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mlx_sora.cli.awake import add_sleep_flag
 from mlx_sora.cli.flags import add_debug_flag, add_quiet_flag
 from mlx_sora.cli.progress import Bars, human_bytes
 from mlx_sora.request.generation import FLOAT_DTYPES
@@ -47,6 +48,7 @@ def add_parser(commands: Any) -> None:
         help="compare checksums of an existing conversion; repeat it if a file is damaged",
     )
     add_quiet_flag(parser)
+    add_sleep_flag(parser)
     add_debug_flag(parser)
     parser.set_defaults(run=run)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
+from mlx_sora.cli.awake import add_sleep_flag
 from mlx_sora.cli.convert import add_quantize_flag, note_result
 from mlx_sora.cli.flags import add_debug_flag, add_quiet_flag
 from mlx_sora.cli.progress import Bars, human_bytes
@@ -55,6 +56,7 @@ def add_parser(commands: Any) -> None:
         help="compare checksums of an existing model; fetch damaged files again",
     )
     add_quiet_flag(parser)
+    add_sleep_flag(parser)
     add_debug_flag(parser)
     parser.set_defaults(run=run)
 

@@ -7,6 +7,7 @@ import sys
 from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
+from mlx_sora.cli.awake import add_sleep_flag
 from mlx_sora.cli.flags import Parser, add_debug_flag, add_quiet_flag, add_request_flags
 from mlx_sora.cli.plans import show_plans
 from mlx_sora.cli.progress import (
@@ -71,7 +72,7 @@ def add_dry_run_flag(parser: argparse.ArgumentParser) -> None:
 
 
 def add_progress_flags(parser: Parser) -> None:
-    """Add --quiet, --verbose, --json-events and --debug."""
+    """Add --quiet, --verbose, --json-events, --allow-sleep and --debug."""
     group = parser.add_argument_group("progress")
     verbosity = group.add_mutually_exclusive_group()
     add_quiet_flag(verbosity)
@@ -80,6 +81,7 @@ def add_progress_flags(parser: Parser) -> None:
         group.add_argument(
             "--json-events", action="store_true", help="print progress as lines of JSON on stdout"
         ),
+        add_sleep_flag(group),
         add_debug_flag(group),
     )
 

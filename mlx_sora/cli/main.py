@@ -16,6 +16,7 @@ from types import FrameType
 
 from mlx_sora import __version__
 from mlx_sora.cli import bench, calibrate, convert, doctor, download, edit, generate, info
+from mlx_sora.cli.awake import stay_awake
 from mlx_sora.cli.flags import Parser, parse_args
 from mlx_sora.distributed.launch import launch_backend, launch_rank
 from mlx_sora.errors import INTERRUPTED, MAX_MESSAGE, MlxSoraError, UsageError, printable
@@ -36,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UsageError(
                 f"{argv[0]} runs in one process, not in several.", "Start it without mlx.launch."
             )
-        with sigterm_as_interrupt(), log_to_stderr(args):
+        with signals_as_interrupt(), log_to_stderr(args), stay_awake(args):
             return int(args.run(args))
     except MlxSoraError as error:
         if debug:
@@ -73,21 +74,30 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 @contextmanager
-def sigterm_as_interrupt() -> Iterator[None]:
-    """Raise KeyboardInterrupt at SIGTERM inside the block, so that partial files are removed."""
+def signals_as_interrupt() -> Iterator[None]:
+    """Raise KeyboardInterrupt at SIGTERM and SIGHUP inside the block, as Ctrl-C does.
+
+    So steps are saved and partial files removed. A SIGHUP that nohup ignores stays ignored.
+    """
 
     def interrupt(number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # a closed terminal may send several
         raise KeyboardInterrupt
 
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    if before[signal.SIGHUP] == signal.SIG_IGN:
+        del before[signal.SIGHUP]
     try:
-        before = signal.signal(signal.SIGTERM, interrupt)
+        for number in before:
+            signal.signal(number, interrupt)
     except ValueError:  # not the main thread, which alone can handle signals
         yield
         return
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from mlx_sora.video.output_path import CHECKPOINT_SUFFIX
 STEPS = 6
 WORDS = ["generate", "-p", "a red circle", "--steps", str(STEPS), "--width", "32", "--height", "32"]
 WORDS += ["--no-embed-metadata", "--checkpoint-every", "2", "--json-events"]
-EACH = [signal.SIGINT, signal.SIGTERM, signal.SIGKILL]
+EACH = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL]
 
 
 def start(folder: Path, *words: str) -> subprocess.Popen[str]:

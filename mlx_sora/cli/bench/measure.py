@@ -80,7 +80,8 @@ def measure(flags: Sequence[str]) -> Measurement:
     """
     with tempfile.TemporaryDirectory(prefix="mlx-sora-bench-") as folder:
         command = [sys.executable, "-m", "mlx_sora", "generate", *flags]
-        command += ["--json-events", "--metadata", "--output", f"{folder}/video"]
+        # The parent keeps the machine awake, if that is wanted.
+        command += ["--json-events", "--allow-sleep", "--metadata", "--output", f"{folder}/video"]
         start = time.perf_counter()
         with tempfile.TemporaryFile("w+") as errors, _child(command, errors) as process:
             monitor = _ChildMonitor(process.pid)

@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mlx_sora.cli.awake import add_sleep_flag
 from mlx_sora.cli.bench.measure import PEAK, Measurement, measure
 from mlx_sora.cli.flags import add_debug_flag, add_request_flags, explicit_options, to_command_line
 from mlx_sora.cli.generate import load_pipeline
@@ -74,6 +75,7 @@ def add_parser(benches: Any) -> None:
     group.add_argument(
         "--overwrite", dest="replace_results", action="store_true", help="replace existing results"
     )
+    parser.hide(add_sleep_flag(group))
     add_debug_flag(group)
     add_request_flags(parser, "bench")
     parser.set_defaults(run=run)
