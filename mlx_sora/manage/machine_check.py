@@ -86,8 +86,8 @@ class Form:
     """A form to check.
 
     make: builds its case, from the share of the published size, 1 or less. gflop, gigabytes: work
-    and memory at the published size. float32, half: largest expected error in epsilons of the type,
-    about four times what was measured. advice: what to do where a type is wrong.
+    and memory at the published size. float32, half: largest expected error in epsilons of the type.
+    advice: what to do where a type is wrong.
     """
 
     name: str

@@ -5,6 +5,7 @@ Each yields its results. A new check is a function and a line in `MLX_CHECKS`.
 
 from __future__ import annotations
 
+import shutil
 import sys
 import tempfile
 import time
@@ -30,6 +31,7 @@ from mlx_sora.manage.machine_check import (
 )
 from mlx_sora.manage.machine_forms import normals
 from mlx_sora.memory.limits import memory_scope, process_memory, release
+from mlx_sora.memory.profiles import format_bytes
 from mlx_sora.models.key_map import KeyMap
 from mlx_sora.models.layers import Linear
 from mlx_sora.runtime.device import backend, describe_machine
@@ -39,6 +41,9 @@ _ARRAY_BYTES = 64 << 20
 
 #: Blocks of the streamed network, layers of each, and their width at full size.
 _BLOCKS, _LAYERS, _WIDTH = 4, 4, 2048
+
+#: Free space that the temporary file needs, with a reserve.
+_FREE_BYTES = 1 << 30
 
 #: Computing takes this many times as long as loading, of which it has to hide at least this share.
 _COMPUTE_RATIO, _LEAST_HIDDEN = 1.5, 0.3
@@ -64,6 +69,10 @@ def check_streaming(allowance: Allowance) -> Iterator[CheckResult]:
     """Stream blocks from a temporary file, one after the other and ahead of their use."""
     width = _WIDTH if allowance.flops > 1e9 else _WIDTH // 16  # for quick tests
     with tempfile.TemporaryDirectory() as folder, memory_scope():
+        if shutil.disk_usage(folder).free < _FREE_BYTES:
+            message = f"{tempfile.gettempdir()} has less than {format_bytes(_FREE_BYTES)} free"
+            yield CheckResult("streams", SKIPPED, message, advice="Free space, or set TMPDIR.")
+            return
         network = _Blocks(width)
         path = Path(folder) / "model.safetensors"
         names = list(dict(tree_flatten(network.parameters())))

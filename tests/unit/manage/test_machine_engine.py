@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import queue
+import shutil
 import sys
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
@@ -60,6 +62,13 @@ def test_a_thread_that_may_not_compute(monkeypatch: pytest.MonkeyPatch) -> None:
     found = next(machine_report.MachineReport(0.001).run())
     assert (found.name, found.status) == ("streams", "wrong")
     assert "no Stream" in found.message
+
+
+def test_a_disk_without_space(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=5_000_000))
+    (found,) = rows(check_streaming).values()
+    assert (found.name, found.status) == ("streams", "skipped")
+    assert "TMPDIR" in found.advice
 
 
 def test_loading_that_is_not_hidden_is_slow(monkeypatch: pytest.MonkeyPatch) -> None:
