@@ -6,6 +6,17 @@ once, as they only work before MLX is used: a fast BLAS on Linux, and defaults o
 
 from __future__ import annotations
 
+import signal
+import sys
+
+# Ctrl-C while `python -m mlx_sora` loads ends it without a traceback; __main__.py handles it again.
+if (
+    sys.argv[:1] == ["-m"]
+    and "mlx_sora" in sys.orig_argv
+    and signal.getsignal(signal.SIGINT) == signal.default_int_handler
+):
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 from importlib import import_module
 from typing import TYPE_CHECKING
 

@@ -8,6 +8,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Iterator, Sequence
@@ -18,8 +19,10 @@ from mlx_sora import __version__
 from mlx_sora.cli import bench, calibrate, convert, doctor, download, edit, generate, info
 from mlx_sora.cli.awake import stay_awake
 from mlx_sora.cli.flags import Parser, parse_args
+from mlx_sora.cli.streams import prepare_streams
 from mlx_sora.distributed.launch import launch_backend, launch_rank
 from mlx_sora.errors import INTERRUPTED, MAX_MESSAGE, MlxSoraError, UsageError, printable
+from mlx_sora.runtime.compile_cache import ensure_compile_cache
 
 COMMANDS = (generate, edit, download, convert, doctor, info, bench, calibrate)
 
@@ -29,6 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     0 success, 1 failed run, 2 usage, 3 memory, 4 weights, 130 interrupted.
     """
+    prepare_streams()
     argv = sys.argv[1:] if argv is None else list(argv)
     debug = "--debug" in argv
     try:
@@ -38,6 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 f"{argv[0]} runs in one process, not in several.", "Start it without mlx.launch."
             )
         with signals_as_interrupt(), log_to_stderr(args), stay_awake(args):
+            ensure_compile_cache()
             return int(args.run(args))
     except MlxSoraError as error:
         if debug:
@@ -75,24 +80,20 @@ def build_parser() -> argparse.ArgumentParser:
 
 @contextmanager
 def signals_as_interrupt() -> Iterator[None]:
-    """Raise KeyboardInterrupt at SIGTERM and SIGHUP inside the block, as Ctrl-C does.
+    """Raise KeyboardInterrupt at SIGTERM and SIGHUP inside the block: partial files are removed.
 
-    So steps are saved and partial files removed. A SIGHUP that nohup ignores stays ignored.
+    A signal that is ignored stays so; nohup ignores SIGHUP.
     """
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         signal.signal(signal.SIGHUP, signal.SIG_IGN)  # a closed terminal may send several
         raise KeyboardInterrupt
 
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
-    if before[signal.SIGHUP] == signal.SIG_IGN:
-        del before[signal.SIGHUP]
-    try:
-        for number in before:
-            signal.signal(number, interrupt)
-    except ValueError:  # not the main thread, which alone can handle signals
+    if threading.current_thread() is not threading.main_thread():  # it alone can handle signals
         yield
         return
+    handled = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN]
+    before = {number: signal.signal(number, interrupt) for number in handled}
     try:
         yield
     finally:
@@ -137,6 +138,7 @@ def _print_error(message: str, code: int, argv: Sequence[str], rank: int = 0) ->
         return
     message = printable(message, 2 * MAX_MESSAGE)
     if "--json-events" in argv:
-        with suppress(BrokenPipeError):
+        with suppress(OSError):
             print(json.dumps({"event": "error", "message": message, "exit_code": code}), flush=True)
-    print(f"error: {message}", file=sys.stderr)
+    with suppress(OSError):  # the terminal is gone
+        print(f"error: {message}", file=sys.stderr, flush=True)

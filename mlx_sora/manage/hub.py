@@ -264,13 +264,39 @@ def _reason(error: Exception) -> str:
 def _invalid_listing(address: str, repo: str) -> WeightsError:
     return WeightsError(
         f"The answer of {address} about {repo} is not a listing of a model repository.",
-        "Check --endpoint.",
+        "Check --endpoint, and in a browser whether this network asks to sign in first.",
     )
+
+
+def _local_fault(error: Exception) -> WeightsError | None:
+    """Return the error of a token, certificates or a proxy of this machine; None for others."""
+    from huggingface_hub import get_token
+
+    if isinstance(error, ValueError):
+        wrong = next((c for c in get_token() or "" if not "!" <= c <= "~"), None)
+        if wrong is not None:
+            message = f"The access token contains {wrong!r}, which no token has."
+            return WeightsError(message, "Copy it again, without quotes, into HF_TOKEN.")
+    if isinstance(error, OSError):
+        for name in ("SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"):
+            path = os.environ.get(name)
+            if path and not Path(path).exists():
+                return WeightsError(
+                    f"{name} names certificates in {path}, which does not exist.",
+                    f"Correct {name}, or unset it.",
+                )
+    if isinstance(error, ImportError) and "SOCKS" in str(error):
+        message = f"The environment sets a SOCKS proxy ({_reason(error)})."
+        return WeightsError(message, "Run `pip install socksio`, or unset ALL_PROXY.")
+    return None
 
 
 def _user_error(error: Exception, subject: str, address: str) -> WeightsError:
     from huggingface_hub import errors
 
+    local = _local_fault(error)
+    if local is not None:
+        return local
     login = "log in with `hf auth login` or set HF_TOKEN"
     status = _status(error)
     if isinstance(error, errors.OfflineModeIsEnabled):

@@ -17,6 +17,7 @@ from mlx_sora.pipeline.locks import run_exclusively
 from mlx_sora.pipeline.resume import checkpoint_seed, resumed_request
 from mlx_sora.pipeline.run import GenerationRun
 from mlx_sora.request.generation import GenerationRequest
+from mlx_sora.runtime.compile_cache import ensure_compile_cache
 from mlx_sora.runtime.device import choose_precision, describe_machine
 from mlx_sora.runtime.events import Event, Finished
 from mlx_sora.video import Video
@@ -31,6 +32,7 @@ class Pipeline:
     """Text to video with one model, one run at a time. Holds no weights between runs."""
 
     def __init__(self, model: ModelFolder, dtype: str = "auto") -> None:
+        ensure_compile_cache()
         self.engine = Engine(model, dtype, init_ranks())
         choose_precision(dtype)  # refuses what the device cannot do, before any work
 
