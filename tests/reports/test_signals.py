@@ -1,0 +1,86 @@
+"""Closed terminals and early Ctrl-C.
+
+Report: DarthSim/overmind#86 (SIGHUP leaves files behind that the user has to clean up by hand).
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+RUN = [
+    "-m",
+    "mlx_sora",
+    "generate",
+    "--prompt",
+    "red",
+    "--num-frames",
+    "51",
+    "--steps",
+    "50",
+    "--seed",
+    "1",
+    "--checkpoint-every",
+    "50",
+    "--json-events",
+    "--output",
+    "a.mp4",
+]
+
+#: Sets what the program inherits for a signal, then becomes the program.
+START = (
+    "import os, signal, sys; signal.signal(getattr(signal, sys.argv[1]), getattr(signal, "
+    "sys.argv[2])); os.execv(sys.executable, sys.argv[3:])"
+)
+
+
+def run_until_step(folder: Path, number: signal.Signals, inherited: str) -> subprocess.Popen[str]:
+    """Send the signal after the third step; return the ended program."""
+    command = [sys.executable, "-c", START, number.name, inherited, sys.executable, *RUN]
+    child = subprocess.Popen(
+        command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
+    steps = 0
+    assert child.stdout is not None
+    for line in child.stdout:
+        steps += json.loads(line)["event"] == "step_finished"
+        if steps == 3:
+            child.send_signal(number)
+            break
+    child.stdout.read()
+    child.wait()
+    return child
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_a_signal_keeps_the_steps_and_leaves_nothing_hidden(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    inherited = "default_int_handler" if number == signal.SIGINT else "SIG_DFL"
+    child = run_until_step(tmp_path, number, inherited)
+    assert child.returncode in (130, -signal.SIGINT)
+    assert [file.name for file in tmp_path.iterdir()] == ["a.mp4.checkpoint.safetensors"]
+
+
+def test_nohup_goes_on(tmp_path: Path) -> None:
+    assert run_until_step(tmp_path, signal.SIGHUP, "SIG_IGN").returncode == 0
+    assert [file.name for file in tmp_path.iterdir()] == ["a.mp4"]
+
+
+@pytest.mark.parametrize("seconds", [0.08, 0.12, 0.2, 0.3])
+def test_ctrl_c_while_the_program_loads_is_no_traceback(tmp_path: Path, seconds: float) -> None:
+    command = [sys.executable, *RUN]
+    child = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=-1, text=True)
+    time.sleep(seconds)
+    child.send_signal(signal.SIGINT)
+    _, errors = child.communicate()
+    # Before the package is loaded, Python itself answers.
+    assert child.returncode in (130, -signal.SIGINT) or "init_import_site" in errors
+    assert "Traceback" not in errors or "mlx_sora" not in errors
+    assert list(tmp_path.iterdir()) == []
