@@ -49,6 +49,7 @@ def test_long_passes_are_signed_block_by_block(
     pipe: Pipeline, monkeypatch: pytest.MonkeyPatch, streamed: bool
 ) -> None:
     monkeypatch.setattr(run_module, "on_gpu", lambda: False)
+    monkeypatch.setattr(run_module, "on_gpu", lambda: False)
     plain = make(pipe, ci_dl=streamed)
     monkeypatch.setattr(run_module, "on_gpu", lambda: True)
     assert make(pipe, ci_dl=streamed).ticks == plain.ticks, "passes of a tiny model are short"
@@ -60,6 +61,7 @@ def test_long_passes_are_signed_block_by_block(
 def test_the_patience_of_others_follows_the_plan(
     pipe: Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(run_module, "on_gpu", lambda: False)
     monkeypatch.setattr(run_module, "on_gpu", lambda: False)
     assert set(make(pipe).idle) == {0.0}, "processor time shows the progress of a CPU"
     monkeypatch.setattr(run_module, "on_gpu", lambda: True)
