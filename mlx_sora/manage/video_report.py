@@ -12,6 +12,7 @@ from mlx_sora.loading.published import find_undownloaded
 from mlx_sora.memory.estimate import format_duration
 from mlx_sora.memory.profiles import format_bytes
 from mlx_sora.memory.speeds import MachineSpeeds
+from mlx_sora.models.ops import on_gpu
 from mlx_sora.pipeline.pipeline import Pipeline
 from mlx_sora.pipeline.run import GenerationRun
 from mlx_sora.request.generation import GenerationRequest
@@ -27,13 +28,24 @@ VIDEOS = (
     ("720p", 51),
 )
 
-#: Options that need less memory, in the order in which they are tried: exact ones first.
+_SEQUENTIAL: Mapping[str, Any] = {"sequential_guidance": True}
+_HALF: Mapping[str, Any] = {"vae_dtype": "bfloat16"}
+
+#: Options that need less memory, in the order in which they are tried: exact ones first. The VAE in
+#: half precision is for GPUs.
 WAYS: Mapping[str, Mapping[str, Any]] = {
     "": {},
-    "--sequential-guidance": {"sequential_guidance": True},
+    "--sequential-guidance": _SEQUENTIAL,
+    "--vae-dtype bfloat16": _HALF,
+    "--sequential-guidance --vae-dtype bfloat16": {**_SEQUENTIAL, **_HALF},
     "--vae-tiles 2": {"vae_tiles": 2},
-    "--sequential-guidance --vae-tiles 2": {"sequential_guidance": True, "vae_tiles": 2},
-    "--sequential-guidance --vae-tiles 4": {"sequential_guidance": True, "vae_tiles": 4},
+    "--sequential-guidance --vae-tiles 2": {**_SEQUENTIAL, "vae_tiles": 2},
+    "--sequential-guidance --vae-dtype bfloat16 --vae-tiles 2": {
+        **_SEQUENTIAL,
+        **_HALF,
+        "vae_tiles": 2,
+    },
+    "--sequential-guidance --vae-tiles 4": {**_SEQUENTIAL, "vae_tiles": 4},
 }
 
 #: Preset whose seconds stand beside the exact ones.
@@ -44,8 +56,8 @@ FAST = "fast"
 class VideoEstimate:
     """Estimate of one video. options: needed to fit.
 
-    seconds, fast_seconds: with 30 steps, and with `--preset fast`; None if it does not fit. peak:
-    bytes of the process.
+    seconds, fast_seconds: with 30 steps, and with `--preset fast`; None for what does not fit.
+    peak: bytes of the process.
     """
 
     name: str
@@ -56,11 +68,15 @@ class VideoEstimate:
 
     def __str__(self) -> str:
         """Return one line without the name."""
-        if self.seconds is None or self.fast_seconds is None:
+        if self.seconds is None:
             return "does not fit into this memory"
-        times = format_duration(self.seconds), format_duration(self.fast_seconds)
-        needs = f", needs {self.options}" if self.options else ""
-        return f"{times[0]}, {times[1]} with --preset {FAST}, {format_bytes(self.peak)}{needs}"
+        parts = [format_duration(self.seconds)]
+        if self.fast_seconds is not None:
+            parts.append(f"{format_duration(self.fast_seconds)} with --preset {FAST}")
+        parts.append(format_bytes(self.peak))
+        if self.options:
+            parts.append(f"needs {self.options}")
+        return ", ".join(parts)
 
 
 def estimate_videos(speeds: MachineSpeeds) -> Iterator[VideoEstimate]:
@@ -74,20 +90,29 @@ def estimate_videos(speeds: MachineSpeeds) -> Iterator[VideoEstimate]:
             num_frames=frames,
             memory_budget="auto",
         )
-        for options, values in WAYS.items():
-            smaller = replace(request, **values)
-            try:
-                run, fast = (pipeline.prepare(replace(smaller, preset=p)) for p in (None, FAST))
-            except MemoryBudgetError:
-                continue
-            yield _estimate(name, options, speeds, run, fast)
-            break
-        else:
-            yield VideoEstimate(name)
+        yield _estimate(pipeline, request, name, speeds)
 
 
 def _estimate(
-    name: str, options: str, speeds: MachineSpeeds, run: GenerationRun, fast: GenerationRun
+    pipeline: Pipeline, request: GenerationRequest, name: str, speeds: MachineSpeeds
 ) -> VideoEstimate:
-    seconds, fast_seconds = (each.estimate(speeds).total for each in (run, fast))
-    return VideoEstimate(name, options, seconds, fast_seconds, run.plan.peak)
+    """Estimate a video with the first options with which it fits."""
+    for options, values in WAYS.items():
+        if "vae_dtype" in values and not on_gpu():
+            continue
+        smaller = replace(request, **values)
+        run = _prepare(pipeline, smaller)
+        if run is not None:
+            fast = _prepare(pipeline, replace(smaller, preset=FAST))
+            fast_seconds = None if fast is None else fast.estimate(speeds).total
+            seconds = run.estimate(speeds).total
+            return VideoEstimate(name, options, seconds, fast_seconds, run.plan.peak)
+    return VideoEstimate(name)
+
+
+def _prepare(pipeline: Pipeline, request: GenerationRequest) -> GenerationRun | None:
+    """Return the run of a request, or None if it does not fit."""
+    try:
+        return pipeline.prepare(request)
+    except MemoryBudgetError:
+        return None
