@@ -1,15 +1,19 @@
 """How far `--dry-run`'s seconds are from real ones, at the published width on this machine.
 
-    OPENBLAS_NUM_THREADS=1 python -m benchmarks.estimates [--json FILE]
+    OPENBLAS_NUM_THREADS=1 python -m benchmarks.estimates [--only NAME] [--json FILE]
 
 Writes a model of random weights with a few of the published blocks into a temporary folder (4 GB),
-measures the machine as `doctor --machine` does, and runs stages of generations. Both sides are in
-processor time: others use this machine, too. The speeds are measured before and after each run,
-and their mean counts.
+measures the machine as `doctor --machine` does, and runs stages of generations, whose files are
+dropped from the page cache before. Both sides are in processor time: others use this machine, too.
+The speeds are measured before and after each run, and their mean counts. Rows of other cases that
+are in the file stay.
 """
 
 from __future__ import annotations
 
+import argparse
+import json
+import os
 import tempfile
 import time
 from collections.abc import Mapping
@@ -22,8 +26,9 @@ import mlx_sora  # noqa: F401  (before mlx.core: it puts the fast BLAS in place)
 
 import mlx.core as mx  # isort: skip
 
-from benchmarks.common import RESULTS, arguments, markdown, write_json
+from benchmarks.common import RESULTS, markdown, write_json
 from benchmarks.full_model import write_model
+from mlx_sora.manage.disk_speed import forget_cached
 from mlx_sora.manage.machine_speed import SpeedTest
 from mlx_sora.memory.limits import memory_scope
 from mlx_sora.memory.speeds import MachineSpeeds
@@ -39,14 +44,15 @@ PROMPT = "a lighthouse on a cliff at dusk, waves break on the rocks below, seen 
 
 @dataclass(frozen=True)
 class Case:
-    """A generation. last: the stage after which it ends."""
+    """A generation. stage: the one that counts, after which it ends."""
 
     name: str
-    last: str
+    stage: str
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
 CASES = (
+    Case("a prompt", "encode"),
     Case("240p × 51, guided", "denoise", {"resolution": "240p", "num_frames": 51, "steps": 1}),
     Case("144p × 51, guided", "denoise", {"resolution": "144p", "num_frames": 51, "steps": 2}),
     Case("240p, an image", "denoise", {"resolution": "240p", "num_frames": 1, "steps": 4}),
@@ -65,34 +71,28 @@ class Row:
     ratio: float
 
 
-def real_seconds(pipeline: Pipeline, request: GenerationRequest, last: str) -> dict[str, float]:
-    """Processor seconds of each stage up to `last`."""
-    seconds, start = {}, 0.0
+def real_seconds(pipeline: Pipeline, request: GenerationRequest, stage: str) -> float:
+    """Processor seconds of a stage."""
+    for file in pipeline.model.path.rglob("*.safetensors"):
+        forget_cached(file)
+    start = 0.0
     with closing(pipeline.stream(request)) as events:
         for event in events:
             if isinstance(event, StageStarted):
                 start = time.process_time()
-            elif isinstance(event, StageFinished):
-                seconds[event.stage] = time.process_time() - start
-                if event.stage == last:
-                    break
-    return seconds
+            elif isinstance(event, StageFinished) and event.stage == stage:
+                return time.process_time() - start
+    raise AssertionError(f"there is no stage {stage}")
 
 
-def measure(
-    pipeline: Pipeline, case: Case, before: MachineSpeeds
-) -> tuple[list[Row], MachineSpeeds]:
-    """Rows of a case, and the speeds after it."""
+def measure(pipeline: Pipeline, case: Case, before: MachineSpeeds) -> tuple[Row, MachineSpeeds]:
+    """The row of a case, and the speeds after it."""
     request = GenerationRequest.from_dict({"prompt": PROMPT, "seed": 1, **case.options})
-    real = real_seconds(pipeline, request, case.last)
+    real = real_seconds(pipeline, request, case.stage)
     after = measured_speeds()
     run = pipeline.prepare(request)
-    estimates = [run.estimate(speeds).seconds for speeds in (before, after)]
-    rows = []
-    for stage, seconds in real.items():
-        estimated = sum(each[stage] for each in estimates) / 2
-        rows.append(Row(case.name, stage, estimated, seconds, estimated / seconds))
-    return rows, after
+    estimated = sum(run.estimate(speeds).seconds[case.stage] for speeds in (before, after)) / 2
+    return Row(case.name, case.stage, estimated, real, estimated / real), after
 
 
 def measured_speeds() -> MachineSpeeds:
@@ -110,21 +110,29 @@ def show(rows: list[Row]) -> str:
     )
 
 
+def keep(path: Path, row: Row, speeds: MachineSpeeds) -> None:
+    """Put a row into the file, in place of the one of the same case."""
+    old = json.loads(path.read_text())["rows"] if path.is_file() else []
+    others = {each["case"]: each for each in (*old, asdict(row))}
+    rows = [others[case.name] for case in CASES if case.name in others]
+    write_json(path, {"depths": DEPTHS, "speeds": speeds.to_dict(), "rows": rows})
+
+
 def main() -> None:
-    options = arguments(__doc__ or "", 1, RESULTS / "estimates.json")
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--only", default="", help="only cases whose name begins so")
+    parser.add_argument("--json", type=Path, default=RESULTS / "estimates.json")
+    options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         with memory_scope():
             write_model(Path(folder), mx.float32, DEPTHS)
-        pipeline, rows = Pipeline.from_pretrained(folder), list[Row]()
-        speeds = measured_speeds()
+        pipeline, speeds = Pipeline.from_pretrained(folder), measured_speeds()
+        os.sync()  # only then can pages be dropped
         for case in CASES:
-            found, speeds = measure(pipeline, case, speeds)
-            rows += found
-            print(show(found), flush=True)
-    write_json(
-        options.json,
-        {"depths": DEPTHS, "speeds": speeds.to_dict(), "rows": [asdict(row) for row in rows]},
-    )
+            if case.name.startswith(options.only):
+                row, speeds = measure(pipeline, case, speeds)
+                print(show([row]), flush=True)
+                keep(options.json, row, speeds)
 
 
 if __name__ == "__main__":

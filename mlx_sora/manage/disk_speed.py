@@ -10,7 +10,7 @@ import struct
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -33,19 +33,20 @@ _FREE_SHARE = 0.1
 _F_NOCACHE = 48
 
 
-def disk_speed() -> float:
+def disk_speed(clock: Callable[[], float] = time.perf_counter) -> float:
     """Return the bytes per second at which MLX reads a file of the disk with the models.
 
-    The file is made for that, and removed. Raises MlxSoraError if it cannot be written.
+    clock: returns seconds. The file is made for that, and removed. Raises MlxSoraError if it
+    cannot be written.
     """
     with test_file(test_folder()) as path:
         tensors = read_header(path)
         forget_cached(path)
-        start = time.perf_counter()
+        start = clock()
         arrays = load_tensors(path, tensors)
         for name in tensors:  # one after the other, as blocks come and go
             mx.eval(arrays.pop(name))
-        return sum(info.nbytes for info in tensors.values()) / (time.perf_counter() - start)
+        return sum(info.nbytes for info in tensors.values()) / (clock() - start)
 
 
 def test_folder() -> Path:

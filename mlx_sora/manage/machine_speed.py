@@ -94,7 +94,7 @@ class SpeedTest:
             on_progress("memory")
             bandwidth = self._copy()
             on_progress("disk")
-            disk = disk_speed()
+            disk = disk_speed(self.clock)
             latency = self._latency()
             for name, measure in measures.items():
                 networks[name] = {}
