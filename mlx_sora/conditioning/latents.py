@@ -15,7 +15,7 @@ from mlx_sora.geometry import FRAMES_PER_CELL, MICRO_FRAME_SIZE, Size
 from mlx_sora.models.vae import Chunk, chunk_plan
 from mlx_sora.sampling.loop import Conditioning
 from mlx_sora.sampling.noise import Noise
-from mlx_sora.video.reader import is_video, read_image, read_video
+from mlx_sora.video.reader import read_image, read_video
 
 if TYPE_CHECKING:
     import numpy as np
@@ -127,7 +127,8 @@ def _reference_task(
 
 
 def _read_video_chunk(file: MediaFile, chunk: Chunk, size: Size) -> np.ndarray:
-    return read_video(file.path, chunk.frames, start=chunk.frame, size=size).frames
+    start, info = chunk.frame, file.video
+    return read_video(file.path, chunk.frames, start=start, size=size, info=info).frames
 
 
 def _read_repeated_image(file: MediaFile, frames: int, size: Size) -> np.ndarray:
@@ -156,7 +157,8 @@ def _read_clip_chunk(items: list[MediaClip], chunk: Chunk, size: Size) -> np.nda
 
 
 def _read_frames(item: MediaClip, frames: range, size: Size) -> np.ndarray:
-    if not is_video(item.file.path):
+    if item.file.fps is None:
         return read_image(item.file.path, size)[None]
     start = item.start + frames.start - item.frames.start
-    return read_video(item.file.path, len(frames), start=start, size=size).frames
+    info = item.file.video
+    return read_video(item.file.path, len(frames), start=start, size=size, info=info).frames

@@ -36,24 +36,37 @@ from mlx_sora.video.reader import ResizeCrop, VideoInfo, image_size, is_video, p
 #: Latent frames of a chunk: starts of a mask strategy are aligned to them.
 CHUNK_LATENTS = latent_frames(MICRO_FRAME_SIZE)
 
+#: A video's decoder needs this many times a picture's memory per pixel.
+PICTURE_SHARE = 3
+
 
 @dataclass(frozen=True)
 class MediaFile:
-    """An image or video: size, frames (1 for an image), checksum, rate (None for an image)."""
+    """An image or video: size, frames (1 for an image), checksum, rate (None for an image).
+
+    video: properties of a video.
+    """
 
     path: str
     size: Size
     num_frames: int
     sha256: str
     fps: float | None = None
+    video: VideoInfo | None = None
 
     @classmethod
     def from_path(cls, path: str) -> MediaFile:
-        """Read the header of a file. Raises UsageError if it cannot be read."""
+        """Read the header of an image, or decode a video. Raises UsageError."""
         if not is_video(path):
             return cls(path, image_size(path), 1, sha256(Path(path)))
-        info: VideoInfo = probe_video(path)
-        return cls(path, info.size, info.num_frames, sha256(Path(path)), info.fps)
+        info = probe_video(path)
+        return cls(path, info.size, info.num_frames, sha256(Path(path)), info.fps, info)
+
+    @property
+    def source_pixels(self) -> int:
+        """Pixels of a video frame that take as much memory as decoding this file."""
+        pixels = self.size.width * self.size.height
+        return pixels // PICTURE_SHARE if self.video is None else pixels
 
     @property
     def latents(self) -> int:
@@ -149,8 +162,12 @@ def plan_media(
         tuple(items),
         files,
         tuple(groups + continued),
-        notes=tuple(f"{path}: {fit}." for path, fit in fits.items()),
+        notes=(
+            *_video_lines(found.values(), "notes"),
+            *(f"{p}: {fit}." for p, fit in fits.items()),
+        ),
         warnings=(
+            *_video_lines(found.values(), "warnings"),
             *_frame_rate_warnings(found.values(), fps),
             *_alignment_warnings(groups, files, clips),
         ),
@@ -272,6 +289,12 @@ def _out_of_range(group: MaskGroup, lengths: Sequence[int], latents: int, clips:
     return (
         "" if 0 <= group.edit_ratio <= 1 else f"the edit ratio {group.edit_ratio:g} is not 0 to 1"
     )
+
+
+def _video_lines(files: Iterable[MediaFile], kind: str) -> Iterator[str]:
+    for file in files:
+        if file.video is not None:
+            yield from getattr(file.video, kind)
 
 
 def _frame_rate_warnings(files: Iterable[MediaFile], fps: float) -> Iterator[str]:

@@ -49,6 +49,7 @@ from mlx_sora.sampling.loop import denoise as denoise_steps
 from mlx_sora.text.prompt import prepare_prompt
 from mlx_sora.video.reader import (
     ResizeCrop,
+    VideoInfo,
     image_size,
     is_video,
     probe_video,
@@ -64,10 +65,12 @@ if TYPE_CHECKING:
 class EditRun:
     """Plan of one edit: the run that makes the new video, and its source.
 
-    chunks: pieces of the video that are encoded one after the other.
+    video: properties of the source, None for an image. chunks: pieces of the video that are encoded
+    one after the other.
     """
 
-    video: str
+    path: str
+    video: VideoInfo | None
     source: EditSource
     run: GenerationRun
     chunks: Sequence[Chunk]
@@ -79,7 +82,7 @@ def prepare_edit(engine: Engine, edit: EditRequest) -> EditRun:
     Raises UsageError for a video that cannot be edited, and as `prepare` does.
     """
     edit.validate()
-    size, frames, fps = _probe(edit.video, engine.model.defaults.fps)
+    size, frames, fps, info = _probe(edit.video, engine.model.defaults.fps)
     request = edit.resolved_target(frames, fps).with_preset()
     engine = engine.for_request(request)
     resolved = resolve(request, engine.model)
@@ -100,11 +103,14 @@ def prepare_edit(engine: Engine, edit: EditRequest) -> EditRun:
         media=MediaWorkload(len(chunks), chunks[0].frames, math.prod(size)),
     )
     run = plan_run(engine, request, resolved, source)
+    if info is not None:
+        run.result.warnings.extend(info.warnings)
+        run = replace(run, notes=(*run.notes, *info.notes))
     run.result.metadata["edit"] = _metadata(edit, steps)
     fit = ResizeCrop.from_sizes(size, geometry.decoded)
     if fit.source != fit.size:
         run.result.warnings.append(f"{edit.video}: {fit}.")
-    return EditRun(edit.video, source, run, chunks)
+    return EditRun(edit.video, info, source, run, chunks)
 
 
 def stream_edit(engine: Engine, edit: EditRequest) -> Generator[Event, None, None]:
@@ -147,10 +153,11 @@ def _encode_video(edit: EditRun) -> Generator[Event, None, mx.array]:
 def _chunk_frames(edit: EditRun) -> Iterator[np.ndarray]:
     """Yield the frames of each chunk, filled into the video's size: uint8 [F, H, W, 3]."""
     geometry = edit.run.settings.geometry
-    if is_video(edit.video):
-        frames = read_video(edit.video, geometry.num_frames, size=geometry.decoded).frames
+    if edit.video is not None:
+        num_frames, size = geometry.num_frames, geometry.decoded
+        frames = read_video(edit.path, num_frames, size=size, info=edit.video).frames
     else:
-        frames = read_image(edit.video, geometry.decoded)[None]
+        frames = read_image(edit.path, geometry.decoded)[None]
     for chunk in edit.chunks:
         yield frames[chunk.frame : chunk.frame + chunk.frames]
 
@@ -247,9 +254,9 @@ def _metadata(edit: EditRequest, inject_steps: int | None) -> dict[str, Any]:
     return {"video": edit.video, "source_prompt": edit.source_prompt, "inject_steps": inject_steps}
 
 
-def _probe(path: str, image_fps: float) -> tuple[Size, int, float]:
-    """Return size, frames and fps of a video or image. Raises UsageError."""
+def _probe(path: str, image_fps: float) -> tuple[Size, int, float, VideoInfo | None]:
+    """Return size, frames and fps of a video or image, and more of a video. Raises UsageError."""
     if not is_video(path):
-        return image_size(path), 1, image_fps
+        return image_size(path), 1, image_fps, None
     info = probe_video(path)
-    return info.size, info.num_frames, round(info.fps, 3)
+    return info.size, info.num_frames, round(info.fps, 3), info

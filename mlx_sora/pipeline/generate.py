@@ -160,7 +160,7 @@ def media_workload(resolved: ResolvedRequest) -> MediaWorkload | None:
     tasks = encode_tasks(resolved.media, resolved.geometry.size)
     if not tasks:
         return None
-    pixels = max(source.size.width * source.size.height for source in resolved.media.files)
+    pixels = max(source.source_pixels for source in resolved.media.files)
     return MediaWorkload(len(tasks), max(task.frames for task in tasks), pixels)
 
 

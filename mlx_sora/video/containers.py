@@ -7,16 +7,18 @@ lists. A box of a few bytes in an mp4 makes it allocate an index of any length.
 from __future__ import annotations
 
 import os
+import shlex
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from importlib import import_module
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from mlx_sora.errors import UsageError
 
 #: FFmpeg's names of the containers that are read.
-VIDEO_FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,gif"
+VIDEO_FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi"
 
 #: Pillow's names of the image formats that are read. Others run programs (EPS) or are rare.
 IMAGE_FORMATS = (
@@ -24,9 +26,15 @@ IMAGE_FORMATS = (
     *("AVIF", "JPEG2000", "HEIF"),
 )
 
-#: Largest number of pixels: 8K video has 33 million. RGB takes three bytes of each, and decoding
-#: as much again.
+#: Largest number of pixels of a video: 8K has 33 million.
 MAX_PIXELS = 40_000_000
+
+#: Most memory that a picture may take, and what one takes: Pillow has four bytes a pixel, for the
+#: picture, for the turned one and for the one in sRGB.
+MAX_IMAGE_BYTES, IMAGE_BYTES_PER_PIXEL = 2 << 30, 12
+
+#: Brands of HEIF and AVIF files, which Pillow reads with pillow-heif only, or from 11.3 on.
+HEIF_BRANDS = b"heic heix heim heis hevc hevx mif1 msf1 avif avis".split()
 
 #: Largest number of frames of a video: more than two hours at 30 a second.
 MAX_PACKETS = 250_000
@@ -53,17 +61,54 @@ def open_container(path: str | Path) -> Any:
 def open_image(path: str | Path, formats: Sequence[str] = IMAGE_FORMATS) -> Iterator[Any]:
     """Open a Pillow image without reading its pixels.
 
-    Raises UsageError for too many pixels, and Pillow's errors.
+    Raises UsageError for too many pixels and for formats that need another package, and Pillow's
+    errors.
     """
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about minor damage and large images
         Image.init()
+        heif = is_heif(path)
+        if heif:
+            _register_heif()
         known = [name for name in formats if name in Image.OPEN]
-        with Image.open(path, formats=known) as image:
-            check_pixels(path, *image.size)
+        try:
+            image = Image.open(path, formats=known)
+        except UnidentifiedImageError:
+            if heif:
+                raise _heif_error(path) from None
+            raise
+        except Image.DecompressionBombError:
+            raise UsageError(f"{path} has too many pixels.", "Shrink it first.") from None
+        with image:
+            width, height = image.size
+            if IMAGE_BYTES_PER_PIXEL * width * height > MAX_IMAGE_BYTES:
+                raise UsageError(
+                    f"{path} has {width}x{height} pixels, which take too much memory.",
+                    "Shrink it first.",
+                )
             yield image
+
+
+def is_heif(path: str | Path) -> bool:
+    """Return True for HEIC and AVIF by the brands at the beginning of a file."""
+    with Path(path).open("rb") as file:
+        head = file.read(12)
+    return head[4:8] == b"ftyp" and head[8:12] in HEIF_BRANDS
+
+
+def _register_heif() -> None:
+    with suppress(ImportError):
+        import_module("pillow_heif").register_heif_opener()
+
+
+def _heif_error(path: str | Path) -> UsageError:
+    return UsageError(
+        f"{path} is a HEIC or AVIF picture that cannot be read here.",
+        'Run pip install "mlx-sora[heic]", or convert it: '
+        f"sips -s format jpeg {shlex.quote(str(path))} --out picture.jpg (macOS).",
+    )
 
 
 @contextmanager

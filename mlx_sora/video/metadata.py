@@ -15,7 +15,7 @@ from mlx_sora.request.generation import options
 from mlx_sora.runtime.switches import switches
 from mlx_sora.utils.json import parse_object
 from mlx_sora.utils.versions import versions
-from mlx_sora.video.containers import open_container, open_image, read_errors
+from mlx_sora.video.containers import MAX_PACKETS, open_container, open_image, read_errors
 
 if TYPE_CHECKING:
     from mlx_sora.request.generation import GenerationRequest
@@ -26,8 +26,8 @@ EXIF_DESCRIPTION = 0x010E
 #: Picture formats that can hold a record.
 IMAGE_FORMATS = ("PNG", "GIF", "WEBP")
 
-#: Largest size of a record.
-MAX_BYTES = 1 << 20
+#: Largest size of a record, and largest rate in one that is believed.
+MAX_BYTES, MAX_FPS = 1 << 20, 1000
 
 
 def build_metadata(
@@ -115,6 +115,16 @@ def unchanged_media(record: Mapping[str, Any], paths: Sequence[str]) -> set[str]
     return {path for path in paths if path in sums and sha256(Path(path)) == sums[path]}
 
 
+def recorded_timing(image: Any) -> tuple[float, int] | None:
+    """Return rate and number of frames in the record of an open image, None without a record."""
+    try:
+        settings = parse_object((_image_text(image) or "")[:MAX_BYTES]).get("settings")
+        fps, frames = float(settings["fps"]), int(settings["num_frames"])  # type: ignore[index]
+    except (ValueError, TypeError, LookupError, OverflowError):
+        return None
+    return (fps, frames) if 0 < fps <= MAX_FPS and 0 < frames <= MAX_PACKETS else None
+
+
 def _parse(text: str | None, path: Path) -> dict[str, Any]:
     if not text:
         raise UsageError(f"{path} has no metadata of mlx_sora.", "Give a file that it wrote.")
@@ -139,12 +149,16 @@ def _read_mp4(path: Path) -> str | None:
 
 def _read_image(path: Path) -> str | None:
     with open_image(path, IMAGE_FORMATS) as image:
-        if image.format == "PNG":
-            found: Any = image.info.get(PNG_KEY)
-        elif image.format == "GIF":
-            found = image.info.get("comment")
-        else:
-            found = image.getexif().get(EXIF_DESCRIPTION)
+        return _image_text(image)
+
+
+def _image_text(image: Any) -> str | None:
+    if image.format == "PNG":
+        found: Any = image.info.get(PNG_KEY)
+    elif image.format == "GIF":
+        found = image.info.get("comment")
+    else:
+        found = image.getexif().get(EXIF_DESCRIPTION)
     if isinstance(found, bytes):
         return found.decode("utf-8")
     return found if found is None else str(found)

@@ -5,34 +5,33 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice, pairwise
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlx_sora.errors import UsageError
 from mlx_sora.geometry import Size
+from mlx_sora.video.animations import Animation, is_animation, open_animation
 from mlx_sora.video.containers import (
+    IMAGE_FORMATS,
     MAX_PACKETS,
     MAX_PIXELS,
-    check_pixels,
-    open_container,
+    is_heif,
     open_image,
     read_errors,
 )
+from mlx_sora.video.films import Film, open_film
+from mlx_sora.video.pictures import to_srgb, upright, upright_size
+from mlx_sora.video.timing import Timing
 
 if TYPE_CHECKING:
     import numpy as np
-
-VIDEO_SUFFIXES = (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".gif")
 
 #: Advice for a file that cannot be read.
 DAMAGED = "Is it an image or video, and whole?"
 
 #: Largest ratio of the pixels of a scaled image to those it is cropped to.
 MAX_CROP_RATIO = 32
-
-#: Intervals between frames may differ from the median by this share.
-JITTER = 0.5
 
 
 @dataclass(frozen=True)
@@ -45,11 +44,17 @@ class Footage:
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """Properties of a video as shown: upright size, number of frames, frames per second."""
+    """Properties of a video as shown: upright size, number of frames, frames per second.
+
+    timing: which decoded frames these are. notes, warnings: for the user, about rate and colours.
+    """
 
     size: Size
     num_frames: int
     fps: float
+    timing: Timing
+    notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -83,29 +88,34 @@ class ResizeCrop:
 
 
 def is_video(path: str | Path) -> bool:
-    """Return True if the suffix is that of a video."""
-    return Path(path).suffix.lower() in VIDEO_SUFFIXES
+    """Return True if the content of a file is a video or an animation. Raises UsageError."""
+    _check_file(path)
+    if is_picture(path):
+        with _open_image(path) as image:
+            return is_animation(image)
+    with _open_video(path):
+        return True
 
 
 def image_size(path: str | Path) -> Size:
     """Read the upright size of an image from its header. Raises UsageError."""
     with _open_image(path) as image:
-        rotated = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
-        width, height = image.size
-    return Size(height, width) if rotated else Size(width, height)
+        return upright_size(image)
 
 
 def read_image(path: str | Path, size: Size | None = None) -> np.ndarray:
-    """Read an image as uint8 [H, W, 3], scaled and cropped to `size` if it is given.
+    """Read an image as uint8 [H, W, 3] in sRGB, scaled and cropped to `size` if it is given.
 
-    Applies the EXIF orientation; puts transparency on black; converts 16 bits to 8. Raises
+    Applies the orientation; puts transparency on black; converts deep greys to 8 bits. Large
+    photographs are decoded at a fraction of their size that is at least twice `size`. Raises
     UsageError for a file that is missing, damaged or not an image.
     """
     import numpy as np
-    from PIL import ImageOps
 
     with _open_image(path) as image:
-        picture: Any = _to_rgb(ImageOps.exif_transpose(image), Path(path))
+        if size is not None and image.width * image.height > MAX_PIXELS:
+            image.draft(image.mode, (2 * max(size), 2 * max(size)))
+        picture: Any = to_srgb(upright(image), Path(path))
     if size is not None:
         picture = _resize_crop_image(picture, ResizeCrop.from_sizes(Size(*picture.size), size))
     pixels: np.ndarray = np.array(picture)
@@ -113,42 +123,58 @@ def read_image(path: str | Path, size: Size | None = None) -> np.ndarray:
 
 
 def probe_video(path: str | Path) -> VideoInfo:
-    """Read size, frames and rate of a video from its index.
+    """Decode a video or animation, and return its size, rate and number of frames.
 
-    Raises UsageError for a file that is missing, damaged, not a video or without frames, and for a
-    variable frame rate.
+    Raises UsageError for a file that is missing, damaged, not a video or without frames.
     """
-    with _open_video(path) as (container, stream):
-        with read_errors(path, DAMAGED):
-            packets = islice(container.demux(stream), MAX_PACKETS + 1)
-            stamps = sorted(p.pts for p in packets if p.pts is not None and p.size)
-            unit = float(stream.time_base or 1)
-        context = stream.codec_context
-        size, rate = Size(context.width, context.height), stream.average_rate
-    if len(stamps) >= MAX_PACKETS:
-        raise UsageError(f"{path} has over {MAX_PACKETS} frames.", "Cut it.")
-    if not stamps or min(size) < 1:
+    starts: list[float | None] = []
+    last, size = None, None
+    with _open_video(path) as video, read_errors(path, DAMAGED):
+        for frame in video.frames():
+            if frame.size != (size or frame.size):
+                raise UsageError(f"{path} has frames of several sizes.", "Use one size.")
+            size, last = frame.size, frame.duration
+            starts.append(frame.start)
+            if len(starts) > MAX_PACKETS:
+                raise UsageError(f"{path} has over {MAX_PACKETS} frames.", "Cut it.")
+        warnings = video.warnings
+    if size is None:
         raise UsageError(f"{path} holds no frames.", "Give a video with at least one.")
-    if len(stamps) > 1:
-        rate = _constant_rate(path, [(b - a) * unit for a, b in pairwise(stamps)])
-    first = next(_decode_frames(path))
-    return VideoInfo(Size(first.shape[1], first.shape[0]), len(stamps), float(rate or 1))
+    timing = Timing.from_starts(starts, last, video.rate, recorded=video.recorded)
+    frames = timing.num_frames(len(starts))
+    if not 0 < frames <= MAX_PACKETS:
+        raise UsageError(f"{path} has {frames} frames at {timing.fps:g} fps.", "Cut it.")
+    note = f"{path}: variable frame rate, read as {frames} frames at {timing.fps:.4g} fps."
+    notes = (note,) if timing.repeats else ()
+    return VideoInfo(size, frames, timing.fps, timing, notes, warnings)
 
 
 def read_video(
-    path: str | Path, max_frames: int | None = None, *, start: int = 0, size: Size | None = None
+    path: str | Path,
+    max_frames: int | None = None,
+    *,
+    start: int = 0,
+    size: Size | None = None,
+    info: VideoInfo | None = None,
 ) -> Footage:
     """Read frames `start` to `start + max_frames` of a video, or to its end.
 
-    Each frame is scaled and cropped to `size` as soon as it is decoded. Raises UsageError as
-    `probe_video` does, and if the range has no frames.
+    Each frame is scaled and cropped to `size` as soon as it is decoded. info: of `probe_video`, if
+    it is known. Raises UsageError as `probe_video` does, and if the range has no frames.
     """
     import numpy as np
 
-    info = probe_video(path)
+    info = info or probe_video(path)
     stop = None if max_frames is None else start + max_frames
-    selected = islice(_decode_frames(path), start, stop)
-    frames = [f if size is None else resize_and_crop(f[None], size)[0] for f in selected]
+    frames: list[np.ndarray] = []
+    shown = None
+    with _open_video(path) as video, read_errors(path, DAMAGED):
+        for frame in islice(info.timing.resample(video.frames()), start, stop):
+            if frame is shown:
+                frames.append(frames[-1])
+                continue
+            shown, pixels = frame, frame.read()
+            frames.append(pixels if size is None else resize_and_crop(pixels[None], size)[0])
     if not frames:
         raise UsageError(
             f"{path} has {info.num_frames} frames, none from number {start} on.",
@@ -175,15 +201,6 @@ def resize_and_crop(frames: np.ndarray, size: Size) -> np.ndarray:
     left, top = (fit.scaled.width - size.width) // 2, (fit.scaled.height - size.height) // 2
     cropped: np.ndarray = scaled[:, top : top + size.height, left : left + size.width]
     return cropped
-
-
-def to_upright_rgb(frame: Any) -> np.ndarray:
-    """Return the pixels of a PyAV frame, rotated as its file says."""
-    import numpy as np
-
-    pixels: Any = frame.to_ndarray(format="rgb24")
-    rotated: np.ndarray = np.rot90(pixels, round(frame.rotation / 90))
-    return rotated
 
 
 def _interpolation_weights(length: int, target: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -218,22 +235,15 @@ def _resize_crop_image(image: Any, fit: ResizeCrop) -> Any:
     return image.crop((left, top, left + fit.size.width, top + fit.size.height))
 
 
-def _to_rgb(image: Any, path: Path) -> Any:
-    import numpy as np
+def is_picture(path: str | Path) -> bool:
+    """Return True if a file begins as a picture does, even one that cannot be read."""
     from PIL import Image
 
-    if image.mode == "F":
-        raise UsageError(
-            f"{path} holds floating-point pixels, whose range is unknown.", "Save it as 8-bit PNG."
-        )
-    if image.mode.startswith("I"):
-        values = np.asarray(image).astype(np.float32) / 257
-        image = Image.fromarray(np.rint(np.clip(values, 0, 255)).astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        black = Image.new("RGBA", image.size, (0, 0, 0, 255))
-        image = Image.alpha_composite(black, image)
-    return image.convert("RGB")
+    Image.init()
+    with Path(path).open("rb") as file:
+        prefix = file.read(16)
+    accepts = [Image.OPEN[name][1] for name in IMAGE_FORMATS if name in Image.OPEN]
+    return is_heif(path) or any(accept is not None and accept(prefix) for accept in accepts)
 
 
 @contextmanager
@@ -245,46 +255,11 @@ def _open_image(path: str | Path) -> Iterator[Any]:
 
 
 @contextmanager
-def _open_video(path: str | Path) -> Iterator[tuple[Any, Any]]:
+def _open_video(path: str | Path) -> Iterator[Film | Animation]:
     _check_file(path)
-    with read_errors(path, DAMAGED):
-        container = open_container(path)
-    with container:
-        if not container.streams.video:
-            raise UsageError(f"{path} has no video stream.", "Give a video file.")
-        stream = container.streams.video[0]
-        codec = stream.codec_context
-        if codec is None:
-            raise UsageError(f"{path} has an unknown codec.", "Convert it to H.264.")
-        check_pixels(path, codec.width, codec.height)
-        codec.options = {"max_pixels": str(MAX_PIXELS)}
-        yield container, stream
-
-
-def _decode_frames(path: str | Path) -> Iterator[np.ndarray]:
-    """Yield upright frames. Raises UsageError for damage and for a video without frames."""
-    with _open_video(path) as (container, stream), read_errors(path, DAMAGED):
-        first = None
-        for frame in container.decode(stream):
-            pixels = to_upright_rgb(frame)
-            first = pixels.shape if first is None else first
-            if pixels.shape != first:
-                raise UsageError(f"{path} has frames of several sizes.", "Use one size.")
-            yield pixels
-        if first is None:
-            raise UsageError(f"{path} holds no frames.", "Give a video with at least one.")
-
-
-def _constant_rate(path: str | Path, intervals: list[float]) -> float:
-    median = sorted(intervals)[len(intervals) // 2]
-    if median <= 0 or any(abs(each - median) > JITTER * median for each in intervals):
-        shortest, longest = min(intervals), max(intervals)
-        raise UsageError(
-            f"{path} has a variable frame rate: its frames last {1000 * shortest:.0f} to "
-            f"{1000 * longest:.0f} ms.",
-            "Make the rate constant first, such as with ffmpeg -i IN -r 24 OUT.mp4.",
-        )
-    return len(intervals) / sum(intervals)
+    opener = open_animation if is_picture(path) else open_film
+    with read_errors(path, DAMAGED), opener(path) as video:
+        yield video
 
 
 def _check_file(path: str | Path) -> None:
