@@ -125,4 +125,5 @@ def choose_stream(path: str | Path, container: Any) -> Any:
 
 
 def _disposition(stream: Any) -> int:
-    return int(getattr(stream, "disposition", 0))  # PyAV has it from 14.1 on
+    found = getattr(stream, "disposition", 0)
+    return int(getattr(found, "value", found))  # an enumeration in some versions of PyAV

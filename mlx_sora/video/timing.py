@@ -16,6 +16,10 @@ if TYPE_CHECKING:
 JITTER = 0.5
 
 
+#: Unit of the durations of GIF, in seconds. Rates that it cannot tell apart are whole numbers.
+SMALLEST_DURATION = 0.01
+
+
 @dataclass(frozen=True)
 class TimedFrame:
     """Decoded frame of a video.
@@ -64,12 +68,14 @@ class Timing:
             typical = min(intervals)
         usual = [each for each in intervals if abs(each - typical) < JITTER * typical]
         fps = recorded or len(usual) / sum(usual)
-        if recorded is None and len(usual) == len(intervals):
+        if recorded is None and last is None and len(usual) == len(intervals):
             return cls(fps)
         if last is None:
             intervals.append(1 / fps)
         ticks = [round(fps * time) for time in accumulate(intervals, initial=0.0)]
         repeats = tuple(after - before for before, after in pairwise(ticks))
+        if abs(sum(repeats) / round(fps) - sum(intervals)) < SMALLEST_DURATION:
+            fps = round(fps)
         return cls(fps, () if set(repeats) == {1} else repeats)
 
     def num_frames(self, decoded: int) -> int:

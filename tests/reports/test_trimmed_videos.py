@@ -1,0 +1,28 @@
+"""Videos that were trimmed without encoding: edit lists hide frames that are in the file.
+
+vllm-project/vllm 48608, cvat-ai/cvat 6929.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mlx_sora.video.reader import probe_video, read_video
+from mlx_sora.video.writer import save_frames
+from tests.helpers.media import patch, shades
+
+
+@pytest.mark.parametrize(("skipped", "shown"), [(0, 40), (10, 30), (10, 20), (0, 5)])
+def test_only_what_is_shown_counts(tmp_path: Path, skipped: int, shown: int) -> None:
+    path = save_frames(tmp_path / "a.mp4", shades(40), 24)
+    data = path.read_bytes()
+    units = int.from_bytes(data[(at := data.index(b"mdhd") + 16) : at + 4], "big")
+    first = int.from_bytes(data[(at := data.index(b"elst") + 16) : at + 4], "big")
+    patch(path, b"elst", 8, ">Ii", round(1000 * shown / 24), first + skipped * units // 24)
+    info = probe_video(path)
+    assert (info.num_frames, round(info.fps, 2)) == (shown, 24)
+    frames = read_video(path, info=info).frames
+    assert np.abs(frames[:, 8, 8, 0] - shades(40)[skipped:, 8, 8, 0][:shown].astype(int)).max() <= 3
