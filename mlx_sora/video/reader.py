@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 from mlx_sora.errors import UsageError
 from mlx_sora.geometry import Size
-from mlx_sora.video.animations import Animation, is_animation, open_animation
 from mlx_sora.video.containers import (
     IMAGE_FORMATS,
     MAX_PACKETS,
@@ -21,7 +20,14 @@ from mlx_sora.video.containers import (
     read_errors,
 )
 from mlx_sora.video.films import Film, open_film
-from mlx_sora.video.pictures import to_srgb, upright, upright_size
+from mlx_sora.video.pictures import (
+    Animation,
+    is_animation,
+    open_animation,
+    to_srgb,
+    upright,
+    upright_size,
+)
 from mlx_sora.video.timing import Timing
 
 if TYPE_CHECKING:
