@@ -1,4 +1,4 @@
-"""What Pillow reads: pictures as upright sRGB of 8 bits, and animations, which are videos.
+"""Pictures as upright sRGB of 8 bits, and animations, which are videos; Pillow reads both.
 
 Colour profiles, orientation, deep greys and transparency are applied.
 """
