@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import json
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from mlx_sora.geometry import parse_frames
 from mlx_sora.request.generation import GenerationRequest
 from mlx_sora.text.prompt import split_directives
 from mlx_sora.utils.json import parse_object
-from mlx_sora.video.metadata import read_metadata, replay_options, unchanged_media
+from mlx_sora.video.metadata import find_media, read_metadata, replay_options
 from mlx_sora.video.output_path import (
     DEFAULT_OUTPUT,
     check_output,
@@ -110,31 +112,32 @@ def _resumed_request(args: argparse.Namespace, flags: Mapping[str, Any]) -> Gene
 
 
 def recorded_options(source: str, flags: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options of the run that made the file `source`.
+    """Return the options of the run that made the file `source`, with its images and videos.
 
-    Raises UsageError if an image or a video is not the recorded one: a file from somebody else
-    could name any file of the user, which a replay would show.
+    Raises UsageError if one of them is neither typed nor found.
     """
     record = read_metadata(source)
     options = replay_options(record, source)
     used = {name: value for name, value in options.items() if name not in flags}
-    present = [path for path in _media_paths(used) if Path(path).is_file()]
-    unchanged = unchanged_media(record, present)
-    for path in present:
-        if path not in unchanged:
-            raise UsageError(
-                f"{path} is not the file that {source} was made with.",
-                "Give --image, --video or --prompt again.",
-            )
-    return options
+    request = GenerationRequest.from_dict({"prompt": "", **used})
+    find = partial(find_media, record, source=Path(source))
+    found = {
+        "images": [item._replace(path=find(item.path)) for item in request.images],
+        "videos": [item._replace(path=find(item.path)) for item in request.videos],
+        "references": [find(path) for path in request.references],
+        "prompt": _find_in_prompt(request.prompt, find),
+    }
+    return options | {name: value for name, value in found.items() if name in used}
 
 
-def _media_paths(options: Mapping[str, Any]) -> list[str]:
-    """Return the images and videos of recorded options, those inside the prompt too."""
-    request = GenerationRequest.from_dict({"prompt": "", **options})
-    in_prompt = split_directives(request.prompt)[1].reference_path or ""
-    images, videos = [i.path for i in request.images], [v.path for v in request.videos]
-    return [*images, *videos, *request.references, *filter(None, in_prompt.split(";"))]
+def _find_in_prompt(prompt: str, find: Callable[[str], str]) -> str:
+    """Return the prompt with the images and videos in its settings found."""
+    text, directives = split_directives(prompt)
+    if not directives.reference_path:
+        return prompt
+    names = filter(None, directives.reference_path.split(";"))
+    values = {**asdict(directives), "reference_path": ";".join(map(find, names))}
+    return text + json.dumps({k: v for k, v in values.items() if v is not None})
 
 
 def read_prompt_file(

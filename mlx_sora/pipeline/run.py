@@ -36,7 +36,7 @@ from mlx_sora.runtime.health import Health
 from mlx_sora.sampling.loop import StepResult
 from mlx_sora.text.tokenizer import Encoding
 from mlx_sora.video import Video
-from mlx_sora.video.metadata import build_metadata
+from mlx_sora.video.metadata import build_metadata, without_folders
 
 if TYPE_CHECKING:
     import numpy as np
@@ -251,7 +251,11 @@ class GenerationRun:
             done["ci_dl"] = result.streamed
         if self.ranks.size > 1:
             record["parallel"] = {"ranks": self.ranks.size, "mode": self.parallel.mode}
-        return record | {"accelerations": done} | result.metadata
+        record |= {"accelerations": done} | result.metadata
+        edited = result.metadata.get("edit", {}).get("video", "")
+        given = [file.path for file in self.settings.media.files]
+        model, output = self.request.model or "", self.request.output or ""
+        return without_folders(record, [*given, edited, model, output])  # type: ignore[no-any-return]
 
     def video(self, path: Path | None, frames: np.ndarray | None) -> Video:
         """Return the finished video, after the last stage."""

@@ -6,7 +6,7 @@ mp4: comment tag; png: text chunk "mlx_sora"; gif: comment; webp: EXIF descripti
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,6 +54,22 @@ def build_metadata(
     if peak_memory:
         record["peak_memory"] = dict(peak_memory)
     return record
+
+
+def without_folders(value: Any, paths: Iterable[str]) -> Any:
+    """Return JSON values in which each of `paths` is its last name, wherever it stands in a text.
+
+    A record travels with its video. Folders name their user.
+    """
+    known = sorted({path for path in paths if "/" in path.rstrip("/")}, key=len, reverse=True)
+    if isinstance(value, dict):
+        return {key: without_folders(item, known) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [without_folders(item, known) for item in value]
+    if isinstance(value, str):
+        for path in known:
+            value = value.replace(path, path.rstrip("/").rpartition("/")[2])
+    return value
 
 
 def to_json(record: Mapping[str, Any], *, ascii_only: bool = False) -> str:
@@ -104,15 +120,26 @@ def replay_options(record: Mapping[str, Any], source: str | Path = "the record")
     return found
 
 
-def unchanged_media(record: Mapping[str, Any], paths: Sequence[str]) -> set[str]:
-    """Return the `paths` whose content is the same as in the recorded run."""
+def find_media(record: Mapping[str, Any], name: str, source: Path) -> str:
+    """Return the path of a recorded image or video: beside the file `source`, or as it is named.
+
+    Raises UsageError if there is none, or if its content is not that of the recorded run: a record
+    from somebody else could name any file of the user, which a replay would show.
+    """
     from mlx_sora.utils.files import sha256
 
     settings = record.get("settings")
     media = settings.get("media") if isinstance(settings, dict) else None
     items = [item for item in media if isinstance(item, dict)] if isinstance(media, list) else []
-    sums = {str(item.get("path")): item.get("sha256") for item in items}
-    return {path for path in paths if path in sums and sha256(Path(path)) == sums[path]}
+    sums = {item.get("sha256") for item in items if item.get("path") == name}
+    again = "Give --image, --video or --prompt again."
+    present = [path for path in (source.parent / Path(name).name, Path(name)) if path.is_file()]
+    if not present:
+        raise UsageError(f"{name}, which {source} was made with, is not beside it.", again)
+    for path in present:
+        if sha256(path) in sums:
+            return str(path)
+    raise UsageError(f"{present[0]} is not the file that {source} was made with.", again)
 
 
 def recorded_timing(image: Any) -> tuple[float, int] | None:

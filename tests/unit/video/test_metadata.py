@@ -15,9 +15,10 @@ from mlx_sora.request.generation import GenerationRequest
 from mlx_sora.video import Video
 from mlx_sora.video.metadata import (
     build_metadata,
+    find_media,
     read_metadata,
     replay_options,
-    unchanged_media,
+    without_folders,
 )
 from mlx_sora.video.writer import save_frames
 
@@ -164,13 +165,30 @@ def test_a_written_video_can_be_copied_but_not_converted(tmp_path: Path) -> None
         video.save(tmp_path / "b.gif")
 
 
-def test_media_that_are_as_they_were(tmp_path: Path) -> None:
+def test_media_are_found_beside_the_record_if_their_content_is_the_same(tmp_path: Path) -> None:
     same, other = tmp_path / "same.png", tmp_path / "other.png"
     same.write_bytes(b"a")
     other.write_bytes(b"b")
-    checksum = hashlib.sha256(b"a").hexdigest()
-    paths = [str(path) for path in (same, other, tmp_path / "unlisted.png")]
-    media = [{"path": path, "sha256": checksum} for path in paths[:2]]
-    assert unchanged_media({"settings": {"media": media}}, paths) == {str(same)}
+    checksum, source = hashlib.sha256(b"a").hexdigest(), tmp_path / "video.mp4"
+    media = [{"path": name, "sha256": checksum} for name in ("same.png", "other.png", "gone.png")]
+    record = {"settings": {"media": media}}
+    assert find_media(record, "same.png", source) == str(same)
+    # Records of earlier versions have whole paths.
+    old = {"settings": {"media": [{"path": str(same), "sha256": checksum}]}}
+    assert find_media(old, str(same), Path("elsewhere/video.mp4")) == str(same)
+    with pytest.raises(UsageError, match=r"other.png is not the file that .*video.mp4 was made"):
+        find_media(record, "other.png", source)
+    with pytest.raises(UsageError, match=r"gone.png, which .* was made with, is not beside it"):
+        find_media(record, "gone.png", source)
     for strange in ({"settings": {"media": [3, {"path": 1}]}}, {"settings": {"media": 3}}, {}):
-        assert unchanged_media(strange, paths) == set()
+        with pytest.raises(UsageError, match="is not the file"):
+            find_media(strange, "same.png", source)
+
+
+def test_folders_are_left_out_wherever_they_stand() -> None:
+    record = {"a": ["/home/ann/x.png", 3], "b": {"c": "read /home/ann/x.png, not x.png"}, "d": None}
+    expected = {"a": ["x.png", 3], "b": {"c": "read x.png, not x.png"}, "d": None}
+    assert without_folders(record, ["/home/ann/x.png", "x.png", ""]) == expected
+    assert without_folders({"output": "/home/ann/frames/"}, ["/home/ann/frames/"]) == {
+        "output": "frames"
+    }
