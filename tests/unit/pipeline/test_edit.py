@@ -79,7 +79,7 @@ def test_an_edit_survives_json() -> None:
 
 def test_the_record_tells_the_edit(edited: Video, clip: Path) -> None:
     assert edited.metadata["edit"] == {
-        "video": str(clip),
+        "video": clip.name,
         "source_prompt": SOURCE,
         "inject_steps": INJECT_STEPS,
     }
