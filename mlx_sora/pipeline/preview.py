@@ -13,6 +13,7 @@ from mlx_sora.conditioning.media import frames_by_latent
 from mlx_sora.errors import MlxSoraError, UsageError
 from mlx_sora.loading.model_folder import ModelFolder
 from mlx_sora.loading.networks import load_vae
+from mlx_sora.memory.budget import is_automatic
 from mlx_sora.models.stdit3 import STDiT3Config
 from mlx_sora.pipeline.settings import ResolvedRequest
 from mlx_sora.request.generation import GenerationRequest
@@ -44,13 +45,14 @@ class Previews:
     ) -> Previews | None:
         """Return the previews of a request, or None.
 
-        Raises UsageError if they need the VAE and there is a memory budget.
+        Raises UsageError if they need the VAE and a memory budget was given.
         """
         if request.preview_every is None:
             return None
         channels = STDiT3Config.from_dict(model.config("transformer")).in_channels
         found = LatentToRGB.load(model.path, channels)
-        if found is None and settings.memory_budget is not None:
+        given = not is_automatic(request.memory_budget, request.device_profile)
+        if found is None and given and settings.memory_budget is not None:
             raise UsageError(
                 f"{model.name} has no {PREVIEW_FILE}, and for previews the VAE would be in memory "
                 "beside the transformer, which no memory budget counts.",

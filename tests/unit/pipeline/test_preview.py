@@ -88,6 +88,9 @@ def test_without_a_map_a_budget_is_refused(pipe: Pipeline, without_map: Pipeline
     with pytest.raises(UsageError, match="--preview-every, or set --memory-budget off"):
         without_map.plan(asked)
     assert pipe.plan(asked).budget == 2_000_000_000
+    # A measured budget, the default on GPUs, is no wish of the user.
+    measured = GenerationRequest.from_dict({**OPTIONS, "memory_budget": "auto"})
+    assert without_map.plan(measured).budget is not None
 
 
 def test_a_preview_that_cannot_be_written_is_a_warning(
