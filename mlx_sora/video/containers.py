@@ -91,6 +91,17 @@ def open_image(path: str | Path, formats: Sequence[str] = IMAGE_FORMATS) -> Iter
             yield image
 
 
+def is_picture(path: str | Path) -> bool:
+    """Return True if a file begins as a picture does, even one that cannot be read."""
+    from PIL import Image
+
+    Image.init()
+    with Path(path).open("rb") as file:
+        prefix = file.read(16)
+    accepts = [Image.OPEN[name][1] for name in IMAGE_FORMATS if name in Image.OPEN]
+    return is_heif(path) or any(accept is not None and accept(prefix) for accept in accepts)
+
+
 def is_heif(path: str | Path) -> bool:
     """Return True for HEIC and AVIF by the brands at the beginning of a file."""
     with Path(path).open("rb") as file:
@@ -106,9 +117,13 @@ def _register_heif() -> None:
 def _heif_error(path: str | Path) -> UsageError:
     return UsageError(
         f"{path} is a HEIC or AVIF picture that cannot be read here.",
-        'Run pip install "mlx-sora[heic]", or convert it: '
-        f"sips -s format jpeg {shlex.quote(str(path))} --out picture.jpg (macOS).",
+        f'Run pip install "mlx-sora[heic]", or convert it: {jpeg_command(path)}.',
     )
+
+
+def jpeg_command(path: str | Path) -> str:
+    """Return the command of macOS that makes a JPEG of a picture."""
+    return f"sips -s format jpeg {shlex.quote(str(path))} --out picture.jpg (macOS)"
 
 
 @contextmanager

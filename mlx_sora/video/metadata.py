@@ -15,7 +15,13 @@ from mlx_sora.request.generation import options
 from mlx_sora.runtime.switches import switches
 from mlx_sora.utils.json import parse_object
 from mlx_sora.utils.versions import versions
-from mlx_sora.video.containers import MAX_PACKETS, open_container, open_image, read_errors
+from mlx_sora.video.containers import (
+    MAX_PACKETS,
+    is_picture,
+    open_container,
+    open_image,
+    read_errors,
+)
 
 if TYPE_CHECKING:
     from mlx_sora.request.generation import GenerationRequest
@@ -82,9 +88,8 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     if not path.is_file():
         raise UsageError(f"No such file: {path}.", "Give a video or JSON file of mlx_sora.")
-    reader = _READERS.get(path.suffix.lower(), _read_image)
     with read_errors(path, "Is it damaged?"):
-        text = reader(path)
+        text = _choose_reader(path)(path)
     return _parse(text, path)
 
 
@@ -163,6 +168,15 @@ def _parse(text: str | None, path: Path) -> dict[str, Any]:
         raise UsageError(f"The metadata of {path} is not a record of mlx_sora.") from None
 
 
+def _choose_reader(path: Path) -> Callable[[Path], str | None]:
+    """Choose by content; the name decides only about text that may be damaged JSON."""
+    if is_picture(path):
+        return _read_image
+    with path.open("rb") as file:
+        head = file.read(64).removeprefix(b"\xef\xbb\xbf").lstrip()
+    return _read_json if head.startswith(b"{") or path.suffix.lower() == ".json" else _read_mp4
+
+
 def _read_json(path: Path) -> str:
     with path.open("rb") as file:
         return file.read(MAX_BYTES + 1).decode("utf-8-sig")
@@ -189,6 +203,3 @@ def _image_text(image: Any) -> str | None:
     if isinstance(found, bytes):
         return found.decode("utf-8")
     return found if found is None else str(found)
-
-
-_READERS: dict[str, Callable[[Path], str | None]] = {".json": _read_json, ".mp4": _read_mp4}

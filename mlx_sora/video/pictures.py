@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlx_sora.errors import UsageError
 from mlx_sora.geometry import Size
-from mlx_sora.video.containers import MAX_PACKETS, check_pixels, open_image
+from mlx_sora.video.containers import MAX_PACKETS, check_pixels, jpeg_command, open_image
 from mlx_sora.video.metadata import recorded_timing
 from mlx_sora.video.timing import TimedFrame
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 #: Tags of Exif and TIFF.
 ORIENTATION, WIDTH, BITS, PHOTOMETRIC, SAMPLE_FORMAT = 0x0112, 256, 258, 262, 339
+DNG_VERSION = 50706
 WHITE_IS_ZERO, SIGNED = 0, 2
 
 #: Pillow's names of formats whose further images are frames.
@@ -41,6 +42,15 @@ def upright(image: Any) -> Any:
     image.load()  # Pillow turns TIFFs here, and removes the tag
     ImageOps.exif_transpose(image, in_place=True)
     return image
+
+
+def check_developed(image: Any, path: str | Path) -> None:
+    """Raise UsageError for a raw photograph, of which Pillow would read the thumbnail."""
+    if DNG_VERSION in getattr(image, "tag_v2", {}):
+        raise UsageError(
+            f"{path} is a raw photograph (DNG).",
+            f"Convert it: {jpeg_command(path)}.",
+        )
 
 
 def upright_size(image: Any) -> Size:

@@ -12,16 +12,16 @@ from typing import TYPE_CHECKING, Any
 from mlx_sora.errors import UsageError
 from mlx_sora.geometry import Size
 from mlx_sora.video.containers import (
-    IMAGE_FORMATS,
     MAX_PACKETS,
     MAX_PIXELS,
-    is_heif,
+    is_picture,
     open_image,
     read_errors,
 )
 from mlx_sora.video.films import Film, open_film
 from mlx_sora.video.pictures import (
     Animation,
+    check_developed,
     is_animation,
     open_animation,
     to_srgb,
@@ -241,22 +241,12 @@ def _resize_crop_image(image: Any, fit: ResizeCrop) -> Any:
     return image.crop((left, top, left + fit.size.width, top + fit.size.height))
 
 
-def is_picture(path: str | Path) -> bool:
-    """Return True if a file begins as a picture does, even one that cannot be read."""
-    from PIL import Image
-
-    Image.init()
-    with Path(path).open("rb") as file:
-        prefix = file.read(16)
-    accepts = [Image.OPEN[name][1] for name in IMAGE_FORMATS if name in Image.OPEN]
-    return is_heif(path) or any(accept is not None and accept(prefix) for accept in accepts)
-
-
 @contextmanager
 def _open_image(path: str | Path) -> Iterator[Any]:
     """Open an image. Errors inside the block become UsageErrors, too."""
     _check_file(path)
     with read_errors(path, DAMAGED), open_image(path) as image:
+        check_developed(image, path)
         yield image
 
 

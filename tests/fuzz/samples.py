@@ -215,11 +215,17 @@ def pictures() -> list[bytes]:
 
 
 def videos() -> list[bytes]:
-    """mp4, mkv, webm, avi and gif."""
+    """mp4, mkv, webm, avi, and animated pictures."""
     import av
     import numpy as np
+    from PIL import Image
 
     found = media(".mp4") + media(".gif")
+    shades = [Image.new("RGB", (9, 7), (40 * shade, 0, 0)) for shade in range(4)]
+    for kind in ("GIF", "PNG", "WEBP"):
+        moving = BytesIO()
+        shades[0].save(moving, kind, save_all=True, append_images=shades[1:], duration=[40, 90] * 2)
+        found.append(moving.getvalue())
     for kind, codec in (("matroska", "libx264"), ("webm", "libvpx-vp9"), ("avi", "mpeg4")):
         out = BytesIO()
         with av.open(out, "w", format=kind) as container:

@@ -5,6 +5,7 @@ Kosinkadink/ComfyUI-VideoHelperSuite 302, python-pillow/Pillow 7613 and 8397.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from PIL import Image
 
 from mlx_sora.errors import UsageError
 from mlx_sora.geometry import Size
+from mlx_sora.video.metadata import read_metadata
 from mlx_sora.video.reader import is_video, probe_video, read_image, read_video
 from mlx_sora.video.writer import save_frames
 from tests.helpers.media import shades
@@ -82,3 +84,13 @@ def test_the_content_decides_and_not_the_name(tmp_path: Path) -> None:
     assert read_image(picture).shape == (16, 32, 3)
     with pytest.raises(UsageError, match=r"c.gif is an image"):
         probe_video(picture)
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.gif", "a.webp", "a.json"])
+def test_a_record_is_found_under_any_name(tmp_path: Path, name: str) -> None:
+    made = record(24, 5)
+    if name == "a.json":
+        (tmp_path / name).write_text(json.dumps(made))
+    else:
+        save_frames(tmp_path / name, shades(5), 24, made)
+    assert read_metadata((tmp_path / name).rename(tmp_path / "b.bin")) == made

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image, features
+from PIL import Image, TiffImagePlugin, features
 
 from mlx_sora.errors import UsageError
 from mlx_sora.geometry import Size
@@ -86,6 +86,15 @@ def test_heic_is_read_with_its_package(tmp_path: Path) -> None:
     found = read_image(tmp_path / "a.jpg").astype(int)
     assert found[1, -2].min() > 240
     assert np.abs(found[20:, 5] - (200, 60, 60)).max() <= 8
+
+
+def test_a_raw_photograph_is_not_its_thumbnail(tmp_path: Path) -> None:
+    tags = TiffImagePlugin.ImageFileDirectory_v2()
+    tags[50706] = b"\1\4\0\0"
+    tags.tagtype[50706] = 1
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.dng", "TIFF", tiffinfo=tags)
+    with pytest.raises(UsageError, match=r"a.dng is a raw photograph.* sips -s format jpeg"):
+        read_image(tmp_path / "a.dng")
 
 
 def test_a_jpeg_named_heic_is_read(tmp_path: Path) -> None:
