@@ -35,6 +35,21 @@ def patch(path: Path, box: bytes, offset: int, layout: str, *values: int) -> Non
     path.write_bytes(data)
 
 
+def write_timed(path: Path, pictures: np.ndarray, times: list[int]) -> Path:
+    """Write frames that are shown at `times`, in hundredths of a second."""
+    with av.open(str(path), "w") as container:
+        stream: Any = container.add_stream("libx264", rate=25)
+        stream.height, stream.width = pictures.shape[1:3]
+        stream.pix_fmt = "yuv420p"
+        stream.time_base = stream.codec_context.time_base = Fraction(1, 100)
+        for picture, time in zip(pictures, times, strict=True):
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            frame.pts, frame.time_base = time, Fraction(1, 100)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return path
+
+
 def planes(rgb: tuple[int, int, int], matrix: int, full: bool) -> list[int]:
     """Y, U and V of 8 bits."""
     (kr, kb), (r, g, b) = WEIGHTS[matrix], (value / 255 for value in rgb)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -23,32 +22,13 @@ from mlx_sora.video.reader import (
     resize_and_crop,
 )
 from mlx_sora.video.writer import save_frames
+from tests.helpers.media import shades, write_timed
 
 RED, GREY = (200, 30, 60), (120, 120, 120)
 
 
 def solid(colour: tuple[int, ...] | int, mode: str = "RGB") -> Image.Image:
     return Image.new(mode, (6, 4), colour)
-
-
-def ramp(frames: int, height: int = 16, width: int = 32) -> np.ndarray:
-    """Frames that differ: each a shade lighter."""
-    shades = np.linspace(40, 200, frames).round().astype(np.uint8)
-    return np.broadcast_to(shades[:, None, None, None], (frames, height, width, 3)).copy()
-
-
-def write_timed(path: Path, times: list[int], turn: int = 0) -> Path:
-    """A video whose frames are shown at `times`, in hundredths of a second."""
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=25)
-        stream.width, stream.height, stream.pix_fmt = 32, 16, "yuv420p"  # type: ignore[attr-defined]
-        stream.time_base = stream.codec_context.time_base = Fraction(1, 100)
-        for shade, time in zip(ramp(len(times)), times, strict=True):
-            frame = av.VideoFrame.from_ndarray(shade, format="rgb24")
-            frame.pts, frame.time_base = time, Fraction(1, 100)
-            container.mux(stream.encode(frame))  # type: ignore[attr-defined]
-        container.mux(stream.encode(None))  # type: ignore[attr-defined]
-    return path
 
 
 @pytest.mark.parametrize(
@@ -146,12 +126,12 @@ def test_a_written_video_is_read_again(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "a.gif"])
 def test_part_of_a_video(tmp_path: Path, name: str) -> None:
     if name == "a.mkv":
-        path = write_timed(tmp_path / name, list(range(0, 80, 4)))
+        path = write_timed(tmp_path / name, shades(20), list(range(0, 80, 4)))
     else:
-        path = save_frames(tmp_path / name, ramp(20), 25)
+        path = save_frames(tmp_path / name, shades(20), 25)
     part = read_video(path, 5, start=10, size=Size(8, 8)).frames
     assert part.shape == (5, 8, 8, 3)
-    assert np.abs(part[:, 4, 4].astype(int) - ramp(20)[10:15, 0, 0]).max() <= 4
+    assert np.abs(part[:, 4, 4].astype(int) - shades(20)[10:15, 0, 0]).max() <= 4
     assert len(read_video(path, 100, start=18).frames) == 2
 
 
@@ -169,7 +149,7 @@ def missing(path: Path) -> None:
 
 def truncated(path: Path) -> None:
     if path.suffix == ".mp4":
-        save_frames(path, ramp(30), 24)
+        save_frames(path, shades(30), 24)
     else:
         noise = np.random.default_rng(0).integers(0, 255, (40, 40, 3), np.uint8)
         Image.fromarray(noise).save(path)
@@ -215,23 +195,22 @@ def test_a_video_without_frames_is_refused(tmp_path: Path, name: str) -> None:
 
 
 def test_a_variable_rate_becomes_constant(tmp_path: Path) -> None:
-    path = write_timed(tmp_path / "a.mp4", [0, 4, 8, 12, 40, 44, 48])
+    path = write_timed(tmp_path / "a.mp4", shades(7), [0, 4, 8, 12, 40, 44, 48])
     info = probe_video(path)
     assert (info.num_frames, info.fps) == (13, pytest.approx(25))
     assert "variable frame rate, read as 13 frames at 25 fps" in info.notes[0]
     frames = read_video(path).frames[:, 8, 8, 0].astype(int)
-    shades = ramp(7)[:, 0, 0, 0].astype(int)
-    expected = shades[[0, 1, 2, *[3] * 7, 4, 5, 6]]
+    expected = shades(7)[:, 0, 0, 0].astype(int)[[0, 1, 2, *[3] * 7, 4, 5, 6]]
     assert np.abs(frames - expected).max() <= 3
     part = read_video(path, 4, start=8, info=info).frames[:, 8, 8, 0].astype(int)
     assert np.abs(part - expected[8:12]).max() <= 3
-    jitter = write_timed(tmp_path / "b.mp4", [0, 4, 9, 12, 16, 20])
+    jitter = write_timed(tmp_path / "b.mp4", shades(6), [0, 4, 9, 12, 16, 20])
     assert probe_video(jitter).fps == pytest.approx(25)
     assert not probe_video(jitter).notes
 
 
 def test_frames_beyond_the_end(tmp_path: Path) -> None:
-    path = save_frames(tmp_path / "a.mp4", ramp(5), 24)
+    path = save_frames(tmp_path / "a.mp4", shades(5), 24)
     with pytest.raises(UsageError, match="5 frames, none from number 5"):
         read_video(path, start=5)
 
