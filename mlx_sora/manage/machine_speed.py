@@ -145,7 +145,7 @@ class SpeedTest:
             mx.eval(x, bias)
             work.append(flops.text_encoder_flops(config, tokens))
             times.append(self.seconds(partial(block, x, bias)))
-        return _fit(work, times, block)
+        return _fit(work, times, block, speed)
 
     def _transformer(self, dtype: mx.Dtype, speed: float) -> NetworkSpeed:
         """Measure a block pair on a small picture, and guided on as many frames as affordable."""
@@ -160,7 +160,7 @@ class SpeedTest:
         video = largest_affordable(videos, lambda latent: work(latent, 2), speed)
         grids = (((1, *_PICTURES[2]), 1), (video, 2))
         times = [self.seconds(_transformer_pass(network, *grid)) for grid in grids]
-        return _fit([work(*grid) for grid in grids], times, network)
+        return _fit([work(*grid) for grid in grids], times, network, speed)
 
     def _vae(self, dtype: mx.Dtype, speed: float) -> NetworkSpeed:
         """Measure both decoders on as large pictures as affordable, mixed as in a chunk."""
@@ -203,14 +203,17 @@ def _transformer_pass(network: STDiT3, latent: Sequence[int], batch: int) -> Cal
     return lambda: network(z, t, conditions)
 
 
-def _fit(work: Sequence[float], seconds: Sequence[float], network: nn.Module) -> NetworkSpeed:
+def _fit(
+    work: Sequence[float], seconds: Sequence[float], network: nn.Module, most: float
+) -> NetworkSpeed:
     """Return the speed that follows from a small and a large work of a network.
 
-    If noise makes them lie on no plausible line, the large one alone counts.
+    most: operations per second of a large product, which no network outruns. If noise makes the
+    two lie on no plausible line, the large one alone counts.
     """
     (small, large), (short, long) = work, seconds
     if short < long:
-        speed = (large - small) / (long - short)
+        speed = min((large - small) / (long - short), most)
         rest = short - small / speed
         if 0 <= rest < _MOST_REST * long:
             size = sum(value.nbytes for _, value in _leaves(network))

@@ -86,11 +86,14 @@ def test_sizes_follow_from_the_speed() -> None:
 def test_two_works_give_speed_and_time_of_the_weights() -> None:
     network = machine_speed._random(machine_speed.T5Block(TINY.text, has_bias=False))
     size = sum(value.nbytes for _, value in machine_speed._leaves(network))
-    found = machine_speed._fit([1e9, 5e9], [3.0, 7.0], network)
+    found = machine_speed._fit([1e9, 5e9], [3.0, 7.0], network, 2e9)
     assert found == NetworkSpeed(pytest.approx(1e9), pytest.approx(2 / size))
     assert found.seconds(1e9, size) == pytest.approx(3.0)
     for short, long in ((7.0, 7.0), (9.0, 7.0), (0.1, 7.0), (6.9, 7.0)):
-        assert machine_speed._fit([1e9, 5e9], [short, long], network) == NetworkSpeed(5e9 / long)
+        assert machine_speed._fit([1e9, 5e9], [short, long], network, 1e15) == NetworkSpeed(
+            5e9 / long
+        )
+    assert machine_speed._fit([1e9, 5e9], [5.0, 7.0], network, 1e9).flops == 1e9
 
 
 def test_the_disk_is_read_as_it_was_written(
