@@ -37,7 +37,7 @@ from mlx_sora.video.reader import ResizeCrop, VideoInfo, image_size, is_video, p
 CHUNK_LATENTS = latent_frames(MICRO_FRAME_SIZE)
 
 #: A video's decoder needs this many times a picture's memory per pixel.
-PICTURE_SHARE = 3
+PICTURE_SHARE = 5
 
 
 @dataclass(frozen=True)

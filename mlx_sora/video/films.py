@@ -27,6 +27,10 @@ ATTACHED_PICTURE, DEFAULT = 0x400, 0x1
 PICTURE_CODECS = {"mjpeg", "png", "bmp", "gif", "tiff", "webp"}
 
 
+#: Threads that decode; each takes frames of memory.
+THREADS = 4
+
+
 @dataclass(frozen=True)
 class Orientation:
     """Turn of a frame for showing: rows and columns exchanged, then each side reversed."""
@@ -69,7 +73,7 @@ class Film:
         codec = self._stream.codec_context
         check_pixels(path, codec.width, codec.height)
         codec.options = {"max_pixels": str(MAX_PIXELS)}
-        self._stream.thread_type = "AUTO"
+        self._stream.thread_type, codec.thread_count = "AUTO", THREADS
         self.rate: float | None = float(self._stream.average_rate or 0) or None
 
     @property
@@ -82,9 +86,11 @@ class Film:
 
     def frames(self) -> Iterator[TimedFrame]:
         """Decode the frames that are shown."""
+        shown = None
         for frame in self._container.decode(self._stream):
             coded = self._square_size(frame)
-            shown = Orientation.from_frame(frame)
+            # Of the first frame: one whose side data was read waits for the garbage collector.
+            shown = shown or Orientation.from_frame(frame)
             size = Size(*coded[::-1]) if shown.transposed else Size(*coded)
             yield TimedFrame(frame.time, None, size, partial(self._read, frame, coded, shown))
 

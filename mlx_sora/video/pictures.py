@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 #: Tags of Exif and TIFF.
 ORIENTATION, WIDTH, BITS, PHOTOMETRIC, SAMPLE_FORMAT = 0x0112, 256, 258, 262, 339
-DNG_VERSION = 50706
+DNG_VERSION, SUBFILE_TYPE = 50706, 254
 WHITE_IS_ZERO, SIGNED = 0, 2
 
 #: Pillow's names of formats whose further images are frames.
@@ -46,11 +46,9 @@ def upright(image: Any) -> Any:
 
 def check_developed(image: Any, path: str | Path) -> None:
     """Raise UsageError for a raw photograph, of which Pillow would read the thumbnail."""
-    if DNG_VERSION in getattr(image, "tag_v2", {}):
-        raise UsageError(
-            f"{path} is a raw photograph (DNG).",
-            f"Convert it: {jpeg_command(path)}.",
-        )
+    tags = getattr(image, "tag_v2", {})
+    if DNG_VERSION in tags or tags.get(SUBFILE_TYPE, 0) & 1:
+        raise UsageError(f"{path} is a raw photograph.", f"Convert it: {jpeg_command(path)}.")
 
 
 def upright_size(image: Any) -> Size:
@@ -101,8 +99,9 @@ def deep_grey(image: Any, path: Path) -> np.ndarray:
         if bits == 32 and values.max() <= 0xFFFF:
             bits, signed = 16, False  # 16 bits that were stored in 32
         white = float(2 ** (bits - signed) - 1)
-    scaled = values.astype(np.float32) * (255 / white)
-    grey: np.ndarray = np.rint(np.clip(scaled, 0, 255)).astype(np.uint8)
+    scaled = values.astype(np.float32)
+    scaled *= 255 / white
+    grey: np.ndarray = np.rint(scaled.clip(0, 255, out=scaled), out=scaled).astype(np.uint8)
     return 255 - grey if tags.get(PHOTOMETRIC) == WHITE_IS_ZERO else grey
 
 

@@ -88,10 +88,11 @@ def test_heic_is_read_with_its_package(tmp_path: Path) -> None:
     assert np.abs(found[20:, 5] - (200, 60, 60)).max() <= 8
 
 
-def test_a_raw_photograph_is_not_its_thumbnail(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("tag", "value"), [(50706, b"\1\4\0\0"), (254, 1)])
+def test_a_raw_photograph_is_not_its_thumbnail(tmp_path: Path, tag: int, value: object) -> None:
     tags = TiffImagePlugin.ImageFileDirectory_v2()
-    tags[50706] = b"\1\4\0\0"
-    tags.tagtype[50706] = 1
+    tags.tagtype[tag] = 1 if isinstance(value, bytes) else 4
+    tags[tag] = value
     Image.new("RGB", (8, 8)).save(tmp_path / "a.dng", "TIFF", tiffinfo=tags)
     with pytest.raises(UsageError, match=r"a.dng is a raw photograph.* sips -s format jpeg"):
         read_image(tmp_path / "a.dng")
