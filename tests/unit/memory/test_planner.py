@@ -299,7 +299,7 @@ def test_larger_source_frames_need_more_memory() -> None:
         )[1].minimum
         for pixels in (3840 * 2160, 64 * 64)
     )
-    assert large - small == 36 * (3840 * 2160 - 64 * 64)
+    assert large - small == 60 * (3840 * 2160 - 64 * 64)
 
 
 def test_each_clip_reads_the_weights_again_and_decodes_its_new_frames() -> None:
