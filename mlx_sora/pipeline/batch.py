@@ -21,7 +21,7 @@ from mlx_sora.errors import MlxSoraError, UsageError
 from mlx_sora.memory.limits import release
 from mlx_sora.pipeline.engine import Engine
 from mlx_sora.pipeline.generate import generate_clips, prepare
-from mlx_sora.pipeline.locks import output_lock_on_rank0, process_lock, stop_at_exit
+from mlx_sora.pipeline.locks import output_lock_on_rank0, process_lock
 from mlx_sora.pipeline.resume import checkpoint_seed
 from mlx_sora.pipeline.run import GenerationRun
 from mlx_sora.pipeline.stages import encode_text
@@ -69,9 +69,9 @@ class _Batch:
             except Exception as error:
                 yield RequestFailed(index, as_known_error(error))
         with (
-            process_lock() as ending,
+            process_lock() as guard,
             tempfile.TemporaryDirectory(prefix="mlx_sora-") as folder,
-            closing(stop_at_exit(self._make_all(Path(folder)), ending)) as stoppable,
+            closing(guard.stop_at_exit(self._make_all(Path(folder)))) as stoppable,
         ):
             yield from stoppable
 

@@ -34,43 +34,53 @@ _process = threading.Lock()
 _GRACE = 1.0
 
 
-@contextmanager
-def process_lock() -> Iterator[threading.Event]:
-    """Hold the process for one run; yield the event that is set when the process ends.
+class ExitGuard:
+    """Stops the run of a daemon thread at the end of the process, in which MLX would abort it."""
 
-    MLX aborts a process that ends while a daemon thread computes. So the end waits until the run
-    has stopped. Raises UsageError if a run of any thread holds the process.
+    def __init__(self) -> None:
+        self._thread, self._ending = threading.current_thread(), threading.Event()
+        self._computing = threading.Lock()
+
+    def stop(self) -> None:
+        """Wait until the run no longer computes, and a moment for its thread to end."""
+        self._ending.set()
+        with self._computing:
+            pass
+        self._thread.join(_GRACE)
+
+    def stop_at_exit(self, events: Generator[Event, None, None]) -> Generator[Event, None, None]:
+        """Yield the events; end the thread in silence once the process ends."""
+        with self._computing, closing(events):
+            for event in events:
+                if not self._ending.is_set():
+                    self._computing.release()
+                    try:
+                        yield event
+                    finally:
+                        self._computing.acquire()
+                if self._ending.is_set():
+                    raise SystemExit
+
+
+@contextmanager
+def process_lock() -> Iterator[ExitGuard]:
+    """Hold the process for one run; yield what stops the run when the process ends.
+
+    Raises UsageError if a run of any thread holds the process.
     """
     if not _process.acquire(blocking=False):
         raise UsageError(
             "Another run is in progress in this process.",
             "Wait until it ends, close its generator, or use another process.",
         )
-    ending, thread = threading.Event(), threading.current_thread()
-
-    def stop() -> None:
-        ending.set()
-        with _process:
-            thread.join(_GRACE)
-
-    if thread.daemon:  # Python waits for other threads
-        atexit.register(stop)
+    guard = ExitGuard()
+    if threading.current_thread().daemon:  # Python waits for other threads
+        atexit.register(guard.stop)
     try:
-        yield ending
+        yield guard
     finally:
-        atexit.unregister(stop)
+        atexit.unregister(guard.stop)
         _process.release()
-
-
-def stop_at_exit(
-    events: Generator[Event, None, None], ending: threading.Event
-) -> Generator[Event, None, None]:
-    """Yield the events; end the thread in silence once `ending` is set."""
-    with closing(events):
-        for event in events:
-            if ending.is_set():
-                raise SystemExit
-            yield event
 
 
 def check_not_forked() -> None:
@@ -160,9 +170,9 @@ def run_exclusively(
     Both locks are free again when the run yields `Finished`.
     """
     with (
-        process_lock() as ending,
+        process_lock() as guard,
         output_lock_on_rank0(output, ranks),
-        closing(stop_at_exit(events, ending)) as stoppable,
+        closing(guard.stop_at_exit(events)) as stoppable,
     ):
         for event in stoppable:
             if isinstance(event, Finished):

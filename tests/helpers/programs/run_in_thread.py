@@ -23,6 +23,15 @@ def make(steps: int = 1, **options: object) -> None:
     assert isinstance(event, Finished)
 
 
+def make_and_wait() -> None:
+    """Begin a video, and wait at its first step for ever, as for a client that has gone."""
+    request = GenerationRequest(prompt="a red circle", num_frames=1, seed=1, steps=2)
+    for event in Pipeline.from_pretrained("shapes").stream(request):
+        if isinstance(event, StepFinished):
+            step_made.set()
+            threading.Event().wait()
+
+
 def make_forked() -> int:
     """Make a video in a forked process; return its exit code: 0 made, 3 refused, -9 killed."""
 
@@ -58,6 +67,9 @@ if __name__ == "__main__":
         pool.submit(make).result()
     elif sys.argv[1] == "unfinished daemon":
         threading.Thread(target=make, args=(1000,), daemon=True).start()
+        step_made.wait()
+    elif sys.argv[1] == "waiting daemon":
+        threading.Thread(target=make_and_wait, daemon=True).start()
         step_made.wait()
     elif sys.argv[1] == "forked before":
         assert make_forked() == 0

@@ -25,7 +25,9 @@ def run(way: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize("way", ["thread", "streamed", "pool", "unfinished daemon"])
+@pytest.mark.parametrize(
+    "way", ["thread", "streamed", "pool", "unfinished daemon", "waiting daemon"]
+)
 def test_a_process_ends_cleanly_after_a_run_in_a_thread(way: str) -> None:
     outcome = run(way)
     assert (outcome.returncode, outcome.stderr) == (0, "")
