@@ -42,7 +42,8 @@ def run(args: argparse.Namespace) -> int:
 def lines(facts: Mapping[str, Any], indent: str = "") -> Iterator[str]:
     """Yield `name: value` lines, with nested mappings indented and numbers made readable."""
     for name, value in facts.items():
-        title = str(name).replace("_", " ")
+        # Environment variables keep their names.
+        title = str(name) if str(name).isupper() else str(name).replace("_", " ")
         if isinstance(value, Mapping):
             yield f"{indent}{title}:"
             yield from lines(value, indent + "  ")

@@ -18,19 +18,16 @@ def show_plans(
     ranks: Ranks, runs: Iterable[GenerationRun], renderer: Renderer, *, as_json: bool
 ) -> None:
     """Print the plan of each run. An error in making one is raised on all ranks."""
-    from mlx_sora.manage.machine_file import read_speeds
+    from mlx_sora.manage.machine_file import KnownSpeeds, read_speeds
 
     # Several ranks share the work; `--ranks N` estimates that.
-    speeds = None
-    if ranks.size == 1:
-        known = read_speeds()
-        speeds = known.speeds
-        if known.notice:
-            renderer.note(known.notice)
+    known = read_speeds() if ranks.size == 1 else KnownSpeeds()
     with ranks.collective_errors():
-        for run in runs:
+        for index, run in enumerate(runs):
+            if index == 0 and known.notice:
+                renderer.note(known.notice)
             if ranks.is_rank0:
-                estimate = None if speeds is None else run.estimate(speeds)
+                estimate = None if known.speeds is None else run.estimate(known.speeds)
                 if as_json:
                     print(json.dumps(run.plan.to_dict() | estimate_record(estimate)))
                 else:

@@ -20,6 +20,7 @@ import mlx.core as mx
 from mlx_sora.errors import MemoryBudgetError
 from mlx_sora.memory.limits import memory_scope
 from mlx_sora.models import ops
+from mlx_sora.models.precision import dtype_name
 from mlx_sora.runtime.device import backend, explain_device_error, gpu_memory, total_memory
 
 OK, SLOW, WRONG, SKIPPED = "ok", "slow", "wrong", "skipped"
@@ -151,7 +152,7 @@ def check_form(form: Form, allowance: Allowance) -> Iterator[CheckResult]:
 def _compare(
     form: Form, dtype: mx.Dtype, scale: float, case: Case, expected: mx.array, cpu_seconds: float
 ) -> CheckResult:
-    name = f"{form.name}, {str(dtype).removeprefix('mlx.core.')}"
+    name = f"{form.name}, {dtype_name(dtype)}"
     try:
         with device_under_test():
             out, seconds = _run(case, dtype)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlx_sora.errors import printable
+from mlx_sora.errors import MlxSoraError, printable
 from mlx_sora.memory.speeds import MachineSpeeds
 from mlx_sora.runtime.device import describe_machine
 from mlx_sora.utils.files import atomic_write, cache_folder
@@ -37,7 +37,7 @@ _FACTS = {
 class KnownSpeeds:
     """Speeds of this machine, or None and one line that says why not."""
 
-    speeds: MachineSpeeds | None
+    speeds: MachineSpeeds | None = None
     notice: str = ""
 
 
@@ -71,8 +71,6 @@ def write_speeds(speeds: MachineSpeeds, path: Path | None = None) -> Path:
 
 def read_speeds(path: Path | None = None) -> KnownSpeeds:
     """Return the measured speeds of this machine, if the file is there and still true."""
-    from mlx_sora.errors import MlxSoraError
-
     try:
         path = path or machine_file()
         content = read_object(path)

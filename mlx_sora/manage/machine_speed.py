@@ -22,6 +22,7 @@ from mlx_sora.memory import flops
 from mlx_sora.memory.limits import memory_scope, release
 from mlx_sora.memory.speeds import MachineSpeeds, NetworkSpeed
 from mlx_sora.models.ops import on_gpu
+from mlx_sora.models.precision import dtype_name
 from mlx_sora.models.stdit3 import STDiT3, STDiT3Config
 from mlx_sora.models.t5 import T5Block, T5Config
 from mlx_sora.models.vae import VAEConfig, VideoVAE
@@ -90,7 +91,7 @@ class SpeedTest:
         }
         with memory_scope():
             on_progress("matrix products")
-            products = {_name(dtype): self._product(dtype) for dtype in types}
+            products = {dtype_name(dtype): self._product(dtype) for dtype in types}
             on_progress("memory")
             bandwidth = self._copy()
             on_progress("disk")
@@ -100,8 +101,10 @@ class SpeedTest:
                 networks[name] = {}
                 for dtype in types:
                     if (name, dtype) != ("text_encoder", mx.float16):  # in which T5 overflows
-                        on_progress(f"{name.replace('_', ' ')}, {_name(dtype)}")
-                        networks[name][_name(dtype)] = measure(dtype, products[_name(dtype)])
+                        on_progress(f"{name.replace('_', ' ')}, {dtype_name(dtype)}")
+                        networks[name][dtype_name(dtype)] = measure(
+                            dtype, products[dtype_name(dtype)]
+                        )
                         release()
         return MachineSpeeds(machine_identity(), products, bandwidth, disk, latency, networks)
 
@@ -235,7 +238,3 @@ def _leaves(network: nn.Module) -> list[tuple[str, mx.array]]:
 
 def _normal(*shape: int) -> mx.array:
     return mx.random.normal(shape, key=mx.random.key(0))
-
-
-def _name(dtype: mx.Dtype) -> str:
-    return str(dtype).removeprefix("mlx.core.")

@@ -24,6 +24,10 @@ from mlx_sora.memory.profiles import format_bytes
 from mlx_sora.memory.requirements import StageMemory, stage_requirements
 
 
+class LargeArrayError(MemoryBudgetError):
+    """An array that the GPU cannot allocate, with any budget."""
+
+
 def make_plan(
     sizes: ModelSizes,
     workload: Workload,
@@ -89,14 +93,14 @@ def _array_error(
     sizes: ModelSizes,
     workload: Workload,
     machine: Machine,
-) -> MemoryBudgetError:
+) -> LargeArrayError:
     """Name the stage with an array that the GPU cannot allocate, and an option that would do."""
     fitting = [
         flags
         for flags, smaller in _allocatable_workloads(sizes, workload, machine)
         if budget is None or _smallest_budget(sizes, smaller, machine) <= budget
     ]
-    return MemoryBudgetError(
+    return LargeArrayError(
         f"Stage {stage.stage} needs an array of {format_bytes(stage.largest_array)}, "
         f"this GPU allows {format_bytes(machine.largest_array or 0)}.",
         f"Use {fitting[0]}, or make a smaller video." if fitting else "Make a smaller video.",

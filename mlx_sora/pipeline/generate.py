@@ -17,7 +17,7 @@ from mlx_sora.errors import MemoryBudgetError
 from mlx_sora.loading.quantization import quantization_metadata
 from mlx_sora.memory.budget import is_automatic
 from mlx_sora.memory.plan import MediaWorkload, StepVariant, Workload
-from mlx_sora.memory.planner import make_plan
+from mlx_sora.memory.planner import LargeArrayError, make_plan
 from mlx_sora.memory.profiles import format_bytes
 from mlx_sora.pipeline.engine import Engine
 from mlx_sora.pipeline.preview import Previews
@@ -91,6 +91,8 @@ def plan_run(
         notes.append(f"Memory budget {format_bytes(budget)}, measured; --memory-budget changes it.")
     try:
         plan = make_plan(sizes, workload, engine.machine, budget, streamed=request.ci_dl)
+    except LargeArrayError:
+        raise  # no budget changes that
     except MemoryBudgetError as error:
         raise _name_off(error) if automatic else error from None
     return GenerationRun(
@@ -104,7 +106,7 @@ def plan_run(
         plan=plan,
         parallel=parallel,
         notes=tuple(notes),
-        previews=Previews.from_request(request, engine.model, resolved, output),
+        previews=Previews.from_request(request, engine, resolved, output),
         result=RunResult(
             warnings=[*resolved.warnings, *accelerations.warnings],
             metadata=quantization_metadata(engine.model),

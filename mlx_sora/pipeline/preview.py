@@ -11,10 +11,10 @@ import mlx.core as mx
 
 from mlx_sora.conditioning.media import frames_by_latent
 from mlx_sora.errors import MlxSoraError, UsageError
-from mlx_sora.loading.model_folder import ModelFolder
 from mlx_sora.loading.networks import load_vae
 from mlx_sora.memory.budget import is_automatic
 from mlx_sora.models.stdit3 import STDiT3Config
+from mlx_sora.pipeline.engine import Engine
 from mlx_sora.pipeline.settings import ResolvedRequest
 from mlx_sora.request.generation import GenerationRequest
 from mlx_sora.runtime.events import Event, PreviewReady, Warned
@@ -30,7 +30,7 @@ class Previews:
     """Previews after every `every` steps, through the linear `map`, or the VAE if it is None."""
 
     every: int
-    model: ModelFolder
+    engine: Engine
     settings: ResolvedRequest
     output: Path | None
     map: LatentToRGB | None
@@ -39,7 +39,7 @@ class Previews:
     def from_request(
         cls,
         request: GenerationRequest,
-        model: ModelFolder,
+        engine: Engine,
         settings: ResolvedRequest,
         output: Path | None,
     ) -> Previews | None:
@@ -49,6 +49,7 @@ class Previews:
         """
         if request.preview_every is None:
             return None
+        model = engine.model
         channels = STDiT3Config.from_dict(model.config("transformer")).in_channels
         found = LatentToRGB.load(model.path, channels)
         given = not is_automatic(request.memory_budget, request.device_profile)
@@ -58,7 +59,7 @@ class Previews:
                 "beside the transformer, which no memory budget counts.",
                 "Leave out --preview-every, or set --memory-budget off.",
             )
-        return cls(request.preview_every, model, settings, output, found)
+        return cls(request.preview_every, engine, settings, output, found)
 
     def after(self, index: int, x0: mx.array) -> Iterator[Event]:
         """Write the preview of x0 [1, T, h, w, C], predicted in step `index`, if one is due."""
@@ -85,6 +86,7 @@ class Previews:
             frames = self.map.decode(np.array(x0[0]), [len(span) == 1 for span in shown])
             return frames, self.settings.fps * len(shown) / count
         kept = FramesInMemory()
-        for chunk in load_vae(self.model).decode_chunks(x0, count, tiles=self.settings.vae_tiles):
+        vae = load_vae(self.engine.model, dtype=self.engine.precision.vae)
+        for chunk in vae.decode_chunks(x0, count, tiles=self.settings.vae_tiles):
             kept.write(to_uint8(chunk))
         return kept.frames, self.settings.fps

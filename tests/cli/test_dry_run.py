@@ -45,6 +45,13 @@ def test_without_a_machine_file_one_line_says_how_to_get_seconds(
     assert "python -m mlx_sora doctor --machine" in err
 
 
+def test_a_refused_plan_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*WORDS, "--model", "shapes", "--memory-budget", "AUTO"]) == 2
+    assert capsys.readouterr().err.splitlines() == [
+        "error: 'AUTO' is not an amount of memory. Write it as 3.3GB or 800MB, or auto, or off."
+    ]
+
+
 def test_seconds_follow_from_the_machine_file(capsys: pytest.CaptureFixture[str]) -> None:
     measure()
     assert main([*WORDS, "--model", "shapes"]) == 0

@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from mlx_sora.cli.info import lines
 from mlx_sora.cli.main import main
 from mlx_sora.cli.progress import human_bytes
 from tests.helpers.fake_pipeline import FakePipeline
@@ -22,6 +23,11 @@ def test_text(pipeline: FakePipeline, capsys: pytest.CaptureFixture[str]) -> Non
         "  total memory: 8.00 GB",
         "  metal: False",
     ]
+
+
+def test_environment_variables_keep_their_names() -> None:
+    facts = {"mlx_switches": {"MLX_ENABLE_TF32": "0"}}
+    assert list(lines(facts)) == ["mlx switches:", "  MLX_ENABLE_TF32: 0"]
 
 
 def test_json(pipeline: FakePipeline, capsys: pytest.CaptureFixture[str]) -> None:

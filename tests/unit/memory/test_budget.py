@@ -110,6 +110,16 @@ def test_a_measured_budget_that_refuses_names_off(
     assert "--memory-budget off" in error.value.fix
 
 
+def test_an_array_that_the_gpu_refuses_is_not_tried_without_a_budget(
+    pipe: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mlx_sora.pipeline.engine.largest_array", lambda: 1000)
+    request = GenerationRequest("red", steps=1, num_frames=1, memory_budget="auto")
+    with pytest.raises(MemoryBudgetError, match="this GPU allows") as error:
+        pipe.plan(request)
+    assert error.value.fix == "Make a smaller video."
+
+
 def test_wired_memory_is_bounded_and_given_back(mac: None) -> None:
     working_set = int(DEVICE_INFO["max_recommended_working_set_size"])
     most = int(min(working_set, 0.65 * total_memory()))

@@ -11,7 +11,7 @@ from mlx_sora.errors import MemoryBudgetError
 from mlx_sora.geometry import RESOLUTIONS, Size, plan_geometry, resolve_size
 from mlx_sora.memory.activations import largest_spatial_array
 from mlx_sora.memory.estimate import published_sizes
-from mlx_sora.memory.plan import Machine, Plan, Workload
+from mlx_sora.memory.plan import HALF_SIZE, Machine, Plan, Workload
 from mlx_sora.memory.planner import make_plan
 from mlx_sora.memory.requirements import stage_requirements
 
@@ -62,6 +62,7 @@ def with_flags(work: Workload, flags: str) -> Workload:
         work,
         sequential_guidance="--sequential-guidance" in flags,
         vae_tiles=int(tiles[1]) if tiles else 1,
+        vae_itemsize=HALF_SIZE if "--vae-dtype" in flags else work.vae_itemsize,
     )
 
 

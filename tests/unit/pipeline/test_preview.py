@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import mlx.core as mx
 import numpy as np
 import pytest
 from PIL import Image
@@ -13,6 +16,7 @@ from PIL import Image
 from mlx_sora import GenerationRequest, Pipeline, UsageError
 from mlx_sora.errors import MlxSoraError, WeightsError
 from mlx_sora.loading.model_folder import find_model
+from mlx_sora.models.vae import VideoVAE
 from mlx_sora.runtime.events import Event, Finished, PreviewReady, Warned
 from mlx_sora.video.preview import PREVIEW_FILE, LatentToRGB, neighbourhoods, preview_path
 
@@ -73,6 +77,22 @@ def test_the_map_shows_about_what_the_vae_would(pipe: Pipeline, without_map: Pip
     error = np.square(shown - middles).mean()
     assert -10 * np.log10(error) > 10
     assert error < np.square(shown - (1 - middles)).mean() / 4
+
+
+def test_without_a_map_the_vae_has_the_type_of_the_run(
+    without_map: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mlx_sora.runtime.device._is_linux_cpu", lambda device: False)
+    types = set()
+    real = VideoVAE.decode_chunks
+
+    def decode(vae: VideoVAE, *args: Any, **more: Any) -> Iterator[mx.array]:
+        types.add(vae.dtype)
+        return real(vae, *args, **more)
+
+    monkeypatch.setattr(VideoVAE, "decode_chunks", decode)
+    assert len(previews(events(without_map, num_frames=1, steps=2, vae_dtype="float16"))) == 1
+    assert types == {mx.float16}
 
 
 def test_without_a_map_the_vae_shows_what_comes(without_map: Pipeline) -> None:
