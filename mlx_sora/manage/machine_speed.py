@@ -101,10 +101,9 @@ class SpeedTest:
                 networks[name] = {}
                 for dtype in types:
                     if (name, dtype) != ("text_encoder", mx.float16):  # in which T5 overflows
-                        on_progress(f"{name.replace('_', ' ')}, {dtype_name(dtype)}")
-                        networks[name][dtype_name(dtype)] = measure(
-                            dtype, products[dtype_name(dtype)]
-                        )
+                        type_name = dtype_name(dtype)
+                        on_progress(f"{name.replace('_', ' ')}, {type_name}")
+                        networks[name][type_name] = measure(dtype, products[type_name])
                         release()
         return MachineSpeeds(machine_identity(), products, bandwidth, disk, latency, networks)
 

@@ -16,7 +16,7 @@ from mlx_sora.distributed.partition import ParallelPlan, choose_parallel
 from mlx_sora.errors import MemoryBudgetError
 from mlx_sora.loading.quantization import quantization_metadata
 from mlx_sora.memory.budget import is_automatic
-from mlx_sora.memory.plan import MediaWorkload, StepVariant, Workload
+from mlx_sora.memory.plan import MediaWorkload, Plan, StepVariant, Workload
 from mlx_sora.memory.planner import LargeArrayError, make_plan
 from mlx_sora.memory.profiles import format_bytes
 from mlx_sora.pipeline.engine import Engine
@@ -83,18 +83,7 @@ def plan_run(
     )
     if source is not None:
         workload = source.add_to(workload, engine.precision.transformer)
-    sizes = engine.sizes(encoders=workload.media is not None)
-    budget = resolved.memory_budget
-    automatic = is_automatic(request.memory_budget, request.device_profile)
-    notes = []
-    if budget is not None and automatic:
-        notes.append(f"Memory budget {format_bytes(budget)}, measured; --memory-budget changes it.")
-    try:
-        plan = make_plan(sizes, workload, engine.machine, budget, streamed=request.ci_dl)
-    except LargeArrayError:
-        raise  # no budget changes that
-    except MemoryBudgetError as error:
-        raise _name_off(error) if automatic else error from None
+    plan, notes = _plan_memory(engine, request, resolved, workload)
     return GenerationRun(
         engine=engine,
         request=request,
@@ -105,7 +94,7 @@ def plan_run(
         workload=workload,
         plan=plan,
         parallel=parallel,
-        notes=tuple(notes),
+        notes=notes,
         previews=Previews.from_request(request, engine, resolved, output),
         result=RunResult(
             warnings=[*resolved.warnings, *accelerations.warnings],
@@ -114,11 +103,25 @@ def plan_run(
     )
 
 
-def _name_off(error: MemoryBudgetError) -> MemoryBudgetError:
-    """Return the refusal of a measured budget, with the option that lifts it."""
-    return MemoryBudgetError(
-        error.message, f"{error.fix} --memory-budget off tries it all the same, slowly if it pages."
-    )
+def _plan_memory(
+    engine: Engine, request: GenerationRequest, resolved: ResolvedRequest, workload: Workload
+) -> tuple[Plan, tuple[str, ...]]:
+    """Return the plan of a workload, and notes. The refusal of a measured budget names `off`."""
+    sizes = engine.sizes(encoders=workload.media is not None)
+    budget = resolved.memory_budget
+    measured = is_automatic(request.memory_budget, request.device_profile)
+    try:
+        plan = make_plan(sizes, workload, engine.machine, budget, streamed=request.ci_dl)
+    except LargeArrayError:
+        raise  # no budget changes that
+    except MemoryBudgetError as error:
+        if not measured:
+            raise
+        fix = f"{error.fix} --memory-budget off tries it all the same, slowly if it pages."
+        raise MemoryBudgetError(error.message, fix) from None
+    if budget is None or not measured:
+        return plan, ()
+    return plan, (f"Memory budget {format_bytes(budget)}, measured; --memory-budget changes it.",)
 
 
 def schedule_info(
