@@ -149,12 +149,15 @@ class Machine:
 
     cache_limit: bytes of freed buffers that MLX may keep in a run without a budget.
     largest_array: most bytes of one array (Metal's maxBufferLength); None without a limit.
+    can_throttle: MLX's scheduler waits for memory. That of CUDA does not: it counts no work that it
+    sends off early (mlx/backend/cuda/eval.cpp).
     """
 
     gpu: bool
     cache_limit: int
     itemsize: int = FLOAT32_SIZE
     largest_array: int | None = None
+    can_throttle: bool = True
 
     def can_allocate(self, array: int) -> bool:
         """Return True if one array may have `array` bytes."""

@@ -208,7 +208,7 @@ def stage_requirements(
     sizes: ModelSizes, workload: Workload, machine: Machine, *, throttled: bool
 ) -> tuple[StageMemory, ...]:
     """Return the memory of every stage in order, with MLX's scheduler throttled or not."""
-    mode = ExecutionMode(machine.gpu, throttled, machine.itemsize)
+    mode = ExecutionMode(machine.gpu, throttled and machine.can_throttle, machine.itemsize)
     stages: list[StageMemory] = [_text_encoder_memory(sizes, workload.text_tokens, mode)]
     if workload.media is not None:
         stages.append(_media_encoder_memory(sizes, workload, workload.media, machine, mode))

@@ -20,7 +20,7 @@ from mlx_sora.models.stdit3 import STDiT3Config
 from mlx_sora.models.vae import VAEConfig
 from mlx_sora.pipeline.locks import check_not_forked
 from mlx_sora.request.generation import GenerationRequest, label
-from mlx_sora.runtime.device import choose_precision, largest_array, total_memory
+from mlx_sora.runtime.device import backend, choose_precision, largest_array, total_memory
 from mlx_sora.text.tokenizer import Tokenizer
 from mlx_sora.utils.versions import versions
 
@@ -103,6 +103,7 @@ class Engine:
             default_cache_limit() or total_memory(),
             self.precision.transformer.size,
             largest_array(),
+            can_throttle=backend() != "cuda",
         )
 
     def check_equal(self, requests: Sequence[GenerationRequest], **more: Any) -> None:

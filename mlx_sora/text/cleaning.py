@@ -137,6 +137,8 @@ def _strip_markup(text: str) -> str:
     marks = text.count("<")
     if marks > MAX_MARKS:
         raise UsageError(f"The prompt holds '<' {marks} times.", "Remove them.")
+    # Newer Pythons drop a tag that never ends (gh-135462), which the reference kept as text.
+    text = re.sub(r"<(?=/?[a-z][^<>]*$)", "&lt;", text)
     try:
         with warnings.catch_warnings():
             # BeautifulSoup warns about text that looks like a file name or XML.

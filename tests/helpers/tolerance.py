@@ -14,4 +14,12 @@ def rounding(tolerance: float) -> float:
     GPUs add in another order, choose algorithms by size, and Metal's sines are exact to 2^-13. An
     emulated GPU computes on the CPU.
     """
-    return tolerance if _default_device() == mx.cpu else max(10 * tolerance, 1e-4)
+    return max(10 * tolerance, 1e-4) if on_real_gpu() else tolerance
+
+
+def on_real_gpu() -> bool:
+    """Return True if MLX computes on a GPU, not emulated.
+
+    There, memory is freed some time after the work that used it, and CUDA's is not the process's.
+    """
+    return bool(_default_device() != mx.Device(mx.cpu))

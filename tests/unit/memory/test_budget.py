@@ -18,6 +18,7 @@ from mlx_sora.request.generation import GenerationRequest
 from mlx_sora.runtime.device import gpu_memory, total_memory
 from mlx_sora.runtime.events import Noted
 from tests.helpers.emulated_mac import DEVICE_INFO, emulate_mac
+from tests.helpers.tolerance import on_real_gpu
 
 GB = 10**9
 
@@ -38,6 +39,7 @@ def test_given_budgets() -> None:
     assert "auto, or off" in error.value.fix
 
 
+@pytest.mark.skipif(on_real_gpu(), reason="of CPUs")
 def test_a_measured_budget_on_a_cpu_is_asked_for() -> None:
     budget = resolve_budget("auto", None)
     assert budget is not None

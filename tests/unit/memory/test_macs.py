@@ -90,6 +90,18 @@ def test_an_array_beyond_the_limit_is_refused_without_a_budget() -> None:
         make_plan(SIZES, work, replace(machine, largest_array=need - 1))
 
 
+def test_cuda_is_planned_without_throttling() -> None:
+    """Its scheduler runs ahead of a memory limit: measured on an H200 with MLX 0.32.4."""
+    machine, work = mac(64)[0], workload("480p", 102)
+    cuda = replace(machine, can_throttle=False)
+    budget = make_plan(SIZES, work, machine).smallest
+    assert any(stage.throttled for stage in make_plan(SIZES, work, machine, budget).stages)
+    with pytest.raises(MemoryBudgetError):
+        make_plan(SIZES, work, cuda, budget)
+    plan = make_plan(SIZES, work, cuda, make_plan(SIZES, work, cuda).smallest)
+    assert not any(stage.throttled for stage in plan.stages)
+
+
 def test_frames_per_pass_follow_the_largest_array() -> None:
     machine, work = mac(128)[0], workload("720p", 51)
     assert make_plan(SIZES, work, machine).stage("decode").micro_batch == 4

@@ -235,6 +235,7 @@ def test_half_precision_rounds_once_and_avoids_winograd(
 ) -> None:
     """Metal's Winograd refuses flipped kernels; that all are is what can be seen elsewhere."""
     monkeypatch.setattr(ops, "on_gpu", lambda: gpu)
+    monkeypatch.setattr(mx.cuda, "is_available", lambda: False)
     real, flips = mx.conv_general, []
 
     def convolve(*args: object, flip: bool, **more: object) -> mx.array:

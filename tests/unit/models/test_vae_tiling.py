@@ -22,7 +22,7 @@ from mlx_sora.models.vae_spatial import SpatialVAE, SpatialVAEConfig
 from mlx_sora.models.vae_temporal import TemporalVAEConfig
 from mlx_sora.models.vae_tiling import decode_tiled, tile_side, tile_spans, use_moments
 from tests.helpers import networks
-from tests.helpers.tolerance import rounding
+from tests.helpers.tolerance import on_real_gpu, rounding
 
 TILES = range(2, MAX_TILES + 1)
 
@@ -140,6 +140,7 @@ def test_tiles_take_less_memory(tiles: int) -> None:
     assert tiled < (0.9 if ops.on_gpu() else 0.75, 0.6, 0.6)[tiles - 2] * whole
 
 
+@pytest.mark.skipif(on_real_gpu(), reason="MLX runs ahead by commands")
 @pytest.mark.parametrize("options", [{}, {"sequential_offload": True}], ids=str)
 def test_the_peak_does_not_grow_with_the_clip(options: dict[str, object]) -> None:
     peaks = []

@@ -102,3 +102,10 @@ def test_long_runs_take_linear_time(text: str) -> None:
     started = time.process_time()
     cleaning.clean(text)
     assert time.process_time() - started < 3.0
+
+
+def test_a_tag_that_never_ends_stays_whatever_the_python() -> None:
+    """html.parser drops it since Python's gh-135462; the reference kept it."""
+    assert cleaning.clean("an unclosed <b tag") == "an unclosed <b tag"
+    assert cleaning.clean("a </b tag, too") == "a < b tag, too"
+    assert cleaning.clean("a <b>bold</b> word <i") == "a bold word <i"
