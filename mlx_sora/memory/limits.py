@@ -79,7 +79,7 @@ def wired_memory(nbytes: int) -> Iterator[None]:
     """Keep up to `nbytes` of MLX's buffers wired on Metal: the system does not page them out.
 
     At most Metal's working set and 65 % of the RAM, since Macs with more of it wired have frozen
-    (exo issue 1672).
+    (exo pull request 1672).
     """
     if backend() != "metal":
         yield
