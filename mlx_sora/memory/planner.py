@@ -38,8 +38,8 @@ def make_plan(
 ) -> Plan:
     """Plan every stage of `workload`, each within `budget` bytes of the process.
 
-    Without a budget all blocks are resident, or none if `streamed`. With one, blocks are streamed
-    and as many stay resident as fit. Raises MemoryBudgetError that names the smallest budget.
+    Without a budget all blocks are resident; with one, as many as fit; none if `streamed`. Raises
+    MemoryBudgetError that names the smallest budget.
     """
     smallest = _smallest_budget(sizes, workload, machine)
     unthrottled = stage_requirements(sizes, workload, machine, throttled=False)
@@ -55,7 +55,7 @@ def make_plan(
         if tight.minimum > budget:
             raise _budget_error(tight, budget, sizes, workload, machine)
         stage = free if free.comfortable <= budget else tight
-        stages.append(stage.plan_within(budget, machine))
+        stages.append(stage.plan_within(budget, machine, streamed))
     return Plan(_scale_to_clips(stages, workload), budget, smallest)
 
 

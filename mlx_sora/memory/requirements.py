@@ -72,14 +72,17 @@ class BlockStageMemory:
         """Bytes from which the next block can be prefetched."""
         return self.minimum + max(self.weights.blocks)
 
-    def plan_within(self, budget: int, machine: Machine) -> StagePlan:
-        """Plan the stage within `budget` bytes; blocks and cache share what is spare."""
+    def plan_within(self, budget: int, machine: Machine, streamed: bool) -> StagePlan:
+        """Plan the stage within `budget` bytes; blocks and cache share what is spare.
+
+        streamed: no block is resident, even if it fits.
+        """
         weights = self.weights
         available = budget - self.fixed - self.activations
         spare = available - max(weights.blocks) - weights.load_peak_bytes
         cache = _cache_limit(spare, self.activations, machine)
         residency = choose_resident(available - cache, weights.blocks, weights.load_peak_bytes)
-        if self.passes == 1:  # a resident block would never be used again
+        if streamed or self.passes == 1:  # of one pass, no block would be used again
             residency = replace(residency, resident=0)
         return self._plan(residency, cache)
 
@@ -141,8 +144,11 @@ class VaeStageMemory:
         """The minimum: more frames per pass are not faster."""
         return self.minimum
 
-    def plan_within(self, budget: int, machine: Machine) -> StagePlan:
-        """Plan the stage within `budget` bytes, with as many frames per pass as fit."""
+    def plan_within(self, budget: int, machine: Machine, streamed: bool) -> StagePlan:
+        """Plan the stage within `budget` bytes, with as many frames per pass as fit.
+
+        Of the two networks one is in memory at a time, streamed or not.
+        """
         available = budget - self.fixed
         frames = max(
             n

@@ -49,8 +49,8 @@ class Stage:
 class NetworkLoader:
     """Opens networks of `model` in the types of `precision`.
 
-    budget: bytes for the whole process, or None. streamed: read blocks from disk while others
-    compute, even without a budget.
+    budget: bytes for the whole process, or None; within it, as many blocks are resident as fit.
+    streamed: none is, even if it fits.
     """
 
     model: ModelFolder
@@ -81,7 +81,7 @@ class NetworkLoader:
         self, plan: StagePlan
     ) -> Iterator[tuple[T5Encoder, ReadRows, BlockStream[T5Block] | None]]:
         """Open T5, the reader of its embedding rows, and the stream of its blocks, if streamed."""
-        if not self.streamed:
+        if self._is_whole:
             with WeightFileGuard(self.model.text_encoder).check_reads():
                 yield *retry_read(self._text_encoder, "the text encoder"), None
             return
@@ -93,7 +93,7 @@ class NetworkLoader:
     @contextmanager
     def transformer(self, plan: StagePlan) -> Iterator[StreamedTransformer]:
         """Open the transformer, and the stream of its block pairs, if streamed."""
-        if not self.streamed:
+        if self._is_whole:
             with WeightFileGuard(self.model.transformer).check_reads():
                 network = retry_read(self._transformer, "the transformer")
             yield network, None
@@ -101,6 +101,10 @@ class NetworkLoader:
         network, source = stream_transformer(self.model, self.precision.transformer)
         with self._cyclic_stream(source, plan) as stream:
             yield network, stream
+
+    @property
+    def _is_whole(self) -> bool:
+        return self.budget is None and not self.streamed
 
     def _text_encoder(self) -> tuple[T5Encoder, ReadRows]:
         network, rows = load_text_encoder(self.model, self.precision.text_encoder)
@@ -116,7 +120,7 @@ class NetworkLoader:
         self, source: BlockSource[BlockPair], plan: StagePlan
     ) -> BlockStream[BlockPair]:
         """Make a stream for many passes; within a budget, measuring decides what is resident."""
-        if self.budget is None:
+        if self.budget is None or self.streamed:
             return BlockStream(source, plan.resident, cyclic=True, prefetch=plan.prefetch)
         residency = Residency(
             self.budget,

@@ -163,9 +163,8 @@ class GenerationRun:
     @cached_property
     def loader(self) -> NetworkLoader:
         """Opens the networks for one stage each."""
-        budget = self.settings.memory_budget
-        streamed = self.request.ci_dl or budget is not None
-        return NetworkLoader(self.engine.model, self.engine.precision, budget, streamed)
+        engine, budget = self.engine, self.settings.memory_budget
+        return NetworkLoader(engine.model, engine.precision, budget, self.request.ci_dl)
 
     @contextmanager
     def open_stage(self, name: str) -> Iterator[Stage]:

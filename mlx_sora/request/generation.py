@@ -300,7 +300,7 @@ class GenerationRequest:
     )
     ci_dl: bool = _memory(
         "Concurrent Inference with Dynamic Loading: read each block from disk while the one before "
-        "computes; a memory budget turns it on",
+        "computes, and keep none; a memory budget does so with the blocks that do not fit",
         False,
         tasks="generate edit calibrate",
         replay=False,

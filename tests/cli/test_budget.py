@@ -88,6 +88,14 @@ def test_streaming_changes_no_bit(pipe: Pipeline, more: dict[str, str]) -> None:
     assert "ci_dl" not in plain.metadata["accelerations"]
 
 
+@pytest.mark.parametrize(("ci_dl", "resident"), [(False, 4), (True, 0)])
+def test_streaming_is_the_same_within_a_budget(pipe: Pipeline, ci_dl: bool, resident: int) -> None:
+    """Also within a measured one, which runs on GPUs have by default."""
+    options = {"seed": 1, "steps": 2, "num_frames": 1, "memory_budget": "auto", "ci_dl": ci_dl}
+    video = pipe(PROMPT, **options)  # type: ignore[arg-type]
+    assert video.metadata["accelerations"]["ci_dl"]["denoise"]["resident"] == resident
+
+
 def test_budget_changes_no_more_than_rounding(pipe: Pipeline) -> None:
     plain = pipe(PROMPT, seed=1, steps=4)
     tight = pipe(PROMPT, seed=1, steps=4, memory_budget=str(smallest(pipe)))

@@ -185,6 +185,14 @@ def test_without_a_budget_all_blocks_are_resident_or_none() -> None:
     assert free.stage("denoise").flops == streamed.stage("denoise").flops
 
 
+def test_streamed_blocks_do_not_stay_within_a_budget_either() -> None:
+    plan = denoising(16 * GB, streamed=True)
+    assert denoising(16 * GB).resident == 28
+    assert (plan.resident, plan.prefetch) == (0, True)
+    assert plan.read > 10 * denoising(16 * GB).read
+    assert plan.peak < denoising(16 * GB).peak
+
+
 def test_merged_steps_cost_less() -> None:
     plain = denoising().flops
     some = denoising(variants=((StepVariant(tokens_merged=True), 15),)).flops
