@@ -18,6 +18,7 @@ WORDS = (
     "--camera pan --lpl fixed:2 --tdtm 3 --dtype float32 --preset fast -q 8 "
     "-o out.gif --overwrite "
     "--memory-budget 2GB --device-profile mac-8gb --ci-dl --vae-tiles 2 --parallel both "
+    "--vae-dtype bfloat16 "
     "--image a.png --image b.png -1 0.5 --video c.mp4 after 34 --negative-prompt n "
     "--loop 2 --condition-frames 34 --condition-edit 0.5 "
     "--step-cache every:2 --guidance-interval 100,900 --guidance-cache every:2 "
@@ -44,6 +45,7 @@ def test_flag_reaches_its_field(folder: Path, pipeline: FakePipeline) -> None:
         "lpl": "fixed:2",
         "tdtm": "3",
         "dtype": "float32",
+        "vae_dtype": "bfloat16",
         "memory_budget": "2GB",
         "device_profile": "mac-8gb",
         "ci_dl": True,
