@@ -1,10 +1,9 @@
 """T5's tokenizer: text to ids with an end-of-sequence token, truncated to the training length.
 
-Vocabulary and character normalization come from `spiece.model` through sentencepiece. Segmentation
-is done here, because the reference uses the `tokenizers` library, which differs from sentencepiece:
-special tokens written in a text count as such, and scores are added per word in double precision,
-which decides ties ("AAAA..."). One difference remains: `tokenizers` drops a combining mark that no
-character absorbs; here it is unknown.
+The vocabulary comes from `spiece.model` through sentencepiece. Normalization (normalizer.py) and
+segmentation are done here, because the reference uses the `tokenizers` library, which differs from
+sentencepiece: special tokens written in a text count as such, and scores are added per word in
+double precision, which decides ties ("AAAA...").
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlx_sora.errors import WeightsError
+from mlx_sora.text.normalizer import Normalizer
 from mlx_sora.utils.json import read_bytes
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ MAX_MODEL, MAX_PIECE = 8_000_000, 256
 
 _SPECIAL = re.compile(r"(</s>|<pad>|<unk>|<extra_id_(?:[1-9]?\d)>)")
 _SPACE = "\u2581"
+_WORD = re.compile(f"{_SPACE}[^{_SPACE}]*")
 _UNKNOWN_PENALTY = 10.0
 
 
@@ -57,8 +58,8 @@ class Encoding:
 class Tokenizer:
     """Unigram tokenizer of T5 v1.1."""
 
-    def __init__(self, model: SentencePieceProcessor) -> None:
-        self._model = model
+    def __init__(self, model: SentencePieceProcessor, normalizer: Normalizer) -> None:
+        self._model, self._normalizer = model, normalizer
         size = model.vocab_size()
         self._pieces = {model.id_to_piece(i): (i, model.get_score(i)) for i in range(size)}
         self._unknown_score = min(score for _, score in self._pieces.values()) - _UNKNOWN_PENALTY
@@ -77,8 +78,9 @@ class Tokenizer:
         path = Path(path)
         fix = "Put T5's spiece.model there."
         try:
-            model = SentencePieceProcessor(model_proto=read_bytes(path, MAX_MODEL))
-            tokenizer = cls(model)  # raises where pieces are not UTF-8
+            proto = read_bytes(path, MAX_MODEL)
+            model = SentencePieceProcessor(model_proto=proto)
+            tokenizer = cls(model, Normalizer(proto))  # raises where pieces are not UTF-8
         except OSError as error:
             reason = error.strerror or "cannot be read"
             raise WeightsError(f"Tokenizer model {path}: {reason}.", fix) from error
@@ -113,10 +115,10 @@ class Tokenizer:
             if part in self._specials:
                 yield self._specials[part], part
             else:
-                # Normalising collapses all white space to one mark before each word.
-                for word in self._model.normalize(part).split(_SPACE):
-                    if word:
-                        yield from self._segment(_SPACE + word)
+                # Each word begins with a mark. A mark in the text begins one too.
+                for word in self._normalizer.normalize(part).split():
+                    for piece in _WORD.findall(_SPACE + word.removeprefix(_SPACE)):
+                        yield from self._segment(piece)
 
     def _segment(self, word: str) -> list[tuple[int, str]]:
         """Split a word into its most probable pieces (Viterbi), with adjacent unknowns merged."""
