@@ -7,6 +7,7 @@ every number of such steps.
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -64,7 +65,11 @@ def read_schedule(
     Raises UsageError if there is no such table or schedule.
     """
     assert schedule.model is not None, "the table lies in the model's folder"
-    path = Path(file) if file else table_path(schedule.model, schedule.steps, schedule.size)
+    path = (
+        Path(os.path.expanduser(file))
+        if file
+        else table_path(schedule.model, schedule.steps, schedule.size)
+    )
     table = read_table(path)
     found = (table.steps, table.width, table.height, table.num_frames)
     expected = (schedule.steps, *schedule.size)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--output",
         "-o",
-        type=Path,
+        type=os.path.expanduser,
         dest="table",
         metavar="FILE",
         help="JSON file to write; default: in the model folder",
@@ -72,7 +73,8 @@ def run(args: argparse.Namespace) -> int:
 
     table = calibrate(pipeline.engine, requests, args.reach, show_progress)
     size = (table.width, table.height, table.num_frames)
-    path = args.table or table_path(pipeline.model.path, table.steps, size)
+    default = table_path(pipeline.model.path, table.steps, size)
+    path = Path(args.table) if args.table else default
     table.write(path)
     print(path)
     return 0

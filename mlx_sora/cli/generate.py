@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from contextlib import closing
 from typing import TYPE_CHECKING, Any
@@ -40,18 +41,21 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--config-from-metadata",
         "-C",
+        type=os.path.expanduser,
         metavar="FILE",
         help="repeat the request that is recorded in a video, an image or a JSON file; flags "
         "override its options",
     )
     parser.add_argument(
         "--prompt-file",
+        type=os.path.expanduser,
         metavar="FILE",
         help="make a video for each line, which is a prompt or, in .jsonl, an object of options "
         'such as {"prompt": "...", "seed": 3}; skips existing outputs',
     )
     parser.add_argument(
         "--resume",
+        type=os.path.expanduser,
         metavar="FILE",
         help="continue from a checkpoint; only options that do not change the video are allowed",
     )

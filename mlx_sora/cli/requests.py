@@ -178,7 +178,8 @@ def _lines(path: str) -> Iterator[tuple[int, str]]:
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8"
         raise UsageError(f"Cannot read {path}: {reason}.", "Give a text file.") from None
-    for number, line in enumerate(text.splitlines(), start=1):
+    # Only line feeds end a line: U+2028, U+0085 and form feeds occur inside prompts.
+    for number, line in enumerate(text.split("\n"), start=1):
         if line.strip() and not line.lstrip().startswith("#"):
             yield number, line.strip()
 

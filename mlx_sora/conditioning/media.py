@@ -144,8 +144,8 @@ def plan_media(
     directives: settings inside the prompt, which override those of the request. Raises UsageError
     for media that cannot be read or do not fit the clips.
     """
-    references, strategy = directives.reference_path, directives.mask_strategy
-    paths = request.references if references is None else tuple(filter(None, references.split(";")))
+    strategy = directives.mask_strategy
+    paths = request.references if directives.references is None else directives.references
     strategy = request.mask_strategy if strategy is None else strategy
     media_paths = [item.path for item in request.images] + [item.path for item in request.videos]
     found = {path: MediaFile.from_path(path) for path in dict.fromkeys([*media_paths, *paths])}

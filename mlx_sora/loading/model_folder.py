@@ -136,7 +136,7 @@ def missing_parts(path: Path) -> list[str]:
 def weights_root() -> Path:
     """Return the folder of models: $MLX_SORA_WEIGHTS, else `weights/` beside the package."""
     override = os.environ.get(WEIGHTS_VARIABLE)
-    return Path(override) if override else _OWN_ROOT
+    return Path(os.path.expanduser(override)) if override else _OWN_ROOT
 
 
 def bundled_folder() -> Path:

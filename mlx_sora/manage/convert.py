@@ -86,7 +86,7 @@ def convert(
     replaced when the new one is complete. Raises UsageError, and WeightsError for faults of the
     model or the disk.
     """
-    target = Path(os.path.abspath(target.expanduser()))
+    target = Path(os.path.abspath(os.path.expanduser(target)))
     with disk_errors(target, _DISK_FIX):
         _refuse_overlap(model.path.resolve(), target.resolve())
         shards = [shard for part in PARTS for shard in plan_part(model, part, options)]

@@ -30,7 +30,7 @@ from mlx_sora.pipeline.generate import finish_video, open_run_writer, plan_run
 from mlx_sora.pipeline.locks import run_exclusively
 from mlx_sora.pipeline.networks import StreamedTransformer
 from mlx_sora.pipeline.run import EditSource, GenerationRun
-from mlx_sora.pipeline.settings import resolve
+from mlx_sora.pipeline.settings import ineffective_texts, resolve
 from mlx_sora.pipeline.stages import (
     TextStates,
     clip_guidance,
@@ -96,8 +96,9 @@ def prepare_edit(engine: Engine, edit: EditRequest) -> EditRun:
     vae = engine.vae_config
     chunks = chunk_plan(geometry.num_frames, vae.micro_frame_size, vae.temporal.factor)
     evaluations = steps * SAMPLERS[resolved.sampler].evaluations
+    prompt = prepare_prompt(edit.source_prompt, resolved.scores)
     source = EditSource(
-        text=prepare_prompt(edit.source_prompt, resolved.scores).text(),
+        text=prompt.text(),
         inject_steps=steps,
         captured=captured_bytes(engine.transformer_config, geometry.latent, evaluations, 1),
         media=MediaWorkload(len(chunks), chunks[0].frames, math.prod(size)),
@@ -107,6 +108,8 @@ def prepare_edit(engine: Engine, edit: EditRequest) -> EditRun:
         run.result.warnings.extend(info.warnings)
         run = replace(run, notes=(*run.notes, *info.notes))
     run.result.metadata["edit"] = _metadata(edit, steps)
+    subjects = {"the source prompt": prompt.subjects[0]}
+    run.result.warnings += ineffective_texts(subjects, engine.tokenizer)
     fit = ResizeCrop.from_sizes(size, geometry.decoded)
     if fit.source != fit.size:
         run.result.warnings.append(f"{edit.video}: {fit}.")

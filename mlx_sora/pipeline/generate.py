@@ -23,7 +23,7 @@ from mlx_sora.pipeline.engine import Engine
 from mlx_sora.pipeline.preview import Previews
 from mlx_sora.pipeline.resume import with_checkpoints
 from mlx_sora.pipeline.run import EditSource, GenerationRun, RunResult
-from mlx_sora.pipeline.settings import ResolvedRequest, resolve
+from mlx_sora.pipeline.settings import ResolvedRequest, ineffective_texts, resolve
 from mlx_sora.pipeline.stages import TextStates, decode, denoise, encode_media, encode_text
 from mlx_sora.request.generation import GenerationRequest
 from mlx_sora.runtime.events import Event
@@ -97,7 +97,11 @@ def plan_run(
         notes=notes,
         previews=Previews.from_request(request, engine, resolved, output),
         result=RunResult(
-            warnings=[*resolved.warnings, *accelerations.warnings],
+            warnings=[
+                *resolved.warnings,
+                *ineffective_texts(resolved.subjects, engine.tokenizer),
+                *accelerations.warnings,
+            ],
             metadata=quantization_metadata(engine.model),
         ),
     )

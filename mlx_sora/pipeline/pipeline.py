@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Generator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -88,13 +89,14 @@ class Pipeline:
                 self.engine.check_equal([request])
             with ranks.collective_errors():
                 request.validate()
-                run = prepare(self.engine, request, None if resume is None else Path(resume))
+                checkpoint = None if resume is None else Path(os.path.expanduser(resume))
+                run = prepare(self.engine, request, checkpoint)
             run.checkpoints.share(ranks)
         return ranks.watch_events(run_exclusively(run.output, _events(run), ranks))
 
     def resume(self, checkpoint: str | Path, **options: Any) -> Video:
         """Finish the video of a checkpoint, beside it. options: must not change what it shows."""
-        values: dict[str, Any] = {}
+        checkpoint, values = os.path.expanduser(checkpoint), dict[str, Any]()
         with self.ranks.collective_errors():
             if self.ranks.is_rank0:
                 values = resumed_request(Path(checkpoint), options).to_dict()

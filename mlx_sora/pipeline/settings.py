@@ -28,6 +28,7 @@ from mlx_sora.request.generation import GenerationRequest, technique_names
 from mlx_sora.request.techniques import OFF, TechniqueConfig
 from mlx_sora.text.cleaning import preprocess
 from mlx_sora.text.prompt import Prompt, Scores, prepare_prompt
+from mlx_sora.text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -35,15 +36,16 @@ class ResolvedRequest:
     """A request with every option decided.
 
     texts: the prompt as T5 gets it, scored and cleaned, for each clip. negative: the cleaned
-    negative prompt. geometry: sizes and latent shape of a clip. media: conditioning of the clips.
-    fps: of the finished file. accelerations: configs by option. memory_budget: bytes of the
-    whole process, or None. vae_tiles: tiles in a row, 1 for none. warnings: what is not taken
-    literally.
+    negative prompt. subjects: cleaned texts without scores, by their names in messages. geometry:
+    sizes and latent shape of a clip. media: conditioning of the clips. fps: of the finished file.
+    accelerations: configs by option. memory_budget: bytes of the whole process, or None.
+    vae_tiles: tiles in a row, 1 for none. warnings: what is not taken literally.
     """
 
     model: str
     texts: tuple[str, ...]
     negative: str | None
+    subjects: Mapping[str, str]
     seed: int
     steps: int
     guidance: float
@@ -87,7 +89,8 @@ class ResolvedRequest:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values for the metadata."""
-        left_out = {"texts", "negative", "geometry", "media", "accelerations", "warnings"}
+        left_out = {"texts", "negative", "subjects", "geometry", "media", "accelerations"}
+        left_out |= {"warnings"}
         record = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in left_out}
         modes = {name: str(config or OFF) for name, config in self.accelerations.items()}
         record |= {"text": self.text, **modes}
@@ -120,13 +123,14 @@ def resolve(request: GenerationRequest, model: ModelFolder) -> ResolvedRequest:
     prompt = prepare_prompt(request.prompt, scores)
     media = plan_media(request, prompt.directives, clips, geometry.size, value("fps"))
     negative = None if request.negative_prompt is None else preprocess(request.negative_prompt)
-    warnings += [*media.warnings, *_ineffective_prompts(prompt, clips.count)]
+    warnings += [*media.warnings, *_unused_scenes(prompt, clips.count)]
     if negative is not None and value("guidance") == 1:
         warnings.append("--negative-prompt has no effect without guidance.")
     return ResolvedRequest(
         model=model.name,
         texts=tuple(map(prompt.text, range(clips.count))),
         negative=negative,
+        subjects=_subjects(prompt, negative, clips.count),
         seed=request.seed,
         steps=value("steps"),
         guidance=value("guidance"),
@@ -164,16 +168,33 @@ def _resolve_geometry(request: GenerationRequest, model: ModelFolder) -> tuple[G
     return geometry, warnings
 
 
-def _ineffective_prompts(prompt: Prompt, clips: int) -> Iterator[str]:
-    """Yield warnings for scenes and prompts that are ignored."""
+def ineffective_texts(subjects: Mapping[str, str], tokenizer: Tokenizer) -> Iterator[str]:
+    """Yield a warning for each text, by its name, that gives the model nothing to show."""
+    for name, text in subjects.items():
+        if not text:
+            yield f"Nothing is left of {name} after cleaning; the model gets no subject."
+        elif not tokenizer.knows(text):
+            yield f"The model knows no character of {name}; describe it in English."
+
+
+def _subjects(prompt: Prompt, negative: str | None, clips: int) -> dict[str, str]:
+    several = len(prompt.scenes) > 1
+    subjects = {
+        f"scene {number} of the prompt" if several else "the prompt": text
+        for number, (scene, text) in enumerate(zip(prompt.scenes, prompt.subjects, strict=True), 1)
+        if scene.start < clips
+    }
+    return subjects if negative is None else subjects | {"the negative prompt": negative}
+
+
+def _unused_scenes(prompt: Prompt, clips: int) -> Iterator[str]:
+    """Yield a warning for scenes that are ignored."""
     unused = sum(scene.start >= clips for scene in prompt.scenes)
     if unused:
         count = len(prompt.scenes)
         used = count - unused
         only = "only the first is" if used == 1 else f"only the first {used} are"
         yield f"The prompt has {count} scenes; {only} made. Give --loop to make more clips."
-    if prompt.is_empty:
-        yield "Nothing is left of the prompt after cleaning; the model gets no subject."
 
 
 def _resolve_tiles(request: GenerationRequest, geometry: Geometry) -> int:

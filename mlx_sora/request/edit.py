@@ -9,7 +9,7 @@ from typing import Any
 
 from mlx_sora.errors import UsageError
 from mlx_sora.request.generation import GenerationRequest, options, options_of
-from mlx_sora.request.options import as_int, as_path, as_text
+from mlx_sora.request.options import as_file, as_int, as_text
 
 #: Default number of first steps that use the source's values: measured on the bundled model
 #: (benchmarks/editing.py).
@@ -38,7 +38,7 @@ class EditRequest:
     inject_steps: int | None = None
 
     def __post_init__(self) -> None:
-        readers = {"video": as_path, "source_prompt": as_text, "inject_steps": as_int}
+        readers = {"video": as_file, "source_prompt": as_text, "inject_steps": as_int}
         for name, read in readers.items():
             value = getattr(self, name)
             if value is None and name == "inject_steps":

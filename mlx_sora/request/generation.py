@@ -106,6 +106,7 @@ class GenerationRequest:
         aliases="-s",
         low=0,
         high=MAX_SEED,
+        fix=f"Give 0 to {MAX_SEED}, or leave it out for a random one.",
         common=True,
     )
     steps: int | None = option(

@@ -31,7 +31,7 @@ def as_bool(value: Any) -> bool:
 def as_int(value: Any) -> int:
     """Return an integer, also from text. Booleans are refused."""
     if isinstance(value, str):
-        if not re.fullmatch(r"[+-]?[0-9]{1,30}", value.strip()):
+        if not re.fullmatch(r"[+-]?[0-9]{1,300}", value.strip()):
             raise ValueError("a whole number")
         return int(value)
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
@@ -92,6 +92,11 @@ def as_path(value: Any) -> str:
     return text
 
 
+def as_file(value: Any) -> str:
+    """Return the path of a file to read, with ~ expanded."""
+    return os.path.expanduser(as_path(value))
+
+
 def as_frames(value: Any) -> int | str:
     """Return a number of frames, or a length such as "2s" that `mlx_sora.geometry` resolves."""
     if isinstance(value, str) and not re.fullmatch(r"\s*[+-]?[0-9]+\s*", value):
@@ -130,7 +135,7 @@ def as_images(value: Any) -> tuple[ImageReference, ...]:
     def read(path: Any, frame: Any = 0, strength: Any = 1.0) -> ImageReference:
         named = {"first": 0, "last": -1}.get(frame) if isinstance(frame, str) else None
         number = as_int(frame) if named is None else named
-        return ImageReference(as_path(path), number, _as_strength(strength))
+        return ImageReference(as_file(path), number, _as_strength(strength))
 
     return _each(value, read, expected)
 
@@ -145,7 +150,7 @@ def as_videos(value: Any) -> tuple[VideoReference, ...]:
         count = as_int(frames)
         if side not in ("before", "after") or count < 1:
             raise ValueError
-        return VideoReference(as_path(path), side, count, _as_strength(strength))
+        return VideoReference(as_file(path), side, count, _as_strength(strength))
 
     return _each(value, read, expected)
 
@@ -154,7 +159,7 @@ def as_paths(value: Any) -> tuple[str, ...]:
     """Return paths from a list, or from text joined by semicolons as Open-Sora writes them."""
     if isinstance(value, str):
         value = value.split(";") if value else ()
-    return _each(value, as_path, "paths, in a list or joined by ;")
+    return _each(value, as_file, "paths, in a list or joined by ;")
 
 
 def _as_strength(value: Any) -> float:
@@ -194,7 +199,8 @@ class Option:
 
     parse: value or text to the type of the field; raises ValueError that names what is expected.
     tasks: commands that offer the option. common: shown by --help, the others by --help-all.
-    choices: the valid values of a text. low, high: the range that `check_range` allows.
+    choices: the valid values of a text. low, high: the range that `check_range` allows; fix: what
+    to do outside of it.
     aliases: flags beside the one that follows from the name. python_only: there is no flag.
     many: the flag can be repeated, each time with several words. group: heading in the help.
     replay: part of what makes the video, so that a replay of the request takes it over.
@@ -210,6 +216,7 @@ class Option:
     choices: tuple[str, ...] = ()
     low: float | None = None
     high: float | None = None
+    fix: str = ""
     aliases: tuple[str, ...] = ()
     python_only: bool = False
     many: bool = False
@@ -275,7 +282,7 @@ class Option:
         if not self.low <= value <= self.high:
             raise UsageError(
                 f"{self.label} {str(value)[:40]} is out of range.",
-                f"Give {self.low} to {self.high}.",
+                self.fix or f"Give {self.low} to {self.high}.",
             )
 
 

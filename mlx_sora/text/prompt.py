@@ -7,6 +7,7 @@ then scenes. Scores are appended to each scene before it is cleaned.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -28,10 +29,20 @@ class Scene:
 
 @dataclass(frozen=True)
 class PromptDirectives:
-    """Conditioning inside a prompt: paths joined by ';' and a mask strategy. None if absent."""
+    """Conditioning inside a prompt: paths joined by ';' and a mask strategy. None if absent.
+
+    "" replaces what the request has by nothing. So does null in the prompt, as in Open-Sora.
+    """
 
     reference_path: str | None = None
     mask_strategy: str | None = None
+
+    @property
+    def references(self) -> tuple[str, ...] | None:
+        """Paths of `reference_path`, with ~ expanded."""
+        if self.reference_path is None:
+            return None
+        return tuple(map(os.path.expanduser, filter(None, self.reference_path.split(";"))))
 
 
 @dataclass(frozen=True)
@@ -62,12 +73,12 @@ class Scores:
 class Prompt:
     """A prompt ready for the tokenizer. A plain prompt is one scene from loop 0 on.
 
-    is_empty: cleaning left nothing of the first scene.
+    subjects: the texts of the scenes without scores; cleaning may leave nothing of one.
     """
 
     scenes: tuple[Scene, ...]
+    subjects: tuple[str, ...]
     directives: PromptDirectives = PromptDirectives()
-    is_empty: bool = False
 
     def text(self, loop: int = 0) -> str:
         """Return the text of loop `loop`."""
@@ -82,10 +93,10 @@ def prepare_prompt(prompt: str, scores: Scores | None = None) -> Prompt:
     text, directives = split_directives(prompt)
     scores = scores or Scores()
     typed = split_scenes(text)
-    scenes = (
-        Scene(scene.start, preprocess(scores.append_to(scene.text.strip()))) for scene in typed
-    )
-    return Prompt(tuple(scenes), directives, is_empty=not preprocess(scene_at(typed, 0).strip()))
+    texts = [scene.text.strip() for scene in typed]
+    cleaned = [preprocess(scores.append_to(text)) for text in texts]
+    scenes = (Scene(scene.start, text) for scene, text in zip(typed, cleaned, strict=True))
+    return Prompt(tuple(scenes), tuple(map(preprocess, texts)), directives)
 
 
 def split_directives(prompt: str) -> tuple[str, PromptDirectives]:
@@ -111,7 +122,7 @@ def split_directives(prompt: str) -> tuple[str, PromptDirectives]:
             raise UsageError(f"Unknown setting {key!r} in the prompt.", f"Use {known}.")
         if value is not None and not isinstance(value, str):
             raise UsageError(f"Setting {key!r} must be a string, not {value!r}.", fix)
-    return text, PromptDirectives(**values)
+    return text, PromptDirectives(**{key: value or "" for key, value in values.items()})
 
 
 def split_scenes(text: str) -> list[Scene]:

@@ -107,6 +107,10 @@ class Tokenizer:
         surface = "".join(piece for _, piece in cut).replace(_SPACE, " ").strip()
         return Encoding((*(i for i, _ in kept), EOS), surface, len(cut))
 
+    def knows(self, text: str) -> bool:
+        """Return True if `text` has a token that is neither unknown nor a space."""
+        return any(i != UNK and piece != _SPACE for i, piece in self._tokens(text))
+
     def _tokens(self, text: str) -> Iterator[tuple[int, str]]:
         """Yield (id, surface) of each token; the first surface of a word has a space mark."""
         # A lone surrogate, from bytes that were not UTF-8, has no encoding.

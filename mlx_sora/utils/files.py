@@ -44,7 +44,7 @@ def cache_folder() -> Path:
     """
     override = os.environ.get(CACHE_VARIABLE)
     if override:
-        return Path(override)
+        return Path(os.path.expanduser(override))
     base = Path(os.environ.get("XDG_CACHE_HOME", ""))
     try:
         if sys.platform == "darwin":

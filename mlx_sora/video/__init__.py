@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -49,7 +50,7 @@ class Video:
         from mlx_sora.video.output_path import check_output
         from mlx_sora.video.writer import save_frames
 
-        path = Path(path)
+        path = Path(os.path.expanduser(path))
         if self.frames is not None:
             record = self.metadata if self.request.embed_metadata else None
             return save_frames(path, self.frames, self.fps, record, overwrite)

@@ -6,6 +6,7 @@ mp4: comment tag; png: text chunk "mlx_sora"; gif: comment; webp: EXIF descripti
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -85,7 +86,7 @@ def to_json(record: Mapping[str, Any], *, ascii_only: bool = False) -> str:
 
 def read_metadata(path: str | Path) -> dict[str, Any]:
     """Read the record of an mp4, png, gif, webp or JSON file. Raises UsageError."""
-    path = Path(path)
+    path = Path(os.path.expanduser(path))
     if not path.is_file():
         raise UsageError(f"No such file: {path}.", "Give a video or JSON file of mlx_sora.")
     with read_errors(path, "Is it damaged?"):

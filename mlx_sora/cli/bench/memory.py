@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -68,6 +69,7 @@ def add_parser(benches: Any) -> None:
     group.add_argument(
         *("--output", "-o"),
         dest="folder",
+        type=os.path.expanduser,
         metavar="FOLDER",
         default="bench",
         help="folder of memory.json and memory.png; default: bench",

@@ -9,7 +9,7 @@ from mlx_sora.text.prompt import Prompt, PromptDirectives, Scene, Scores, prepar
 
 
 def test_plain_prompt() -> None:
-    assert prepare_prompt("A Cat") == Prompt((Scene(0, "a cat"),))
+    assert prepare_prompt("A Cat") == Prompt((Scene(0, "a cat"),), ("a cat",))
     assert prepare_prompt("").text() == ""
 
 
