@@ -21,7 +21,15 @@ from mlx.utils import tree_unflatten
 from mlx_sora.errors import WeightsError
 from mlx_sora.loading.checkpoint import Checkpoint, Entry, assign, match_keys
 from mlx_sora.loading.file_guard import FileStat, retry_read
-from mlx_sora.loading.safetensors import FIX, FLOATS, Reader, TensorInfo, load_tensors, memory_dtype
+from mlx_sora.loading.safetensors import (
+    FIX,
+    FLOATS,
+    FP8,
+    Reader,
+    TensorInfo,
+    load_tensors,
+    memory_dtype,
+)
 from mlx_sora.models.key_map import KeyMap
 from mlx_sora.runtime.device import explain_device_error
 
@@ -120,7 +128,9 @@ class BlockSource(Generic[Block]):
         for entry in entries:
             info = self.tensors[entry.key]
             if info.dtype in FLOATS:
-                casts.append(info.nbytes if FLOATS[info.dtype] != self._dtype(entry) else 0)
+                cast = FLOATS[info.dtype] != self._dtype(entry)
+                # 8-bit floats become bfloat16 first.
+                casts.append(info.nbytes * (cast + (2 if cast else 1) * (info.dtype == FP8)))
             elif info.nbytes > prod(info.shape) * mx.uint32.size:
                 # Quantized on load: read in full, and a copy of it may become float32.
                 quantized.append(3 * info.nbytes)

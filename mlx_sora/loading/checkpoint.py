@@ -7,6 +7,7 @@ evaluates a parameter.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ from mlx_sora.loading.safetensors import (
     read_rows,
 )
 from mlx_sora.models.key_map import KeyMap, Parameter, Shape
+from mlx_sora.utils.files import visible_files
 from mlx_sora.utils.json import read_object
 
 #: Formats that can run code when they are opened. They are refused.
@@ -77,10 +79,10 @@ class Checkpoint:
         info = self.tensors.get(key)
         if info is None:
             raise WeightsError(f"{self.path} has no tensor {key}.", FIX)
-        if len(info.shape) != 2 or info.dtype not in FLOATS:
-            raise WeightsError(
-                f"{info.file}: {key} is {info.dtype} {list(info.shape)}, not a table.", FIX
-            )
+        if info.dtype not in FLOATS:
+            raise _type_error(key, info, list(FLOATS))
+        if len(info.shape) != 2:
+            raise WeightsError(f"{info.file}: {key} is {list(info.shape)}, not a table.", FIX)
         outside = [row for row in rows if not 0 <= row < info.shape[0]]
         if outside:
             raise WeightsError(
@@ -98,8 +100,9 @@ def _main_file(path: Path) -> Path:
         return path
     if not path.is_dir():
         raise WeightsError(f"No weights at {path}.", "Check the path given by --model.")
-    for pattern in ("*.safetensors.index.json", "*.safetensors"):
-        found = sorted(path.glob(pattern))
+    for pattern in ("*.safetensors.index*.json", "*.safetensors"):
+        plain = plain_names([file.name for file in visible_files(path, pattern)])
+        found = [path / name for name in plain]
         if len(found) == 1:
             return found[0]
         if len(found) > 1:
@@ -112,6 +115,24 @@ def _main_file(path: Path) -> Path:
     if pickles:
         raise _not_safetensors_error(pickles[0])
     raise WeightsError(f"No .safetensors file in {path}.", "Check the path given by --model.")
+
+
+def plain_names(names: Sequence[str]) -> list[str]:
+    """Return `names` of weights or indexes without variants and copies of other ones.
+
+    model.fp16.safetensors, model copy.safetensors and model (1).safetensors count only where there
+    is no model.safetensors. Shards are no variants.
+    """
+    stems = {name: _stem(name) for name in names}
+
+    def is_variant(stem: str) -> bool:
+        return any(re.match(re.escape(other) + r"[. (]", stem) for other in stems.values())
+
+    return [name for name, stem in stems.items() if not is_variant(stem)]
+
+
+def _stem(name: str) -> str:
+    return name.removesuffix(".json").replace(".safetensors.index", "").removesuffix(".safetensors")
 
 
 def _not_safetensors_error(path: Path) -> WeightsError:
@@ -261,6 +282,11 @@ def _check_fit(
         )
     types = [PACKED] if dtype == mx.uint32 else list(FLOATS)
     if info.dtype not in types:
-        raise WeightsError(
-            f"{info.file}: {key} has type {info.dtype}, expected {' or '.join(types)}.", FIX
-        )
+        raise _type_error(key, info, types)
+
+
+def _type_error(key: str, info: TensorInfo, types: Sequence[str]) -> WeightsError:
+    return WeightsError(
+        f"{info.file}: {key} has type {info.dtype}, expected {' or '.join(types)}.",
+        "Get the model in one of these types, and quantize it here: --quantize or convert.",
+    )

@@ -22,6 +22,7 @@ from mlx_sora.errors import WeightsError
 from mlx_sora.loading.safetensors import FIX
 from mlx_sora.memory.limits import stop_throttling
 from mlx_sora.runtime.device import explain_device_error
+from mlx_sora.utils.files import visible_files
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +63,7 @@ class WeightFileGuard:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._stats = {
-            file: FileStat.from_path(file) for file in sorted(folder.glob("*.safetensors"))
+            file: FileStat.from_path(file) for file in visible_files(folder, "*.safetensors")
         }
 
     @contextmanager

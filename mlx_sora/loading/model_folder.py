@@ -15,12 +15,15 @@ import json
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from mlx_sora.errors import MlxSoraError, WeightsError, printable
 from mlx_sora.loading.checkpoint import Checkpoint
+from mlx_sora.loading.other_models import describe_other_model
 from mlx_sora.request.generation import GenerationRequest
 from mlx_sora.request.options import as_int
+from mlx_sora.utils.files import visible_files
 from mlx_sora.utils.json import read_object
 
 PUBLISHED = "opensora-1.2"
@@ -94,16 +97,19 @@ class ModelFolder:
     def open(cls, path: str | Path) -> ModelFolder:
         """Open a folder. Raises WeightsError that names the first missing part."""
         path = expand_folder(path)
-        if not path.is_dir():
+        if not path.exists():
             raise WeightsError(
                 f"No model folder at {path}.",
                 f"Give --model {BUNDLED}, {PUBLISHED} or the path of a model folder.",
             )
+        other = describe_other_model(path)
+        if other is not None:
+            raise WeightsError(f"{path} {other}.", other_model_fix(path))
         missing = missing_parts(path)
         if missing:
             raise WeightsError(
                 f"The model in {path} is incomplete: {missing[0]} is missing.",
-                "A model folder holds transformer, vae, text_encoder and tokenizer/spiece.model.",
+                other_model_fix(path),
             )
         name, defaults = _read_index(path)
         return cls(path, name, defaults)
@@ -129,8 +135,20 @@ def missing_parts(path: Path) -> list[str]:
     """Return the files of the layout that are missing in the folder `path`, as relative names."""
     files = [*(f"{part}/config.json" for part in PARTS), "tokenizer/spiece.model"]
     missing = [name for name in files if not (path / name).is_file()]
-    patterns = (f"{part}/*.safetensors" for part in PARTS)
-    return missing + [pattern for pattern in patterns if not any(path.glob(pattern))]
+    unfilled = [part for part in PARTS if not visible_files(path / part, "*.safetensors")]
+    return missing + [f"{part}/*.safetensors" for part in unfilled]
+
+
+def other_model_fix(path: Path) -> str:
+    """Return what to give in place of a folder or file that is no model."""
+    inner = [path.parent, *(visible_files(path, "*") if path.is_dir() else [])]
+    for folder in inner:
+        if folder.is_dir() and not missing_parts(folder):
+            return f"Give the model folder: --model {quote(str(folder))}"
+    return (
+        "A model folder holds transformer, vae, text_encoder and tokenizer/spiece.model. "
+        f"Get one: {download_command(PUBLISHED)}"
+    )
 
 
 def weights_root() -> Path:

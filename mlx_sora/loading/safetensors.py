@@ -17,10 +17,18 @@ from typing import Any, Protocol
 import mlx.core as mx
 
 from mlx_sora.errors import WeightsError
-from mlx_sora.utils.json import parse_object
+from mlx_sora.utils.json import LFS_POINTER, lfs_command, parse_object
 
-#: Floating types of weights.
-FLOATS: dict[str, mx.Dtype] = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}
+#: Type code of 8-bit floats, which are read as bfloat16. It holds each of them exactly.
+FP8 = "F8_E4M3"
+
+#: Floating types of weights. BF16 comes last: of the two it is the one to write.
+FLOATS: dict[str, mx.Dtype] = {
+    "F32": mx.float32,
+    "F16": mx.float16,
+    FP8: mx.bfloat16,
+    "BF16": mx.bfloat16,
+}
 
 #: Type code of the words that hold quantized weights.
 PACKED = "U32"
@@ -63,6 +71,11 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         size = path.stat().st_size
         with path.open("rb") as f:
             start = f.read(8)
+            if LFS_POINTER.startswith(start) and start:
+                raise WeightsError(
+                    f"{path} is a Git LFS pointer, not the file itself.",
+                    f"Fetch it: {lfs_command(path)}",
+                )
             length = struct.unpack("<Q", start)[0] if len(start) == 8 else MAX_HEADER + 1
             if length > min(MAX_HEADER, size - 8):
                 raise WeightsError(
@@ -136,7 +149,7 @@ def load_tensors(
     except (RuntimeError, ValueError) as error:  # ValueError: a name that is not UTF-8
         raise WeightsError(f"MLX cannot load {file}: {error}", FIX) from error
     assert isinstance(arrays, dict)
-    types = FLOATS | {PACKED: mx.uint32}
+    types = FLOATS | {PACKED: mx.uint32, FP8: mx.uint8}
     for key, info in tensors.items():
         array = arrays.get(key)
         if (
@@ -145,7 +158,12 @@ def load_tensors(
             or array.dtype != types.get(info.dtype, array.dtype)
         ):
             raise WeightsError(f"{file} has changed since it was opened (see {key}).", "Try again.")
-    return {key: arrays[key] for key in tensors}
+    return {
+        key: mx.from_fp8(arrays[key], mx.bfloat16, stream=stream)
+        if info.dtype == FP8
+        else arrays[key]
+        for key, info in tensors.items()
+    }
 
 
 class Reader(Protocol):
@@ -169,7 +187,7 @@ def read_rows(info: TensorInfo, rows: Sequence[int]) -> mx.array:
     """Return `rows` of a 2-D tensor, [len(rows), columns]. Reads nothing else."""
     import numpy as np
 
-    dtype = FLOATS[info.dtype]
+    dtype = mx.uint8 if info.dtype == FP8 else FLOATS[info.dtype]
     stride = info.shape[1] * dtype.size
     out = bytearray()
     try:
@@ -181,5 +199,6 @@ def read_rows(info: TensorInfo, rows: Sequence[int]) -> mx.array:
         raise WeightsError(f"Cannot read {info.file}: {error.strerror}.", FIX) from error
     if len(out) != stride * len(rows):
         raise WeightsError(f"{info.file} is truncated.", FIX)
-    raw = np.frombuffer(bytes(out), dtype=np.uint16 if dtype.size == 2 else np.uint32)
-    return mx.array(raw).view(dtype).reshape(len(rows), info.shape[1])
+    raw = np.frombuffer(bytes(out), dtype=f"<u{dtype.size}")
+    found = mx.array(raw).view(dtype).reshape(len(rows), info.shape[1])
+    return mx.from_fp8(found, mx.bfloat16) if info.dtype == FP8 else found

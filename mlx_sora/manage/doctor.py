@@ -30,9 +30,11 @@ from mlx_sora.loading.model_folder import (
     download_command,
     expand_folder,
     missing_parts,
+    other_model_fix,
     weights_root,
 )
 from mlx_sora.loading.networks import match_part
+from mlx_sora.loading.other_models import describe_other_model
 from mlx_sora.loading.quantization import Quantization, count_parameters
 from mlx_sora.loading.safetensors import memory_dtype
 from mlx_sora.manage.convert import staging_folder
@@ -119,13 +121,19 @@ class ModelChecker:
         return Diagnostic("error", part, message, repair_command(self.path))
 
     def _check_files(self) -> Iterator[Diagnostic]:
-        if not self.path.is_dir():
+        if not self.path.exists():
             yield self._error("folder", f"there is no model folder at {self.path}.")
             staging = self.path.parent / STAGING
             if self.path.name == PUBLISHED and staging.is_dir():
                 yield Diagnostic("note", "folder", "an interrupted download can be continued.")
             if staging_folder(self.path).is_dir():
                 yield Diagnostic("note", "folder", "an interrupted conversion can be continued.")
+            return
+        other = describe_other_model(self.path)
+        if other is not None:
+            self.failed.update(PARTS, ["tokenizer"])
+            message, fix = f"{self.path} {other}.", other_model_fix(self.path)
+            yield Diagnostic("error", "folder", message, fix)
             return
         missing = missing_parts(self.path)
         for name in missing:

@@ -16,7 +16,7 @@ from mlx_sora.loading.checkpoint import Checkpoint, load_weights
 from mlx_sora.loading.model_folder import ModelFolder
 from mlx_sora.loading.networks import load_vae
 from mlx_sora.loading.quantization import BLOCK_PATH, Quantization, insert_quantized_layers
-from mlx_sora.loading.safetensors import TensorInfo
+from mlx_sora.loading.safetensors import FP8, TensorInfo
 from mlx_sora.memory.limits import memory_scope
 from mlx_sora.models import stdit3, t5
 
@@ -27,6 +27,8 @@ _BITS = {
     "F32": ("<u4", 0x7FFF_FFFF, 0x7F80_0000),
     "F16": ("<u2", 0x7FFF, 0x7C00),
     "BF16": ("<u2", 0x7FFF, 0x7F80),
+    # Without Inf: only the largest bits are NaN.
+    FP8: ("<u1", 0x7F, 0x7E),
 }
 
 
@@ -63,7 +65,7 @@ def count_bad_values(
             largest = max(largest, top)
             if top >= exponent:
                 nan += int((bits > exponent).sum())
-                inf += int((bits == exponent).sum())
+                inf += int((bits == exponent).sum()) if info.dtype != FP8 else 0
             done += len(raw)
             on_progress(done)
     return ValueCounts(nan, inf, info.nbytes > 0 and largest == 0)

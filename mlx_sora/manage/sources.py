@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from mlx_sora.errors import UsageError, WeightsError
-from mlx_sora.loading.checkpoint import PICKLE_SUFFIXES
+from mlx_sora.loading.checkpoint import PICKLE_SUFFIXES, plain_names
 
 #: Prefix of the environment variables that override a source; the part's name follows in capitals.
 SOURCE_VARIABLE = "MLX_SORA_SOURCE_"
@@ -147,11 +147,11 @@ def _is_inside(name: str) -> bool:
 def _weight_files(source: PartSource, names: Sequence[str]) -> list[str]:
     if "model.safetensors" in names:
         return ["model.safetensors"]
-    indexes = [name for name in names if name.endswith(_INDEX)]
+    indexes = plain_names([name for name in names if name.endswith(_INDEX)])
     if len(indexes) == 1:
         stem = indexes[0].removesuffix(_INDEX)
         return [indexes[0], *_shard_files(source, stem, names)]
-    files = [name for name in names if name.endswith(".safetensors")]
+    files = plain_names([name for name in names if name.endswith(".safetensors")])
     if not indexes and len(files) == 1:
         return files
     where = f"{source}" + (f" in {source.folder}/" if source.folder else "")

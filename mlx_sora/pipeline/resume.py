@@ -22,6 +22,7 @@ from mlx_sora.pipeline.run import GenerationRun
 from mlx_sora.pipeline.settings import ResolvedRequest
 from mlx_sora.request.generation import GenerationRequest, label, options
 from mlx_sora.request.techniques import MAX_STEPS
+from mlx_sora.utils.files import visible_files
 from mlx_sora.video.output_path import (
     CHECKPOINT_SUFFIX,
     checkpoint_path,
@@ -167,7 +168,7 @@ def checkpoint_seed(request: GenerationRequest, index: int = 0) -> int | None:
         return None
     own = _options_but_seed(_recorded_options(request.with_preset()))
     folder = output_path(template, prompt=request.prompt, seed=0, num_frames=0, index=index).parent
-    files = [file for file in folder.glob(f"*{CHECKPOINT_SUFFIX}") if file.is_file()]
+    files = [file for file in visible_files(folder, f"*{CHECKPOINT_SUFFIX}") if file.is_file()]
     for file in sorted(files, key=lambda file: file.stat().st_mtime, reverse=True):
         try:
             record = read_record(file)

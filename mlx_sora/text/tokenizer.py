@@ -85,7 +85,8 @@ class Tokenizer:
             reason = error.strerror or "cannot be read"
             raise WeightsError(f"Tokenizer model {path}: {reason}.", fix) from error
         except (RuntimeError, ValueError) as error:
-            raise WeightsError(f"{path} is not a SentencePiece model.", fix) from error
+            reason = str(error) if "Git LFS" in str(error) else "it is not a SentencePiece model"
+            raise WeightsError(f"Cannot read {path}: {reason}.", fix) from error
         found = (model.pad_id(), model.eos_id(), model.unk_id())
         if found != (PAD, EOS, UNK):
             raise WeightsError(

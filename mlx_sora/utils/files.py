@@ -56,6 +56,14 @@ def cache_folder() -> Path:
     return base / "mlx_sora"
 
 
+def visible_files(folder: Path, pattern: str) -> list[Path]:
+    """Return the entries of `folder` that match, sorted, without hidden ones.
+
+    macOS puts a hidden ._NAME beside every NAME on disks and in archives that are not its own.
+    """
+    return sorted(path for path in folder.glob(pattern) if not path.name.startswith("."))
+
+
 @dataclass
 class PartialFile:
     """A file being written. partial: where to write it; path: its name after the rename."""

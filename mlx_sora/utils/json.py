@@ -6,21 +6,34 @@ import errno
 import json
 import os
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 #: Largest JSON file in bytes. Parsed, it can take 30 times as much memory.
 MAX_JSON = 8_000_000
 
 
+#: Start of the small text that stands for a file where Git LFS has not fetched it.
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+
+
+def lfs_command(path: Path) -> str:
+    """Return the command that fetches a file that Git LFS left as a pointer."""
+    return f"git -C {quote(str(path.parent))} lfs pull"
+
+
 def read_bytes(path: Path, limit: int) -> bytes:
     """Return the content of a regular file of at most `limit` bytes.
 
-    Raises OSError, also for pipes and devices, which may never end; ValueError above `limit`.
+    Raises OSError, also for pipes and devices, which may never end; ValueError above `limit` and
+    for a Git LFS pointer.
     """
     if path.exists() and not path.is_file():
         raise OSError(errno.EINVAL, "not a regular file", os.fspath(path))
     with path.open("rb") as file:
         data = file.read(limit + 1)
+    if data.startswith(LFS_POINTER):
+        raise ValueError(f"it is a Git LFS pointer, not the file ({lfs_command(path)} fetches it)")
     if len(data) > limit:
         raise ValueError(f"it is larger than {limit / 1e6:g} MB")
     return data
