@@ -145,7 +145,9 @@ def plan_media(
     for media that cannot be read or do not fit the clips.
     """
     strategy = directives.mask_strategy
-    paths = request.references if directives.references is None else directives.references
+    # A prompt that turns the strategy off leaves the request's references without use.
+    paths = () if strategy == "" else request.references
+    paths = paths if directives.references is None else directives.references
     strategy = request.mask_strategy if strategy is None else strategy
     media_paths = [item.path for item in request.images] + [item.path for item in request.videos]
     found = {path: MediaFile.from_path(path) for path in dict.fromkeys([*media_paths, *paths])}

@@ -1,4 +1,4 @@
-"""What a folder or file holds that is given as a model but is none."""
+"""Descriptions of folders and files that are given as a model but are none."""
 
 from __future__ import annotations
 

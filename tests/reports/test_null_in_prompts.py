@@ -22,8 +22,8 @@ from mlx_sora.text.prompt import split_directives
     ("settings", "references", "conditioned"),
     [
         ("", 1, True),
-        ('{"mask_strategy": null}', 1, False),
-        ('{"mask_strategy": ""}', 1, False),
+        ('{"mask_strategy": null}', 0, False),
+        ('{"mask_strategy": ""}', 0, False),
         ('{"mask_strategy": null, "reference_path": null}', 0, False),
         ('{"mask_strategy": "", "reference_path": ""}', 0, False),
     ],
