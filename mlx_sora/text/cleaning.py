@@ -132,7 +132,7 @@ def _apply_rules(rules: tuple[CleaningRule, ...], text: str) -> str:
 
 def _strip_markup(text: str) -> str:
     from bs4 import BeautifulSoup
-    from bs4.exceptions import ParserRejectedMarkup
+    from bs4.builder import ParserRejectedMarkup  # its place in 4.12 and 4.13
 
     marks = text.count("<")
     if marks > MAX_MARKS:

@@ -118,7 +118,7 @@ def test_missing_files(model: Path, name: str) -> None:
 def test_no_folder(tmp_path: Path) -> None:
     assert "no model folder" in errors(tmp_path / "gone")[0]
     (tmp_path / "file").write_bytes(b"")
-    assert "no model folder" in errors(tmp_path / "file")[0]
+    assert "not a model folder" in errors(tmp_path / "file")[0]
 
 
 @pytest.mark.parametrize("part", PARTS)
