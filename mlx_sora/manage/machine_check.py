@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import groupby
 from typing import Any
 
@@ -33,6 +33,9 @@ _SLOW_SECONDS, _SLOW_RATIO = 0.2, 2
 
 #: MLX's products in half precision on a CPU take this many times as long as in float32.
 _HALF_SLOWDOWN = 20
+
+#: A check of all types takes up to this many times the seconds that its size was chosen by.
+_PATIENCE = 4
 
 REPORT = (
     "Update MLX (pip install -U mlx). If it stays, open an issue with the output of "
@@ -124,6 +127,14 @@ class Allowance:
         slow = dtype != mx.float32 and backend() == "cpu"
         flops = self.flops / (_HALF_SLOWDOWN if slow else 1)
         return min(1.0, flops / (form.gflop * 1e9), self.memory / (form.gigabytes * 1e9))
+
+    def after(self, seconds: float, expected: float = SECONDS) -> Allowance:
+        """Return the allowance after a check of `seconds`: less if it took far more than expected.
+
+        Products say little of a CPU whose other operations are slow, or with many busy threads.
+        """
+        share = min(1.0, _PATIENCE * expected / seconds)
+        return replace(self, flops=self.flops * share, memory=self.memory * share)
 
 
 def _cpu_speed() -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -60,10 +61,13 @@ class MachineReport:
     def _check(self) -> Iterator[CheckResult]:
         allowance = Allowance.measure(self.seconds)
         for name, check in CHECKS.items():
+            start = time.perf_counter()
             try:
                 yield from check(allowance)
             except Exception as error:
                 yield failed_result(name, error)
+            if name not in MLX_CHECKS:
+                allowance = allowance.after(time.perf_counter() - start, self.seconds)
 
     def _measure(self, on_progress: OnProgress) -> Iterator[CheckResult]:
         """Measure the speeds of this machine and keep them for estimates."""

@@ -13,6 +13,7 @@ import mlx.core as mx
 
 from mlx_sora.memory.limits import process_memory, restore_memory_limit, set_memory_limit
 from mlx_sora.memory.profiles import format_bytes
+from mlx_sora.runtime.device import backend
 
 #: Bytes of a process outside MLX on systems that do not report them.
 ASSUMED_NON_MLX_BYTES = 256 << 20
@@ -61,9 +62,14 @@ def evenly_spaced(num_blocks: int, count: int) -> frozenset[int]:
 
 
 def sample_memory() -> MemorySample:
-    """Sample the memory of this process, once the GPU has freed what it no longer uses."""
+    """Sample the memory of this process, once the GPU has freed what it no longer uses.
+
+    On CUDA only MLX's: the GPU has memory of its own.
+    """
     mx.synchronize()
     active, process = mx.get_active_memory(), process_memory()
+    if backend() == "cuda":
+        return MemorySample(active, mx.get_peak_memory(), 0)
     non_mlx = ASSUMED_NON_MLX_BYTES if process is None else process - active - mx.get_cache_memory()
     return MemorySample(active, mx.get_peak_memory(), max(0, non_mlx))
 

@@ -26,7 +26,7 @@ CALLS = {"eval", "exec", "compile", "__import__"}
 SHELLS = {"os.system", "os.popen", "os.execvp", "subprocess.getoutput", "shutil.unpack_archive"}
 
 #: The only modules that start a process, and with words that are no prompt's own.
-STARTERS = {"mlx_sora.cli.bench.measure"}
+STARTERS = {"mlx_sora.cli.bench.measure", "mlx_sora.cli.awake"}
 
 
 def calls(source: Source) -> list[ast.Call]:

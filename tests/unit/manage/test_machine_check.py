@@ -268,6 +268,9 @@ def test_sizes_follow_work_and_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_memory_of_the_gpu_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine_check, "gpu_memory", lambda: 6 << 20)
     allowance = Allowance.measure(0.001)
+    assert allowance.after(3, expected=1) == allowance
+    assert allowance.after(8, expected=1).flops == allowance.flops / 2
+    assert allowance.after(8, expected=1).memory == allowance.memory / 2
     assert allowance.memory == 2 << 20
     assert 1e5 < allowance.flops < 1e10
 
