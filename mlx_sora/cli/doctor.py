@@ -82,7 +82,7 @@ def _check_machine(as_json: bool) -> int:
 
     for result in report.run(show_progress):
         seconds = "" if result.seconds is None else f"{result.seconds:.2f} s"
-        line = f"{_MACHINE_MARKS[result.status]:<8}{result.name:<52}{seconds:>8}  {result.message}"
+        line = f"{_MACHINE_MARKS[result.status]:<8}{result.name:<56}{seconds:>8}  {result.message}"
         if result.advice:
             line += f". {result.advice}"
         print(printable(line), file=out, flush=True)

@@ -76,8 +76,7 @@ class MachineReport:
         except Exception as error:
             yield failed_result("speeds", error)
             return
-        for row in speed_rows(self.speeds):
-            yield CheckResult(f"speed, {row.name}", row.status, row.message, advice=row.advice)
+        yield from speed_rows(self.speeds)
         try:
             path = write_speeds(self.speeds)
         except MlxSoraError as error:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
+from mlx_sora.manage.machine_check import OK, SLOW, CheckResult
 from mlx_sora.memory.estimate import DEVICES, Device
 from mlx_sora.memory.speeds import MachineSpeeds
 from mlx_sora.runtime.device import blas_notice
-
-OK, SLOW = "ok", "slow"
 
 #: Shares below which a speed is slow: of the chip's published figure, and of the large product.
 _PUBLISHED_SHARE, _PRODUCT_SHARE = 0.35, 0.25
@@ -23,17 +21,7 @@ _BUSY = (
 _DISK = "Keep models on an internal SSD: MLX_SORA_WEIGHTS names their folder."
 
 
-@dataclass(frozen=True)
-class SpeedRow:
-    """Row of the table. status: ok or slow. advice: what to do, if it is slow."""
-
-    name: str
-    status: str
-    message: str
-    advice: str = ""
-
-
-def speed_rows(speeds: MachineSpeeds) -> Iterator[SpeedRow]:
+def speed_rows(speeds: MachineSpeeds) -> Iterator[CheckResult]:
     """Yield a row for each speed."""
     chip = published_chip(str(speeds.machine.get("device", "")))
     for dtype, speed in speeds.products.items():
@@ -58,8 +46,8 @@ def published_chip(device: str) -> Device | None:
     return next((known for known in DEVICES if known.chip == name), None)
 
 
-def _row(name: str, message: str, advice: str) -> SpeedRow:
-    return SpeedRow(name, SLOW if advice else OK, message, advice)
+def _row(name: str, message: str, advice: str) -> CheckResult:
+    return CheckResult(f"speed, {name}", SLOW if advice else OK, message, advice=advice)
 
 
 def _operations(speed: float) -> str:

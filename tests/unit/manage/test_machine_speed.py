@@ -14,9 +14,10 @@ import pytest
 from mlx_sora.errors import MlxSoraError
 from mlx_sora.loading.safetensors import read_header
 from mlx_sora.manage import disk_speed, machine_speed
+from mlx_sora.manage.machine_check import CheckResult
 from mlx_sora.manage.machine_file import machine_identity
 from mlx_sora.manage.machine_speed import SECONDS, SpeedTest, largest_affordable
-from mlx_sora.manage.speed_report import SpeedRow, published_chip, speed_rows
+from mlx_sora.manage.speed_report import published_chip, speed_rows
 from mlx_sora.memory.speeds import MachineSpeeds, NetworkSpeed
 from mlx_sora.models.ops import on_gpu
 from mlx_sora.models.stdit3 import STDiT3Config
@@ -126,8 +127,8 @@ def test_the_cache_folder_stands_in_for_models_that_cannot_be_written(
     assert disk_speed.test_folder() != tmp_path
 
 
-def row(speeds: MachineSpeeds, name: str) -> SpeedRow:
-    return next(row for row in speed_rows(speeds) if row.name == name)
+def row(speeds: MachineSpeeds, name: str) -> CheckResult:
+    return next(row for row in speed_rows(speeds) if row.name == f"speed, {name}")
 
 
 def test_rows_name_what_is_slow() -> None:
