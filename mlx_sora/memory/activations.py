@@ -37,7 +37,7 @@ COMPILED_BUFFER = SLICE_BYTES // 2
 class ExecutionMode:
     """Conditions under which MLX computes.
 
-    gpu: kernels run on whole tensors.
+    gpu: the forms of GPUs, whose kernels run on larger pieces.
     throttled: the scheduler may not allocate ahead (see `stage_limits`).
     itemsize: bytes per element of a matrix product's operands.
     """

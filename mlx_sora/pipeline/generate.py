@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Generator, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -86,7 +87,7 @@ def plan_run(
     plan, notes = _plan_memory(engine, request, resolved, workload)
     return GenerationRun(
         engine=engine,
-        request=request,
+        request=replace(request, dtype=engine.dtype),  # which the pipeline may have chosen
         settings=resolved,
         output=output,
         encodings=encodings,

@@ -115,6 +115,13 @@ def test_the_record_has_the_types_and_a_checkpoint_is_of_one(
         pipe.stream(replace(request, vae_dtype="float32"))
 
 
+def test_the_record_has_the_type_of_the_pipeline(pipe: Pipeline) -> None:
+    """So that a replay, in a pipeline of its own, computes in it too."""
+    whole = Pipeline.from_pretrained(pipe.model.path, dtype="float32")
+    video = whole(PROMPT, seed=1, steps=1, num_frames=1)
+    assert video.metadata["request"]["dtype"] == "float32"
+
+
 @pytest.mark.usefixtures("any_device")
 def test_captured_values_are_planned_in_the_type_of_the_transformer(
     pipe: Pipeline, tmp_path: Path
