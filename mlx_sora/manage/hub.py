@@ -285,9 +285,12 @@ def _local_fault(error: Exception) -> WeightsError | None:
                     f"{name} names certificates in {path}, which does not exist.",
                     f"Correct {name}, or unset it.",
                 )
-    if isinstance(error, ImportError) and "SOCKS" in str(error):
+    # huggingface_hub 1 asks through httpx, which raises an ImportError; versions before through
+    # requests, which raises a ValueError.
+    if isinstance(error, (ImportError, ValueError)) and "SOCKS" in str(error):
+        package = "socksio" if isinstance(error, ImportError) else "pysocks"
         message = f"The environment sets a SOCKS proxy ({_reason(error)})."
-        return WeightsError(message, "Run `pip install socksio`, or unset ALL_PROXY.")
+        return WeightsError(message, f"Run `pip install {package}`, or unset ALL_PROXY.")
     return None
 
 

@@ -91,7 +91,11 @@ def _numpy_openblas() -> Blas | None:
     if not shim_path.is_file() or spec is None or spec.origin is None:
         return None
     # Does not import numpy: `import mlx_sora` stays light.
-    for path in (Path(spec.origin).parents[1] / "numpy.libs").glob("*openblas64_*.so*"):
+    folder = Path(spec.origin).parents[1] / "numpy.libs"
+    for name in ("libquadmath*", "libgfortran*"):  # OpenBLAS of numpy 1.26 cannot find them itself
+        for path in folder.glob(name):
+            _load(path)
+    for path in folder.glob("*openblas64_*.so*"):
         library = _load(path)
         addresses = _addresses(library) if library is not None else None
         shim = _load(shim_path, ctypes.RTLD_GLOBAL) if addresses is not None else None
