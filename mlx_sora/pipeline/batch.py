@@ -16,7 +16,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from mlx_sora.distributed.group import deserialize_error, serialize_error
+from mlx_sora.distributed.group import Ranks, deserialize_error, serialize_error
 from mlx_sora.errors import MlxSoraError, UsageError
 from mlx_sora.memory.limits import release
 from mlx_sora.pipeline.engine import Engine
@@ -42,9 +42,9 @@ def generate_batch(
     video together.
     """
     modes = {request.parallel for request in requests}
-    if "off" in modes:
-        engine = engine.single_process()
     ranks = engine.ranks
+    if "off" in modes:  # each process for itself: its errors are no other's
+        engine, ranks = engine.single_process(), Ranks()
     checkpoints = any(request.checkpoint_every is not None for request in requests)
     enough = modes == {"auto"} and len(requests) >= ranks.size and not checkpoints
     data_parallel = ranks.size > 1 and ("prompts" in modes or enough)

@@ -20,7 +20,7 @@ class Signs:
     """A watchdog that records what this rank shows the others."""
 
     def __init__(self) -> None:
-        self.ticks, self.idle = 0, list[float]()
+        self.ticks, self.scopes, self.idle = 0, 0, list[float]()
 
     def tick(self) -> None:
         self.ticks += 1
@@ -30,6 +30,7 @@ class Signs:
 
     @contextmanager
     def scope(self) -> Iterator[None]:
+        self.scopes += 1
         yield
 
 
@@ -72,3 +73,15 @@ def test_the_patience_of_others_follows_the_plan(
     idle = make(pipe).idle
     assert idle[::2] == pytest.approx([flops / run_module.SLOWEST_GPU for flops in expected])
     assert set(idle[1::2]) == {0.0}
+
+
+def test_errors_of_a_rank_for_itself_do_not_end_the_others(pipe: Pipeline) -> None:
+    signs = Signs()
+    ranks = Ranks(watchdog=signs)  # type: ignore[arg-type]
+    ranks.size = 2
+    watched = Pipeline(pipe.model)
+    watched.engine = replace(pipe.engine, ranks=ranks)
+    request = GenerationRequest("a red circle", seed=1, steps=1, num_frames=1, parallel="off")
+    last_video(watched.stream(request))
+    assert [type(event).__name__ for event in watched.stream_all([request])][-1] == "Finished"
+    assert signs.scopes == 0
