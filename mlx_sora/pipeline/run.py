@@ -34,6 +34,7 @@ from mlx_sora.request.generation import GenerationRequest
 from mlx_sora.runtime.events import Event, Noted, StageFinished, Warned
 from mlx_sora.runtime.health import Health
 from mlx_sora.sampling.loop import StepResult
+from mlx_sora.text.prompt import split_directives
 from mlx_sora.text.tokenizer import Encoding
 from mlx_sora.video import Video
 from mlx_sora.video.metadata import build_metadata, without_folders
@@ -251,10 +252,15 @@ class GenerationRun:
         if self.ranks.size > 1:
             record["parallel"] = {"ranks": self.ranks.size, "mode": self.parallel.mode}
         record |= {"accelerations": done} | result.metadata
-        edited = result.metadata.get("edit", {}).get("video", "")
-        given = [file.path for file in self.settings.media.files]
-        model, output = self.request.model or "", self.request.output or ""
-        return without_folders(record, [*given, edited, model, output])  # type: ignore[no-any-return]
+        return without_folders(record, self._paths())  # type: ignore[no-any-return]
+
+    def _paths(self) -> list[str]:
+        """Return the files and folders that the record may name, also as the prompt spells them."""
+        request = self.request
+        edited = self.result.metadata.get("edit", {}).get("video", "")
+        in_prompt = split_directives(request.prompt)[1].reference_path or ""
+        media = [file.path for file in self.settings.media.files]
+        return [*media, *in_prompt.split(";"), edited, request.model or "", request.output or ""]
 
     def video(self, path: Path | None, frames: np.ndarray | None) -> Video:
         """Return the finished video, after the last stage."""

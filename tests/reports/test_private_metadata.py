@@ -49,6 +49,17 @@ def test_no_folder_is_recorded(made: Path, tmp_path: Path) -> None:
         assert '"output": "a.mp4"' in record
 
 
+def test_a_home_folder_is_one_too(
+    pipe: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "secret").mkdir()
+    Image.new("RGB", (64, 64), "blue").save(tmp_path / "secret" / "blue.png")
+    directives = {"reference_path": "~/secret/blue.png", "mask_strategy": "0,0,0,0,1,0"}
+    video = pipe(f"red {json.dumps(directives)}", steps=1, num_frames=17, seed=1)
+    assert "secret" not in json.dumps(video.metadata)
+
+
 def test_a_replay_finds_media_beside_the_video(made: Path, tmp_path: Path) -> None:
     moved = tmp_path / "bob"
     shutil.copytree(made, moved)
