@@ -120,6 +120,10 @@ def _plan_memory(
     except LargeArrayError:
         raise  # no budget changes that
     except MemoryBudgetError as error:
+        if request.device_profile is not None:  # which excludes a budget
+            fix = error.fix.replace("Use --memory-budget", "Instead of it use --memory-budget", 1)
+            message = f"{error.message.rstrip('.')} (--device-profile {request.device_profile})."
+            raise MemoryBudgetError(message, fix) from None
         if not measured:
             raise
         fix = f"{error.fix} --memory-budget off tries it all the same, slowly if it pages."

@@ -138,7 +138,7 @@ _SHORTER_WORK = (
 #: first, with arrays that were never written.
 _DEVICE_ERRORS: tuple[tuple[str, type[MlxSoraError], str, str], ...] = (
     (
-        r"greater than the maximum allowed buffer size",
+        r"greater than the maximum allowed buffer size|exceeds the maximum Metal buffer size",
         MemoryBudgetError,
         "an array is larger than the GPU allows",
         _SMALLER_ARRAYS,

@@ -122,6 +122,16 @@ def test_an_array_that_the_gpu_refuses_is_not_tried_without_a_budget(
     assert error.value.fix == "Make a smaller video."
 
 
+def test_a_profile_that_refuses_is_to_be_left_out(
+    pipe: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(PROFILES, "ipad-8gb", 10_000_000)
+    request = GenerationRequest("red", steps=1, num_frames=1, device_profile="ipad-8gb")
+    with pytest.raises(MemoryBudgetError, match="device-profile ipad-8gb") as error:
+        pipe.plan(request)
+    assert error.value.fix.startswith("Instead of it use --memory-budget ")
+
+
 def test_wired_memory_is_bounded_and_given_back(mac: None) -> None:
     working_set = int(DEVICE_INFO["max_recommended_working_set_size"])
     most = int(min(working_set, 0.65 * total_memory()))

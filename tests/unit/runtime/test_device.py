@@ -99,6 +99,8 @@ OUT_OF_MEMORY = (
     "[malloc] Unable to allocate 9000000000 bytes.",
     "[metal::malloc] Attempting to allocate 28611722496 bytes which is greater than the maximum "
     "allowed buffer size of 9534832640 bytes.",
+    "[conv] A single unfolding row needs 9534832641 bytes, which exceeds the maximum Metal buffer "
+    "size of 9534832640 bytes.",
     "[metal::malloc] Resource limit (499000) exceeded.",
     "[METAL] Command buffer execution failed: Insufficient Memory "
     "(00000008:kIOGPUCommandBufferCallbackErrorOutOfMemory)",
