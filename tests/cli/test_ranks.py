@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from mlx_sora.video.metadata import read_metadata
 from mlx_sora.video.writer import save_frames
@@ -98,6 +99,7 @@ def test_rank_0_reads_standard_input_for_all(tmp_path: Path) -> None:
 
 
 def test_parallel_off_on_two_ranks_is_refused(tmp_path: Path) -> None:
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
     words = (*GENERATE[:2], "edit", "a.png", "--source-prompt", "a", "-p", "b")
     ranks = launch(2, [*words, "--parallel", "off"], cwd=tmp_path)
     assert [each.returncode for each in ranks] == [2, 2]
