@@ -67,9 +67,10 @@ def sample_memory() -> MemorySample:
     On CUDA only MLX's: the GPU has memory of its own.
     """
     mx.synchronize()
-    active, process = mx.get_active_memory(), process_memory()
+    active = mx.get_active_memory()
     if backend() == "cuda":
         return MemorySample(active, mx.get_peak_memory(), 0)
+    process = process_memory()
     non_mlx = ASSUMED_NON_MLX_BYTES if process is None else process - active - mx.get_cache_memory()
     return MemorySample(active, mx.get_peak_memory(), max(0, non_mlx))
 

@@ -69,14 +69,18 @@ def without_folders(value: Any, paths: Iterable[str]) -> Any:
     A record travels with its video. Folders name their user.
     """
     known = sorted({path for path in paths if "/" in path.rstrip("/")}, key=len, reverse=True)
-    if isinstance(value, dict):
-        return {key: without_folders(item, known) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [without_folders(item, known) for item in value]
-    if isinstance(value, str):
-        for path in known:
-            value = value.replace(path, path.rstrip("/").rpartition("/")[2])
-    return value
+
+    def strip(item: Any) -> Any:
+        if isinstance(item, dict):
+            return {key: strip(each) for key, each in item.items()}
+        if isinstance(item, (list, tuple)):
+            return [strip(each) for each in item]
+        if isinstance(item, str):
+            for path in known:
+                item = item.replace(path, path.rstrip("/").rpartition("/")[2])
+        return item
+
+    return strip(value)
 
 
 def to_json(record: Mapping[str, Any], *, ascii_only: bool = False) -> str:

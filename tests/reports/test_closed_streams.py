@@ -13,21 +13,7 @@ from pathlib import Path
 
 import pytest
 
-IMAGE = [
-    "-m",
-    "mlx_sora",
-    "generate",
-    "--prompt",
-    "red",
-    "--num-frames",
-    "1",
-    "--steps",
-    "1",
-    "--seed",
-    "1",
-    "--output",
-    "a.png",
-]
+from tests.helpers.commands import IMAGE
 
 
 @pytest.mark.parametrize("number", [0, 1, 2])

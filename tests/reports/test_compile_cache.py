@@ -14,22 +14,7 @@ from pathlib import Path
 import pytest
 
 from mlx_sora.runtime import compile_cache
-
-IMAGE = [
-    "-m",
-    "mlx_sora",
-    "generate",
-    "--prompt",
-    "red",
-    "--num-frames",
-    "1",
-    "--steps",
-    "1",
-    "--seed",
-    "1",
-    "--output",
-    "a.png",
-]
+from tests.helpers.commands import IMAGE
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="MLX compiles on Linux CPUs only")
 

@@ -14,24 +14,12 @@ from pathlib import Path
 
 import pytest
 
-RUN = [
-    "-m",
-    "mlx_sora",
-    "generate",
-    "--prompt",
-    "red",
-    "--num-frames",
-    "51",
-    "--steps",
-    "50",
-    "--seed",
-    "1",
-    "--checkpoint-every",
-    "50",
-    "--json-events",
-    "--output",
-    "a.mp4",
-]
+from tests.helpers.commands import generate
+
+RUN = generate(
+    "--prompt red --num-frames 51 --steps 50 --seed 1 --checkpoint-every 50 --json-events "
+    "--output a.mp4"
+)
 
 #: Sets what the program inherits for a signal, then becomes the program.
 START = (

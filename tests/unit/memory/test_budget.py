@@ -146,6 +146,8 @@ def test_wired_memory_is_bounded_and_given_back(mac: None) -> None:
 
 def test_wired_memory_does_nothing_on_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mlx_sora.memory.limits.backend", lambda: "cpu")
-    monkeypatch.setattr(mx, "set_wired_limit", None)
+    calls = list[int]()
+    monkeypatch.setattr(mx, "set_wired_limit", calls.append)
     with wired_memory(GB):
         pass
+    assert calls == []
