@@ -6,7 +6,7 @@ import argparse
 import difflib
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from mlx_sora.errors import UsageError
@@ -118,20 +118,6 @@ def explicit_options(args: argparse.Namespace) -> dict[str, Any]:
             raise UsageError("--prompt - reads standard input, which is a terminal.", "Pipe it in.")
         typed["prompt"] = _read_stdin()
     return typed
-
-
-def to_command_line(values: Mapping[str, Any]) -> list[str]:
-    """Return the command line that `explicit_options` reads these values from."""
-    words = []
-    for name, value in values.items():
-        flag = options()[name].flags[0]
-        if isinstance(value, bool):
-            words.append(flag if value else f"--no-{flag.removeprefix('--')}")
-        elif options()[name].many:
-            words += [word for item in value for word in (flag, *map(str, item))]
-        else:
-            words.append(f"{flag}={value}")
-    return words
 
 
 def build_requests(

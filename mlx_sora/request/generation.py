@@ -440,3 +440,17 @@ def technique_names() -> list[str]:
 def preset_values(name: str) -> dict[str, Any]:
     """Return the options that preset `name` decides: its own, and every other technique as off."""
     return dict.fromkeys(technique_names(), OFF) | dict(PRESETS[name].values)
+
+
+def to_command_line(values: Mapping[str, Any]) -> list[str]:
+    """Return the command line that stands for these values, as `to_dict` returns them."""
+    words = []
+    for name, value in values.items():
+        flag = options()[name].flags[0]
+        if isinstance(value, bool):
+            words.append(flag if value else f"--no-{flag.removeprefix('--')}")
+        elif options()[name].many:
+            words += [word for item in value for word in (flag, *map(str, item))]
+        else:
+            words.append(f"{flag}={value}")
+    return words

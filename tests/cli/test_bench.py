@@ -18,10 +18,11 @@ from mlx_sora.cli.bench import measure as measuring
 from mlx_sora.cli.bench import memory
 from mlx_sora.cli.bench.measure import ChildFailed, Measurement, measure
 from mlx_sora.cli.bench.memory import draw_memory
-from mlx_sora.cli.flags import Parser, add_request_flags, explicit_options, to_command_line
+from mlx_sora.cli.flags import Parser, add_request_flags, explicit_options
 from mlx_sora.cli.main import main
 from mlx_sora.errors import UsageError
 from mlx_sora.manage.machine_file import machine_identity, write_speeds
+from mlx_sora.request.generation import to_command_line
 from tests.helpers.speeds import SPEEDS
 
 COMMAND = [sys.executable, "-m", "mlx_sora", "bench", "memory"]

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 from mlx_sora.cli.awake import add_sleep_flag
 from mlx_sora.cli.bench.measure import PEAK, Measurement, measure
-from mlx_sora.cli.flags import add_debug_flag, add_request_flags, explicit_options, to_command_line
+from mlx_sora.cli.flags import add_debug_flag, add_request_flags, explicit_options
 from mlx_sora.cli.generate import load_pipeline
 from mlx_sora.errors import MemoryBudgetError, MlxSoraError, UsageError
 from mlx_sora.memory.profiles import format_bytes, parse_bytes
-from mlx_sora.request.generation import GenerationRequest
+from mlx_sora.request.generation import GenerationRequest, to_command_line
 from mlx_sora.runtime.events import STAGES
 
 if TYPE_CHECKING:
