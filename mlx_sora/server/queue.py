@@ -1,4 +1,4 @@
-"""JobQueue: everything that clients can do with jobs. Its methods block, and may be called from any thread."""
+"""Jobs as clients see them. The methods of JobQueue block, and any thread may call them."""
 
 from __future__ import annotations
 
