@@ -42,43 +42,43 @@ def interrupt(folder: Path, number: signal.Signals, event: str, *words: str) -> 
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    """Return the video of a run without an interruption. x264 itself varies, so no mp4."""
+    """Return the video of a run without an interruption."""
     folder = tmp_path_factory.mktemp("uninterrupted")
-    code, _, errors = run(folder, *WORDS, "--seed", "3", "-o", "a.webp")
+    code, _, errors = run(folder, *WORDS, "--seed", "3", "-o", "a.mp4")
     assert code == 0, errors
-    assert [file.name for file in folder.iterdir()] == ["a.webp"]
-    return (folder / "a.webp").read_bytes()
+    assert [file.name for file in folder.iterdir()] == ["a.mp4"]
+    return (folder / "a.mp4").read_bytes()
 
 
 @pytest.mark.parametrize("number", EACH, ids=lambda n: n.name)
 def test_repeated_command_finishes_the_same_video(
     tmp_path: Path, uninterrupted: bytes, number: signal.Signals
 ) -> None:
-    words = ["--seed", "3", "-o", "a.webp"]
+    words = ["--seed", "3", "-o", "a.mp4"]
     code = interrupt(tmp_path, number, '"step_finished", "step": 2', *words)
     assert code == (-9 if number == signal.SIGKILL else 130)
     # A process that is killed leaves its claim's empty file, which the next run takes over.
     left = [file.name for file in tmp_path.iterdir() if file.suffix != ".lock"]
-    assert left == ["a.webp" + CHECKPOINT_SUFFIX]
+    assert left == ["a.mp4" + CHECKPOINT_SUFFIX]
     code, out, errors = run(tmp_path, *WORDS, *words)
     assert code == 0, errors
     made = [line for line in out.splitlines() if '"step_finished"' in line]
     # A signal that can be answered costs the step it falls into, a kill those since the last write.
     assert len(made) <= (STEPS - 2 if number == signal.SIGKILL else STEPS - 3)
-    assert (tmp_path / "a.webp").read_bytes() == uninterrupted
-    assert [file.name for file in tmp_path.iterdir()] == ["a.webp"]
+    assert (tmp_path / "a.mp4").read_bytes() == uninterrupted
+    assert [file.name for file in tmp_path.iterdir()] == ["a.mp4"]
 
 
 def test_resume_needs_only_the_checkpoint(tmp_path: Path, uninterrupted: bytes) -> None:
-    interrupt(tmp_path, signal.SIGTERM, '"step_finished", "step": 0', "--seed", "3", "-o", "a.webp")
-    file = "a.webp" + CHECKPOINT_SUFFIX
+    interrupt(tmp_path, signal.SIGTERM, '"step_finished", "step": 0', "--seed", "3", "-o", "a.mp4")
+    file = "a.mp4" + CHECKPOINT_SUFFIX
     code, _, errors = run(tmp_path, "generate", "--resume", file, "--steps", "9")
     assert code == 2
     assert "--steps cannot be changed" in errors
     code, _, errors = run(tmp_path, "generate", "--resume", file)
     assert code == 0, errors
     assert "1 of 6 steps are done" in errors
-    assert (tmp_path / "a.webp").read_bytes() == uninterrupted
+    assert (tmp_path / "a.mp4").read_bytes() == uninterrupted
 
 
 def test_prompt_file_continues_after_a_kill(tmp_path: Path) -> None:
@@ -106,7 +106,7 @@ def test_prompt_file_continues_after_a_kill(tmp_path: Path) -> None:
     [
         (["--resume", "gone"], 2, "No such checkpoint"),
         (["--resume", "junk"], 4, "damaged"),
-        (["--resume", "junk", "-C", "a.webp"], 2, "exclude each other"),
+        (["--resume", "junk", "-C", "a.mp4"], 2, "exclude each other"),
         (["--resume", "junk", "--prompt-file", "a"], 2, "exclude each other"),
         (["-p", "x", "--checkpoint-every", "0"], 2, "--checkpoint-every"),
     ],

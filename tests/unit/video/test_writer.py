@@ -50,6 +50,14 @@ def clip(frames: int = 5, height: int = 32, width: int = 48) -> np.ndarray:
     return video
 
 
+def waves(frames: int, height: int, width: int) -> np.ndarray:
+    """Coloured waves with grain: uint8 [F, H, W, 3]."""
+    t, y, x = np.ogrid[:frames, :height, :width]
+    shade = np.sin(6 * x / width + t / 4) + np.cos(5 * y / height - t / 7)
+    grain = np.random.default_rng(3).normal(0, 2, (frames, height, width, 3))
+    return (127 + np.stack([60 * shade, 50 * shade[:, ::-1], 40 * shade], -1) + grain).astype("u1")
+
+
 def decode(path: Path) -> np.ndarray:
     """mp4 -> frames by the inverse of BT.709 limited range, written apart from the code."""
     frames = []
@@ -109,6 +117,40 @@ def test_mp4_tags_rate_and_layout(tmp_path: Path) -> None:
     assert np.allclose(times, np.arange(34) / 23.976, atol=1e-3)
     data = path.read_bytes()
     assert 0 < data.find(b"moov") < data.find(b"mdat")
+
+
+@pytest.mark.parametrize("size", [32, 80])
+def test_a_hundred_encodings_of_equal_frames_are_one_file(tmp_path: Path, size: int) -> None:
+    frames = waves(17, size, size)
+    files = {save_frames(tmp_path / "a.mp4", frames, 24, overwrite=True).read_bytes()}
+    for count in range(99):
+        noise = [bytearray(1 + 997 * count % 90_000) for _ in range(count % 7)]  # other addresses
+        files.add(save_frames(tmp_path / "a.mp4", frames, 24, overwrite=True).read_bytes())
+        del noise
+    assert len(files) == 1
+
+
+@pytest.mark.parametrize("name", ["a.gif", "a.webp", "a.png"])
+def test_other_formats_repeat_too(tmp_path: Path, name: str) -> None:
+    frames = waves(1 if name == "a.png" else 5, 48, 48)
+    files = {
+        save_frames(tmp_path / name, frames, 24, overwrite=True).read_bytes() for _ in range(20)
+    }
+    assert len(files) == 1
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="no choice of cores")
+def test_the_number_of_cores_does_not_change_a_file(tmp_path: Path) -> None:
+    frames, cores = waves(9, 240, 96), os.sched_getaffinity(0)
+    if len(cores) == 1:
+        pytest.skip("one core")
+    all_cores = save_frames(tmp_path / "all.mp4", frames, 24).read_bytes()
+    os.sched_setaffinity(0, {min(cores)})
+    try:
+        one_core = save_frames(tmp_path / "one.mp4", frames, 24).read_bytes()
+    finally:
+        os.sched_setaffinity(0, cores)
+    assert one_core == all_cores
 
 
 def test_luma_and_chroma_of_known_colours() -> None:
