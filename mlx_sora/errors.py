@@ -5,11 +5,19 @@ Each class has the exit code of the command line (1 run, 2 usage, 3 memory, 4 we
 
 from __future__ import annotations
 
+from shlex import quote
+
 #: Exit code of an interrupted program.
 INTERRUPTED = 130
 
 #: Largest length of a message, which may quote text of any length.
 MAX_MESSAGE = 1000
+
+#: Longest quoted word in a command to type: `printable` would cut a longer one inside its quotes.
+MAX_WORD = 300
+
+#: Stands for a word that cannot be typed.
+NO_WORD = "..."
 
 
 def printable(text: str, limit: int = MAX_MESSAGE) -> str:
@@ -23,6 +31,16 @@ def printable(text: str, limit: int = MAX_MESSAGE) -> str:
         return text
     plain = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
     return plain if len(plain) <= limit else plain[:limit] + " ..."
+
+
+def shell_words(*words: object) -> str:
+    """Return `words` as text to type, which a shell splits into exactly these words.
+
+    A word that is too long or not printable becomes NO_WORD. All words of a command in an error
+    that come from elsewhere, such as paths, go through here.
+    """
+    quoted = (quote(str(word)) for word in words)
+    return " ".join(w if w.isprintable() and len(w) <= MAX_WORD else NO_WORD for w in quoted)
 
 
 class MlxSoraError(Exception):

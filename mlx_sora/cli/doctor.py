@@ -7,11 +7,17 @@ import json
 import sys
 from collections import Counter
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mlx_sora.cli.flags import add_debug_flag
 from mlx_sora.cli.progress import Bars
 from mlx_sora.errors import UsageError, WeightsError, printable
+
+if TYPE_CHECKING:
+    from mlx_sora.manage.doctor import Diagnostic
+
+if TYPE_CHECKING:
+    from mlx_sora.manage.doctor import Diagnostic
 
 _MARKS = {"ok": "ok", "note": "note", "warning": "WARNING", "error": "ERROR"}
 _MACHINE_MARKS = {"ok": "ok", "skipped": "skipped", "slow": "SLOW", "wrong": "WRONG"}
@@ -62,13 +68,18 @@ def _check_model(args: argparse.Namespace) -> int:
         for result in diagnose(find_folder(args.path), quick=args.quick, on_progress=bars.show):
             bars.close()
             results.append(result)
-            fix = f" Repair: {result.fix}" if result.fix else ""
-            line = f"{_MARKS[result.level]:<8}{result.subject:<13}{result.message}{fix}"
             if not args.json:
-                print(printable(line))
+                print(_line(result))
     if args.json:
         print(json.dumps({"results": [asdict(result) for result in results]}, indent=2))
     return WeightsError.exit_code if any(r.level == "error" for r in results) else 0
+
+
+def _line(result: Diagnostic) -> str:
+    # Both may quote a file: neither its words nor its length may change what to type.
+    finding = printable(f"{result.subject:<13}{result.message}").replace("Repair:", "Repair;")
+    fix = f" Repair: {printable(result.fix)}" if result.fix else ""
+    return f"{_MARKS[result.level]:<8}{finding}{fix}"
 
 
 def _check_machine(as_json: bool) -> int:

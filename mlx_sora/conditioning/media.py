@@ -24,7 +24,7 @@ from mlx_sora.conditioning.mask_strategy import (
     parse_mask_strategy,
     resolve_mask_strategy,
 )
-from mlx_sora.errors import UsageError
+from mlx_sora.errors import UsageError, shell_words
 from mlx_sora.geometry import FRAMES_PER_CELL, MICRO_FRAME_SIZE, Size, latent_frames
 from mlx_sora.models.vae import chunk_plan
 from mlx_sora.request.generation import GenerationRequest
@@ -218,7 +218,8 @@ def _video_clip(item: VideoReference, file: MediaFile, clips: Clips) -> MediaCli
     if item.frames > file.num_frames:
         raise UsageError(
             f"--video {item.path} has {file.num_frames} frames, {item.frames} are to be used.",
-            f"Give a longer video, or --video {item.path} {item.side} {file.num_frames}.",
+            "Give a longer video, or: "
+            + shell_words("--video", item.path, item.side, file.num_frames),
         )
     if item.frames > clips.num_frames:
         raise UsageError(

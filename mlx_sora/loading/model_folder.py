@@ -15,10 +15,9 @@ import json
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from shlex import quote
 from typing import Any
 
-from mlx_sora.errors import MlxSoraError, WeightsError, printable
+from mlx_sora.errors import MlxSoraError, WeightsError, printable, shell_words
 from mlx_sora.loading.checkpoint import Checkpoint
 from mlx_sora.loading.other_models import describe_other_model
 from mlx_sora.request.generation import GenerationRequest
@@ -144,7 +143,7 @@ def other_model_fix(path: Path) -> str:
     inner = [path.parent, *(visible_files(path, "*") if path.is_dir() else [])]
     for folder in inner:
         if folder.is_dir() and not missing_parts(folder):
-            return f"Give the model folder: --model {quote(str(folder))}"
+            return f"Give the model folder: {shell_words('--model', folder)}"
     return (
         "A model folder holds transformer, vae, text_encoder and tokenizer/spiece.model. "
         f"Get one: {download_command(PUBLISHED)}"

@@ -14,13 +14,12 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from shlex import quote
 from typing import Any
 
 import mlx.core as mx
 
 from mlx_sora import __version__
-from mlx_sora.errors import UsageError, WeightsError
+from mlx_sora.errors import UsageError, WeightsError, shell_words
 from mlx_sora.loading.checkpoint import Checkpoint
 from mlx_sora.loading.model_folder import PARTS, ModelFolder
 from mlx_sora.loading.networks import match_part
@@ -207,7 +206,7 @@ class _Conversion:
             if conversion.quantization is not None and not mx.isfinite(array).all().item():
                 raise WeightsError(
                     f"{conversion.key} in {conversion.info.file} holds NaN or Inf.",
-                    f"Check the model: python -m mlx_sora doctor {quote(str(self.model.path))}",
+                    f"Check the model: python -m mlx_sora doctor {shell_words(self.model.path)}",
                 )
             del array
             done += conversion.info.nbytes

@@ -7,18 +7,18 @@ check skips the later ones, which would only repeat the fault.
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
-from shlex import quote
 from typing import Any
 
 import mlx.core as mx
 
-from mlx_sora.errors import MlxSoraError, WeightsError
+from mlx_sora.errors import MlxSoraError, WeightsError, shell_words
 from mlx_sora.loading.checkpoint import Checkpoint
 from mlx_sora.loading.model_folder import (
     BUNDLED,
@@ -284,17 +284,18 @@ def repair_command(path: Path) -> str:
         return command
     if provenance is not None:
         return f"{command} --check"
-    return f"mv {quote(str(path))} {quote(str(path) + '.old')} && {command}"
+    return f"mv {shell_words(path, f'{path}.old')} && {command}"
 
 
 def _conversion_command(provenance: Provenance, path: Path) -> str:
     source, dtype = str(provenance.conversion["source"]), provenance.conversion["dtype"]
-    if not Path(source).is_dir():
-        return f"convert {source} again; that folder is missing."
-    command = f"python -m mlx_sora convert {quote(source)} {quote(str(path))}"
+    if not os.path.isabs(source) or not os.path.isdir(source):  # any text, from the record
+        return "convert its source again; the folder that it came from is gone."
+    words = ["convert", source, path]
     quantization = provenance.conversion["quantization"]
-    command += f" --quantize {quantization['bits']}" if quantization else ""
-    return command + (f" --dtype {dtype}" if dtype else "") + " --check --overwrite"
+    words += ["--quantize", quantization["bits"]] if quantization else []
+    words += ["--dtype", dtype] if dtype else []
+    return f"python -m mlx_sora {shell_words(*words, '--check', '--overwrite')}"
 
 
 def _format_counts(values: ValueCounts) -> str:

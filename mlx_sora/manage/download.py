@@ -13,9 +13,8 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from shlex import quote
 
-from mlx_sora.errors import WeightsError
+from mlx_sora.errors import WeightsError, shell_words
 from mlx_sora.loading.checkpoint import Checkpoint
 from mlx_sora.loading.model_folder import (
     PARTS,
@@ -166,7 +165,7 @@ def installed_model(target: Path) -> Provenance | None:
     if found is None or found.model != PUBLISHED:
         raise WeightsError(
             f"{target} exists, but was not downloaded by this command.",
-            f"Move it away, or check it with: python -m mlx_sora doctor {quote(str(target))}",
+            f"Move it away, or check it with: python -m mlx_sora doctor {shell_words(target)}",
         )
     return found
 

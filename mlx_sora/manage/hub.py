@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlx_sora import __version__
-from mlx_sora.errors import WeightsError
+from mlx_sora.errors import WeightsError, shell_words
 from mlx_sora.manage.sources import PartSource, choose_files
 from mlx_sora.utils.files import git_sha1, sha256
 
@@ -290,7 +290,9 @@ def _local_fault(error: Exception) -> WeightsError | None:
     if isinstance(error, (ImportError, ValueError)) and "SOCKS" in str(error):
         package = "socksio" if isinstance(error, ImportError) else "pysocks"
         message = f"The environment sets a SOCKS proxy ({_reason(error)})."
-        return WeightsError(message, f"Run `pip install {package}`, or unset ALL_PROXY.")
+        return WeightsError(
+            message, f"Run {shell_words('pip', 'install', package)}, or unset ALL_PROXY."
+        )
     return None
 
 

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from mlx_sora.errors import UsageError, WeightsError
+from mlx_sora.errors import UsageError, WeightsError, shell_words
 from mlx_sora.loading.checkpoint import PICKLE_SUFFIXES, plain_names
 
 #: Prefix of the environment variables that override a source; the part's name follows in capitals.
@@ -97,7 +97,7 @@ def _apply_override(source: PartSource, text: str) -> PartSource:
     if match is None or not text:
         raise UsageError(
             f"{text!r} is not a valid source of {source.part}.",
-            f"Write {SYNTAX}, such as {source.part}={source.repo}@main.",
+            f"Write {SYNTAX}, such as {shell_words(f'{source.part}={source.repo}@main')}.",
         )
     repo, revision, folder = match.groups()
     if repo is not None:
@@ -133,9 +133,13 @@ def choose_files(source: PartSource, names: Sequence[str]) -> list[str]:
         if name not in local:
             raise WeightsError(
                 f"{source} has no {start}{name}.",
-                f"Name the folder that holds it: --source {source.part}={source.repo}:FOLDER.",
+                f"Name the folder that holds it: {_folder_flag(source)}.",
             )
     return [start + name for name in chosen]
+
+
+def _folder_flag(source: PartSource) -> str:
+    return shell_words("--source", f"{source.part}={source.repo}:FOLDER")
 
 
 def _is_inside(name: str) -> bool:
@@ -170,7 +174,7 @@ def _weight_files(source: PartSource, names: Sequence[str]) -> list[str]:
         )
     raise WeightsError(
         f"{where} holds no safetensors file.",
-        f"Name a repository or folder with one: --source {source.part}={source.repo}:FOLDER.",
+        f"Name a repository or folder with one: {_folder_flag(source)}.",
     )
 
 

@@ -6,8 +6,9 @@ import errno
 import json
 import os
 from pathlib import Path
-from shlex import quote
 from typing import Any
+
+from mlx_sora.errors import shell_words
 
 #: Largest JSON file in bytes. Parsed, it can take 30 times as much memory.
 MAX_JSON = 8_000_000
@@ -19,7 +20,7 @@ LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 def lfs_command(path: Path) -> str:
     """Return the command that fetches a file that Git LFS left as a pointer."""
-    return f"git -C {quote(str(path.parent))} lfs pull"
+    return shell_words("git", "-C", path.parent, "lfs", "pull")
 
 
 def read_bytes(path: Path, limit: int) -> bytes:

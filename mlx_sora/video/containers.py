@@ -7,7 +7,6 @@ lists. A box of a few bytes in an mp4 makes it allocate an index of any length.
 from __future__ import annotations
 
 import os
-import shlex
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -15,7 +14,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from mlx_sora.errors import UsageError
+from mlx_sora.errors import UsageError, shell_words
 
 #: FFmpeg's names of the containers that are read.
 VIDEO_FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi"
@@ -117,13 +116,13 @@ def _register_heif() -> None:
 def _heif_error(path: str | Path) -> UsageError:
     return UsageError(
         f"{path} is a HEIC or AVIF picture that cannot be read here.",
-        f'Run pip install "mlx-sora[heic]", or convert it: {jpeg_command(path)}.',
+        f'Run pip install "mlx-sora[heic]", or convert it, on macOS: {jpeg_command(path)}',
     )
 
 
 def jpeg_command(path: str | Path) -> str:
     """Return the command of macOS that makes a JPEG of a picture."""
-    return f"sips -s format jpeg {shlex.quote(str(path))} --out picture.jpg (macOS)"
+    return f"sips -s format jpeg {shell_words(path)} --out picture.jpg"
 
 
 @contextmanager

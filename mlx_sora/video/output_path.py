@@ -9,7 +9,7 @@ import re
 import string
 from pathlib import Path
 
-from mlx_sora.errors import UsageError
+from mlx_sora.errors import UsageError, shell_words
 from mlx_sora.request.options import as_path
 
 SUFFIXES = (".mp4", ".gif", ".webp", ".png")
@@ -176,14 +176,15 @@ def check_format(
     if suffix == ".png" and num_frames and num_frames > 1 and not is_sequence(path):
         raise UsageError(
             f"{path.name} can hold one frame, not {num_frames}.",
-            f"Write {path.stem}_%04d.png or FOLDER/ for one file per frame, or .mp4.",
+            f"Write {shell_words(f'{path.stem}_%04d.png')}, FOLDER/ (one file per frame) or .mp4.",
         )
 
 
 def _check_kind(path: Path) -> None:
     if path.is_dir():
         raise UsageError(
-            f"{path} is a folder.", f"Name a file in it, or write {path}/ for one png per frame."
+            f"{path} is a folder.",
+            f"Name a file in it, or write {shell_words(f'{path}/')} for one png per frame.",
         )
     if path.suffix.lower() not in SUFFIXES:
         raise UsageError(f"Unknown output format {path.name!r}.", f"Use {', '.join(SUFFIXES)}.")

@@ -48,7 +48,9 @@ def check_developed(image: Any, path: str | Path) -> None:
     """Raise UsageError for a raw photograph, of which Pillow would read the thumbnail."""
     tags = getattr(image, "tag_v2", {})
     if DNG_VERSION in tags or tags.get(SUBFILE_TYPE, 0) & 1:
-        raise UsageError(f"{path} is a raw photograph.", f"Convert it: {jpeg_command(path)}.")
+        raise UsageError(
+            f"{path} is a raw photograph.", f"Convert it, on macOS: {jpeg_command(path)}"
+        )
 
 
 def upright_size(image: Any) -> Size:

@@ -77,6 +77,15 @@ def provenances() -> list[bytes]:
     return _json(plain, plain | {"conversion": conversion})
 
 
+def foreign_words() -> list[bytes]:
+    """Names and texts that a shell would read in another way than they are meant."""
+    return [
+        *(b"a b", b"$(id)", b"`id`", b"; id #", b"' ; id ; '", b"'; id; '" * 40, b"\\", b"\n id"),
+        *(b"~", b"--help", b"Repair: id", b" Repair: id", b"&& id", b"a" * 400 + b"' & id", b"*"),
+        *("\u2028; id".encode(), "\u00e9' id".encode(), b"!!", b"\x1b[2J", b"'" * 99, b"x{a,b}"),
+    ]
+
+
 def _field(number: int, value: bytes | int | float) -> bytes:
     """One field of a protocol buffer."""
     if isinstance(value, bytes):

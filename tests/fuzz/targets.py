@@ -14,6 +14,7 @@ import mlx_sora
 from mlx_sora.errors import WeightsError
 from tests.fuzz import samples
 from tests.fuzz.mutators import mutate_bytes, mutate_json, mutate_text
+from tests.fuzz.shell import type_advice
 
 Mutate = Callable[[bytes, int, int], bytes]
 
@@ -337,6 +338,7 @@ TARGETS: dict[str, Target] = {
     "config-vae": Target(_config("vae"), lambda: samples.configs("vae")),
     "model-index": Target(_model_index, samples.model_indexes),
     "provenance": Target(_provenance, samples.provenances),
+    "advice": Target(type_advice, samples.foreign_words, mutate_text, 1 << 11),
     "spiece": Target(_spiece, samples.spieces, mutate_bytes),
     "prompt": Target(_prompt, samples.prompts, mutate_text, 1 << 12),
     "repeated": Target(_repeated, samples.pieces, mutate_text, 24),
@@ -368,8 +370,8 @@ def import_all() -> None:
 
 #: Modules that the targets use.
 MODULES = (
-    *("accel.schedules", "cli.flags", "cli.requests", "conditioning.media"),
+    *("accel.schedules", "cli.doctor", "cli.flags", "cli.requests", "conditioning.media"),
     *("loading.checkpoint", "loading.networks", "manage.doctor", "manage.hub"),
     *("pipeline.resume", "pipeline.settings", "text.prompt", "text.tokenizer"),
-    *("video.metadata", "video.output_path", "video.reader"),
+    *("video.containers", "video.metadata", "video.output_path", "video.reader"),
 )

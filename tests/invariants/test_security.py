@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import json
 import os
+import re
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -77,6 +79,32 @@ def test_nothing_reaches_a_shell() -> None:
             if shell or named(call) in SHELLS:
                 found.append(f"{source.name}:{call.lineno} {named(call)}")
     assert found == []
+
+
+#: Text after which a value is a word of a command.
+COMMAND = re.compile(r"\b(python -m|mlx\.launch|git|mv|rm|sips|pip install)( [^.:()]*)?[ =]$")
+
+
+def test_words_of_others_in_commands_are_quoted() -> None:
+    """A value in a command is a constant, or goes through `shell_words`."""
+    found, quoted = [], 0
+    for source in sources("mlx_sora"):
+        if source.module != "mlx_sora.errors":
+            found += [
+                f"{source.name}:{n} {x}" for n, x in source.imports() if x.startswith("shlex")
+            ]
+        for node in ast.walk(source.tree):
+            values = node.values if isinstance(node, ast.JoinedStr) else []
+            for text, value in pairwise(values):
+                if not isinstance(text, ast.Constant) or not COMMAND.search(str(text.value)):
+                    continue
+                assert isinstance(value, ast.FormattedValue)
+                code = ast.unparse(value.value)
+                quoted += code.startswith("shell_words(")
+                if not code.startswith("shell_words(") and not code.isupper():
+                    found.append(f"{source.name}:{node.lineno} {code}")
+    assert found == []
+    assert quoted > 3
 
 
 @pytest.mark.parametrize("suffix", PICKLE_SUFFIXES)

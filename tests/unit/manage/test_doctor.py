@@ -382,5 +382,3 @@ def test_what_mends_a_conversion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     for folder in (tmp_path / "mine", root / PUBLISHED):
         assert repair_command(folder) == command.format(folder) + " --check --overwrite"
     assert repair_command(root / f"{PUBLISHED}-8bit") == f"{get} --check"
-    Provenance(PUBLISHED, "", {}, record | {"source": "/gone"}).write(tmp_path / "mine")
-    assert "/gone again" in repair_command(tmp_path / "mine")
