@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 
 from mlx_sora import __version__
-from mlx_sora.cli import bench, calibrate, convert, doctor, download, edit, generate, info
+from mlx_sora.cli import bench, calibrate, convert, doctor, download, edit, generate, info, serve
 from mlx_sora.cli.awake import stay_awake
 from mlx_sora.cli.flags import Parser, parse_args
 from mlx_sora.cli.streams import prepare_streams
@@ -24,7 +24,7 @@ from mlx_sora.distributed.launch import launch_backend, launch_rank
 from mlx_sora.errors import INTERRUPTED, MAX_MESSAGE, MlxSoraError, UsageError, printable
 from mlx_sora.runtime.compile_cache import ensure_compile_cache
 
-COMMANDS = (generate, edit, download, convert, doctor, info, bench, calibrate)
+COMMANDS = (generate, edit, serve, download, convert, doctor, info, bench, calibrate)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
