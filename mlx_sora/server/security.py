@@ -59,9 +59,10 @@ _HEADERS = (
 class Access:
     """Rules of the guard.
 
-    token: needed for everything but /healthz; None: nobody needs one. listening: other machines
-    may connect, by an address of this machine or one of `names`. rate: requests per minute of an
-    address. max_upload: bytes of a body with a file. uploads: such bodies at a time.
+    token: needed for all but /healthz and the files of the page; None: nobody needs one.
+    listening: other machines may connect, by an address of this machine or one of `names`.
+    rate: requests per minute of an address. max_upload: bytes of a body with a file. uploads: such
+    bodies at a time.
     """
 
     token: str | None = None
@@ -130,7 +131,7 @@ class Guard:
             )
         _check_origin(scope, headers, host)
         self._rates.count((scope.get("client") or ("",))[0])
-        if self._access.token is not None and scope["path"] != "/healthz":
+        if self._access.token is not None and not _is_public(scope):
             self._check_token(scope, headers, self._access.token)
 
     def _check_token(self, scope: Scope, headers: dict[str, str], token: str) -> None:
@@ -147,6 +148,14 @@ class Guard:
                 "The token is wrong." if offered else "A token is needed.",
                 "Open the link that the server printed, or send Authorization: Bearer TOKEN.",
             )
+
+
+def _is_public(scope: Scope) -> bool:
+    """Return whether a request needs no token: the page as it is packaged asks for it itself."""
+    path = str(scope["path"])
+    if path == "/":
+        return "token" not in parse_qs(scope["query_string"].decode("latin-1"), max_num_fields=20)
+    return path == "/healthz" or path.startswith("/static/")
 
 
 #: Cookie with the token.

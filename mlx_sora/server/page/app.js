@@ -108,9 +108,14 @@ function wireToken() {
     show("");
     if (!$("token").open) $("token").showModal();
   });
-  $("token-form").addEventListener("submit", (event) => {
+  $("token-form").addEventListener("submit", async (event) => {
     event.preventDefault();
-    location.href = `/?token=${encodeURIComponent($("token-value").value.trim())}`;
+    const token = $("token-value").value.trim();
+    const answer = await fetch("/v1/videos?limit=1", {
+      headers: { Authorization: `Bearer ${token}` }, credentials: "omit",
+    }).catch(() => null);
+    if (answer?.ok) location.href = `/?token=${encodeURIComponent(token)}`;
+    else $("token-error").textContent = answer ? "This is not its token." : "The server does not answer.";
   });
 }
 

@@ -107,7 +107,7 @@ function showCustom() {
 
 /** Return the request as the API takes it. */
 function request() {
-  const body = { model: $("model").value, prompt: $("prompt").value.trim(), ...panel.values() };
+  const body = { model: $("model").value || undefined, prompt: $("prompt").value.trim(), ...panel.values() };
   const [width, height] = $("size").value === "other" ? [$("width").value, $("height").value]
     : $("size").value.split("x");
   if (width) body.width = width;
