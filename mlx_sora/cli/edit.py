@@ -59,6 +59,8 @@ def run(args: argparse.Namespace) -> int:
                 runs = map(pipeline.prepare_edit, [edit])
                 show_plans(ranks, runs, renderer, as_json=args.json_events)
                 return 0
+            for event in pipeline.hash_weights([edit.target]):
+                renderer.handle(event)
             with closing(pipeline.stream_edit(edit)) as events:
                 for event in events:
                     renderer.handle(event)

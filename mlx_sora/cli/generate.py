@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlx_sora.cli.awake import add_sleep_flag
 from mlx_sora.cli.flags import Parser, add_debug_flag, add_quiet_flag, add_request_flags
-from mlx_sora.cli.plans import show_plans
+from mlx_sora.cli.plans import note_unread_weights, show_plans
 from mlx_sora.cli.progress import (
     BarRenderer,
     JsonRenderer,
@@ -104,6 +104,7 @@ def run(args: argparse.Namespace) -> int:
                 if args.dry_run:
                     runs = map(pipeline.prepare, batch.requests)
                     show_plans(ranks, runs, renderer, as_json=args.json_events)
+                    note_unread_weights(pipeline, batch.requests, renderer)
                     if cluster is not None and ranks.is_rank0:
                         show_estimates(pipeline, batch.requests, cluster, args.json_events)
                 else:
@@ -115,6 +116,8 @@ def make_videos(
     pipeline: Pipeline, batch: RequestBatch, renderer: Renderer, resume: str | None
 ) -> None:
     """Make the videos of a batch. If there are several, record failures and continue."""
+    for event in pipeline.hash_weights(batch.requests):
+        renderer.handle(event)
     if len(batch.requests) == 1 and batch.unit == "video":
         renderer.note(f"seed {batch.requests[0].seed}")
         stream = pipeline.stream(batch.requests[0], resume)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from mlx_sora.cli.progress import Renderer, plan_table
@@ -11,7 +11,9 @@ from mlx_sora.cli.progress import Renderer, plan_table
 if TYPE_CHECKING:
     from mlx_sora.distributed.group import Ranks
     from mlx_sora.memory.estimate import Estimate
+    from mlx_sora.pipeline.pipeline import Pipeline
     from mlx_sora.pipeline.run import GenerationRun
+    from mlx_sora.request.generation import GenerationRequest
 
 
 def show_plans(
@@ -33,6 +35,25 @@ def show_plans(
                 else:
                     lines = [*plan_table(run.plan), *estimate_lines(estimate)]
                     print("\n".join(lines))
+
+
+def note_unread_weights(
+    pipeline: Pipeline, requests: Sequence[GenerationRequest], renderer: Renderer
+) -> None:
+    """Show the bytes, and seconds, that checkpoints or ranks need to recognise the weights."""
+    from mlx_sora.manage.machine_file import read_speeds
+    from mlx_sora.memory.estimate import format_duration
+    from mlx_sora.memory.profiles import format_bytes
+    from mlx_sora.pipeline.engine import SHOWN_BYTES
+
+    unread = pipeline.unread_weights(requests)
+    if unread < SHOWN_BYTES:
+        return
+    speeds = read_speeds().speeds
+    time = "" if speeds is None else f", in about {format_duration(unread / speeds.disk)}"
+    renderer.note(
+        f"The run first reads {format_bytes(unread)} of weights once{time}, to recognise them."
+    )
 
 
 def estimate_record(estimate: Estimate | None) -> dict[str, Any]:

@@ -34,7 +34,7 @@ _REDRAW_TERMINAL, _REDRAW_LOG = 0.1, 10.0
 #: Most characters of a prompt in a line of progress.
 MAX_PROMPT = 200
 
-UNITS = {"encode": "prompt", "read": "chunk", "denoise": "step", "decode": "frame"}
+UNITS = {"hash": "MB", "encode": "prompt", "read": "chunk", "denoise": "step", "decode": "frame"}
 
 
 class Renderer(Protocol):

@@ -1,4 +1,4 @@
-"""Model folders: the models with a name, their layout, default options and fingerprint.
+"""Model folders: the models with a name, their layout and default options.
 
 A model folder holds the published files under these names:
     transformer/   config.json, model.safetensors          (STDiT3)
@@ -10,8 +10,6 @@ A model folder holds the published files under these names:
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -45,9 +43,6 @@ WEIGHTS_VARIABLE = "MLX_SORA_WEIGHTS"
 
 #: The folder of models beside the package, which holds the bundled one.
 _OWN_ROOT = Path(__file__).resolve().parents[2] / "weights"
-
-#: Bytes of each tensor that a fingerprint reads.
-_SAMPLE = 64
 
 
 @dataclass(frozen=True)
@@ -228,21 +223,3 @@ def _read_index(path: Path) -> tuple[str, Defaults]:
     options = {key: getattr(request, key) for key in options}
     name = printable(str(content.get("name", path.name)), MAX_NAME)
     return name, Defaults(**options, warn_below_frames=values["warn_below_frames"])
-
-
-def fingerprint(model: ModelFolder) -> str:
-    """Return a checksum that identifies a model; reads a few kilobytes.
-
-    It covers the configurations, and name, shape, type and the middle bytes of every tensor.
-    Raises WeightsError for files that cannot be opened.
-    """
-    digest = hashlib.sha256()
-    for part in PARTS:
-        digest.update(json.dumps([part, model.config(part)], sort_keys=True).encode())
-        tensors = model.checkpoint(part).tensors
-        for name, info in sorted(tensors.items(), key=lambda item: (item[1].file, item[1].offset)):
-            digest.update(f"\n{name} {info.dtype} {info.shape}\n".encode())
-            with info.file.open("rb") as file:
-                file.seek(info.offset + info.nbytes // 2)
-                digest.update(file.read(min(_SAMPLE, info.nbytes - info.nbytes // 2)))
-    return digest.hexdigest()

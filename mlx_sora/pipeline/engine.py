@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from mlx_sora.distributed.group import Ranks
 from mlx_sora.errors import UsageError
-from mlx_sora.loading.model_folder import ModelFolder, fingerprint, model_path
+from mlx_sora.loading.fingerprint import FileHashes, fingerprint, weight_files
+from mlx_sora.loading.model_folder import PARTS, ModelFolder, model_path
+from mlx_sora.loading.published import PublishedModel
 from mlx_sora.loading.quantization import choose_quantization
 from mlx_sora.loading.sizes import model_sizes
-from mlx_sora.memory.limits import default_cache_limit
+from mlx_sora.memory.limits import StageMeter, default_cache_limit
 from mlx_sora.memory.plan import Machine, ModelSizes
+from mlx_sora.memory.profiles import format_bytes
 from mlx_sora.models.ops import on_gpu
 from mlx_sora.models.precision import Precision
 from mlx_sora.models.stdit3 import STDiT3Config
@@ -21,8 +26,16 @@ from mlx_sora.models.vae import VAEConfig
 from mlx_sora.pipeline.locks import check_not_forked
 from mlx_sora.request.generation import GenerationRequest, label
 from mlx_sora.runtime.device import backend, choose_precision, largest_array, total_memory
+from mlx_sora.runtime.events import Event, StageFinished, StageProgress, StageStarted
 from mlx_sora.text.tokenizer import Tokenizer
 from mlx_sora.utils.versions import versions
+
+log = logging.getLogger(__name__)
+
+MB = 10**6
+
+#: Bytes of weights whose reading is shown to the user.
+SHOWN_BYTES = 300 * MB
 
 
 @dataclass(frozen=True)
@@ -39,6 +52,7 @@ class Engine:
     vae_dtype: str = "float32"
     _sizes: dict[tuple[Any, ...], ModelSizes] = field(default_factory=dict, repr=False)
     _tokenizer: list[Tokenizer] = field(default_factory=list, repr=False)
+    _hashes: FileHashes = field(default_factory=FileHashes, repr=False, compare=False)
 
     def for_request(self, request: GenerationRequest) -> Engine:
         """Return the engine with the data types, quantization and ranks that a request asks for.
@@ -106,12 +120,49 @@ class Engine:
             can_throttle=backend() != "cuda",
         )
 
+    @property
+    def unread_bytes(self) -> int:
+        """Bytes of weights that `fingerprint` has yet to read."""
+        if isinstance(self.model, PublishedModel):  # not downloaded
+            return sum(self.model.checkpoint(part).nbytes for part in PARTS)
+        return sum(file.stat().st_size for file in self._unread_files())
+
+    def _unread_files(self) -> list[Path]:
+        files = (file for files in weight_files(self.model).values() for file in files)
+        return self._hashes.unread(list(files))
+
+    def hash_weights(self) -> Iterator[Event]:
+        """Read the weights that `fingerprint` needs; yield the progress in MB, if that takes long.
+
+        Of several ranks, all call it.
+        """
+        total, done, shown = self.unread_bytes, 0, 0
+        if total < SHOWN_BYTES:
+            return
+        yield StageStarted("hash", total // MB)
+        with StageMeter("hash") as meter:
+            for file in self._unread_files():
+                for count in self._hashes.read(file):
+                    self.ranks.tick()
+                    done += count
+                    if done - shown > total // 100:
+                        yield StageProgress("hash", done // MB, total // MB)
+                        shown = done
+        assert meter.usage is not None
+        yield StageFinished("hash", meter.usage.seconds, 0, meter.usage.peak_rss)
+
+    def fingerprint(self) -> str:
+        """Return the fingerprint of the model; reads the weights whose hash is unknown."""
+        if (unread := self.unread_bytes) >= SHOWN_BYTES:
+            log.warning("reading %s of weights once, to recognise them", format_bytes(unread))
+        return fingerprint(self.model, self._hashes, self.ranks.tick)
+
     def check_equal(self, requests: Sequence[GenerationRequest], **more: Any) -> None:
         """Raise UsageError if ranks have different versions, weights, requests or `more`."""
         if self.ranks.size == 1:
             return
         with self.ranks.collective_errors():
-            weights = fingerprint(self.model)
+            weights = self.fingerprint()
         facts: dict[str, Any] = {"requests": [request.to_dict() for request in requests]}
         if len(requests) == 1:
             facts = {label(name): value for name, value in requests[0].to_dict().items()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -93,6 +93,17 @@ class Pipeline:
                 run = prepare(self.engine, request, checkpoint)
             run.checkpoints.share(ranks)
         return ranks.watch_events(run_exclusively(run.output, _events(run), ranks))
+
+    def unread_weights(self, requests: Sequence[GenerationRequest]) -> int:
+        """Return the bytes that must be read once, for checkpoints or ranks to compare weights."""
+        if self.ranks.size == 1 and all(each.checkpoint_every is None for each in requests):
+            return 0
+        return self.engine.unread_bytes
+
+    def hash_weights(self, requests: Sequence[GenerationRequest]) -> Iterator[Event]:
+        """Read the `unread_weights`; yield the progress in MB. `stream` reads them without that."""
+        if self.unread_weights(requests):
+            yield from self.engine.hash_weights()
 
     def resume(self, checkpoint: str | Path, **options: Any) -> Video:
         """Finish the video of a checkpoint, beside it. options: must not change what it shows."""

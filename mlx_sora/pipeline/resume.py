@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_sora.errors import MlxSoraError, UsageError, WeightsError
-from mlx_sora.loading.model_folder import fingerprint
+from mlx_sora.loading.fingerprint import PREFIX
 from mlx_sora.memory.limits import release
 from mlx_sora.models.precision import dtype_name
 from mlx_sora.pipeline.checkpoint import Checkpoints, Snapshot, read_record
@@ -46,7 +46,8 @@ def with_checkpoints(run: GenerationRun, resume: Path | None) -> GenerationRun:
         raise UsageError("A checkpoint needs an output file to lie beside.", "Give output.")
     path = checkpoint_path(output)
     source = path if resume is None else resume
-    own = identity(run, fingerprint(run.engine.model))
+    run = replace(run, weights=run.engine.fingerprint())
+    own = identity(run)
     new = Snapshot(_recorded_options(request), own, output.name)
     every = request.checkpoint_every or MAX_STEPS
     if resume is None and not path.exists():
@@ -74,17 +75,16 @@ def with_checkpoints(run: GenerationRun, resume: Path | None) -> GenerationRun:
     return replace(run, checkpoints=checkpoints, notes=(*run.notes, note))
 
 
-def identity(run: GenerationRun, weights: str) -> dict[str, Any]:
+def identity(run: GenerationRun) -> dict[str, Any]:
     """Return everything that the latents of a run depend on, as JSON values.
 
-    Contains every option that a replay takes over, so that new options are covered too. weights:
-    fingerprint of the model.
+    Contains every option that a replay takes over, so that new options are covered too.
     """
     names = [name for name in _replayed_options() if name not in _RESOLVED]
     found = {name: getattr(run.request, name) for name in names} | run.settings.to_dict()
     del found["memory_budget"]
     found["dtype"] = dtype_name(run.engine.precision.transformer)
-    found["weights"] = weights
+    found["weights"] = run.weights
     # A schedule table may have been calibrated again since.
     found["schedule"] = [
         sorted(run.accelerations.skipped_steps),
@@ -134,6 +134,9 @@ def checkpoint_mismatch(
     if not names:
         return None
     fix = "Finish that one with --resume, delete it, or change --output."
+    if not str(found.identity.get("weights")).startswith(PREFIX):
+        message = f"{source} is of an earlier version, which compared a sample of the weights only."
+        return WeightsError(message, f"Go on with that version of mlx_sora. {fix}")
     if "weights" in names:
         return WeightsError(f"{source} was made with other weights.", fix)
     name = next((name for name in names if name != "schedule"), "step_cache")

@@ -17,7 +17,7 @@ from mlx_sora.accel.sequence_parallel import SequenceParallel
 from mlx_sora.distributed.group import Ranks
 from mlx_sora.distributed.heartbeat import Timeouts
 from mlx_sora.distributed.partition import ParallelPlan
-from mlx_sora.errors import UsageError
+from mlx_sora.errors import UsageError, WeightsError
 from mlx_sora.geometry import MICRO_FRAME_SIZE
 from mlx_sora.memory.estimate import Estimate, estimate_from_speeds
 from mlx_sora.memory.limits import StageMeter
@@ -127,7 +127,8 @@ class GenerationRun:
 
     output: path of the video, None to hold its frames in memory. encodings: token ids of every
     text. accelerations: the techniques of the first clip; each later clip gets a fresh copy. plan:
-    memory, reading and work per stage. notes: lines for the user at the start.
+    memory, reading and work per stage. notes: lines for the user at the start. weights: fingerprint
+    of the model, if checkpoints are written.
     """
 
     engine: Engine
@@ -142,6 +143,7 @@ class GenerationRun:
     previews: Previews | None = None
     checkpoints: Checkpoints = field(default_factory=Checkpoints)
     notes: tuple[str, ...] = ()
+    weights: str | None = None
     result: RunResult = field(default_factory=RunResult)
 
     @property
@@ -169,7 +171,15 @@ class GenerationRun:
 
     @contextmanager
     def open_stage(self, name: str) -> Iterator[Stage]:
-        """Open a stage; other ranks wait for its longest work between two signs of progress."""
+        """Open a stage; other ranks wait for its longest work between two signs of progress.
+
+        Raises WeightsError if the weights are no longer those that checkpoints belong to.
+        """
+        if self.weights is not None and self.engine.fingerprint() != self.weights:
+            raise WeightsError(
+                f"The weights in {self.engine.model.path} were replaced during the run.",
+                "Put the earlier ones back and start again, or delete the checkpoint.",
+            )
         plan = self.plan.stage(name)
         with self.ranks.allow_idle(self._longest_idle(name)), self.loader.stage(plan) as stage:
             yield stage

@@ -12,6 +12,7 @@ import pytest
 from mlx_sora.cli.main import main
 from mlx_sora.manage.machine_file import machine_identity, write_speeds
 from mlx_sora.memory.estimate import format_duration
+from mlx_sora.pipeline import engine
 from tests.helpers.speeds import SPEEDS
 
 WORDS = ["generate", "-p", "a cat", "--dry-run"]
@@ -111,3 +112,27 @@ def test_a_stale_machine_file_is_one_line_and_no_seconds(
 )
 def test_durations_have_few_digits(seconds: float, text: str) -> None:
     assert format_duration(seconds) == text
+
+
+def test_reading_all_weights_for_checkpoints_is_foreseen(
+    no_weights: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    measure()
+    words = [*WORDS, "--model", "opensora-1.2"]
+    assert main(words) == 0
+    assert "weights once" not in capsys.readouterr().err
+    assert main([*words, "--checkpoint-every", "5"]) == 0
+    seconds = r"first reads 2[\d.]+ GB of weights once, in about [\d.]+ (s|min), to recognise them"
+    assert re.search(seconds, capsys.readouterr().err)
+
+
+def test_reading_all_weights_is_shown(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "SHOWN_BYTES", 1)
+    words = "generate -p a --steps 1 --num-frames 1 --width 32 --height 32 --model shapes -o a.png"
+    assert main([*words.split(), "--json-events", "--checkpoint-every", "1"]) == 0
+    events = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    hashing = [event for event in events if event.get("stage") == "hash"]
+    assert {"stage_started", "stage_progress", "stage_finished"} == {e["event"] for e in hashing}
+    assert events.index(hashing[-1]) < [e.get("stage") for e in events].index("encode")

@@ -51,6 +51,9 @@ class FakePipeline:
             "device": {"total_memory": 8_000_000_000, "metal": False},
         }
 
+    def hash_weights(self, requests: Sequence[GenerationRequest]) -> Iterator[Event]:
+        return iter(())
+
     def stream(self, request: GenerationRequest, resume: str | None = None) -> Iterator[Event]:
         self.requests.append(request)
         self.runs.append(self._run(request))

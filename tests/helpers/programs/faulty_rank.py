@@ -48,7 +48,7 @@ def differ(kind: str) -> None:
         real = versions()
         mlx_sora.pipeline.engine.versions = lambda: real | {"mlx": "0.1"}  # type: ignore[attr-defined]
     if kind == "other-weights":
-        mlx_sora.pipeline.engine.fingerprint = lambda model: "abc"  # type: ignore[attr-defined]
+        mlx_sora.pipeline.engine.fingerprint = lambda *_: "abc"  # type: ignore[attr-defined]
 
 
 def install(kind: str) -> None:

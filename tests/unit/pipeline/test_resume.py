@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,19 @@ import pytest
 
 from mlx_sora import GenerationRequest, Pipeline, UsageError, WeightsError
 from mlx_sora.errors import MlxSoraError
-from mlx_sora.loading.model_folder import ModelFolder, find_model, fingerprint
+from mlx_sora.loading.model_folder import ModelFolder, find_model
 from mlx_sora.pipeline.checkpoint import Snapshot
 from mlx_sora.pipeline.resume import checkpoint_seed, resumed_request
 from mlx_sora.runtime.device import default_dtype
-from mlx_sora.runtime.events import Event, Finished, Noted, StageStarted, StepFinished, Warned
+from mlx_sora.runtime.events import (
+    Event,
+    Finished,
+    Noted,
+    StageFinished,
+    StageStarted,
+    StepFinished,
+    Warned,
+)
 from mlx_sora.video.output_path import checkpoint_path
 
 OPTIONS = {"prompt": "a red circle", "seed": 3, "steps": 3, "num_frames": 17}
@@ -170,16 +179,48 @@ def test_what_changes_nothing_may_change(pipe: Pipeline, output: Path) -> None:
     assert "1 of 3 steps" in notes(finish(pipe.stream(asked))[0])
 
 
-def test_other_weights_are_refused(pipe: Pipeline, output: Path, tmp_path: Path) -> None:
+@pytest.fixture
+def copy(tmp_path: Path) -> ModelFolder:
+    """A model folder of this test alone."""
+    return ModelFolder.open(shutil.copytree(find_model("shapes").path, tmp_path / "shapes"))
+
+
+def change(model: ModelFolder) -> None:
+    """Replace the transformer by one of which the last byte is another."""
+    weights = model.transformer / "model.safetensors"
+    content = weights.read_bytes()
+    weights.unlink()
+    weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+
+
+def test_other_weights_are_refused(pipe: Pipeline, output: Path, copy: ModelFolder) -> None:
     stop(pipe, request(output), 1)
-    folder = Path(shutil.copytree(find_model("shapes").path, tmp_path / "shapes"))
-    assert fingerprint(ModelFolder.open(folder)) == fingerprint(pipe.model)
-    weights = folder / "transformer" / "model.safetensors"
-    content = bytearray(weights.read_bytes())
-    content[len(content) // 2 :] = bytes(len(content) - len(content) // 2)
-    weights.write_bytes(content)
+    Pipeline(copy).stream(request(output)).close()
+    change(copy)
     with pytest.raises(WeightsError, match="other weights"):
-        Pipeline.from_pretrained(folder).stream(request(output))
+        Pipeline(copy).stream(request(output))
+
+
+def test_weights_that_are_replaced_during_a_run_end_it(output: Path, copy: ModelFolder) -> None:
+    run = Pipeline(copy).stream(request(output, checkpoint_every=1))
+    while not (isinstance(event := next(run), StageFinished) and event.stage == "encode"):
+        pass
+    change(copy)
+    with pytest.raises(WeightsError, match="were replaced during the run.*delete the checkpoint"):
+        next(event for event in run if isinstance(event, StepFinished))
+    assert not output.exists()
+
+
+def test_a_checkpoint_that_compared_a_sample_of_the_weights_is_refused(
+    pipe: Pipeline, output: Path
+) -> None:
+    stop(pipe, request(output), 1)
+    found = Snapshot.load(checkpoint_path(output))
+    old = replace(found, identity={**found.identity, "weights": "0" * 64})
+    old.save(checkpoint_path(output))
+    with pytest.raises(WeightsError, match="earlier version.*Go on with that version"):
+        pipe.stream(request(output))
+    finish(pipe.stream(request(output, overwrite=True)))
 
 
 def test_given_pictures_must_be_the_same(pipe: Pipeline, output: Path, tmp_path: Path) -> None:
