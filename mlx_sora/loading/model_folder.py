@@ -5,17 +5,19 @@ A model folder holds the published files under these names:
     vae/           config.json, model.safetensors          (spatial and temporal VAE)
     text_encoder/  config.json, safetensors, maybe sharded (T5 v1.1 encoder)
     tokenizer/     spiece.model
-    model_index.json  (optional) name and default options
+    model_index.json  (optional) name, default options, and a card for people
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from mlx_sora.errors import MlxSoraError, WeightsError, printable, shell_words
+from mlx_sora.geometry import RESOLUTIONS, check_size, get_image_size, parse_frames
 from mlx_sora.loading.checkpoint import Checkpoint
 from mlx_sora.loading.other_models import describe_other_model
 from mlx_sora.request.generation import GenerationRequest
@@ -63,6 +65,19 @@ class Defaults:
 
 
 @dataclass(frozen=True)
+class ModelCard:
+    """Text for people who choose what to draw; sizes and lengths here are those of Open-Sora 1.2.
+
+    description: what the model can draw. prompts: some to try. sizes: WIDTHxHEIGHT, in pixels.
+    """
+
+    description: str = ""
+    prompts: tuple[str, ...] = ()
+    sizes: tuple[str, ...] = tuple(str(get_image_size(name)) for name in RESOLUTIONS)
+    num_frames: tuple[int, ...] = (1, 51, 102, 204, 408)
+
+
+@dataclass(frozen=True)
 class ModelFolder:
     """A complete model on disk. quantize_bits: bits per weight to quantize to on load, if any."""
 
@@ -107,6 +122,18 @@ class ModelFolder:
             )
         name, defaults = _read_index(path)
         return cls(path, name, defaults)
+
+    def card(self) -> ModelCard:
+        """Read the card in model_index.json. Raises WeightsError."""
+        index = self.path / "model_index.json"
+        content = _read_json(index).get("card", {}) if index.is_file() else {}
+        try:
+            return _read_card(content)
+        except (MlxSoraError, ValueError, TypeError, AttributeError):
+            raise WeightsError(
+                f"{index}: 'card' is not valid.",
+                "It has a description, and lists of prompts, sizes (64x64) and num_frames.",
+            ) from None
 
     def checkpoint(self, part: str) -> Checkpoint:
         """Open the weights of `part`. Reads headers only. Raises WeightsError."""
@@ -223,3 +250,18 @@ def _read_index(path: Path) -> tuple[str, Defaults]:
     options = {key: getattr(request, key) for key in options}
     name = printable(str(content.get("name", path.name)), MAX_NAME)
     return name, Defaults(**options, warn_below_frames=values["warn_below_frames"])
+
+
+def _read_card(content: Mapping[str, Any]) -> ModelCard:
+    found = asdict(ModelCard()) | dict(content.items())
+    if any(
+        not isinstance(found[name], list | tuple) for name in ("prompts", "sizes", "num_frames")
+    ):
+        raise TypeError
+    sizes = [check_size(*map(int, str(size).split("x"))) for size in found["sizes"]]
+    return ModelCard(
+        printable(str(found["description"])),
+        tuple(printable(str(prompt)) for prompt in found["prompts"]),
+        tuple(str(size) for size in sizes),
+        tuple(parse_frames(count) for count in found["num_frames"]),
+    )

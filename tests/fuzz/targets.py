@@ -109,7 +109,9 @@ def _model_index(data: bytes, folder: Path) -> None:
     path = _model(folder)
     (path / "model_index.json").write_bytes(data)
     request = GenerationRequest(prompt="a cat", seed=1)
-    resolve(request, ModelFolder.open(path))
+    model = ModelFolder.open(path)
+    resolve(request, model)
+    model.card()
 
 
 def _provenance(data: bytes, folder: Path) -> None:

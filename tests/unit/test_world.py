@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from benchmarks.shapes import world
+from mlx_sora.loading.model_folder import ModelFolder, bundled_folder
 
 
 @pytest.mark.parametrize("frames", [17, 34, 51])
@@ -20,3 +21,12 @@ def test_a_window_is_a_part_of_the_whole() -> None:
     whole = world.swing(34, 0, 200)
     for first in (17, 51, 85):
         assert np.array_equal(world.swing(34, first, 34), whole[first : first + 34])
+
+
+def test_the_card_of_the_bundled_model_describes_the_world() -> None:
+    card = ModelFolder.open(bundled_folder()).card()
+    captions = {world.caption(attributes) for attributes in world.all_attributes()}
+    assert set(card.prompts) <= captions
+    words = (*world.COLOURS, *world.SHAPES, *world.MOTIONS, *world.BACKGROUNDS)
+    assert [word for word in words if word not in card.description] == []
+    assert card.sizes == ("64x64",)

@@ -88,7 +88,7 @@ function showModel() {
 
 function choices(select, values, describe, standard) {
   const before = select.value;
-  const first = source ? "As the video" : standard ? `${describe(String(standard))} (default)` : "Default";
+  const first = source ? "As the video" : standard ? describe(String(standard)) : "Default of the model";
   select.replaceChildren(
     el("option", { value: "" }, first),
     ...values.filter((value) => source || value !== String(standard))

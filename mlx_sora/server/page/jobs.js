@@ -7,7 +7,9 @@ import { openViewer, showInViewer } from "./viewer.js";
 
 const PAGE = 60;
 const ACTIVE = ["queued", "running"];
-const STAGES = { encode: "Reading the prompt", read: "Reading media", denoise: "Denoising", decode: "Decoding" };
+const STAGES = {
+  memory: "Waiting for memory", encode: "Reading the prompt", read: "Reading media", denoise: "Denoising", decode: "Decoding",
+};
 
 const videos = new Map(); // id -> video
 const rows = new Map(); // id -> row of the queue
@@ -69,15 +71,11 @@ export function handle(event) {
   if (["job", "deleted"].includes(event.event)) {
     changes.add(event.id);
     sync();
-  } else {
-    progress(event);
-    syncSlowly();
-  }
+  } else progress(event);
 }
 
 const changes = new Set(); // ids of jobs whose state may be another
 const sync = throttle(50, readChanges);
-const syncSlowly = throttle(1000, readChanges);
 
 async function readChanges() {
   const active = await quietly(() => pages(ACTIVE, "asc", Infinity));
@@ -111,6 +109,10 @@ function progress(event) {
   if (event.event === "preview_ready") job.preview = event.step + 1;
   if (event.event === "step_finished") Object.assign(job, { step: event.step + 1, steps: event.total });
   if (event.event === "stage_started") job.stage = event.stage;
+  if ("progress" in event) {
+    video.progress = Math.min(99, Math.floor(event.progress * 100));
+    job.seconds_left = event.seconds_left;
+  }
   update(video);
 }
 

@@ -13,6 +13,7 @@ from mlx_sora.loading.model_folder import (
     PUBLISHED,
     WEIGHTS_VARIABLE,
     Defaults,
+    ModelCard,
     ModelFolder,
     find_model,
 )
@@ -48,6 +49,23 @@ def test_index_names_the_model_and_its_defaults(tmp_path: Path) -> None:
 def test_bad_index(tmp_path: Path, index: object) -> None:
     with pytest.raises(WeightsError, match="model_index"):
         ModelFolder.open(make_model(tmp_path, index))
+
+
+def test_a_card_says_what_a_model_draws(tmp_path: Path) -> None:
+    card = {"description": "cats", "prompts": ["a cat"], "sizes": ["64x48"], "num_frames": [1, 17]}
+    model = ModelFolder.open(make_model(tmp_path / "cats", {"card": card}))
+    assert model.card() == ModelCard("cats", ("a cat",), ("64x48",), (1, 17))
+    plain = ModelFolder.open(make_model(tmp_path / "plain"))
+    assert plain.card().sizes == ("256x144", "426x240", "640x360", "854x480", "1280x720")
+
+
+@pytest.mark.parametrize(
+    "card", [[], 3, {"sizes": ["big"]}, {"num_frames": [5]}, {"prompts": "cat"}]
+)
+def test_bad_card(tmp_path: Path, card: object) -> None:
+    model = ModelFolder.open(make_model(tmp_path, {"card": card}))
+    with pytest.raises(WeightsError, match="'card' is not valid"):
+        model.card()
 
 
 def test_default_prefers_the_published_model_once_it_is_whole(
