@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
-from pathlib import Path
-
 import mlx.core as mx
 
 from mlx_sora.errors import UsageError
 from mlx_sora.memory.limits import process_memory
 from mlx_sora.memory.profiles import parse_bytes, profile_budget
 from mlx_sora.runtime.device import backend, gpu_memory, total_memory
+from mlx_sora.runtime.footprint import available_ram
 
 AUTO, OFF = "auto", "off"
 
 #: Share of the memory of the machine or its GPU that a run may take by itself. The rest is for the
 #: system and the screen: Metal pages above its recommended working set.
 _SHARE = 0.9
-
-_CGROUP = Path("/sys/fs/cgroup")
 
 
 def resolve_budget(memory_budget: str | None, device_profile: str | None) -> int | None:
@@ -62,7 +58,12 @@ def automatic_budget() -> int | None:
     available = available_memory()
     if available is None:
         return None
-    return int(min(_SHARE * (gpu_memory() or total_memory()), available))
+    return min(machine_capacity(), available)
+
+
+def machine_capacity() -> int:
+    """Return the bytes that a run may take by itself, when nothing else needs them."""
+    return int(_SHARE * (gpu_memory() or total_memory()))
 
 
 def available_memory() -> int | None:
@@ -70,15 +71,5 @@ def available_memory() -> int | None:
     if backend() == "cuda":  # memory of its own
         free = mx.device_info().get("free_memory")
         return None if free is None else int(free) + mx.get_active_memory() + mx.get_cache_memory()
-    try:
-        import psutil
-
-        free = psutil.virtual_memory().available
-    except (ImportError, OSError, RuntimeError):
-        return None
-    with suppress(OSError, ValueError, KeyError):  # the limit of a container
-        stat = dict(line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())
-        limit = int((_CGROUP / "memory.max").read_text())
-        used = int((_CGROUP / "memory.current").read_text()) - int(stat["inactive_file"])
-        free = min(free, limit - used)
-    return max(0, free) + (process_memory() or 0)
+    free = available_ram()
+    return None if free is None else free + (process_memory() or 0)

@@ -68,8 +68,9 @@ def checked_task(task: Task) -> Task:
         edit = EditRequest.from_options(video, options)
         edit.validate()
         request = edit.target
-        own = {"video": edit.video, "source_prompt": edit.source_prompt}
-        values = request.to_dict() | own | {"inject_steps": edit.inject_steps}
+        own: dict[str, Any] = {"video": edit.video, "source_prompt": edit.source_prompt}
+        own |= {"inject_steps": edit.inject_steps, "sampler": request.sampler}  # not the default
+        values = request.to_dict() | own
     _check_names(request)
     values = {name: _plain(value) for name, value in values.items() if value is not None}
     checked = Task(task.kind, values if output is None else values | {"output": output})
@@ -93,6 +94,12 @@ def _check_names(request: GenerationRequest) -> None:
         )
     if isinstance(request.step_cache, StepCache) and request.step_cache.file:
         raise UsageError("The server takes no file of a step cache.", "Leave out file=.")
+
+
+def source_id(path: str) -> str:
+    """Return the identifier of a file that a record names: uploads have no suffix, videos one."""
+    name = Path(path).name
+    return name.partition(".")[0] if _SOURCE.fullmatch(name.partition(".")[0]) else name
 
 
 def source_ids(task: Task) -> list[str]:

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from mlx_sora.errors import INTERRUPTED
-from mlx_sora.server.store import CANCELLED, DONE, FAILED, QUEUED, RUNNING, Job, Upload
-from mlx_sora.server.task import PlanSummary
+from mlx_sora.server.store import CANCELLED, DONE, FAILED, QUEUED, RUNNING, Job
+from mlx_sora.server.task import PlanSummary, Upload
 
 #: Status in the video API of each state of a job. It knows no cancelled ones.
 STATUS = {

@@ -17,13 +17,14 @@ from pathlib import Path
 from typing import Any
 
 from mlx_sora.errors import MlxSoraError, UsageError
-from mlx_sora.server.task import NotFoundError, PlanSummary, Task
+from mlx_sora.server.task import NotFoundError, PlanSummary, Task, Upload
 
 #: States of a job. A worker has the running one; a cancelled one can be resumed.
 QUEUED, RUNNING, DONE, FAILED, CANCELLED = "queued", "running", "done", "failed", "cancelled"
 STATES = (QUEUED, RUNNING, DONE, FAILED, CANCELLED)
 
-DATABASE = "jobs.db"
+#: State of a job whose files are being removed. Only `deleted` shows it.
+_DELETED = "deleted"
 
 #: Version of the tables; others are refused.
 VERSION = 1
@@ -112,26 +113,6 @@ class Job:
         """Return JSON values."""
         return asdict(self) | {"task": self.task.to_dict()}
 
-    @property
-    def is_open(self) -> bool:
-        """True if it waits or runs."""
-        return self.state in (QUEUED, RUNNING)
-
-
-@dataclass(frozen=True)
-class Upload:
-    """A picture or video from a client. request: the options in its record, if mlx_sora made it."""
-
-    id: str
-    kind: str
-    width: int
-    height: int
-    frames: int
-    fps: float | None
-    name: str = ""
-    created_at: float = 0.0
-    request: Mapping[str, Any] | None = None
-
 
 class Store:
     """The database of a folder. Its methods may be called from any thread.
@@ -144,8 +125,12 @@ class Store:
         self._path = path
         self._write_lock, self._read_lock = threading.Lock(), threading.Lock()
         self._writer = _connect(path)
-        self._prepare()
-        self._reader = _connect(path)
+        try:
+            self._prepare()
+            self._reader = _connect(path)
+        except BaseException:
+            self._writer.close()  # later it would remove the journal of whatever has its name
+            raise
         self.changed = threading.Condition()
         self.closed = False
 
@@ -203,9 +188,9 @@ class Store:
 
     def get(self, id: str) -> Job:
         """Return a job. Raises NotFoundError."""
-        rows = self._read(f"{_SELECT} WHERE id = ?", id)
+        rows = self._read(f"{_SELECT} WHERE id = ? AND state != '{_DELETED}'", id)
         if not rows:
-            raise NotFoundError(f"There is no video {str(id)[:60]!r}.", "GET /v1/videos lists all.")
+            raise _no_video(id)
         return _job(rows[0])
 
     def list(
@@ -219,7 +204,7 @@ class Store:
 
         after: identifier of the job before the first. states: only jobs in these.
         """
-        conditions, values = ["1"], list[Any]()
+        conditions, values = [f"state != '{_DELETED}'"], list[Any]()
         if after is not None:
             conditions.append("id > ?" if order == "asc" else "id < ?")
             values.append(after)
@@ -244,8 +229,8 @@ class Store:
         """
         with self._write(durable=durable) as db:
             row = db.execute("SELECT state, data, rank FROM jobs WHERE id = ?", (id,)).fetchone()
-            if row is None:
-                raise NotFoundError(f"There is no video {id[:60]!r}.", "GET /v1/videos lists all.")
+            if row is None or row[0] == _DELETED:
+                raise _no_video(id)
             state, data, rank = row
             if state not in when:
                 return None
@@ -255,7 +240,7 @@ class Store:
                 rank = db.execute(last).fetchone()[0] + 1
             query = "UPDATE jobs SET state = ?, data = ?, rank = ? WHERE id = ?"
             db.execute(query, (values["state"], _json(values), rank, id))
-        return self.get(id)
+        return Job.from_dict(values)
 
     def put_first(self, id: str) -> None:
         """Put a job that waits before all others."""
@@ -276,6 +261,18 @@ class Store:
             numbers = [(number, name) for number, name in enumerate(order)]
             db.executemany("UPDATE jobs SET rank = ? WHERE id = ?", numbers)
         return True
+
+    def hide(self, id: str) -> None:
+        """Mark a job as deleted, so that its files can be removed before it is."""
+        self.update(id, state=_DELETED)
+
+    def deleted(self) -> Sequence[str]:
+        """Return the identifiers of the jobs that are marked as deleted."""
+        return [row[0] for row in self._read("SELECT id FROM jobs WHERE state = ?", _DELETED)]
+
+    def known(self) -> set[str]:
+        """Return the identifiers of all jobs, the deleted ones included."""
+        return {row[0] for row in self._read("SELECT id FROM jobs")}
 
     def delete(self, id: str) -> None:
         """Remove a job and its events."""
@@ -355,9 +352,13 @@ class Store:
 
 def _connect(path: Path) -> sqlite3.Connection:
     connection = sqlite3.connect(path, timeout=10, isolation_level=None, check_same_thread=False)
-    connection.execute("PRAGMA journal_mode = WAL")
-    connection.execute("PRAGMA fullfsync = ON")  # macOS: on the disk, not in its cache
-    connection.execute(f"PRAGMA cache_size = -{_CACHE_KIB}")
+    try:
+        connection.execute("PRAGMA journal_mode = WAL")
+        connection.execute("PRAGMA fullfsync = ON")  # macOS: on the disk, not in its cache
+        connection.execute(f"PRAGMA cache_size = -{_CACHE_KIB}")
+    except BaseException:
+        connection.close()
+        raise
     return connection
 
 
@@ -371,6 +372,10 @@ def _transaction(connection: sqlite3.Connection) -> Iterator[None]:
         if connection.in_transaction:
             connection.execute("ROLLBACK")
         raise
+
+
+def _no_video(id: str) -> NotFoundError:
+    return NotFoundError(f"There is no video {id[:60]!r}.", "GET /v1/videos lists all.")
 
 
 def _explained(path: Path, error: sqlite3.OperationalError) -> MlxSoraError:

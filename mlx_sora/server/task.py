@@ -33,8 +33,8 @@ class ConflictError(UsageError):
 
 
 def new_id(prefix: str) -> str:
-    """Return an identifier: prefix and 26 characters that sort by time (10) and are random (16)."""
-    number = int(time.time() * 1000) << 80 | int.from_bytes(os.urandom(10), "big")
+    """Return an identifier: prefix and 26 characters, of microseconds and 76 random bits."""
+    number = time.time_ns() // 1000 << 76 | int.from_bytes(os.urandom(10), "big") >> 4
     return prefix + "".join(_ALPHABET[number >> shift & 31] for shift in range(125, -1, -5))
 
 
@@ -65,6 +65,16 @@ class Task:
         return str(self.options.get("prompt", ""))
 
 
+def with_changes(options: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return options with some changed; None takes one out, a size replaces the other way."""
+    ways = {"width", "height"}, {"resolution", "aspect_ratio"}
+    found = dict(options)
+    for new, old in (ways, ways[::-1]):
+        if any(changes.get(name) is not None for name in new):
+            found = {name: value for name, value in found.items() if name not in old}
+    return {n: value for n, value in (found | dict(changes)).items() if value is not None}
+
+
 @dataclass(frozen=True)
 class PlanSummary:
     """Needs of a task. Memory in bytes.
@@ -72,7 +82,9 @@ class PlanSummary:
     peak: of the process. smallest: the least budget that would do. capacity: what the machine has
     for one process. seconds: None before `doctor --machine`. fits: False if no budget of this
     machine does; `error` and `fix` then say why, `suggestions` are options that would fit.
-    shares: share of the operations of each stage. previews: the model can show them cheaply.
+    budget: what the run has to keep to, because its peak without one is above capacity. shares:
+    share of the operations of each stage. suffix: of the file. previews: the model can show them
+    cheaply. in_ram: the memory is that of the machine, not of a GPU with its own.
     """
 
     model: str = ""
@@ -84,6 +96,7 @@ class PlanSummary:
     peak: int = 0
     smallest: int = 0
     capacity: int = 0
+    budget: int | None = None
     seconds: float | None = None
     fits: bool = True
     error: str = ""
@@ -91,6 +104,7 @@ class PlanSummary:
     suggestions: tuple[Mapping[str, Any], ...] = ()
     warnings: tuple[str, ...] = ()
     shares: Mapping[str, float] = field(default_factory=dict)
+    suffix: str = ""
     previews: bool = False
     in_ram: bool = True
 
@@ -108,6 +122,26 @@ class PlanSummary:
         return asdict(self) | {"video_seconds": self.video_seconds}
 
     @property
+    def needed(self) -> int:
+        """Bytes that the run takes when it may take what it likes."""
+        return self.peak if self.budget is None else min(self.peak, self.budget)
+
+    @property
     def video_seconds(self) -> float:
         """Seconds of the video."""
         return round(self.frames / self.fps, 3) if self.fps else 0.0
+
+
+@dataclass(frozen=True)
+class Upload:
+    """A picture or video from a client. request: the options in its record, if mlx_sora made it."""
+
+    id: str
+    kind: str
+    width: int
+    height: int
+    frames: int
+    fps: float | None
+    name: str = ""
+    created_at: float = 0.0
+    request: Mapping[str, Any] | None = None

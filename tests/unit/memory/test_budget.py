@@ -15,6 +15,7 @@ from mlx_sora.memory.budget import automatic_budget, available_memory, resolve_b
 from mlx_sora.memory.limits import process_memory, wired_memory
 from mlx_sora.memory.profiles import PROFILES
 from mlx_sora.request.generation import GenerationRequest
+from mlx_sora.runtime import footprint
 from mlx_sora.runtime.device import gpu_memory, total_memory
 from mlx_sora.runtime.events import Noted
 from tests.helpers.emulated_mac import DEVICE_INFO, emulate_mac
@@ -68,7 +69,7 @@ def test_without_an_answer_of_the_system(mac: None, monkeypatch: pytest.MonkeyPa
 
 
 def test_the_limit_of_a_container_counts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(module, "_CGROUP", tmp_path)
+    monkeypatch.setattr(footprint, "_CGROUP", tmp_path)
     plain = available_memory()
     assert plain is not None
     (tmp_path / "memory.max").write_text(str(3 * GB))
