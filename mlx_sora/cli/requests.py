@@ -34,7 +34,7 @@ from mlx_sora.video.output_path import (
 OUTPUT, OUTPUT_SEED = "{index:04d}-{prompt_slug}", "{index:04d}-{prompt_slug}-{seed}"
 
 #: Limits of a prompt file: bytes, and seeds in a line.
-MAX_BYTES, MAX_SEEDS = 8_000_000, 1000
+MAX_BYTES, MAX_SEEDS = 32_000_000, 1000
 
 JSON_SUFFIXES = (".jsonl", ".ndjson")
 
@@ -169,19 +169,20 @@ def read_prompt_file(
 
 def _lines(path: str) -> Iterator[tuple[int, str]]:
     """Yield number, from 1, and text of the lines that are neither empty nor comments."""
+    number, left = 0, MAX_BYTES
     try:
         with Path(path).open("rb") as file:  # which may be a pipe
-            data = file.read(MAX_BYTES + 1)
-        if len(data) > MAX_BYTES:
-            raise UsageError(f"{path} is larger than {MAX_BYTES / 1e6:g} MB.", "Split it.")
-        text = data.decode("utf-8-sig")
+            # Only line feeds end a line: U+2028, U+0085 and form feeds occur inside prompts.
+            while data := file.readline(left + 1):
+                number, left = number + 1, left - len(data)
+                if left < 0:
+                    raise UsageError(f"{path} is larger than {MAX_BYTES / 1e6:g} MB.", "Split it.")
+                line = data.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+                if line and not line.startswith("#"):
+                    yield number, line
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8"
         raise UsageError(f"Cannot read {path}: {reason}.", "Give a text file.") from None
-    # Only line feeds end a line: U+2028, U+0085 and form feeds occur inside prompts.
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip() and not line.lstrip().startswith("#"):
-            yield number, line.strip()
 
 
 def _line_options(text: str, as_json: bool) -> dict[str, Any]:

@@ -60,6 +60,7 @@ class _Batch:
         self._engine, self._ranks, self._requests = engine, engine.ranks, requests
         self._data_parallel = data_parallel
         self._runs: dict[int, GenerationRun] = {}
+        self._outputs: set[Path | None] = set()
 
     def events(self) -> Generator[Event, None, None]:
         self._engine.check_equal(self._requests)
@@ -94,12 +95,12 @@ class _Batch:
             if self._data_parallel:
                 request, engine = _as_single_rank(request), engine.single_process()
             run = prepare(engine, request)
-            others = (other.output for other in self._runs.values())
-            if run.output is not None and run.output in others:
+            if run.output is not None and run.output in self._outputs:
                 raise UsageError(
                     f"Two videos would go to one file, {run.output}.",
                     "Put {seed} or {index} into the output.",
                 )
+        self._outputs.add(run.output)
         run.checkpoints.share(run.ranks)
         return run
 

@@ -11,10 +11,11 @@ from typing import Any
 
 from mlx_sora.distributed.group import Ranks
 from mlx_sora.errors import UsageError
+from mlx_sora.geometry import ModelArguments
 from mlx_sora.loading.fingerprint import FileHashes, fingerprint, weight_files
 from mlx_sora.loading.model_folder import PARTS, ModelFolder, model_path
 from mlx_sora.loading.published import PublishedModel
-from mlx_sora.loading.quantization import choose_quantization
+from mlx_sora.loading.quantization import choose_quantization, quantization_metadata
 from mlx_sora.loading.sizes import model_sizes
 from mlx_sora.memory.limits import StageMeter, default_cache_limit
 from mlx_sora.memory.plan import Machine, ModelSizes
@@ -27,6 +28,7 @@ from mlx_sora.pipeline.locks import check_not_forked
 from mlx_sora.request.generation import GenerationRequest, label
 from mlx_sora.runtime.device import backend, choose_precision, largest_array, total_memory
 from mlx_sora.runtime.events import Event, StageFinished, StageProgress, StageStarted
+from mlx_sora.sampling import SAMPLERS
 from mlx_sora.text.tokenizer import Tokenizer
 from mlx_sora.utils.versions import versions
 
@@ -53,10 +55,13 @@ class Engine:
     _sizes: dict[tuple[Any, ...], ModelSizes] = field(default_factory=dict, repr=False)
     _tokenizer: list[Tokenizer] = field(default_factory=list, repr=False)
     _hashes: FileHashes = field(default_factory=FileHashes, repr=False, compare=False)
+    _flow_times: dict[tuple[Any, ...], tuple[float, ...]] = field(default_factory=dict, repr=False)
+    _variants: dict[tuple[Any, ...], Engine] = field(default_factory=dict, init=False, repr=False)
 
     def for_request(self, request: GenerationRequest) -> Engine:
         """Return the engine with the data types, quantization and ranks that a request asks for.
 
+        Requests that ask for the same share it, and so what it reads: a batch may have thousands.
         Raises UsageError if the request asks for another model, or for what this one cannot do, and
         in a forked process.
         """
@@ -66,12 +71,18 @@ class Engine:
                 f"This pipeline holds {self.model.name}, the request asks for {request.model}.",
                 "Make a pipeline of that model, or leave the request's model open.",
             )
-        return replace(
-            self.single_process() if request.parallel == "off" else self,
-            model=choose_quantization(self.model, request.quantize),
-            dtype=self.dtype if request.dtype == "auto" else request.dtype,
-            vae_dtype=request.vae_dtype,
-        )
+        dtype = self.dtype if request.dtype == "auto" else request.dtype
+        precision = choose_precision(dtype, request.vae_dtype)  # of the device, which may change
+        single = request.parallel == "off"
+        key = (single, request.quantize, dtype, request.vae_dtype, precision)
+        if key not in self._variants:
+            self._variants[key] = replace(
+                self.single_process() if single else self,
+                model=choose_quantization(self.model, request.quantize),
+                dtype=dtype,
+                vae_dtype=request.vae_dtype,
+            )
+        return self._variants[key]
 
     def single_process(self) -> Engine:
         """Return the engine as one rank alone uses it."""
@@ -95,6 +106,11 @@ class Engine:
         return VAEConfig.from_dict(self.model.config("vae"))
 
     @cached_property
+    def quantization(self) -> dict[str, Any]:
+        """Entry of the metadata about quantized parts; empty without any."""
+        return quantization_metadata(self.model)
+
+    @cached_property
     def transformer_config(self) -> STDiT3Config:
         """Configuration of the transformer."""
         return STDiT3Config.from_dict(self.model.config("transformer"))
@@ -108,6 +124,15 @@ class Engine:
         if key not in self._sizes:
             self._sizes[key] = model_sizes(self.model, self.precision, encoders=encoders)
         return self._sizes[key]
+
+    def flow_times(self, sampler: str, steps: int, model_args: ModelArguments) -> tuple[float, ...]:
+        """Return the flow time at the start of each step."""
+        key = (sampler, steps, model_args)
+        if key not in self._flow_times:
+            times = SAMPLERS[sampler].timesteps(steps, **model_args.sizes)
+            self._flow_times.clear()  # of the last schedule only: others may come for ever
+            self._flow_times[key] = tuple(times[:-1, 0].tolist())  # type: ignore[arg-type]
+        return self._flow_times[key]
 
     @property
     def machine(self) -> Machine:

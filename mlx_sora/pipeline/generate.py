@@ -15,7 +15,6 @@ from mlx_sora.accel.base import ScheduleInfo
 from mlx_sora.conditioning.latents import encode_tasks
 from mlx_sora.distributed.partition import ParallelPlan, choose_parallel
 from mlx_sora.errors import MemoryBudgetError
-from mlx_sora.loading.quantization import quantization_metadata
 from mlx_sora.memory.budget import is_automatic
 from mlx_sora.memory.plan import MediaWorkload, Plan, StepVariant, Workload
 from mlx_sora.memory.planner import LargeArrayError, make_plan
@@ -103,7 +102,7 @@ def plan_run(
                 *ineffective_texts(resolved.subjects, engine.tokenizer),
                 *accelerations.warnings,
             ],
-            metadata=quantization_metadata(engine.model),
+            metadata=dict(engine.quantization),
         ),
     )
 
@@ -137,14 +136,13 @@ def schedule_info(
     engine: Engine, resolved: ResolvedRequest, parallel: ParallelPlan
 ) -> ScheduleInfo:
     """Describe the run to its accelerations."""
-    geometry, sampler = resolved.geometry, SAMPLERS[resolved.sampler]
-    times = sampler.timesteps(resolved.steps, **resolved.model_args.sizes)
+    geometry = resolved.geometry
     return ScheduleInfo(
         steps=resolved.steps,
-        evaluations=sampler.evaluations,
+        evaluations=SAMPLERS[resolved.sampler].evaluations,
         frames=geometry.latent[0],
         guided=resolved.guidance != 1,
-        times=tuple(float(t) for t in times[:-1, 0]),
+        times=engine.flow_times(resolved.sampler, resolved.steps, resolved.model_args),
         model=engine.model.path,
         size=(*geometry.size, geometry.num_frames),
         # Ranks may round differently, so rank 0 decides for all.

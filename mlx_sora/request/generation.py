@@ -76,7 +76,7 @@ _memory = partial(option, group="memory")
 _output = partial(option, replay=False, group="output")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class GenerationRequest:
     """One video or image. `None` stands for the default of the model, or for a random seed.
 
@@ -357,7 +357,9 @@ class GenerationRequest:
 
     def __post_init__(self) -> None:
         for name, spec in options().items():
-            object.__setattr__(self, name, spec.convert(getattr(self, name)))
+            value = getattr(self, name)
+            if value is not spec.default:  # which needs no conversion; a batch makes many requests
+                object.__setattr__(self, name, spec.convert(value))
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> GenerationRequest:

@@ -134,6 +134,8 @@ def _strip_markup(text: str) -> str:
     from bs4 import BeautifulSoup
     from bs4.builder import ParserRejectedMarkup  # its place in 4.12 and 4.13
 
+    if not re.search("[<&\r]", text):  # the parser changes line ends, too
+        return text
     marks = text.count("<")
     if marks > MAX_MARKS:
         raise UsageError(f"The prompt holds '<' {marks} times.", "Remove them.")

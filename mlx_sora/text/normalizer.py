@@ -53,9 +53,13 @@ class Normalizer:
         #: Trie of replaced texts as a double array, and their replacements, NUL after each.
         self._units = struct.unpack_from(f"<{size // 4}I", table, 4 if size else 0)
         self._values = table[4 + size :]
+        self._ascii = {code: self._replace(chr(code)) for code in range(128)}
 
     def normalize(self, text: str) -> str:
         """Return `text` with every cluster replaced. White space is neither joined nor stripped."""
+        if text.isascii():  # each character is a cluster, but for one pair
+            line_end = self._replace("\r\n")
+            return line_end.join(part.translate(self._ascii) for part in text.split("\r\n"))
         return "".join(map(self._replace, grapheme_clusters(text)))
 
     def _replace(self, cluster: str) -> str:

@@ -94,9 +94,10 @@ def prepare_prompt(prompt: str, scores: Scores | None = None) -> Prompt:
     scores = scores or Scores()
     typed = split_scenes(text)
     texts = [scene.text.strip() for scene in typed]
-    cleaned = [preprocess(scores.append_to(text)) for text in texts]
-    scenes = (Scene(scene.start, text) for scene, text in zip(typed, cleaned, strict=True))
-    return Prompt(tuple(scenes), tuple(map(preprocess, texts)), directives)
+    scored = [scores.append_to(text) for text in texts]
+    cleaned = {text: preprocess(text) for text in dict.fromkeys([*scored, *texts])}
+    scenes = (Scene(scene.start, cleaned[text]) for scene, text in zip(typed, scored, strict=True))
+    return Prompt(tuple(scenes), tuple(cleaned[text] for text in texts), directives)
 
 
 def split_directives(prompt: str) -> tuple[str, PromptDirectives]:

@@ -69,6 +69,19 @@ def test_networks_leave_nothing_in_a_thread() -> None:
     assert found == []
 
 
+def test_random_numbers_have_a_key() -> None:
+    """Those without one are the caller's, and draws that wait for evaluation pile up."""
+    found = [
+        f"{s.name}:{node.lineno}"
+        for s in sources("mlx_sora")
+        for node in ast.walk(s.tree)
+        if isinstance(node, ast.Call)
+        and re.fullmatch(r"mx\.random\.(?!key|split).*", ast.unparse(node.func))
+        and "key" not in (word.arg for word in node.keywords)
+    ]
+    assert found == []
+
+
 def test_nothing_is_left_unimplemented() -> None:
     found = [
         f"{s.name}:{node.lineno}"

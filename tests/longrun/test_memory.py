@@ -86,3 +86,51 @@ def test_two_threads(fault: Fault) -> None:
         assert outcome.returncode == 0, outcome.stderr
         assert outcome.stdout == "2 True 0\n"
     fault("two threads, one process", "all", 4 * processes, 0, "refused in turn, equal, clean exit")
+
+
+#: Prepares a batch of N prompts, and prints the resident set at its first event, in bytes.
+BATCH = """
+import sys
+from mlx_sora import GenerationRequest, Pipeline
+from mlx_sora.memory.limits import process_memory
+pipe = Pipeline.from_pretrained("shapes")
+requests = [GenerationRequest(f"circle {i}", seed=i, steps=1) for i in range(int(sys.argv[1]))]
+events = pipe.stream_all(requests)
+next(events)
+print(process_memory())
+"""
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="the system tells no current size")
+def test_a_thousand_prompts_take_little_more_memory_than_one(fault: Fault) -> None:
+    one, many = (
+        int(subprocess.check_output([sys.executable, "-c", BATCH, str(n)])) for n in (1, 1000)
+    )
+    assert many - one < 40_000_000
+    fault(
+        "batch of 1000 prompts", "first event", 1, 0, f"{(many - one) / 1e6:.1f} MB more than one"
+    )
+
+
+#: Runs of all kinds; a round of `tests/helpers/mixed_runs.py` makes 19 of them.
+MIXED_RUNS = 300
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="mallinfo2 is glibc's")
+def test_mixed_runs_leave_the_heap_as_it_is(fault: Fault) -> None:
+    words = [sys.executable, "-m", "tests.helpers.mixed_runs"]
+    outcome = subprocess.check_output([*words, str(-(-MIXED_RUNS // 19) + 1)], text=True)
+    rows = [json.loads(line) for line in outcome.splitlines()]
+    runs, used, objects, drawn = zip(*rows[1:], strict=True)  # the first compiles kernels
+    assert sum(runs) >= MIXED_RUNS
+    assert len(set(drawn)) == 1  # the caller's random numbers
+    growth = used[-1] / used[0] - 1
+    assert abs(growth) < 0.02
+    assert abs(objects[-1] / objects[0] - 1) < 0.02
+    fault(
+        "many runs in one process",
+        "all kinds: heap in use",
+        sum(runs),
+        0,
+        f"{used[0] / 1e6:.2f} MB early, {used[-1] / 1e6:.2f} MB late ({growth:+.2%})",
+    )

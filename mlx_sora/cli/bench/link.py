@@ -84,7 +84,8 @@ def _block_flops(dtype: Any, runs: int) -> float:
     network.set_dtype(dtype)
     text = [mx.zeros((TOKENS, config.caption_channels), dtype)]
     conditions = network.prepare(text, GRID, height=HEIGHT, width=WIDTH, fps=24.0)
-    z, t = mx.random.normal((1, *GRID, config.in_channels)), mx.full((1,), 500.0)
+    z = mx.random.normal((1, *GRID, config.in_channels), key=mx.random.key(0))
+    t = mx.full((1,), 500.0)
     seconds = _median(lambda: mx.eval(network(z, t, conditions)), runs)
     return transformer_flops(config, Grid.from_latent(config, GRID, 1, TOKENS)) / seconds
 

@@ -12,6 +12,12 @@ import pytest
 from mlx_sora.errors import UsageError
 from mlx_sora.request.generation import MAX_SEED, GenerationRequest, label, options
 
+
+def test_defaults_need_no_conversion() -> None:
+    """Requests take them as they are."""
+    assert all(spec.convert(spec.default) is spec.default for spec in options().values())
+
+
 FULL = {
     "prompt": "a cat",
     "model": "shapes",

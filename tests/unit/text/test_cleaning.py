@@ -7,6 +7,7 @@ import time
 import warnings
 
 import pytest
+from bs4 import BeautifulSoup
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -48,6 +49,15 @@ def test_a_file_name_for_a_prompt_warns_nobody() -> None:
         warnings.simplefilter("error")
         assert cleaning.clean("/tmp/notes") == "tmp notes"
         assert cleaning.clean("<?xml version='1.0'?><p>cat</p>") == "cat"
+
+
+@settings(deadline=None, max_examples=60, database=None)
+@given(st.text(st.characters(exclude_characters="<&\r"), max_size=60))
+def test_text_without_markup_needs_no_parser(text: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        parsed = BeautifulSoup(text, features="html.parser").text
+    assert cleaning._strip_markup(text) == text == parsed
 
 
 @settings(deadline=None, max_examples=60, database=None)

@@ -6,7 +6,8 @@ import struct
 
 import pytest
 
-from mlx_sora.text.normalizer import Normalizer
+from mlx_sora.text.normalizer import Normalizer, grapheme_clusters
+from tests.helpers.tokenizer_model import spiece_model
 
 
 def model(table: bytes) -> bytes:
@@ -23,6 +24,14 @@ def test_a_model_without_a_table_changes_nothing() -> None:
 def test_a_table_that_points_outside_changes_nothing() -> None:
     units = struct.pack("<II", (1 << 31) - 1, 97)
     assert Normalizer(model(struct.pack("<I", 8) + units)).normalize("a\u0301z") == "a\u0301z"
+
+
+def test_ascii_takes_a_table_with_the_same_result(request: pytest.FixtureRequest) -> None:
+    path = spiece_model(request.config.getoption("--golden"))
+    normalizer = Normalizer(path.read_bytes())
+    text = "".join(map(chr, range(128))) + "a\r\nb\n\rc"
+    clusters = map(normalizer._replace, grapheme_clusters(text))
+    assert normalizer.normalize(text) == "".join(clusters) != text
 
 
 @pytest.mark.parametrize(
