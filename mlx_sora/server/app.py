@@ -15,7 +15,7 @@ from mlx_sora.errors import MlxSoraError
 from mlx_sora.server import pages, videos
 from mlx_sora.server.events import EventStreams
 from mlx_sora.server.http_errors import HttpError, error_response
-from mlx_sora.server.objects import FileObject, file_object, plan_object
+from mlx_sora.server.objects import DeletedObject, FileObject, file_object, plan_object
 from mlx_sora.server.queue import JobQueue
 from mlx_sora.server.schema import body_docs, body_schema, option_records, preset_records
 from mlx_sora.server.security import Access, App, Guard
@@ -52,6 +52,7 @@ def _add_routes(api: FastAPI) -> None:
     api.post("/v1/plan", openapi_extra=body_docs(body_schema(GENERATE)))(plan)
     api.post("/v1/files", openapi_extra=_FILE)(add_file)
     api.get("/v1/files/{id}")(retrieve_file)
+    api.delete("/v1/files/{id}")(delete_file)
     api.get("/v1/files/{id}/content")(download_file)
     api.get("/v1/events")(events)
 
@@ -104,6 +105,12 @@ def add_file(queue: Jobs, fields: Fields) -> FileObject:
 def retrieve_file(queue: Jobs, id: str) -> FileObject:
     """Return an upload."""
     return file_object(queue.get_upload(id))
+
+
+def delete_file(queue: Jobs, id: str) -> DeletedObject:
+    """Remove an upload that no video waits for."""
+    queue.delete_upload(id)
+    return DeletedObject(id, True, "file")
 
 
 def download_file(

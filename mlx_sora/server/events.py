@@ -19,6 +19,9 @@ MAX_STREAMS = 100
 #: Seconds between signs of life, which also find out that a client is gone.
 QUIET_SECONDS = 5.0
 
+#: What stands for the end of the events.
+_END: dict[str, Any] = {}
+
 
 class EventStreams:
     """The open streams of a server. closing: True once it ends, so that they end too."""
@@ -44,6 +47,8 @@ class EventStreams:
             yield "retry: 1000\n\n"
             while not self._closing():
                 event = await anyio.to_thread.run_sync(_next, events, limiter=limiter)
+                if event is _END:
+                    break
                 if event is not None:
                     yield _text(event)
                     quiet = 0.0
@@ -55,7 +60,8 @@ class EventStreams:
 
 
 def _next(events: Iterator[dict[str, Any] | None]) -> dict[str, Any] | None:
-    return next(events)
+    """Return the next event, None after a quiet second, or _END."""
+    return next(events, _END)
 
 
 def _text(event: dict[str, Any]) -> str:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import socket
+from typing import Any
 
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from mlx_sora.server.app import make_app
 from mlx_sora.server.queue import JobQueue
 from mlx_sora.server.security import Access
+
+#: Seconds for the head of a request, and for what a client still sends after its answer.
+HEAD_SECONDS = 15.0
 
 #: Connections at a time; macOS lets a process open 256 files.
 _CONNECTIONS = 200
@@ -17,11 +22,38 @@ _CONNECTIONS = 200
 _LAST_SECONDS = 5
 
 
+class Protocol(H11Protocol):
+    """HTTP/1.1 that closes a connection on which no request is worked on for a while.
+
+    uvicorn waits for ever for the end of a head, and reads for ever what follows a refused body.
+    """
+
+    seconds = HEAD_SECONDS
+
+    def __init__(self, *args: Any, **more: Any) -> None:
+        super().__init__(*args, **more)
+        self.loop.call_later(self.seconds, self._close_if_idle, None)
+
+    def _close_if_idle(self, before: Any) -> None:
+        """Close if the last request is still `before`, None for none, and is answered."""
+        if self.transport.is_closing():
+            return
+        if self.cycle is before and getattr(before, "response_complete", True):
+            self.transport.abort()
+            return
+        self.loop.call_later(self.seconds, self._close_if_idle, self.cycle)
+
+
 def serve(queue: JobQueue, access: Access, listener: socket.socket) -> None:
     """Serve a queue on a socket that listens, until SIGINT or SIGTERM."""
+    make_server(queue, access).run([listener])
+
+
+def make_server(queue: JobQueue, access: Access) -> uvicorn.Server:
+    """Return the server of a queue."""
     config = uvicorn.Config(
         make_app(queue, access, lambda: server.should_exit),
-        http="h11",
+        http=Protocol,
         loop="asyncio",
         ws="none",
         lifespan="off",
@@ -34,4 +66,4 @@ def serve(queue: JobQueue, access: Access, listener: socket.socket) -> None:
         timeout_graceful_shutdown=_LAST_SECONDS,
     )
     server = uvicorn.Server(config)
-    server.run([listener])
+    return server

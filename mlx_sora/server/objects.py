@@ -66,7 +66,7 @@ class VideoList:
 
 @dataclass(frozen=True)
 class DeletedObject:
-    """A video that was deleted."""
+    """A video or a file that was deleted."""
 
     id: str
     deleted: bool

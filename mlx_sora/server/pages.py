@@ -11,7 +11,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import HTMLResponse, Response
 
 from mlx_sora.server.http_errors import HttpError
-from mlx_sora.server.security import COOKIE
+from mlx_sora.server.security import COOKIE, same_token
 from mlx_sora.server.videos import file_response
 
 #: The files of the page.
@@ -33,8 +33,8 @@ router = APIRouter(include_in_schema=False)
 @router.get("/")
 def index(request: Request) -> Response:
     """Return the page. The link with the token sets a cookie."""
-    token = request.app.state.access.token
-    if token is None or "token" not in request.query_params:
+    token, offered = request.app.state.access.token, request.query_params.get("token", "")
+    if token is None or not same_token(offered, token):
         return _page_file(request, "index.html")
     response = HTMLResponse(_LOGIN, headers={"cache-control": "no-store"})
     response.set_cookie(COOKIE, token, max_age=_COOKIE_AGE, httponly=True, samesite="strict")

@@ -165,20 +165,19 @@ def _read_format(value: Any) -> str:
 
 def _read_references(name: str, value: Any) -> list[list[Any]]:
     """Return a list of [id, ...] from JSON, also as text, or from the fields of a form."""
+    wrong = _invalid(name, f"{name} is no list of ids.", 'Such as: [["file-...", 0]]')
     if isinstance(value, str) and value.lstrip().startswith("["):
         try:
             value = json.loads(value)
         except (ValueError, RecursionError):
-            raise _invalid(
-                name, f"{name} is not valid JSON.", 'Such as: [["file-...", 0]]'
-            ) from None
+            raise wrong from None
     items = [value] if isinstance(value, str) else value
     if not isinstance(items, list):
-        raise _invalid(name, f"{name} is no list.", 'Such as: [["file-...", 0]]')
+        raise wrong
     found = [[item] if isinstance(item, str) else item for item in items]
     for item in found:
-        if not (isinstance(item, list) and item and isinstance(item[0], str)):
-            raise _invalid(name, f"An entry of {name} has no id.", 'Such as: [["file-...", 0]]')
+        if not (isinstance(item, list) and item):
+            raise wrong
         _check_id(name, item[0])
     read = options()[name].convert
     return [list(entry) for entry in _checked(name, read, [tuple(item) for item in found])]

@@ -82,8 +82,6 @@ def list_videos(
     if wrong := [name for name in states if name not in STATES]:
         fix = f"Valid, joined by commas: {', '.join(STATES)}."
         raise HttpError(400, "invalid_value", f"Unknown state {wrong[0]!r}.", fix, param="state")
-    if after is not None:
-        queue.get(after)
     jobs = queue.list(limit + 1, after, order, states)
     videos = [_shown(queue, job) for job in jobs[:limit]]
     first, last = (videos[0].id, videos[-1].id) if videos else (None, None)
