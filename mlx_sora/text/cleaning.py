@@ -134,7 +134,7 @@ def _strip_markup(text: str) -> str:
     from bs4 import BeautifulSoup
     from bs4.builder import ParserRejectedMarkup  # its place in 4.12 and 4.13
 
-    if not re.search("[<&\r]", text):  # the parser changes line ends, too
+    if text.strip() and not re.search("[<&\r]", text):  # the parser changes these, and blanks
         return text
     marks = text.count("<")
     if marks > MAX_MARKS:
