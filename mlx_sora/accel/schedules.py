@@ -95,7 +95,7 @@ def read_table(path: Path) -> ScheduleTable:
         whole = all(type(number) is int for number in numbers)
         steps = range(table.steps)
         fits = whole and all(
-            int(count) == len(set(schedule))
+            int(count) == len(schedule) == len(set(schedule))
             and all(type(step) is int and step in steps for step in schedule)
             for schedules in table.orders.values()
             for count, schedule in schedules.items()

@@ -8,7 +8,7 @@ Format: 8 bytes little-endian header size, JSON header, data. Source: the safete
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -88,13 +88,25 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         ) from error
     except ValueError as error:
         raise WeightsError(f"{path} has a damaged safetensors header: {error}.", FIX) from error
-    notes = header.pop("__metadata__", None) or {}  # MLX writes null
-    if not isinstance(notes, dict) or not all(isinstance(text, str) for text in notes.values()):
-        raise WeightsError(f"{path} has a damaged safetensors header: __metadata__.", FIX)
+    notes = header.pop("__metadata__", None)
+    _check_texts(path, {} if notes is None else notes, header)  # MLX writes null
     base = 8 + length
     tensors = {key: _tensor_info(path, base, key, row) for key, row in header.items()}
     _check_layout(path, tensors, base, size)
     return tensors
+
+
+def _check_texts(path: Path, notes: Any, names: Iterable[str]) -> None:
+    """Raise WeightsError unless the metadata are texts and all texts are Unicode.
+
+    JSON can hold half of a surrogate pair, which no other reader of the format takes.
+    """
+    if not isinstance(notes, dict) or not all(isinstance(text, str) for text in notes.values()):
+        raise WeightsError(f"{path} has a damaged safetensors header: __metadata__.", FIX)
+    try:
+        "".join((*notes, *notes.values(), *names)).encode()
+    except UnicodeEncodeError:
+        raise WeightsError(f"{path} has a damaged safetensors header: a text.", FIX) from None
 
 
 def _check_layout(path: Path, tensors: Mapping[str, TensorInfo], base: int, size: int) -> None:

@@ -318,7 +318,7 @@ def _user_error(error: Exception, subject: str, address: str) -> WeightsError:
     if isinstance(error, errors.HfHubHTTPError):
         message = f"{address} answered {status} for {subject}."
         return WeightsError(message, "It was moved or deleted." if status == 404 else _RETRY_FIX)
-    if isinstance(error, ValueError):
+    if isinstance(error, (ValueError, RecursionError)):  # no JSON, or nested without end
         return _invalid_listing(address, subject)
     if _is_network_error(error):
         message = f"Cannot reach {address}: {_reason(error)}."

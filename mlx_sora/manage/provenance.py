@@ -90,9 +90,10 @@ class Provenance:
         try:
             content = read_object(path)
             files = {name: FileOrigin(**row) for name, row in content["files"].items()}
-            model, endpoint = str(content["model"]), str(content["endpoint"])
-            conversion = dict(content.get("conversion", {}))
-            valid = not conversion or _is_valid_conversion(conversion)
+            model, endpoint = content["model"], content["endpoint"]
+            conversion = content.get("conversion", {})
+            valid = conversion == {} or _is_valid_conversion(conversion)
+            named = all(isinstance(content[name], str) for name in ("model", "endpoint"))
         except FileNotFoundError:
             return None
         except OSError as error:
@@ -101,6 +102,8 @@ class Provenance:
             raise WeightsError(f"{path} is damaged.", _FIX) from error
         if not valid:
             raise WeightsError(f"{path} is damaged: see its conversion.", _FIX)
+        if not named:
+            raise WeightsError(f"{path} is damaged: model and endpoint are texts.", _FIX)
         for name, origin in files.items():
             pure = PurePosixPath(name)
             outside = pure.is_absolute() or ".." in pure.parts or not pure.parts

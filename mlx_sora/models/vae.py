@@ -79,8 +79,9 @@ def _read_per_channel(
     value = values.get(name, default)
     numbers = [value] * channels if isinstance(value, int | float) else value
     whole = isinstance(numbers, list | tuple) and len(numbers) == channels
-    finite = whole and all(isinstance(n, int | float) and abs(n) < math.inf for n in numbers)
+    finite = whole and all(type(n) in (int, float) and abs(n) < math.inf for n in numbers)
     require(finite, f"{name} is not {channels} numbers")
+    require(name == "shift" or 0 not in numbers, f"{name} is 0, which erases a channel,")
     return tuple(float(n) for n in numbers)
 
 

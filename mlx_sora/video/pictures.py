@@ -150,6 +150,7 @@ class Animation:
             raise UsageError(f"{self._path} has over {MAX_PACKETS} frames.", "Cut it.")
         for index in range(int(getattr(image, "default_image", False)), count):
             image.seek(index)
+            check_pixels(self._path, *image.size)  # a frame of a GIF can enlarge the others
             image.load()
             frame = upright(image.copy())
             if count == 1 and self._num_frames and self.recorded:

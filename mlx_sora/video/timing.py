@@ -74,8 +74,9 @@ class Timing:
             intervals.append(1 / fps)
         ticks = [round(fps * time) for time in accumulate(intervals, initial=0.0)]
         repeats = tuple(after - before for before, after in pairwise(ticks))
-        if abs(sum(repeats) / round(fps) - sum(intervals)) < SMALLEST_DURATION:
-            fps = round(fps)
+        whole = round(fps)
+        if whole and abs(sum(repeats) / whole - sum(intervals)) < SMALLEST_DURATION:
+            fps = whole
         return cls(fps, () if set(repeats) == {1} else repeats)
 
     def num_frames(self, decoded: int) -> int:

@@ -17,15 +17,22 @@ from hashlib import sha256
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from tests.fuzz.verdict import MAX_LEAK, judge, leak
+
 CORPUS = Path(__file__).parent / "corpus"
 
 #: Seconds of one execution after which the process is ended, and its memory in MB.
 TIMEOUT, MEMORY = 120, 4000
 
+#: Most inputs that are run again to see what executions leave on the heap.
+REPLAYED = 300
+
 
 def main() -> int:
     """Start the fuzzer in a process of its own, and tell how that ended."""
     args = parser().parse_args()
+    if args.replay:
+        return replay(args)
     if args.folder is not None:
         fuzz(args)
     from tests.fuzz.targets import TARGETS
@@ -44,6 +51,10 @@ def main() -> int:
                 lines.append(line)
                 if args.verbose or line.startswith("FINDING"):
                     print(line, end="", file=sys.stderr)
+        growth = measure_leak(args.target, Path(folder) / "seeds")
+        if growth > MAX_LEAK:
+            lines.append(f"FINDING leak: {growth:.0f} bytes an execution\n")
+            print(lines[-1], end="", file=sys.stderr)
         for crash in sorted(Path(folder).glob("*-*")):  # the process itself fell over this
             kind = crash.name.split("-")[0]
             keep(args.findings / args.target, kind, crash.read_bytes())
@@ -58,11 +69,30 @@ def main() -> int:
         "executions": int(runs[-1]) if runs else 0,
         "seconds": round(time.monotonic() - started, 1),
         "edges": int(edges[-1]) if edges else None,
+        "leak": round(growth, 1),
         "findings": [line.split()[1].rstrip(":") for line in lines if line.startswith("FINDING")],
         "exit_code": child.returncode,
     }
     print(json.dumps(record))
     return child.returncode
+
+
+def measure_leak(target: str, inputs: Path) -> float:
+    """Return the bytes that an execution leaves, over inputs that fuzzing found, in a process."""
+    command = [sys.executable, "-m", "tests.fuzz", target, "--folder", str(inputs), "--replay"]
+    made = subprocess.run(command, capture_output=True, text=True, check=False)
+    return float(made.stdout or "nan")
+
+
+def replay(args: argparse.Namespace) -> int:
+    """Print the bytes that an execution leaves on the heap."""
+    from tests.fuzz.targets import TARGETS
+
+    inputs = [path.read_bytes() for path in sorted(args.folder.iterdir())]
+    step = -(-len(inputs) // REPLAYED)
+    with TemporaryDirectory() as folder:
+        print(leak(TARGETS[args.target].run, inputs[::step], Path(folder)))
+    return 0
 
 
 def parser() -> argparse.ArgumentParser:
@@ -74,6 +104,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--seed", type=int, default=1, metavar="N")
     made.add_argument("--findings", type=Path, default=CORPUS, help="folder that takes them")
     made.add_argument("--verbose", action="store_true", help="what the fuzzer says")
+    made.add_argument("--replay", action="store_true", help=argparse.SUPPRESS)
     made.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     return made
 
@@ -86,8 +117,6 @@ def fuzz(args: argparse.Namespace) -> None:
         from tests.fuzz.targets import TARGETS, import_all
 
         import_all()
-    from tests.fuzz.verdict import judge
-
     target, kinds = TARGETS[args.target], set[str]()
     files, seeds = args.folder / "files", args.folder / "seeds"
     files.mkdir()
@@ -97,7 +126,7 @@ def fuzz(args: argparse.Namespace) -> None:
         (seeds / f"{number:04}").write_bytes(seed)
 
     def once(data: bytes) -> None:
-        verdict = judge(target.run, data, files)
+        verdict = judge(target.run, data, files, target.seconds)
         if verdict is not None and verdict.kind not in kinds:
             kinds.add(verdict.kind)
             keep(args.findings / args.target, verdict.kind, data)

@@ -5,43 +5,53 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, replace
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
 import mlx_sora
 from mlx_sora.errors import WeightsError
-from tests.fuzz import samples
+from tests.fuzz import samples, second
 from tests.fuzz.mutators import mutate_bytes, mutate_json, mutate_text
 from tests.fuzz.shell import type_advice
+from tests.fuzz.verdict import MAX_SECONDS
 
 Mutate = Callable[[bytes, int, int], bytes]
 
 
 @dataclass(frozen=True)
 class Target:
-    """One reader. run: feeds it bytes, with a folder of its own for files."""
+    """One reader.
+
+    run: feeds it bytes, with a folder of its own for files. limit: most bytes; seconds: most
+    processor time of an execution.
+    """
 
     run: Callable[[bytes, Path], None]
     seeds: Callable[[], list[bytes]]
     mutate: Mutate = mutate_json
     limit: int = 1 << 16
+    seconds: float = MAX_SECONDS
 
 
 def _safetensors(data: bytes, folder: Path) -> None:
     """Header and data of a file, then the tensors themselves by MLX."""
     import mlx.core as mx
+    import numpy as np
 
     from mlx_sora.loading.safetensors import load_tensors, read_header, read_rows
 
     path = folder / "model.safetensors"
     path.write_bytes(data)
     tensors = read_header(path)
+    contents = second.safetensors_file(data, tensors)
     arrays = load_tensors(path, tensors)
     for key, info in tensors.items():
         if info.dtype in ("F32", "BF16", "U32"):
-            mx.eval(arrays[key])
+            loaded = np.array(arrays[key].view(mx.uint8)) if info.nbytes and info.shape else None
+            if loaded is not None:
+                second.agree(f"content of {key}", loaded.tobytes(), contents[key])
         if info.dtype == "F32" and len(info.shape) == 2 and min(info.shape) > 0:
             read_rows(info, [0, info.shape[0] - 1])
 
@@ -57,7 +67,7 @@ def _index(data: bytes, folder: Path) -> None:
     for name, content in samples.shards().items():
         (folder / name).write_bytes(content)
     (folder / "model.safetensors.index.json").write_bytes(data)
-    Checkpoint.open(folder)
+    second.index_file(data, Checkpoint.open(folder).tensors, samples.shards())
 
 
 @cache
@@ -77,12 +87,18 @@ def _model(folder: Path) -> Path:
     return folder / "model"
 
 
+def _config_class(part: str) -> Any:
+    from mlx_sora.models.stdit3 import STDiT3Config
+    from mlx_sora.models.t5 import T5Config
+    from mlx_sora.models.vae import VAEConfig
+
+    return {"transformer": STDiT3Config, "text_encoder": T5Config, "vae": VAEConfig}[part]
+
+
 def _config(part: str) -> Callable[[bytes, Path], None]:
     """config.json of a part, against the weights of the bundled model."""
 
     def run(data: bytes, folder: Path) -> None:
-        import mlx.core as mx
-
         from mlx_sora.loading import networks
         from mlx_sora.loading.checkpoint import Checkpoint
         from mlx_sora.loading.model_folder import Defaults, ModelFolder
@@ -91,14 +107,39 @@ def _config(part: str) -> Callable[[bytes, Path], None]:
         (path / part / "config.json").write_bytes(data)
         model = ModelFolder(path, "fuzzed", Defaults())
         networks.match_part(model, part, Checkpoint.open(path / part))
+        values = json.loads(data)
         if part == "vae":
-            networks.load_vae(model)
-        elif part == "transformer":
-            networks.stream_transformer(model, mx.float32)
-        else:
-            networks.stream_text_encoder(model, mx.float32)
+            _spell_out_vae(values)
+        config = _config_class(part).from_dict(values)
+        second.same_values(part, config, values)
+        _load(model, part, config)
 
     return run
+
+
+def _spell_out_vae(values: dict[str, Any]) -> None:
+    """Write the shorter forms of the VAE's configuration as the longer ones."""
+    # The spatial part has a number of its own, which counts.
+    own = (values.get("vae_2d") or {}).get("micro_batch_size", values.get("micro_batch_size", 4))
+    values["micro_batch_size"] = own
+    for name in ("shift", "scale"):
+        if isinstance(values.get(name), float | int):
+            values[name] = [values[name]] * 4
+
+
+@lru_cache(256)
+def _load(model: Any, part: str, config: Any) -> None:
+    """Build a network, once for each configuration."""
+    import mlx.core as mx
+
+    from mlx_sora.loading import networks
+
+    if part == "vae":
+        networks.load_vae(model)
+    elif part == "transformer":
+        networks.stream_transformer(model, mx.float32)
+    else:
+        networks.stream_text_encoder(model, mx.float32)
 
 
 def _model_index(data: bytes, folder: Path) -> None:
@@ -112,6 +153,8 @@ def _model_index(data: bytes, folder: Path) -> None:
     model = ModelFolder.open(path)
     resolve(request, model)
     model.card()
+    second.same_values("defaults", model.defaults, json.loads(data).get("defaults", {}))
+    resolve(request, model)
 
 
 def _provenance(data: bytes, folder: Path) -> None:
@@ -122,7 +165,14 @@ def _provenance(data: bytes, folder: Path) -> None:
     repair_command(folder)
     found = Provenance.read(folder)
     if found is not None:
+        second.same_values("provenance", replace(found, files={}), _but(json.loads(data), "files"))
+        for name, row in json.loads(data)["files"].items():
+            second.same_values(name, found.files[name], row)
         found.damaged_files(folder)
+
+
+def _but(values: dict[str, Any], name: str) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if key != name}
 
 
 def _spiece(data: bytes, folder: Path) -> None:
@@ -131,7 +181,9 @@ def _spiece(data: bytes, folder: Path) -> None:
     path = folder / "spiece.model"
     path.write_bytes(data)
     tokenizer = Tokenizer.load(path)
-    tokenizer.encode("a red circle, moving right! </s> <extra_id_3> \u00e9t\u00e9 \uff1cpad\uff1e")
+    text = "a red circle, moving right! </s> <extra_id_3> \u00e9t\u00e9 \uff1cpad\uff1e"
+    outside = [i for i in tokenizer.encode(text).ids if not 0 <= i < tokenizer.vocab_size]
+    second.agree("ids beyond the vocabulary", outside, [])
 
 
 def _text(data: bytes) -> str:
@@ -150,16 +202,24 @@ def _repeated(data: bytes, folder: Path) -> None:
     from mlx_sora.text.cleaning import preprocess
 
     text = _text(data[:24]) or "a"
-    preprocess((text * (20_000 // len(text) + 1))[:20_000])
+    preprocess((text * (5_000 // len(text) + 1))[:5_000])
+
+
+@cache
+def _tokenizer() -> Any:
+    from mlx_sora.loading.model_folder import BUNDLED, find_model
+    from mlx_sora.text.tokenizer import Tokenizer
+
+    return Tokenizer.load(find_model(BUNDLED).tokenizer)
 
 
 def _tokens(data: bytes, folder: Path) -> None:
-    from mlx_sora.text.tokenizer import Tokenizer
+    """T5's whole vocabulary, against the `tokenizers` library."""
+    from mlx_sora.loading.model_folder import BUNDLED, find_model
 
-    path = folder / "spiece.model"
-    if not path.exists():
-        path.write_bytes(samples.spiece())
-    Tokenizer.load(path).encode(_text(data))
+    text = _text(data)
+    theirs = second.t5_tokenizer(find_model(BUNDLED).tokenizer.read_bytes())
+    second.agree("ids", list(_tokenizer().encode(text, 1 << 14).ids), [*theirs.encode(text).ids, 1])
 
 
 def _strategy(data: bytes, folder: Path) -> None:
@@ -175,7 +235,10 @@ def _strategy(data: bytes, folder: Path) -> None:
     placements = media._mask_groups(_text(data), sources, clips)
     found = media.Media(clips, references=tuple(sources), mask_groups=tuple(placements))
     for clip in range(clips.count):
-        found.mask(clip)
+        lengths = [source.latents for source in sources] + [10] * clip
+        second.agree(
+            f"mask of {clip}", found.mask(clip), second.mask(_text(data), lengths, 10, clip, 5)
+        )
 
 
 def _options(data: bytes, folder: Path) -> None:
@@ -183,6 +246,7 @@ def _options(data: bytes, folder: Path) -> None:
     from mlx_sora.cli.flags import build_requests
     from mlx_sora.loading.model_folder import BUNDLED, find_model
     from mlx_sora.pipeline.settings import resolve
+    from mlx_sora.request.generation import GenerationRequest
     from mlx_sora.video.output_path import output_path
 
     try:
@@ -195,6 +259,9 @@ def _options(data: bytes, folder: Path) -> None:
     for request in build_requests(values | {"seed": [seed]}):
         if request.output is not None:
             output_path(request.output, prompt=request.prompt, seed=1, num_frames=17)
+        second.agree("request", GenerationRequest.from_dict(request.to_dict()), request)
+        whole = {k: v for k, v in values.items() if type(v) is bool or k == "steps"}
+        second.same_values("request", request, whole)
         resolve(request, find_model(BUNDLED))
 
 
@@ -208,7 +275,7 @@ def _words(data: bytes, folder: Path) -> None:
 
     text = _text(data)
     readers: list[Callable[[], Any]] = [
-        *(lambda o=o: o.convert(text) for o in options().values()),
+        *(lambda name=name: _round_trip(name, text) for name in options()),
         lambda: parse_frames(text),
         lambda: parse_bytes(text),
         lambda: profile_budget(text),
@@ -229,12 +296,25 @@ def _words(data: bytes, folder: Path) -> None:
         raise max(errors, key=lambda error: (not str(error).isprintable(), len(str(error))))
 
 
+def _round_trip(name: str, text: str) -> None:
+    """Read an option from a word, and again from what a record says of it."""
+    from mlx_sora.request.generation import GenerationRequest
+
+    request = GenerationRequest.from_dict({name: text})
+    record = json.loads(json.dumps(request.to_dict()))
+    second.agree(name, GenerationRequest.from_dict(record), request)
+
+
 def _prompt_file(data: bytes, folder: Path) -> None:
     from mlx_sora.cli.requests import read_prompt_file
 
     path = folder / "many.jsonl"
     path.write_bytes(data)
     batch = read_prompt_file(str(path), {}, None)
+    lines = data.decode("utf-8-sig").split("\n")
+    for number, request in zip(batch.lines, batch.requests, strict=True):
+        prompt = json.loads(lines[number - 1]).get("prompt", "")
+        second.agree("prompt", request.prompt, prompt if isinstance(prompt, str) else "")
     if batch.failures:
         raise max(
             batch.failures.values(),
@@ -249,16 +329,23 @@ def _record(data: bytes, folder: Path) -> None:
 
     path = folder / "a.json"
     path.write_bytes(data)
-    build_requests({}, recorded_options(str(path), {}))
+    (request,) = build_requests({}, recorded_options(str(path), {}))
+    recorded = json.loads(data)
+    settings = {k: v for k, v in recorded.get("settings", {}).items() if k in ("width", "height")}
+    second.same_values("settings", request, settings)
 
 
 def _metadata(suffix: str) -> Callable[[bytes, Path], None]:
     def run(data: bytes, folder: Path) -> None:
-        from mlx_sora.video.metadata import read_metadata
+        from mlx_sora.video.metadata import PNG_KEY, read_metadata
 
         path = folder / f"a{suffix}"
         path.write_bytes(data)
-        read_metadata(path)
+        record = read_metadata(path)
+        if suffix == ".png" and data.startswith(b"\x89PNG"):
+            second.agree("record", record, json.loads(second.png_text(data, PNG_KEY) or "null"))
+        else:
+            second.contains_record(data, record)
 
     return run
 
@@ -269,17 +356,20 @@ def _image(data: bytes, folder: Path) -> None:
 
     path = folder / "a.png"
     path.write_bytes(data)
-    image_size(path)
-    read_image(path, Size(64, 64))
+    size = image_size(path)
+    second.agree("shape", read_image(path, Size(64, 64)).shape, (64, 64, 3))
+    second.agree("size", (size.width, size.height), second.picture_size(path))
 
 
 def _video(data: bytes, folder: Path) -> None:
     from mlx_sora.geometry import Size
-    from mlx_sora.video.reader import read_video
+    from mlx_sora.video.reader import probe_video, read_video
 
     path = folder / "a.mp4"
     path.write_bytes(data)
-    read_video(path, 17, size=Size(64, 64))
+    info = probe_video(path)
+    footage = read_video(path, 17, size=Size(64, 64))
+    second.agree("shape", footage.frames.shape, (min(17, info.num_frames), 64, 64, 3))
 
 
 def _table(data: bytes, folder: Path) -> None:
@@ -288,7 +378,14 @@ def _table(data: bytes, folder: Path) -> None:
 
     path = folder / "table.json"
     path.write_bytes(data)
-    read_schedule(8, 0, ScheduleInfo(30, 1, 17, model=folder, size=(64, 64, 17)), str(path))
+    info = ScheduleInfo(30, 1, 17, model=folder, size=(64, 64, 17))
+    steps = (
+        json.loads(data)["orders"]["0"]["8"]
+        if (found := read_schedule(8, 0, info, str(path)))
+        else []
+    )
+    second.agree("steps", sorted(found), sorted(steps))
+    second.agree("a step that a run of 30 lacks", [n for n in found if not 0 <= n < 30], [])
 
 
 def _checkpoint(data: bytes, folder: Path) -> None:
@@ -308,27 +405,36 @@ def _checkpoint(data: bytes, folder: Path) -> None:
     request = resumed_request(path, {})
     if Path(str(request.output)).resolve().parent != folder.resolve():
         raise AssertionError(f"outside: {request.output}")
+    recorded = json.loads(record)["request"]
+    second.same_values(
+        "request", request, {k: recorded[k] for k in ("prompt", "seed", "steps") if k in recorded}
+    )
 
 
 def _listing(data: bytes, folder: Path) -> None:
-    """The hub's answer about a repository."""
-    from unittest.mock import patch
+    """The hub's answer about a repository, as the client parses it."""
+    from unittest.mock import Mock, patch
 
-    from huggingface_hub import HfApi
-    from huggingface_hub.hf_api import ModelInfo
+    from huggingface_hub import hf_api
 
     from mlx_sora.manage.hub import Hub
     from mlx_sora.manage.sources import SOURCES
 
-    try:
-        answer = json.loads(data)
-    except (ValueError, RecursionError):
-        return
-    with patch.object(HfApi, "model_info", lambda *_, **__: ModelInfo(**answer)):
+    session, answer = Mock(), Mock()
+    session.get.return_value = answer
+    answer.json = lambda: json.loads(data)
+    with (
+        patch.object(hf_api, "get_session", lambda: session),
+        patch.object(hf_api, "hf_raise_for_status", lambda _: None),
+    ):
         for file in Hub("http://127.0.0.1:9").files(SOURCES[0]):
             inside = (folder / file.path).resolve()
             if folder.resolve() not in inside.parents:
                 raise WeightsError(f"OUTSIDE {file.path}\n")
+            rows = [r for r in json.loads(data)["siblings"] if str(r["rfilename"]) == file.name]
+            row = rows[-1].get("lfs") or rows[-1]
+            second.agree("size", file.size, row["size"])
+            second.agree("checksum", file.checksum, row.get("sha256", row.get("blobId")))
 
 
 TARGETS: dict[str, Target] = {
@@ -343,7 +449,7 @@ TARGETS: dict[str, Target] = {
     "advice": Target(type_advice, samples.foreign_words, mutate_text, 1 << 11),
     "spiece": Target(_spiece, samples.spieces, mutate_bytes),
     "prompt": Target(_prompt, samples.prompts, mutate_text, 1 << 12),
-    "repeated": Target(_repeated, samples.pieces, mutate_text, 24),
+    "repeated": Target(_repeated, samples.pieces, mutate_text, 24, seconds=1.0),
     "tokens": Target(_tokens, samples.prompts, mutate_text, 1 << 12),
     "strategy": Target(_strategy, samples.strategies, mutate_text, 1 << 12),
     "options": Target(_options, samples.options),

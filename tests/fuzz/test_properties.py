@@ -144,3 +144,9 @@ def test_mask_strategies_of_any_text(text: str) -> None:
 )
 def test_readers_of_any_bytes(tmp_path: Path, name: str, data: bytes) -> None:
     assert judge(TARGETS[name].run, data, tmp_path) is None
+
+
+@pytest.mark.parametrize("scale", [0, True, [1, 0, 1, 1]])
+def test_scales_that_erase_latents_are_refused(scale: object) -> None:
+    with pytest.raises(WeightsError, match="scale"):
+        VAEConfig.from_dict({"scale": scale})
