@@ -41,13 +41,13 @@ class Folder:
         from filelock import FileLock, Timeout
 
         lock = FileLock(self.path / LOCK, timeout=0, thread_local=False, is_singleton=False)
-        try:
-            with explain_os_errors(self.path / LOCK):
+        with explain_os_errors(self.path / LOCK):
+            try:
                 lock.acquire()
-        except Timeout:
-            raise UsageError(
-                f"Another server uses {self.path}.", "Stop it, or give another --folder."
-            ) from None
+            except Timeout:  # an OSError
+                raise UsageError(
+                    f"Another server uses {self.path}.", "Stop it, or give another --folder."
+                ) from None
         self._lock = lock
 
     def unlock(self) -> None:

@@ -204,11 +204,9 @@ class Scheduler:
             changes = progress.handle(event)
             if event["event"] == "step_finished":
                 self._kills.pop(job.id, None)
-            if event["event"] == "warned" and shown["message"] not in warnings:
-                warnings.append(shown["message"])
-                changes = {"warnings": tuple(warnings)}
-            if event["event"] == "finished":
-                changes = {"warnings": tuple(shown["warnings"])}
+            if event["event"] in ("warned", "finished"):
+                warnings += shown.get("warnings") or [shown.get("message")]
+                changes = {"warnings": tuple(dict.fromkeys(filter(None, warnings)))}
             with suppress(MlxSoraError):  # a full disk, or the job is deleted
                 if changes:
                     self._store.update(job.id, durable=False, **changes)
