@@ -111,6 +111,7 @@ def _summary(request: Planned, run: GenerationRun, capacity: int) -> PlanSummary
         budget=plan.budget if backend() == "cpu" and not request.has_budget else None,
         seconds=None if speeds is None else round(run.estimate(speeds).total, 1),
         warnings=tuple(run.result.warnings),
+        notes=tuple(settings.media.notes),
         shares={stage.stage: round(stage.flops / operations, 4) for stage in plan.stages},
         suffix="" if run.output is None else run.output.suffix.lower(),
         previews=(model.path / PREVIEW_FILE).is_file(),

@@ -82,9 +82,10 @@ class PlanSummary:
     peak: of the process. smallest: the least budget that would do. capacity: what the machine has
     for one process. seconds: None before `doctor --machine`. fits: False if no budget of this
     machine does; `error` and `fix` then say why, `suggestions` are options that would fit.
-    budget: what the run has to keep to, because its peak without one is above capacity. shares:
-    share of the operations of each stage. suffix: of the file. previews: the model can show them
-    cheaply. in_ram: the memory is that of the machine, not of a GPU with its own.
+    budget: bytes that the run has to keep to, as its peak without one is above capacity. shares:
+    share of the operations of each stage. notes: how media are fitted. suffix: of the file.
+    previews: the model can show them cheaply. in_ram: the memory is that of the machine, not of a
+    GPU with its own.
     """
 
     model: str = ""
@@ -103,6 +104,7 @@ class PlanSummary:
     fix: str = ""
     suggestions: tuple[Mapping[str, Any], ...] = ()
     warnings: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
     shares: Mapping[str, float] = field(default_factory=dict)
     suffix: str = ""
     previews: bool = False
@@ -113,7 +115,7 @@ class PlanSummary:
         """Return the plan of `to_dict`; unknown keys of a later version are left out."""
         known = {f.name for f in fields(cls)}
         found = {name: value for name, value in values.items() if name in known}
-        for name in ("suggestions", "warnings"):
+        for name in ("suggestions", "warnings", "notes"):
             found[name] = tuple(found.get(name, ()))
         return cls(**found)
 

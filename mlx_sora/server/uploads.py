@@ -69,8 +69,8 @@ def _probe(helper: Helper, path: Path, name: str) -> dict[str, Any]:
     try:
         return helper.call("probe", path=str(path))
     except MlxSoraError as error:
-        message, fix = (t.replace(str(path), "The file") for t in (error.message, error.fix))
-        raise UsageError(message, fix) from None
+        message, fix = (t.replace(str(path), "the file") for t in (error.message, error.fix))
+        raise UsageError(message[:1].upper() + message[1:], fix) from None
 
 
 def make_room(folder: Folder, store: Store, limit: int) -> None:

@@ -133,7 +133,9 @@ def read_errors(path: str | Path, fix: str) -> Iterator[None]:
     except UsageError:
         raise
     except Exception as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:120].rstrip(".")
+        # The text of an OSError, as PyAV's are, ends with the path once more.
+        text = getattr(error, "strerror", None) or str(error)
+        reason = (text.splitlines() or [type(error).__name__])[0][:120].rstrip(".")
         raise UsageError(f"Cannot read {path}: {reason}.", fix) from None
 
 
