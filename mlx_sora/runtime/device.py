@@ -176,11 +176,17 @@ _DEVICE_ERRORS: tuple[tuple[str, type[MlxSoraError], str, str], ...] = (
         "the GPU takes no more work from this process after earlier errors",
         f"Start again in a new process. {_SHORTER_WORK}",
     ),
+    (
+        r"\[Compile::eval_cpu\]|Could not load C\+\+ shared library",
+        MlxSoraError,
+        "MLX cannot compile a function",
+        "Set TMPDIR to a folder of yours with room, or MLX_DISABLE_COMPILE=1 to do without.",
+    ),
 )
 
 
 def explain_device_error(error: BaseException, stage: str) -> MlxSoraError | None:
-    """Return an error with advice for MLX's errors about memory and GPU time; None for others.
+    """Return an error with advice for MLX's errors of memory, GPU time and compiler; or None.
 
     stage: where `error` was raised.
     """

@@ -121,6 +121,11 @@ LOST_GPU = (
     "[METAL] Command buffer execution failed: Ignored (for causing prior/excessive GPU errors) "
     "(00000004:kIOGPUCommandBufferCallbackErrorSubmissionsIgnored)",
 )
+COMPILER = (
+    "[Compile::eval_cpu] Failed to compile function AbsfB: Failed to execute command with return "
+    'code 1: "g++ -std=c++17", the output is: No space left on device',
+    "Could not load C++ shared library /tmp/mlx/0.32.4/cpu/libAbsfB.so: file too short",
+)
 OTHERS = ("[matmul] Last dimension of first input", "[read] Unable to read from file.", "")
 
 
@@ -131,6 +136,13 @@ def test_out_of_memory_is_a_memory_error(text: str) -> None:
     assert found.exit_code == 3
     assert "Stage denoise" in str(found)
     assert "--" in found.fix
+
+
+@pytest.mark.parametrize("text", COMPILER)
+def test_a_compiler_that_fails_is_explained(text: str) -> None:
+    found = explain_device_error(RuntimeError(text), "decode")
+    assert type(found) is MlxSoraError
+    assert "TMPDIR" in found.fix
 
 
 @pytest.mark.parametrize("text", TOO_LONG)
