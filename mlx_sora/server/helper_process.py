@@ -113,7 +113,13 @@ def models() -> dict[str, Any]:
             model = ModelFolder.open(path)
             created = int((path / "transformer" / "config.json").stat().st_mtime)
             defaults = asdict(model.defaults)
-            found.append({"id": name, "name": model.name, "created": created, "defaults": defaults})
+            facts = {"id": name, "name": model.name, "created": created, "defaults": defaults}
+            card = model.card()
+            found.append(
+                facts
+                | {"description": card.description, "examples": card.prompts}
+                | {"sizes": card.sizes, "frames": card.num_frames}
+            )
     return {"models": found}
 
 

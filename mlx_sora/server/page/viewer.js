@@ -39,7 +39,7 @@ export function openViewer(video, find) {
 /** Show the new state of the video in the dialog, if it is this one. */
 export function showInViewer(video) {
   if (!shown || shown.id !== video.id) return;
-  if (video.deleted) dialog.close();
+  if (video.deleted || ["queued", "running"].includes(video.mlx_sora.state)) dialog.close();
   else if (video.mlx_sora.state !== shown.mlx_sora.state) openViewer(video, neighbour);
 }
 
@@ -61,7 +61,7 @@ function film(video) {
 }
 
 function actions(video) {
-  const { state, checkpoint, kind } = video.mlx_sora;
+  const { state, kind } = video.mlx_sora;
   const leave = (action) => () => (dialog.close(), action(video));
   const send = (path, json, message) => () => attempt(async () => {
     await post(`/v1/videos/${video.id}/${path}`, json);
@@ -74,7 +74,7 @@ function actions(video) {
       list.push(button("Another one", send("repeat", { changes: { seed: null } }, "Another seed is in the queue.")));
     }
   } else {
-    list.push(button(checkpoint ? "Go on" : "Try again", send("resume", {}, "It is back in the queue.")));
+    list.push(button(state === "cancelled" ? "Go on" : "Try again", send("resume", {}, "It is back in the queue.")));
   }
   list.push(button("Change this", leave(changeThis)));
   if (state === "done") {
