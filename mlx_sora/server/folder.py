@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlx_sora.errors import MlxSoraError, UsageError
+from mlx_sora.errors import UsageError
 from mlx_sora.utils.files import explain_os_errors, name_hash
 from mlx_sora.video.output_path import checkpoint_path
 
@@ -99,19 +99,13 @@ class Folder:
                 _remove(path)
 
     def hide_paths(self, value: Any) -> Any:
-        """Return JSON values without the path of this folder, for clients."""
+        """Return JSON values without the paths of this folder, for clients."""
         text = json.dumps(value)
-        prefix = json.dumps(str(self.path))[1:-1] + "/"
-        return json.loads(text.replace(prefix, "")) if prefix in text else value
+        for folder in (self.videos, self.uploads, self.path):
+            text = text.replace(json.dumps(str(folder))[1:-1] + "/", "")
+        return json.loads(text)
 
 
 def _remove(path: Path) -> None:
     with suppress(OSError):
         path.unlink()
-
-
-def checked_file(path: Path, name: str) -> Path:
-    """Return `path`. Raises MlxSoraError if the file is gone."""
-    if not path.is_file():
-        raise MlxSoraError(f"The file of {name} is gone.", "Repeat it, or delete it.")
-    return path

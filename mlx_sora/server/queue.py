@@ -81,7 +81,6 @@ class JobQueue:
             self._store = open_store(self.files, self.notices)
             self._helper = Helper(programs.helper)
             recover(self.files, self._store, self._helper, self.notices)
-            self._store.drop_events(limits.events)
         except BaseException:
             self.files.unlock()
             raise
@@ -144,6 +143,7 @@ class JobQueue:
             raise QueueFullError(
                 f"{self.limits.queued} videos wait already.", "Try again when one is finished."
             )
+        self._store.drop_events(self.limits.events)
         return self._tell(id)
 
     def get(self, id: str) -> Job:

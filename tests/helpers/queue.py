@@ -41,7 +41,7 @@ def wait(condition: Callable[[], object], seconds: float = 20) -> None:
         time.sleep(0.01)
 
 
-def ended(queue: JobQueue, job: Job) -> Job:
+def ended(queue: JobQueue, job: Job, seconds: float = 60) -> Job:
     """Return a job when it neither waits nor runs."""
-    wait(lambda: queue.get(job.id).state not in ("queued", "running"))
+    wait(lambda: queue.get(job.id).state not in ("queued", "running"), seconds)
     return queue.get(job.id)

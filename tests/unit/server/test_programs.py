@@ -17,9 +17,11 @@ from mlx_sora.server import planning
 from mlx_sora.server.checks import Sources, checked_task, command
 from mlx_sora.server.helper import Helper
 from mlx_sora.server.planning import plan_task
+from mlx_sora.server.processes import WorkerProcess
 from mlx_sora.server.queue import JobQueue, Programs
 from mlx_sora.server.task import EDIT, Task
 from mlx_sora.video.metadata import read_metadata
+from mlx_sora.video.output_path import checkpoint_path
 from mlx_sora.video.reader import read_video
 from tests.helpers.queue import ended, open_queue, task, wait
 
@@ -180,3 +182,26 @@ def test_a_task_that_does_not_fit_is_refused(
 ) -> None:
     with pytest.raises(MemoryBudgetError, match="the budget is"):
         queue.submit(task(memory_budget="1MB"))
+
+
+def test_a_worker_ends_with_its_server_and_leaves_a_checkpoint(tmp_path: Path) -> None:
+    output = tmp_path / "a.webp"
+    words = ["generate", "--model=shapes", "--prompt=red", "--seed=1", "--steps=500"]
+    worker = WorkerProcess()
+    worker.send([*words, "--checkpoint-every=400", f"--output={output}", "--json-events"])
+    for event in worker.events():
+        if event["event"] == "step_finished":
+            break
+    assert worker._process.stdin is not None
+    worker._process.stdin.close()  # as when the server is killed
+    ending = worker.wait()
+    assert ending == (130, "interrupted.")
+    assert checkpoint_path(output).is_file()
+    assert not output.exists()
+
+
+def test_a_worker_without_words_ends(tmp_path: Path) -> None:
+    worker = WorkerProcess()
+    assert worker._process.stdin is not None
+    worker._process.stdin.close()
+    assert worker.wait() == (0, "")

@@ -104,7 +104,7 @@ def test_a_failure_is_one_line_without_the_folder(queue: JobQueue) -> None:
     job = ended(queue, queue.submit(task("fail")))
     assert job.state == "failed"
     assert job.error is not None
-    assert job.error.message == f"Cannot write videos/{job.output}: no reason. Try again."
+    assert job.error.message == f"Cannot write {job.output}: no reason. Try again."
     queue.resume(job.id)
     assert ended(queue, job).attempts == 2
 
