@@ -77,6 +77,11 @@ class Folder:
         """Return the path of a thumbnail, spritesheet or record; it may not exist."""
         return self.pictures / (id + suffix)
 
+    def remove_run(self, job: Job) -> None:
+        """Remove what a run leaves beside its finished video, if it was killed right then."""
+        _remove(self.checkpoint(job))
+        _remove(self.preview(job))
+
     def remove_job(self, job: Job) -> None:
         """Remove the files of a job, also what a killed worker has left of them."""
         for path in self.videos.glob(f"{job.id}.*"):

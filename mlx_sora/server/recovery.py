@@ -103,9 +103,8 @@ def recover(folder: Folder, store: Store, helper: Helper, notices: list[str]) ->
         end_process(job.worker)
     folder.remove_partials()
     for job in running:
-        state = DONE if folder.video(job).is_file() else QUEUED
-        _set_state(store, job, state)
-        if state == QUEUED:
+        if not folder.video(job).is_file():
+            _set_state(store, job, QUEUED)
             store.put_first(job.id)
     for id in store.deleted():
         folder.remove_job(Job(id, Task(), output=id))
@@ -114,6 +113,7 @@ def recover(folder: Folder, store: Store, helper: Helper, notices: list[str]) ->
         has_video = folder.video(job).is_file()
         if has_video and job.state != DONE:
             _set_state(store, job, DONE)
+            folder.remove_run(job)
         elif job.state == DONE and not has_video:
             error = JobError(f"The file {job.output} is gone.", "Repeat it, or delete it.")
             store.update(job.id, state=FAILED, error=error)

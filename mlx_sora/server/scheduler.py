@@ -224,8 +224,7 @@ class Scheduler:
         common: dict[str, Any] = {"worker": None, "seconds_left": None}
         if video.is_file():
             fsync(self._folder.videos)
-            with suppress(OSError):
-                self._folder.preview(job).unlink()
+            self._folder.remove_run(job)
             common |= {"progress": 1.0, "stage": "", "error": None, "finished_at": time.time()}
             self._tell(self._store.update(job.id, state=DONE, **common))
         elif now.state != RUNNING or self._stopping.is_set():

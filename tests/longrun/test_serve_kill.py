@@ -21,13 +21,18 @@ import numpy as np
 import psutil
 import pytest
 
+from mlx_sora.errors import MlxSoraError
 from mlx_sora.server.queue import JobQueue
 from mlx_sora.server.task import Task
 from mlx_sora.video.reader import is_video, read_image, read_video
 from tests.helpers.queue import ended
 from tests.longrun.table import Fault
+from tests.longrun.test_disk import small_disk
 
 KILLS = 40
+
+#: Times at which a disk is full.
+FULL_DISKS = 12
 
 #: Jobs by the prompt that tells them apart.
 OPTIONS = {
@@ -39,6 +44,7 @@ OPTIONS = {
 SERVER = """
 import json, sys, time
 from pathlib import Path
+from mlx_sora.errors import MlxSoraError
 from mlx_sora.server.queue import JobQueue
 from mlx_sora.server.task import Task
 
@@ -120,7 +126,7 @@ def test_kills_lose_nothing(tmp_path: Path, expected: dict[str, np.ndarray], fau
     server = start(folder, log)
     try:
         for _ in range(KILLS):
-            time.sleep(draw.uniform(0.1, 6))
+            time.sleep(draw.uniform(0.1, 9))
             process = worker(folder)
             if process is None or draw.random() < 0.5:
                 server.kill()
@@ -156,3 +162,40 @@ def test_kills_lose_nothing(tmp_path: Path, expected: dict[str, np.ndarray], fau
     for victim, count in victims.items():
         result = f"{len(found)} videos whole, {resumed} of them after a restart, same frames"
         fault("SIGKILL", f"serve: {victim}", count, 0, result)
+
+
+def test_a_full_disk_loses_nothing(
+    tmp_path: Path, expected: dict[str, np.ndarray], fault: Fault
+) -> None:
+    """The disk is full at random moments, and has room again; what failed is resumed."""
+    draw, failures, refusals = random.Random(17), 0, list[str]()
+    folder = tmp_path / "disk"
+    with small_disk(folder, 2_000_000):
+        queue = JobQueue(folder / "server")
+        queue.start()
+        accepted = []
+        filler = folder / "filler"
+        for number in range(FULL_DISKS):
+            prompt = list(OPTIONS)[number % len(OPTIONS)]
+            options = {"prompt": prompt, "seed": 3, **OPTIONS[prompt]}
+            try:
+                accepted.append((prompt, queue.submit(Task(options=options))))
+            except MlxSoraError as error:
+                refusals.append(str(error))
+            time.sleep(draw.uniform(0.1, 6))
+            with suppress(OSError), filler.open("ab") as file:
+                while True:
+                    file.write(bytes(4096))
+                    file.flush()
+            time.sleep(draw.uniform(0.1, 4))
+            filler.unlink(missing_ok=True)
+        assert all("Make room" in refusal for refusal in refusals), refusals
+        for prompt, job in accepted:
+            while ended(queue, job, 300).state == "failed":
+                failures += 1
+                queue.resume(job.id)
+            assert queue.get(job.id).state == "done"
+            assert (frames(queue.content(job.id)) == expected[prompt]).all()
+        queue.stop()
+    result = f"{failures + len(refusals)} failures in one line; same frames after a resume"
+    fault("full disk", "serve", FULL_DISKS, 0, result)
