@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 
 from mlx_sora.errors import MemoryBudgetError, UsageError
 from mlx_sora.server.queue import JobQueue, Limits
-from mlx_sora.server.task import ConflictError, NotFoundError, QueueFullError
+from mlx_sora.server.task import EDIT, ConflictError, NotFoundError, QueueFullError, Task
 from tests.helpers.queue import FAKES, task
 
 
@@ -105,3 +106,16 @@ def test_events_can_be_followed_and_replayed(queue: JobQueue) -> None:
     assert event is not None
     assert event["state"] == "cancelled"
     assert queue.last_event() == event["number"]
+
+
+def test_an_edit_keeps_the_sampler_that_was_chosen(queue: JobQueue) -> None:
+    video = queue.add_upload(io.BytesIO(b"video")).id
+    options = {"prompt": "blue", "source_prompt": "red", "video": video}
+    plain = queue.submit(Task(EDIT, options))
+    assert plain.task.options["sampler"] == "midpoint"
+    chosen = queue.submit(Task(EDIT, options | {"sampler": "rflow"}))
+    assert queue.repeat(chosen.id).task.options["sampler"] == "rflow"
+    with pytest.raises(UsageError, match="video is missing"):
+        queue.plan(Task(EDIT, {"prompt": "blue", "source_prompt": "red"}))
+    with pytest.raises(UsageError, match="unknown kind"):
+        queue.plan(Task("delete", options))
