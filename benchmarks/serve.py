@@ -39,7 +39,7 @@ JOBS, CLIENTS, ASKED = 500, 50, 300
 GOALS = {"overhead": 0.03, "memory": 80e6, "status": 0.020}
 
 PROMPT = "a red circle moves right"
-OPTIONS = {"model": "shapes", "steps": 60, "num_frames": 51, "seed": 1, "width": 96, "height": 96}
+OPTIONS = {"model": "shapes", "steps": 60, "num_frames": 51, "seed": 1}
 
 
 def fill(folder: Path) -> None:
@@ -75,9 +75,10 @@ class Server:
         connection = self.connect()
         headers = {"content-type": "application/json"}
         connection.request("POST", path, json.dumps(body or {}), headers)
-        answer: dict[str, Any] = json.loads(connection.getresponse().read())
+        response = connection.getresponse()
+        answer: dict[str, Any] = json.loads(response.read())
         connection.close()
-        if answer.get("error"):
+        if response.status >= 400:
             raise SystemExit(answer["error"]["message"])
         return answer
 

@@ -47,8 +47,9 @@ SELECT id, state, data, CASE state WHEN 'queued' THEN
     (SELECT COUNT(*) FROM jobs AS other WHERE other.state = 'queued' AND other.rank < jobs.rank)
 END FROM jobs"""
 
-#: Bytes of the database that a connection keeps in memory.
-_CACHE_KIB = 512
+#: fullfsync (macOS): on the disk, not in its cache. cache_size: KiB. wal_autocheckpoint: pages of
+#: the journal after which it is written into the database, and begins again.
+_PRAGMAS = ("journal_mode=WAL", "fullfsync=ON", "cache_size=-512", "wal_autocheckpoint=100")
 
 
 @dataclass(frozen=True)
@@ -353,9 +354,8 @@ class Store:
 def _connect(path: Path) -> sqlite3.Connection:
     connection = sqlite3.connect(path, timeout=10, isolation_level=None, check_same_thread=False)
     try:
-        connection.execute("PRAGMA journal_mode = WAL")
-        connection.execute("PRAGMA fullfsync = ON")  # macOS: on the disk, not in its cache
-        connection.execute(f"PRAGMA cache_size = -{_CACHE_KIB}")
+        for pragma in _PRAGMAS:
+            connection.execute(f"PRAGMA {pragma}")
     except BaseException:
         connection.close()
         raise

@@ -181,10 +181,10 @@ import sys, time
 from pathlib import Path
 from tests.helpers.queue import open_queue, task
 queue = open_queue(Path(sys.argv[1]))
-job = queue.submit(task("slow", steps=40))
+job, other = queue.submit(task("slow", steps=40)), queue.submit(task())
 while queue.get(job.id).step < 3:
     time.sleep(0.01)
-print(job.id, queue.get(job.id).worker[0], flush=True)
+print(job.id, other.id, queue.get(job.id).worker[0], flush=True)
 time.sleep(100)
 """
 
@@ -192,13 +192,14 @@ time.sleep(100)
 def test_a_killed_server_takes_its_worker_along(tmp_path: Path) -> None:
     server = Popen([sys.executable, "-c", SERVER, str(tmp_path)], stdout=PIPE, text=True)
     assert server.stdout is not None
-    id, worker = server.stdout.readline().split()
+    id, other, worker = server.stdout.readline().split()
     server.kill()
     server.wait()
     server.stdout.close()
     queue = open_queue(tmp_path)
-    job = ended(queue, queue.get(id))
-    assert job.state == "done"
+    last, job = ended(queue, queue.get(other)), ended(queue, queue.get(id))
+    assert job.state == last.state == "done"
+    assert (job.finished_at or 0) < (last.finished_at or 0)
     assert text(queue, job).startswith("0 ")
     process = int(worker)
     assert not psutil.pid_exists(process) or psutil.Process(process).status() == "zombie"
