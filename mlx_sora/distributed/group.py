@@ -117,12 +117,14 @@ class Ranks:
             return [data]
         import mlx.core as mx
 
+        from mlx_sora.runtime.device import to_numpy
+
         lengths: list[int] = self.all_gather(mx.array(len(data), mx.int64)).tolist()  # type: ignore[assignment]
         longest = max(lengths)
         if longest == 0:
             return [b""] * self.size
         own = mx.array(memoryview(data.ljust(longest, b"\0")))  # type: ignore[arg-type]
-        gathered = memoryview(self.all_gather(own)).tobytes()  # type: ignore[arg-type]
+        gathered = to_numpy(self.all_gather(own)).tobytes()
         return [gathered[i * longest : i * longest + n] for i, n in enumerate(lengths)]
 
     def all_gather_object(self, value: Any) -> list[Any]:

@@ -20,7 +20,7 @@ from mlx.utils import tree_flatten
 
 from mlx_sora.errors import WeightsError
 from mlx_sora.loading.safetensors import FIX
-from mlx_sora.memory.limits import stop_throttling
+from mlx_sora.memory.limits import recover_from_failed_read
 from mlx_sora.runtime.device import explain_device_error
 from mlx_sora.utils.files import visible_files
 
@@ -75,7 +75,7 @@ class WeightFileGuard:
             if not _is_read_error(error):
                 self._refuse_rewritten()
                 raise
-            stop_throttling()
+            recover_from_failed_read()
             self._refuse_rewritten()
             message = f"Cannot read the weights in {self._folder}: {error}"
             raise WeightsError(message, FIX) from error
@@ -119,7 +119,7 @@ def retry_read(read: Callable[[], Result], name: str) -> Result:
             if explain_device_error(error, "") is not None:
                 raise
             if _is_read_error(error):
-                stop_throttling()
+                recover_from_failed_read()
             reason = " ".join(str(error).split())[:200]
             logger.warning("reading %s failed (%s), trying again", name, reason)
             time.sleep(pause)

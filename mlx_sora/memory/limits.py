@@ -37,7 +37,7 @@ _GLIBC_MMAP_THRESHOLD = 32 << 20
 #: Share of the RAM that may be wired.
 _WIRED_SHARE = 0.65
 
-#: Set when MLX's scheduler can no longer hold a memory limit; see `stop_throttling`.
+#: Set when MLX's scheduler can no longer hold a memory limit; see `recover_from_failed_read`.
 _throttling_stopped = threading.Event()
 
 
@@ -106,15 +106,20 @@ def restore_memory_limit(previous: int | None) -> None:
         mx.set_memory_limit(previous)
 
 
-def stop_throttling() -> None:
-    """Lift the memory limit for the rest of the process, after a failed read in the main thread.
+def recover_from_failed_read() -> None:
+    """Let MLX work on after a failed read in the main thread.
 
-    MLX 0.32.4 may then count a task that never ends (`CommandEncoder::dispatch` of its CPU
-    backend), and its scheduler waits for that task whenever memory is above the limit.
+    Its stream raises one error; that of a second read would surface in an operation of a later run.
+    MLX 0.32.4 may also count a task that never ends (`CommandEncoder::dispatch` of its CPU
+    backend), and its scheduler waits for that task whenever memory is above the limit: the limit is
+    lifted for the rest of the process.
     """
     if threading.current_thread() is threading.main_thread():
         _throttling_stopped.set()
         mx.set_memory_limit(sys.maxsize)
+        for _ in range(2):  # an error that was there before the call comes first
+            with suppress(RuntimeError):
+                mx.synchronize(mx.default_stream(mx.cpu))
 
 
 @contextmanager

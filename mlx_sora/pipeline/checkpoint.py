@@ -20,6 +20,7 @@ import mlx.core as mx
 
 from mlx_sora.distributed.group import Ranks
 from mlx_sora.errors import MlxSoraError, UsageError, WeightsError
+from mlx_sora.runtime.device import to_numpy
 from mlx_sora.runtime.events import Event, Warned
 from mlx_sora.sampling.base import State
 from mlx_sora.utils.files import atomic_write, explain_os_errors
@@ -257,5 +258,5 @@ def _digest(record: str, arrays: Mapping[str, mx.array]) -> str:
     for name in sorted(arrays):
         array = arrays[name]
         found.update(f"\n{name} {array.dtype} {array.shape}\n".encode())
-        found.update(memoryview(array.reshape(-1).view(mx.uint8)))  # type: ignore[arg-type]
+        found.update(to_numpy(array.reshape(-1).view(mx.uint8)).data)
     return found.hexdigest()

@@ -85,7 +85,9 @@ class NetworkLoader:
             with WeightFileGuard(self.model.text_encoder).check_reads():
                 yield *retry_read(self._text_encoder, "the text encoder"), None
             return
-        network, rows, source = stream_text_encoder(self.model, self.precision.text_encoder)
+        with WeightFileGuard(self.model.text_encoder).check_reads():
+            streamed = retry_read(self._streamed_text_encoder, "the text encoder")
+        network, rows, source = streamed
         # One pass: a resident block would never be used again.
         with BlockStream(source, 0, prefetch=plan.prefetch) as stream:
             yield network, rows, stream
@@ -93,12 +95,14 @@ class NetworkLoader:
     @contextmanager
     def transformer(self, plan: StagePlan) -> Iterator[StreamedTransformer]:
         """Open the transformer, and the stream of its block pairs, if streamed."""
+        with WeightFileGuard(self.model.transformer).check_reads():
+            if self._is_whole:
+                whole = retry_read(self._transformer, "the transformer")
+            else:
+                network, source = retry_read(self._streamed_transformer, "the transformer")
         if self._is_whole:
-            with WeightFileGuard(self.model.transformer).check_reads():
-                network = retry_read(self._transformer, "the transformer")
-            yield network, None
+            yield whole, None
             return
-        network, source = stream_transformer(self.model, self.precision.transformer)
         with self._cyclic_stream(source, plan) as stream:
             yield network, stream
 
@@ -115,6 +119,16 @@ class NetworkLoader:
         network = load_transformer(self.model, self.precision.transformer)
         eval_parameters(network)
         return network
+
+    def _streamed_text_encoder(self) -> tuple[T5Encoder, ReadRows, BlockSource[T5Block]]:
+        network, rows, source = stream_text_encoder(self.model, self.precision.text_encoder)
+        eval_parameters(network)  # what no block holds
+        return network, rows, source
+
+    def _streamed_transformer(self) -> tuple[STDiT3, BlockSource[BlockPair]]:
+        network, source = stream_transformer(self.model, self.precision.transformer)
+        eval_parameters(network)
+        return network, source
 
     def _cyclic_stream(
         self, source: BlockSource[BlockPair], plan: StagePlan

@@ -10,13 +10,15 @@ from typing import TYPE_CHECKING
 import mlx.core as mx
 
 from mlx_sora.conditioning.media import frames_by_latent
-from mlx_sora.errors import MlxSoraError, UsageError
+from mlx_sora.errors import MlxSoraError, UsageError, WeightsError
+from mlx_sora.loading.file_guard import WeightFileGuard
 from mlx_sora.loading.networks import load_vae
 from mlx_sora.memory.budget import is_automatic
 from mlx_sora.models.stdit3 import STDiT3Config
 from mlx_sora.pipeline.engine import Engine
 from mlx_sora.pipeline.settings import ResolvedRequest
 from mlx_sora.request.generation import GenerationRequest
+from mlx_sora.runtime.device import to_numpy
 from mlx_sora.runtime.events import Event, PreviewReady, Warned
 from mlx_sora.video.frames import FramesInMemory, to_uint8
 from mlx_sora.video.preview import PREVIEW_FILE, LatentToRGB, preview_path, write_preview
@@ -65,7 +67,11 @@ class Previews:
         """Write the preview of x0 [1, T, h, w, C], predicted in step `index`, if one is due."""
         if (index + 1) % self.every:
             return
-        frames, fps = self._frames(x0)
+        try:
+            frames, fps = self._frames(x0)
+        except WeightsError as error:
+            yield Warned(f"No preview of step {index + 1}: {error}")
+            return
         path = None
         if self.output is not None:
             path = preview_path(self.output, self.settings.geometry.num_frames)
@@ -78,15 +84,14 @@ class Previews:
 
     def _frames(self, x0: mx.array) -> tuple[np.ndarray, float]:
         """Return frames uint8 [F, H, W, 3] and their number per second."""
-        import numpy as np
-
         count = self.settings.geometry.num_frames
         if self.map is not None:
             shown = frames_by_latent(count)
-            frames = self.map.decode(np.array(x0[0]), [len(span) == 1 for span in shown])
+            frames = self.map.decode(to_numpy(x0[0]), [len(span) == 1 for span in shown])
             return frames, self.settings.fps * len(shown) / count
         kept = FramesInMemory()
-        vae = load_vae(self.engine.model, dtype=self.engine.precision.vae)
-        for chunk in vae.decode_chunks(x0, count, tiles=self.settings.vae_tiles):
-            kept.write(to_uint8(chunk))
+        with WeightFileGuard(self.engine.model.vae).check_reads():
+            vae = load_vae(self.engine.model, dtype=self.engine.precision.vae)
+            for chunk in vae.decode_chunks(x0, count, tiles=self.settings.vae_tiles):
+                kept.write(to_uint8(chunk))
         return kept.frames, self.settings.fps

@@ -7,6 +7,7 @@ import platform
 import re
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import mlx.core as mx
 
@@ -16,6 +17,9 @@ from mlx_sora.request.generation import DTYPES, FLOAT_DTYPES
 from mlx_sora.runtime import blas
 from mlx_sora.runtime.switches import switches
 from mlx_sora.utils.versions import versions
+
+if TYPE_CHECKING:
+    import numpy as np
 
 #: Seconds of a matrix product on a Linux CPU over those of float32, where MLX uses BLAS.
 _SLOWDOWN = {"bfloat16": 18, "float16": 23}
@@ -79,6 +83,18 @@ def backend() -> str:
 def blas_notice() -> str:
     """Return one line for users of a CPU without a fast BLAS; empty for others."""
     return blas.install().notice if backend() == "cpu" else ""
+
+
+def to_numpy(array: mx.array) -> np.ndarray:
+    """Return an array as a numpy array.
+
+    It is evaluated first: numpy passes over the error of a read that failed, and takes what was in
+    memory for its result.
+    """
+    import numpy as np
+
+    mx.eval(array)
+    return np.array(array)
 
 
 def total_memory() -> int:

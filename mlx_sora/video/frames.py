@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
+from mlx_sora.runtime.device import to_numpy
 from mlx_sora.video.writer import VideoWriter
 
 if TYPE_CHECKING:
@@ -15,9 +16,7 @@ if TYPE_CHECKING:
 
 def to_uint8(frames: mx.array) -> np.ndarray:
     """Convert float frames in [-1, 1] to uint8, rounded to nearest as Open-Sora does."""
-    import numpy as np
-
-    return np.array(mx.floor(mx.clip(frames, -1, 1) * 127.5 + 128).astype(mx.uint8))
+    return to_numpy(mx.floor(mx.clip(frames, -1, 1) * 127.5 + 128).astype(mx.uint8))
 
 
 class _NoOutput(AbstractContextManager["_NoOutput"]):

@@ -15,7 +15,7 @@ def in_thread(function: Callable[[], Result]) -> Result:
     """Return the result of `function`, run in a thread of its own.
 
     For reads that fail: in the main thread they can leave MLX counting a task that never ends
-    (see `mlx_sora.memory.limits.stop_throttling`), which would hang later tests.
+    (see `mlx_sora.memory.limits.recover_from_failed_read`), which would hang later tests.
     """
 
     def run() -> Result:

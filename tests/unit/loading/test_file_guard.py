@@ -5,17 +5,19 @@ from __future__ import annotations
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
+import numpy as np
 import pytest
 
 from mlx_sora import Pipeline
 from mlx_sora.accel.cidl import BlockStream
 from mlx_sora.errors import WeightsError
 from mlx_sora.loading import file_guard
+from mlx_sora.loading.checkpoint import Checkpoint
 from mlx_sora.loading.file_guard import WeightFileGuard, eval_parameters
 from mlx_sora.loading.model_folder import ModelFolder, find_model
 from mlx_sora.loading.networks import load_transformer, stream_transformer
@@ -24,6 +26,7 @@ from mlx_sora.memory import limits
 from mlx_sora.memory.plan import StagePlan
 from mlx_sora.memory.planner import stage_limits
 from mlx_sora.models.stdit3 import STDiT3
+from mlx_sora.runtime.device import to_numpy
 from tests.helpers.threads import in_thread
 
 PROMPT = "a red circle moving right on a black background"
@@ -123,11 +126,12 @@ def test_other_errors_pass(model: ModelFolder) -> None:
         raise RuntimeError("[read] Unable to read from file.")
 
 
+@pytest.mark.parametrize("streamed", [False, True], ids=["whole", "streamed"])
 @pytest.mark.parametrize("stage", ["text_encoder", "transformer", "vae"])
 def test_a_run_names_the_file_that_was_cut_while_it_was_read(
-    model: ModelFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
+    model: ModelFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str, streamed: bool
 ) -> None:
-    """The header was whole when it was opened."""
+    """The header was whole when it was opened; what no block holds is read first."""
     file = last_file(model.path / stage)
 
     def cutting(path: str, **more: object) -> object:
@@ -139,7 +143,11 @@ def test_a_run_names_the_file_that_was_cut_while_it_was_read(
     load = mx.load
     monkeypatch.setattr("mlx.core.load", cutting)
     with pytest.raises(WeightsError, match=file.name):
-        in_thread(lambda: Pipeline(model)(PROMPT, steps=1, num_frames=1, output=tmp_path / "a.png"))
+        in_thread(
+            lambda: Pipeline(model)(
+                PROMPT, steps=1, num_frames=1, output=tmp_path / "a.png", ci_dl=streamed
+            )
+        )
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
@@ -198,3 +206,41 @@ def test_embedding_rows_of_a_file_that_is_gone(model: ModelFolder, tmp_path: Pat
     shutil.rmtree(model.text_encoder)
     with pytest.raises(WeightsError, match="Cannot read"):
         rows([0, 1])
+
+
+def test_numpy_gets_no_values_of_a_failed_read(tmp_path: Path) -> None:
+    """By itself numpy takes what lies in memory."""
+    file = tmp_path / "a.safetensors"
+    mx.save_safetensors(str(file), {"a": mx.ones((1000, 1000))})
+
+    def read() -> None:
+        array = mx.load(str(file))["a"] + 1
+        os.truncate(file, 2000)
+        to_numpy(array)
+
+    with pytest.raises(RuntimeError, match="Unable to read"):
+        in_thread(read)
+
+
+def test_what_no_block_holds_is_tried_thrice_too(
+    model: ModelFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reads fail when the tensors are evaluated, not when they are loaded."""
+    monkeypatch.setattr(file_guard, "RETRY_DELAYS", (0.0, 0.0))
+    key, file, failures = "x_embedder.proj.bias", tmp_path / "cut.safetensors", [0]
+    load = Checkpoint.load
+
+    def failing(checkpoint: Checkpoint, keys: Iterable[str]) -> dict[str, mx.array]:
+        arrays = load(checkpoint, keys)
+        if key in arrays and failures[0] < 2:
+            failures[0] += 1
+            mx.save_safetensors(str(file), {key: mx.zeros(arrays[key].shape, arrays[key].dtype)})
+            arrays |= mx.load(str(file))
+            os.truncate(file, file.stat().st_size - 1)
+        return arrays
+
+    monkeypatch.setattr(Checkpoint, "load", failing)
+    video = in_thread(lambda: Pipeline(model)(PROMPT, seed=1, steps=1, num_frames=1, ci_dl=True))
+    assert failures == [2]
+    expected = Pipeline(model)(PROMPT, seed=1, steps=1, num_frames=1)
+    assert np.array_equal(video.frames, expected.frames)
