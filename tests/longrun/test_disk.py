@@ -7,9 +7,9 @@ import os
 import random
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import replace
 from pathlib import Path
 
 import av
@@ -19,10 +19,8 @@ import pytest
 
 from mlx_sora.accel.cidl import BlockStream
 from mlx_sora.errors import MlxSoraError, WeightsError
-from mlx_sora.loading import file_guard
 from mlx_sora.loading.model_folder import ModelFolder, find_model
 from mlx_sora.loading.networks import stream_transformer
-from mlx_sora.loading.safetensors import TensorInfo, load_tensors
 from mlx_sora.pipeline.locks import output_lock
 from mlx_sora.video.output_path import existing_files
 from mlx_sora.video.writer import open_writer, save_frames, write_sidecar
@@ -32,6 +30,9 @@ from tests.unit.video.test_faults import KINDS, NOISE, files_up_to, killed_holde
 
 #: Sizes that are tried per kind of output.
 SIZES = 40
+
+#: Fewest of them that fail, and that succeed.
+MINIMUM = 3
 
 
 def whole(path: Path, frames: int) -> bool:
@@ -52,8 +53,8 @@ def whole(path: Path, frames: int) -> bool:
     return True
 
 
-def lost(folder: Path, name: str) -> bool:
-    """Write into `folder`; true where anything else than all or nothing is there afterwards."""
+def attempt(folder: Path, name: str) -> str:
+    """Write into `folder`: whole, refused, or lost where it is neither all nor nothing."""
     record = {"request": {"prompt": "a"}}
     with suppress(MlxSoraError):  # anything else is no answer
         path = save_frames(folder / name, NOISE, 8, record)
@@ -63,9 +64,18 @@ def lost(folder: Path, name: str) -> bool:
     extra = [file for file in folder.rglob("*") if file.is_file() and file not in finals]
     for file in extra:
         if file.suffix != ".json":
-            return True
+            return "lost"
         json.loads(file.read_text())  # whole, if it is there
-    return broken
+    return "lost" if broken else "whole" if finals else "refused"
+
+
+def report(fault: Fault, kind: str, name: str, ends: Counter[str]) -> None:
+    """Add the row of a kind of disk, on which some must fail and some succeed."""
+    result = f"{ends['whole']} whole, {ends['refused']} refused, nothing left"
+    fault(kind, f"write {name}", ends.total(), ends["lost"], result)
+    assert ends["lost"] == 0
+    assert ends["whole"] >= MINIMUM
+    assert ends["refused"] >= MINIMUM
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -74,14 +84,13 @@ def test_a_file_that_may_not_grow(tmp_path: Path, fault: Fault, name: str) -> No
     probe.mkdir()
     save_frames(probe / name, NOISE, 8)
     largest = max(file.stat().st_size for file in existing_files(probe / name))
-    losses = 0
+    ends = Counter[str]()
     for number in range(SIZES):
         folder = tmp_path / str(number)
         folder.mkdir()
-        with files_up_to(largest * number // (SIZES - 3)):
-            losses += lost(folder, name)
-    fault("files may not grow beyond n bytes", f"write {name}", SIZES, losses, "all or nothing")
-    assert losses == 0
+        with files_up_to(largest * number // (SIZES - 10)):
+            ends[attempt(folder, name)] += 1
+    report(fault, "files may not grow beyond n bytes", name, ends)
 
 
 @contextmanager
@@ -99,12 +108,11 @@ def small_disk(folder: Path, size: int) -> Iterator[None]:
 
 @pytest.mark.parametrize("name", KINDS)
 def test_a_disk_that_is_full(tmp_path: Path, fault: Fault, name: str) -> None:
-    losses, sizes = 0, [4096 * n for n in range(1, 31)]
-    for size in sizes:
-        with small_disk(tmp_path / "disk", size):
-            losses += lost(tmp_path / "disk", name)
-    fault("disk of n pages is full", f"write {name}", len(sizes), losses, "all or nothing")
-    assert losses == 0
+    ends = Counter[str]()
+    for pages in [*range(1, 31), *range(35, 135, 10)]:
+        with small_disk(tmp_path / "disk", 4096 * pages):
+            ends[attempt(tmp_path / "disk", name)] += 1
+    report(fault, "disk of n pages is full", name, ends)
 
 
 def write_until_it_is_read_only(folder: Path, name: str) -> None:
@@ -123,52 +131,6 @@ def test_a_disk_that_becomes_read_only(tmp_path: Path, fault: Fault, name: str) 
                 write_until_it_is_read_only(tmp_path / "disk", name)
             assert list((tmp_path / "disk").iterdir()) == []
     fault("disk becomes read-only", f"write {name}", 10, 0, "an error, nothing left")
-
-
-class Flaky:
-    """Reads fail at random, with the errors of disks."""
-
-    def __init__(self, seed: int, share: float) -> None:
-        self.random, self.share, self.failures = random.Random(seed), share, 0
-
-    def __call__(
-        self, file: Path, tensors: Mapping[str, TensorInfo], stream: mx.Stream | None = None
-    ) -> dict[str, mx.array]:
-        if self.random.random() < self.share:
-            self.failures += 1
-            errors = (OSError(5, "Input/output error"), RuntimeError("[read] Unable to read"))
-            raise self.random.choice(errors)
-        return load_tensors(file, tensors, stream)
-
-
-def sums(model: ModelFolder, reader: Flaky) -> list[float]:
-    """A number of each block's weights, streamed twice."""
-    _, source = stream_transformer(model, mx.float32)
-    found = []
-    with BlockStream(replace(source, reader=reader), cyclic=True) as blocks:
-        for index in [*range(len(source))] * 2:
-            spatial, _ = blocks.get(index)
-            total = mx.sum(mx.abs(spatial.mlp.fc1.weight))
-            blocks.release(index, total)
-            found.append(float(total.item()))  # type: ignore[arg-type]
-    return found
-
-
-def test_reads_that_fail_at_random(fault: Fault, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(file_guard, "RETRY_DELAYS", (0.0, 0.0))
-    model = find_model("shapes")
-    expected, runs, failures, ended = sums(model, Flaky(0, 0.0)), 200, 0, 0
-    for seed in range(runs):
-        reader = Flaky(seed, 0.15)
-        try:
-            assert sums(model, reader) == expected
-        except WeightsError:
-            ended += 1
-        failures += reader.failures
-        assert loaders() == 0
-    assert ended < runs / 10 < failures
-    result = f"{failures} failed reads, {ended} runs had three in a row: an error; others exact"
-    fault("reads fail at random, 15 %", "denoise, streamed", runs, 0, result)
 
 
 def test_weights_that_come_to_harm_at_random(tmp_path: Path, fault: Fault) -> None:
