@@ -4,8 +4,7 @@
 
 Each setup runs in processes of its own, in turn, and the best of all rounds counts: one process
 with one BLAS thread and with two; two ranks with one thread each, in CFG parallel, in sequence
-parallel, and with a prompt each (seconds per video). The ranks start as under mlx.launch, without
-its parent, which on Linux keeps a core busy. Takes eight minutes on two idle cores.
+parallel, and with a prompt each (seconds per video). Takes eight minutes on two idle cores.
 """
 
 from __future__ import annotations
@@ -87,8 +86,8 @@ def evaluations(net: STDiT3, work: Work, sharding: Sharding) -> Iterator[Callabl
         yield lambda t=t: net(z, t, conditions, None, hooks)
 
 
-def measure(name: str, blocks: int, cfg_degree: int) -> dict[str, Any]:
-    """Measure on one rank: seconds of the fastest evaluation, bytes sent in each, mean output."""
+def measure(name: str, blocks: int, cfg_degree: int) -> list[dict[str, Any]]:
+    """Measure on each rank: seconds of the fastest evaluation, bytes sent in each, mean output."""
     ranks, work = init_ranks(), WORKS[name]
     net = network(work.model, blocks)
     sharding = SequenceParallel(ranks, cfg_degree) if ranks.size > 1 and cfg_degree else None
@@ -101,12 +100,14 @@ def measure(name: str, blocks: int, cfg_degree: int) -> dict[str, Any]:
         seconds.append(time.perf_counter() - start)
         sent = ranks.sent_bytes - before
     grid = Grid.from_latent(net.config, plan_geometry(work.size, work.frames).latent, 2, TEXT)
-    return {
-        "seconds": min(seconds[1:]) / (1 if cfg_degree else ranks.size),
-        "sent": sent,
-        "estimated": 0 if sharding is None else sent_bytes(net.config, grid, sharding.plan),
-        "outcome": float(mx.abs(out).mean().item()),  # type: ignore[arg-type]
-    }
+    return ranks.all_gather_object(
+        {
+            "seconds": min(seconds[1:]) / (1 if cfg_degree else ranks.size),
+            "sent": sent,
+            "estimated": 0 if sharding is None else sent_bytes(net.config, grid, sharding.plan),
+            "outcome": float(mx.abs(out).mean().item()),  # type: ignore[arg-type]
+        }
+    )
 
 
 def run(work: str, blocks: int, setup: str) -> dict[str, Any]:
@@ -119,9 +120,9 @@ def run(work: str, blocks: int, setup: str) -> dict[str, Any]:
         variables={"OPENBLAS_NUM_THREADS": str(threads)},
         timeout=1800,
     )
-    if any(each.returncode for each in results):
-        sys.exit(f"{setup} failed:\n" + "\n".join(each.stderr for each in results))
-    found = [json.loads(each.stdout) for each in results]
+    if any(results.codes):
+        sys.exit(f"{setup} failed:\n{results.stderr}")
+    found = json.loads(results.stdout)
     slowest = max(found, key=lambda each: each["seconds"])
     return slowest | {"sent": max(each["sent"] for each in found)}
 
@@ -169,7 +170,9 @@ def main() -> None:
     parser.add_argument("--cfg-degree", type=int, default=1, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.work is not None:
-        print(json.dumps(measure(args.work, args.blocks, args.cfg_degree)))
+        measured = measure(args.work, args.blocks, args.cfg_degree)
+        if init_ranks().is_rank0:
+            print(json.dumps(measured))
         return
     found = {work: compare(work, args.blocks, args.rounds) for work in args.works}
     for work, results in found.items():

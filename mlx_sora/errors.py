@@ -54,8 +54,8 @@ class MlxSoraError(Exception):
     #: All ranks have raised it.
     on_all_ranks = False
 
-    #: Rank that reports it: the first that is still running.
-    reporting_rank = 0
+    #: Rank and host that alone has raised it, of several that work together.
+    on_rank = ""
 
     def __init__(self, message: str, fix: str = "") -> None:
         super().__init__(message)
@@ -89,9 +89,10 @@ class NumericsError(MlxSoraError):
 
 
 class RankLostError(MlxSoraError):
-    """Another rank, `rank`, has ended the run for all."""
+    """Another rank, `rank`, has ended the run for all. reported: this rank has printed it."""
 
-    def __init__(self, message: str, fix: str, rank: int, exit_code: int = 1) -> None:
+    def __init__(
+        self, message: str, fix: str, rank: int, exit_code: int = 1, *, reported: bool = False
+    ) -> None:
         super().__init__(message, fix)
-        self.rank, self.exit_code = rank, exit_code
-        self.reporting_rank = 1 if rank == 0 else 0
+        self.rank, self.exit_code, self.reported = rank, exit_code, reported

@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
     """Make the edit, or plan it with --dry-run, on all ranks; return the exit code."""
     ranks = init_ranks()
     with ranks.watchdog_scope():
-        edit = broadcast_request(ranks, EditRequest, lambda: read_edit(args))
+        edit = broadcast_request(ranks, EditRequest, lambda: read_edit(args), args)
         with closing(choose_renderer(args, ranks)) as renderer:
             pipeline = open_pipeline(ranks, edit.target, renderer, plan=args.dry_run)
             if args.dry_run:

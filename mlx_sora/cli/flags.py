@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -114,6 +115,11 @@ def explicit_options(args: argparse.Namespace) -> dict[str, Any]:
     """
     typed = {name: value for name, value in vars(args).items() if name in options()}
     if typed.get("prompt") == "-":
+        if "MLX_RANK" in os.environ:
+            raise UsageError(
+                "--prompt - does not work with mlx.launch, which never ends standard input.",
+                "Give the text itself, or a file with --prompt-file.",
+            )
         if sys.stdin.isatty():
             raise UsageError("--prompt - reads standard input, which is a terminal.", "Pipe it in.")
         typed["prompt"] = _read_stdin()

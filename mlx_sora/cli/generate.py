@@ -95,7 +95,7 @@ def run(args: argparse.Namespace) -> int:
     ranks = init_ranks()
     with ranks.watchdog_scope():
         cluster = read_cluster(args)
-        batch = broadcast_request(ranks, RequestBatch, lambda: read_requests(args))
+        batch = broadcast_request(ranks, RequestBatch, lambda: read_requests(args), args)
         with closing(choose_renderer(args, ranks)) as renderer:
             for path in batch.existing:
                 renderer.note(f"skipped: {path} exists already")

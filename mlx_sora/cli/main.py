@@ -7,9 +7,9 @@ import json
 import logging
 import os
 import signal
+import socket
 import sys
 import threading
-import time
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -21,7 +21,14 @@ from mlx_sora.cli.awake import stay_awake
 from mlx_sora.cli.flags import Parser, parse_args
 from mlx_sora.cli.streams import prepare_streams
 from mlx_sora.distributed.launch import launch_backend, launch_rank
-from mlx_sora.errors import INTERRUPTED, MAX_MESSAGE, MlxSoraError, UsageError, printable
+from mlx_sora.errors import (
+    INTERRUPTED,
+    MAX_MESSAGE,
+    MlxSoraError,
+    RankLostError,
+    UsageError,
+    printable,
+)
 from mlx_sora.runtime.compile_cache import ensure_compile_cache
 
 COMMANDS = (generate, edit, serve, download, convert, doctor, info, bench, calibrate)
@@ -47,10 +54,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except MlxSoraError as error:
         if debug:
             traceback.print_exc()
-        _print_error(str(error), error.exit_code, argv, error.reporting_rank)
+        _report_error(error, argv)
         return error.exit_code
     except KeyboardInterrupt:
-        _print_error("interrupted.", INTERRUPTED, argv)
+        if launch_backend() is None:
+            _print_error("interrupted.", INTERRUPTED, argv)
+        elif launch_rank() == 0:
+            host = socket.gethostname()
+            _print_error(f"Rank 0 on {host} was interrupted.", INTERRUPTED, argv)
         return INTERRUPTED
     except BrokenPipeError:
         # The reader is gone. Without this, the interpreter fails again when it flushes.
@@ -60,7 +71,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if debug:
             traceback.print_exc()
         reason = " ".join(str(error).split())[:300]
-        _print_error(f"{type(error).__name__}: {reason} Add --debug for a traceback.", 1, argv)
+        text = f"{type(error).__name__}: {reason} Add --debug for a traceback."
+        plain = MlxSoraError(text)
+        plain.on_rank = getattr(error, "on_rank", "")
+        _report_error(plain, argv)
         return 1
 
 
@@ -130,15 +144,31 @@ class _OneLineFormatter(logging.Formatter):
         return printable(super().formatMessage(record))
 
 
-def _print_error(message: str, code: int, argv: Sequence[str], rank: int = 0) -> None:
-    """Print one line on stderr, and an event if --json-events is given, on one rank."""
-    if launch_rank() != rank:
-        # mlx.launch ends all ranks when one has failed: the rank that reports has to be first.
-        time.sleep(1)
+def _report_error(error: MlxSoraError, argv: Sequence[str]) -> None:
+    """Print an error, on one of several ranks."""
+    if isinstance(error, RankLostError):
+        if error.reported:  # on stderr, at once
+            _print_event(str(error), error.exit_code, argv)
         return
+    if launch_rank() != 0:
+        from mlx_sora.distributed.watchdog import launched_watchdog
+
+        watchdog = launched_watchdog()
+        if watchdog is not None and watchdog.leave(error):
+            return
+    named = f"{error.on_rank} ended with an error: {error}" if error.on_rank else str(error)
+    _print_error(named, error.exit_code, argv)
+
+
+def _print_error(message: str, code: int, argv: Sequence[str]) -> None:
+    """Print one line on stderr, and an event if --json-events is given."""
     message = printable(message, 2 * MAX_MESSAGE)
+    _print_event(message, code, argv)
+    with suppress(OSError):  # the terminal is gone
+        print(f"error: {message}", file=sys.stderr, flush=True)
+
+
+def _print_event(message: str, code: int, argv: Sequence[str]) -> None:
     if "--json-events" in argv:
         with suppress(OSError):
             print(json.dumps({"event": "error", "message": message, "exit_code": code}), flush=True)
-    with suppress(OSError):  # the terminal is gone
-        print(f"error: {message}", file=sys.stderr, flush=True)

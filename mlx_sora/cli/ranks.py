@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from mlx_sora.cli.flags import Parser
 from mlx_sora.errors import UsageError
-from mlx_sora.request.generation import GenerationRequest
+from mlx_sora.request.generation import GenerationRequest, label, options
 
 if TYPE_CHECKING:
     from mlx_sora.distributed.cost_model import Cluster, StepEstimate
@@ -19,6 +20,13 @@ if TYPE_CHECKING:
 
 #: Limit of --ranks; more is likely a typing error.
 MAX_RANKS = 1024
+
+
+#: Names in messages of what is no `--name`.
+_FLAGS = {"video": "VIDEO"}
+
+#: Options that each rank has for itself, and what is none.
+_OWN_OPTIONS = {"allow_sleep", "debug", "json_events", "parallel_run", "quiet", "run", "verbose"}
 
 
 class Broadcastable(Protocol):
@@ -39,10 +47,16 @@ class Broadcastable(Protocol):
 T = TypeVar("T", bound=Broadcastable)
 
 
-def broadcast_request(ranks: Ranks, kind: type[T], read: Callable[[], T]) -> T:
-    """Return `read()` of rank 0, whose flags, files and standard input count, on all ranks."""
+def broadcast_request(
+    ranks: Ranks, kind: type[T], read: Callable[[], T], args: argparse.Namespace
+) -> T:
+    """Return `read()` of rank 0, whose files count, on all ranks.
+
+    Raises UsageError if another rank was started with other options.
+    """
     if ranks.size == 1:
         return read()
+    check_same_options(ranks, args)
 
     def read_shared() -> T:
         request = read()
@@ -56,6 +70,29 @@ def broadcast_request(ranks: Ranks, kind: type[T], read: Callable[[], T]) -> T:
     request = ranks.on_rank0(read_shared)
     values = ranks.broadcast_object(None if request is None else request.to_dict())
     return kind.from_dict(values) if request is None else request
+
+
+def check_same_options(ranks: Ranks, args: argparse.Namespace) -> None:
+    """Raise UsageError on all ranks if one was started with other options than rank 0.
+
+    Those of the progress may differ, as rank 0 alone shows it.
+    """
+    facts = {
+        label(name) if name in options() else _FLAGS.get(name, "--" + name.replace("_", "-")): (
+            _spelling(value)
+        )
+        for name, value in vars(args).items()
+        if name not in _OWN_OPTIONS and value is not None
+    }
+    ranks.check_equal(facts)
+
+
+def _spelling(value: Any) -> str:
+    """Return an option's value as it was typed. A home folder may have another path elsewhere."""
+    if isinstance(value, (list, tuple)):
+        return " ".join(map(_spelling, value))
+    text, home = str(value), os.path.expanduser("~")
+    return "~" + text.removeprefix(home) if text.startswith(home + os.sep) else text
 
 
 def add_cluster_flags(parser: Parser) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from functools import cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -65,16 +65,19 @@ class Ranks:
             self._watchdog.tick()
 
     @contextmanager
-    def allow_idle(self, seconds: float) -> Iterator[None]:
-        """Let this rank seem idle inside the block for so long from one sign to the next."""
+    def allow_silence(self, seconds: float, *, idle: bool) -> Iterator[None]:
+        """Let this rank compute inside the block for so long from one sign to the next.
+
+        idle: it may use no processor time meanwhile, as a GPU computes.
+        """
         if self._watchdog is None:
             yield
             return
-        self._watchdog.allow_idle(seconds)
+        self._watchdog.allow_silence(seconds if idle else 0.0, seconds)
         try:
             yield
         finally:
-            self._watchdog.allow_idle(0.0)
+            self._watchdog.allow_silence(0.0, 0.0)
 
     def all_gather(self, x: mx.array) -> mx.array:
         """Return the x of all ranks, which have one shape, as [size, *x.shape]. Lazy."""
@@ -233,11 +236,13 @@ class Ranks:
         for rank, other in enumerate(gathered):
             for name in {**gathered[0], **other}:
                 if other.get(name) != gathered[0].get(name):
-                    raise UsageError(
+                    error = UsageError(
                         f"Rank {rank} has {name} {_short(other.get(name))}, rank 0 has "
                         f"{_short(gathered[0].get(name))}.",
                         "Give all ranks the same versions, weights and request.",
                     )
+                    error.on_all_ranks = True
+                    raise error
 
     def _begin_collective(self, sent_bytes: int) -> None:
         if self._watchdog is not None:
@@ -254,7 +259,7 @@ class Ranks:
 
 
 def _short(value: Any) -> str:
-    text = str(value)
+    text = "none" if value is None else str(value)
     return text if len(text) <= 40 else text[:37] + "..."
 
 
@@ -280,20 +285,22 @@ def init_ranks() -> Ranks:
     backend = launch_backend()
     if backend is None:
         return Ranks()
-    import mlx.core as mx
+    from mlx_sora.distributed.watchdog import launched_watchdog
 
-    try:
-        group = mx.distributed.init(strict=True, backend=backend)
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())[:300]
-        raise MlxSoraError(
-            f"The other ranks cannot be reached: {reason}.",
-            "Check the host file and that every machine can reach the next.",
-        ) from None
-    ranks = Ranks(group)
-    if ranks.size > 1:
-        from mlx_sora.distributed.watchdog import Watchdog
+    watchdog = launched_watchdog()
+    with nullcontext() if watchdog is None else watchdog.scope():
+        if watchdog is not None:
+            watchdog.meet()
+        import mlx.core as mx
 
-        watchdog = Watchdog(ranks.rank, ranks.size, ranks.all_gather_bytes)
-        ranks = Ranks(group, watchdog, ring=backend == "ring")
-    return ranks
+        try:
+            group = mx.distributed.init(strict=True, backend=backend)
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())[:300]
+            raise MlxSoraError(
+                f"The other ranks cannot be reached: {reason}.",
+                "Check the host file and that every machine can reach the next.",
+            ) from None
+        if watchdog is not None:
+            watchdog.connect(Ranks(group).all_gather_bytes)
+    return Ranks(group, watchdog, ring=backend == "ring")

@@ -5,7 +5,9 @@ Needs no MLX, so that the command line knows its rank at once.
 
 from __future__ import annotations
 
+import json
 import os
+from contextlib import suppress
 from pathlib import Path
 
 #: Variables that a launcher sets, and the backend that they are for.
@@ -36,6 +38,31 @@ def launch_rank() -> int:
         return 0
     names = ("MLX_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
     return int(next((os.environ[name] for name in names if name in os.environ), 0))
+
+
+def launch_addresses() -> list[str]:
+    """Return "host:port" of each rank, as the launcher gives it; "" where it does not.
+
+    MLX's backend opens these TCP ports. Without a launcher the list has one entry.
+    """
+    backend = launch_backend()
+    if backend == "mpi":
+        size = os.environ.get("OMPI_COMM_WORLD_SIZE") or os.environ["PMI_SIZE"]
+        return [""] * int(size)
+    with suppress(OSError, ValueError, KeyError, IndexError, TypeError):
+        if backend == "ring":
+            return [str(node[0]) for node in json.loads(_read("MLX_HOSTFILE"))]
+        if backend == "jaccl":
+            others = len(json.loads(_read("MLX_IBV_DEVICES"))) - 1
+            return [os.environ["MLX_JACCL_COORDINATOR"], *[""] * others]
+        if backend == "nccl":
+            first = f"{os.environ['NCCL_HOST_IP']}:{os.environ['NCCL_PORT']}"
+            return [first, *[""] * (int(os.environ["MLX_WORLD_SIZE"]) - 1)]
+    return [""]
+
+
+def _read(variable: str) -> str:
+    return Path(os.environ[variable]).read_text(encoding="utf-8")
 
 
 def _is_blank(path: str) -> bool:

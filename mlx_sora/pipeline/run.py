@@ -14,8 +14,8 @@ import mlx.core as mx
 from mlx_sora.accel import Accelerations
 from mlx_sora.accel.cidl import BlockStream
 from mlx_sora.accel.sequence_parallel import SequenceParallel
+from mlx_sora.distributed.failure import Timeouts
 from mlx_sora.distributed.group import Ranks
-from mlx_sora.distributed.heartbeat import Timeouts
 from mlx_sora.distributed.partition import ParallelPlan
 from mlx_sora.errors import UsageError, WeightsError
 from mlx_sora.geometry import MICRO_FRAME_SIZE
@@ -44,6 +44,9 @@ if TYPE_CHECKING:
 
 #: Operations per second that every GPU exceeds; an iPhone 15 Pro reaches three times as many.
 SLOWEST_GPU = 2e11
+
+#: Those that every CPU exceeds, even without a fast BLAS and beside other programs.
+SLOWEST_CPU = 1e9
 
 
 @dataclass(frozen=True)
@@ -180,32 +183,31 @@ class GenerationRun:
                 f"The weights in {self.engine.model.path} were replaced during the run.",
                 "Put the earlier ones back and start again, or delete the checkpoint.",
             )
-        plan = self.plan.stage(name)
-        with self.ranks.allow_idle(self._longest_idle(name)), self.loader.stage(plan) as stage:
+        patience = self.ranks.allow_silence(self._seconds_per_sign(name), idle=on_gpu())
+        with patience, self.loader.stage(self.plan.stage(name)) as stage:
             yield stage
 
     @property
     def on_block(self) -> Callable[[int], None] | None:
         """Sign of progress after each block of long passes; None without other ranks."""
-        blocks, seconds = self.plan.stage("denoise").blocks, self._longest_idle("denoise")
+        blocks, seconds = self.plan.stage("denoise").blocks, self._seconds_per_sign("denoise")
         if self.ranks.is_watched and blocks * seconds > Timeouts().idle:
             return lambda block: self.ranks.tick()
         return None
 
-    def _longest_idle(self, name: str) -> float:
-        """Return the seconds that a slow GPU needs from one sign to the next; 0 on CPUs.
+    def _seconds_per_sign(self, name: str) -> float:
+        """Return the seconds that a slow machine needs from one sign to the next.
 
         Signs are the blocks of the transformer and the chunks of the VAE.
         """
-        if not on_gpu():
-            return 0.0
         stage, work = self.plan.stage(name), self.workload
         signs = {
             "read": work.media.chunks if work.media else 1,
             "denoise": work.clips * work.block_passes * stage.blocks,
             "decode": work.clips * -(-work.geometry.num_frames // MICRO_FRAME_SIZE),
         }
-        return stage.flops / max(1, signs.get(name, 1)) / SLOWEST_GPU
+        speed = SLOWEST_GPU if on_gpu() else SLOWEST_CPU
+        return stage.flops / max(1, signs.get(name, 1)) / speed
 
     @property
     def has_steps_left(self) -> bool:

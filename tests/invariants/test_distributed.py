@@ -19,8 +19,8 @@ TOLERANCE = rounding(1e-5)
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_evaluations_on_ranks_match_one_process(ranks: int) -> None:
     made = launch(ranks, ["-m", "tests.helpers.programs.forward_on_ranks"])
-    assert [each.returncode for each in made] == [0] * ranks, [each.stderr for each in made]
-    found = [json.loads(each.stdout) for each in made]
+    assert made.codes == [0] * ranks, made.stderr
+    found = json.loads(made.stdout)
     for name, case in found[0].items():
         assert max(each[name]["difference"] for each in found) < TOLERANCE, name
         assert max(each[name]["sent"] for each in found) == case["estimated"], name
@@ -33,8 +33,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, A
     """Results of runs_on_ranks, by rank."""
     folder = tmp_path_factory.mktemp("shared")
     made = launch(2, ["-m", "tests.helpers.programs.runs_on_ranks", str(folder)])
-    assert [each.returncode for each in made] == [0, 0], [each.stderr for each in made]
-    return [json.loads(each.stdout) for each in made]
+    assert made.codes == [0, 0], made.stderr
+    return json.loads(made.stdout)  # type: ignore[no-any-return]
 
 
 @pytest.mark.parametrize("case", ["started by two", "started by one"])

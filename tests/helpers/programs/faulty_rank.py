@@ -1,7 +1,6 @@
-"""The command line on several ranks with a fault in one: FAULT, then the words of the command.
+"""The command line on several ranks with a fault in one: RANK MOMENT FAULT, then the words.
 
-The fault happens in rank 1 (rank 0 if the name begins with "first-") after its second step.
-With "-gpu", that rank seems to have a GPU that may need 15 s for a block.
+MOMENT: start (the ranks have met), encode, denoise (after the second step), decode or write.
 """
 
 from __future__ import annotations
@@ -10,64 +9,81 @@ import functools
 import os
 import signal
 import sys
-import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any
 
 import mlx_sora.pipeline.engine
 from mlx_sora.cli.main import main
 from mlx_sora.distributed import heartbeat
+from mlx_sora.distributed.group import Ranks
 from mlx_sora.distributed.launch import launch_rank
+from mlx_sora.distributed.watchdog import Watchdog
 from mlx_sora.errors import WeightsError
-from mlx_sora.pipeline.run import GenerationRun
+from mlx_sora.runtime.events import Event, StageFinished, StageStarted, StepFinished
 from mlx_sora.utils.versions import versions
 
 #: Shorter than for users, so that tests do not wait.
-heartbeat.Timeouts = functools.partial(heartbeat.Timeouts, 0.2, 8.0, 9.0)  # type: ignore[misc]
+TIMEOUTS = {"interval": 0.2, "silence": 8.0, "busy": 6.0}
+heartbeat.Timeouts = functools.partial(heartbeat.Timeouts, **TIMEOUTS)  # type: ignore[misc,assignment]
+
+Events = Generator[Event, None, None]
 
 
 def fail(kind: str) -> None:
     """Fail in the way `kind` names."""
-    if kind == "dies":
-        os._exit(9)
-    if kind.startswith("hangs"):
-        time.sleep(60)
-    if kind == "computes-gpu":
-        time.sleep(11)
-    if kind == "stops":
+    if kind == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if kind == "stopped":
         os.kill(os.getpid(), signal.SIGSTOP)
+    if kind == "interrupted":
+        os.kill(os.getpid(), signal.SIGTERM)
+    if kind == "spins":
+        while True:
+            pass
+    if kind == "breaks":
+        raise RuntimeError("no such kernel")
     if kind == "weights":
-        raise WeightsError("block 3 of the transformer is damaged.", "Download it again.")
-    if kind == "interrupt":
-        raise KeyboardInterrupt
+        raise WeightsError("block 3 is damaged.", "Download it again.")
 
 
-def differ(kind: str) -> None:
-    """Report another version or other weights than rank 0 has."""
+def comes(moment: str, event: Event) -> bool:
+    """Return True if the event begins the moment."""
+    if moment == "denoise":
+        return isinstance(event, StepFinished) and event.step == 1
+    if moment == "write":
+        return isinstance(event, StageFinished) and event.stage == "decode"
+    return isinstance(event, StageStarted) and event.stage == moment
+
+
+def install(moment: str, kind: str) -> None:
+    """Arrange for the fault."""
     if kind == "other-version":
         real = versions()
         mlx_sora.pipeline.engine.versions = lambda: real | {"mlx": "0.1"}  # type: ignore[attr-defined]
     if kind == "other-weights":
         mlx_sora.pipeline.engine.fingerprint = lambda *_: "abc"  # type: ignore[attr-defined]
+    meet, watch_events = Watchdog.meet, Ranks.watch_events
 
-
-def install(kind: str) -> None:
-    """Arrange for the fault."""
-    finish_step = GenerationRun.finish_step
-
-    def then(run: GenerationRun, step: Any, accelerations: Any) -> Iterator[Any]:
-        yield from finish_step(run, step, accelerations)
-        if step.step.index == 1:
+    def meet_and_fail(watchdog: Watchdog) -> None:
+        meet(watchdog)
+        if moment == "start":
             fail(kind)
 
-    GenerationRun.finish_step = then  # type: ignore[method-assign]
-    differ(kind)
-    if kind.endswith("-gpu"):
-        GenerationRun._longest_idle = lambda run, name: 15.0  # type: ignore[method-assign]
+    def with_fault(events: Events) -> Events:
+        for event in events:
+            if comes(moment, event):
+                fail(kind)
+            yield event
+
+    def watch(ranks: Ranks, events: Events) -> Any:
+        return watch_events(ranks, with_fault(events))
+
+    Watchdog.meet = meet_and_fail  # type: ignore[method-assign]
+    Ranks.watch_events = watch  # type: ignore[method-assign,assignment]
 
 
 if __name__ == "__main__":
-    name = sys.argv[1]
-    if launch_rank() == (0 if name.startswith("first-") else 1):
-        install(name.removeprefix("first-"))
-    sys.exit(main(sys.argv[2:]))
+    rank, moment, kind, *words = sys.argv[1:]
+    if launch_rank() == int(rank):
+        install(moment, kind)
+    sys.exit(main(words))

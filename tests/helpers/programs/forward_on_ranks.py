@@ -143,7 +143,9 @@ def main() -> None:
     weights = {name: value / 3 for name, value in random_weights(network, 2).items()}
     network.load_weights(list(weights.items()))
     found = {case.name: compare(network, case, ranks) for case in cases(ranks.size)}
-    sys.stdout.write(json.dumps(found))
+    everything = ranks.all_gather_object(found)
+    if ranks.is_rank0:
+        sys.stdout.write(json.dumps(everything))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Run on every rank: videos of the bundled model on two ranks, compared with the same on one.
 
-Writes a JSON object: for each case the largest difference of the latents after any step, in
-standard deviations, whether the notes are equal, and the largest difference of rank 0's frames.
+Rank 0 writes a JSON object of each rank: for each case the largest difference of the latents after
+any step, in standard deviations, whether the notes are equal, and the largest difference of rank
+0's frames.
 """
 
 from __future__ import annotations
@@ -152,7 +153,9 @@ def main(folder: Path) -> None:
         for mode in ("sequence", *(["guidance"] if options.get("guidance") != 1 else [])):
             shared = Result.from_events(stream(pipe, **options, parallel=mode))
             found[f"{name}, {mode}"] = compare(single, shared)
-    sys.stdout.write(json.dumps(found))
+    everything = pipe.ranks.all_gather_object(found)
+    if pipe.ranks.is_rank0:
+        sys.stdout.write(json.dumps(everything))
 
 
 if __name__ == "__main__":

@@ -20,13 +20,13 @@ class Signs:
     """A watchdog that records what this rank shows the others."""
 
     def __init__(self) -> None:
-        self.ticks, self.scopes, self.idle = 0, 0, list[float]()
+        self.ticks, self.scopes, self.patience = 0, 0, list[tuple[float, float]]()
 
     def tick(self) -> None:
         self.ticks += 1
 
-    def allow_idle(self, seconds: float) -> None:
-        self.idle.append(seconds)
+    def allow_silence(self, idle: float, busy: float) -> None:
+        self.patience.append((idle, busy))
 
     @contextmanager
     def scope(self) -> Iterator[None]:
@@ -50,7 +50,6 @@ def test_long_passes_are_signed_block_by_block(
     pipe: Pipeline, monkeypatch: pytest.MonkeyPatch, streamed: bool
 ) -> None:
     monkeypatch.setattr(run_module, "on_gpu", lambda: False)
-    monkeypatch.setattr(run_module, "on_gpu", lambda: False)
     plain = make(pipe, ci_dl=streamed)
     monkeypatch.setattr(run_module, "on_gpu", lambda: True)
     assert make(pipe, ci_dl=streamed).ticks == plain.ticks, "passes of a tiny model are short"
@@ -59,20 +58,21 @@ def test_long_passes_are_signed_block_by_block(
     assert make(pipe, ci_dl=streamed).ticks == plain.ticks + STEPS * blocks
 
 
+@pytest.mark.parametrize("gpu", [False, True])
 def test_the_patience_of_others_follows_the_plan(
-    pipe: Pipeline, monkeypatch: pytest.MonkeyPatch
+    pipe: Pipeline, monkeypatch: pytest.MonkeyPatch, gpu: bool
 ) -> None:
-    monkeypatch.setattr(run_module, "on_gpu", lambda: False)
-    monkeypatch.setattr(run_module, "on_gpu", lambda: False)
-    assert set(make(pipe).idle) == {0.0}, "processor time shows the progress of a CPU"
-    monkeypatch.setattr(run_module, "on_gpu", lambda: True)
+    """Processor time shows that a CPU is alive, but not that a rank comes to an end."""
+    monkeypatch.setattr(run_module, "on_gpu", lambda: gpu)
     plan = pipe.plan(GenerationRequest("a red circle", seed=1, steps=STEPS, num_frames=34))
     encode, denoise, decode = (plan.stage(name) for name in ("encode", "denoise", "decode"))
     expected = [encode.flops, denoise.flops / STEPS / denoise.blocks, decode.flops / 2]
     assert denoise.blocks == pipe.engine.transformer_config.depth
-    idle = make(pipe).idle
-    assert idle[::2] == pytest.approx([flops / run_module.SLOWEST_GPU for flops in expected])
-    assert set(idle[1::2]) == {0.0}
+    patience = make(pipe).patience
+    speed = run_module.SLOWEST_GPU if gpu else run_module.SLOWEST_CPU
+    assert [busy for _, busy in patience[::2]] == pytest.approx([n / speed for n in expected])
+    assert all(idle == (busy if gpu else 0.0) for idle, busy in patience)
+    assert set(patience[1::2]) == {(0.0, 0.0)}
 
 
 def test_errors_of_a_rank_for_itself_do_not_end_the_others(pipe: Pipeline) -> None:
