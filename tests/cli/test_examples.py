@@ -2,20 +2,46 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.helpers.server_process import server_process
+
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
+#: Those that need a server.
+CLIENTS = [EXAMPLES / "openai_client.py", EXAMPLES / "curl.sh"]
 
-@pytest.mark.parametrize("script", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
-def test_example(script: Path, tmp_path: Path) -> None:
+
+def check(script: Path, folder: Path, env: dict[str, str] | None = None) -> None:
+    shell = "bash" if script.suffix == ".sh" else sys.executable
     result = subprocess.run(
-        [sys.executable, str(script)], cwd=tmp_path, capture_output=True, text=True, check=False
+        [shell, str(script)], cwd=folder, env=env, capture_output=True, text=True, check=False
     )
-    assert result.returncode == 0, result.stderr[-2000:]
+    assert result.returncode == 0, result.stdout + result.stderr[-2000:]
     assert result.stdout.strip()
-    assert any(file.stat().st_size > 500 for file in tmp_path.iterdir())
+    assert any(file.stat().st_size > 500 for file in folder.iterdir())
+
+
+@pytest.mark.parametrize(
+    "script", sorted({*EXAMPLES.glob("*.py")} - {*CLIENTS}), ids=lambda path: path.stem
+)
+def test_example(script: Path, tmp_path: Path) -> None:
+    check(script, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a server, as the examples take it."""
+    with server_process(tmp_path_factory.mktemp("serve") / "videos") as server:
+        yield f"{server.link}v1"
+
+
+@pytest.mark.parametrize("script", CLIENTS, ids=lambda path: path.name)
+def test_example_of_a_client(script: Path, url: str, tmp_path: Path) -> None:
+    check(script, tmp_path, {**os.environ, "OPENAI_BASE_URL": url})
