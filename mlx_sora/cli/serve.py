@@ -11,11 +11,11 @@ import secrets
 import socket
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 from urllib.parse import quote
 
 from mlx_sora.cli.flags import add_debug_flag
-from mlx_sora.errors import UsageError
+from mlx_sora.errors import UsageError, printable
 from mlx_sora.request.options import as_int
 from mlx_sora.utils.files import explain_os_errors
 
@@ -28,7 +28,7 @@ _EXTRA = ("fastapi", "uvicorn", "python_multipart", "segno")
 #: Environment variables with the token and with the folder of videos.
 TOKEN_VARIABLE, FOLDER_VARIABLE = "MLX_SORA_TOKEN", "MLX_SORA_VIDEOS"
 
-DEFAULT_PORT, DEFAULT_QUEUE, DEFAULT_RATE = 8420, 100, 6000
+DEFAULT_PORT, DEFAULT_QUEUE, DEFAULT_RATE = 8420, 100, 12_000
 
 _TOKEN = re.compile(r"[A-Za-z0-9._~-]{16,200}", re.ASCII)
 
@@ -109,7 +109,7 @@ def run(args: argparse.Namespace) -> int:
         try:
             access = _access(args, folder)
             queue.start()
-            _show_address(listener, access, folder, queue.notices)
+            show_address(listener, access, folder, queue.notices, sys.stderr)
             serve(queue, access, listener)
         except KeyboardInterrupt:  # how a server ends
             pass
@@ -216,21 +216,22 @@ def _stored_token(path: Path) -> str:
         return path.read_text("utf-8", "replace").strip()
 
 
-def _show_address(
-    listener: socket.socket, access: Access, folder: Path, notices: list[str]
+def show_address(
+    listener: socket.socket, access: Access, folder: Path, notices: list[str], stream: TextIO
 ) -> None:
-    """Print the address on stdout, and on stderr what goes with it."""
+    """Print the address on stdout, and on `stream` what goes with it: on a terminal a QR code."""
     host, port = listener.getsockname()[:2]
     link = f"http://{_reachable(host)}:{port}/"
     if access.token is not None:
         link += f"?token={quote(access.token)}"
     for notice in notices:
-        print(notice, file=sys.stderr)
-    print(f"videos in {folder}; Ctrl-C ends the server", file=sys.stderr, flush=True)
-    if access.listening and sys.stderr.isatty():
+        print(printable(notice), file=stream)
+    print(f"videos in {printable(str(folder))}; Ctrl-C ends the server", file=stream)
+    if access.listening and stream.isatty():
         import segno
 
-        segno.make(link, error="l").terminal(sys.stderr, compact=True)
+        segno.make(link, error="l").terminal(stream, compact=True)
+    stream.flush()
     print(link, flush=True)
 
 

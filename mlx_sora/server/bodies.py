@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import re
+import tempfile
 from collections.abc import AsyncIterator, Iterable
+from pathlib import Path
 from typing import Any
 
 from fastapi import Request
+from starlette.datastructures import FormData
 from starlette.exceptions import HTTPException
 
 from mlx_sora.server.http_errors import HttpError
+from mlx_sora.utils.files import explain_os_errors
 from mlx_sora.utils.json import parse_object
 
 #: Files and fields in a form, and bytes of a field.
@@ -27,12 +31,11 @@ async def read_fields(request: Request) -> AsyncIterator[dict[str, Any]]:
     if kind == "application/json":
         yield _read_json(await request.body())
     elif kind == "multipart/form-data":
+        form = await _read_form(request)
         try:
-            form = request.form(max_files=MAX_FILES, max_fields=MAX_FIELDS, max_part_size=MAX_FIELD)
-            async with form as items:
-                yield nested(items.multi_items())
-        except HTTPException as error:  # of the parser
-            raise HttpError(400, "malformed", f"The form is malformed: {error.detail}") from None
+            yield nested(form.multi_items())
+        finally:
+            await form.close()
     elif not kind and not await request.body():
         yield {}
     else:
@@ -42,6 +45,17 @@ async def read_fields(request: Request) -> AsyncIterator[dict[str, Any]]:
             f"Bodies of the type {kind[:60]!r} are not read.",
             "Send JSON with Content-Type: application/json, or multipart/form-data.",
         )
+
+
+async def _read_form(request: Request) -> FormData:
+    """Return a form, with its files in the system's temporary folder."""
+    try:
+        with explain_os_errors(Path(tempfile.gettempdir(), "upload")):
+            return await request.form(
+                max_files=MAX_FILES, max_fields=MAX_FIELDS, max_part_size=MAX_FIELD
+            )
+    except HTTPException as error:  # of the parser
+        raise HttpError(400, "malformed", f"The form is malformed: {error.detail}") from None
 
 
 def nested(items: Iterable[tuple[str, Any]]) -> dict[str, Any]:

@@ -175,5 +175,4 @@ def plan_object(plan: PlanSummary) -> dict[str, Any]:
         "object": "plan",
         **plan.to_dict(),
         "size": f"{plan.width}x{plan.height}",
-        "seconds_of_video": plan.video_seconds,
     }

@@ -14,6 +14,7 @@ import re
 import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, MutableMapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from http.cookies import CookieError, SimpleCookie
 from typing import Any
@@ -34,6 +35,9 @@ MAX_BODY = 1_000_000
 
 #: Seconds without a byte of a body, seconds that any body may take, and bytes per second beyond.
 IDLE_SECONDS, BODY_SECONDS, BODY_SPEED = 20.0, 60.0, 10_000.0
+
+#: Requests that change something, at a time; there are 40 threads.
+_CHANGES = 16
 
 #: Addresses whose rate is remembered.
 _MAX_CLIENTS = 1024
@@ -68,8 +72,8 @@ class Access:
     token: str | None = None
     listening: bool = False
     names: tuple[str, ...] = ()
-    rate: int = 6000
-    max_upload: int = 500_000_000
+    rate: int = 12_000
+    max_upload: int = (1 << 30) + MAX_BODY
     uploads: int = 4
     idle_seconds: float = IDLE_SECONDS
 
@@ -96,6 +100,8 @@ class Guard:
         self._app, self._access = app, access
         self._rates = _Rates(access.rate)
         self._uploads = 0
+        #: What changes or plans may wait for the helper: it leaves threads to those who only look.
+        self._changes = asyncio.Semaphore(_CHANGES)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -114,8 +120,10 @@ class Guard:
             await error_response(error)(scope, receive, _with_headers(send))
             return
         self._uploads += is_upload
+        looks = scope["method"] in ("GET", "HEAD", "OPTIONS")
         try:
-            await self._app(scope, body.receive, _with_headers(send))
+            async with nullcontext() if looks else self._changes:
+                await self._app(scope, body.receive, _with_headers(send))
         finally:
             self._uploads -= is_upload
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import io
 import json
-import os
 import re
 import signal
 import socket
@@ -20,8 +20,9 @@ import pytest
 from openai import OpenAI
 
 from mlx_sora.cli.main import build_parser, main
-from mlx_sora.cli.serve import DEFAULT_PORT
-from tests.helpers.server_process import SERVE, ServerProcess, server_process
+from mlx_sora.cli.serve import DEFAULT_PORT, show_address
+from mlx_sora.server.security import Access
+from tests.helpers.server_process import ServerProcess, server_process
 from tests.helpers.web import Web
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -272,22 +273,23 @@ def test_a_token_of_the_environment_is_needed_on_this_machine_too(
         assert server.web.get("/healthz", {"Host": "proxy.example"}).status == 200
 
 
-def test_the_terminal_shows_a_qr_code_of_the_link(tmp_path: Path) -> None:
-    pty = pytest.importorskip("pty")
-    reader, terminal = pty.openpty()
-    words = [sys.executable, *SERVE, "--folder", str(tmp_path), "--port", "0", "--listen"]
-    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=terminal, text=True)
-    try:
-        assert process.stdout is not None
-        assert "?token=" in process.stdout.readline()
-        text = os.read(reader, 20_000).decode()
-        assert sum("█" in line or "▄" in line for line in text.splitlines()) >= 10
-    finally:
-        process.send_signal(signal.SIGINT)
-        assert process.wait(60) == 0
-        process.stdout.close()  # type: ignore[union-attr]
-        os.close(reader)
-        os.close(terminal)
+def test_the_terminal_shows_a_qr_code_of_the_link(capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("0.0.0.0", 0)) as listener:
+        access = Access(token="a-token-of-enough-letters", listening=True)
+        stream = Terminal()
+        show_address(listener, access, Path("folder"), ["A note."], stream)
+    [link] = capsys.readouterr().out.splitlines()
+    assert link.endswith("/?token=a-token-of-enough-letters")
+    lines = stream.getvalue().splitlines()
+    assert lines[:2] == ["A note.", "videos in folder; Ctrl-C ends the server"]
+    assert len(lines) > 14
+    assert {len(line) for line in lines[2:]} == {len(lines[2])}
+    assert set("".join(lines[2:])) <= set("█▀▄ ")
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
 
 
 def test_the_help_of_the_program_lists_it() -> None:

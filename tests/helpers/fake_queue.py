@@ -38,6 +38,9 @@ class FakeQueue(JobQueue):
         self._uploads: dict[str, Upload] = {}
         self._events: list[dict[str, Any]] = []
         self._news = threading.Condition()
+        #: What plans wait for.
+        self.pause = threading.Event()
+        self.pause.set()
         #: Bytes of each upload, in order.
         self.received: list[bytes] = []
 
@@ -50,6 +53,7 @@ class FakeQueue(JobQueue):
     def stop(self) -> None: ...
 
     def plan(self, task: Task) -> PlanSummary:
+        self.pause.wait(20)
         options = checked_task(task).options
         frames = parse_frames(options.get("num_frames", 17))
         width, height = options.get("width", 64), options.get("height", 64)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -262,6 +263,22 @@ def test_uploads_at_a_time_are_bounded(tmp_path: Path) -> None:
         connection.sendall(body)
         assert b" 200 " in connection.recv(1000).splitlines()[0]
         assert web.request("POST", "/v1/files", body, kind).status == 200
+
+
+def test_status_comes_while_many_wait_for_a_plan(web: Web, queue: FakeQueue) -> None:
+    queue.pause = threading.Event()
+    planners = [threading.Thread(target=web.post, args=("/v1/plan", VIDEO)) for _ in range(50)]
+    try:
+        for planner in planners:
+            planner.start()
+        time.sleep(0.3)
+        start = time.monotonic()
+        assert web.get("/v1/videos").status == 200
+        assert time.monotonic() - start < 2
+    finally:
+        queue.pause.set()
+        for planner in planners:
+            planner.join()
 
 
 def test_too_many_requests(tmp_path: Path) -> None:

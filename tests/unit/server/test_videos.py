@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from typing import Any
 
 import pytest
@@ -104,6 +105,16 @@ def test_content_has_a_type_a_tag_and_ranges(web: Web, queue: FakeQueue) -> None
     assert web.get(f"{path}?variant=weights").json["error"]["param"] == "variant"
     (queue.folder / f"{id}-video.mp4").unlink()
     assert web.get(path).code == "not_found"
+
+
+def test_a_full_temporary_folder_is_a_line(web: Web, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("starlette.formparsers.SpooledTemporaryFile", full)
+    answer = web.request("POST", "/v1/files", *form({"file": ("a.png", b"picture")}))
+    assert (answer.status, answer.code) == (500, "run_failed")
+    assert "No space left on device. Make room there" in answer.json["error"]["message"]
 
 
 def test_uploads(web: Web, queue: FakeQueue) -> None:
