@@ -227,10 +227,10 @@ class Scheduler:
             self._folder.remove_run(job)
             common |= {"progress": 1.0, "stage": "", "error": None, "finished_at": time.time()}
             self._tell(self._store.update(job.id, state=DONE, **common))
-        elif now.state != RUNNING or self._stopping.is_set():
-            # Cancelled, or put into the queue again; at a stop it waits for the next start.
-            state = QUEUED if now.state == RUNNING else now.state
-            self._put_back(job, state, common)
+        elif now.state != RUNNING:  # what a client makes of it meanwhile stays
+            self._tell(self._store.update(job.id, **common))
+        elif self._stopping.is_set():  # it waits for the next start
+            self._put_back(job, QUEUED, common)
         elif failure is not None and self._set_checkpoint_aside(job, str(failure["message"])):
             warning = f"It began again: {failure['message']}"
             self._put_back(job, QUEUED, common | {"warnings": (*now.warnings, warning)})

@@ -95,6 +95,7 @@ def test_dropped_and_chosen_files_are_used_in_their_frames(
     assert [item[1:] for item in options["videos"]] == [["before", 17, 1.0]]
     press(open_card(page, "with files"), "Change this")
     expect(items).to_have_count(2)
+    expect(items.nth(0)).to_contain_text(picture.name)
     expect(items.nth(0).get_by_label("Number")).to_have_value("20")
 
 

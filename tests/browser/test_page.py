@@ -20,6 +20,12 @@ from playwright.sync_api import expect
 RED = "a red circle moving right on a black background"
 BLUE = "a blue circle moving right on a black background"
 
+#: Resolves when a video plays. Playwright's own waiting evaluates text, which the page refuses.
+PLAYS = """film => new Promise((resolve) => {
+    const look = () => (film.currentTime > 0 ? resolve() : setTimeout(look, 50));
+    look();
+})"""
+
 
 @pytest.fixture(scope="module")
 def red(server: ServerProcess) -> str:
@@ -42,7 +48,7 @@ def test_a_prompt_is_offered_made_and_watched(page: Page) -> None:
     expect(row(page, prompt)).to_be_visible()
     viewer = open_card(page, prompt)
     film = viewer.locator("video")
-    page.wait_for_function("document.querySelector('#viewer video').currentTime > 0")
+    film.evaluate(PLAYS)
     assert film.evaluate("film => [film.videoWidth, film.videoHeight]") == [64, 64]
     viewer.locator("summary").click()
     expect(viewer.locator("pre")).to_contain_text('"steps": 6')
@@ -158,6 +164,16 @@ def test_what_does_not_fit_is_said_before_and_refused(page: Page) -> None:
     expect(page.locator("#plan")).to_contain_text("Fits in memory")
     set_option(page, "steps", "many")
     expect(page.locator("#plan")).to_contain_text("steps")
+
+
+def test_a_size_that_would_fit_is_offered(page: Page) -> None:
+    page.select_option("#size", "other")
+    page.fill("#width", "8192")
+    page.fill("#height", "8192")
+    expect(page.locator("#plan")).to_contain_text("These would fit:")
+    page.locator("#plan button").first.click()
+    expect(page.locator("#plan")).to_contain_text("Fits in memory")
+    assert page.input_value("#width") != "8192"
 
 
 def test_foreign_text_stays_text(page: Page) -> None:

@@ -1,9 +1,9 @@
 // The request: what to make, what it would need, and the places it is filled from.
 
 import {
-  $, api, ApiError, button, bytes, debounce, duration, el, frameCount, post, times, toast,
+  $, api, ApiError, attempt, button, bytes, debounce, duration, el, frameCount, post, times, toast,
 } from "./lib.js";
-import { itemOf, MediaList, thumbnailOf } from "./media.js";
+import { findItem, itemOf, MediaList, thumbnailOf } from "./media.js";
 import { OptionPanel } from "./options.js";
 
 const DRAFT = "mlx_sora request";
@@ -179,16 +179,18 @@ function showPlan(found) {
   $("plan").classList.toggle("bad", !found.fits);
   $("plan").replaceChildren(
     el("span", { className: "fits" }, found.fits ? "Fits in memory: " : "Does not fit in memory: "),
-    found.fits ? facts.join(", ") : `${found.error} ${found.fix}`,
+    found.fits ? facts.join(", ") : found.error,
     found.warnings?.length ? el("ul", {}, found.warnings.map((text) => el("li", {}, text))) : "",
-    suggestions(found));
+    found.fits ? "" : suggestions(found));
 }
 
-/** Return buttons that set the options which would fit. */
-function suggestions(found) {
-  const list = found.fits ? [] : found.suggestions ?? [];
-  return el("p", { className: "chips" }, list.map((options) => {
-    const text = Object.entries(options).map(([name, value]) => `${name.replaceAll("_", " ")} ${value}`).join(", ");
+/** Return buttons that set options which would fit, or without any what to do. */
+function suggestions({ suggestions: list, fix }) {
+  if (!list?.length) return ` ${fix}`;
+  return el("p", { className: "chips" }, "These would fit:", list.map((options) => {
+    const { width, height, num_frames: count, ...others } = options;
+    const words = Object.entries(others).map(([name, value]) => `${name.replaceAll("_", " ")} ${value}`);
+    const text = [width && `${width}×${height}`, count && frameCount(count), ...words].filter(Boolean).join(", ");
     return button(text, () => fill({ ...valuesNow(), ...options }));
   }));
 }
@@ -249,11 +251,11 @@ function show() {
 }
 
 /** Fill the form with the request of a video made here. */
-export function changeThis(video) {
+export async function changeThis(video) {
   const { options, kind, parent } = video.mlx_sora;
   const edited = kind === "edit" ? { id: options.video ?? parent, name: options.source_prompt } : null;
   setSource(edited, options.source_prompt);
-  fill({ model: video.model, ...options }, itemsOf(options));
+  fill({ model: video.model, ...options }, await itemsOf(options));
   show();
 }
 
@@ -286,18 +288,18 @@ export function fillFrom(file) {
   toast(`The form has the request of ${file.name}.${left}`, ["Use the file itself", () => addItem(file)]);
 }
 
-function itemsOf({ images = [], videos = [] }) {
-  const item = (id, kind) => ({ id, kind, name: id, frames: 0 });
-  return [
-    ...images.map(([id, frame, strength]) => ({
-      item: item(id, "image"),
-      use: { frame: { 0: "first", "-1": "last" }[frame] ?? String(frame ?? "first"), strength: strength ?? 1 },
-    })),
-    ...videos.map(([id, side, frames, strength]) => ({
-      item: item(id, "video"), use: { side: side ?? "before", frames: frames ?? 17, strength: strength ?? 1 },
-    })),
+/** Return the pictures and videos of a request for the list, but for those that are deleted. */
+async function itemsOf({ images = [], videos = [] }) {
+  const named = { 0: "first", "-1": "last" };
+  const uses = [
+    ...images.map(([id, frame, strength]) => [id, { frame: named[frame ?? 0] ?? String(frame), strength }]),
+    ...videos.map(([id, side, frames, strength]) => [id, { side, frames, strength }]),
   ];
+  const items = await Promise.all(uses.map(([id]) => attempt(() => findItem(id))));
+  return items.map((item, index) => ({ item, use: withoutGaps(uses[index][1]) })).filter(({ item }) => item);
 }
+
+const withoutGaps = (use) => Object.fromEntries(Object.entries(use).filter(([, value]) => value !== undefined));
 
 function reset() {
   setSource(null);

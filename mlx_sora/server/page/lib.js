@@ -59,16 +59,18 @@ function parse(text) {
 export const contentUrl = (id, variant, more = "") =>
   `/v1/videos/${encodeURIComponent(id)}/content?variant=${variant}${more}`;
 
+// A number and its unit stay on one line.
+const unit = (number, name) => `${number}\u00a0${name}`;
+
 export function duration(seconds) {
-  if (seconds < 10) return `${seconds < 1 ? seconds.toFixed(1) : Math.round(seconds)} s`;
-  if (seconds < 90) return `${Math.round(seconds)} s`;
+  if (seconds < 90) return unit(seconds < 1 ? seconds.toFixed(1) : Math.round(seconds), "s");
   const minutes = Math.round(seconds / 60);
-  return minutes < 90 ? `${minutes} min` : `${Math.floor(minutes / 60)} h ${minutes % 60} min`;
+  return minutes < 90 ? unit(minutes, "min") : `${unit(Math.floor(minutes / 60), "h")} ${unit(minutes % 60, "min")}`;
 }
 
 export function bytes(count) {
-  if (count < 1e9) return `${Math.max(1, Math.round(count / 1e6))} MB`;
-  return `${(count / 1e9).toFixed(count < 1e10 ? 1 : 0)} GB`;
+  if (count < 1e9) return unit(Math.max(1, Math.round(count / 1e6)), "MB");
+  return unit((count / 1e9).toFixed(count < 1e10 ? 1 : 0), "GB");
 }
 
 export const times = (size) => String(size ?? "").replace("x", "×");

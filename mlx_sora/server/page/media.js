@@ -16,6 +16,13 @@ export const itemOf = (video) => ({
   frames: video.mlx_sora.frames,
 });
 
+/** Return an upload or a video of the server as an item of the list. Throws ApiError. */
+export async function findItem(id) {
+  if (!id.startsWith("file")) return itemOf(await api(`/v1/videos/${encodeURIComponent(id)}`));
+  const file = await api(`/v1/files/${encodeURIComponent(id)}`);
+  return { ...file, name: file.filename || id };
+}
+
 export const thumbnailOf = (id) =>
   id.startsWith("file") ? `/v1/files/${encodeURIComponent(id)}/content?variant=thumbnail`
     : contentUrl(id, "thumbnail");

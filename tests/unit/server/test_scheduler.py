@@ -6,6 +6,7 @@ import os
 import signal
 import sqlite3
 import sys
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -68,6 +69,27 @@ def test_a_cancelled_job_goes_on_from_its_checkpoint(queue: JobQueue) -> None:
     first, second = text(queue, done).split()
     assert first == "0"
     assert 3 <= int(second) < 20
+
+
+def test_a_job_that_is_resumed_while_its_worker_ends_goes_on(
+    queue: JobQueue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    get, resumed = queue._store.get, list[str]()
+
+    def resume_meanwhile(id: str) -> Job:
+        job = get(id)
+        if job.state == "cancelled" and threading.current_thread() is not threading.main_thread():
+            monkeypatch.setattr(queue._store, "get", get)
+            queue.resume(id)
+            resumed.append(id)
+        return job
+
+    job = queue.submit(task("slow", steps=20))
+    running(queue, job, 3)
+    monkeypatch.setattr(queue._store, "get", resume_meanwhile)
+    queue.cancel(job.id)
+    wait(lambda: bool(resumed))
+    assert ended(queue, job).state == "done"
 
 
 def test_a_stopped_server_goes_on(tmp_path: Path) -> None:
