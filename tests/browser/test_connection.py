@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -72,11 +73,10 @@ def test_hundreds_of_videos_are_loaded_as_they_are_seen(
     page.wait_for_timeout(500)
     assert page.locator(".card").count() < VIDEOS
     assert 0 < len(pictures) < VIDEOS / 2
-    for _ in range(10):
+    end = time.monotonic() + 60
+    while page.locator(".card").count() < VIDEOS and time.monotonic() < end:
         page.evaluate("scrollTo(0, document.body.scrollHeight)")
-        page.wait_for_timeout(200)
-        if page.locator(".card").count() == VIDEOS:
-            break
+        page.wait_for_timeout(100)
     expect(page.locator(".card")).to_have_count(VIDEOS)
     expect(page.locator(".card").last).to_contain_text("picture number 0")
     expect(page.locator("#more")).to_be_hidden()

@@ -53,13 +53,17 @@ async function loadMore() {
   hasMore = page.hasMore;
   page.list.forEach(update);
   showCounts();
+  nearEnd.unobserve($("more")); // looks again: a wide screen may show all of it
+  nearEnd.observe($("more"));
 }
+
+const nearEnd = new IntersectionObserver((entries) => {
+  if (entries.some((entry) => entry.isIntersecting)) loadMore();
+}, { rootMargin: "600px" });
 
 export function wireJobs() {
   $("more").addEventListener("click", loadMore);
-  new IntersectionObserver((entries) => {
-    if (entries.some((entry) => entry.isIntersecting)) loadMore();
-  }, { rootMargin: "600px" }).observe($("more"));
+  nearEnd.observe($("more"));
   document.addEventListener("deleted", ({ detail }) => (remove(detail), showCounts()));
   const queue = $("queue");
   queue.addEventListener("dragover", dragOver);
