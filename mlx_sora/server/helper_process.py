@@ -43,8 +43,12 @@ def serve() -> None:
         line = sys.stdin.buffer.readline()
         if not line:
             break
-        answers.write(json.dumps(_answer(calls, json.loads(line))) + "\n")
-        answers.flush()
+        answer = json.dumps(_answer(calls, json.loads(line)))
+        try:
+            answers.write(answer + "\n")
+            answers.flush()
+        except BrokenPipeError:  # the server was killed
+            os._exit(0)
 
 
 def _answer(

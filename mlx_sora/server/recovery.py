@@ -76,6 +76,7 @@ def open_store(folder: Folder, notices: list[str]) -> Store:
 def _readable_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield what can still be read of a damaged database, row by row."""
     with suppress(sqlite3.Error), closing(sqlite3.connect(path)) as database:
+        database.execute("PRAGMA writable_schema = ON")  # reads a file that was cut short, too
         for table in ("jobs", "uploads"):
             rowid, column = 0, "state" if table == "jobs" else "NULL"
             query = f"SELECT rowid, id, {column}, data FROM {table} WHERE rowid > ? LIMIT 1"

@@ -127,3 +127,21 @@ def test_an_unfinished_deletion_is_finished(tmp_path: Path) -> None:
     wait(lambda: not list((tmp_path / "videos").glob(f"{id}*")))
     assert queue._store.known() == set(states(queue))
     queue.stop()
+
+
+def test_rows_that_can_still_be_read_are_taken_over(tmp_path: Path) -> None:
+    ids = make_jobs(tmp_path)
+    queue = JobQueue(tmp_path, programs=FAKES)
+    for number in range(200):
+        queue._store.add_event(ids[0], {"event": "note", "message": f"{number} " * 20})
+    queue.stop()
+    database = tmp_path / "jobs.db"
+    content = database.read_bytes()
+    database.write_bytes(content[: len(content) // 2])  # all of the second half are events
+    queue = JobQueue(tmp_path, programs=FAKES)
+    assert "4 jobs and 0 uploads were read from it" in queue.notices[0]
+    assert list(states(queue).values()) == ["queued", "done", "done", "done"]
+    assert {queue.get(id).task.prompt for id in ids} == {"a red circle", "slow"}
+    queue.start()
+    assert ended(queue, queue.get(ids[3])).state == "done"
+    queue.stop()
