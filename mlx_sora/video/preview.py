@@ -99,7 +99,7 @@ def write_preview(path: Path, frames: np.ndarray, fps: float) -> None:
         if len(frames) == 1:
             save_png(frames[0], file.partial, None)
             return
-        encoder = AnimationEncoder("gif", fps)
+        encoder = AnimationEncoder("gif", fps, fast=True)
         for frame in frames:
             encoder.add(frame)
         encoder.save(file.partial, None)
