@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import json
 import random
+import signal
 import sqlite3
 import subprocess
 import sys
 import time
 from collections import Counter
 from contextlib import closing, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -105,42 +107,73 @@ def check_videos(folder: Path, expected: dict[str, np.ndarray]) -> None:
             assert (frames(path) == expected[prompt]).all(), path
 
 
+def running_worker(folder: Path, server: subprocess.Popen[bytes], log: Path) -> psutil.Process:
+    """Wait for a running job and return its process."""
+    end = time.monotonic() + 300
+    while True:
+        with suppress(psutil.Error):
+            if (number := worker(folder)) is not None:
+                process = psutil.Process(number)
+                if process.status() != psutil.STATUS_ZOMBIE:
+                    return process
+        assert server.poll() is None, log.read_text()
+        assert time.monotonic() < end, log.read_text()
+        time.sleep(0.02)
+
+
+@dataclass(frozen=True)
+class Undisturbed:
+    """Frames of each kind of job by its prompt, and the seconds of a job."""
+
+    frames: dict[str, np.ndarray]
+    seconds: float
+
+
 @pytest.fixture(scope="module")
-def expected(tmp_path_factory: pytest.TempPathFactory) -> dict[str, np.ndarray]:
-    """The frames of each kind of job, from a server that nobody disturbs."""
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
+    """Return what a server makes that nobody disturbs."""
     queue, found = JobQueue(tmp_path_factory.mktemp("whole")), {}
     queue.start()
+    began = time.monotonic()
     for prompt, options in OPTIONS.items():
         job = ended(
-            queue, queue.submit(Task(options={"prompt": prompt, "seed": 3, **options})), 120
+            queue, queue.submit(Task(options={"prompt": prompt, "seed": 3, **options})), 300
         )
         assert job.state == "done", job.error
         found[prompt] = frames(queue.content(job.id))
     queue.stop()
-    return found
+    return Undisturbed(found, (time.monotonic() - began) / len(OPTIONS))
 
 
-def test_kills_lose_nothing(tmp_path: Path, expected: dict[str, np.ndarray], fault: Fault) -> None:
-    folder, log, draw = tmp_path / "server", tmp_path / "log", random.Random(17)
-    victims, resumed = Counter[str](), 0
+def kill_often(
+    folder: Path, log: Path, undisturbed: Undisturbed
+) -> tuple[subprocess.Popen[bytes], Counter[str]]:
+    """Kill workers and servers in turn; return the last server, and how many died of it."""
+    draw, victims = random.Random(17), Counter[str]()
     server = start(folder, log)
-    try:
-        for _ in range(KILLS):
-            time.sleep(draw.uniform(0.1, 9))
-            process = worker(folder)
-            if process is None or draw.random() < 0.5:
-                server.kill()
-                server.wait()
-                victims["server"] += 1
-                check_videos(folder, expected)
-                server = start(folder, log)
-            else:
-                with suppress(psutil.Error):
-                    psutil.Process(process).kill()
+    while victims.total() < KILLS:
+        if draw.random() < 0.8:  # else perhaps while it starts
+            running_worker(folder, server, log)
+        time.sleep(draw.uniform(0, undisturbed.seconds))
+        if victims.total() % 2:
+            server.kill()
+            victims["server"] += server.wait() == -signal.SIGKILL
+            check_videos(folder, undisturbed.frames)
+            server = start(folder, log)
+        else:
+            process = running_worker(folder, server, log)
+            with suppress(psutil.Error):
+                process.kill()
                 victims["worker"] += 1
-        server.kill()
-        server.wait()
-        server = start(folder, log, "finish")
+    server.kill()
+    server.wait()
+    return start(folder, log, "finish"), victims
+
+
+def test_kills_lose_nothing(tmp_path: Path, undisturbed: Undisturbed, fault: Fault) -> None:
+    folder, log = tmp_path / "server", tmp_path / "log"
+    server, victims = kill_often(folder, log, undisturbed)
+    try:
         end = time.monotonic() + 600
         while any(state in ("queued", "running") for state, _ in jobs(folder).values()):
             assert time.monotonic() < end, jobs(folder)
@@ -154,7 +187,7 @@ def test_kills_lose_nothing(tmp_path: Path, expected: dict[str, np.ndarray], fau
     assert accepted <= found.keys()
     failed = {id: data["error"] for id, (state, data) in found.items() if state != "done"}
     assert failed == {}, log.read_text()
-    check_videos(folder, expected)
+    check_videos(folder, undisturbed.frames)
     assert len(list((folder / "videos").iterdir())) == len(found), "something was left"
     assert "Traceback" not in log.read_text(), log.read_text()
     resumed = sum(int(str(data["attempts"])) > 1 for _, data in found.values())
@@ -164,9 +197,7 @@ def test_kills_lose_nothing(tmp_path: Path, expected: dict[str, np.ndarray], fau
         fault("SIGKILL", f"serve: {victim}", count, 0, result)
 
 
-def test_a_full_disk_loses_nothing(
-    tmp_path: Path, expected: dict[str, np.ndarray], fault: Fault
-) -> None:
+def test_a_full_disk_loses_nothing(tmp_path: Path, undisturbed: Undisturbed, fault: Fault) -> None:
     """The disk is full at random moments, and has room again; what failed is resumed."""
     draw, failures, refusals = random.Random(17), 0, list[str]()
     folder = tmp_path / "disk"
@@ -182,7 +213,7 @@ def test_a_full_disk_loses_nothing(
                 accepted.append((prompt, queue.submit(Task(options=options))))
             except MlxSoraError as error:
                 refusals.append(str(error))
-            time.sleep(draw.uniform(0.1, 6))
+            time.sleep(draw.uniform(0.1, undisturbed.seconds))
             with suppress(OSError), filler.open("ab") as file:
                 while True:
                     file.write(bytes(4096))
@@ -195,7 +226,7 @@ def test_a_full_disk_loses_nothing(
                 failures += 1
                 queue.resume(job.id)
             assert queue.get(job.id).state == "done"
-            assert (frames(queue.content(job.id)) == expected[prompt]).all()
+            assert (frames(queue.content(job.id)) == undisturbed.frames[prompt]).all()
         queue.stop()
     result = f"{failures + len(refusals)} failures in one line; same frames after a resume"
     fault("full disk", "serve", FULL_DISKS, 0, result)
