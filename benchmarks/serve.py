@@ -66,6 +66,12 @@ class Server:
     process: psutil.Process
     port: int
 
+    @property
+    def cpu(self) -> float:
+        """Seconds that the server has computed."""
+        times = self.process.cpu_times()
+        return float(times.user + times.system)
+
     def connect(self) -> http.client.HTTPConnection:
         """Open a connection, which a client keeps."""
         return http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
@@ -196,12 +202,14 @@ class Answers:
 def measure_status(server: Server, id: str) -> dict[str, Any]:
     """Ask for a video, and for the first page of the list, one client at a time."""
     connection, status, page = server.connect(), Answers(), Answers()
+    before = server.cpu
     for _ in range(ASKED):
         status.ask(connection, f"/v1/videos/{id}")
         page.ask(connection, "/v1/videos?limit=20")
         time.sleep(0.02)
     connection.close()
-    return {"status": status.summary(), "list": page.summary()}
+    computed = (server.cpu - before) / (2 * ASKED)
+    return {"status": status.summary(), "list": page.summary(), "cpu_per_answer": computed}
 
 
 def measure_clients(server: Server, id: str, seconds: float) -> dict[str, Any]:
@@ -259,6 +267,7 @@ def main() -> None:
         ("memory of the server", f"{found['memory']['last'] / 1e6:.0f} MB", "80 MB"),
         (f"status, {JOBS} jobs, one running", f"{status['median'] * 1e3:.1f} ms", "20 ms"),
         ("first page of the list", f"{found['list']['median'] * 1e3:.1f} ms", ""),
+        ("computed for one of these", f"{found['cpu_per_answer'] * 1e3:.1f} ms", ""),
         (
             f"{CLIENTS} clients for {options.seconds:.0f} s",
             f"{polling['answers']} answers, {polling['errors']} errors, median "
