@@ -227,28 +227,32 @@ class Scheduler:
             self._folder.remove_run(job)
             common |= {"progress": 1.0, "stage": "", "error": None, "finished_at": time.time()}
             self._tell(self._store.update(job.id, state=DONE, **common))
-        elif now.state != RUNNING:  # what a client makes of it meanwhile stays
-            self._tell(self._store.update(job.id, **common))
         elif self._stopping.is_set():  # it waits for the next start
-            self._put_back(job, QUEUED, common)
+            self._end_running(job, QUEUED, common)
+        elif now.state != RUNNING:
+            self._end_running(job, now.state, common)
         elif failure is not None and self._set_checkpoint_aside(job, str(failure["message"])):
             warning = f"It began again: {failure['message']}"
-            self._put_back(job, QUEUED, common | {"warnings": (*now.warnings, warning)})
+            self._end_running(job, QUEUED, common | {"warnings": (*now.warnings, warning)})
         elif (code < 0 or code == INTERRUPTED) and self._kills.get(job.id, 0) + 1 < _MAX_KILLS:
             self._kills[job.id] = self._kills.get(job.id, 0) + 1
-            self._put_back(job, QUEUED, common)
+            self._end_running(job, QUEUED, common)
         else:
             self._kills.pop(job.id, None)
             error = self._error(code, last, failure)
-            common |= {"finished_at": time.time(), "error": error}
-            self._tell(self._store.update(job.id, state=FAILED, **common))
+            self._end_running(job, FAILED, common | {"finished_at": time.time(), "error": error})
 
-    def _put_back(self, job: Job, state: str, changes: Mapping[str, Any]) -> None:
-        """Let a job wait before all others, or be what a client has made of it."""
-        before = self._store.get(job.id).state
-        self._tell(self._store.update(job.id, state=state, **changes))
-        if state == QUEUED != before:
+    def _end_running(self, job: Job, state: str, changes: Mapping[str, Any]) -> None:
+        """Let a job that runs have failed, or wait before all others.
+
+        What a client makes of it meanwhile, cancelled or waiting again, stays.
+        """
+        ended = self._store.update(job.id, when=(RUNNING,), state=state, **changes)
+        if ended is None:
+            ended = self._store.update(job.id, worker=None, seconds_left=None)
+        elif state == QUEUED:
             self._store.put_first(job.id)
+        self._tell(ended)
 
     def _error(self, code: int, last: str, failure: Mapping[str, Any] | None) -> JobError:
         if failure is not None and code != INTERRUPTED:

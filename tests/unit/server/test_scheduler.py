@@ -92,6 +92,27 @@ def test_a_job_that_is_resumed_while_its_worker_ends_goes_on(
     assert ended(queue, job).state == "done"
 
 
+@pytest.mark.parametrize("prompt", ["fail", "crash"])
+def test_a_job_that_is_cancelled_while_its_worker_dies_stays_so(
+    queue: JobQueue, monkeypatch: pytest.MonkeyPatch, prompt: str
+) -> None:
+    get, seen = queue._store.get, list[str]()
+
+    def cancel_meanwhile(id: str) -> Job:
+        job = get(id)
+        if job.state == "running" and threading.current_thread() is not threading.main_thread():
+            monkeypatch.setattr(queue._store, "get", get)
+            queue.cancel(id)
+            seen.append(id)
+        return job
+
+    monkeypatch.setattr(queue._store, "get", cancel_meanwhile)
+    job = queue.submit(task(prompt))
+    wait(lambda: bool(seen) and not queue._scheduler._is_working_on(job.id))
+    assert queue.get(job.id).state == "cancelled"
+    assert queue.get(job.id).attempts == 1
+
+
 def test_a_stopped_server_goes_on(tmp_path: Path) -> None:
     queue = open_queue(tmp_path)
     first, second = queue.submit(task("slow", steps=20)), queue.submit(task())
