@@ -1,9 +1,12 @@
-"""What a person does with the page."""
+"""What a person does with the page, and what a test asks the server."""
 
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING
+import time
+from typing import TYPE_CHECKING, Any
+
+from tests.helpers.server_process import ServerProcess
 
 if TYPE_CHECKING:
     from playwright.sync_api import Locator, Page
@@ -54,3 +57,23 @@ def delete(page: Page, prompt: str) -> None:
     press(open_card(page, prompt), "Delete")
     press(page.locator("#confirm"), "Delete")
     card(page, prompt).wait_for(state="detached")
+
+
+def call(server: ServerProcess, method: str, path: str, body: Any = None) -> Any:
+    """Return the JSON that the API answers."""
+    answer = server.web.request(method, path, body)
+    assert answer.status == 200, answer.body
+    return answer.json
+
+
+def video_ids(server: ServerProcess) -> set[str]:
+    """Return the identifiers of the newest hundred videos."""
+    return {video["id"] for video in call(server, "GET", "/v1/videos?limit=100")["data"]}
+
+
+def wait_until_done(server: ServerProcess, id: str, seconds: float = 120) -> None:
+    """Wait until a video is neither queued nor running."""
+    end = time.monotonic() + seconds
+    while call(server, "GET", f"/v1/videos/{id}")["status"] in ("queued", "in_progress"):
+        assert time.monotonic() < end, f"{id} is not finished"
+        time.sleep(0.1)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import pytest
 
-from tests.helpers.server import ServerProcess
+from tests.browser.actions import call, video_ids
+from tests.helpers.server_process import ServerProcess, server_process
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
@@ -43,9 +43,8 @@ def browser() -> Iterator[Browser]:
 @pytest.fixture(scope="module")
 def server(browser: Browser, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     """A server of the bundled model. It takes the browser first: without one, nothing starts."""
-    server = ServerProcess(tmp_path_factory.mktemp("server") / "videos")
-    yield server
-    server.stop()
+    with server_process(tmp_path_factory.mktemp("server") / "videos") as server:
+        yield server
 
 
 @pytest.fixture
@@ -93,14 +92,9 @@ def _note_host(address: str, host: str, problems: list[str]) -> None:
 @pytest.fixture
 def page(open_page: Open, server: ServerProcess) -> Iterator[Page]:
     """The page, with its form and the model's prompts in it. Videos that a test adds go with it."""
-    before = server.ids()
+    before = video_ids(server)
     page = open_page(server.link)
     page.locator("#examples button").first.wait_for()
     yield page
-    for id in server.ids() - before:
-        server.call("DELETE", f"/v1/videos/{id}")
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    return tmp_path / "videos"
+    for id in video_ids(server) - before:
+        call(server, "DELETE", f"/v1/videos/{id}")

@@ -16,7 +16,7 @@ from mlx_sora.server.store import DONE, Job, Store
 from mlx_sora.server.task import PlanSummary, Task, new_id
 from tests.browser.actions import card, open_card, row, submit
 from tests.browser.conftest import Open
-from tests.helpers.server import ServerProcess
+from tests.helpers.server_process import ServerProcess, server_process
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
@@ -47,13 +47,12 @@ def full_folder(browser: Browser, tmp_path_factory: pytest.TempPathFactory) -> P
 
 @pytest.fixture(scope="module")
 def server(full_folder: Path) -> Iterator[ServerProcess]:
-    server = ServerProcess(full_folder, "--token", "a-token-for-the-tests")
-    yield server
-    server.stop()
+    with server_process(full_folder, "--token", "a-token-for-the-tests") as server:
+        yield server
 
 
 def test_a_page_without_the_token_asks_for_it(open_page: Open, server: ServerProcess) -> None:
-    page = open_page(f"{server.url}/")
+    page = open_page(f"{server.web.url}/")
     page.fill("#token-value", "a-wrong-token-for-tests")
     page.click("#token-form button")
     expect(page.locator("#token-error")).to_have_text("This is not its token.")
@@ -86,22 +85,20 @@ def test_hundreds_of_videos_are_loaded_as_they_are_seen(
     expect(viewer.locator("h2")).to_have_text("picture number 1")
 
 
-def test_the_page_outlives_its_server(open_page: Open, folder: Path) -> None:
-    server = ServerProcess(folder)
-    page = open_page(server.link)
-    submit(page, "a long one", steps="600")
-    expect(row(page, "a long one")).to_contain_text(re.compile(r"step [1-9]\d* of 600"))
-    server.stop()
+def test_the_page_outlives_its_server(open_page: Open, tmp_path: Path) -> None:
+    folder = tmp_path / "videos"
+    with server_process(folder) as server:
+        page = open_page(server.link)
+        submit(page, "a long one", steps="600")
+        expect(row(page, "a long one")).to_contain_text(re.compile(r"step [1-9]\d* of 600"))
+        server.stop()
     expect(page.locator("#connection")).to_contain_text("Connection lost")
     page.fill("#prompt", "typed meanwhile")
     page.click("#submit")
     expect(page.locator("#form-error")).to_contain_text("python -m mlx_sora serve")
-    server = ServerProcess(folder, port=server.port)
-    try:
+    with server_process(folder, "--port", str(server.web.port)):
         expect(page.locator("#connection")).to_have_text("")
         expect(row(page, "a long one")).to_contain_text(re.compile(r"step [1-9]\d* of 600"))
         expect(page.locator("#prompt")).to_have_value("typed meanwhile")
         row(page, "a long one").get_by_text("Cancel").click()
         card(page, "a long one").wait_for()
-    finally:
-        server.stop()

@@ -10,9 +10,9 @@ import pytest
 from PIL import Image
 
 from mlx_sora import Pipeline
-from tests.browser.actions import card, open_card, press, submit
+from tests.browser.actions import call, card, open_card, press, submit
 from tests.browser.conftest import Open
-from tests.helpers.server import ServerProcess
+from tests.helpers.server_process import ServerProcess
 
 if TYPE_CHECKING:
     from playwright.sync_api import Locator, Page
@@ -90,7 +90,7 @@ def test_dropped_and_chosen_files_are_used_in_their_frames(
     expect(page.locator("#plan")).to_contain_text("34 frames")
     submit(page, "with files", steps="2")
     card(page, "with files").wait_for()
-    options = server.call("GET", "/v1/videos")["data"][0]["mlx_sora"]["options"]
+    options = call(server, "GET", "/v1/videos")["data"][0]["mlx_sora"]["options"]
     assert [item[1:] for item in options["images"]] == [[20, 0.5]]
     assert [item[1:] for item in options["videos"]] == [["before", 17, 1.0]]
     press(open_card(page, "with files"), "Change this")

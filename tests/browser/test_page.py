@@ -7,8 +7,18 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.browser.actions import card, delete, open_card, press, row, set_option, submit
-from tests.helpers.server import ServerProcess
+from tests.browser.actions import (
+    call,
+    card,
+    delete,
+    open_card,
+    press,
+    row,
+    set_option,
+    submit,
+    wait_until_done,
+)
+from tests.helpers.server_process import ServerProcess
 
 if TYPE_CHECKING:
     from playwright.sync_api import Page
@@ -31,13 +41,15 @@ PLAYS = """film => new Promise((resolve) => {
 def red(server: ServerProcess) -> str:
     """The identifier of a finished video."""
     request = {"prompt": RED, "seed": 3, "steps": 4}
-    return str(server.wait_until_done(server.call("POST", "/v1/videos", request)["id"])["id"])
+    id = str(call(server, "POST", "/v1/videos", request)["id"])
+    wait_until_done(server, id)
+    return id
 
 
 def occupy(server: ServerProcess) -> None:
     """Start a video that takes long, and runs before all that follow."""
     request = {"prompt": "a long one", "steps": 1000, "preview_every": 10}
-    server.call("POST", "/v1/videos", request)
+    call(server, "POST", "/v1/videos", request)
 
 
 def test_a_prompt_is_offered_made_and_watched(page: Page) -> None:
@@ -87,7 +99,7 @@ def test_a_cancelled_video_goes_on(page: Page, server: ServerProcess) -> None:
     running.get_by_text("Cancel").click()
     expect(card(page, "a green square")).to_contain_text("Cancelled")
     delete(page, "a green square")
-    assert server.call("GET", "/v1/videos?state=cancelled")["data"] == []
+    assert call(server, "GET", "/v1/videos?state=cancelled")["data"] == []
 
 
 def test_the_queue_is_ordered_by_keyboard_and_mouse(page: Page, server: ServerProcess) -> None:
@@ -134,7 +146,7 @@ def test_a_video_is_made_again_and_changed(page: Page, server: ServerProcess, re
     press(viewer, "Another one")
     page.keyboard.press("Escape")
     expect(card(page, RED)).to_have_count(3)
-    made = server.call("GET", "/v1/videos?order=asc")["data"]
+    made = call(server, "GET", "/v1/videos?order=asc")["data"]
     same, other = [v for v in made if v["mlx_sora"]["parent"] == red]
     assert same["mlx_sora"]["seed"] == 3
     assert other["mlx_sora"]["seed"] != 3
