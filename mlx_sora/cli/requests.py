@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -12,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from mlx_sora.cli.flags import build_requests, explicit_options
-from mlx_sora.errors import MlxSoraError, UsageError
+from mlx_sora.errors import MlxSoraError, UsageError, printable
 from mlx_sora.geometry import parse_frames
 from mlx_sora.request.generation import GenerationRequest
+from mlx_sora.runtime.switches import missing_switches
 from mlx_sora.text.prompt import split_directives
 from mlx_sora.utils.json import parse_object
 from mlx_sora.video.metadata import find_media, read_metadata, replay_options
@@ -28,6 +30,8 @@ from mlx_sora.video.output_path import (
     frame_path,
     is_sequence,
 )
+
+log = logging.getLogger(__name__)
 
 #: Default outputs of a prompt file. A second run has to find them again, so the seed is in the
 #: name only if it is given.
@@ -118,6 +122,9 @@ def recorded_options(source: str, flags: Mapping[str, Any]) -> dict[str, Any]:
     """
     record = read_metadata(source)
     options = replay_options(record, source)
+    if missing := missing_switches(record.get("mlx_switches")):
+        text = "%s was made with %s in the environment; set so, the same device repeats it exactly"
+        log.warning(text, printable(source), ", ".join(missing))
     used = {name: value for name, value in options.items() if name not in flags}
     request = GenerationRequest.from_dict({"prompt": "", **used})
     find = partial(find_media, record, source=Path(source))

@@ -31,6 +31,7 @@ from mlx_sora.pipeline.networks import NetworkLoader, Stage
 from mlx_sora.pipeline.preview import Previews
 from mlx_sora.pipeline.settings import ResolvedRequest
 from mlx_sora.request.generation import GenerationRequest
+from mlx_sora.runtime.device import describe_device
 from mlx_sora.runtime.events import Event, Noted, StageFinished, Warned
 from mlx_sora.runtime.health import Health
 from mlx_sora.sampling.loop import StepResult
@@ -263,7 +264,7 @@ class GenerationRun:
             done["ci_dl"] = result.streamed
         if self.ranks.size > 1:
             record["parallel"] = {"ranks": self.ranks.size, "mode": self.parallel.mode}
-        record |= {"accelerations": done} | result.metadata
+        record |= {"device": describe_device(), "accelerations": done} | result.metadata
         return without_folders(record, self._paths())  # type: ignore[no-any-return]
 
     def _paths(self) -> list[str]:

@@ -123,18 +123,25 @@ def largest_array() -> int | None:
     return None if limit is None else int(limit)
 
 
+def describe_device() -> dict[str, str]:
+    """Return the device on which roundings depend: backend, processor and file of the BLAS."""
+    return {
+        "backend": backend(),
+        "device": str(mx.device_info().get("device_name", platform.processor())),
+        "blas_library": Path(blas.install().path).name,
+    }
+
+
 def describe_machine() -> dict[str, object]:
     """Return JSON values for `info` and metadata: sizes in bytes, no paths."""
     library = blas.install()
     return {
-        "backend": backend(),
-        "device": str(mx.device_info().get("device_name", platform.processor())),
+        **describe_device(),
         "dtype": dtype_name(default_dtype()),
         "platform": f"{platform.system()} {platform.release()} {platform.machine()}",
         "cpu_count": os.cpu_count(),
         "memory": total_memory(),
         "blas": library.name,
-        "blas_library": Path(library.path).name,
         "blas_fast": library.fast,
         "mlx_switches": switches(),
         "versions": versions(),

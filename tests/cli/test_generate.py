@@ -348,3 +348,17 @@ def test_module_returns_the_exit_code(folder: Path) -> None:
     )
     assert result.returncode == 2
     assert "prompt is empty" in one_line(result.stderr)
+
+
+def test_a_replay_names_the_switches_of_the_record(
+    folder: Path, pipeline: FakePipeline, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["generate", "-p", "a", "-o", "a.png", "--num-frames", "1", "--metadata"]) == 0
+    record = json.loads(Path("a.json").read_text())
+    record["mlx_switches"]["MLX_ENABLE_TF32"] = "1"
+    Path("b.json").write_text(json.dumps(record))
+    capsys.readouterr()
+    assert main(["generate", "-C", "a.json", "-o", "b.png"]) == 0
+    assert "environment" not in capsys.readouterr().err
+    assert main(["generate", "-C", "b.json", "-o", "c.png"]) == 0
+    assert "b.json was made with MLX_ENABLE_TF32=1 in the environment" in capsys.readouterr().err
