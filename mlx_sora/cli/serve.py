@@ -104,7 +104,7 @@ def run(args: argparse.Namespace) -> int:
     from mlx_sora.server.queue import JobQueue, Limits
 
     folder = _folder(args.folder)
-    with _open_socket(args.listen, args.port) as listener:
+    with open_socket(args.listen, args.port) as listener:
         queue = JobQueue(folder, Limits(queued=args.queue_length))
         try:
             access = _access(args, folder)
@@ -157,7 +157,7 @@ def _data_folder() -> Path:
     return (base if base.is_absolute() else Path.home() / ".local" / "share") / "mlx_sora"
 
 
-def _open_socket(address: str, port: int) -> socket.socket:
+def open_socket(address: str, port: int) -> socket.socket:
     """Return a socket that listens. Raises UsageError, in one line, if it cannot."""
     try:
         found = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
@@ -165,8 +165,9 @@ def _open_socket(address: str, port: int) -> socket.socket:
         raise UsageError(
             f"{address!r} is no address of this machine.", "Leave it out: --listen."
         ) from None
-    family, _, _, _, place = found[0]
-    listener = socket.socket(family, socket.SOCK_STREAM)
+    family, kind, _, _, place = found[0]
+    # asyncio sends at once only where the protocol is named; else an answer takes 40 ms.
+    listener = socket.socket(family, kind, socket.IPPROTO_TCP)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(place)

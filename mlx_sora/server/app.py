@@ -120,7 +120,9 @@ def download_file(
     return file_response(request, queue.upload_content(id, variant))
 
 
-def events(request: Request, after: Annotated[int | None, Query(ge=0)] = None) -> StreamingResponse:
+def events(
+    request: Request, after: Annotated[int | None, Query(ge=0, le=2**53)] = None
+) -> StreamingResponse:
     """Stream the events of all videos, from now on, or those after a number or Last-Event-ID."""
     return events_response(request, None, after)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fastapi import Request
+from python_multipart.exceptions import FormParserError
 from starlette.datastructures import FormData
 from starlette.exceptions import HTTPException
 
@@ -54,8 +55,9 @@ async def _read_form(request: Request) -> FormData:
             return await request.form(
                 max_files=MAX_FILES, max_fields=MAX_FIELDS, max_part_size=MAX_FIELD
             )
-    except HTTPException as error:  # of the parser
-        raise HttpError(400, "malformed", f"The form is malformed: {error.detail}") from None
+    except (HTTPException, FormParserError) as error:  # the latter up to starlette 0.45
+        reason = getattr(error, "detail", error)
+        raise HttpError(400, "malformed", f"The form is malformed: {reason}") from None
 
 
 def nested(items: Iterable[tuple[str, Any]]) -> dict[str, Any]:

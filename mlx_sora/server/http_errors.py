@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from starlette.responses import JSONResponse
 
-from mlx_sora.errors import MemoryBudgetError, MlxSoraError, UsageError, WeightsError
+from mlx_sora.errors import MemoryBudgetError, MlxSoraError, UsageError, WeightsError, printable
 from mlx_sora.server.task import ConflictError, NotFoundError, QueueFullError
 
 #: Status and code of each error; the first class that fits counts.
@@ -35,7 +35,8 @@ class HttpError(MlxSoraError):
         headers: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(message, fix)
-        self.status, self.code, self.param = status, code, param
+        self.status, self.code = status, code
+        self.param = None if param is None else printable(param, 100)
         self.headers = dict(headers or {})
 
 

@@ -178,12 +178,13 @@ def _read_references(name: str, value: Any) -> list[list[Any]]:
     for item in found:
         if not (isinstance(item, list) and item):
             raise wrong
-        _check_id(name, item[0])
+        check_id(name, item[0])
     read = options()[name].convert
     return [list(entry) for entry in _checked(name, read, [tuple(item) for item in found])]
 
 
-def _check_id(name: str, id: Any) -> None:
+def check_id(name: str, id: Any) -> None:
+    """Raise HttpError unless the field `name` holds an identifier, whether it exists or not."""
     if not isinstance(id, str) or not _ID.fullmatch(id):
         raise _invalid(
             name,
@@ -233,7 +234,7 @@ def _reference(queue: JobQueue, value: Any, name: str) -> str:
         value = value.get("id") or value.get("file_id")
     if value is None:
         raise _invalid(name, f"{name} is missing.", 'Send a file, or {"id": "video_..."}.')
-    _check_id(name, value)
+    check_id(name, value)
     return str(value)
 
 

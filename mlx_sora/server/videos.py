@@ -15,7 +15,7 @@ from mlx_sora.server.objects import DeletedObject, VideoList, VideoObject, video
 from mlx_sora.server.queue import JobQueue
 from mlx_sora.server.schema import body_docs, body_schema
 from mlx_sora.server.store import QUEUED, RUNNING, STATES, Job
-from mlx_sora.server.submission import read_changes, read_edit, read_extension, read_task
+from mlx_sora.server.submission import check_id, read_changes, read_edit, read_extension, read_task
 from mlx_sora.server.task import EDIT, GENERATE
 
 #: Milliseconds after which clients ask again, by a header that they know.
@@ -148,8 +148,8 @@ def move_video(queue: Jobs, id: str, fields: Fields) -> VideoObject:
     """Put a waiting video before another; without `before`, at the end."""
     _allow_only(fields, "before")
     before = fields.get("before")
-    if before is not None and not isinstance(before, str):
-        raise HttpError(400, "invalid_value", "`before` is no video.", param="before")
+    if before is not None:
+        check_id("before", before)
     return _shown(queue, queue.move(id, before))
 
 

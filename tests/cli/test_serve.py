@@ -20,7 +20,7 @@ import pytest
 from openai import OpenAI
 
 from mlx_sora.cli.main import build_parser, main
-from mlx_sora.cli.serve import DEFAULT_PORT, show_address
+from mlx_sora.cli.serve import DEFAULT_PORT, open_socket, show_address
 from mlx_sora.server.security import Access
 from tests.helpers.server_process import ServerProcess, server_process
 from tests.helpers.web import Web
@@ -271,6 +271,16 @@ def test_a_token_of_the_environment_is_needed_on_this_machine_too(
         assert server.link.endswith("/?token=a.token~of-this_machine")
         assert server.web.get("/v1/videos").code == "no_token"
         assert server.web.get("/healthz", {"Host": "proxy.example"}).status == 200
+
+
+def test_answers_are_sent_at_once() -> None:
+    """asyncio waits for no acknowledgement only if the listening socket says that it is TCP."""
+    with open_socket("127.0.0.1", 0) as listener:
+        assert listener.proto == socket.IPPROTO_TCP
+        with socket.create_connection(listener.getsockname()):
+            accepted, _ = listener.accept()
+            assert accepted.proto == socket.IPPROTO_TCP
+            accepted.close()
 
 
 def test_the_terminal_shows_a_qr_code_of_the_link(capsys: pytest.CaptureFixture[str]) -> None:

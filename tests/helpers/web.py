@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import socket
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -11,6 +10,7 @@ from dataclasses import dataclass
 from http.client import HTTPConnection
 from typing import Any
 
+from mlx_sora.cli.serve import open_socket
 from mlx_sora.server.http import make_server
 from mlx_sora.server.queue import JobQueue
 from mlx_sora.server.security import Access
@@ -70,7 +70,7 @@ class Web:
 @contextmanager
 def serving(queue: JobQueue, access: Access | None = None) -> Iterator[Web]:
     """Serve a queue in a thread inside the block."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
+    with open_socket("127.0.0.1", 0) as listener:
         port = listener.getsockname()[1]
         server = make_server(queue, access or Access())
         thread = threading.Thread(target=server.run, args=([listener],))

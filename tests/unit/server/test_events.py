@@ -74,6 +74,11 @@ def test_all_videos_share_a_stream_that_begins_now(web: Web, queue: FakeQueue) -
     assert event["number"] == 2
 
 
+def test_a_number_that_no_event_has_is_a_line(web: Web) -> None:
+    for number in ("-1", "9" * 30, "x"):
+        assert web.get(f"/v1/events?after={number}").json["error"]["param"] == "after"
+
+
 def test_a_video_that_does_not_exist_has_no_events(web: Web) -> None:
     assert web.get("/v1/videos/video_0/events").code == "not_found"
 

@@ -47,6 +47,7 @@ def test_cancel_resume_and_move(web: Web, queue: FakeQueue) -> None:
     assert moved["mlx_sora"]["position"] == 0
     assert web.post(f"/v1/videos/{second}/move", {}).json["mlx_sora"]["position"] == 99
     assert web.post(f"/v1/videos/{second}/move", {"before": 3}).json["error"]["param"] == "before"
+    assert web.post(f"/v1/videos/{second}/move", {"before": "\ud800"}).status == 400
     assert web.post(f"/v1/videos/{second}/move", {"behind": first}).status == 400
 
 
@@ -247,6 +248,14 @@ def test_a_field_that_comes_twice_is_refused(web: Web) -> None:
     two = one.replace(b"--xxboundaryxx--\r\n", b"") + one
     answer = web.request("POST", "/v1/videos", two, headers)
     assert "'prompt' comes twice" in answer.json["error"]["message"]
+
+
+@pytest.mark.parametrize("name", ["\ud800", "a\nb", "x" * 10_000])
+def test_odd_names_of_options_are_a_line(name: str, web: Web) -> None:
+    answer = web.post("/v1/videos", {"prompt": "a", name: 1})
+    assert (answer.status, answer.code) == (400, "invalid_value")
+    assert len(answer.json["error"]["param"]) <= 110
+    assert answer.json["error"]["message"].isprintable()
 
 
 def test_unknown_places_and_methods_have_the_same_form(web: Web) -> None:
