@@ -14,10 +14,10 @@ from mlx_sora.cli.progress import Bars
 from mlx_sora.errors import UsageError, WeightsError, printable
 
 if TYPE_CHECKING:
-    from mlx_sora.manage.doctor import Diagnostic
+    from mlx_sora.manage.records import Diagnostic
 
 if TYPE_CHECKING:
-    from mlx_sora.manage.doctor import Diagnostic
+    from mlx_sora.manage.records import Diagnostic
 
 _MARKS = {"ok": "ok", "note": "note", "warning": "WARNING", "error": "ERROR"}
 _MACHINE_MARKS = {"ok": "ok", "skipped": "skipped", "slow": "SLOW", "wrong": "WRONG"}

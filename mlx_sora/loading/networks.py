@@ -104,7 +104,20 @@ def _transformer(model: ModelFolder, dtype: mx.Dtype) -> tuple[stdit3.STDiT3, Ch
     values = model.config("transformer")
     with _config_errors("transformer"):
         network = stdit3.STDiT3(stdit3.STDiT3Config.from_dict(values), dtype)
-    return network, _quantize_network(model, network, values, model.checkpoint("transformer"))
+    checkpoint = model.checkpoint("transformer")
+    _check_patch(network.config, checkpoint)
+    return network, _quantize_network(model, network, values, checkpoint)
+
+
+def _check_patch(config: stdit3.STDiT3Config, checkpoint: Checkpoint) -> None:
+    """Raise WeightsError unless the stored kernel of the patches has the configured size."""
+    kernel = checkpoint.tensors.get(stdit3.PATCH_KEY)
+    if kernel is not None and len(kernel.shape) == 5 and kernel.shape[2:] != config.patch_size:
+        raise WeightsError(
+            f"{kernel.file}: {stdit3.PATCH_KEY} has patches of {list(kernel.shape[2:])}, "
+            f"expected {list(config.patch_size)}.",
+            "The file and its config.json do not belong together.",
+        )
 
 
 def _quantize_network(
@@ -145,6 +158,8 @@ def match_part(model: ModelFolder, part: str, checkpoint: Checkpoint) -> list[En
     that does not match it.
     """
     network, keys = empty_network(model, part)
+    if isinstance(network, stdit3.STDiT3):
+        _check_patch(network.config, checkpoint)
     return match_keys(network, checkpoint, keys)
 
 

@@ -32,7 +32,7 @@ def describe_other_model(path: Path) -> str | None:
     if kind is not None:
         return f"holds one network ({_shown(kind)}), as mlx-lm and transformers have them"
     files = [file for suffix in SINGLE_FILES for file in visible_files(path, f"*{suffix}")]
-    if files:
+    if files and not (path / "transformer").is_dir():
         return f"holds single files ({printable(files[0].name, MAX_NAME)}), as ComfyUI has them"
     return None
 

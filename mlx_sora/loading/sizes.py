@@ -9,6 +9,8 @@ import mlx.core as mx
 from mlx import nn
 from mlx.utils import tree_flatten
 
+from mlx_sora.errors import WeightsError
+from mlx_sora.geometry import FRAMES_PER_CELL, MICRO_FRAME_SIZE
 from mlx_sora.loading.blocks import BlockSource
 from mlx_sora.loading.checkpoint import match_keys
 from mlx_sora.loading.model_folder import ModelFolder
@@ -16,7 +18,10 @@ from mlx_sora.loading.networks import stream_text_encoder, stream_transformer
 from mlx_sora.loading.published import PublishedModel
 from mlx_sora.loading.quantization import dense_bytes
 from mlx_sora.memory.plan import FLOAT32_SIZE, ModelSizes, VAESizes, WeightSizes
+from mlx_sora.models.config import FIX
 from mlx_sora.models.precision import Precision
+from mlx_sora.models.stdit3 import STDiT3Config
+from mlx_sora.models.t5 import T5Config
 from mlx_sora.models.vae import VAEConfig, VideoVAE, key_map
 
 
@@ -29,6 +34,7 @@ def model_sizes(model: ModelFolder, precision: Precision, *, encoders: bool = Fa
     text, _, text_blocks = stream_text_encoder(model, precision.text_encoder)
     transformer, transformer_blocks = stream_transformer(model, precision.transformer)
     config = VAEConfig.from_dict(model.config("vae"))
+    check_parts(text.config, transformer.config, config)
     return ModelSizes(
         text=text.config,
         transformer=transformer.config,
@@ -38,6 +44,27 @@ def model_sizes(model: ModelFolder, precision: Precision, *, encoders: bool = Fa
         vae_decoder=_vae_sizes(model, config, "decoder"),
         vae_encoder=_vae_sizes(model, config, "encoder") if encoders else VAESizes(0, 0, 0),
     )
+
+
+def check_parts(text: T5Config, transformer: STDiT3Config, vae: VAEConfig) -> None:
+    """Raise WeightsError unless the parts fit each other and the sizes that requests have."""
+    pairs = [
+        (f"{text.d_model} text encoder channels", transformer.caption_channels, "caption channels"),
+        (f"{vae.temporal.embed_dim} VAE channels", transformer.in_channels, "latent channels"),
+    ]
+    for found, expected, name in pairs:
+        if not found.startswith(f"{expected} "):
+            raise WeightsError(
+                f"The parts are of different models: {found}, {expected} {name}.",
+                "Use the parts of one model.",
+            )
+    sizes = [
+        ("micro_frame_size", vae.micro_frame_size, MICRO_FRAME_SIZE),
+        ("frames per latent", vae.temporal.factor, FRAMES_PER_CELL),
+    ]
+    for name, size, expected in sizes:
+        if size != expected:
+            raise WeightsError(f"The VAE's {name} is {size}, not Open-Sora's {expected}.", FIX)
 
 
 def _vae_sizes(model: ModelFolder, config: VAEConfig, part: str) -> VAESizes:

@@ -34,7 +34,7 @@ from mlx_sora.manage.conversion_plan import (
     source_files,
 )
 from mlx_sora.manage.progress import FileProgress, ProgressCallback, byte_counter, ignore_progress
-from mlx_sora.manage.provenance import FILE, FileOrigin, Provenance
+from mlx_sora.manage.provenance import FileOrigin, Provenance
 from mlx_sora.manage.staging import (
     disk_errors,
     folder_lock,
@@ -43,6 +43,7 @@ from mlx_sora.manage.staging import (
     replace_folder,
     require_disk_space,
 )
+from mlx_sora.manage.statistics import RECORDS, Statistics
 from mlx_sora.memory.limits import memory_scope
 from mlx_sora.utils.files import atomic_write, fsync, sha256
 
@@ -96,6 +97,8 @@ def convert(
             present = Provenance.read(target) if target.is_dir() else None
             same = present is not None and dict(present.conversion) == record
             if same and present and not present.damaged_files(target, check, on_progress):
+                if check:
+                    Statistics.measure(target, on_progress).write(target)
                 return ConversionResult(target, present.nbytes, len(present.files), False)
             _refuse_existing(target, present, overwrite or same)
         conversion = _Conversion(model, options, target, on_progress, shards, record)
@@ -183,6 +186,7 @@ class _Conversion:
         for part in PARTS:
             match_part(written, part, Checkpoint.open(self.staging / part))
         source = _read_provenance(self.model.path)
+        Statistics.measure(self.staging, self.on_progress).write(self.staging)
         origins = {
             name: _file_origin(self.model, source, name, *file) for name, file in files.items()
         }
@@ -284,7 +288,7 @@ def _refuse_existing(target: Path, present: Provenance | None, overwrite: bool) 
             f"{target} was not written by this program, so --overwrite does not replace it.",
             "Move it away, or name another destination.",
         )
-    refuse_unknown_files(target, {*present.files, FILE})
+    refuse_unknown_files(target, {*present.files, *RECORDS})
 
 
 def _read_provenance(path: Path) -> Provenance | None:

@@ -8,17 +8,21 @@ check skips the later ones, which would only repeat the fault.
 from __future__ import annotations
 
 import os
+import re
+import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
-from mlx_sora.errors import MlxSoraError, WeightsError, shell_words
+from mlx_sora.accel.schedules import FOLDER, read_table, table_path
+from mlx_sora.distributed.group import Ranks
+from mlx_sora.errors import MemoryBudgetError, MlxSoraError, UsageError, WeightsError, shell_words
 from mlx_sora.loading.checkpoint import Checkpoint
 from mlx_sora.loading.model_folder import (
     BUNDLED,
@@ -36,33 +40,43 @@ from mlx_sora.loading.model_folder import (
 from mlx_sora.loading.networks import match_part
 from mlx_sora.loading.other_models import describe_other_model
 from mlx_sora.loading.quantization import Quantization, count_parameters
-from mlx_sora.loading.safetensors import memory_dtype
+from mlx_sora.loading.safetensors import FLOATS, PACKED, TensorInfo, memory_dtype
 from mlx_sora.manage.convert import staging_folder
 from mlx_sora.manage.download import STAGING
-from mlx_sora.manage.progress import ProgressCallback, byte_counter, ignore_progress
-from mlx_sora.manage.provenance import FILE, Provenance
-from mlx_sora.manage.smoke_test import (
-    ValueCounts,
-    count_bad_values,
-    run_text_encoder,
-    run_transformer,
-    run_vae,
-)
-from mlx_sora.models import stdit3, t5, vae
+from mlx_sora.manage.progress import ProgressCallback, ignore_progress
+from mlx_sora.manage.provenance import Provenance
+from mlx_sora.manage.records import Diagnostic, RecordChecker
+from mlx_sora.manage.smoke_test import run_text_encoder, run_transformer, run_vae
+from mlx_sora.manage.statistics import measure_tensor, sha256_of
+from mlx_sora.models import stdit3, t5
+from mlx_sora.pipeline.engine import Engine
+from mlx_sora.pipeline.generate import prepare
+from mlx_sora.request.generation import GenerationRequest
 from mlx_sora.runtime.device import blas_notice, describe_machine, total_memory
-from mlx_sora.text.tokenizer import Tokenizer
+from mlx_sora.text.tokenizer import PUBLISHED_IDS, Tokenizer
+from mlx_sora.utils.files import visible_files
+from mlx_sora.video.preview import LatentToRGB
+
+#: A request of the model's defaults.
+_DEFAULTS = GenerationRequest(prompt="a test", seed=0, output=None, memory_budget="off")
+
+#: Values of T5 that shape no tensor, which every T5 v1.1 has in common.
+_T5_CONSTANTS = (
+    *("relative_attention_num_buckets", "relative_attention_max_distance"),
+    "layer_norm_epsilon",
+)
+
+#: Types that names of folders and files promise.
+_TYPE_NAMES = (
+    dict.fromkeys(("bf16", "bfloat16"), "BF16")
+    | dict.fromkeys(("fp16", "f16", "float16"), "F16")
+    | dict.fromkeys(("fp32", "f32", "float32"), "F32")
+)
+
+#: Bytes of a model whose reading takes minutes, and bytes to measure the speed with.
+_LARGE, _SAMPLE = 2_000_000_000, 1 << 26
 
 _SMOKE_TESTS = {"text_encoder": run_text_encoder, "transformer": run_transformer, "vae": run_vae}
-
-
-@dataclass(frozen=True)
-class Diagnostic:
-    """One line of the report. level: ok, note, warning or error; fix: the repair command."""
-
-    level: str
-    subject: str
-    message: str
-    fix: str = ""
 
 
 def diagnose(
@@ -97,6 +111,9 @@ class ModelChecker:
     on_progress: ProgressCallback = ignore_progress
     failed: set[str] = field(default_factory=set)
 
+    def __post_init__(self) -> None:
+        self._records = RecordChecker(self.path, self.quick, self.on_progress, self._error)
+
     def run(self) -> Iterator[Diagnostic]:
         """Run all checks in order."""
         yield from self._check_files()
@@ -104,9 +121,13 @@ class ModelChecker:
             return
         yield from self._check_weights()
         yield from self._check_compatibility()
-        yield from self._check_provenance()
+        yield from self._check_settings()
+        if not self.quick:
+            yield from foresee_reading(self.path)
+        yield from self._records.check_files()
         if not self.quick:
             yield from self._check_values()
+            yield from self._records.settle()
             yield from self._run_smoke_tests()
 
     @property
@@ -158,69 +179,59 @@ class ModelChecker:
             yield Diagnostic("ok", part, message)
 
     def _check_compatibility(self) -> Iterator[Diagnostic]:
-        """Check that the parts belong to one model."""
-        if "tokenizer" not in self.failed:
-            try:
-                vocabulary = Tokenizer.load(self.path / "tokenizer" / "spiece.model").vocab_size
-            except MlxSoraError as error:
-                yield self._error("tokenizer", error.message)
-            else:
-                yield Diagnostic("ok", "tokenizer", f"loads, {vocabulary} ids.")
-        if self.failed & {*PARTS, "tokenizer"}:
+        """Check the tokenizer, and that the text encoder knows its ids."""
+        if "tokenizer" in self.failed:
             return
-        model = self._model
-        text = t5.T5Config.from_dict(model.config("text_encoder"))
-        video = stdit3.STDiT3Config.from_dict(model.config("transformer"))
-        latent = vae.VAEConfig.from_dict(model.config("vae"))
-        pairs = [
-            ("tokenizer ids", vocabulary, "rows of the text encoder", text.vocab_size),
-            ("text encoder channels", text.d_model, "caption channels", video.caption_channels),
-            ("VAE channels", latent.temporal.embed_dim, "latent channels", video.in_channels),
-        ]
-        for index, (name, found, other, expected) in enumerate(pairs):
-            if found > expected or (index > 0 and found != expected):
-                message = f"parts of different models: {found} {name}, {expected} {other}."
-                yield self._error("folder", message)
-
-    def _check_provenance(self) -> Iterator[Diagnostic]:
-        """Compare sizes and, unless quick, checksums with the record."""
         try:
-            provenance = Provenance.read(self.path)
-        except WeightsError as error:
-            yield self._error("files", error.message)
+            tokenizer = Tokenizer.load(self.path / "tokenizer" / "spiece.model")
+        except MlxSoraError as error:
+            yield self._error("tokenizer", error.message)
             return
-        if provenance is None:
-            yield Diagnostic("note", "files", f"no {FILE}, so there are no checksums to compare.")
+        count = tokenizer.vocab_size
+        if tokenizer.is_published:
+            yield Diagnostic("ok", "tokenizer", f"T5's, {count} ids.")
+        elif count == PUBLISHED_IDS:
+            message = "has as many ids as T5's, but other pieces, scores or replacements."
+            yield self._error("tokenizer", message)
+        else:
+            yield Diagnostic("note", "tokenizer", f"loads, {count} ids; it is not T5's.")
+        if "text_encoder" not in self.failed:
+            rows = t5.T5Config.from_dict(self._model.config("text_encoder")).vocab_size
+            if count > rows:
+                message = f"has {count} ids, and the text encoder {rows} rows."
+                yield self._error("tokenizer", message)
+
+    def _check_settings(self) -> Iterator[Diagnostic]:
+        """Plan a run of the defaults, as generate does, and read what else the folder holds."""
+        if self.failed:
             return
-        resized = provenance.damaged_files(self.path)
-        for name in resized:
-            yield self._error(name.split("/")[0], f"{name} does not have the recorded size.")
-        damaged = provenance.damaged_files(self.path, not self.quick, self.on_progress)
-        for name in damaged:
-            if name not in resized:
-                message = f"{name} does not have the recorded checksum."
-                yield self._error(name.split("/")[0], message)
-        if not damaged:
-            checks = "sizes" if self.quick else "sizes and checksums"
-            origin = ", ".join(sorted({o.repo for o in provenance.files.values()}))
-            yield Diagnostic("ok", "files", f"{checks} as recorded, from {origin}.")
+        try:
+            model = ModelFolder.open(self.path)
+            with suppress(MemoryBudgetError):  # which is not for the model to mend
+                prepare(Engine(model, "auto", Ranks()), _DEFAULTS)
+            channels = stdit3.STDiT3Config.from_dict(model.config("transformer")).in_channels
+            LatentToRGB.load(model.path, channels)
+            for file in visible_files(self.path / FOLDER, "*.json"):
+                table = read_table(file)
+                size = (table.width, table.height, table.num_frames)
+                if table_path(self.path, table.steps, size) != file:
+                    raise UsageError(f"{file} is the table of another size or number of steps.")
+        except MlxSoraError as error:
+            yield self._error("settings", error.message)
+            return
+        yield Diagnostic("ok", "settings", "generate accepts them.")
+        for part, message in [*unusual_constants(model), *broken_promises(model)]:
+            yield Diagnostic("warning", part, message)
 
     def _check_values(self) -> Iterator[Diagnostic]:
-        """Look for NaN, Inf and tensors of zeros."""
+        """Look for NaN, Inf and values that are not as recorded."""
         for part in self._sound_parts():
-            checkpoint = Checkpoint.open(self.path / part)
-            done = 0
-            for key, info in checkpoint.tensors.items():
-                counter = byte_counter(self.on_progress, "scan", part, checkpoint.nbytes, done)
-                values = count_bad_values(info, counter)
-                done += info.nbytes
-                if values.nan or values.inf:
-                    yield self._error(part, f"{key} in {info.file.name}: {_format_counts(values)}.")
-                elif values.all_zero and len(info.shape) > 1:
-                    message = f"{key} in {info.file.name} is all zeros, which is unusual."
-                    yield Diagnostic("warning", part, message)
+            try:
+                yield from self._records.check_tensors(part)
+            except OSError as error:
+                yield self._error(part, f"cannot be read: {error.strerror or error}.")
             if part not in self.failed:
-                yield Diagnostic("ok", part, "no NaN or Inf.")
+                yield Diagnostic("ok", part, "no NaN or Inf" + self._records.proof(part))
 
     def _run_smoke_tests(self) -> Iterator[Diagnostic]:
         for part in self._sound_parts():
@@ -234,6 +245,58 @@ class ModelChecker:
             else:
                 message = "passes its smoke test: one block gives finite, varied output."
                 yield Diagnostic("ok", part, message)
+
+
+def unusual_constants(model: ModelFolder) -> Iterator[tuple[str, str]]:
+    """Yield part and message for constants of T5 that no tensor shows, and all models share."""
+    found, usual = t5.T5Config.from_dict(model.config("text_encoder")), t5.T5Config()
+    for name in _T5_CONSTANTS:
+        value, expected = getattr(found, name), getattr(usual, name)
+        if value != expected:
+            yield "text_encoder", f"{name} is {value}, and {expected} in every published T5."
+
+
+def broken_promises(model: ModelFolder) -> Iterator[tuple[str, str]]:
+    """Yield part and message where a name of folder or file promises another type than it has."""
+    folder = model.path.resolve().name
+    bits = re.search(r"(?:^|[-_.])([48])[-_]?bit$", folder)
+    for part in PARTS:
+        quantization = Quantization.from_config(model.config(part))
+        tensors = model.checkpoint(part).tensors.values()
+        if bits and part != "vae" and (quantization is None or quantization.bits != int(bits[1])):
+            found = "not quantized" if quantization is None else f"quantized to {quantization}"
+            yield part, f"is {found}, and the folder's name says {bits[1]} bits."
+        sizes = Counter[str]()
+        for info in tensors:
+            sizes[info.dtype] += info.nbytes * (info.dtype != PACKED)
+        most = sizes.most_common(1)[0][0]
+        names = {info.file.stem for info in tensors}
+        for name in sorted(names | {folder} if part == "transformer" else names):
+            promised = re.search(rf"(?:^|[-_.])({'|'.join(_TYPE_NAMES)})$", name.lower())
+            if promised and _TYPE_NAMES[promised[1]] != most:
+                yield part, f"is mostly {most}, and the name {name} says {promised[1]}."
+
+
+def foresee_reading(path: Path, clock: Callable[[], float] = time.perf_counter) -> list[Diagnostic]:
+    """Return a note with the time that reading a large model takes, from a part of one tensor."""
+    tensors: list[TensorInfo] = []
+    for part in PARTS:
+        with suppress(MlxSoraError):
+            tensors += Checkpoint.open(path / part).tensors.values()
+    total = sum(info.nbytes for info in tensors)
+    floats = [info for info in tensors if info.dtype in FLOATS and len(info.shape) > 1]
+    if total < _LARGE or not floats:
+        return []
+    largest = max(floats, key=lambda info: info.nbytes)
+    rows = max(1, largest.shape[0] * _SAMPLE // largest.nbytes)
+    width = largest.nbytes // max(1, largest.shape[0])
+    sample = replace(largest, shape=(rows, *largest.shape[1:]), nbytes=rows * width)
+    start = clock()
+    measure_tensor(sample)
+    sha256_of(sample)
+    seconds = (clock() - start) * total / sample.nbytes
+    message = f"{total / 1e9:.1f} GB are to be read, in about {max(1, round(seconds / 60))} minutes"
+    return [Diagnostic("note", "folder", f"{message}; --quick leaves that out.")]
 
 
 def check_machine(path: Path) -> Iterator[Diagnostic]:
@@ -296,8 +359,3 @@ def _conversion_command(provenance: Provenance, path: Path) -> str:
     words += ["--quantize", quantization["bits"]] if quantization else []
     words += ["--dtype", dtype] if dtype else []
     return f"python -m mlx_sora {shell_words(*words, '--check', '--overwrite')}"
-
-
-def _format_counts(values: ValueCounts) -> str:
-    counts = [(values.nan, "NaN"), (values.inf, "Inf")]
-    return " and ".join(f"{n} {name}" for n, name in counts if n)

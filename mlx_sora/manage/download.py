@@ -29,7 +29,7 @@ from mlx_sora.manage.conversion_plan import ConversionOptions
 from mlx_sora.manage.convert import ConversionResult, convert
 from mlx_sora.manage.hub import Hub, RemoteFile
 from mlx_sora.manage.progress import ProgressCallback, byte_counter
-from mlx_sora.manage.provenance import FILE, FileOrigin, Provenance
+from mlx_sora.manage.provenance import FileOrigin, Provenance
 from mlx_sora.manage.sources import PartSource
 from mlx_sora.manage.staging import (
     disk_errors,
@@ -39,6 +39,7 @@ from mlx_sora.manage.staging import (
     replace_folder,
     require_disk_space,
 )
+from mlx_sora.manage.statistics import RECORDS, Statistics
 from mlx_sora.utils.files import rename_into_place
 from mlx_sora.utils.json import read_object
 
@@ -92,8 +93,10 @@ def download(
             sources = [pin_revision(source, present) for source in sources]
             damaged = present.damaged_files(target, check, on_progress)
             if not damaged and all(matches_source(present, source) for source in sources):
+                if check:
+                    Statistics.measure(target, on_progress).write(target)
                 return DownloadResult(target, 0, False)
-            refuse_unknown_files(target, {*present.files, FILE})
+            refuse_unknown_files(target, {*present.files, *RECORDS})
         files = [file for source in sources for file in hub.files(source)]
         staging = _prepare_staging(target.parent, files)
         checksums = _reuse_files(files, staging, target, on_progress)
@@ -110,6 +113,7 @@ def download(
         origins = {
             f.path: FileOrigin(f.repo, f.revision, f.name, f.size, checksums[f.path]) for f in files
         }
+        Statistics.measure(staging, on_progress).write(staging)
         Provenance(PUBLISHED, hub.address, origins).write(staging)
         replace_folder(staging, target)
         return DownloadResult(target, fetched, True)
@@ -281,6 +285,6 @@ def _remove_original(original: Path) -> bool:
     folder = original.resolve()
     provenance = Provenance.read(folder)
     with disk_errors(folder, "Remove it by hand."):
-        refuse_unknown_files(folder, {*provenance.files, FILE} if provenance else ())
+        refuse_unknown_files(folder, {*provenance.files, *RECORDS} if provenance else ())
         shutil.rmtree(folder)
     return True

@@ -130,7 +130,10 @@ class Provenance:
             wrong = not file.is_file() or file.stat().st_size != origin.bytes
             if checksums and not wrong:
                 counter = byte_counter(on_progress, "check", name, origin.bytes)
-                wrong = sha256(file, counter) != origin.sha256
+                try:
+                    wrong = sha256(file, counter) != origin.sha256
+                except OSError:  # a disk that fails
+                    wrong = True
             if wrong:
                 damaged.append(name)
         return damaged

@@ -29,6 +29,9 @@ from mlx_sora.models.quantized import dequantize_once
 FREQUENCIES = 256
 MAX_PERIOD = 10000.0
 
+#: Checkpoint name of the kernel that embeds patches, [hidden, channels, *patch_size].
+PATCH_KEY = "x_embedder.proj.weight"
+
 #: Maps the values [B', heads, L, head size] of a self-attention to those it uses.
 ValueFn = Callable[[mx.array], mx.array]
 

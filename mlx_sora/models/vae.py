@@ -8,7 +8,6 @@ not grow with the clip.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -32,6 +31,9 @@ LATENT_FACTOR = 0.18215
 
 #: Bounds of a posterior's log-variance.
 LOGVAR_RANGE = (-30.0, 20.0)
+
+#: Bounds of the scale and the shift of latents; the published ones are below 4.
+MAX_SCALE = 1000.0
 
 
 @dataclass(frozen=True)
@@ -79,8 +81,8 @@ def _read_per_channel(
     value = values.get(name, default)
     numbers = [value] * channels if isinstance(value, int | float) else value
     whole = isinstance(numbers, list | tuple) and len(numbers) == channels
-    finite = whole and all(type(n) in (int, float) and abs(n) < math.inf for n in numbers)
-    require(finite, f"{name} is not {channels} numbers")
+    valid = whole and all(type(n) in (int, float) and abs(n) <= MAX_SCALE for n in numbers)
+    require(valid, f"{name} is not {channels} numbers up to {MAX_SCALE:g}")
     require(name == "shift" or 0 not in numbers, f"{name} is 0, which erases a channel,")
     return tuple(float(n) for n in numbers)
 

@@ -9,6 +9,7 @@ Source: the table's format is that of Darts-clone double arrays and sentencepiec
 
 from __future__ import annotations
 
+import hashlib
 import struct
 import unicodedata
 from collections.abc import Iterator
@@ -47,6 +48,8 @@ class Normalizer:
 
     def __init__(self, proto: bytes) -> None:
         table = _charsmap(proto)
+        #: Checksum of the table.
+        self.digest = hashlib.sha256(table).hexdigest()
         size = struct.unpack_from("<I", table)[0] if len(table) > 4 else 0
         if size % 4 or size > max(0, len(table) - 4):
             raise ValueError("the normalization table is damaged")

@@ -8,6 +8,7 @@ double precision, which decides ties ("AAAA...").
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -28,6 +29,10 @@ EXTRA_IDS = 100
 
 #: Bytes of a tokenizer model, and characters of a piece of it; T5's has 0.8 MB, and 16.
 MAX_MODEL, MAX_PIECE = 8_000_000, 256
+
+#: Number of ids of the published T5, and checksum of its pieces, scores and normalization.
+PUBLISHED_IDS = 32100
+PUBLISHED_DIGEST = "79ee3fdc5afe55f4b1dd8da7e6bb3ad7e709217b46e7a607324161f1673a8e41"
 
 _SPECIAL = re.compile(r"(</s>|<pad>|<unk>|<extra_id_(?:[1-9]?\d)>)")
 _SPACE = "\u2581"
@@ -100,6 +105,14 @@ class Tokenizer:
     def vocab_size(self) -> int:
         """Number of ids, sentinels included. T5's embedding table has more rows."""
         return self._model.vocab_size() + EXTRA_IDS
+
+    @property
+    def is_published(self) -> bool:
+        """True if pieces, scores and normalization are those of every published T5."""
+        model = self._model
+        rows = [(model.id_to_piece(i), model.get_score(i)) for i in range(model.vocab_size())]
+        content = repr((self._normalizer.digest, rows)).encode()
+        return hashlib.sha256(content).hexdigest() == PUBLISHED_DIGEST
 
     def encode(self, text: str, max_length: int = MAX_LENGTH) -> Encoding:
         """Tokenize `text` to at most `max_length` ids, the end-of-sequence token included."""

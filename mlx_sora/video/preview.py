@@ -7,14 +7,14 @@ bias; "psnr" in dB against the VAE's frames of clips that it was not fitted to.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mlx_sora.errors import WeightsError
 from mlx_sora.utils.files import atomic_write
+from mlx_sora.utils.json import read_object
 from mlx_sora.video.encoders import AnimationEncoder, save_png
 
 if TYPE_CHECKING:
@@ -48,10 +48,12 @@ class LatentToRGB:
         if not file.is_file():
             return None
         try:
-            found: Any = json.loads(file.read_text(encoding="utf-8"))
+            found = read_object(file)
             weights, psnr = np.array(found["weights"], np.float32), float(found["psnr"])
             if weights.shape != (2, 9 * channels + 1, 3):
                 raise ValueError(f"weights of shape {weights.shape}")
+            if not np.isfinite(weights).all():
+                raise ValueError("NaN or Inf in its weights")
         except (OSError, ValueError, TypeError, LookupError, RecursionError) as error:
             raise WeightsError(f"{file} is not a preview map: {error}.", "Delete it.") from error
         return cls(weights, psnr)

@@ -37,7 +37,8 @@ def test_convert_and_use(folder: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert {word.partition(" ")[0] for word in small["checks"].values()} <= {
         "all",
         "fits",
-        "loads,",
+        "T5's,",
+        "generate",
         "sizes",
     }
 

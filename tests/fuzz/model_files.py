@@ -149,6 +149,20 @@ def provenance(data: bytes, folder: Path) -> None:
         found.damaged_files(folder)
 
 
+def statistics(data: bytes, folder: Path) -> None:
+    from mlx_sora.manage.statistics import FILE, SUMS, Statistics, TensorStatistics
+
+    (folder / FILE).write_bytes(data)
+    found = Statistics.read(folder)
+    assert found is not None
+    content = json.loads(data)
+    row = TensorStatistics("F32", (2, 2), 1.5, 2.0, 0, (1.0,) * SUMS)
+    for part, rows in found.tensors.items():
+        for name, other in rows.items():
+            second.same_values(name, other, content["tensors"][part][name])
+            row.difference(other)
+
+
 def _but(values: dict[str, Any], name: str) -> dict[str, Any]:
     return {key: value for key, value in values.items() if key != name}
 

@@ -77,6 +77,15 @@ def provenances() -> list[bytes]:
     return _json(plain, plain | {"conversion": conversion})
 
 
+def statistics() -> list[bytes]:
+    """statistics.json of a model with one tensor in each part."""
+    row = {"dtype": "F32", "shape": [2, 2], "sha256": "0" * 64, "rms": 1.5, "kurtosis": 2.0}
+    row |= {"constant_rows": 0, "sums": [1.0] * 16}
+    parts = {part: {"a.weight": row} for part in ("text_encoder", "transformer", "vae")}
+    settings = {"vae/config.json": "0" * 64, "tokenizer/spiece.model": "1" * 64}
+    return _json({"format": 1, "settings": settings, "tensors": parts})
+
+
 def foreign_words() -> list[bytes]:
     """Names and texts that a shell would read in another way than they are meant."""
     return [

@@ -72,8 +72,9 @@ def type_advice(data: bytes, folder: Path) -> None:
     """Text of a record and names of files in what is advised to type, as a shell takes it."""
     from mlx_sora.cli.doctor import _line
     from mlx_sora.errors import UsageError
-    from mlx_sora.manage.doctor import Diagnostic, repair_command
+    from mlx_sora.manage.doctor import repair_command
     from mlx_sora.manage.provenance import Provenance
+    from mlx_sora.manage.records import Diagnostic
     from mlx_sora.utils.json import lfs_command
     from mlx_sora.video.containers import jpeg_command
 

@@ -298,6 +298,7 @@ TARGETS: dict[str, Target] = {
     "config-vae": Target(model_files.config("vae"), lambda: samples.configs("vae")),
     "model-index": Target(model_files.model_index, samples.model_indexes),
     "provenance": Target(model_files.provenance, samples.provenances),
+    "statistics": Target(model_files.statistics, samples.statistics),
     "advice": Target(type_advice, samples.foreign_words, mutate_text, 1 << 11),
     "spiece": Target(model_files.tokenizer_model, samples.spieces, mutate_bytes),
     "prompt": Target(_prompt, samples.prompts, mutate_text, 1 << 12),

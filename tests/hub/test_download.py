@@ -13,6 +13,7 @@ from mlx_sora.loading.networks import load_text_encoder, load_transformer, load_
 from mlx_sora.manage.download import STAGING
 from mlx_sora.manage.progress import FileProgress
 from mlx_sora.manage.provenance import Provenance
+from mlx_sora.manage.statistics import RECORDS
 from mlx_sora.text.tokenizer import Tokenizer
 from mlx_sora.utils.files import sha256
 from tests.helpers.hub_server import FakeHub, Repo, commit_of
@@ -21,7 +22,7 @@ from tests.hub.conftest import CHUNK, Get
 
 LARGE = "transformer/model.safetensors"
 LAYOUT = {
-    "provenance.json",
+    *RECORDS,
     "transformer/config.json",
     LARGE,
     "vae/config.json",
@@ -66,7 +67,7 @@ def test_a_fresh_download_is_a_model(get: Get, hub: FakeHub, root: Path) -> None
     load_vae(model)
     Tokenizer.load(model.tokenizer)
     last = {(p.action, p.path): p for p in seen}
-    assert {path for action, path in last if action == "fetch"} == LAYOUT - {"provenance.json"}
+    assert {path for action, path in last if action == "fetch"} == LAYOUT - set(RECORDS)
     assert all(p.done == p.total for p in last.values())
 
 
@@ -75,7 +76,7 @@ def test_provenance_names_repository_commit_and_checksum(get: Get, hub: FakeHub)
     provenance = Provenance.read(folder)
     assert provenance is not None
     assert provenance.endpoint == hub.endpoint
-    assert set(provenance.files) == LAYOUT - {"provenance.json"}
+    assert set(provenance.files) == LAYOUT - set(RECORDS)
     for path, origin in provenance.files.items():
         content = (folder / path).read_bytes()
         assert repositories()[origin.repo][origin.name] == content
@@ -86,7 +87,7 @@ def test_provenance_names_repository_commit_and_checksum(get: Get, hub: FakeHub)
 def test_files_are_asked_for_at_the_commit_of_the_listing(get: Get, hub: FakeHub) -> None:
     get()
     resolved = hub.asked("GET", "/resolve/")
-    assert len(resolved) == len(LAYOUT) - 1
+    assert len(resolved) == len(LAYOUT) - len(RECORDS)
     assert all(f"/resolve/{commit_of('main')}/" in request.path for request in resolved)
 
 
@@ -240,7 +241,7 @@ def test_a_mirror_whose_listing_lacks_sizes_is_asked_file_by_file(get: Get, hub:
         for name in files
     }
     assert names(get().path) == LAYOUT
-    assert len(hub.asked("HEAD", "/resolve/")) == len(LAYOUT) - 1
+    assert len(hub.asked("HEAD", "/resolve/")) == len(LAYOUT) - len(RECORDS)
 
 
 def test_a_login_is_sent_to_the_hub_and_to_no_one_else(

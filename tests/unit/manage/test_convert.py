@@ -19,8 +19,9 @@ from mlx_sora.manage.conversion_plan import PARTS, ConversionOptions, plan_part
 from mlx_sora.manage.convert import JOURNAL, convert, staging_folder
 from mlx_sora.manage.doctor import diagnose
 from mlx_sora.manage.progress import FileProgress, ProgressCallback
-from mlx_sora.manage.provenance import FILE, Provenance
+from mlx_sora.manage.provenance import Provenance
 from mlx_sora.manage.staging import folder_lock
+from mlx_sora.manage.statistics import RECORDS
 from mlx_sora.memory.limits import release
 from tests.helpers import networks
 from tests.helpers.full_size import write_published
@@ -160,7 +161,7 @@ def test_what_is_written_beside(model: ModelFolder, tmp_path: Path) -> None:
     assert known.conversion["quantization"] == {"bits": 8, "group_size": 64}
     assert known.conversion["source"] == str(model.path)
     names = {f.relative_to(made).as_posix() for f in made.rglob("*") if f.is_file()}
-    assert names == {*known.files, FILE}
+    assert names == {*known.files, *RECORDS}
     assert known.damaged_files(made, checksums=True) == []
     assert not staging_folder(made).exists()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from collections.abc import Callable
@@ -12,11 +13,12 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mlx_sora.loading.model_folder import BUNDLED, PUBLISHED, WEIGHTS_VARIABLE
-from mlx_sora.manage import doctor
-from mlx_sora.manage.doctor import Diagnostic, diagnose, find_folder, repair_command
+from mlx_sora.manage import doctor, statistics
+from mlx_sora.manage.doctor import diagnose, find_folder, repair_command
 from mlx_sora.manage.download import STAGING
 from mlx_sora.manage.progress import FileProgress
 from mlx_sora.manage.provenance import FILE, FileOrigin, Provenance
+from mlx_sora.manage.records import Diagnostic
 from mlx_sora.models.t5 import T5Config, T5Encoder
 from mlx_sora.utils.files import sha256
 from tests.helpers.published import write_model
@@ -214,12 +216,14 @@ def write_text_encoder(model: Path, **values: int) -> None:
 
 @pytest.mark.parametrize(
     ("values", "words"),
-    [({"d_model": 24}, "24 text encoder channels"), ({"vocab_size": 50}, "50 rows")],
+    [
+        ({"d_model": 24}, "settings: The parts are of different models: 24 text encoder channels"),
+        ({"vocab_size": 50}, "text encoder 50 rows"),
+    ],
 )
 def test_parts_of_different_models(model: Path, values: dict[str, int], words: str) -> None:
     write_text_encoder(model, **values)
     (message,) = errors(model, quick=True)
-    assert message.startswith("folder: parts of different models")
     assert words in message
 
 
@@ -309,9 +313,8 @@ def test_quick_reads_no_weights(model: Path, monkeypatch: pytest.MonkeyPatch) ->
     def no(*_: object, **__: object) -> None:
         raise AssertionError("weights were read")
 
-    monkeypatch.setattr(doctor, "count_bad_values", no)
-    monkeypatch.setattr("mlx_sora.utils.files.sha256", no)
-    monkeypatch.setattr(mx, "load", no)
+    monkeypatch.setattr(statistics, "measure_tensor", no)
+    monkeypatch.setattr("mlx_sora.manage.provenance.sha256", no)
     assert errors(model, quick=True) == []
     with pytest.raises(AssertionError):
         errors(model)
@@ -382,3 +385,15 @@ def test_what_mends_a_conversion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     for folder in (tmp_path / "mine", root / PUBLISHED):
         assert repair_command(folder) == command.format(folder) + " --check --overwrite"
     assert repair_command(root / f"{PUBLISHED}-8bit") == f"{get} --check"
+
+
+def test_weights_that_cannot_be_read(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    sign(model)
+    monkeypatch.setattr("mlx_sora.manage.provenance.sha256", fail)
+    assert "vae: vae/model.safetensors does not have the recorded checksum." in errors(model)
+    (model / FILE).unlink()
+    monkeypatch.setattr(statistics, "_read", fail)
+    assert errors(model) == [f"{part}: cannot be read: Input/output error." for part in PARTS]
