@@ -7,6 +7,7 @@ a group: its collectives return at once and load no MLX.
 from __future__ import annotations
 
 import json
+import socket
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from functools import cache
@@ -250,11 +251,12 @@ class Ranks:
         self.sent_bytes += sent_bytes
 
     def _first_error(self, own: Exception | None) -> Exception | None:
-        gathered = self.all_gather_object(None if own is None else serialize_error(own))
-        for rank, other in enumerate(gathered):
+        mine = None if own is None else [socket.gethostname(), *serialize_error(own)]
+        for rank, other in enumerate(self.all_gather_object(mine)):
             if other is not None:
-                kind, message, fix = other
-                return own if rank == self.rank else deserialize_error(kind, message, fix, rank)
+                host, kind, message, fix = other
+                where = f"Rank {rank} on {host} ended with an error: " if rank else ""
+                return own if rank == self.rank else deserialize_error(kind, where + message, fix)
         return None
 
 
@@ -270,10 +272,10 @@ def serialize_error(error: Exception) -> tuple[str, str, str]:
     return "MlxSoraError", f"{type(error).__name__}: {' '.join(str(error).split())[:300]}", ""
 
 
-def deserialize_error(kind: str, message: str, fix: str, rank: int = 0) -> MlxSoraError:
-    """Return the error of another rank. Its message names the rank unless that is 0."""
+def deserialize_error(kind: str, message: str, fix: str) -> MlxSoraError:
+    """Return the error of another rank."""
     error_class: type[MlxSoraError] = getattr(errors, kind, MlxSoraError)
-    return error_class(f"rank {rank}: {message}" if rank else message, fix)
+    return error_class(message, fix)
 
 
 @cache

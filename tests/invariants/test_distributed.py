@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import socket
 from typing import Any
 
 import pytest
@@ -48,7 +49,8 @@ def test_a_run_resumes_on_another_number_of_ranks(
 
 def test_an_error_on_one_rank_is_raised_on_all(runs: list[dict[str, dict[str, Any]]]) -> None:
     messages = [found["failing"]["message"] for found in runs]
-    assert messages == ["rank 1: It went wrong. Mend it.", "It went wrong. Mend it."]
+    where = f"Rank 1 on {socket.gethostname()} ended with an error: "
+    assert messages == [f"{where}It went wrong. Mend it.", "It went wrong. Mend it."]
 
 
 def test_rank_0_decides_for_all(runs: list[dict[str, dict[str, Any]]]) -> None:

@@ -152,7 +152,7 @@ def check(folder: Path, whole: Whole, made: Launched, rank: int, cause: str) -> 
     assert np.abs(frames.astype(int) - whole.frames).mean() < 0.5
 
 
-@pytest.mark.parametrize("number", ENDS)
+@pytest.mark.parametrize("number", ENDS, ids=lambda number: ENDS[number][0])
 def test_a_lost_rank_is_named_and_nothing_is_lost(
     whole: Whole, number: signal.Signals, tmp_path: Path, fault: Fault
 ) -> None:
