@@ -315,24 +315,26 @@ class Heartbeat:
                 found.append(Failure.of_other(rank, "ended before the others.", connection.host))
             judged = connection.rank == rank and not connection.finished
             if judged and now - peer.last_heard > silence:
-                found.append(self._silent(connection))
-        if self.rank == 0:
-            most = max(peer.collectives for peer in self._peers.values())
-            hosts = {rank: other.host for rank, other in self._connections.items()}
-            for rank, peer in self._peers.items():
-                finished = rank != 0 and rank in hosts and self._connections[rank].finished
-                cause = peer.hang(now, self._timeouts)
-                if cause and not finished and peer.collectives < most:
-                    found.append(Failure(rank, cause, host=hosts.get(rank, self._host)))
-        return found
+                cause = f"sent no heartbeat for {silence:g} s: it is stopped or cut off."
+                found.append(Failure.of_other(rank, cause, connection.host))
+                if connection.is_local:  # if it is stopped, it cannot end, and launchers wait
+                    with suppress(OSError):
+                        os.kill(connection.pid, signal.SIGCONT)
+        return found + (self._check_progress() if self.rank == 0 else [])
 
-    def _silent(self, connection: Connection) -> Failure:
-        """Return the failure of a silent rank. If it is stopped, wake it, so that it can end."""
-        if connection.is_local:
-            with suppress(OSError):
-                os.kill(connection.pid, signal.SIGCONT)
-        cause = f"sent no heartbeat for {self._timeouts.silence:g} s: it is stopped or cut off."
-        return Failure.of_other(connection.rank, cause, connection.host)
+    def _check_progress(self) -> list[Failure | None]:
+        """Return the ranks that hang while others wait for them, but are not silent."""
+        most = max(peer.collectives for peer in self._peers.values())
+        found: list[Failure | None] = []
+        for rank, peer in self._peers.items():
+            connection = self._connections.get(rank)
+            finished = connection is not None and connection.finished
+            silent = self._now - peer.last_heard > self._timeouts.silence / 3
+            cause = peer.hang(self._now, self._timeouts)
+            if cause and peer.collectives < most and not finished and not silent:
+                host = self._host if connection is None else connection.host
+                found.append(Failure(rank, cause, host=host))
+        return found
 
     def _set_failure(self, failure: Failure, *, here: bool = False) -> None:
         """Set why the run is over and tell the others, unless it is over already."""

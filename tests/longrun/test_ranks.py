@@ -130,7 +130,7 @@ def end_rank(
         stderr = running.stderr.read_text()
         codes = {int(r): int(c) for r, c in re.findall(r"rank (\d) exited with code (\S+)", stderr)}
         made = Launched(running.stdout.read_text(), stderr, [codes.get(0, 0), codes.get(1, 0)])
-        return made, time.monotonic() - began
+        return (made, time.monotonic() - began) if any(made.codes) else None
 
 
 def check(folder: Path, whole: Whole, made: Launched, rank: int, cause: str) -> None:

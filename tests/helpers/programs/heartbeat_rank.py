@@ -17,7 +17,7 @@ from mlx_sora.distributed import heartbeat as heartbeat_module
 from mlx_sora.distributed.failure import Failure, Timeouts
 from mlx_sora.distributed.heartbeat import Heartbeat
 
-TIMEOUTS = Timeouts(interval=0.1, silence=2.0, idle=4.0, busy=3.0, connect=20.0, farewell=0.5)
+TIMEOUTS = Timeouts(interval=0.1, silence=4.0, idle=4.0, busy=3.0, connect=20.0, farewell=0.5)
 
 
 def slow_asdict(failure: Failure) -> dict[str, object]:

@@ -69,7 +69,7 @@ SHORT = "was killed, with 300 MB of memory left on its machine: it may have run 
         (["crashes", "waits"], "crashed: Aborted."),
         (["waits", "crashes"], "crashed: Aborted."),
         (["is interrupted", "is interrupted", "dies"], KILLED),
-        (["stops", "waits", "waits"], "sent no heartbeat for 2 s: it is stopped or cut off."),
+        (["stops", "waits", "waits"], "sent no heartbeat for 4 s: it is stopped or cut off."),
         (["waits", "hangs", "waits"], "hangs: no progress for 4 s."),
         (["waits", "hangs in its GPU"], "hangs: no progress for 5 s."),
         (["waits", "spins"], "hangs: it computes for 3 s without progress."),
@@ -120,7 +120,7 @@ def test_ranks_that_are_stopped_together_blame_nobody(tmp_path: Path) -> None:
     with started(tmp_path, ["waits", "waits"]) as ranks:
         while len(list(tmp_path.iterdir())) < 2:
             time.sleep(0.1)
-        for number, pause in ((signal.SIGSTOP, 3), (signal.SIGCONT, 0)):
+        for number, pause in ((signal.SIGSTOP, 5), (signal.SIGCONT, 0)):
             for each in ranks:
                 each.send_signal(number)
             time.sleep(pause)
