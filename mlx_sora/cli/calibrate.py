@@ -55,10 +55,11 @@ def add_parser(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Search, write the table and print its path."""
-    from mlx_sora.accel.schedules import table_path
+    from mlx_sora.accel.schedules import FOLDER, table_path
     from mlx_sora.errors import UsageError
     from mlx_sora.pipeline.calibrate import calibrate, requests_for
     from mlx_sora.pipeline.pipeline import Pipeline
+    from mlx_sora.video.output_path import check_result_file
 
     if not 1 <= args.reach <= 100:
         raise UsageError(f"--reach {args.reach} is out of range.", "Give 1 to 100.")
@@ -66,6 +67,7 @@ def run(args: argparse.Namespace) -> int:
     for request in requests:
         request.validate()
     pipeline = Pipeline.from_pretrained(requests[0].model, dtype=requests[0].dtype)
+    check_result_file(Path(args.table) if args.table else pipeline.model.path / FOLDER / "table")
 
     def show_progress(done: int) -> None:
         if not args.quiet:

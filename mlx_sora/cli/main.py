@@ -6,14 +6,11 @@ import argparse
 import json
 import logging
 import os
-import signal
 import socket
 import sys
-import threading
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from types import FrameType
 
 from mlx_sora import __version__
 from mlx_sora.cli import bench, calibrate, convert, doctor, download, edit, generate, info, serve
@@ -30,6 +27,8 @@ from mlx_sora.errors import (
     printable,
 )
 from mlx_sora.runtime.compile_cache import ensure_compile_cache
+from mlx_sora.utils.leftovers import sweep_temporary_folders
+from mlx_sora.utils.signals import signals_as_exceptions
 
 COMMANDS = (generate, edit, serve, download, convert, doctor, info, bench, calibrate)
 
@@ -48,8 +47,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UsageError(
                 f"{argv[0]} runs in one process, not in several.", "Start it without mlx.launch."
             )
-        with signals_as_interrupt(), log_to_stderr(args), stay_awake(args):
+        with (
+            signals_as_exceptions(lambda number: KeyboardInterrupt()),
+            log_to_stderr(args),
+            stay_awake(args),
+        ):
             ensure_compile_cache()
+            sweep_temporary_folders()
             return int(args.run(args))
     except MlxSoraError as error:
         if debug:
@@ -90,29 +94,6 @@ def build_parser() -> argparse.ArgumentParser:
     for command in COMMANDS:
         command.add_parser(commands)
     return parser
-
-
-@contextmanager
-def signals_as_interrupt() -> Iterator[None]:
-    """Raise KeyboardInterrupt at SIGTERM and SIGHUP inside the block: partial files are removed.
-
-    A signal that is ignored stays so; nohup ignores SIGHUP.
-    """
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # a closed terminal may send several
-        raise KeyboardInterrupt
-
-    if threading.current_thread() is not threading.main_thread():  # it alone can handle signals
-        yield
-        return
-    handled = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN]
-    before = {number: signal.signal(number, interrupt) for number in handled}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 @contextmanager

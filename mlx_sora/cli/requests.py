@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -22,6 +21,8 @@ from mlx_sora.utils.json import parse_object
 from mlx_sora.video.metadata import find_media, read_metadata, replay_options
 from mlx_sora.video.output_path import (
     DEFAULT_OUTPUT,
+    OutputNames,
+    check_obstacles,
     check_output,
     complete_path,
     escape_template,
@@ -96,12 +97,9 @@ def read_requests(args: argparse.Namespace) -> RequestBatch:
     else:
         requests = build_requests(flags, recorded)
         batch = RequestBatch([_with_output(request, i) for i, request in enumerate(requests)])
-    for output, count in Counter(request.output for request in batch.requests).items():
-        if count > 1:
-            raise UsageError(
-                f"{count} videos would be written to one file, {output}.",
-                "Put {seed} or {index} into --output, and give each seed once.",
-            )
+    names = OutputNames()
+    for request in batch.requests:
+        names.add(Path(str(request.output)), sidecar=request.metadata)
     return batch
 
 
@@ -222,6 +220,7 @@ def _add_request(batch: RequestBatch, number: int, request: GenerationRequest, i
     request, name = _fill_output(request, index)
     frames = 0 if request.num_frames is None else parse_frames(request.num_frames)
     path = complete_path(name, frames)
+    check_obstacles(path)
     if existing_files(path) and not request.overwrite:
         _check_same_prompt(path, request.prompt)
         batch.existing.append(path)

@@ -42,6 +42,7 @@ from mlx_sora.manage.staging import (
     refuse_unknown_files,
     replace_folder,
     require_disk_space,
+    restore_folder,
 )
 from mlx_sora.manage.statistics import RECORDS, Statistics
 from mlx_sora.memory.limits import memory_scope
@@ -93,6 +94,7 @@ def convert(
         if options.bits is not None:
             _require_quantized(model, shards)
         record = _conversion_record(model, options, source_files(model, shards))
+        restore_folder(target)
         if not is_free(target):
             present = Provenance.read(target) if target.is_dir() else None
             same = present is not None and dict(present.conversion) == record

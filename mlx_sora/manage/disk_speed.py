@@ -8,7 +8,6 @@ import os
 import shutil
 import struct
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -19,6 +18,7 @@ import mlx.core as mx
 from mlx_sora.loading.model_folder import weights_root
 from mlx_sora.loading.safetensors import load_tensors, read_header
 from mlx_sora.utils.files import cache_folder, explain_os_errors
+from mlx_sora.utils.leftovers import temporary_folder
 
 #: Largest test file in bytes, and the seconds after which it does not grow any more.
 FILE_BYTES, WRITE_SECONDS = 1 << 30, 5.0
@@ -65,10 +65,10 @@ def test_file(folder: Path) -> Iterator[Path]:
     """Write a temporary safetensors file of random bytes, past the page cache if possible."""
     with (
         explain_os_errors(folder),
-        tempfile.TemporaryDirectory(dir=folder, prefix=".speed-") as own,
+        temporary_folder(folder) as own,
     ):
         space = min(FILE_BYTES, shutil.disk_usage(folder).free * _FREE_SHARE)
-        path = Path(own, "model.safetensors")
+        path = own / "model.safetensors"
         _write(path, int(space) // TENSOR_BYTES)
         yield path
 

@@ -38,6 +38,7 @@ from mlx_sora.manage.staging import (
     refuse_unknown_files,
     replace_folder,
     require_disk_space,
+    restore_folder,
 )
 from mlx_sora.manage.statistics import RECORDS, Statistics
 from mlx_sora.utils.files import rename_into_place
@@ -88,6 +89,7 @@ def download(
     """
     with disk_errors(root, _DISK_FIX), folder_lock(root, "download"):
         target = (root / PUBLISHED).resolve()
+        restore_folder(target)
         present = installed_model(target)
         if present is not None:
             sources = [pin_revision(source, present) for source in sources]

@@ -10,7 +10,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import mlx.core as mx
 from mlx import nn
@@ -35,6 +34,7 @@ from mlx_sora.memory.profiles import format_bytes
 from mlx_sora.models.key_map import KeyMap
 from mlx_sora.models.layers import Linear
 from mlx_sora.runtime.device import backend, describe_machine
+from mlx_sora.utils.leftovers import temporary_folder
 
 #: Bytes of an array whose allocation the readings have to show.
 _ARRAY_BYTES = 64 << 20
@@ -68,13 +68,13 @@ def check_device(allowance: Allowance) -> Iterator[CheckResult]:
 def check_streaming(allowance: Allowance) -> Iterator[CheckResult]:
     """Stream blocks from a temporary file, one after the other and ahead of their use."""
     width = _WIDTH if allowance.flops > 1e9 else _WIDTH // 16  # for quick tests
-    with tempfile.TemporaryDirectory() as folder, memory_scope():
+    with temporary_folder() as folder, memory_scope():
         if shutil.disk_usage(folder).free < _FREE_BYTES:
             message = f"{tempfile.gettempdir()} has less than {format_bytes(_FREE_BYTES)} free"
             yield CheckResult("streams", SKIPPED, message, advice="Free space, or set TMPDIR.")
             return
         network = _Blocks(width)
-        path = Path(folder) / "model.safetensors"
+        path = folder / "model.safetensors"
         names = list(dict(tree_flatten(network.parameters())))
         weights = [x / width**0.5 for x in normals(*[(width, width)] * len(names))]
         mx.save_safetensors(str(path), dict(zip(names, weights, strict=True)))

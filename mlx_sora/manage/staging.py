@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import glob
 import os
 import shutil
 from collections.abc import Collection, Iterator
@@ -11,9 +12,13 @@ from pathlib import Path
 
 from mlx_sora.errors import WeightsError
 from mlx_sora.utils.files import fsync
+from mlx_sora.utils.leftovers import is_abandoned, owned_name
 
 #: Bytes to keep free on the disk.
 MARGIN = 64_000_000
+
+#: Suffix of a folder that is being replaced.
+_OLD = ".old"
 
 
 @contextmanager
@@ -74,10 +79,19 @@ def require_disk_space(place: Path, needed: int, action: str, fix: str) -> None:
 
 def replace_folder(staging: Path, target: Path) -> None:
     """Move the folder `staging` to `target` and remove the old one."""
-    old = target.with_name(f".{target.name}.replaced")
-    shutil.rmtree(old, ignore_errors=True)
+    old = target.with_name(owned_name(f".{target.name}", _OLD))
     if target.exists():
         os.rename(target, old)
     os.rename(staging, target)
     fsync(target.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def restore_folder(target: Path) -> None:
+    """Undo or finish `replace_folder` where a process was killed in it."""
+    for old in target.parent.glob(f".{glob.escape(target.name)}-*{_OLD}"):
+        if is_abandoned(old.name):
+            if is_free(target):
+                os.rename(old, target)
+            else:
+                shutil.rmtree(old, ignore_errors=True)

@@ -7,7 +7,6 @@ grow with the number of requests.
 from __future__ import annotations
 
 import logging
-import tempfile
 from collections import defaultdict
 from collections.abc import Generator, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import closing
@@ -28,6 +27,8 @@ from mlx_sora.pipeline.stages import encode_text
 from mlx_sora.pipeline.transfer import VideoTransfer
 from mlx_sora.request.generation import GenerationRequest
 from mlx_sora.runtime.events import Event, Finished, RequestFailed, RequestStarted
+from mlx_sora.utils.leftovers import temporary_folder
+from mlx_sora.video.output_path import OutputNames
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +61,7 @@ class _Batch:
         self._engine, self._ranks, self._requests = engine, engine.ranks, requests
         self._data_parallel = data_parallel
         self._runs: dict[int, GenerationRun] = {}
-        self._outputs: set[Path | None] = set()
+        self._outputs = OutputNames()
 
     def events(self) -> Generator[Event, None, None]:
         self._engine.check_equal(self._requests)
@@ -71,8 +72,8 @@ class _Batch:
                 yield RequestFailed(index, as_known_error(error))
         with (
             process_lock() as guard,
-            tempfile.TemporaryDirectory(prefix="mlx_sora-") as folder,
-            closing(guard.stop_at_exit(self._make_all(Path(folder)))) as stoppable,
+            temporary_folder() as folder,
+            closing(guard.stop_at_exit(self._make_all(folder))) as stoppable,
         ):
             yield from stoppable
 
@@ -95,12 +96,8 @@ class _Batch:
             if self._data_parallel:
                 request, engine = _as_single_rank(request), engine.single_process()
             run = prepare(engine, request)
-            if run.output is not None and run.output in self._outputs:
-                raise UsageError(
-                    f"Two videos would go to one file, {run.output}.",
-                    "Put {seed} or {index} into the output.",
-                )
-        self._outputs.add(run.output)
+            if run.output is not None:
+                self._outputs.add(run.output, sidecar=request.metadata)
         run.checkpoints.share(run.ranks)
         return run
 
@@ -133,9 +130,9 @@ class _Batch:
         """Make a video of this rank; on other ranks than 0, into a temporary folder."""
         ranks, run = self._ranks, self._runs[index]
         run.result.metadata["parallel"] = {"ranks": ranks.size, "mode": "prompts"}
-        with tempfile.TemporaryDirectory(prefix="mlx_sora-") as folder:
+        with temporary_folder() as folder:
             if run.output is not None and not ranks.is_rank0:
-                run = replace(run, output=Path(folder) / run.output.name)
+                run = replace(run, output=folder / run.output.name)
             for event in self._make(index, run, texts):
                 yield event
                 if isinstance(event, RequestFailed):
@@ -143,7 +140,7 @@ class _Batch:
                 if isinstance(event, Finished):
                     if ranks.is_rank0:
                         return VideoTransfer()
-                    return VideoTransfer.from_video(event.video, Path(folder))
+                    return VideoTransfer.from_video(event.video, folder)
         raise AssertionError("a request ends with Finished or RequestFailed")
 
     def _receive(self, index: int, run: GenerationRun, transfer: VideoTransfer) -> Iterator[Event]:

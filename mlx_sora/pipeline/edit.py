@@ -26,7 +26,7 @@ from mlx_sora.memory.profiles import format_bytes
 from mlx_sora.models.hooks import ValueSharing
 from mlx_sora.models.vae import Chunk, chunk_plan
 from mlx_sora.pipeline.engine import Engine
-from mlx_sora.pipeline.generate import finish_video, open_run_writer, plan_run
+from mlx_sora.pipeline.generate import finished_video, open_run_writer, plan_run
 from mlx_sora.pipeline.locks import run_exclusively
 from mlx_sora.pipeline.networks import StreamedTransformer
 from mlx_sora.pipeline.run import EditSource, GenerationRun
@@ -47,6 +47,7 @@ from mlx_sora.sampling import SAMPLERS
 from mlx_sora.sampling.guidance import Guidance
 from mlx_sora.sampling.loop import denoise as denoise_steps
 from mlx_sora.text.prompt import prepare_prompt
+from mlx_sora.video.output_path import check_inputs
 from mlx_sora.video.reader import (
     ResizeCrop,
     VideoInfo,
@@ -104,6 +105,8 @@ def prepare_edit(engine: Engine, edit: EditRequest) -> EditRun:
         media=MediaWorkload(len(chunks), chunks[0].frames, math.prod(size)),
     )
     run = plan_run(engine, request, resolved, source)
+    if run.output is not None:
+        check_inputs(run.output, [edit.video], sidecar=request.metadata)
     if info is not None:
         run.result.warnings.extend(info.warnings)
         run = replace(run, notes=(*run.notes, *info.notes))
@@ -137,7 +140,7 @@ def edit_video(edit: EditRun) -> Generator[Event, None, None]:
     latents = yield from _invert_and_regenerate(edit, latents, texts)
     with open_run_writer(run) as writer:
         yield from decode(run, 0, latents, writer)
-    yield Finished(finish_video(run, writer))
+    yield Finished(finished_video(run, writer))
 
 
 def _encode_video(edit: EditRun) -> Generator[Event, None, mx.array]:

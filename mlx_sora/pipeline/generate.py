@@ -28,9 +28,16 @@ from mlx_sora.pipeline.stages import TextStates, decode, denoise, encode_media, 
 from mlx_sora.request.generation import GenerationRequest
 from mlx_sora.runtime.events import Event
 from mlx_sora.sampling import SAMPLERS
+from mlx_sora.utils.signals import deferred_signals
 from mlx_sora.video import Video
 from mlx_sora.video.frames import FrameCounter, FramesInMemory, FrameWriter
-from mlx_sora.video.output_path import check_output, output_path
+from mlx_sora.video.output_path import (
+    check_inputs,
+    check_output,
+    checkpoint_path,
+    output_path,
+)
+from mlx_sora.video.preview import preview_path
 from mlx_sora.video.writer import open_writer, write_sidecar
 
 
@@ -190,14 +197,20 @@ def resolve_output(
         request.output, prompt=request.prompt, seed=resolved.seed, num_frames=frames
     )
     if check:
+        others = [checkpoint_path(output)] if request.checkpoint_every is not None else []
+        if request.preview_every is not None:
+            others.append(preview_path(output, resolved.geometry.num_frames))
         check_output(
             output,
             request.overwrite,
             sidecar=request.metadata,
+            others=others,
             num_frames=frames,
             size=resolved.geometry.decoded,
             fps=resolved.fps,
         )
+        inputs = [file.path for file in resolved.media.files]
+        check_inputs(output, inputs, sidecar=request.metadata)
     return output
 
 
@@ -227,14 +240,15 @@ def generate_clips(run: GenerationRun, texts: TextStates) -> Generator[Event, No
             yield from decode(run, clip, latents, writer)
             del latents
     assert writer is not None, "there is a first clip"
-    video = finish_video(run, writer)
-    run.checkpoints.remove()
-    return video
+    return finished_video(run, writer)
 
 
 @contextmanager
 def open_run_writer(run: GenerationRun) -> Iterator[FrameWriter]:
-    """Open the writer of a run; add the metadata and close it, on all ranks, if the block ends."""
+    """Open the writer of a run. If the block ends, add the metadata and close it, on all ranks.
+
+    Writes the sidecar, if the request asks for one, and removes the checkpoint.
+    """
     with ExitStack() as opened:
         writer = _frame_writer(run)
         opened.enter_context(writer)
@@ -242,16 +256,17 @@ def open_run_writer(run: GenerationRun) -> Iterator[FrameWriter]:
         if run.request.embed_metadata:
             writer.metadata = run.metadata()
         with run.ranks.collective_errors():
-            opened.close()
+            writer.finish()
+            with deferred_signals():  # all of the end, or nothing of it
+                opened.close()
+                if writer.path is not None and run.request.metadata:
+                    write_sidecar(writer.path, run.metadata(), run.request.overwrite)
+                run.checkpoints.remove()
 
 
-def finish_video(run: GenerationRun, writer: FrameWriter) -> Video:
-    """Return the video of a closed writer; write the sidecar if the request asks for one."""
-    video = run.video(writer.path, writer.frames if isinstance(writer, FramesInMemory) else None)
-    with run.ranks.collective_errors():
-        if video.path is not None and run.request.metadata:
-            write_sidecar(video.path, video.metadata, run.request.overwrite)
-    return video
+def finished_video(run: GenerationRun, writer: FrameWriter) -> Video:
+    """Return the video of a closed writer."""
+    return run.video(writer.path, writer.frames if isinstance(writer, FramesInMemory) else None)
 
 
 def _frame_writer(run: GenerationRun) -> FrameWriter:

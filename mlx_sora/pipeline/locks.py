@@ -15,15 +15,13 @@ from collections.abc import Generator, Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from mlx_sora.distributed.group import Ranks
 from mlx_sora.errors import UsageError
 from mlx_sora.runtime.events import Event, Finished
-from mlx_sora.utils.files import name_hash
-
-if TYPE_CHECKING:
-    from filelock import FileLock
+from mlx_sora.utils.files import name_hash, recover
+from mlx_sora.utils.leftovers import acquire_lock, sign_lock
+from mlx_sora.utils.signals import exit_like, signals_as_exceptions
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +64,9 @@ class ExitGuard:
 def process_lock() -> Iterator[ExitGuard]:
     """Hold the process for one run; yield what stops the run when the process ends.
 
-    Raises UsageError if a run of any thread holds the process.
+    Meanwhile SIGTERM and SIGHUP end the process with SystemExit, unless they have handlers: as on
+    the command line, a checkpoint is written and partial files are removed. Raises UsageError if a
+    run of any thread holds the process.
     """
     if not _process.acquire(blocking=False):
         raise UsageError(
@@ -77,7 +77,8 @@ def process_lock() -> Iterator[ExitGuard]:
     if threading.current_thread().daemon:  # Python waits for other threads
         atexit.register(guard.stop)
     try:
-        yield guard
+        with signals_as_exceptions(exit_like):
+            yield guard
     finally:
         atexit.unregister(guard.stop)
         _process.release()
@@ -101,37 +102,37 @@ def _first_process() -> int:
 def output_lock(output: Path | None) -> Iterator[None]:
     """Hold `output` against other runs, of this process or others. Raises UsageError.
 
-    The operating system frees the lock however the process ends. A killed run leaves an empty
-    hidden file, which the next run reuses. File systems without locks are not protected.
+    The operating system frees the lock however the process ends. A killed run leaves a hidden file,
+    which the next run in that folder removes, with what other killed runs have left there. File
+    systems without locks are not protected.
     """
     if output is None:
         yield
         return
-    from filelock import Timeout
-
-    path, lock = lock_path(output), _file_lock(output)
+    path, handle = lock_path(output), None
     new_folder = not path.parent.exists()  # of a sequence; its writer would make it later
-    new_file, acquired = not path.exists(), False
+    new_file = not path.exists()
     try:
         path.parent.mkdir(exist_ok=True)
-        lock.acquire()
-        acquired = True
-    except Timeout:
-        raise UsageError(
-            f"Another run is making {output}.", "Wait for it, or give another --output."
-        ) from None
+        handle = acquire_lock(path)
+        if handle is None:
+            raise UsageError(
+                f"Another run is making {output}.", "Wait for it, or give another --output."
+            )
+        sign_lock(handle)
     except OSError as error:
         logger.debug("cannot lock %s", path, exc_info=error)
         if new_file:
             with suppress(OSError):
                 path.unlink()
     try:
+        recover(path.parent)
         yield
     finally:
-        if acquired:
+        if handle is not None:
             with suppress(OSError):
                 path.unlink()
-            lock.release()
+            os.close(handle)
         if new_folder:
             with suppress(OSError):
                 path.parent.rmdir()
@@ -139,17 +140,13 @@ def output_lock(output: Path | None) -> Iterator[None]:
 
 def is_locked(output: Path) -> bool:
     """Return whether a run is making `output` now."""
-    from filelock import Timeout
-
-    if not lock_path(output).exists():
-        return False
     try:
-        with _file_lock(output):
-            return False
-    except Timeout:
-        return True
+        handle = acquire_lock(lock_path(output), create=False)
     except OSError:
         return False
+    if handle is not None:
+        os.close(handle)
+    return handle is None
 
 
 @contextmanager
@@ -181,13 +178,6 @@ def run_exclusively(
         else:
             return
     yield event
-
-
-def _file_lock(output: Path) -> FileLock:
-    # Acquiring it never waits, and any thread may release it.
-    from filelock import FileLock
-
-    return FileLock(lock_path(output), timeout=0, thread_local=False, is_singleton=False)
 
 
 def lock_path(output: Path) -> Path:

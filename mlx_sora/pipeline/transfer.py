@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from mlx_sora.distributed.group import Ranks
-from mlx_sora.errors import MlxSoraError
 from mlx_sora.pipeline.run import GenerationRun
-from mlx_sora.utils.files import atomic_write
+from mlx_sora.utils.files import atomic_write, explain_os_errors
 from mlx_sora.video import Video
-from mlx_sora.video.output_path import is_sequence
+from mlx_sora.video.output_path import frame_path, is_sequence
+from mlx_sora.video.writer import write_encoded_frames
 
 #: Fields of Video that are plain JSON values.
 VIDEO_FIELDS = ("width", "height", "num_frames", "fps", "seed", "warnings", "timings", "memory")
@@ -65,19 +65,17 @@ class VideoTransfer:
 
     def _write_files(self, output: Path, overwrite: bool) -> Path:
         """Write all files beside `output`; return the path of the video."""
-        found = output
-        try:
+        found, files = output, dict(self.files)
+        with explain_os_errors(output):
             if is_sequence(output):
-                output.parent.mkdir(exist_ok=True)
-            for name, content in self.files.items():
+                count = self.values["num_frames"]
+                names = [frame_path(output, i).name for i in range(count)]
+                found = write_encoded_frames(output, [files.pop(n) for n in names], overwrite)
+            for name, content in files.items():
                 with atomic_write(output.parent / name, overwrite) as file:
                     file.partial.write_bytes(content)
                 if name == output.name:
                     found = file.path
-        except OSError as error:
-            raise MlxSoraError(
-                f"Cannot write {output}: {error.strerror or error}.", "Is the disk full?"
-            ) from error
         return found
 
 

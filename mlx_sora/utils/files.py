@@ -1,15 +1,15 @@
-"""Atomic writes, which replace a file only on request; checksums; fsync."""
+"""Atomic writes, of one file or of all files of a sequence; checksums; fsync."""
 
 from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import logging
 import os
-import platform
 import sys
 import unicodedata
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import count
@@ -17,6 +17,17 @@ from pathlib import Path
 from typing import Any
 
 from mlx_sora.errors import MlxSoraError
+from mlx_sora.utils.json import parse_object
+from mlx_sora.utils.leftovers import (
+    JOURNAL,
+    PARTIAL,
+    REPLACED,
+    acquire_lock,
+    is_abandoned,
+    is_of_this_machine,
+    owned_name,
+    sweep,
+)
 
 _FIXES = {
     errno.ENOSPC: "Make room there, or write to another disk.",
@@ -29,6 +40,9 @@ _FIXES = {
 
 #: Environment variable with the folder for files that can be made again.
 CACHE_VARIABLE = "MLX_SORA_CACHE"
+
+#: Bytes of a name to which a number can be added.
+_LONG_NAME = 240
 
 #: Bytes read at a time for a checksum.
 _READ_SIZE = 1 << 22
@@ -72,13 +86,18 @@ class PartialFile:
     path: Path
 
 
+def os_error_fix(problem: OSError, default: str) -> str:
+    """Return what to do about an error of a disk, or `default`."""
+    return _FIXES.get(problem.errno or 0, default)
+
+
 @contextmanager
 def explain_os_errors(path: Path, error: type[MlxSoraError] = MlxSoraError) -> Iterator[None]:
     """Raise `error`, which says what to do, for an OSError while `path` is written."""
     try:
         yield
     except OSError as problem:
-        fix = _FIXES.get(problem.errno or 0, "Check the rights of its folder, or write to another.")
+        fix = os_error_fix(problem, "Check the rights of its folder, or write to another.")
         reason = problem.strerror or problem
         raise error(f"Cannot write {path}: {reason}.", fix) from problem
 
@@ -92,7 +111,7 @@ def atomic_write(
     Without `overwrite`, an existing file stays, and the new one gets a free name beside it.
     Raises `error` for what the file system refuses.
     """
-    remove_stale_partials(path)
+    sweep(path.parent)
     file = PartialFile(partial_name(path), path)
     with explain_os_errors(path, error):
         try:
@@ -102,32 +121,18 @@ def atomic_write(
             remove_partial(file.partial)
 
 
-def partial_name(path: Path) -> Path:
+def partial_name(path: Path, suffix: str = PARTIAL) -> Path:
     """Return a short hidden name in the same folder, so that renaming is atomic.
 
     It encodes the file's name, the machine and the process that writes it.
     """
-    return path.with_name(f"{_partial_prefix(path)}{os.getpid()}-{os.urandom(4).hex()}.partial")
+    return path.with_name(owned_name(f".{name_hash(path)}", suffix))
 
 
 def remove_partial(partial: Path) -> None:
     """Remove an unfinished file. If that fails, a later run removes it as stale."""
     with suppress(OSError):
         partial.unlink()
-
-
-def remove_stale_partials(path: Path) -> None:
-    """Remove the partial files of `path` that killed processes of this machine have left."""
-    mark = _partial_prefix(path)
-    for file in path.parent.glob(f"{mark}*.partial"):
-        process = file.name.removeprefix(mark).partition("-")[0]
-        if process.isdecimal() and not _process_exists(int(process)):
-            remove_partial(file)
-
-
-def _partial_prefix(path: Path) -> str:
-    machine = hashlib.sha256(platform.node().encode()).hexdigest()
-    return f".{name_hash(path)}-{machine[:8]}-"
 
 
 def name_hash(path: Path) -> str:
@@ -140,35 +145,34 @@ def name_hash(path: Path) -> str:
     return hashlib.sha256(name.encode()).hexdigest()[:12]
 
 
-def _process_exists(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:  # a process of another user
-        return True
-    return True
-
-
 def free_names(path: Path) -> Iterator[Path]:
     """Yield names beside `path`: name-1, name-2, ..."""
-    return (path.with_name(f"{path.stem}-{i}{path.suffix}") for i in count(1))
+    spare = max(0, len(os.fsencode(path.name)) - _LONG_NAME)
+    stem = path.stem[: len(path.stem) - spare]
+    return (path.with_name(f"{stem}-{i}{path.suffix}") for i in count(1))
 
 
 def rename_into_place(partial: Path, path: Path, overwrite: bool) -> Path:
     """Rename `partial` to `path`, or without `overwrite` to a free name; return the new path.
 
-    Calls fsync first: some disks report only then that they are full.
+    It also gets a free name where an existing file cannot be replaced. Calls fsync first: some
+    disks report only then that they are full.
     """
     fsync(partial)
+    reason = "appeared meanwhile"
     if overwrite:
-        partial.replace(path)
-        return path
+        try:
+            partial.replace(path)
+            return path
+        except OSError as error:
+            if not os.path.lexists(path):
+                raise
+            reason = f"cannot be replaced ({error.strerror})"
     target, others = path, free_names(path)
     while not _rename_if_free(partial, target):
         target = next(others)
     if target != path:
-        logger.warning("%s appeared meanwhile; wrote %s", path, target)
+        logger.warning("%s %s; wrote %s", path, reason, target)
     return target
 
 
@@ -184,6 +188,117 @@ def _rename_if_free(partial: Path, target: Path) -> bool:
         return True
     partial.unlink()
     return True
+
+
+def rename_all(files: Mapping[Path, Path], replaced: Iterable[Path] = ()) -> None:
+    """Rename partial files to their paths in one folder, all or none; the first comes last.
+
+    files: path to partial file. replaced: existing files that are removed. Raises FileExistsError
+    if a path is neither free nor among them. After an error the renames are undone; after a kill
+    `recover` does that, from a journal.
+    """
+    first = next(iter(files))
+    for partial in files.values():
+        fsync(partial)
+    backups = {path: partial_name(path, REPLACED) for path in replaced}
+    new = {path.name: (partial.name, partial.stat().st_ino) for path, partial in files.items()}
+    old = {path.name: backup.name for path, backup in backups.items()}
+    journal = partial_name(first, JOURNAL)
+    with _locked(journal):
+        try:
+            journal.write_text(json.dumps({"new": new, "old": old}))
+            fsync(journal)
+            fsync(first.parent)
+            for path, backup in backups.items():
+                path.rename(backup)
+            for path, partial in reversed(list(files.items())):
+                if not _rename_if_free(partial, path):
+                    raise FileExistsError(errno.EEXIST, "another file has appeared", str(path))
+            fsync(first.parent)
+        except BaseException:
+            with suppress(OSError):
+                _undo(first.parent, new, old)
+                journal.unlink()
+            raise
+        remove_partial(journal)
+    for backup in backups.values():
+        remove_partial(backup)
+
+
+def recover(folder: Path) -> None:
+    """Undo unfinished renames of killed processes in `folder`, then remove what they left.
+
+    Renames are finished if the first file of the sequence has its name. Never raises OSError.
+    """
+    with suppress(OSError):
+        for name in os.listdir(folder):
+            if name.endswith(JOURNAL) and is_of_this_machine(name):
+                _recover(folder / name)
+    sweep(folder)
+
+
+def _recover(journal: Path) -> None:
+    try:
+        with _locked(journal, create=False) as locked:
+            if not locked and not is_abandoned(journal.name):
+                return
+            with suppress(ValueError):  # cut off: nothing was renamed yet
+                new, old = _read_journal(journal)
+                path, (_, inode) = next(iter(new.items()))
+                if _inode(journal.with_name(path)) != inode:
+                    _undo(journal.parent, new, old)
+                    for name, _ in new.values():
+                        remove_partial(journal.with_name(name))
+            journal.unlink()
+    except OSError as error:
+        logger.debug("cannot recover %s", journal, exc_info=error)
+
+
+@contextmanager
+def _locked(journal: Path, *, create: bool = True) -> Iterator[bool]:
+    """Lock a journal; yield True if that succeeded, False if another has it or nothing can."""
+    handle = None
+    with suppress(OSError):
+        handle = acquire_lock(journal, create=create)
+    try:
+        yield handle is not None
+    finally:
+        if handle is not None:
+            os.close(handle)
+
+
+def _read_journal(journal: Path) -> tuple[dict[str, tuple[str, int]], dict[str, str]]:
+    """Return names to hidden names and inodes, and names to hidden names. Raises ValueError."""
+    content = parse_object(journal.read_bytes())
+    try:
+        new = {str(k): (str(name), int(inode)) for k, (name, inode) in content["new"].items()}
+        old = {str(k): str(name) for k, name in content["old"].items()}
+    except (LookupError, TypeError, AttributeError) as error:
+        raise ValueError("not a journal") from error
+    hidden = [*(name for name, _ in new.values()), *old.values()]
+    if not new or any(Path(name).name != name for name in (*new, *old, *hidden)):
+        raise ValueError("not a journal")
+    return new, old
+
+
+def _undo(folder: Path, new: Mapping[str, tuple[str, int]], old: Mapping[str, str]) -> None:
+    """Undo the renames of a sequence as far as they were made."""
+    for name, (hidden, inode) in new.items():
+        if _inode(folder / name) == inode:
+            if _inode(folder / hidden) == inode:
+                (folder / name).unlink()  # killed between the two halves of a rename
+            else:
+                (folder / name).replace(folder / hidden)
+    for name, hidden in old.items():
+        if os.path.lexists(folder / hidden) and not os.path.lexists(folder / name):
+            (folder / hidden).replace(folder / name)
+
+
+def _inode(path: Path) -> int | None:
+    try:
+        return path.stat(follow_symlinks=False).st_ino
+    except FileNotFoundError:
+        return None
 
 
 def sha256(path: Path, on_progress: Callable[[int], None] | None = None) -> str:

@@ -46,20 +46,25 @@ class Video:
 
         A video that is in a file already can only be copied, to a file of the same format.
         """
-        from mlx_sora.utils.files import atomic_write
-        from mlx_sora.video.output_path import check_output
-        from mlx_sora.video.writer import save_frames
+        from mlx_sora.utils.files import atomic_write, explain_os_errors
+        from mlx_sora.video.output_path import check_output, frame_path, is_sequence
+        from mlx_sora.video.writer import save_frames, write_encoded_frames
 
         path = Path(os.path.expanduser(path))
         if self.frames is not None:
             record = self.metadata if self.request.embed_metadata else None
             return save_frames(path, self.frames, self.fps, record, overwrite)
-        if self.path is None or self.path.suffix.lower() != path.suffix.lower():
+        kinds = [(is_sequence(p), p.suffix.lower()) for p in (self.path, path) if p is not None]
+        if kinds[0] != kinds[-1] or self.path is None:
             raise UsageError(
                 f"The frames are no longer in memory, so {path.name} cannot be written.",
                 "Give output=... with that suffix, or none to keep the frames in memory.",
             )
         check_output(path, overwrite, num_frames=self.num_frames)
+        if is_sequence(path):
+            files = [frame_path(self.path, i) for i in range(self.num_frames)]
+            with explain_os_errors(path):
+                return write_encoded_frames(path, (f.read_bytes() for f in files), overwrite)
         with atomic_write(path, overwrite) as file:
             shutil.copyfile(self.path, file.partial)
         return file.path

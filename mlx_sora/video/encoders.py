@@ -12,7 +12,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from mlx_sora.errors import MlxSoraError, UsageError
+from mlx_sora.errors import UsageError
 from mlx_sora.video.metadata import EXIF_DESCRIPTION, PNG_KEY, to_json
 
 if TYPE_CHECKING:
@@ -42,6 +42,23 @@ class FrameEncoder(Protocol):
     def close(self) -> None: ...
 
 
+def missing_encoder(suffix: str) -> tuple[str, str] | None:
+    """Return why this machine cannot write files of a format, and what to install, or None."""
+    if suffix == ".webp":
+        from PIL import features
+
+        if not features.check("webp"):
+            return "This build of Pillow cannot write WebP.", "or install pillow from PyPI."
+    if suffix == ".mp4":
+        try:
+            import av
+
+            av.Codec("libx264", "w")
+        except (ImportError, ValueError):  # of which av's own error is one
+            return "PyAV has no H.264 encoder (libx264) here.", "or install av from PyPI."
+    return None
+
+
 class Mp4Encoder:
     """H.264 yuv420p, CRF 16, BT.709 limited range, index at the front.
 
@@ -56,14 +73,8 @@ class Mp4Encoder:
         self._container: Any = av.open(
             str(path), "w", format="mp4", options={"movflags": "+faststart"}
         )
-        try:
-            options = {"crf": CRF, "x264-params": x264_params()}
-            stream: Any = self._container.add_stream("libx264", rate=rate, options=options)
-        except (ValueError, av.error.FFmpegError):
-            raise MlxSoraError(
-                "This build of PyAV has no H.264 encoder.",
-                "Install av from PyPI, or write .webp or .gif.",
-            ) from None
+        options = {"crf": CRF, "x264-params": x264_params()}
+        stream: Any = self._container.add_stream("libx264", rate=rate, options=options)
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         stream.time_base = 1 / rate
         context = stream.codec_context

@@ -26,6 +26,9 @@ class _NoOutput(AbstractContextManager["_NoOutput"]):
         self.metadata: dict[str, Any] | None = None
         self.path = None
 
+    def finish(self) -> None:
+        """Do nothing."""
+
     def __exit__(self, *error: object) -> None:
         """Do nothing."""
 

@@ -5,12 +5,20 @@ All checks run before any work, so that a run does not end with "cannot write".
 
 from __future__ import annotations
 
+import errno
+import os
 import re
+import stat
 import string
+import unicodedata
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from mlx_sora.errors import UsageError, shell_words
 from mlx_sora.request.options import as_path
+from mlx_sora.utils.files import os_error_fix, partial_name, recover
+from mlx_sora.video.encoders import missing_encoder
 
 SUFFIXES = (".mp4", ".gif", ".webp", ".png")
 TEMPLATE_NAMES = ("seed", "index", "prompt_slug")
@@ -23,6 +31,12 @@ CHECKPOINT_SUFFIX = ".checkpoint.safetensors"
 
 #: GIF stores delays in 1/100 s, and players slow down anything below 2/100 s.
 MAX_GIF_FPS = 50.0
+
+#: Names of the standard streams, which are no files.
+_STREAMS = re.compile(r"-|/dev/(std(in|out|err)|fd/\d+)|/proc/self/fd/\d+")
+
+#: Bytes that must fit on the disk before the work; many disks accept an empty file when full.
+_PROBE = bytes(4096)
 
 _COUNTER = re.compile(r"%0?(\d{0,2})d")
 
@@ -70,12 +84,17 @@ def output_path(template: str, *, prompt: str, seed: int, num_frames: int, index
 def complete_path(name: str, num_frames: int) -> Path:
     """Return `name` as a path, with a suffix if it has none: .png for one frame, else .mp4.
 
-    "FOLDER/" becomes FOLDER/frame_%05d.png, a pattern with one png per frame.
+    "FOLDER/" becomes FOLDER/frame_%05d.png, a pattern with one png per frame. Raises UsageError for
+    standard output.
     """
+    if _STREAMS.fullmatch(name):
+        raise UsageError(
+            f"The video cannot go to {name}: it is written to a file.", "Name a file in --output."
+        )
     path = expand_path(name)
     if name.endswith(("/", "\\")):
         return path / "frame_%05d.png"
-    if not path.suffix and not path.is_dir():
+    if not path.suffix and not os.path.isdir(path) and not _is_special(path):
         return path.with_name(path.name + (".png" if num_frames == 1 else ".mp4"))
     return path
 
@@ -115,14 +134,72 @@ def existing_files(path: Path) -> list[Path]:
     that is renamed last, and the run's checkpoint exists.
     """
     if not is_sequence(path):
-        return [path] if path.is_file() else []
-    if not path.parent.is_dir():
-        return []
-    before, after = _COUNTER.split(path.name, maxsplit=1)[::2]
-    pattern = re.compile(re.escape(before) + r"\d+" + re.escape(after))
-    found = sorted(file for file in path.parent.iterdir() if pattern.fullmatch(file.name))
+        return [path] if os.path.lexists(path) else []
+    found = frame_files(path)
     incomplete = frame_path(path, 0) not in found and checkpoint_path(path).is_file()
     return [] if incomplete else found
+
+
+def frame_files(path: Path) -> list[Path]:
+    """Return everything in the folder that has the name of a frame of the sequence, in order."""
+    before, after = _COUNTER.split(path.name, maxsplit=1)[::2]
+    pattern = re.compile(f"{re.escape(_fold(before))}([0-9]+){re.escape(_fold(after))}")
+    found = []
+    with suppress(FileNotFoundError, NotADirectoryError):
+        for name in os.listdir(path.parent):
+            match = pattern.fullmatch(_fold(name))
+            frame = frame_path(path, int(match[1])) if match and len(match[1]) < 10 else None
+            # Names that differ in case only are one file on many disks of Macs.
+            if frame is None or _fold(frame.name) != _fold(name):
+                continue
+            if frame.name == name or is_same_file(frame, path.with_name(name)):
+                found.append(frame)
+    return sorted(found)
+
+
+def is_same_file(path: Path, other: Path) -> bool:
+    """Return True if both names lead to one file, or to one link."""
+    with suppress(OSError):
+        return os.path.samestat(os.lstat(path), os.lstat(other))
+    return False
+
+
+def _fold(name: str) -> str:
+    """Return a name without differences that case-insensitive file systems ignore."""
+    return unicodedata.normalize("NFD", unicodedata.normalize("NFD", name).casefold())
+
+
+class OutputNames:
+    """Names of the files that the videos of a batch go to."""
+
+    def __init__(self) -> None:
+        self._names: dict[str, dict[str, Path]] = {}
+
+    def add(self, path: Path, *, sidecar: bool) -> None:
+        """Add an output. Raises UsageError if an earlier one would go to the same file."""
+        names = [_COUNTER.sub("%d", path.name, count=1)]
+        names += [sidecar_path(path).name] if sidecar else []
+        for name in (str(path.with_name(name)) for name in names):
+            alike = self._names.setdefault(_fold(name), {})
+            other = alike.get(name) or next(iter(alike.values()), None)
+            if other is not None and (name in alike or _ignores_case(path.parent)):
+                raise UsageError(
+                    f"Two videos would be written to one file, {path}"
+                    + (f" and {other}." if path != other else "."),
+                    "Put {seed} or {index} into the output.",
+                )
+            alike[name] = path
+
+
+def _ignores_case(folder: Path) -> bool:
+    """Return True if the file system takes a name in upper case for the same file."""
+    import tempfile
+
+    with suppress(OSError):
+        folder = folder if folder.is_dir() else folder.parent
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".case-") as file:
+            return os.path.exists(folder / Path(file.name).name.swapcase())
+    return False
 
 
 def sidecar_path(path: Path) -> Path:
@@ -136,23 +213,67 @@ def check_output(
     overwrite: bool = False,
     *,
     sidecar: bool = False,
+    others: Sequence[Path] = (),
     num_frames: int | None = None,
     size: tuple[int, int] | None = None,
     fps: float | None = None,
 ) -> None:
     """Raise UsageError unless `path` can be written now. Leaves no file.
 
-    size: (width, height) in pixels. Values that are None are not checked.
+    A link to a file counts as the file; with `overwrite` the link is replaced, not followed.
+    others: files that the run replaces beside it. size: (width, height) in pixels. Values that are
+    None are not checked.
     """
     path = Path(path)
+    beside = [*others, sidecar_path(path)] if sidecar else others
+    _check_names(path, beside, num_frames)
     _check_kind(path)
     _check_folder(path)
+    check_obstacles(path)
+    for file in beside:
+        _refuse_obstacle(file)
     existing = existing_files(path)
     if sidecar and sidecar_path(path).exists():
         existing.append(sidecar_path(path))
     if existing and not overwrite:
         raise UsageError(f"{existing[0]} exists already.", "Give --overwrite or another --output.")
     check_format(path, num_frames=num_frames, size=size, fps=fps)
+
+
+def check_obstacles(path: Path) -> None:
+    """Raise UsageError for a folder, pipe, device or broken link under the name of an output.
+
+    Under the name of a frame, links of any kind are refused. Before that, undoes what a killed run
+    has left of a sequence.
+    """
+    if not is_sequence(path):
+        _refuse_obstacle(path)
+        return
+    recover(path.parent)
+    for frame in frame_files(path):
+        _refuse_obstacle(frame)
+        if frame.is_symlink():
+            raise UsageError(f"{frame} is a link.", "Remove it, or change --output.")
+
+
+def check_inputs(path: Path, inputs: Iterable[str | Path], sidecar: bool = False) -> None:
+    """Raise UsageError if writing to `path` would replace a file that the run reads."""
+    written = [*existing_files(path), *([sidecar_path(path)] if sidecar else [])]
+    stats: dict[tuple[int, int], Path] = {}
+    for file in written:
+        with suppress(OSError):
+            stats[_identity(os.lstat(file))] = file
+    for name in inputs:
+        with suppress(OSError):
+            if (found := stats.get(_identity(os.stat(name)))) is not None:
+                raise UsageError(
+                    f"{found} is also an input, which the output would replace.",
+                    "Give another --output.",
+                )
+
+
+def _identity(status: os.stat_result) -> tuple[int, int]:
+    return status.st_dev, status.st_ino
 
 
 def check_format(
@@ -164,6 +285,11 @@ def check_format(
 ) -> None:
     """Raise UsageError for frames that the format of `path` cannot hold."""
     suffix = path.suffix.lower()
+    if missing := missing_encoder(suffix):
+        works = [other for other in SUFFIXES if other != suffix and not missing_encoder(other)]
+        raise UsageError(
+            missing[0], f"Write {', '.join(works)} (one frame, or FOLDER/), {missing[1]}"
+        )
     if suffix == ".mp4" and size and (size[0] % 2 or size[1] % 2):
         raise UsageError(
             f"mp4 needs even sides, not {size[0]}x{size[1]}.", "Choose another size or .webp."
@@ -180,30 +306,89 @@ def check_format(
         )
 
 
+def _check_names(path: Path, others: Iterable[Path], num_frames: int | None) -> None:
+    """Raise UsageError if the name of any file that the run writes is too long."""
+    frame = frame_path(path, max(0, (num_frames or 1) - 1))
+    for file in (frame, path, *others, partial_name(path)):
+        try:
+            os.lstat(file)
+        except OSError as error:
+            if error.errno == errno.ENAMETOOLONG:
+                raise UsageError(
+                    f"The name {file.name} is too long for the file system.",
+                    "Give a shorter --output.",
+                ) from None
+
+
 def _check_kind(path: Path) -> None:
     if path.is_dir():
         raise UsageError(
             f"{path} is a folder.",
             f"Name a file in it, or write {shell_words(f'{path}/')} for one png per frame.",
         )
+    _refuse_obstacle(path)
     if path.suffix.lower() not in SUFFIXES:
         raise UsageError(f"Unknown output format {path.name!r}.", f"Use {', '.join(SUFFIXES)}.")
     if is_sequence(path) and path.suffix.lower() != ".png":
         raise UsageError(f"{path.name}: only png is written frame by frame.", "Use .png.")
 
 
-def _check_folder(path: Path) -> None:
-    import tempfile
+def _is_special(path: Path) -> bool:
+    """Return True for pipes, sockets and devices."""
+    try:
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError):
+        return False
+    return not stat.S_ISREG(mode) and not stat.S_ISDIR(mode)
 
+
+def _refuse_obstacle(path: Path) -> None:
+    if os.path.isdir(path):
+        raise UsageError(f"{path} is a folder.", "Remove it, or change --output.")
+    if _is_special(path):
+        raise UsageError(
+            f"{path} is a pipe or a device, and a video is written to a file.", "Change --output."
+        )
+    _refuse_broken_link(path)
+
+
+def _refuse_broken_link(path: Path) -> None:
+    if path.is_symlink() and not path.exists():
+        raise UsageError(
+            f"{path} is a link to {os.readlink(path)}, which does not exist.",
+            "Remove the link, or change --output.",
+        )
+
+
+def _check_folder(path: Path) -> None:
     folder = path.parent
+    _refuse_broken_link(folder)
     if is_sequence(path) and not folder.exists():
         folder = folder.parent
+        _refuse_broken_link(folder)
     if not folder.is_dir():
         raise UsageError(f"The folder {folder} does not exist.", "Create it, or change --output.")
+    check_writable(folder)
+
+
+def check_result_file(path: Path) -> None:
+    """Raise UsageError unless a file can be written, or replaced, with the folders it needs."""
+    check_obstacles(path)
+    folder = path.absolute().parent
+    while not os.path.lexists(folder):
+        folder = folder.parent
+    if not folder.is_dir():
+        raise UsageError(f"{folder} is not a folder.", "Change --output.")
+    check_writable(folder)
+
+
+def check_writable(folder: Path) -> None:
+    """Raise UsageError unless a file can be written in `folder`. Leaves none."""
+    import tempfile
+
     try:
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(_PROBE)
     except OSError as error:
-        raise UsageError(
-            f"Cannot write into {folder}: {error.strerror}.", "Change --output."
-        ) from None
+        fix = os_error_fix(error, "Change --output.")
+        raise UsageError(f"Cannot write into {folder}: {error.strerror}.", fix) from None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,17 +13,19 @@ from mlx_sora.utils.files import (
     atomic_write,
     explain_os_errors,
     free_names,
-    fsync,
     partial_name,
+    recover,
     remove_partial,
-    remove_stale_partials,
+    rename_all,
     rename_into_place,
 )
+from mlx_sora.utils.signals import deferred_signals
 from mlx_sora.video.encoders import AnimationEncoder, FrameEncoder, Mp4Encoder, PngEncoder, save_png
 from mlx_sora.video.output_path import (
     check_format,
     check_output,
     existing_files,
+    frame_files,
     frame_path,
     is_sequence,
     sidecar_path,
@@ -77,7 +79,8 @@ class VideoWriter(ABC):
         self.metadata = metadata
         self.overwrite = overwrite
         self.num_frames = 0
-        remove_stale_partials(path)
+        self._finished = False
+        recover(path.parent)
         self._open()
 
     def write(self, frames: np.ndarray) -> None:
@@ -99,12 +102,20 @@ class VideoWriter(ABC):
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         try:
             if kind is None:
-                if not self.num_frames:
-                    raise MlxSoraError("No frame was decoded, so nothing was written.")
-                with explain_os_errors(self.path):
+                self.finish()
+                with explain_os_errors(self.path), deferred_signals():
                     self._commit()
         finally:
             self._clean_up()
+
+    def finish(self) -> None:
+        """Encode what is left, under temporary names; the end of the block only renames."""
+        if not self.num_frames:
+            raise MlxSoraError("No frame was decoded, so nothing was written.")
+        if not self._finished:
+            with explain_os_errors(self.path):
+                self._finish()
+        self._finished = True
 
     def _record(self) -> dict[str, Any] | None:
         return None if self.metadata is None else dict(self.metadata)
@@ -116,6 +127,10 @@ class VideoWriter(ABC):
     @abstractmethod
     def _write_frame(self, frame: np.ndarray) -> None:
         """Write frame number `num_frames`, uint8 [H, W, 3]."""
+
+    @abstractmethod
+    def _finish(self) -> None:
+        """Complete the partial files."""
 
     @abstractmethod
     def _commit(self) -> None:
@@ -147,8 +162,10 @@ class FileWriter(VideoWriter):
     def _write_frame(self, frame: np.ndarray) -> None:
         self._encoder.add(frame)
 
-    def _commit(self) -> None:
+    def _finish(self) -> None:
         self._encoder.save(self._partial, self._record())
+
+    def _commit(self) -> None:
         self.path = rename_into_place(self._partial, self.path, self.overwrite)
 
     def _clean_up(self) -> None:
@@ -161,7 +178,7 @@ class FileWriter(VideoWriter):
 class SequenceWriter(VideoWriter):
     """One png per frame, numbered from 0; frame 0 has the metadata.
 
-    Frames are written under temporary names and renamed together at the end.
+    Frames are written under temporary names and renamed together at the end, all or none.
     """
 
     def _open(self) -> None:
@@ -179,23 +196,13 @@ class SequenceWriter(VideoWriter):
         else:
             save_png(frame, partial, None)
 
-    def _commit(self) -> None:
+    def _finish(self) -> None:
         assert self._first is not None, "there is a first frame"
         save_png(self._first, self._partials[0], self._record())
-        for partial in self._partials:
-            fsync(partial)
-        existing = existing_files(self.path)
-        if existing and not self.overwrite:
-            self.path = next(p for p in free_names(self.path) if not existing_files(p))
-            logger.warning("%s appeared meanwhile; writing %s", existing[0], self.path)
-        targets = [frame_path(self.path, i) for i in range(self.num_frames)]
-        # The first frame is renamed last: a sequence without it was left by a killed run.
-        for partial, target in reversed(list(zip(self._partials, targets, strict=True))):
-            partial.replace(target)
+
+    def _commit(self) -> None:
+        self.path = rename_frames(self.path, self._partials, self.overwrite)
         self._new_folder = False
-        for stale in set(existing) - set(targets):
-            if self.overwrite:
-                stale.unlink()
 
     def _clean_up(self) -> None:
         for partial in self._partials:
@@ -203,6 +210,51 @@ class SequenceWriter(VideoWriter):
         folder = self.path.parent
         if self._new_folder and folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
+
+
+def rename_frames(path: Path, partials: Sequence[Path], overwrite: bool) -> Path:
+    """Rename the frames of a sequence into place, all or none; return its pattern.
+
+    Without `overwrite`, and where an existing frame cannot be replaced, that is a free one.
+    """
+
+    def rename(pattern: Path, replaced: Sequence[Path]) -> bool:
+        targets = [frame_path(pattern, i) for i in range(len(partials))]
+        try:
+            rename_all(dict(zip(targets, partials, strict=True)), replaced)
+        except FileExistsError:
+            return False
+        return True
+
+    existing, found = existing_files(path), frame_files(path)
+    try:
+        if (overwrite or not existing) and rename(path, found):
+            return path
+        reason = "appeared meanwhile"
+    except OSError as error:
+        if not found or not all(partial.exists() for partial in partials):
+            raise
+        reason = f"cannot be replaced ({error.strerror})"
+    others = free_names(path)
+    while frame_files(pattern := next(others)) or not rename(pattern, ()):
+        pass
+    logger.warning("%s %s; wrote %s", found[0] if found else path, reason, pattern)
+    return pattern
+
+
+def write_encoded_frames(path: Path, frames: Iterable[bytes], overwrite: bool) -> Path:
+    """Write a sequence from the contents of its png files, all or none; return its pattern."""
+    partials: list[Path] = []
+    path.parent.mkdir(exist_ok=True)
+    try:
+        for frame in frames:
+            partials.append(partial_name(path))
+            partials[-1].write_bytes(frame)
+        with deferred_signals():
+            return rename_frames(path, partials, overwrite)
+    finally:
+        for partial in partials:
+            remove_partial(partial)
 
 
 def write_sidecar(path: str | Path, record: Mapping[str, Any], overwrite: bool = False) -> Path:

@@ -219,7 +219,7 @@ def test_a_failed_replacement_leaves_the_old_model(get: Get, hub: FakeHub, root:
         get("vae=@v2")
     assert {name: (folder / name).read_bytes() for name in names(folder)} == before
     assert not get().is_new
-    assert not list(root.glob("*.replaced"))
+    assert not list(root.glob(".*.old"))
 
 
 def test_another_repository_and_folder(get: Get, hub: FakeHub) -> None:

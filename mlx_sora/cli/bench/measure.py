@@ -17,6 +17,7 @@ from typing import IO, Any
 
 from mlx_sora.errors import MlxSoraError
 from mlx_sora.runtime.footprint import peak_footprint
+from mlx_sora.utils.leftovers import temporary_folder
 
 #: Seconds until an interrupted child is killed. It removes its partial files before.
 _KILL_AFTER = 20.0
@@ -78,7 +79,7 @@ def measure(flags: Sequence[str]) -> Measurement:
 
     Raises ChildFailed. Any other exception ends the child first.
     """
-    with tempfile.TemporaryDirectory(prefix="mlx-sora-bench-") as folder:
+    with temporary_folder() as folder:
         command = [sys.executable, "-m", "mlx_sora", "generate", *flags]
         # The parent keeps the machine awake, if that is wanted.
         command += ["--json-events", "--allow-sleep", "--metadata", "--output", f"{folder}/video"]

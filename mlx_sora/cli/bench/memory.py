@@ -189,11 +189,10 @@ class ResultFiles:
 
     def check(self) -> None:
         """Raise UsageError if results cannot be written. Print a note if no chart can be drawn."""
-        parent = self.folder
-        while not parent.exists():
-            parent = parent.parent
-        if not parent.is_dir():
-            raise UsageError(f"{parent} is not a folder.", "Change --output.")
+        from mlx_sora.video.output_path import check_result_file
+
+        check_result_file(self._json)
+        check_result_file(self._png)
         existing = [path for path in (self._json, self._png) if path.exists()]
         if existing and not self.overwrite:
             raise UsageError(

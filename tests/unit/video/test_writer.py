@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
-import subprocess
 from pathlib import Path
 
 import av
@@ -13,7 +11,6 @@ import pytest
 from PIL import Image
 
 from mlx_sora.errors import MlxSoraError, UsageError
-from mlx_sora.utils.files import partial_name
 from mlx_sora.video.encoders import rgb_to_yuv420
 from mlx_sora.video.metadata import read_metadata
 from mlx_sora.video.output_path import check_output, checkpoint_path, frame_path
@@ -349,19 +346,6 @@ def test_sidecar(tmp_path: Path) -> None:
     write_sidecar(tmp_path / "a.mp4", {"request": {"prompt": "b"}}, overwrite=True)
     assert read_metadata(path) == {"request": {"prompt": "b"}}
     assert list(tmp_path.iterdir()) == [path]
-
-
-def test_what_killed_writers_left_is_swept_and_nothing_else(tmp_path: Path) -> None:
-    process = subprocess.Popen(["true"])
-    process.wait()
-    mine = partial_name(tmp_path / "a.png")
-    dead = mine.with_name(mine.name.replace(str(os.getpid()), str(process.pid)))
-    other = partial_name(tmp_path / "b.png")
-    others = other.with_name(other.name.replace(str(os.getpid()), str(process.pid)))
-    for file in (mine, dead, others):
-        file.write_bytes(b"half")
-    save_frames(tmp_path / "a.png", np.zeros((1, 8, 8, 3), np.uint8), 1)
-    assert sorted(tmp_path.iterdir()) == sorted([mine, others, tmp_path / "a.png"])
 
 
 def test_pictures_of_a_killed_run_are_replaced_if_its_checkpoint_is_there(tmp_path: Path) -> None:
