@@ -136,7 +136,7 @@ def existing_files(path: Path) -> list[Path]:
     if not is_sequence(path):
         return [path] if os.path.lexists(path) else []
     found = frame_files(path)
-    incomplete = frame_path(path, 0) not in found and checkpoint_path(path).is_file()
+    incomplete = frame_path(path, 0) not in found and os.path.isfile(checkpoint_path(path))
     return [] if incomplete else found
 
 

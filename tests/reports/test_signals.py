@@ -6,6 +6,7 @@ Report: DarthSim/overmind#86 (SIGHUP leaves files behind that the user has to cl
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.commands import generate
+from tests.helpers.commands import IMAGE, generate
 
 RUN = generate(
     "--prompt red --num-frames 51 --steps 50 --seed 1 --checkpoint-every 50 --json-events "
@@ -59,6 +60,71 @@ def test_a_signal_keeps_the_steps_and_leaves_nothing_hidden(
 def test_nohup_goes_on(tmp_path: Path) -> None:
     assert run_until_step(tmp_path, signal.SIGHUP, "SIG_IGN").returncode == 0
     assert [file.name for file in tmp_path.iterdir()] == ["a.mp4"]
+
+
+#: A run by the Python API, which prints a line after each step.
+API = """
+import sys
+from mlx_sora import GenerationRequest, Pipeline
+options = {"prompt": "red", "steps": 90, "num_frames": 17, "width": 32, "height": 32, "seed": 1}
+request = GenerationRequest.from_dict({**options, "checkpoint_every": 90, "output": "a.webp"})
+pipe = Pipeline.from_pretrained("shapes")
+for event in pipe.stream(request) if sys.argv[1] == "one" else pipe.stream_all([request] * 1):
+    print(type(event).__name__, flush=True)
+"""
+
+
+@pytest.mark.parametrize(("number", "kind"), [(signal.SIGTERM, "one"), (signal.SIGHUP, "batch")])
+def test_signals_end_the_python_api_as_cleanly(
+    tmp_path: Path, number: signal.Signals, kind: str
+) -> None:
+    folder, temporary = tmp_path / "videos", tmp_path / "temporary"
+    folder.mkdir()
+    temporary.mkdir()
+    child = until_third_step(folder, [sys.executable, "-c", API, kind], temporary)
+    child.send_signal(number)
+    _, errors = child.communicate()
+    assert child.returncode == 128 + number
+    assert "Traceback" not in errors
+    assert [file.name for file in folder.iterdir()] == ["a.webp.checkpoint.safetensors"]
+    assert list(temporary.glob("mlx_sora-*")) == []
+
+
+def until_third_step(folder: Path, command: list[str], temporary: Path) -> subprocess.Popen[str]:
+    """Start a program with its own folder for temporary files; return it after three steps."""
+    child = subprocess.Popen(
+        command,
+        cwd=folder,
+        env={**os.environ, "TMPDIR": str(temporary)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert child.stdout is not None
+    seen = 0
+    while seen < 3:
+        line = child.stdout.readline()
+        assert line, child.communicate()[1]
+        seen += "StepFinished" in line or "step_finished" in line
+    return child
+
+
+def test_the_next_command_removes_what_a_killed_batch_left(tmp_path: Path) -> None:
+    folder, temporary = tmp_path / "videos", tmp_path / "temporary"
+    folder.mkdir()
+    temporary.mkdir()
+    (folder / "p.txt").write_text("red\nblue\n")
+    words = "--prompt-file p.txt --num-frames 17 --width 32 --height 32 --steps 90 --json-events"
+    child = until_third_step(folder, [sys.executable, *generate(words)], temporary)
+    child.kill()
+    child.communicate()
+    hidden = {file.suffix for file in folder.iterdir() if file.name.startswith(".")}
+    assert hidden == {".lock"}
+    assert len(list(temporary.glob("mlx_sora-*/*"))) == 2
+    environment = {**os.environ, "TMPDIR": str(temporary)}
+    subprocess.run([sys.executable, *IMAGE], cwd=folder, env=environment, check=True)
+    assert list(temporary.glob("mlx_sora-*")) == []
+    assert sorted(file.name for file in folder.iterdir()) == ["a.png", "p.txt"]
 
 
 @pytest.mark.parametrize("seconds", [0.08, 0.12, 0.2, 0.3])

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from unittest.mock import DEFAULT, Mock
 
 import numpy as np
 import pytest
@@ -163,14 +164,13 @@ def test_a_model_that_was_being_replaced_comes_back(
         folder.mkdir()
         (folder / "file").write_text(folder.name)
 
-    def end(*arguments: object, **options: object) -> None:
-        raise KeyboardInterrupt
-
-    renames = iter([os.rename, os.rename if moment == "after" else end])
+    rename = Mock(wraps=os.rename)
+    if moment == "between":
+        rename.side_effect = [DEFAULT, KeyboardInterrupt]
     with monkeypatch.context() as patch:
         patch.setattr("os.getpid", lambda: process.pid)
-        patch.setattr("os.rename", lambda old, new: next(renames)(old, new))
-        patch.setattr("shutil.rmtree", end)
+        patch.setattr("os.rename", rename)
+        patch.setattr("shutil.rmtree", Mock(side_effect=KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             replace_folder(staging, target)
     restore_folder(target)
