@@ -17,7 +17,7 @@ from pathlib import Path
 
 from mlx_sora.errors import UsageError, shell_words
 from mlx_sora.request.options import as_path
-from mlx_sora.utils.files import os_error_fix, partial_name, recover
+from mlx_sora.utils.files import os_error_fix, partial_name, recover, remove_partial
 from mlx_sora.video.encoders import missing_encoder
 
 SUFFIXES = (".mp4", ".gif", ".webp", ".png")
@@ -193,13 +193,14 @@ class OutputNames:
 
 def _ignores_case(folder: Path) -> bool:
     """Return True if the file system takes a name in upper case for the same file."""
-    import tempfile
-
-    with suppress(OSError):
-        folder = folder if folder.is_dir() else folder.parent
-        with tempfile.NamedTemporaryFile(dir=folder, prefix=".case-") as file:
-            return os.path.exists(folder / Path(file.name).name.swapcase())
-    return False
+    probe = partial_name((folder if folder.is_dir() else folder.parent) / "case")
+    try:
+        probe.touch()
+        return os.path.exists(probe.with_name(probe.name.swapcase()))
+    except OSError:
+        return False
+    finally:
+        remove_partial(probe)
 
 
 def sidecar_path(path: Path) -> Path:
