@@ -22,6 +22,7 @@ from mlx_sora.video.metadata import find_media, read_metadata, replay_options
 from mlx_sora.video.output_path import (
     DEFAULT_OUTPUT,
     OutputNames,
+    check_first_frame,
     check_obstacles,
     check_output,
     complete_path,
@@ -221,7 +222,9 @@ def _add_request(batch: RequestBatch, number: int, request: GenerationRequest, i
     frames = 0 if request.num_frames is None else parse_frames(request.num_frames)
     path = complete_path(name, frames)
     check_obstacles(path)
-    if existing_files(path) and not request.overwrite:
+    existing = existing_files(path)
+    if existing and not request.overwrite:
+        check_first_frame(path, existing)
         _check_same_prompt(path, request.prompt)
         batch.existing.append(path)
     else:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_sora.errors import MlxSoraError
-from mlx_sora.utils.json import parse_object
+from mlx_sora.utils.json import MAX_JSON, parse_object, read_bytes
 from mlx_sora.utils.leftovers import (
     JOURNAL,
     PARTIAL,
@@ -46,6 +46,9 @@ _LONG_NAME = 240
 
 #: Bytes read at a time for a checksum.
 _READ_SIZE = 1 << 22
+
+#: Hidden name of a file that gets another one, and what identifies it.
+_NewFile = tuple[str, list[int]]
 
 logger = logging.getLogger(__name__)
 
@@ -201,20 +204,20 @@ def rename_all(files: Mapping[Path, Path], replaced: Iterable[Path] = ()) -> Non
     for partial in files.values():
         fsync(partial)
     backups = {path: partial_name(path, REPLACED) for path in replaced}
-    new = {path.name: (partial.name, partial.stat().st_ino) for path, partial in files.items()}
+    new = {path.name: (partial.name, _identity(partial)) for path, partial in files.items()}
     old = {path.name: backup.name for path, backup in backups.items()}
     journal = partial_name(first, JOURNAL)
     with _locked(journal):
         try:
             journal.write_text(json.dumps({"new": new, "old": old}))
             fsync(journal)
-            fsync(first.parent)
+            _fsync_folder(first.parent)
             for path, backup in backups.items():
                 path.rename(backup)
             for path, partial in reversed(list(files.items())):
                 if not _rename_if_free(partial, path):
                     raise FileExistsError(errno.EEXIST, "another file has appeared", str(path))
-            fsync(first.parent)
+            _fsync_folder(first.parent)
         except BaseException:
             with suppress(OSError):
                 _undo(first.parent, new, old)
@@ -244,8 +247,8 @@ def _recover(journal: Path) -> None:
                 return
             with suppress(ValueError):  # cut off: nothing was renamed yet
                 new, old = _read_journal(journal)
-                path, (_, inode) = next(iter(new.items()))
-                if _inode(journal.with_name(path)) != inode:
+                path, (_, identity) = next(iter(new.items()))
+                if not _is(journal.with_name(path), identity):
                     _undo(journal.parent, new, old)
                     for name, _ in new.values():
                         remove_partial(journal.with_name(name))
@@ -267,11 +270,14 @@ def _locked(journal: Path, *, create: bool = True) -> Iterator[bool]:
             os.close(handle)
 
 
-def _read_journal(journal: Path) -> tuple[dict[str, tuple[str, int]], dict[str, str]]:
-    """Return names to hidden names and inodes, and names to hidden names. Raises ValueError."""
-    content = parse_object(journal.read_bytes())
+def _read_journal(journal: Path) -> tuple[dict[str, _NewFile], dict[str, str]]:
+    """Return the files of a sequence by name, and hidden names of those that they replace.
+
+    Raises ValueError.
+    """
+    content = parse_object(read_bytes(journal, MAX_JSON))
     try:
-        new = {str(k): (str(name), int(inode)) for k, (name, inode) in content["new"].items()}
+        new = {str(k): (str(name), list(map(int, i))) for k, (name, i) in content["new"].items()}
         old = {str(k): str(name) for k, name in content["old"].items()}
     except (LookupError, TypeError, AttributeError) as error:
         raise ValueError("not a journal") from error
@@ -281,11 +287,11 @@ def _read_journal(journal: Path) -> tuple[dict[str, tuple[str, int]], dict[str, 
     return new, old
 
 
-def _undo(folder: Path, new: Mapping[str, tuple[str, int]], old: Mapping[str, str]) -> None:
+def _undo(folder: Path, new: Mapping[str, _NewFile], old: Mapping[str, str]) -> None:
     """Undo the renames of a sequence as far as they were made."""
-    for name, (hidden, inode) in new.items():
-        if _inode(folder / name) == inode:
-            if _inode(folder / hidden) == inode:
+    for name, (hidden, identity) in new.items():
+        if _is(folder / name, identity):
+            if os.path.lexists(folder / hidden):
                 (folder / name).unlink()  # killed between the two halves of a rename
             else:
                 (folder / name).replace(folder / hidden)
@@ -294,11 +300,24 @@ def _undo(folder: Path, new: Mapping[str, tuple[str, int]], old: Mapping[str, st
             (folder / hidden).replace(folder / name)
 
 
-def _inode(path: Path) -> int | None:
+def _identity(path: Path) -> list[int]:
+    """Return what tells a file from others of its name, also after a rename."""
+    found = path.stat(follow_symlinks=False)
+    return [found.st_ino, found.st_mtime_ns, found.st_size]
+
+
+def _is(path: Path, identity: list[int]) -> bool:
     try:
-        return path.stat(follow_symlinks=False).st_ino
+        found = _identity(path)
     except FileNotFoundError:
-        return None
+        return False
+    # FAT numbers files by their place in the folder, which a rename changes.
+    return found[0] == identity[0] or found[1:] == identity[1:]
+
+
+def _fsync_folder(folder: Path) -> None:
+    with suppress(OSError):  # which some file systems refuse
+        fsync(folder)
 
 
 def sha256(path: Path, on_progress: Callable[[int], None] | None = None) -> str:

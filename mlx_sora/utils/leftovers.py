@@ -119,7 +119,7 @@ def sign_lock(handle: int) -> None:
 
 
 def _open(path: Path, flags: int) -> int:
-    flags |= os.O_NOFOLLOW | os.O_CLOEXEC
+    flags |= os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
     try:
         return os.open(path, os.O_RDWR | flags, 0o666)
     except PermissionError:  # a file of another user

@@ -237,6 +237,7 @@ def check_output(
     if sidecar and sidecar_path(path).exists():
         existing.append(sidecar_path(path))
     if existing and not overwrite:
+        check_first_frame(path, existing)
         raise UsageError(f"{existing[0]} exists already.", "Give --overwrite or another --output.")
     check_format(path, num_frames=num_frames, size=size, fps=fps)
 
@@ -255,6 +256,16 @@ def check_obstacles(path: Path) -> None:
         _refuse_obstacle(frame)
         if frame.is_symlink():
             raise UsageError(f"{frame} is a link.", "Remove it, or change --output.")
+
+
+def check_first_frame(path: Path, existing: Sequence[Path]) -> None:
+    """Raise UsageError for frames of a sequence without the first, which comes last."""
+    first = frame_path(path, 0)
+    if is_sequence(path) and first not in existing and existing[0] != sidecar_path(path):
+        raise UsageError(
+            f"{existing[0]} is part of an unfinished sequence: its first frame is missing.",
+            "Give --overwrite or another --output.",
+        )
 
 
 def check_inputs(path: Path, inputs: Iterable[str | Path], sidecar: bool = False) -> None:

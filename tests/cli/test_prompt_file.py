@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ from mlx_sora.cli.main import main
 from mlx_sora.errors import MemoryBudgetError
 from mlx_sora.video.metadata import read_metadata
 from tests.helpers.fake_pipeline import FakePipeline
+from tests.unit.video.test_sequences import write_and_end
 
 COMMAND = ["generate", "--prompt-file"]
 
@@ -55,6 +58,24 @@ def test_existing_outputs_are_skipped(
     assert len(pipeline.requests) == 3
     assert main([*COMMAND, name, "--overwrite"]) == 0
     assert len(pipeline.requests) == 5
+
+
+def test_what_is_no_finished_output_is_not_skipped(
+    folder: Path, pipeline: FakePipeline, capsys: pytest.CaptureFixture[str]
+) -> None:
+    killed = folder / "killed_%02d.png"
+    assert write_and_end(killed, signal.SIGKILL, 1, "before") == -signal.SIGKILL
+    (folder / "part_01.png").write_text("precious")
+    os.mkfifo(folder / "pipe.mp4")
+    names = ("killed_%02d.png", "part_%02d.png", "pipe.mp4")
+    lines = [{"prompt": "a", "output": name} for name in names]
+    assert main([*COMMAND, write(folder, *lines)]) == 2
+    assert [request.output for request in pipeline.requests] == ["killed_%02d.png"]
+    error = capsys.readouterr().err
+    assert "skipped" not in error
+    assert "line 2: part_01.png is part of an unfinished sequence" in error
+    assert "line 3: pipe.mp4 is a pipe" in error
+    assert (folder / "killed_00.png").exists()
 
 
 def test_existing_output_of_another_prompt_is_an_error(

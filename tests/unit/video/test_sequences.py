@@ -197,10 +197,12 @@ def test_journals_of_other_machines_and_foreign_ones_are_left_alone(tmp_path: Pa
     name = owned_name(".0123456789ab", JOURNAL)
     mine = tmp_path / "inner" / name
     mine.write_text(
-        f'{{"new": {{"../precious.png": ["a", {outside.stat().st_ino}]}}, "old": {{}}}}'
+        f'{{"new": {{"../precious.png": ["a", [{outside.stat().st_ino}, 0, 0]]}}, "old": {{}}}}'
     )
     other = tmp_path / "inner" / (name[:14] + "00000000" + name[22:])
     other.write_text("{}")
+    pipe = tmp_path / "inner" / owned_name(".0123456789ab", JOURNAL)
+    os.mkfifo(pipe)
     recover(tmp_path / "inner")
     assert outside.read_text() == "precious"
-    assert list((tmp_path / "inner").iterdir()) == [other]
+    assert sorted((tmp_path / "inner").iterdir()) == sorted([other, pipe])
