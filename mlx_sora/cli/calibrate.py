@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
     from mlx_sora.errors import UsageError
     from mlx_sora.pipeline.calibrate import calibrate, requests_for
     from mlx_sora.pipeline.pipeline import Pipeline
-    from mlx_sora.video.output_path import check_result_file
+    from mlx_sora.utils.obstacles import check_result_file
 
     if not 1 <= args.reach <= 100:
         raise UsageError(f"--reach {args.reach} is out of range.", "Give 1 to 100.")

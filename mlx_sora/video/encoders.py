@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from contextlib import suppress
 from fractions import Fraction
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -42,6 +43,7 @@ class FrameEncoder(Protocol):
     def close(self) -> None: ...
 
 
+@cache
 def missing_encoder(suffix: str) -> tuple[str, str] | None:
     """Return why this machine cannot write files of a format, and what to install, or None."""
     if suffix == ".webp":

@@ -8,7 +8,6 @@ from __future__ import annotations
 import errno
 import os
 import re
-import stat
 import string
 import unicodedata
 from collections.abc import Iterable, Sequence
@@ -17,7 +16,13 @@ from pathlib import Path
 
 from mlx_sora.errors import UsageError, shell_words
 from mlx_sora.request.options import as_path
-from mlx_sora.utils.files import os_error_fix, partial_name, recover, remove_partial
+from mlx_sora.utils.files import partial_name, recover, remove_partial
+from mlx_sora.utils.obstacles import (
+    check_writable,
+    is_special,
+    refuse_broken_link,
+    refuse_obstacle,
+)
 from mlx_sora.video.encoders import missing_encoder
 
 SUFFIXES = (".mp4", ".gif", ".webp", ".png")
@@ -34,9 +39,6 @@ MAX_GIF_FPS = 50.0
 
 #: Names of the standard streams, which are no files.
 _STREAMS = re.compile(r"-|/dev/(std(in|out|err)|fd/\d+)|/proc/self/fd/\d+")
-
-#: Bytes that must fit on the disk before the work; many disks accept an empty file when full.
-_PROBE = bytes(4096)
 
 _COUNTER = re.compile(r"%0?(\d{0,2})d")
 
@@ -94,7 +96,7 @@ def complete_path(name: str, num_frames: int) -> Path:
     path = expand_path(name)
     if name.endswith(("/", "\\")):
         return path / "frame_%05d.png"
-    if not path.suffix and not os.path.isdir(path) and not _is_special(path):
+    if not path.suffix and not os.path.isdir(path) and not is_special(path):
         return path.with_name(path.name + (".png" if num_frames == 1 else ".mp4"))
     return path
 
@@ -147,6 +149,8 @@ def frame_files(path: Path) -> list[Path]:
     found = []
     with suppress(FileNotFoundError, NotADirectoryError):
         for name in os.listdir(path.parent):
+            if name[-4:].lower() != path.suffix.lower():
+                continue
             match = pattern.fullmatch(_fold(name))
             frame = frame_path(path, int(match[1])) if match and len(match[1]) < 10 else None
             # Names that differ in case only are one file on many disks of Macs.
@@ -232,7 +236,7 @@ def check_output(
     _check_folder(path)
     check_obstacles(path)
     for file in beside:
-        _refuse_obstacle(file)
+        refuse_obstacle(file)
     existing = existing_files(path)
     if sidecar and sidecar_path(path).exists():
         existing.append(sidecar_path(path))
@@ -249,11 +253,11 @@ def check_obstacles(path: Path) -> None:
     has left of a sequence.
     """
     if not is_sequence(path):
-        _refuse_obstacle(path)
+        refuse_obstacle(path)
         return
     recover(path.parent)
     for frame in frame_files(path):
-        _refuse_obstacle(frame)
+        refuse_obstacle(frame)
         if frame.is_symlink():
             raise UsageError(f"{frame} is a link.", "Remove it, or change --output.")
 
@@ -338,69 +342,19 @@ def _check_kind(path: Path) -> None:
             f"{path} is a folder.",
             f"Name a file in it, or write {shell_words(f'{path}/')} for one png per frame.",
         )
-    _refuse_obstacle(path)
+    refuse_obstacle(path)
     if path.suffix.lower() not in SUFFIXES:
         raise UsageError(f"Unknown output format {path.name!r}.", f"Use {', '.join(SUFFIXES)}.")
     if is_sequence(path) and path.suffix.lower() != ".png":
         raise UsageError(f"{path.name}: only png is written frame by frame.", "Use .png.")
 
 
-def _is_special(path: Path) -> bool:
-    """Return True for pipes, sockets and devices."""
-    try:
-        mode = os.stat(path).st_mode
-    except (OSError, ValueError):
-        return False
-    return not stat.S_ISREG(mode) and not stat.S_ISDIR(mode)
-
-
-def _refuse_obstacle(path: Path) -> None:
-    if os.path.isdir(path):
-        raise UsageError(f"{path} is a folder.", "Remove it, or change --output.")
-    if _is_special(path):
-        raise UsageError(
-            f"{path} is a pipe or a device, and a video is written to a file.", "Change --output."
-        )
-    _refuse_broken_link(path)
-
-
-def _refuse_broken_link(path: Path) -> None:
-    if path.is_symlink() and not path.exists():
-        raise UsageError(
-            f"{path} is a link to {os.readlink(path)}, which does not exist.",
-            "Remove the link, or change --output.",
-        )
-
-
 def _check_folder(path: Path) -> None:
     folder = path.parent
-    _refuse_broken_link(folder)
+    refuse_broken_link(folder)
     if is_sequence(path) and not folder.exists():
         folder = folder.parent
-        _refuse_broken_link(folder)
+        refuse_broken_link(folder)
     if not folder.is_dir():
         raise UsageError(f"The folder {folder} does not exist.", "Create it, or change --output.")
     check_writable(folder)
-
-
-def check_result_file(path: Path) -> None:
-    """Raise UsageError unless a file can be written, or replaced, with the folders it needs."""
-    check_obstacles(path)
-    folder = path.absolute().parent
-    while not os.path.lexists(folder):
-        folder = folder.parent
-    if not folder.is_dir():
-        raise UsageError(f"{folder} is not a folder.", "Change --output.")
-    check_writable(folder)
-
-
-def check_writable(folder: Path) -> None:
-    """Raise UsageError unless a file can be written in `folder`. Leaves none."""
-    import tempfile
-
-    try:
-        with tempfile.TemporaryFile(dir=folder) as file:
-            file.write(_PROBE)
-    except OSError as error:
-        fix = os_error_fix(error, "Change --output.")
-        raise UsageError(f"Cannot write into {folder}: {error.strerror}.", fix) from None

@@ -64,8 +64,9 @@ def test_nohup_goes_on(tmp_path: Path) -> None:
 
 #: A run by the Python API, which prints a line after each step.
 API = """
-import sys
+import signal, sys
 from mlx_sora import GenerationRequest, Pipeline
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 options = {"prompt": "red", "steps": 90, "num_frames": 17, "width": 32, "height": 32, "seed": 1}
 request = GenerationRequest.from_dict({**options, "checkpoint_every": 90, "output": "a.webp"})
 pipe = Pipeline.from_pretrained("shapes")

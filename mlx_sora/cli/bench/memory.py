@@ -189,7 +189,7 @@ class ResultFiles:
 
     def check(self) -> None:
         """Raise UsageError if results cannot be written. Print a note if no chart can be drawn."""
-        from mlx_sora.video.output_path import check_result_file
+        from mlx_sora.utils.obstacles import check_result_file
 
         check_result_file(self._json)
         check_result_file(self._png)

@@ -7,6 +7,7 @@ and "overwrite" or nothing.
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,8 @@ import numpy as np
 from mlx_sora.video.writer import save_frames
 
 PATTERN, FRAMES, GREY, SIGNAL, NUMBER, MOMENT, *OVERWRITE = sys.argv[1:]
+
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which nohup ignores
 
 calls = iter(range(1000))
 

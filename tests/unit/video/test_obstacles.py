@@ -15,12 +15,13 @@ from mlx_sora.cli.main import main
 from mlx_sora.request.edit import EditRequest
 from mlx_sora.runtime.events import RequestFailed
 from mlx_sora.utils.files import partial_name
+from mlx_sora.utils.obstacles import check_result_file
 from mlx_sora.video import output_path
+from mlx_sora.video.encoders import missing_encoder
 from mlx_sora.video.output_path import (
     OutputNames,
     check_inputs,
     check_output,
-    check_result_file,
     complete_path,
 )
 from mlx_sora.video.writer import open_writer, save_frames
@@ -47,12 +48,15 @@ def test_av_without_an_encoder_of_h264(tmp_path: Path, monkeypatch: pytest.Monke
         raise av.codec.codec.UnknownCodecError(name)
 
     monkeypatch.setattr("av.Codec", unknown)
+    missing_encoder.cache_clear()
     with pytest.raises(UsageError, match=r"libx264.*Write \.gif, \.webp, \.png .*install av"):
         check_output(tmp_path / "a.mp4")
     check_output(tmp_path / "a.webp")
     monkeypatch.setattr(features, "check", lambda name: False)
+    missing_encoder.cache_clear()
     with pytest.raises(UsageError, match=r"WebP.*Write \.gif, \.png .*install pillow"):
         check_output(tmp_path / "a.webp")
+    missing_encoder.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -72,11 +76,9 @@ def test_names_that_are_too_long(
 
 
 def test_a_path_that_only_its_temporary_name_makes_too_long(tmp_path: Path) -> None:
-    folder, before = tmp_path, os.getcwd()
-    while len(os.fsencode(folder)) < 4040:
-        part = "d" * min(200, 4060 - len(os.fsencode(folder)))
-        (folder := folder / part).mkdir()
-    os.chdir(before)
+    folder, length = tmp_path, os.pathconf(tmp_path, "PC_PATH_MAX") - 40
+    while len(os.fsencode(folder)) < length - 20:
+        (folder := folder / ("d" * min(200, length - len(os.fsencode(folder))))).mkdir()
     with pytest.raises(UsageError, match="is too long"):
         check_output(folder / "a.png")
 

@@ -162,11 +162,11 @@ def test_only_frames_of_the_sequence_are_replaced(tmp_path: Path) -> None:
 def test_frames_in_other_cases_exist_where_case_does_not_count(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "F_01.PNG").write_text("precious")
+    (tmp_path / "F_00.PNG").write_text("precious")
     pattern = tmp_path / "f_%02d.png"
     assert existing_files(pattern) == []
     lstat = os.lstat
-    upper = {"f_01.png": "F_01.PNG"}
+    upper = {"f_00.png": "F_00.PNG"}
     monkeypatch.setattr(
         "os.lstat", lambda path: lstat(tmp_path / upper.get(Path(path).name, Path(path).name))
     )
