@@ -16,8 +16,10 @@ import pytest
 from PIL import Image
 
 from mlx_sora.errors import MlxSoraError, UsageError
+from mlx_sora.request.generation import GenerationRequest
 from mlx_sora.utils.files import recover
 from mlx_sora.utils.leftovers import JOURNAL, owned_name
+from mlx_sora.video import Video
 from mlx_sora.video.output_path import check_output, existing_files, frame_path
 from mlx_sora.video.writer import save_frames
 
@@ -188,6 +190,22 @@ def test_what_lies_under_the_name_of_a_frame(tmp_path: Path, kind: str) -> None:
     for overwrite in (False, True):
         with pytest.raises(UsageError, match=f"f_07.png is a {kind.partition(' ')[2] or kind}"):
             check_output(tmp_path / "f_%02d.png", overwrite)
+
+
+def test_a_finished_sequence_is_copied_whole(tmp_path: Path) -> None:
+    pattern, request = tmp_path / "f_%02d.png", GenerationRequest(prompt="a")
+    save_frames(pattern, frames(NEW, 200), 8)
+    video = Video(pattern, request, width=16, height=16, num_frames=NEW, fps=8, seed=1)
+    copy = tmp_path / "copy"
+    assert video.save(copy / "g_%d.png") == copy / "g_%d.png"
+    assert greys(copy / "g_%d.png") == [200] * NEW
+    with pytest.raises(UsageError, match="no longer in memory"):
+        video.save(tmp_path / "a.png")
+    (copy / "g_1.png").unlink()
+    frame_path(pattern, 1).unlink()
+    with pytest.raises(MlxSoraError, match="Cannot write"):
+        video.save(copy / "g_%d.png", overwrite=True)
+    assert sorted(path.name for path in copy.iterdir()) == ["g_0.png", "g_2.png"]
 
 
 def test_journals_of_other_machines_and_foreign_ones_are_left_alone(tmp_path: Path) -> None:
