@@ -51,7 +51,7 @@ def check_result_file(path: Path) -> None:
     while not os.path.lexists(folder):
         folder = folder.parent
     if not folder.is_dir():
-        raise UsageError(f"{folder} is not a folder.", "Change --output.")
+        raise UsageError(f"Cannot write {path}: {folder} is not a folder.", "Change --output.")
     check_writable(folder)
 
 
