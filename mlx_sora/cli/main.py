@@ -27,8 +27,7 @@ from mlx_sora.errors import (
     printable,
 )
 from mlx_sora.runtime.compile_cache import ensure_compile_cache
-from mlx_sora.utils.leftovers import sweep_temporary_folders
-from mlx_sora.utils.signals import signals_as_exceptions
+from mlx_sora.utils.leftovers import signals_as_exceptions, sweep_temporary_folders
 
 COMMANDS = (generate, edit, serve, download, convert, doctor, info, bench, calibrate)
 

@@ -28,7 +28,7 @@ from mlx_sora.pipeline.stages import TextStates, decode, denoise, encode_media, 
 from mlx_sora.request.generation import GenerationRequest
 from mlx_sora.runtime.events import Event
 from mlx_sora.sampling import SAMPLERS
-from mlx_sora.utils.signals import deferred_signals
+from mlx_sora.utils.leftovers import deferred_signals
 from mlx_sora.video import Video
 from mlx_sora.video.frames import FrameCounter, FramesInMemory, FrameWriter
 from mlx_sora.video.output_path import (

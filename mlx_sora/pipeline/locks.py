@@ -20,8 +20,7 @@ from mlx_sora.distributed.group import Ranks
 from mlx_sora.errors import UsageError
 from mlx_sora.runtime.events import Event, Finished
 from mlx_sora.utils.files import name_hash, recover
-from mlx_sora.utils.leftovers import acquire_lock, sign_lock
-from mlx_sora.utils.signals import exit_like, signals_as_exceptions
+from mlx_sora.utils.leftovers import acquire_lock, exit_like, sign_lock, signals_as_exceptions
 
 logger = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""Files of processes that have ended: names that say who owns a file, locks, and their removal.
+"""Ends of processes: signals, locks, names that say who owns a file, and removal of leftovers.
 
 A killed process removes nothing. So the names of temporary files and folders say which process of
 which machine owns them, and whoever writes to the same folder next removes those of ended ones.
@@ -13,13 +13,17 @@ import os
 import platform
 import re
 import shutil
+import signal
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 #: Suffixes of hidden files: one being written, one that a sequence replaces, and the journal of
 #: the renames of a sequence.
@@ -215,3 +219,57 @@ def _start_time_on_macos(process: int) -> int | None:
         return None
     seconds, micros = (ctypes.c_uint64 * 2).from_buffer(record, seconds_at)
     return int(seconds) * 1_000_000 + int(micros)
+
+
+@contextmanager
+def signals_as_exceptions(make: Callable[[int], BaseException]) -> Iterator[None]:
+    """Raise what `make` returns at SIGTERM and SIGHUP inside the block: partial files are removed.
+
+    A signal that is ignored, as SIGHUP under nohup, or has a handler keeps it.
+    """
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # a closed terminal may send several
+        raise make(number)
+
+    numbers = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) == signal.SIG_DFL]
+    if not _is_main_thread():
+        numbers = []
+    for number in numbers:
+        signal.signal(number, interrupt)
+    try:
+        yield
+    finally:
+        for number in numbers if _is_main_thread() else ():
+            if signal.getsignal(number) in (interrupt, signal.SIG_IGN):
+                signal.signal(number, signal.SIG_DFL)
+
+
+def exit_like(number: int) -> SystemExit:
+    """Return the exit of a process that signal `number` ends, with the code that shells show."""
+    return SystemExit(128 + number)
+
+
+@contextmanager
+def deferred_signals() -> Iterator[None]:
+    """Let Ctrl-C, SIGTERM and SIGHUP wait until the end of the block. Its work must be short."""
+    received: list[int] = []
+    if not _is_main_thread():  # in which all signals are handled
+        yield
+        return
+    before: dict[int, Any] = {
+        number: signal.signal(number, lambda number, frame: received.append(number))
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        if signal.getsignal(number) not in (signal.SIG_IGN, None)
+    }
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for number in received[:1]:
+            signal.raise_signal(number)
+
+
+def _is_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()

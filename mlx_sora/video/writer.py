@@ -19,7 +19,7 @@ from mlx_sora.utils.files import (
     rename_all,
     rename_into_place,
 )
-from mlx_sora.utils.signals import deferred_signals
+from mlx_sora.utils.leftovers import deferred_signals
 from mlx_sora.video.encoders import AnimationEncoder, FrameEncoder, Mp4Encoder, PngEncoder, save_png
 from mlx_sora.video.output_path import (
     check_format,
