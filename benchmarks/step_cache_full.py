@@ -25,9 +25,9 @@ from mlx.utils import tree_map
 from benchmarks.common import RESULTS, arguments, markdown, seconds, write_json
 from mlx_sora.accel.base import ScheduleInfo
 from mlx_sora.accel.step_cache import ResidualCache
+from mlx_sora.memory.activations import residual_bytes
 from mlx_sora.memory.flops import Grid
 from mlx_sora.memory.limits import memory_scope, release
-from mlx_sora.memory.requirements import residual_bytes
 from mlx_sora.models.hooks import Hooks
 from mlx_sora.models.stdit3 import BlockPair, STDiT3, STDiT3Config
 from mlx_sora.request.techniques import StepCache

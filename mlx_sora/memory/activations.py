@@ -77,8 +77,13 @@ def transformer(config: STDiT3Config, grid: Grid, mode: ExecutionMode) -> int:
     if mode.gpu:
         hidden = int(grid.num_tokens * config.hidden_size * config.mlp_ratio) * mode.itemsize
         return int(factor * stream) + 5 * min(hidden, MLP_BYTES)
-    piece = max(SLICE_BYTES, FLOAT32_SIZE * MIN_ROWS * int(config.hidden_size * config.mlp_ratio))
-    return int(factor * stream + mode.pick(4, 8) * piece)
+    row = FLOAT32_SIZE * int(config.hidden_size * config.mlp_ratio)
+    hidden = min(grid.num_tokens * row, max(SLICE_BYTES, MIN_ROWS * row))
+    keys = max(grid.spatial_tokens, grid.frames, grid.text_tokens)
+    logits = FLOAT32_SIZE * grid.num_tokens * config.num_heads * keys
+    # Without throttling, MLX runs into the following slices of queries.
+    logits = min(logits, int(mode.pick(1, 2.5) * SLICE_BYTES))
+    return int(factor * stream + mode.pick(4, 8) * max(hidden, logits))
 
 
 def dequantization_buffers(largest: int, mode: ExecutionMode) -> int:
@@ -93,6 +98,11 @@ def text_keys_values(config: STDiT3Config, grid: Grid, mode: ExecutionMode) -> i
     """Return the bytes of the text keys and values of all blocks, which stay for the run."""
     each = mode.itemsize * grid.batch * grid.text_tokens * config.hidden_size
     return 2 * 2 * config.depth * each
+
+
+def residual_bytes(config: STDiT3Config, grid: Grid) -> int:
+    """Return the bytes of the residual (out - in) of the block stack, in float32."""
+    return FLOAT32_SIZE * grid.num_tokens * config.hidden_size
 
 
 def spatial_decoder(
@@ -132,9 +142,7 @@ def temporal_decoder(
     latents = max(chunk.latents for chunk in chunks)
     tensor = _widest_tensor(config, latents * temporal.factor, height, width)
     kernel = FLOAT32_SIZE * 27 * 2 * max(temporal.widths) ** 2
-    if _uses_im2col(height, width):
-        return 2 * kernel + 37 * tensor + int(mode.pick(0, COMPILED_BUFFER))
-    return int(_temporal_factor(mode) * tensor + mode.pick(0, COMPILED_BUFFER)) + kernel
+    return _temporal_network(tensor, kernel, _uses_im2col(height, width), mode)
 
 
 def spatial_encoder(
@@ -154,9 +162,14 @@ def temporal_encoder(
     padded = temporal.latent_frames(frames) * temporal.factor
     tensor = _widest_tensor(config, padded, height, width)
     kernel = FLOAT32_SIZE * 27 * max(temporal.widths) ** 2
-    if _uses_im2col(height, width):
-        return 2 * kernel + int(mode.pick(30, 50) * tensor)
-    return kernel + int(_temporal_factor(mode) * tensor)
+    return _temporal_network(tensor, kernel, _uses_im2col(height, width), mode)
+
+
+def _temporal_network(tensor: int, kernel: int, im2col: bool, mode: ExecutionMode) -> int:
+    """Return the activations of a network of the temporal VAE from its widest tensor."""
+    if im2col:
+        return 2 * kernel + int(mode.pick(37, 75) * tensor)
+    return kernel + int(_temporal_factor(mode) * tensor + mode.pick(0, COMPILED_BUFFER))
 
 
 def largest_transformer_array(config: STDiT3Config, grid: Grid, itemsize: int) -> int:

@@ -34,6 +34,9 @@ _LARGE = 1 << 20
 #: The value of M_MMAP_THRESHOLD that glibc itself reaches after a program has freed large arrays.
 _GLIBC_MMAP_THRESHOLD = 32 << 20
 
+#: The smallest limit of MLX's cache. Below it, every large activation is a system call.
+MIN_CACHE = 32 << 20
+
 #: Share of the RAM that may be wired.
 _WIRED_SHARE = 0.65
 
@@ -48,6 +51,20 @@ def default_cache_limit() -> int | None:
     which makes element-wise operations on large arrays seven times slower.
     """
     return min(4 << 30, total_memory() // 6) if backend() == "cpu" else None
+
+
+def least_cache(activations: int, *, gpu: bool) -> int:
+    """Return the smallest cache limit under which activations are no system calls.
+
+    On CPUs no more than activations can use, in bytes.
+    """
+    return MIN_CACHE if gpu else min(MIN_CACHE, activations)
+
+
+def cache_limit(spare: int, activations: int, most: int, *, gpu: bool) -> int:
+    """Return half of the `spare` bytes, up to `most`, but no more than activations can use."""
+    least = least_cache(activations, gpu=gpu)
+    return min(max(least, min(most, activations)), max(least, spare // 2))
 
 
 def release() -> None:

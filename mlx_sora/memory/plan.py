@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from mlx_sora.geometry import Geometry
+from mlx_sora.memory.process import PICTURE_READER, VIDEO_READER, FileMemory, writer_memory
 from mlx_sora.models.stdit3 import STDiT3Config
 from mlx_sora.models.t5 import T5Config
 from mlx_sora.models.vae import VAEConfig
@@ -68,11 +69,20 @@ class ModelSizes:
 
 @dataclass(frozen=True)
 class MediaWorkload:
-    """Media to encode: chunks, frames of the longest one, pixels of the largest source frame."""
+    """Media to encode: chunks, frames of the longest one, pixels of the largest source frame.
+
+    videos: False if all are pictures.
+    """
 
     chunks: int
     chunk_frames: int
     source_pixels: int
+    videos: bool = True
+
+    @property
+    def reader(self) -> FileMemory:
+        """Memory of reading them."""
+        return VIDEO_READER if self.videos else PICTURE_READER
 
 
 @dataclass(frozen=True)
@@ -103,6 +113,7 @@ class Workload:
     clips: clips of the video, all but the first with `shared_frames` frames of the clip before.
     vae_tiles: tiles per side in which frames are decoded.
     vae_itemsize: bytes per weight and activation of the VAE.
+    suffix: format of the file; "" if the frames stay in memory.
     """
 
     geometry: Geometry
@@ -120,6 +131,18 @@ class Workload:
     shared_frames: int = 0
     vae_tiles: int = 1
     vae_itemsize: int = FLOAT32_SIZE
+    suffix: str = ".mp4"
+
+    @property
+    def num_frames(self) -> int:
+        """Frames of all clips."""
+        frames = self.geometry.num_frames
+        return frames + (self.clips - 1) * (frames - self.shared_frames)
+
+    @property
+    def writer_bytes(self) -> int:
+        """Memory of writing the file."""
+        return writer_memory(self.suffix, self.geometry.decoded, self.num_frames)
 
     @property
     def batch(self) -> int:

@@ -62,8 +62,7 @@ def make_plan(
 def _scale_to_clips(stages: Sequence[StagePlan], workload: Workload) -> tuple[StagePlan, ...]:
     """Multiply reading and operations by the number of clips: each reads the weights again."""
     frames, clips = workload.geometry.num_frames, workload.clips
-    decoded_frames = frames + (clips - 1) * (frames - workload.shared_frames)
-    factors = {"denoise": clips, "decode": decoded_frames / frames}
+    factors = {"denoise": clips, "decode": workload.num_frames / frames}
     return tuple(
         replace(stage, read=stage.read * clips, flops=int(stage.flops * factors[stage.stage]))
         if stage.stage in factors

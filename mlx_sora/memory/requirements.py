@@ -12,6 +12,7 @@ from functools import partial
 from mlx_sora.memory import activations, flops
 from mlx_sora.memory.activations import ExecutionMode
 from mlx_sora.memory.flops import Grid
+from mlx_sora.memory.limits import cache_limit, least_cache
 from mlx_sora.memory.plan import (
     FLOAT32_SIZE,
     Machine,
@@ -23,36 +24,26 @@ from mlx_sora.memory.plan import (
     WeightSizes,
     Workload,
 )
+from mlx_sora.memory.process import PYAV, program_memory
 from mlx_sora.memory.residency import ResidencyPlan, choose_resident
 from mlx_sora.models.stdit3 import STDiT3Config
 from mlx_sora.models.vae import VAEConfig, chunk_plan
 from mlx_sora.models.vae_tiling import tiling_cost
-
-#: Memory of the process outside MLX: interpreter, libraries, what their allocators hold back.
-NON_MLX_BYTES = 160 << 20
-
-#: A video encoder's own memory: fixed, and per pixel of a frame (x264, measured).
-VIDEO_ENCODER_BYTES, VIDEO_ENCODER_BYTES_PER_PIXEL = 64 << 20, 260
-
-#: A video decoder's memory per pixel of a frame: some twenty reference frames (measured in 4K: 39
-#: of H.264, 56 of 10-bit HEVC).
-VIDEO_DECODER_BYTES_PER_PIXEL = 60
-
-#: The smallest limit of MLX's cache. Below it, every activation is a system call.
-MIN_CACHE = 32 << 20
 
 
 @dataclass(frozen=True)
 class BlockStageMemory:
     """Memory of a stage that runs a stack of blocks: text encoding or denoising.
 
-    fixed: everything but blocks, activations and cache.
+    outside: memory outside MLX.
+    fixed: MLX's, but for blocks, activations and cache.
     passes: passes through the blocks.
     reserve: part of the peak that the first pass does not show.
     largest_array: bytes of the largest activation.
     """
 
     stage: str
+    outside: int
     fixed: int
     activations: int
     weights: WeightSizes
@@ -65,12 +56,18 @@ class BlockStageMemory:
     @property
     def minimum(self) -> int:
         """Bytes with one block in memory at a time."""
-        return self.fixed + self.activations + MIN_CACHE + self.weights.load_peak_bytes
+        least = self._used + least_cache(self.activations, gpu=self.mode.gpu)
+        return least + self.weights.load_peak_bytes
 
     @property
     def comfortable(self) -> int:
         """Bytes from which the next block can be prefetched."""
         return self.minimum + max(self.weights.blocks)
+
+    @property
+    def _used(self) -> int:
+        """Bytes without blocks and cache."""
+        return self.outside + self.fixed + self.activations
 
     def plan_within(self, budget: int, machine: Machine, streamed: bool) -> StagePlan:
         """Plan the stage within `budget` bytes; blocks and cache share what is spare.
@@ -78,9 +75,9 @@ class BlockStageMemory:
         streamed: no block is resident, even if it fits.
         """
         weights = self.weights
-        available = budget - self.fixed - self.activations
+        available = budget - self._used
         spare = available - max(weights.blocks) - weights.load_peak_bytes
-        cache = _cache_limit(spare, self.activations, machine)
+        cache = cache_limit(spare, self.activations, machine.cache_limit, gpu=self.mode.gpu)
         residency = choose_resident(available - cache, weights.blocks, weights.load_peak_bytes)
         if streamed or self.passes == 1:  # of one pass, no block would be used again
             residency = replace(residency, resident=0)
@@ -98,10 +95,10 @@ class BlockStageMemory:
         if residency.resident < count:
             blocks += weights.load_peak_bytes + (size if residency.prefetch else 0)
         streamed_again = weights.stored_blocks * (count - residency.resident) // count
-        mlx = self.fixed - NON_MLX_BYTES + blocks + self.activations
+        mlx = self.fixed + blocks + self.activations
         return StagePlan(
             stage=self.stage,
-            peak=NON_MLX_BYTES + mlx + cache,
+            peak=self.outside + mlx + cache,
             read=weights.stored + (self.passes - 1) * streamed_again,
             flops=self.flops,
             cache_limit=cache,
@@ -118,14 +115,14 @@ class BlockStageMemory:
 class VaeStageMemory:
     """Memory of decoding, or of encoding media (stage read).
 
-    fixed: memory outside MLX.
+    outside: memory outside MLX.
     spatial_activations: by frames per pass of the spatial VAE.
     queued_latents: latents of all chunks, which wait while the temporal decoder is offloaded.
     largest_array: bytes of the largest activation with one frame per pass.
     """
 
     stage: str
-    fixed: int
+    outside: int
     weights: VAESizes
     temporal_activations: int
     spatial_activations: Mapping[int, int]
@@ -137,7 +134,9 @@ class VaeStageMemory:
     @property
     def minimum(self) -> int:
         """Bytes with one frame per pass."""
-        return self.fixed + MIN_CACHE + self._offloaded(min(self.spatial_activations))
+        frames = min(self.spatial_activations)
+        least = least_cache(self._activations(frames), gpu=self.mode.gpu)
+        return self.outside + least + self._offloaded(frames)
 
     @property
     def comfortable(self) -> int:
@@ -149,26 +148,33 @@ class VaeStageMemory:
 
         Of the two networks one is in memory at a time, streamed or not.
         """
-        available = budget - self.fixed
+        available = budget - self.outside
         frames = max(
             n
             for n in self.spatial_activations
-            if n == 1 or self._offloaded(n) + MIN_CACHE <= available
+            if n == 1
+            or self._offloaded(n) + least_cache(self._activations(n), gpu=self.mode.gpu)
+            <= available
         )
         used = self._offloaded(frames)
-        activations = max(self.temporal_activations, self.spatial_activations[frames])
-        cache = _cache_limit(available - used, activations, machine)
+        cache = cache_limit(
+            available - used, self._activations(frames), machine.cache_limit, gpu=self.mode.gpu
+        )
         return self._plan(frames, used, cache, sequential_offload=True)
 
     def plan_unbounded(self, machine: Machine, streamed: bool) -> StagePlan:
         """Plan the stage without a budget; the networks are offloaded if `streamed`."""
         frames = max(self.spatial_activations)
-        activations = max(self.temporal_activations, self.spatial_activations[frames])
+        activations = self._activations(frames)
         used = self.weights.temporal + self.weights.spatial + activations
         if streamed:
             used = self._offloaded(frames)
         cache = min(machine.cache_limit, activations)
         return self._plan(frames, used, cache, sequential_offload=streamed)
+
+    def _activations(self, frames: int) -> int:
+        """Bytes of the activations of the larger network."""
+        return max(self.temporal_activations, self.spatial_activations[frames])
 
     def _offloaded(self, frames: int) -> int:
         """Bytes of MLX with one of the two networks in memory at a time."""
@@ -181,7 +187,7 @@ class VaeStageMemory:
         activations = min(self.temporal_activations, self.spatial_activations[frames])
         return StagePlan(
             stage=self.stage,
-            peak=self.fixed + used + cache,
+            peak=self.outside + used + cache,
             read=self.weights.stored,
             flops=self.flops,
             cache_limit=cache,
@@ -190,12 +196,6 @@ class VaeStageMemory:
             micro_batch=frames,
             sequential_offload=sequential_offload,
         )
-
-
-def _cache_limit(spare: int, activations: int, machine: Machine) -> int:
-    """Return half of the spare bytes, but no more than activations can use."""
-    most = max(MIN_CACHE, min(machine.cache_limit, activations))
-    return min(most, max(MIN_CACHE, spare // 2))
 
 
 def _memory_limit(used: int, activations: int, cache: int, mode: ExecutionMode) -> int:
@@ -215,7 +215,7 @@ def stage_requirements(
 ) -> tuple[StageMemory, ...]:
     """Return the memory of every stage in order, with MLX's scheduler throttled or not."""
     mode = ExecutionMode(machine.gpu, throttled and machine.can_throttle, machine.itemsize)
-    stages: list[StageMemory] = [_text_encoder_memory(sizes, workload.text_tokens, mode)]
+    stages: list[StageMemory] = [_text_encoder_memory(sizes, workload, mode)]
     if workload.media is not None:
         stages.append(_media_encoder_memory(sizes, workload, workload.media, machine, mode))
     stages.append(_denoising_memory(sizes, workload, mode))
@@ -223,11 +223,14 @@ def stage_requirements(
     return tuple(stages)
 
 
-def _text_encoder_memory(sizes: ModelSizes, tokens: int, mode: ExecutionMode) -> BlockStageMemory:
-    weights = sizes.text_weights
+def _text_encoder_memory(
+    sizes: ModelSizes, workload: Workload, mode: ExecutionMode
+) -> BlockStageMemory:
+    weights, tokens = sizes.text_weights, workload.text_tokens
     return BlockStageMemory(
         stage="encode",
-        fixed=NON_MLX_BYTES + weights.rest,
+        outside=_outside("encode", workload, mode),
+        fixed=weights.rest,
         activations=activations.text_encoder(sizes.text, tokens, mode)
         + activations.dequantization_buffers(weights.largest_dequantized, mode),
         weights=weights,
@@ -255,9 +258,7 @@ def _media_encoder_memory(
     chunk_flops += frames * flops.spatial_encoder_flops(config.spatial, height, width)
     return VaeStageMemory(
         stage="read",
-        fixed=NON_MLX_BYTES
-        + VIDEO_ENCODER_BYTES
-        + VIDEO_DECODER_BYTES_PER_PIXEL * media.source_pixels,
+        outside=_outside("read", workload, mode),
         weights=sizes.vae_encoder.with_itemsize(workload.vae_itemsize),
         temporal_activations=int(
             share * activations.temporal_encoder(config, frames, rows, columns, mode)
@@ -292,13 +293,12 @@ def _denoising_memory(
         operations += count * one
     return BlockStageMemory(
         stage="denoise",
-        fixed=NON_MLX_BYTES
-        + weights.rest
+        outside=_outside("denoise", workload, mode),
+        fixed=weights.rest
         + activations.text_keys_values(config, cfg, mode)
         + cond_only * activations.text_keys_values(config, single, mode)
         + workload.captured_bytes
-        + int(workload.cached_residuals * residual_bytes(config, cfg))
-        + (_video_encoder_bytes(workload) if workload.clips > 1 else 0),
+        + int(workload.cached_residuals * activations.residual_bytes(config, cfg)),
         activations=activations.transformer(config, grid, mode)
         + activations.dequantization_buffers(weights.largest_dequantized, mode),
         weights=weights,
@@ -310,15 +310,22 @@ def _denoising_memory(
     )
 
 
+def _outside(stage: str, workload: Workload, mode: ExecutionMode) -> int:
+    """Return the bytes outside MLX. Libraries stay loaded, and a file stays open between clips."""
+    media = workload.media
+    writes = stage == "decode" or (stage == "denoise" and workload.clips > 1)
+    found = program_memory(gpu=mode.gpu) + writes * workload.writer_bytes
+    if media is not None:
+        found += media.reader.total(media.source_pixels if stage == "read" else 0)
+    if (media is not None and media.videos) or (writes and workload.suffix == ".mp4"):
+        found += PYAV
+    return found
+
+
 def _evaluation_flops(config: STDiT3Config, grid: Grid, variant: StepVariant) -> int:
     if variant.blocks_skipped:
         config = replace(config, depth=0)
     return flops.transformer_flops(config, grid, merged=variant.tokens_merged)
-
-
-def residual_bytes(config: STDiT3Config, grid: Grid) -> int:
-    """Return the bytes of the residual (out - in) of the block stack, in float32."""
-    return FLOAT32_SIZE * grid.num_tokens * config.hidden_size
 
 
 def _denoising_reserve(
@@ -330,7 +337,7 @@ def _denoising_reserve(
         wider = activations.transformer(config, grid, mode)
         wider -= activations.transformer(config, single, mode)
         return workload.captured_bytes + activations.text_keys_values(config, cfg, mode) + wider
-    reserve = int(workload.cached_residuals * residual_bytes(config, cfg))
+    reserve = int(workload.cached_residuals * activations.residual_bytes(config, cfg))
     # The unconditional pass has its own text keys and values, and so have cond-only steps.
     if workload.guided and workload.sequential_guidance:
         reserve += activations.text_keys_values(config, single, mode)
@@ -363,7 +370,7 @@ def _decoder_memory(
     share = activations.vae_share(workload.vae_itemsize, mode)
     return VaeStageMemory(
         stage="decode",
-        fixed=NON_MLX_BYTES + _video_encoder_bytes(workload),
+        outside=_outside("decode", workload, mode),
         weights=sizes.vae_decoder.with_itemsize(workload.vae_itemsize),
         temporal_activations=int(
             share * activations.temporal_decoder(config, frames, rows, columns, mode)
@@ -380,11 +387,6 @@ def _decoder_memory(
             arrays(1), activations.largest_temporal_array(config, longest, rows, columns)
         ),
     )
-
-
-def _video_encoder_bytes(workload: Workload) -> int:
-    width, height = workload.geometry.decoded
-    return VIDEO_ENCODER_BYTES + VIDEO_ENCODER_BYTES_PER_PIXEL * width * height
 
 
 def _micro_batches(config: VAEConfig, longest: int, fits: Callable[[int], bool]) -> Iterator[int]:

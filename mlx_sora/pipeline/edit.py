@@ -102,7 +102,9 @@ def prepare_edit(engine: Engine, edit: EditRequest) -> EditRun:
         text=prompt.text(),
         inject_steps=steps,
         captured=captured_bytes(engine.transformer_config, geometry.latent, evaluations, 1),
-        media=MediaWorkload(len(chunks), chunks[0].frames, math.prod(size)),
+        media=MediaWorkload(
+            len(chunks), chunks[0].frames, math.prod(size), videos=info is not None
+        ),
     )
     run = plan_run(engine, request, resolved, source)
     if run.output is not None:

@@ -87,6 +87,7 @@ def plan_run(
         shared_frames=resolved.clips.shared_frames,
         vae_tiles=resolved.vae_tiles,
         vae_itemsize=engine.precision.vae.size,
+        suffix="" if output is None else output.suffix.lower(),
     )
     if source is not None:
         workload = source.add_to(workload, engine.precision.transformer)
@@ -180,7 +181,8 @@ def media_workload(resolved: ResolvedRequest) -> MediaWorkload | None:
     if not tasks:
         return None
     pixels = max(source.source_pixels for source in resolved.media.files)
-    return MediaWorkload(len(tasks), max(task.frames for task in tasks), pixels)
+    videos = any(source.video is not None for source in resolved.media.files)
+    return MediaWorkload(len(tasks), max(task.frames for task in tasks), pixels, videos)
 
 
 def resolve_output(

@@ -13,6 +13,7 @@ import pytest
 
 from mlx_sora import GenerationRequest, MemoryBudgetError, Pipeline, UsageError
 from mlx_sora.memory.profiles import PROFILES, parse_bytes
+from mlx_sora.models.ops import on_gpu
 
 PROMPT = "a red circle moving right on a black background"
 COMMAND = [sys.executable, "-m", "mlx_sora", "generate", "-p", PROMPT, "--steps", "3"]
@@ -45,13 +46,29 @@ def smallest(pipe: Pipeline, **options: object) -> int:
     return pipe.plan(GenerationRequest.from_dict({"prompt": PROMPT, **options})).smallest
 
 
-@pytest.mark.parametrize("frames", [1, 17, 51])
-def test_process_stays_within_the_smallest_budget(
-    pipe: Pipeline, tmp_path: Path, frames: int
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_frames": 1, "output": "a.png"},
+        {"num_frames": 17, "output": "a.mp4"},
+        {"num_frames": 51, "output": "a.webp"},
+        {"num_frames": 17, "output": "a.mp4", "width": 128, "height": 128},
+        {"num_frames": 17, "output": "a.mp4", "memory_budget": "off"},
+    ],
+    ids=str,
+)
+def test_a_plan_is_the_peak_or_up_to_30_percent_more(
+    pipe: Pipeline, tmp_path: Path, options: dict[str, object]
 ) -> None:
-    budget = smallest(pipe, num_frames=frames, steps=3)
-    words = [*COMMAND, "--num-frames", str(frames), "--memory-budget", str(budget)]
-    assert peak_of(words, tmp_path) <= budget
+    """Within the smallest budget and without one; options of one command, which makes a file."""
+    plan = pipe.plan(GenerationRequest.from_dict({"prompt": PROMPT, "steps": 3, **options}))
+    budget = {} if "memory_budget" in options else {"memory_budget": plan.smallest}
+    planned = plan.smallest if budget else plan.peak
+    words = [f"--{name.replace('_', '-')}={value}" for name, value in (options | budget).items()]
+    peak = peak_of([*COMMAND, *words], tmp_path)
+    assert peak <= planned
+    if not on_gpu() and sys.platform == "linux":  # what the program takes elsewhere is not measured
+        assert planned <= 1.3 * peak
 
 
 def test_memory_does_not_grow_with_the_length(tmp_path: Path) -> None:

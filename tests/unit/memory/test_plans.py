@@ -28,7 +28,7 @@ def pipe(folder: Path) -> Pipeline:
 
 def plan(pipe: Pipeline, resolution: str, ratio: str, frames: int, **more: object) -> Plan:
     options = {"resolution": resolution, "aspect_ratio": ratio, "num_frames": frames, "seed": 1}
-    limit = {"memory_budget": "off"}
+    limit = {"memory_budget": "off", "output": "a.mp4", "overwrite": True}
     return pipe.plan(GenerationRequest.from_dict({"prompt": "a cat", **options, **limit, **more}))
 
 
@@ -46,7 +46,7 @@ def test_every_size_and_length_has_a_plan(pipe: Pipeline, resolution: str, ratio
         assert [stage.stage for stage in found.stages] == ["encode", "denoise", "decode"]
         assert all(stage.peak > 0 < stage.flops for stage in found.stages)
         assert all(stage.read > 0 for stage in found.stages)
-        assert 1e9 < found.smallest < found.peak
+        assert 0.8e9 < found.smallest < found.peak
     work = [[stage.flops for stage in found.stages[1:]] for found in plans]
     assert work == sorted(work)
     peaks = [found.stage("denoise").peak for found in plans]
