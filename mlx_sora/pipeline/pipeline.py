@@ -30,7 +30,11 @@ log = logging.getLogger(__name__)
 
 
 class Pipeline:
-    """Text to video with one model, one run at a time. Holds no weights between runs."""
+    """Text to video with one model, one run at a time. Holds no weights between runs.
+
+    Any thread may run it; one that stays is best, because MLX keeps a thread of the system for each
+    Python thread that has computed.
+    """
 
     def __init__(self, model: ModelFolder, dtype: str = "auto") -> None:
         ensure_compile_cache()
