@@ -11,7 +11,7 @@ from mlx_sora.geometry import Size
 
 #: Interpreter, libraries, and what their allocators hold back. On CPUs 78 MB (90 with Python 3.13);
 #: not measured on GPUs.
-PROGRAM, PROGRAM_GPU = 92 << 20, 160 << 20
+PROGRAM, PROGRAM_GPU = 96 << 20, 160 << 20
 
 #: PyAV and its libraries, once a video has been opened.
 PYAV = 18 << 20
