@@ -15,6 +15,7 @@ from mlx_sora.memory.flops import Grid
 from mlx_sora.memory.limits import cache_limit, least_cache
 from mlx_sora.memory.plan import (
     FLOAT32_SIZE,
+    PYAV,
     Machine,
     MediaWorkload,
     ModelSizes,
@@ -23,8 +24,8 @@ from mlx_sora.memory.plan import (
     VAESizes,
     WeightSizes,
     Workload,
+    program_memory,
 )
-from mlx_sora.memory.process import PYAV, program_memory
 from mlx_sora.memory.residency import ResidencyPlan, choose_resident
 from mlx_sora.models.stdit3 import STDiT3Config
 from mlx_sora.models.vae import VAEConfig, chunk_plan

@@ -12,6 +12,8 @@ from mlx_sora.errors import MemoryBudgetError
 from mlx_sora.geometry import Size, plan_geometry
 from mlx_sora.memory.limits import MIN_CACHE
 from mlx_sora.memory.plan import (
+    PYAV,
+    WRITERS,
     Machine,
     MediaWorkload,
     ModelSizes,
@@ -21,9 +23,10 @@ from mlx_sora.memory.plan import (
     VAESizes,
     WeightSizes,
     Workload,
+    program_memory,
+    writer_memory,
 )
 from mlx_sora.memory.planner import _smaller_workloads, make_plan, stage_limits
-from mlx_sora.memory.process import PYAV, WRITERS, program_memory, writer_memory
 from mlx_sora.memory.profiles import PROFILES, parse_bytes
 from mlx_sora.memory.requirements import stage_requirements
 from mlx_sora.models.stdit3 import STDiT3Config
