@@ -28,7 +28,10 @@ CALLS = {"eval", "exec", "compile", "__import__"}
 SHELLS = {"os.system", "os.popen", "os.execvp", "subprocess.getoutput", "shutil.unpack_archive"}
 
 #: The only modules that start a process, and with words that are no prompt's own.
-STARTERS = {"mlx_sora.cli.bench.measure", "mlx_sora.cli.awake"}
+STARTERS = {
+    *("mlx_sora.cli.bench.measure", "mlx_sora.cli.awake"),
+    *("mlx_sora.server.helper", "mlx_sora.server.processes"),
+}
 
 
 def calls(source: Source) -> list[ast.Call]:
