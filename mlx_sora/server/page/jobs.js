@@ -8,7 +8,7 @@ import { openViewer, showInViewer } from "./viewer.js";
 const PAGE = 60;
 const ACTIVE = ["queued", "running"];
 const STAGES = {
-  memory: "Waiting for memory", encode: "Reading the prompt", read: "Reading media", denoise: "Denoising", decode: "Decoding",
+  memory: "Waiting for memory", hash: "Checking the weights", encode: "Reading the prompt", read: "Reading media", denoise: "Denoising", decode: "Decoding",
 };
 
 const videos = new Map(); // id -> video
