@@ -44,6 +44,7 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument(
         "--folder",
+        type=os.path.expanduser,
         metavar="FOLDER",
         help="videos, uploads and the queue; default: mlx_sora in the user's folder of data",
     )

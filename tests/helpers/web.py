@@ -56,6 +56,7 @@ class Web:
             connection.request(method, path, body, given)
             answer = connection.getresponse()
             names = {name.lower(): value for name, value in answer.getheaders()}
+            assert "event-stream" not in names.get("content-type", ""), "it has no end"
             return Answer(answer.status, names, answer.read())
         finally:
             connection.close()

@@ -68,6 +68,7 @@ OTHER_FLAGS = {
     ("generate", "resume"),
     ("calibrate", "table"),
     ("memory", "folder"),
+    ("serve", "folder"),
 }
 
 

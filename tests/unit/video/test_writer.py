@@ -353,7 +353,7 @@ def test_pictures_of_a_killed_run_are_replaced_if_its_checkpoint_is_there(tmp_pa
     path = tmp_path / "f_%02d.png"
     for number in (1, 2):
         frame_path(path, number).write_bytes(b"of a killed run")
-    with pytest.raises(UsageError, match="exists already"):
+    with pytest.raises(UsageError, match="unfinished sequence: its first frame is missing"):
         check_output(path)
     checkpoint_path(path).write_bytes(b"")
     save_frames(path, np.zeros((3, 8, 8, 3), np.uint8), 1)
