@@ -38,9 +38,8 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "serve",
         help="serve a page and an HTTP API that make videos, one after the other",
-        description="Serve a page and an HTTP API (OpenAI's for videos) that put videos into a "
-        "queue and make one after the other. Prints the address. Ctrl-C ends it; what is not "
-        "finished goes on at the next start.",
+        description="Serve a page and an HTTP API (OpenAI's for videos) that make the videos of a "
+        "queue. Prints the address. Ctrl-C ends it; unfinished videos go on at the next start.",
     )
     parser.add_argument(
         "--folder",
