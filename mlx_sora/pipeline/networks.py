@@ -35,6 +35,9 @@ from mlx_sora.sampling.guidance import CFGSlice
 #: The transformer, and the stream of its block pairs (None if they are resident).
 StreamedTransformer = tuple[STDiT3, BlockStream[BlockPair] | None]
 
+#: The transformer, and where to read its block pairs (None if they are loaded).
+_LoadedTransformer = tuple[STDiT3, BlockSource[BlockPair] | None]
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -95,13 +98,11 @@ class NetworkLoader:
     @contextmanager
     def transformer(self, plan: StagePlan) -> Iterator[StreamedTransformer]:
         """Open the transformer, and the stream of its block pairs, if streamed."""
+        load = self._transformer if self._is_whole else self._streamed_transformer
         with WeightFileGuard(self.model.transformer).check_reads():
-            if self._is_whole:
-                whole = retry_read(self._transformer, "the transformer")
-            else:
-                network, source = retry_read(self._streamed_transformer, "the transformer")
-        if self._is_whole:
-            yield whole, None
+            network, source = retry_read(load, "the transformer")
+        if source is None:
+            yield network, None
             return
         with self._cyclic_stream(source, plan) as stream:
             yield network, stream
@@ -115,17 +116,17 @@ class NetworkLoader:
         eval_parameters(network)
         return network, rows
 
-    def _transformer(self) -> STDiT3:
+    def _transformer(self) -> _LoadedTransformer:
         network = load_transformer(self.model, self.precision.transformer)
         eval_parameters(network)
-        return network
+        return network, None
 
     def _streamed_text_encoder(self) -> tuple[T5Encoder, ReadRows, BlockSource[T5Block]]:
         network, rows, source = stream_text_encoder(self.model, self.precision.text_encoder)
         eval_parameters(network)  # what no block holds
         return network, rows, source
 
-    def _streamed_transformer(self) -> tuple[STDiT3, BlockSource[BlockPair]]:
+    def _streamed_transformer(self) -> _LoadedTransformer:
         network, source = stream_transformer(self.model, self.precision.transformer)
         eval_parameters(network)
         return network, source

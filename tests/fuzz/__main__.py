@@ -52,7 +52,7 @@ def main() -> int:
                 if args.verbose or line.startswith("FINDING"):
                     print(line, end="", file=sys.stderr)
         growth = measure_leak(args.target, Path(folder) / "seeds")
-        if growth > MAX_LEAK:
+        if not growth <= MAX_LEAK:  # nor a number, where the inputs could not be run again
             lines.append(f"FINDING leak: {growth:.0f} bytes an execution\n")
             print(lines[-1], end="", file=sys.stderr)
         for crash in sorted(Path(folder).glob("*-*")):  # the process itself fell over this

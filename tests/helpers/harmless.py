@@ -41,14 +41,20 @@ def save_again(model: Path, metadata: dict[str, str], *, sort: bool) -> Path:
     return model
 
 
+def take_tensors(folder: Path) -> dict[str, mx.array]:
+    """The tensors of a part, whose files are removed."""
+    checkpoint = Checkpoint.open(folder)
+    tensors = checkpoint.load(checkpoint.tensors)
+    mx.eval(tensors)
+    for file in [*folder.glob("*.safetensors*")]:
+        file.unlink()
+    return tensors
+
+
 def merge(model: Path) -> Path:
     """The tensors of a part in one file, under diffusers' name."""
     for part in PARTS:
-        checkpoint = Checkpoint.open(model / part)
-        tensors = checkpoint.load(checkpoint.tensors)
-        mx.eval(tensors)
-        for file in [*(model / part).glob("*.safetensors*")]:
-            file.unlink()
+        tensors = take_tensors(model / part)
         mx.save_safetensors(str(model / part / "diffusion_pytorch_model.safetensors"), tensors)
     return model
 
@@ -56,11 +62,7 @@ def merge(model: Path) -> Path:
 def split(model: Path) -> Path:
     """The tensors of a part in three shards with an index."""
     for part in PARTS:
-        checkpoint = Checkpoint.open(model / part)
-        tensors = checkpoint.load(checkpoint.tensors)
-        mx.eval(tensors)
-        for file in [*(model / part).glob("*.safetensors*")]:
-            file.unlink()
+        tensors = take_tensors(model / part)
         weight_map = {}
         for number in range(3):
             name = f"model-{number + 1:05}-of-00003.safetensors"

@@ -20,14 +20,20 @@ class MallInfo(ctypes.Structure):
     _fields_ = [(name, ctypes.c_size_t) for name in FIELDS]
 
 
-def heap_in_use() -> int:
-    """Return the bytes in use: those of malloc (glibc's), and of Python's objects, estimated."""
+def malloc_in_use() -> int | None:
+    """Return the bytes that malloc has handed out, after a collection; None without mallinfo2.
+
+    Not those that it keeps back, which make the resident set a poor witness.
+    """
     gc.collect()
-    objects = sys.getallocatedblocks() * BLOCK
-    try:
-        mallinfo = ctypes.CDLL(None).mallinfo2
-    except AttributeError:  # no glibc, or one before 2.33
-        return objects
+    mallinfo = getattr(ctypes.CDLL(None), "mallinfo2", None)
+    if mallinfo is None:  # no glibc, or one before 2.33
+        return None
     mallinfo.restype = MallInfo
     found = mallinfo()
-    return int(found.uordblks + found.hblkhd) + objects
+    return int(found.uordblks + found.hblkhd)
+
+
+def heap_in_use() -> int:
+    """Return the bytes in use: those of malloc, and of Python's objects, estimated."""
+    return (malloc_in_use() or 0) + sys.getallocatedblocks() * BLOCK

@@ -6,7 +6,6 @@ the runs, the bytes in use, the objects of Python, and the next random number of
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import json
 import sys
@@ -19,29 +18,16 @@ from mlx_sora import GenerationRequest, MlxSoraError, Pipeline
 # isort: split
 import mlx.core as mx
 
+from tests.helpers.heap import malloc_in_use
+
 PROMPT = "a red circle on a black background"
 SMALL = {"seed": 1, "steps": 1, "num_frames": 1}
 
-_COUNTERS = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
-
-
-class _MallInfo(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_size_t) for name in _COUNTERS.split()]
-
 
 def bytes_in_use() -> int | None:
-    """Return the bytes that are allocated, MLX's arrays included; None without glibc's mallinfo2.
-
-    Not those that allocators keep back, which make the resident set a poor witness.
-    """
-    mallinfo = getattr(ctypes.CDLL(None), "mallinfo2", None)
-    if mallinfo is None:
-        return None
-    mallinfo.restype = _MallInfo
+    """Return the bytes that are allocated, MLX's arrays included; None without mallinfo2."""
     mx.clear_cache()
-    gc.collect()
-    found = mallinfo()
-    return int(found.uordblks + found.hblkhd)
+    return malloc_in_use()
 
 
 def kinds_of_runs(

@@ -92,24 +92,20 @@ def test_the_server_ends_in_spite_of_open_streams(queue: FakeQueue) -> None:
 
 def test_streams_are_bounded_and_end_when_clients_leave(queue: FakeQueue) -> None:
     with serving(queue) as web:  # none of other tests is still ending there
-        check_streams(web, queue)
-
-
-def check_streams(web: Web, queue: FakeQueue) -> None:
-    id = submit(web)
-    with ExitStack() as opened:
-        path = f"/v1/videos/{id}/events"
-        count = 0
-        while next(opened.enter_context(stream(web, path)), None) is not None:
-            count += 1
-        assert count == MAX_STREAMS
-        assert web.get("/v1/events").code == "busy"
-        assert web.get(f"/v1/videos/{id}").status == 200
-    deadline = time.monotonic() + 15
-    while True:
-        queue.tell(id, {"event": "note"})
-        with stream(web, f"/v1/videos/{id}/events") as found:
-            if next(found, None) is not None:
-                break
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+        id = submit(web)
+        with ExitStack() as opened:
+            path = f"/v1/videos/{id}/events"
+            count = 0
+            while next(opened.enter_context(stream(web, path)), None) is not None:
+                count += 1
+            assert count == MAX_STREAMS
+            assert web.get("/v1/events").code == "busy"
+            assert web.get(f"/v1/videos/{id}").status == 200
+        deadline = time.monotonic() + 15
+        while True:
+            queue.tell(id, {"event": "note"})
+            with stream(web, f"/v1/videos/{id}/events") as found:
+                if next(found, None) is not None:
+                    break
+            assert time.monotonic() < deadline
+            time.sleep(0.1)

@@ -228,7 +228,9 @@ def test_a_long_answer_is_not_given_up(
         queue.tell("video_0", {"event": "note"})
         received = b""
         while b"note" not in received:
-            received += connection.recv(1000)
+            part = connection.recv(1000)
+            assert part, "the server has given the answer up"
+            received += part
 
 
 @pytest.mark.parametrize(("parts", "files"), [(300, 0), (0, 20)], ids=["many fields", "many files"])
