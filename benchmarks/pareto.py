@@ -40,6 +40,7 @@ STEPS = 30
 #: Technique → modes that are run alone.
 ALONE = {
     "lpl": ("fixed:15", "fixed:10", "fixed:6", "t:660"),
+    "tdtm": ("5", "15", "all"),
     "step_cache": (
         *("every:3", "every:4", "every:4,order=1", "every:6", "every:6,order=1"),
         *("every:4,warmup=3", "every:6,warmup=3", "every:6,warmup=3,order=1", "every:10,warmup=3"),

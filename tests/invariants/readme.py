@@ -14,7 +14,9 @@ from mlx_sora.request.generation import options
 from mlx_sora.request.options import Option
 
 README = Path(__file__).parents[2] / "README.md"
-REQUEST_README = README.parent / "mlx_sora" / "request" / "README.md"
+
+#: The README, then the guides in the folders of the package.
+DOCUMENTS = (README, *sorted((README.parent / "mlx_sora").glob("*/README.md")))
 _BLOCK = re.compile(r"(<!-- (\w+): .*? -->\n).*?(<!-- /\2 -->)", re.DOTALL)
 
 #: What is estimated: 240p at 16:9, a prompt of 60 tokens, 30 steps, weights in bfloat16.
@@ -102,5 +104,5 @@ def with_tables(text: str) -> str:
 
 
 if __name__ == "__main__":
-    for path in (README, REQUEST_README):
+    for path in DOCUMENTS:
         path.write_text(with_tables(path.read_text(encoding="utf-8")), encoding="utf-8")

@@ -1,33 +1,49 @@
-"""Every command and program in the README works, and its tables are the real ones."""
+"""Every command and program in the README and the guides works; flags, links and tables are real.
+
+tests/cli/test_serve.py runs those of the server's guide, which need a server.
+"""
 
 from __future__ import annotations
 
+import argparse
+import importlib.util
 import os
 import re
+import shlex
 import subprocess
 import sys
+from collections.abc import Iterable
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
-from tests.invariants.readme import README, REQUEST_README, TABLES, with_tables
+from mlx_sora.cli.main import build_parser
+from tests.invariants.readme import DOCUMENTS, README, TABLES, with_tables
 
-TEXT = README.read_text(encoding="utf-8")
+TEXTS = {
+    path.parent.name if path != README else "top": path.read_text("utf-8") for path in DOCUMENTS
+}
+RUN = {name: text for name, text in TEXTS.items() if name != "server"}
 SETUP = (
     'pip install -e . && python -m mlx_sora generate --prompt "a red circle moving right on a '
     'black background"',
-    'pip install -e ".[dev]" && python -m pytest',
 )
+FILE = re.compile(r"[\w-]+\.(mp4|png|gif|webp)")
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", TEXT, re.DOTALL | re.MULTILINE)
+def blocks(text: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
 
 
-def commands() -> list[str]:
+def commands(text: str) -> list[str]:
     """Shell commands in order. Installing and running this suite is what CI does around it."""
-    steps = [step for line in "".join(blocks("bash")).splitlines() for step in line.split(" && ")]
-    return [s for s in steps if not s.startswith("pip ") and s != "python -m pytest"]
+    steps = [step for block in blocks(text, "bash") for step in re.split(r"\n| && ", block)]
+    return [s for s in steps if s and not s.startswith("pip ") and s != "python -m pytest"]
+
+
+def distinct(lists: Iterable[list[str]]) -> list[str]:
+    return list(dict.fromkeys(item for items in lists for item in items))
 
 
 def run(command: list[str], folder: Path) -> set[Path]:
@@ -43,40 +59,83 @@ def run(command: list[str], folder: Path) -> set[Path]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One working folder for all: later commands use the files of earlier ones."""
+    """One working folder for all: what two documents share is run once."""
     return tmp_path_factory.mktemp("readme")
 
 
 @pytest.mark.parametrize("line", SETUP)
 def test_the_set_up_is_two_commands(line: str) -> None:
-    assert line in "".join(blocks("bash")).splitlines()
+    assert line in "".join(blocks(TEXTS["top"], "bash")).splitlines()
 
 
-@pytest.mark.parametrize("command", commands())
+@pytest.mark.parametrize("command", distinct(commands(text) for text in RUN.values()))
 def test_command(command: str, folder: Path) -> None:
     made = run(["bash", "-euc", command], folder)
     if " generate " in command and "--dry-run" not in command:
         assert made, "no file was written"
 
 
-@pytest.mark.parametrize("program", blocks("python"))
+@pytest.mark.parametrize("program", distinct(blocks(text, "python") for text in RUN.values()))
 def test_program(program: str, folder: Path) -> None:
     assert run([sys.executable, "-c", program], folder), "no file was written"
 
 
-@pytest.mark.parametrize("path", [README, REQUEST_README], ids=["package", "request"])
-def test_the_tables_are_in_step(path: Path) -> None:
-    text = path.read_text(encoding="utf-8")
-    assert with_tables(text) == text, "run: python -m tests.invariants.readme"
+@pytest.mark.parametrize("name", RUN)
+def test_commands_read_only_what_earlier_ones_write(name: str) -> None:
+    written = set[str]()
+    for command in commands(RUN[name]):
+        words = shlex.split(command)
+        outputs = {word for flag, word in pairwise(words) if flag in {"-o", "--output"}}
+        read = {word for word in words if FILE.fullmatch(word)} - outputs
+        assert read <= written, f"{command} reads {read - written}, which nothing has written"
+        written |= outputs
+
+
+def flags(parser: argparse.ArgumentParser) -> set[str]:
+    found = set(parser._option_string_actions)
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            found |= {flag for child in action.choices.values() for flag in flags(child)}
+    return found
+
+
+def test_flags_exist() -> None:
+    #: Flags of `mlx.launch`, pip and pytest.
+    others = {"--backend", "--hostfile", "--env", "--compare", "--user"}
+    known = flags(build_parser()) | others
+    for name, text in TEXTS.items():
+        named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", re.sub(r"<!--.*?-->", "", text)))
+        assert named <= known, f"{name}: {named - known}"
+
+
+def test_named_modules_and_files_exist() -> None:
+    root = README.parent
+    for name, text in TEXTS.items():
+        for module in re.findall(r"python -m ((?:benchmarks|tests)[\w.]*)", text):
+            assert importlib.util.find_spec(module), f"{name}: {module}"
+        for file in re.findall(r"python ((?:benchmarks|examples)/[\w/]+\.py)", text):
+            assert (root / file).exists(), f"{name}: {file}"
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_the_tables_are_in_step(name: str) -> None:
+    assert with_tables(TEXTS[name]) == TEXTS[name], "run: python -m tests.invariants.readme"
 
 
 @pytest.mark.parametrize("name", TABLES)
 def test_each_table_has_its_place(name: str) -> None:
-    text = TEXT + REQUEST_README.read_text(encoding="utf-8")
+    text = "".join(TEXTS.values())
     assert text.count(f"<!-- {name}: ") == text.count(f"<!-- /{name} -->") == 1
 
 
-def test_links_into_the_repository_exist() -> None:
-    targets = re.findall(r"\]\((?!https?:)([^)#]+)\)", TEXT)
-    assert targets
-    assert [t for t in targets if not (README.parent / t).exists()] == []
+@pytest.mark.parametrize("path", DOCUMENTS, ids=TEXTS)
+def test_links_into_the_repository_exist(path: Path) -> None:
+    targets = re.findall(
+        r"\]\((?!https?:)([^)#]+)\)|src=\"(?!https?:)([^\"]+)\"", path.read_text("utf-8")
+    )
+    assert [t for pair in targets for t in pair if t and not (path.parent / t).exists()] == []
+
+
+def test_the_readme_links_every_guide() -> None:
+    guides = [path.relative_to(README.parent).as_posix() for path in DOCUMENTS[1:]]
+    assert [guide for guide in guides if f"({guide}" not in TEXTS["top"]] == []
