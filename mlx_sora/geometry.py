@@ -99,7 +99,7 @@ class Geometry:
 
 def aspect_ratios() -> tuple[str, ...]:
     """Return the ratios that `get_image_size` takes, width:height, widest first."""
-    return tuple(_public_ratio(ratio) for ratio in BUCKET_RATIOS)
+    return tuple(public_ratio(ratio) for ratio in BUCKET_RATIOS)
 
 
 def get_image_size(resolution: str, aspect_ratio: str = DEFAULT_ASPECT_RATIO) -> Size:
@@ -258,7 +258,7 @@ def _cells(frames: int) -> int:
     return -(-frames // FRAMES_PER_CELL)
 
 
-def _public_ratio(ratio: str) -> str:
+def public_ratio(ratio: str) -> str:
     """Return width:height of a bucket. Upstream's "50:27" has sizes of 25:12, its name here."""
     height, width = ("25", "12") if ratio == "50:27" else ratio.split(":")
     return f"{width}:{height}"
@@ -266,7 +266,7 @@ def _public_ratio(ratio: str) -> str:
 
 def _bucket_ratio(aspect_ratio: str) -> str:
     for ratio in BUCKET_RATIOS:
-        if _public_ratio(ratio) == aspect_ratio:
+        if public_ratio(ratio) == aspect_ratio:
             return ratio
     raise UsageError(
         f"Unknown aspect ratio {aspect_ratio!r}.",

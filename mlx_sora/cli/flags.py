@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from mlx_sora.errors import UsageError
+from mlx_sora.errors import UsageError, shell_words
 from mlx_sora.request.generation import GenerationRequest, options, options_of, preset_values
 from mlx_sora.request.options import Option
 from mlx_sora.request.presets import PRESETS
@@ -58,6 +58,8 @@ class Parser(argparse.ArgumentParser):
             near = difflib.get_close_matches(wrong[1], flags, n=1, cutoff=0.7)
             if near:
                 return f"Did you mean {near[0]}?"
+        elif message.startswith("unrecognized arguments: "):
+            return "Put text in quotes; leave out Open-Sora's config, and the number of --verbose."
         return f"See {self.prog} --help."
 
     def _all_flags(self) -> list[str]:
@@ -103,17 +105,21 @@ def add_request_flags(parser: Parser, task: str) -> None:
             continue
         if option.group not in groups:
             groups[option.group] = parser.add_argument_group(option.group)
-        action = _add_flag(groups[option.group], name, option)
+        several = task == "generate" and name == "prompt"
+        action = _add_flag(groups[option.group], name, option, several=several)
         if not option.common:
             parser.hide(action)
 
 
 def explicit_options(args: argparse.Namespace) -> dict[str, Any]:
-    """Return the options that were typed, by field name. `seed` is a list.
+    """Return the options that were typed, by field name. `seed` is a list, and so are prompts.
 
     A prompt of "-" is read from standard input.
     """
     typed = {name: value for name, value in vars(args).items() if name in options()}
+    if isinstance(typed.get("prompt"), list):
+        prompts = _read_prompts(typed["prompt"])
+        typed["prompt"] = prompts if len(prompts) > 1 else prompts[0]
     if typed.get("prompt") == "-":
         if "MLX_RANK" in os.environ:
             raise UsageError(
@@ -144,25 +150,7 @@ def build_requests(
     return requests
 
 
-def _add_flag(group: Any, name: str, option: Option) -> Any:
-    more: dict[str, Any]
-    if isinstance(option.default, bool):
-        more = {"action": "store_false" if option.default else "store_true"}
-    elif option.many:
-        first, rest = option.metavar.split(" ", 1)
-        more = {"nargs": "+", "action": "append", "metavar": (first, rest[1:-1])}
-    else:
-        more = {"type": _parser_of(option), "metavar": option.metavar or None}
-        more["choices"] = option.choices or None
-    text = option.flag_help.replace("%", "%%")
-    if name == "seed":
-        more["nargs"], text = "+", text + "; several make several videos"
-    return group.add_argument(
-        *option.typed_flags, dest=name, default=argparse.SUPPRESS, help=text, **more
-    )
-
-
-def _parser_of(option: Option) -> Callable[[str], Any]:
+def argument_type(option: Option) -> Callable[[str], Any]:
     """Return the reader of the option with its errors in the form of argparse."""
 
     def parse(text: str) -> Any:
@@ -172,6 +160,43 @@ def _parser_of(option: Option) -> Callable[[str], Any]:
             raise argparse.ArgumentTypeError(f"must be {error}, not {text[:80]!r}") from None
 
     return parse
+
+
+def _add_flag(group: Any, name: str, option: Option, *, several: bool) -> Any:
+    """Add the flag of an option to a group. several: each use may have several values."""
+    more: dict[str, Any]
+    if isinstance(option.default, bool):
+        more = {"action": "store_false" if option.default else "store_true"}
+    elif option.many:
+        first, rest = option.metavar.split(" ", 1)
+        more = {"nargs": "+", "action": "append", "metavar": (first, rest[1:-1])}
+    else:
+        more = {"type": argument_type(option), "metavar": option.metavar or None}
+        more["choices"] = option.choices or None
+    text = option.flag_help.replace("%", "%%")
+    if name == "seed":
+        more["nargs"], text = "+", text + "; several make several videos"
+    if several:
+        more |= {"nargs": "+", "action": "append"}
+        text += "; several make several videos"
+    return group.add_argument(
+        *option.typed_flags, dest=name, default=argparse.SUPPRESS, help=text, **more
+    )
+
+
+def _read_prompts(uses: Sequence[Sequence[str]]) -> list[str]:
+    """Return the prompts of all uses of --prompt. Raises UsageError for words without quotes."""
+    for words in uses:
+        if len(words) > 1 and not all(" " in word.strip() for word in words):
+            raise UsageError(
+                f"--prompt has {len(words)} texts, and some are single words: "
+                f"{shell_words(*words)[:80]}.",
+                "Put each prompt in quotes, or write --prompt before each.",
+            )
+    prompts = [prompt for words in uses for prompt in words]
+    if len(prompts) > 1 and "-" in prompts:
+        raise UsageError("--prompt - cannot be one of several prompts.", "Use --prompt-file.")
+    return prompts
 
 
 def _read_stdin() -> str:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlx_sora.cli.awake import add_sleep_flag
 from mlx_sora.cli.flags import Parser, add_debug_flag, add_quiet_flag, add_request_flags
+from mlx_sora.cli.opensora import add_opensora_flags
 from mlx_sora.cli.plans import note_unread_weights, show_plans
 from mlx_sora.cli.progress import (
     BarRenderer,
@@ -62,6 +63,7 @@ def add_parser(commands: Any) -> None:
     add_dry_run_flag(parser)
     add_cluster_flags(parser)
     add_progress_flags(parser)
+    add_opensora_flags(parser)
     parser.set_defaults(run=run, parallel_run=True)
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_sora.cli.flags import build_requests, explicit_options
+from mlx_sora.cli.opensora import ALL_PROMPTS, Samples, read_samples
 from mlx_sora.errors import MlxSoraError, UsageError, printable
 from mlx_sora.geometry import parse_frames
 from mlx_sora.request.generation import GenerationRequest
@@ -85,7 +86,7 @@ def read_requests(args: argparse.Namespace) -> RequestBatch:
 
     Raises UsageError.
     """
-    flags = explicit_options(args)
+    flags, samples = read_samples(args, explicit_options(args))
     if args.resume is not None:
         return RequestBatch([_resumed_request(args, flags)])
     recorded = None
@@ -94,13 +95,31 @@ def read_requests(args: argparse.Namespace) -> RequestBatch:
     if args.prompt_file is not None:
         if "prompt" in flags:
             raise UsageError("--prompt and --prompt-file exclude each other.", "Give only one.")
-        batch = read_prompt_file(args.prompt_file, flags, recorded)
+        batch = read_prompt_file(args.prompt_file, flags, recorded, samples)
     else:
-        requests = build_requests(flags, recorded)
-        batch = RequestBatch([_with_output(request, i) for i, request in enumerate(requests)])
+        batch = _read_typed_prompts(flags, recorded, samples)
     names = OutputNames()
     for request in batch.requests:
         names.add(Path(str(request.output)), sidecar=request.metadata)
+    return batch
+
+
+def _read_typed_prompts(
+    flags: Mapping[str, Any], recorded: Mapping[str, Any] | None, samples: Samples
+) -> RequestBatch:
+    """Return the requests of the prompts in the flags, or of the one in the record."""
+    batch, number = RequestBatch(), 0
+    typed = flags.get("prompt", (recorded or {}).get("prompt", ""))
+    prompts = typed if isinstance(typed, list) else [typed]
+    samples.check_prompts(len(prompts))
+    for place, prompt in enumerate(prompts):
+        for options in samples.of_prompt(place, {**flags, "prompt": prompt}):
+            for request in build_requests(options, dict(recorded or {})):
+                number += 1
+                if samples.prompt_as_path:
+                    _add_request(batch, number, request, number - 1)
+                else:
+                    batch.requests.append(_with_output(request, number - 1))
     return batch
 
 
@@ -147,18 +166,22 @@ def _find_in_prompt(prompt: str, find: Callable[[str], str]) -> str:
 
 
 def read_prompt_file(
-    path: str, flags: Mapping[str, Any], recorded: Mapping[str, Any] | None
+    path: str,
+    flags: Mapping[str, Any],
+    recorded: Mapping[str, Any] | None,
+    samples: Samples = ALL_PROMPTS,
 ) -> RequestBatch:
     """Return the requests of a file with a prompt, or a JSON object of options, in each line.
 
     Options in a line override flags. An error in a line becomes a failure of that line. Raises
     UsageError if the file cannot be read or has no prompt.
     """
-    batch, index = RequestBatch(unit="line"), 0
-    for number, text in _lines(path):
+    batch, index, place = RequestBatch(unit="line"), 0, -1
+    for place, (number, text) in enumerate(samples.select(_lines(path))):
         try:
             options = _line_options(text, Path(path).suffix.lower() in JSON_SUFFIXES)
-            requests = _line_requests(options, flags, recorded)
+            values = samples.of_prompt(place, _line_values(options, flags))
+            requests = [each for every in values for each in _line_requests(every, recorded)]
         except MlxSoraError as error:
             batch.failures[number], index = error, index + 1
             continue
@@ -170,6 +193,7 @@ def read_prompt_file(
             index += 1
     if not index:
         raise UsageError(f"{path} contains no prompt.", "Write a prompt in each line.")
+    samples.check_prompts(place + 1)
     return batch
 
 
@@ -202,15 +226,20 @@ def _line_options(text: str, as_json: bool) -> dict[str, Any]:
         ) from None
 
 
-def _line_requests(
-    options: dict[str, Any], flags: Mapping[str, Any], recorded: Mapping[str, Any] | None
-) -> list[GenerationRequest]:
-    values = dict(flags) | options
+def _line_values(options: Mapping[str, Any], flags: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of a line, over those of the flags. `seed` is a list."""
+    values = dict(flags) | dict(options)
     if "seed" in options:
         seed = options["seed"]
         values["seed"] = seed if isinstance(seed, list) else [seed]
         if len(values["seed"]) > MAX_SEEDS:
             raise UsageError(f"A line has over {MAX_SEEDS} seeds.", "Write several lines.")
+    return values
+
+
+def _line_requests(
+    values: dict[str, Any], recorded: Mapping[str, Any] | None
+) -> list[GenerationRequest]:
     default = OUTPUT_SEED if "seed" in values else OUTPUT
     requests = build_requests(values, dict(recorded) if recorded else None)
     return [replace(request, output=request.output or default) for request in requests]

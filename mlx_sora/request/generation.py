@@ -27,6 +27,7 @@ from mlx_sora.request.options import (
     Option,
     VideoReference,
     as_bits,
+    as_dtype,
     as_frames,
     as_images,
     as_path,
@@ -265,6 +266,7 @@ class GenerationRequest:
         "faster on M1 and M2, which emulate bfloat16, and for the transformer only: T5 overflows",
         "auto",
         tasks=_ALL,
+        parse=as_dtype,
         choices=DTYPES,
     )
     vae_dtype: str = _memory(
@@ -273,6 +275,7 @@ class GenerationRequest:
         "overflow in float16",
         "float32",
         tasks=_VIDEO,
+        parse=as_dtype,
         choices=FLOAT_DTYPES,
     )
     quantize: int | None = _memory(

@@ -60,6 +60,13 @@ def as_bits(value: Any) -> int:
     return bits
 
 
+def as_dtype(value: Any) -> str:
+    """Return the name of a data type, also from the short one that Open-Sora has."""
+    text = as_text(value)
+    short = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+    return short.get(text, text)
+
+
 def as_tiles(value: Any) -> int:
     """Return the number of VAE tiles in a row."""
     count = as_int(value)
