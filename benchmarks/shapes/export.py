@@ -43,6 +43,7 @@ def write_model(
             "fps": world.FPS,
         },
         "license": "Apache-2.0",
+        "card": world.model_card(),
     }
     _write_json(folder / "model_index.json", index)
     (folder / "tokenizer").mkdir(parents=True, exist_ok=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -37,7 +38,7 @@ SHAPES = ("circle", "square", "triangle")
 MOTIONS = ("left", "right", "up", "down", "still", "growing", "shrinking")
 
 # Each motion as it reads after "that is ...": a participle, and as a verb; the first is canonical.
-_PARTICIPLES: dict[str, tuple[str, ...]] = {
+PARTICIPLES: dict[str, tuple[str, ...]] = {
     "left": ("moving left", "moving to the left", "sliding left"),
     "right": ("moving right", "moving to the right", "sliding right"),
     "up": ("moving up", "moving upwards", "sliding up"),
@@ -46,7 +47,7 @@ _PARTICIPLES: dict[str, tuple[str, ...]] = {
     "growing": ("growing", "growing larger", "getting bigger"),
     "shrinking": ("shrinking", "shrinking away", "getting smaller"),
 }
-_VERBS: dict[str, tuple[str, ...]] = {
+VERBS: dict[str, tuple[str, ...]] = {
     "left": ("moves left", "moves to the left", "slides left"),
     "right": ("moves right", "moves to the right", "slides right"),
     "up": ("moves up", "moves upwards", "slides up"),
@@ -55,6 +56,26 @@ _VERBS: dict[str, tuple[str, ...]] = {
     "growing": ("grows", "grows larger", "gets bigger"),
     "shrinking": ("shrinks", "shrinks away", "gets smaller"),
 }
+
+# Forms of captions, the canonical one first: MOTION is a participle, MOVES a verb.
+PATTERNS = (
+    "a COLOUR SHAPE MOTION on a BACKGROUND background",
+    "a COLOUR SHAPE MOVES on a BACKGROUND background",
+    "a COLOUR SHAPE MOVES over BACKGROUND",
+    "on a BACKGROUND background, a COLOUR SHAPE MOVES",
+    "a BACKGROUND background with a COLOUR SHAPE MOTION",
+    "a COLOUR SHAPE on a BACKGROUND background, MOTION",
+    "the COLOUR SHAPE MOVES on the BACKGROUND background",
+    "COLOUR SHAPE MOTION, BACKGROUND background",
+)
+
+# Prompts to try.
+EXAMPLES = (
+    ("red", "circle", "right", "black"),
+    ("blue", "square", "growing", "white"),
+    ("green", "triangle", "up", "navy"),
+    ("yellow", "circle", "still", "gray"),
+)
 
 
 @dataclass(frozen=True)
@@ -95,11 +116,8 @@ def split(held_out: int = 96, seed: int = 20240617) -> tuple[list[Attributes], l
 
 def caption(attributes: Attributes) -> str:
     """The canonical prompt, as in the README."""
-    a = attributes
-    return (
-        f"{_article(a.colour)} {a.colour} {a.shape} {_PARTICIPLES[a.motion][0]} "
-        f"on a {a.background} background"
-    )
+    motion = attributes.motion
+    return fill(PATTERNS[0], attributes, PARTICIPLES[motion][0], VERBS[motion][0])
 
 
 def random_caption(attributes: Attributes, rng: np.random.Generator) -> str:
@@ -107,20 +125,8 @@ def random_caption(attributes: Attributes, rng: np.random.Generator) -> str:
     a = attributes
     text = caption(a)
     if rng.random() < 0.5:
-        thing = f"{_article(a.colour)} {a.colour} {a.shape}"
-        doing = _PARTICIPLES[a.motion][rng.integers(3)]
-        does = _VERBS[a.motion][rng.integers(3)]
-        ground = f"a {a.background} background"
-        text = (
-            f"{thing} {doing} on {ground}",
-            f"{thing} {does} on {ground}",
-            f"{thing} {does} over {a.background}",
-            f"on {ground}, {thing} {does}",
-            f"{ground} with {thing} {doing}",
-            f"{thing} on {ground}, {doing}",
-            f"the {a.colour} {a.shape} {does} on the {a.background} background",
-            f"{a.colour} {a.shape} {doing}, {a.background} background",
-        )[rng.integers(8)]
+        doing, does = (table[a.motion][rng.integers(3)] for table in (PARTICIPLES, VERBS))
+        text = fill(PATTERNS[rng.integers(len(PATTERNS))], a, doing, does)
     if rng.random() < 0.15:
         text += "."
     if rng.random() < 0.2:
@@ -130,8 +136,35 @@ def random_caption(attributes: Attributes, rng: np.random.Generator) -> str:
     return text
 
 
-def _article(word: str) -> str:
-    return "an" if word[0] in "aeiou" else "a"
+def fill(pattern: str, attributes: Attributes, doing: str, does: str) -> str:
+    """One caption: the words of a pattern for the attributes."""
+    a = attributes
+    words = {"COLOUR": a.colour, "SHAPE": a.shape, "MOTION": doing, "MOVES": does}
+    text = pattern
+    for name, word in (words | {"BACKGROUND": a.background}).items():
+        article = "an" if word[0] in "aeiou" else "a"
+        text = text.replace(f"a {name}", f"{article} {word}").replace(name, word)
+    return text
+
+
+def model_card() -> dict[str, Any]:
+    """The `card` of a model of this world: what it can draw."""
+    return {
+        "description": "Draws one coloured shape that moves on a plain background. "
+        "It knows nothing else.",
+        "patterns": list(PATTERNS),
+        "words": {
+            "COLOUR": list(COLOURS),
+            "SHAPE": list(SHAPES),
+            "MOTION": [word for words in PARTICIPLES.values() for word in words],
+            "MOVES": [word for words in VERBS.values() for word in words],
+            "BACKGROUND": list(BACKGROUNDS),
+        },
+        "differ": ["COLOUR", "BACKGROUND"],
+        "prompts": [caption(Attributes(*words)) for words in EXAMPLES],
+        "sizes": [f"{SIZE}x{SIZE}"],
+        "num_frames": [1, *(CHUNK * chunks for chunks in (1, 2, 3))],
+    }
 
 
 @dataclass(frozen=True)

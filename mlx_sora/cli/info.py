@@ -45,8 +45,11 @@ def lines(facts: Mapping[str, Any], indent: str = "") -> Iterator[str]:
         # Environment variables keep their names.
         title = str(name) if str(name).isupper() else str(name).replace("_", " ")
         if isinstance(value, Mapping):
-            yield f"{indent}{title}:"
-            yield from lines(value, indent + "  ")
+            if value:
+                yield f"{indent}{title}:"
+                yield from lines(value, indent + "  ")
+        elif isinstance(value, list | tuple):
+            yield f"{indent}{title}: {'; '.join(map(str, value))}"
         elif isinstance(value, bool) or not isinstance(value, int):
             yield f"{indent}{title}: {value}"
         elif any(word in str(name) for word in ("bytes", "memory")):

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from mlx_sora.cli.progress import Renderer, plan_table
+from mlx_sora.runtime.events import Warned
 
 if TYPE_CHECKING:
     from mlx_sora.distributed.group import Ranks
@@ -30,9 +31,13 @@ def show_plans(
                 renderer.note(known.notice)
             if ranks.is_rank0:
                 estimate = None if known.speeds is None else run.estimate(known.speeds)
+                warnings = list(dict.fromkeys(run.result.warnings))
                 if as_json:
-                    print(json.dumps(run.plan.to_dict() | estimate_record(estimate)))
+                    record = run.plan.to_dict() | estimate_record(estimate)
+                    print(json.dumps(record | {"warnings": warnings}))
                 else:
+                    for message in warnings:
+                        renderer.handle(Warned(message))
                     lines = [*plan_table(run.plan), *estimate_lines(estimate)]
                     print("\n".join(lines))
 

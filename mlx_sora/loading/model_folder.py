@@ -11,14 +11,14 @@ A model folder holds the published files under these names:
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from mlx_sora.errors import MlxSoraError, WeightsError, printable, shell_words
-from mlx_sora.geometry import RESOLUTIONS, check_size, get_image_size, parse_frames
 from mlx_sora.loading.checkpoint import Checkpoint
+from mlx_sora.loading.model_card import ModelCard
 from mlx_sora.loading.other_models import describe_other_model
 from mlx_sora.request.generation import GenerationRequest
 from mlx_sora.request.options import as_int
@@ -65,19 +65,6 @@ class Defaults:
 
 
 @dataclass(frozen=True)
-class ModelCard:
-    """Text for people who choose what to draw; sizes and lengths here are those of Open-Sora 1.2.
-
-    description: what the model can draw. prompts: some to try. sizes: WIDTHxHEIGHT, in pixels.
-    """
-
-    description: str = ""
-    prompts: tuple[str, ...] = ()
-    sizes: tuple[str, ...] = tuple(str(get_image_size(name)) for name in RESOLUTIONS)
-    num_frames: tuple[int, ...] = (1, 51, 102, 204, 408)
-
-
-@dataclass(frozen=True)
 class ModelFolder:
     """A complete model on disk. quantize_bits: bits per weight to quantize to on load, if any."""
 
@@ -102,6 +89,12 @@ class ModelFolder:
     def tokenizer(self) -> Path:
         return self.path / "tokenizer" / "spiece.model"
 
+    @property
+    def argument(self) -> str:
+        """Value of --model that names it: a name, else the path."""
+        known = next((name for name in MODEL_NAMES if model_path(name) == self.path), None)
+        return known or str(self.path)
+
     @classmethod
     def open(cls, path: str | Path) -> ModelFolder:
         """Open a folder. Raises WeightsError that names the first missing part."""
@@ -123,16 +116,18 @@ class ModelFolder:
         name, defaults = _read_index(path)
         return cls(path, name, defaults)
 
+    @cached_property
     def card(self) -> ModelCard:
-        """Read the card in model_index.json. Raises WeightsError."""
+        """Limits of what the model was trained for, from model_index.json. Raises WeightsError."""
         index = self.path / "model_index.json"
         content = _read_json(index).get("card", {}) if index.is_file() else {}
         try:
-            return _read_card(content)
+            return ModelCard.from_dict(content)
         except (MlxSoraError, ValueError, TypeError, AttributeError):
             raise WeightsError(
                 f"{index}: 'card' is not valid.",
-                "It has a description, and lists of prompts, sizes (64x64) and num_frames.",
+                "It has a description, words by names in capitals, and lists of patterns, prompts, "
+                "sizes (64x64) and num_frames.",
             ) from None
 
     def checkpoint(self, part: str) -> Checkpoint:
@@ -209,6 +204,13 @@ def find_model(model: str | Path | None = None) -> ModelFolder:
     return ModelFolder.open(model)
 
 
+def other_model_hint() -> str:
+    """Return how to get, or to name, the model that draws anything."""
+    if missing_parts(model_path(PUBLISHED)):
+        return f"For anything else: {download_command(PUBLISHED)}"
+    return f"For anything else: --model {PUBLISHED}"
+
+
 def download_command(name: str) -> str:
     """Return the command that downloads (and quantizes) the model `name`."""
     bits = [bits for bits, quantized in QUANTIZED_MODELS.items() if quantized == name]
@@ -250,18 +252,3 @@ def _read_index(path: Path) -> tuple[str, Defaults]:
     options = {key: getattr(request, key) for key in options}
     name = printable(str(content.get("name", path.name)), MAX_NAME)
     return name, Defaults(**options, warn_below_frames=values["warn_below_frames"])
-
-
-def _read_card(content: Mapping[str, Any]) -> ModelCard:
-    found = asdict(ModelCard()) | dict(content.items())
-    if any(
-        not isinstance(found[name], list | tuple) for name in ("prompts", "sizes", "num_frames")
-    ):
-        raise TypeError
-    sizes = [check_size(*map(int, str(size).split("x"))) for size in found["sizes"]]
-    return ModelCard(
-        printable(str(found["description"])),
-        tuple(printable(str(prompt)) for prompt in found["prompts"]),
-        tuple(str(size) for size in sizes),
-        tuple(parse_frames(count) for count in found["num_frames"]),
-    )

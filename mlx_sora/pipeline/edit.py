@@ -30,7 +30,7 @@ from mlx_sora.pipeline.generate import finished_video, open_run_writer, plan_run
 from mlx_sora.pipeline.locks import run_exclusively
 from mlx_sora.pipeline.networks import StreamedTransformer
 from mlx_sora.pipeline.run import EditSource, GenerationRun
-from mlx_sora.pipeline.settings import ineffective_texts, resolve
+from mlx_sora.pipeline.settings import SOURCE, ineffective_texts, resolve
 from mlx_sora.pipeline.stages import (
     TextStates,
     clip_guidance,
@@ -113,7 +113,7 @@ def prepare_edit(engine: Engine, edit: EditRequest) -> EditRun:
         run.result.warnings.extend(info.warnings)
         run = replace(run, notes=(*run.notes, *info.notes))
     run.result.metadata["edit"] = _metadata(edit, steps)
-    subjects = {"the source prompt": prompt.subjects[0]}
+    subjects = {SOURCE: prompt.subjects[0]}
     run.result.warnings += ineffective_texts(subjects, engine.tokenizer)
     fit = ResizeCrop.from_sizes(size, geometry.decoded)
     if fit.source != fit.size:

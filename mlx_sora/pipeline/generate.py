@@ -23,7 +23,12 @@ from mlx_sora.pipeline.engine import Engine
 from mlx_sora.pipeline.preview import Previews
 from mlx_sora.pipeline.resume import with_checkpoints
 from mlx_sora.pipeline.run import EditSource, GenerationRun, RunResult
-from mlx_sora.pipeline.settings import ResolvedRequest, ineffective_texts, resolve
+from mlx_sora.pipeline.settings import (
+    ResolvedRequest,
+    ineffective_texts,
+    resolve,
+    untrained_warning,
+)
 from mlx_sora.pipeline.stages import TextStates, decode, denoise, encode_media, encode_text
 from mlx_sora.request.generation import GenerationRequest
 from mlx_sora.runtime.events import Event
@@ -108,6 +113,9 @@ def plan_run(
             warnings=[
                 *resolved.warnings,
                 *ineffective_texts(resolved.subjects, engine.tokenizer),
+                *untrained_warning(
+                    engine.model, resolved, engine.tokenizer, source.text if source else None
+                ),
                 *accelerations.warnings,
             ],
             metadata=dict(engine.quantization),

@@ -175,6 +175,7 @@ class Pipeline:
             "path": str(self.model.path),
             **describe_model(self.model),
             "defaults": asdict(self.model.defaults),
+            "draws": self.model.card.to_dict(),
             "machine": describe_machine(),
         }
 

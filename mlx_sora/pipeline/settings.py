@@ -12,7 +12,7 @@ from typing import Any
 
 from mlx_sora.conditioning.clips import Clips
 from mlx_sora.conditioning.media import Media, plan_media
-from mlx_sora.errors import UsageError
+from mlx_sora.errors import UsageError, shell_words
 from mlx_sora.geometry import (
     Geometry,
     ModelArguments,
@@ -22,13 +22,17 @@ from mlx_sora.geometry import (
     plan_geometry,
     resolve_size,
 )
-from mlx_sora.loading.model_folder import ModelFolder
+from mlx_sora.loading.model_card import join_words
+from mlx_sora.loading.model_folder import ModelFolder, other_model_hint
 from mlx_sora.memory.budget import resolve_budget
 from mlx_sora.request.generation import GenerationRequest, technique_names
 from mlx_sora.request.techniques import OFF, TechniqueConfig
 from mlx_sora.text.cleaning import preprocess
 from mlx_sora.text.prompt import Prompt, Scores, prepare_prompt
 from mlx_sora.text.tokenizer import Tokenizer
+
+#: Names of texts in messages.
+NEGATIVE, SOURCE = "the negative prompt", "the source prompt"
 
 
 @dataclass(frozen=True)
@@ -177,6 +181,28 @@ def ineffective_texts(subjects: Mapping[str, str], tokenizer: Tokenizer) -> Iter
             yield f"The model knows no character of {name}; describe it in English."
 
 
+def untrained_warning(
+    model: ModelFolder, resolved: ResolvedRequest, tokenizer: Tokenizer, source: str | None
+) -> Iterator[str]:
+    """Yield one warning for all that the model was not trained for, if there is any.
+
+    source: cleaned source prompt of an edit.
+    """
+    card, camera = model.card, Scores(camera=resolved.camera)
+    prompts = {name: text for name, text in resolved.subjects.items() if tokenizer.knows(text)}
+    negative = prompts.pop(NEGATIVE, "")
+    prompts = {name: camera.append_to(text) for name, text in prompts.items()}
+    prompts |= {} if source is None else {SOURCE: source}
+    geometry = resolved.geometry
+    found = list(card.mismatches(prompts, negative, geometry.size, geometry.num_frames))
+    if found:
+        yield (
+            f"{resolved.model} was not trained for {join_words(found, 'and')}; it draws "
+            f"{card.summary()}. Its words: python -m mlx_sora info "
+            f"{shell_words('--model', model.argument)}. {other_model_hint()}"
+        )
+
+
 def _subjects(prompt: Prompt, negative: str | None, clips: int) -> dict[str, str]:
     several = len(prompt.scenes) > 1
     subjects = {
@@ -184,7 +210,7 @@ def _subjects(prompt: Prompt, negative: str | None, clips: int) -> dict[str, str
         for number, (scene, text) in enumerate(zip(prompt.scenes, prompt.subjects, strict=True), 1)
         if scene.start < clips
     }
-    return subjects if negative is None else subjects | {"the negative prompt": negative}
+    return subjects if negative is None else subjects | {NEGATIVE: negative}
 
 
 def _unused_scenes(prompt: Prompt, clips: int) -> Iterator[str]:

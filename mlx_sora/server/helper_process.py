@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlx_sora.errors import MlxSoraError
+from mlx_sora.geometry import RESOLUTIONS, get_image_size
 from mlx_sora.server.checks import source_id
 
 if TYPE_CHECKING:
@@ -24,6 +25,10 @@ IDLE = 60.0
 _THUMBNAIL, _TILE, _TILES, _ROW = 320, 160, 10, 5
 
 _QUALITY = 80
+
+#: Sizes and lengths to choose from where a model sets no limits: those of Open-Sora 1.2.
+_SIZES = tuple(str(get_image_size(name)) for name in RESOLUTIONS)
+_FRAMES = (1, 51, 102, 204, 408)
 
 
 def serve() -> None:
@@ -118,11 +123,11 @@ def models() -> dict[str, Any]:
             created = int((path / "transformer" / "config.json").stat().st_mtime)
             defaults = asdict(model.defaults)
             facts = {"id": name, "name": model.name, "created": created, "defaults": defaults}
-            card = model.card()
+            card = model.card
             found.append(
                 facts
-                | {"description": card.description, "examples": card.prompts}
-                | {"sizes": card.sizes, "frames": card.num_frames}
+                | {"description": card.guide(), "examples": card.prompts}
+                | {"sizes": card.sizes or _SIZES, "frames": card.num_frames or _FRAMES}
             )
     return {"models": found}
 

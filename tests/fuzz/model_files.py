@@ -121,6 +121,7 @@ def _load(model: Any, part: str, config: Any) -> None:
 
 
 def model_index(data: bytes, folder: Path) -> None:
+    from mlx_sora.geometry import Size
     from mlx_sora.loading.model_folder import ModelFolder
     from mlx_sora.pipeline.settings import resolve
     from mlx_sora.request.generation import GenerationRequest
@@ -130,7 +131,7 @@ def model_index(data: bytes, folder: Path) -> None:
     request = GenerationRequest(prompt="a cat", seed=1)
     model = ModelFolder.open(path)
     resolve(request, model)
-    model.card()
+    list(model.card.mismatches({"the prompt": "a cat"}, "fog", Size(64, 64), 17))
     second.same_values("defaults", model.defaults, json.loads(data).get("defaults", {}))
     resolve(request, model)
 

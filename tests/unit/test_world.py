@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 
 from benchmarks.shapes import world
 from mlx_sora.loading.model_folder import ModelFolder, bundled_folder
+from mlx_sora.text.cleaning import preprocess
 
 
 @pytest.mark.parametrize("frames", [17, 34, 51])
@@ -24,9 +27,41 @@ def test_a_window_is_a_part_of_the_whole() -> None:
 
 
 def test_the_card_of_the_bundled_model_describes_the_world() -> None:
-    card = ModelFolder.open(bundled_folder()).card()
-    captions = {world.caption(attributes) for attributes in world.all_attributes()}
-    assert set(card.prompts) <= captions
-    words = (*world.COLOURS, *world.SHAPES, *world.MOTIONS, *world.BACKGROUNDS)
-    assert [word for word in words if word not in card.description] == []
-    assert card.sizes == ("64x64",)
+    index = json.loads((bundled_folder() / "model_index.json").read_text())
+    assert index["card"] == world.model_card()
+
+
+def test_every_caption_of_training_fits_the_card() -> None:
+    card = ModelFolder.open(bundled_folder()).card
+    wordings = [
+        world.fill(pattern, attributes, doing, does)
+        for attributes in world.all_attributes()
+        for pattern in world.PATTERNS
+        for doing, does in zip(
+            world.PARTICIPLES[attributes.motion], world.VERBS[attributes.motion], strict=True
+        )
+    ]
+    rng = np.random.default_rng(0)
+    captions = [world.random_caption(each, rng) for each in world.all_attributes()]
+    texts = {*wordings, *captions, *map(preprocess, captions[::9]), *card.prompts}
+    assert [text for text in texts if not card.fits(text)] == []
+    assert {*world.COLOURS, *world.BACKGROUNDS} <= set(" ".join(texts).split())
+
+
+@pytest.mark.parametrize(
+    ("prompt", "unknown"),
+    [
+        ("a cat on a beach", ["cat", "beach"]),
+        ("A pink circle moving left on a black background", ["pink"]),
+        ("two red circles moving left on a black background", ["two", "circles"]),
+        ("a red circle", []),
+        ("a red circle a blue square moving left on a black background", []),
+        ("a black circle moving left on a white background", []),
+        ("a white circle moving left on a white background", []),
+        ("a red circle moving left on a black background " * 30, []),
+    ],
+)
+def test_other_prompts_do_not_fit(prompt: str, unknown: list[str]) -> None:
+    card = ModelFolder.open(bundled_folder()).card
+    assert card.unknown_words(prompt) == unknown
+    assert not card.fits(prompt)

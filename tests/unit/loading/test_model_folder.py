@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 
 from mlx_sora.errors import WeightsError
+from mlx_sora.geometry import Size
+from mlx_sora.loading.model_card import ModelCard
 from mlx_sora.loading.model_folder import (
     BUNDLED,
     PUBLISHED,
     WEIGHTS_VARIABLE,
     Defaults,
-    ModelCard,
     ModelFolder,
     find_model,
 )
@@ -52,20 +53,49 @@ def test_bad_index(tmp_path: Path, index: object) -> None:
 
 
 def test_a_card_says_what_a_model_draws(tmp_path: Path) -> None:
-    card = {"description": "cats", "prompts": ["a cat"], "sizes": ["64x48"], "num_frames": [1, 17]}
-    model = ModelFolder.open(make_model(tmp_path / "cats", {"card": card}))
-    assert model.card() == ModelCard("cats", ("a cat",), ("64x48",), (1, 17))
-    plain = ModelFolder.open(make_model(tmp_path / "plain"))
-    assert plain.card().sizes == ("256x144", "426x240", "640x360", "854x480", "1280x720")
+    content: dict[str, object] = {"description": "cats", "sizes": ["64x48"], "num_frames": [1, 17]}
+    content |= {"patterns": ["a SIZE cat, SIZE"], "words": {"SIZE": ["big", "very small"]}}
+    content["differ"] = ["SIZE"]
+    model = ModelFolder.open(make_model(tmp_path / "cats", {"card": content | {"more": 1}}))
+    card = model.card
+    assert json.loads(json.dumps(card.to_dict())) == content
+    assert card.fits("A very small cat: big.")
+    assert not card.fits("a big cat big")
+    found = card.mismatches({"it": "a dog", "that": "big cat"}, "fog", Size(48, 64), 34)
+    assert list(found) == [
+        "it (dog)",
+        "that",
+        "the negative prompt (fog)",
+        "48x64 pixels",
+        "34 frames",
+    ]
+    assert card.guide() == "cats Prompts: a SIZE cat, SIZE. SIZE: big, very small."
+    plain = ModelFolder.open(make_model(tmp_path / "plain")).card
+    assert plain == ModelCard()
+    assert not list(plain.mismatches({"it": "a dog"}, "fog", Size(48, 64), 34))
 
 
 @pytest.mark.parametrize(
-    "card", [[], 3, {"sizes": ["big"]}, {"num_frames": [5]}, {"prompts": "cat"}]
+    "card",
+    [
+        [],
+        3,
+        {"sizes": ["big"]},
+        {"num_frames": [5]},
+        {"prompts": "cat"},
+        {"patterns": ["a SIZE cat"]},
+        {"words": ["SIZE"]},
+        {"words": {"SIZE": "big"}},
+        {"words": {"SIZE": [1]}},
+        {"differ": ["SIZE"]},
+        {"prompts": [""]},
+        {"prompts": ["cat"] * 1001},
+    ],
 )
 def test_bad_card(tmp_path: Path, card: object) -> None:
     model = ModelFolder.open(make_model(tmp_path, {"card": card}))
     with pytest.raises(WeightsError, match="'card' is not valid"):
-        model.card()
+        _ = model.card
 
 
 def test_default_prefers_the_published_model_once_it_is_whole(
