@@ -43,6 +43,7 @@ from mlx_sora.manage.machine_forms import (
 from mlx_sora.models import stdit3, t5, vae_spatial, vae_temporal
 from mlx_sora.models.hooks import NoMerging
 from mlx_sora.pipeline import Pipeline
+from mlx_sora.request.generation import GenerationRequest
 from mlx_sora.runtime.device import backend
 
 #: Below this share of the published size, parts are this many times narrower.
@@ -204,4 +205,4 @@ def _compare_video(types: tuple[str, str], expected: Any) -> CheckResult:
 
 def _frames(dtype: str, vae_dtype: str) -> Any:
     pipeline = Pipeline.from_pretrained(BUNDLED, dtype=dtype)
-    return pipeline("a red circle", seed=1, vae_dtype=vae_dtype).frames
+    return pipeline(GenerationRequest("a red circle", seed=1, vae_dtype=vae_dtype)).frames

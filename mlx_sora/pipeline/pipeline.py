@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlx_sora.distributed.group import Ranks, init_ranks
+from mlx_sora.errors import UsageError
 from mlx_sora.loading.model_folder import BUNDLED, PUBLISHED, ModelFolder, find_model
 from mlx_sora.memory.plan import Plan
 from mlx_sora.pipeline.engine import Engine
@@ -24,7 +26,10 @@ from mlx_sora.runtime.events import Event, Finished
 from mlx_sora.video import Video
 
 if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
     from mlx_sora.request.edit import EditRequest
+    from mlx_sora.request.keywords import EditKeywords, Footage, GenerationKeywords, Picture
 
 log = logging.getLogger(__name__)
 
@@ -32,26 +37,33 @@ log = logging.getLogger(__name__)
 class Pipeline:
     """Text to video with one model, one run at a time. Holds no weights between runs.
 
+    pipe = Pipeline("shapes"); video = pipe("a red circle on a white background", seed=1).
+
     Any thread may run it; one that stays is best, because MLX keeps a thread of the system for each
     Python thread that has computed.
     """
 
-    def __init__(self, model: ModelFolder, dtype: str = "auto") -> None:
-        ensure_compile_cache()
-        self.engine = Engine(model, dtype, init_ranks())
-        choose_precision(dtype)  # refuses what the device cannot do, before any work
-
-    @classmethod
-    def from_pretrained(cls, model: str | Path | None = None, *, dtype: str = "auto") -> Pipeline:
-        """Make a pipeline for `shapes`, `opensora-1.2` or a model folder; None picks the best.
+    def __init__(self, model: ModelFolder | str | Path | None = None, dtype: str = "auto") -> None:
+        """Open `shapes`, `opensora-1.2` or a model folder; None picks the best one.
 
         dtype: auto, float32, bfloat16 or float16 (transformer only). Downloads nothing and reads no
         weights yet. Raises WeightsError if the model is absent or incomplete.
         """
-        found = find_model(model)
+        ensure_compile_cache()
+        found = model if isinstance(model, ModelFolder) else find_model(model)
         if model is None and found.name == BUNDLED:
             log.warning("%s is not downloaded; using the bundled model %s", PUBLISHED, BUNDLED)
-        return cls(found, dtype)
+        self.engine = Engine(found, dtype, init_ranks())
+        choose_precision(dtype)  # refuses what the device cannot do, before any work
+
+    @classmethod
+    def from_pretrained(cls, model: str | Path | None = None, *, dtype: str = "auto") -> Pipeline:
+        """Return `Pipeline(model, dtype)`, under the name that other libraries use."""
+        return cls(model, dtype)
+
+    def __repr__(self) -> str:
+        """Return model and data type."""
+        return f"Pipeline({self.model.name!r}, dtype={self.dtype!r})"
 
     @property
     def model(self) -> ModelFolder:
@@ -68,23 +80,39 @@ class Pipeline:
         """Processes that mlx.launch started with this one; most often there is only this one."""
         return self.engine.ranks
 
-    def __call__(self, prompt: str, **options: Any) -> Video:
-        """Make one video. options: fields of GenerationRequest (seed, steps, output, ...).
+    def __call__(
+        self,
+        prompt: str | GenerationRequest,
+        *,
+        callback: Callable[[Event], object] | None = None,
+        **options: Unpack[GenerationKeywords],
+    ) -> Video:
+        """Make one video, or with num_frames=1 an image.
 
-        Without `output`, the video holds its frames in memory.
+        prompt: text, or a whole request, then without options.
+        options: fields of GenerationRequest, such as seed, steps, guidance, negative_prompt,
+        num_frames (51 or "2s"), width and height, images and videos (paths, PIL images, arrays or
+        videos), preset ("fast"), memory_budget ("8GB"), output ("clip.mp4") and overwrite. All are
+        in mlx_sora/request/README.md. Without `output` the frames stay in memory.
+        callback: gets every event, such as StepFinished (mlx_sora.runtime.events). What it raises
+        ends the run, and leaves no partial file.
         """
-        return last_video(self.stream(GenerationRequest.from_dict({"prompt": prompt, **options})))
+        return run_to_end(self.stream(prompt, **options), callback)
 
     def stream(
-        self, request: GenerationRequest, resume: str | Path | None = None
+        self,
+        request: GenerationRequest | str,
+        resume: str | Path | None = None,
+        **options: Unpack[GenerationKeywords],
     ) -> Generator[Event, None, None]:
         """Yield the events of one run, `Finished` last. Bad requests raise here, before any work.
 
-        resume: checkpoint of the same request to continue from; with `checkpoint_every` the one
-        beside the output is found by itself. Closing the generator ends the run and removes its
-        partial file. Of several ranks, all must pass the same request; the first has the file, or
-        the frames.
+        request: a request, or a prompt with `options` as in a call. resume: checkpoint of the same
+        request to continue from; with `checkpoint_every` the one beside the output is found by
+        itself. Closing the generator ends the run and removes its partial file. Of several ranks,
+        all must pass the same request; the first has the file, or the frames.
         """
+        request = _as_request(request, options)
         ranks = Ranks() if request.parallel == "off" else self.ranks
         with ranks.watchdog_scope():
             request = request.with_seed(checkpoint_seed(request))
@@ -109,14 +137,20 @@ class Pipeline:
         if self.unread_weights(requests):
             yield from self.engine.hash_weights()
 
-    def resume(self, checkpoint: str | Path, **options: Any) -> Video:
+    def resume(
+        self,
+        checkpoint: str | Path,
+        *,
+        callback: Callable[[Event], object] | None = None,
+        **options: Unpack[GenerationKeywords],
+    ) -> Video:
         """Finish the video of a checkpoint, beside it. options: must not change what it shows."""
         checkpoint, values = os.path.expanduser(checkpoint), dict[str, Any]()
         with self.ranks.collective_errors():
             if self.ranks.is_rank0:
                 values = resumed_request(Path(checkpoint), options).to_dict()
         request = GenerationRequest.from_dict(self.ranks.broadcast_object(values))
-        return last_video(self.stream(request, checkpoint))
+        return run_to_end(self.stream(request, checkpoint), callback)
 
     def stream_all(self, requests: Sequence[GenerationRequest]) -> Generator[Event, None, None]:
         """Yield the events of several requests: `Finished` or `RequestFailed` for each.
@@ -128,15 +162,25 @@ class Pipeline:
 
         return generate_batch(self.engine, requests)
 
-    def edit(self, video: str | Path, **options: Any) -> Video:
+    def edit(
+        self,
+        video: Footage | Picture,
+        *,
+        source_prompt: str,
+        prompt: str,
+        callback: Callable[[Event], object] | None = None,
+        **options: Unpack[EditKeywords],
+    ) -> Video:
         """Change what a video shows: from `source_prompt`, what it shows now, to `prompt`.
 
-        options: those of EditRequest, such as inject_steps, and the fields of GenerationRequest
-        that edits share (steps, guidance, sampler, output, ...). An image is a video of one frame.
+        video: a path, pixels or a Video; an image is a video of one frame. options: those of
+        EditRequest, such as inject_steps, and the fields of GenerationRequest that edits share
+        (steps, guidance, sampler, output, ...). callback: as in a call.
         """
         from mlx_sora.request.edit import EditRequest as Request
 
-        return last_video(self.stream_edit(Request.from_options(video, options)))
+        values = {"source_prompt": source_prompt, "prompt": prompt, **options}
+        return run_to_end(self.stream_edit(Request.from_options(video, values)), callback)
 
     def stream_edit(self, edit: EditRequest) -> Generator[Event, None, None]:
         """Yield the events of one edit, as `stream` does for a generation."""
@@ -154,12 +198,13 @@ class Pipeline:
 
         return prepare_edit(self.engine, edit).run
 
-    def plan(self, request: GenerationRequest) -> Plan:
+    def plan(self, request: GenerationRequest | str, **options: Unpack[GenerationKeywords]) -> Plan:
         """Plan memory, reading and work of each stage, without running it. Reads headers only.
 
-        Raises what `stream` would raise, MemoryBudgetError with the smallest budget included.
+        request: as in `stream`. Raises what `stream` would raise, MemoryBudgetError with the
+        smallest budget included.
         """
-        return self.prepare(request).plan
+        return self.prepare(_as_request(request, options)).plan
 
     def prepare(self, request: GenerationRequest) -> GenerationRun:
         """Return the run as it would begin. Raises as `plan` does."""
@@ -184,9 +229,27 @@ def _events(run: GenerationRun) -> Generator[Event, None, None]:
     yield Finished((yield from generate(run)))
 
 
-def last_video(events: Generator[Event, None, None]) -> Video:
-    """Run to the end and return the video."""
-    for event in events:
-        if isinstance(event, Finished):
-            return event.video
-    raise AssertionError("a run ends with Finished or with an error")
+def _as_request(request: GenerationRequest | str, options: Mapping[str, Any]) -> GenerationRequest:
+    """Return a request, made from the prompt and options if it is none."""
+    if isinstance(request, GenerationRequest):
+        if options:
+            name = next(iter(options))
+            fix = f"Put {name} into the request, or pass its prompt instead."
+            raise UsageError(f"The request is complete; {name} is not part of it.", fix)
+        return request
+    return GenerationRequest.from_dict({"prompt": request, **options})
+
+
+def run_to_end(
+    events: Generator[Event, None, None], callback: Callable[[Event], object] | None = None
+) -> Video:
+    """Run to the end and return the video. callback: gets every event."""
+    video = None
+    with closing(events):  # ends the run at once if the callback raises
+        for event in events:
+            if callback is not None:
+                callback(event)
+            if isinstance(event, Finished):
+                video = event.video
+    assert video is not None, "a run ends with Finished or with an error"
+    return video

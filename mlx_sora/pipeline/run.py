@@ -290,5 +290,5 @@ class GenerationRun:
             timings=dict(self.result.seconds),
             memory=dict(self.result.memory),
             metadata=self.metadata(),
-            frames=frames,
+            decoded=frames,
         )

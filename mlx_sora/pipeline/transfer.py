@@ -35,8 +35,8 @@ class VideoTransfer:
         """Pack a video whose files are all in `folder`; hidden ones belong to the run."""
         shown = [file for file in sorted(folder.iterdir()) if not file.name.startswith(".")]
         files = {file.name: file.read_bytes() for file in shown}
-        if video.frames is not None:
-            files[""] = video.frames.tobytes()
+        if video.decoded is not None:
+            files[""] = video.decoded.tobytes()
         values = {name: getattr(video, name) for name in (*VIDEO_FIELDS, "metadata")}
         return cls(values, files=files)
 
@@ -61,7 +61,7 @@ class VideoTransfer:
 
         shape = (values["num_frames"], values["height"], values["width"], 3)
         frames = np.frombuffer(self.files[""], np.uint8).reshape(shape)
-        return Video(None, run.request, **values, frames=frames)
+        return Video(None, run.request, **values, decoded=frames)
 
     def _write_files(self, output: Path, overwrite: bool) -> Path:
         """Write all files beside `output`; return the path of the video."""

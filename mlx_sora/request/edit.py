@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
@@ -50,7 +49,7 @@ class EditRequest:
                 raise UsageError(f"{name} must be {error}, not {shown!r}.") from None
 
     @classmethod
-    def from_options(cls, video: str | os.PathLike[str], values: Mapping[str, Any]) -> EditRequest:
+    def from_options(cls, video: Any, values: Mapping[str, Any]) -> EditRequest:
         """Return an edit from its own options and those that it shares with a generation.
 
         The sampler is SAMPLER unless `values` has one. Raises UsageError.
@@ -68,7 +67,7 @@ class EditRequest:
         if "source_prompt" not in own:
             raise UsageError("source_prompt is missing.", "Describe the video in it.")
         request = GenerationRequest.from_dict({"sampler": SAMPLER, **target})
-        return cls(os.fspath(video), target=request, **own)
+        return cls(video, target=request, **own)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> EditRequest:

@@ -19,6 +19,7 @@ from mlx_sora.video.containers import (
     read_errors,
 )
 from mlx_sora.video.films import Film, open_film
+from mlx_sora.video.output_path import frame_path, is_sequence
 from mlx_sora.video.pictures import (
     Animation,
     check_developed,
@@ -187,6 +188,22 @@ def read_video(
             "Select existing frames.",
         )
     return Footage(np.stack(frames), info.fps)
+
+
+def read_frames(path: Path, num_frames: int) -> np.ndarray:
+    """Read what a run wrote, also a sequence of png files: uint8 [F, H, W, 3]. Raises UsageError.
+
+    num_frames: length of the video.
+    """
+    import numpy as np
+
+    if is_sequence(path):
+        return np.stack([read_image(frame_path(path, index)) for index in range(num_frames)])
+    found = read_video(path).frames if is_video(path) else read_image(path)[None]
+    if len(found) == num_frames:
+        return found
+    # Equal frames of an animation are one, and without a record its rate is not known.
+    return found[np.arange(num_frames) * len(found) // num_frames]
 
 
 def resize_and_crop(frames: np.ndarray, size: Size) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from mlx_sora.memory.estimate import DEVICES, Device, Estimate, estimate, publis
 from mlx_sora.memory.plan import ModelSizes, Workload
 from mlx_sora.request.generation import options
 from mlx_sora.request.options import Option
+from tests.invariants.keywords import FILE, keywords
 
 README = Path(__file__).parents[2] / "README.md"
 
@@ -104,5 +106,7 @@ def with_tables(text: str) -> str:
 
 
 if __name__ == "__main__":
+    FILE.write_text(keywords(), encoding="utf-8")
+    subprocess.run(["ruff", "format", "--quiet", FILE], check=True)
     for path in DOCUMENTS:
         path.write_text(with_tables(path.read_text(encoding="utf-8")), encoding="utf-8")

@@ -81,7 +81,7 @@ def difference(a: np.ndarray, b: np.ndarray) -> float:
 
 def compare(single: Result, shared: Result) -> dict[str, Any]:
     pairs = zip(single.latents, shared.latents, strict=True)
-    one, other = single.video.frames, shared.video.frames
+    one, other = single.video.decoded, shared.video.decoded
     assert one is not None, "with parallel=off every rank has the frames"
     return {
         "difference": max(difference(a, b) for a, b in pairs),

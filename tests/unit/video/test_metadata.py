@@ -20,6 +20,7 @@ from mlx_sora.video.metadata import (
     replay_options,
     without_folders,
 )
+from mlx_sora.video.reader import read_image
 from mlx_sora.video.writer import save_frames
 
 SETTINGS = {
@@ -132,7 +133,7 @@ def test_truncated_files(tmp_path: Path, keep: float) -> None:
 
 def make_video(frames: np.ndarray | None, path: Path | None = None, **more: object) -> Video:
     request = GenerationRequest.from_dict({"prompt": "a", **more})
-    return Video(path, request, 16, 8, 3, 24, 1, metadata={"request": {}}, frames=frames)
+    return Video(path, request, 16, 8, 3, 24, 1, metadata={"request": {}}, decoded=frames)
 
 
 def test_video_saves_frames_it_kept(tmp_path: Path) -> None:
@@ -154,15 +155,19 @@ def test_video_keeps_its_request_to_itself_when_told_so(tmp_path: Path) -> None:
         read_metadata(tmp_path / "a.mp4")
 
 
-def test_a_written_video_can_be_copied_but_not_converted(tmp_path: Path) -> None:
+def test_a_written_video_can_be_copied_and_converted(tmp_path: Path) -> None:
     source = save_frames(tmp_path / "a.mp4", np.zeros((3, 8, 16, 3), np.uint8), 24)
     video = make_video(None, source)
     copy = video.save(tmp_path / "b.mp4")
     assert copy.read_bytes() == source.read_bytes()
     with pytest.raises(UsageError, match="exists already"):
         video.save(tmp_path / "b.mp4")
-    with pytest.raises(UsageError, match="no longer in memory"):
-        video.save(tmp_path / "b.gif")
+    for name in ("b.gif", "b.webp", "b_%d.png"):
+        assert video.save(tmp_path / name) == tmp_path / name
+        assert read_metadata(tmp_path / name.replace("%d", "0")) == {"request": {}}
+    assert read_image(tmp_path / "b_2.png").max() <= 1
+    with pytest.raises(UsageError, match="one frame"):
+        video.save(tmp_path / "b.png")
 
 
 def test_media_are_found_beside_the_record_if_their_content_is_the_same(tmp_path: Path) -> None:

@@ -1,0 +1,103 @@
+"""Keywords of `Pipeline`, typed for editors and type checkers.
+
+Generated from the fields of the requests: python -m tests.invariants.readme
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal, TypedDict
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Sequence
+    from typing import TypeAlias
+
+    import numpy as np
+    from PIL import Image
+
+    from mlx_sora.request.techniques import GuidanceCache, GuidanceInterval, Lpl, StepCache, Tdtm
+    from mlx_sora.video import Video
+
+    FilePath: TypeAlias = str | os.PathLike[str]
+
+    #: A file, a PIL image, pixels [H, W, 3] (uint8, or floats 0 to 1), or a `Video` of one frame.
+    Picture: TypeAlias = FilePath | Image.Image | np.ndarray | Video
+
+    #: A file, a `Video`, pixels [F, H, W, 3], or a list of pictures.
+    Footage: TypeAlias = FilePath | Video | np.ndarray | Sequence[Image.Image | np.ndarray]
+
+    #: Pictures, each alone or with its frame (a number, first or last) and strength.
+    Pictures: TypeAlias = (
+        Picture | Sequence[Picture | tuple[Picture, int | str] | tuple[Picture, int | str, float]]
+    )
+
+    #: Videos, each alone or with before or after, the number of frames to use and strength.
+    Footages: TypeAlias = (
+        Footage
+        | Sequence[
+            Footage
+            | tuple[Footage, str]
+            | tuple[Footage, str, int]
+            | tuple[Footage, str, int, float]
+        ]
+    )
+
+
+class SharedKeywords(TypedDict, total=False):
+    """Options of generations and edits."""
+
+    model: FilePath | None
+    steps: int | None
+    guidance: float | None
+    negative_prompt: str | None
+    sequential_guidance: bool
+    sampler: Literal["rflow", "midpoint", "ab2"]
+    resolution: str | None
+    aspect_ratio: str | None
+    width: int | None
+    height: int | None
+    num_frames: int | str | None
+    fps: float | None
+    aesthetic: float | None
+    motion: float | None
+    camera: str | None
+    lpl: Lpl | str | None
+    tdtm: Tdtm | int | str | None
+    dtype: Literal["auto", "float32", "bfloat16", "float16"]
+    vae_dtype: Literal["float32", "bfloat16", "float16"]
+    quantize: Literal[4, 8] | None
+    memory_budget: str | None
+    device_profile: str | None
+    ci_dl: bool
+    vae_tiles: int | None
+    parallel: Literal["auto", "guidance", "sequence", "both", "prompts", "off"]
+    output: FilePath | None
+    overwrite: bool
+    embed_metadata: bool
+    metadata: bool
+    health_check: bool
+
+
+class GenerationKeywords(SharedKeywords, total=False):
+    """Options of `GenerationRequest`, but for the prompt."""
+
+    seed: int | None
+    images: Pictures
+    videos: Footages
+    mask_strategy: str | None
+    references: FilePath | Sequence[FilePath]
+    loop: int
+    condition_frames: int
+    condition_edit: float
+    preset: Literal["exact", "balanced", "fast", "tiny-ram"] | None
+    step_cache: StepCache | str | None
+    guidance_interval: GuidanceInterval | str | None
+    guidance_cache: GuidanceCache | str | None
+    checkpoint_every: int | None
+    preview_every: int | None
+
+
+class EditKeywords(SharedKeywords, total=False):
+    """Options of `EditRequest`, but for the video and both prompts."""
+
+    inject_steps: int | None
