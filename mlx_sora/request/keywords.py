@@ -5,7 +5,7 @@ Generated from the fields of the requests: python -m tests.invariants.readme
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 if TYPE_CHECKING:
     import os
@@ -26,21 +26,12 @@ if TYPE_CHECKING:
     #: A file, a `Video`, pixels [F, H, W, 3], or a list of pictures.
     Footage: TypeAlias = FilePath | Video | np.ndarray | Sequence[Image.Image | np.ndarray]
 
-    #: Pictures, each alone or with its frame (a number, first or last) and strength.
-    Pictures: TypeAlias = (
-        Picture | Sequence[Picture | tuple[Picture, int | str] | tuple[Picture, int | str, float]]
-    )
+    #: Each picture stands by itself or in (picture, frame, strength); frames are numbers, first or
+    #: last.
+    Pictures: TypeAlias = Picture | Sequence[Picture | Sequence[Any]]
 
-    #: Videos, each alone or with before or after, the number of frames to use and strength.
-    Footages: TypeAlias = (
-        Footage
-        | Sequence[
-            Footage
-            | tuple[Footage, str]
-            | tuple[Footage, str, int]
-            | tuple[Footage, str, int, float]
-        ]
-    )
+    #: Each video stands by itself or in (video, before or after, frames to use, strength).
+    Footages: TypeAlias = Footage | Sequence[Footage | Sequence[Any]]
 
 
 class SharedKeywords(TypedDict, total=False):

@@ -25,3 +25,9 @@ def test_calls_take_the_keywords_of_their_command() -> None:
     for method, name in (("__call__", "Generation"), ("stream", "Generation"), ("edit", "Edit")):
         options = inspect.signature(getattr(Pipeline, method)).parameters["options"]
         assert options.annotation == f"Unpack[{name}Keywords]"
+
+
+def test_type_checkers_find_an_editable_install() -> None:
+    """Only then does setuptools put the folder on the path; `.ci/run` asks mypy itself."""
+    text = (FILE.parents[2] / "pyproject.toml").read_text()
+    assert '\npackage-dir = { "" = "." }\n' in text
