@@ -282,6 +282,16 @@ class Plan:
         """Return the plan of stage `name`."""
         return next(stage for stage in self.stages if stage.stage == name)
 
+    def with_cached_text(self) -> Plan:
+        """Return the plan of a run whose text was encoded before: T5 is neither read nor run.
+
+        Its memory stays planned, in case the cache is gone when the run begins.
+        """
+        encode = self.stage("encode")
+        cached = replace(encode, read=0, flops=0)
+        stages = tuple(cached if stage is encode else stage for stage in self.stages)
+        return replace(self, stages=stages)
+
     def to_dict(self) -> dict[str, Any]:
         """Return JSON values. `sequential_offload` keeps its published key, `in_turn`."""
         values = asdict(self) | {"peak": self.peak}

@@ -235,5 +235,5 @@ def _encoding_groups(runs: Mapping[int, GenerationRun]) -> list[list[int]]:
         if run.has_steps_left:
             dtype, checks = run.engine.precision.text_encoder, run.request.health_check
             limits = (run.request.memory_budget, run.request.device_profile, run.request.ci_dl)
-            groups[dtype, run.engine.model, checks, limits].append(index)
+            groups[dtype, run.engine.model, checks, limits, run.request.text_cache].append(index)
     return list(groups.values())

@@ -21,15 +21,24 @@ from mlx_sora.memory.limits import StageMeter, default_cache_limit
 from mlx_sora.memory.plan import Machine, ModelSizes
 from mlx_sora.memory.profiles import format_bytes
 from mlx_sora.models.ops import on_gpu
-from mlx_sora.models.precision import Precision
+from mlx_sora.models.precision import Precision, dtype_name
 from mlx_sora.models.stdit3 import STDiT3Config
 from mlx_sora.models.vae import VAEConfig
 from mlx_sora.pipeline.locks import check_not_forked
 from mlx_sora.request.generation import GenerationRequest, label
-from mlx_sora.runtime.device import backend, choose_precision, largest_array, total_memory
+from mlx_sora.runtime.device import (
+    backend,
+    choose_precision,
+    describe_device,
+    largest_array,
+    total_memory,
+)
 from mlx_sora.runtime.events import Event, StageFinished, StageProgress, StageStarted
+from mlx_sora.runtime.switches import switches
 from mlx_sora.sampling import SAMPLERS
+from mlx_sora.text.cache import TextCache, open_text_cache
 from mlx_sora.text.tokenizer import Tokenizer
+from mlx_sora.utils.files import visible_files
 from mlx_sora.utils.versions import versions
 
 log = logging.getLogger(__name__)
@@ -114,6 +123,19 @@ class Engine:
     def transformer_config(self) -> STDiT3Config:
         """Configuration of the transformer."""
         return STDiT3Config.from_dict(self.model.config("transformer"))
+
+    def text_cache(self) -> TextCache:
+        """Return the cache of the states that T5 has on this device, as its files are now."""
+        facts = {"device": describe_device(), "switches": switches(), **self._text_encoder_facts}
+        return open_text_cache(visible_files(self.model.text_encoder, "*"), facts)
+
+    @cached_property
+    def _text_encoder_facts(self) -> dict[str, Any]:
+        return {
+            "dtype": dtype_name(self.precision.text_encoder),
+            "quantization": self.quantization,
+            "versions": versions(),
+        }
 
     def sizes(self, *, encoders: bool) -> ModelSizes:
         """Return the model's sizes in bytes. Reads headers only, once for each kind.

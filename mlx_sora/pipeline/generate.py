@@ -97,6 +97,10 @@ def plan_run(
     if source is not None:
         workload = source.add_to(workload, engine.precision.transformer)
     plan, notes = _plan_memory(engine, request, resolved, workload)
+    if request.text_cache:
+        cache = engine.text_cache()
+        if all(encoding.ids in cache for encoding in encodings.values()):
+            plan = plan.with_cached_text()
     return GenerationRun(
         engine=engine,
         request=replace(request, dtype=engine.dtype),  # which the pipeline may have chosen

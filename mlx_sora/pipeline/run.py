@@ -35,6 +35,7 @@ from mlx_sora.runtime.device import describe_device
 from mlx_sora.runtime.events import Event, Noted, StageFinished, Warned
 from mlx_sora.runtime.health import Health
 from mlx_sora.sampling.loop import StepResult
+from mlx_sora.text.cache import TextCache
 from mlx_sora.text.prompt import split_directives
 from mlx_sora.text.tokenizer import Encoding
 from mlx_sora.video import Video
@@ -161,6 +162,11 @@ class GenerationRun:
         return Health(self.engine.precision, self.settings.guidance, self.request.health_check)
 
     @cached_property
+    def text_cache(self) -> TextCache:
+        """States of texts that were encoded before."""
+        return self.engine.text_cache() if self.request.text_cache else TextCache(None, "")
+
+    @cached_property
     def sharding(self) -> Sharding:
         """Division of the transformer's evaluations among the ranks; all ranks must ask for it."""
         if self.parallel.ranks == 1:
@@ -218,7 +224,8 @@ class GenerationRun:
     def estimate(self, speeds: MachineSpeeds) -> Estimate:
         """Estimate the seconds of the run on the machine that has these speeds."""
         sizes = self.engine.sizes(encoders=self.workload.media is not None)
-        precision, texts = self.engine.precision, len(self.encodings)
+        precision = self.engine.precision
+        texts = len(self.encodings) if self.plan.stage("encode").flops else 0
         return estimate_from_speeds(sizes, self.workload, self.plan, speeds, precision, texts)
 
     def opening_events(self) -> Iterator[Event]:

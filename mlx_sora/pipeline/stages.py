@@ -72,19 +72,34 @@ def _encode_texts(
     todo: Sequence[str],
     texts: MutableMapping[str, mx.array],
 ) -> Generator[Event, None, dict[str, Sequence[str]]]:
-    """Encode `todo` with the T5 of `run`; return the warnings of each text."""
+    """Encode `todo` with the T5 of `run`, or take it from the text cache.
+
+    Returns the warnings of each text.
+    """
     encodings = {text: encoding for each in runs for text, encoding in each.encodings.items()}
-    warnings: dict[str, Sequence[str]] = {}
-    with run.loader.text_encoder(run.plan.stage("encode")) as (network, rows, blocks):
-        for done, text in enumerate(todo, start=1):
-            ids = encodings[text].ids
-            states = encode_tokens(network, rows, ids, run.engine.precision.text_encoder, blocks)
-            run.health.check_text(states)
-            texts[text], warnings[text] = states, encodings[text].warnings
-            yield StageProgress("encode", done, len(todo))
-        for each in runs:
-            each.result.add_stream("encode", blocks)
-    return warnings
+    cache, missing = run.text_cache, list[str]()
+    for text in todo:
+        states = cache.get(encodings[text].ids)
+        if states is None:
+            missing.append(text)
+            continue
+        run.health.check_text(states)
+        texts[text] = states
+        yield StageProgress("encode", len(texts), len(todo))
+    if missing:
+        with run.loader.text_encoder(run.plan.stage("encode")) as (network, rows, blocks):
+            dtype = run.engine.precision.text_encoder
+            for text in missing:
+                ids = encodings[text].ids
+                states = encode_tokens(network, rows, ids, dtype, blocks)
+                run.health.check_text(states)
+                texts[text] = states
+                cache.put(ids, states)
+                yield StageProgress("encode", len(texts), len(todo))
+            for each in runs:
+                each.result.add_stream("encode", blocks)
+        cache.prune()
+    return {text: encodings[text].warnings for text in todo}
 
 
 def encode_media(run: GenerationRun) -> Generator[Event, None, ConditioningLatents]:

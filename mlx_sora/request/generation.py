@@ -316,6 +316,12 @@ class GenerationRequest:
         parse=as_tiles,
         metavar="N",
     )
+    text_cache: bool = _memory(
+        "store T5's states of each prompt in the cache folder; its next video then reads no T5",
+        True,
+        tasks="generate edit",
+        replay=False,
+    )
     parallel: str = _memory(
         "with mlx.launch, what the ranks split: the two predictions of guidance, the sequence of "
         "tokens, both, or the prompts of --prompt-file; off is for a single process",

@@ -82,7 +82,8 @@ def measure(flags: Sequence[str]) -> Measurement:
     with temporary_folder() as folder:
         command = [sys.executable, "-m", "mlx_sora", "generate", *flags]
         # The parent keeps the machine awake, if that is wanted.
-        command += ["--json-events", "--allow-sleep", "--metadata", "--output", f"{folder}/video"]
+        command += ["--json-events", "--allow-sleep", "--no-text-cache"]
+        command += ["--metadata", "--output", f"{folder}/video"]
         start = time.perf_counter()
         with tempfile.TemporaryFile("w+") as errors, _child(command, errors) as process:
             monitor = _ChildMonitor(process.pid)
