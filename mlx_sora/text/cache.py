@@ -26,7 +26,7 @@ from mlx_sora.utils.files import cache_folder, partial_name, remove_partial
 #: Folder in the cache folder, and suffix of its files.
 FOLDER, SUFFIX = "text", ".states"
 
-#: Most bytes of all files; those used least recently go. A prompt of opensora-1.2 takes 0.1 to 5 MB.
+#: Most bytes of all files; those used least recently go. A prompt of opensora-1.2 takes up to 5 MB.
 MAX_BYTES = 256 << 20
 
 #: Version of the files, part of their names.
