@@ -69,15 +69,15 @@ def plan_run(
     source: EditSource | None = None,
 ) -> GenerationRun:
     """Plan the run of a resolved request. source: the video that it edits, if any."""
-    guided = resolved.guidance != 1
+    guided, source_text = resolved.guidance != 1, [] if source is None else [source.text]
     parallel = choose_parallel(request.parallel, engine.ranks.size, guided=guided)
     if source is not None:
         parallel = source.parallel_plan(parallel, request.parallel)
     info = schedule_info(engine, resolved, parallel)
     accelerations = Accelerations(resolved.accelerations, info)
     output = resolve_output(request, resolved, check=engine.ranks.is_rank0)
-    texts = [*resolved.all_texts, *([] if source is None else [source.text])]
-    encodings = {text: engine.tokenizer.encode(text) for text in dict.fromkeys(texts)}
+    texts = dict.fromkeys([*resolved.all_texts, *source_text])
+    encodings = {text: engine.tokenizer.encode(text) for text in texts}
     workload = Workload(
         geometry=resolved.geometry,
         text_tokens=max(len(encoding.ids) for encoding in encodings.values()),
@@ -97,10 +97,8 @@ def plan_run(
     if source is not None:
         workload = source.add_to(workload, engine.precision.transformer)
     plan, notes = _plan_memory(engine, request, resolved, workload)
-    if request.text_cache:
-        cache = engine.text_cache()
-        if all(encoding.ids in cache for encoding in encodings.values()):
-            plan = plan.with_cached_text()
+    if request.text_cache and engine.text_cache().has_all(encodings.values()):
+        plan = plan.with_cached_text()
     return GenerationRun(
         engine=engine,
         request=replace(request, dtype=engine.dtype),  # which the pipeline may have chosen
@@ -117,9 +115,7 @@ def plan_run(
             warnings=[
                 *resolved.warnings,
                 *ineffective_texts(resolved.subjects, engine.tokenizer),
-                *untrained_warning(
-                    engine.model, resolved, engine.tokenizer, source.text if source else None
-                ),
+                *untrained_warning(engine.model, resolved, engine.tokenizer, *source_text),
                 *accelerations.warnings,
             ],
             metadata=dict(engine.quantization),

@@ -182,7 +182,7 @@ def ineffective_texts(subjects: Mapping[str, str], tokenizer: Tokenizer) -> Iter
 
 
 def untrained_warning(
-    model: ModelFolder, resolved: ResolvedRequest, tokenizer: Tokenizer, source: str | None
+    model: ModelFolder, resolved: ResolvedRequest, tokenizer: Tokenizer, source: str | None = None
 ) -> Iterator[str]:
     """Yield one warning for all that the model was not trained for, if there is any.
 

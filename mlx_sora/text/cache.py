@@ -21,6 +21,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_sora.errors import MlxSoraError
+from mlx_sora.text.tokenizer import Encoding
 from mlx_sora.utils.files import cache_folder, partial_name, remove_partial
 
 #: Folder in the cache folder, and suffix of its files.
@@ -54,6 +55,10 @@ class TextCache:
     def __contains__(self, ids: Sequence[int]) -> bool:
         """Return True if the states of these token ids are stored; they may still be damaged."""
         return self.folder is not None and self._file(self.folder, ids).is_file()
+
+    def has_all(self, encodings: Iterable[Encoding]) -> bool:
+        """Return True if the states of all these texts are stored."""
+        return all(encoding.ids in self for encoding in encodings)
 
     def get(self, ids: Sequence[int]) -> mx.array | None:
         """Return the states [n, D] of n token ids, evaluated; None if they are not stored."""
