@@ -47,9 +47,9 @@ def note_unread_weights(
 ) -> None:
     """Show the bytes, and seconds, that checkpoints or ranks need to recognise the weights."""
     from mlx_sora.manage.machine_file import read_speeds
-    from mlx_sora.memory.estimate import format_duration
     from mlx_sora.memory.profiles import format_bytes
     from mlx_sora.pipeline.engine import SHOWN_BYTES
+    from mlx_sora.runtime.progress import format_duration
 
     unread = pipeline.unread_weights(requests)
     if unread < SHOWN_BYTES:
@@ -73,7 +73,7 @@ def estimate_lines(estimate: Estimate | None) -> list[str]:
     """Return the seconds as one line; none without an estimate."""
     if estimate is None:
         return []
-    from mlx_sora.memory.estimate import format_duration
+    from mlx_sora.runtime.progress import format_duration
 
     stages = ", ".join(
         f"{stage} {format_duration(value)}" for stage, value in estimate.seconds.items()

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import re
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -17,24 +18,27 @@ from mlx_sora.runtime.events import (
     PreviewReady,
     RequestFailed,
     RequestStarted,
+    RunPlanned,
     StageFinished,
     StageProgress,
     StageStarted,
     StepFinished,
     Warned,
 )
+from mlx_sora.runtime.progress import RunProgress, progress_speed, progress_title
 
 if TYPE_CHECKING:
     from mlx_sora.manage.progress import FileProgress
     from mlx_sora.memory.plan import Plan
 
-#: Seconds between redraws, on a terminal and in a log file.
-_REDRAW_TERMINAL, _REDRAW_LOG = 0.1, 10.0
+#: Seconds between redraws of a bar.
+_REDRAW = 0.1
+
+#: Least seconds between lines in a log, and least share of the time so far.
+_LOG_SECONDS, _LOG_SHARE = 10.0, 0.05
 
 #: Most characters of a prompt in a line of progress.
 MAX_PROMPT = 200
-
-UNITS = {"hash": "MB", "encode": "prompt", "read": "chunk", "denoise": "step", "decode": "frame"}
 
 
 class Renderer(Protocol):
@@ -55,6 +59,7 @@ class BarRenderer:
 
     def __init__(self) -> None:
         self._bar: Any = None
+        self._progress = RunProgress()
         self._stages: list[StageFinished] = []
 
     def note(self, text: str) -> None:
@@ -63,13 +68,13 @@ class BarRenderer:
         tqdm.write("\n".join(map(printable, text.split("\n"))), file=sys.stderr)
 
     def handle(self, event: Event) -> None:
+        self._progress.handle(event)
         if isinstance(event, StageStarted):
-            self._open(event)
-        elif isinstance(event, StepFinished):
-            self._advance(event.step + 1, f"{event.seconds:.2f} s/step")
-        elif isinstance(event, StageProgress):
-            self._advance(event.done)
+            self._open()
+        elif isinstance(event, (StepFinished, StageProgress)):
+            self._advance()
         elif isinstance(event, StageFinished):
+            self._advance()
             self.close()
             self._stages.append(event)
         elif isinstance(event, Warned):
@@ -93,17 +98,17 @@ class BarRenderer:
             self._bar.close()
             self._bar = None
 
-    def _open(self, event: StageStarted) -> None:
+    def _open(self) -> None:
         self.close()
-        unit = " " + UNITS.get(event.stage, "unit")
-        self._bar = _open_bar(total=event.total, desc=f"{event.stage:<7}", unit=unit)
+        progress = self._progress
+        self._bar = _open_bar(
+            total=progress.total, initial=progress.done, desc=progress_title(progress)
+        )
 
-    def _advance(self, done: int, text: str = "") -> None:
-        if self._bar is None:
-            return
-        if text:
-            self._bar.set_postfix_str(text, refresh=False)
-        self._bar.update(done - self._bar.n)
+    def _advance(self) -> None:
+        if self._bar is not None:
+            self._bar.set_postfix_str(progress_speed(self._progress), refresh=False)
+            self._bar.update(self._progress.done - self._bar.n)
 
 
 class JsonRenderer:
@@ -159,6 +164,8 @@ def event_record(event: Event) -> dict[str, Any]:
         error = event.error
         record |= {"index": event.index, "message": str(error), "exit_code": error.exit_code}
         return record
+    if isinstance(event, RunPlanned):
+        return record | dataclasses.asdict(event)
     if isinstance(event, PreviewReady):
         record["shape"] = list(event.frames.shape)
     names = [item.name for item in dataclasses.fields(event)]
@@ -253,10 +260,47 @@ class Bars:
         self._bar = self._file = None
 
 
+class PlainBar:
+    """Bar for logs: a plain line now and then, and one at the end. Takes what tqdm does."""
+
+    def __init__(
+        self, *, total: int, desc: str, initial: int = 0, unit: str = "", **_: object
+    ) -> None:
+        self.n, self._total, self._desc, self._unit = initial, total, desc, unit
+        self._text, self._start = "", time.monotonic()
+        self._next = self._start + _LOG_SECONDS
+
+    def set_postfix_str(self, text: str, refresh: bool) -> None:
+        """Set the end of the line."""
+        self._text = text
+
+    def update(self, count: int) -> None:
+        """Add to what is done."""
+        self.n += count
+        if (now := time.monotonic()) >= self._next:
+            self._next = now + max(_LOG_SECONDS, _LOG_SHARE * (now - self._start))
+            self._print()
+
+    def close(self) -> None:
+        """Print the last line."""
+        self._print()
+
+    def _print(self) -> None:
+        size = human_bytes if self._unit == "B" else str
+        share = f"{self.n / self._total:.0%}" if self._total else "100%"
+        line = f"{self._desc} {share:>4} {size(self.n)}/{size(self._total)}"
+        print(f"{line}, {self._text}" if self._text else line, file=sys.stderr, flush=True)
+
+
 def _open_bar(**options: Any) -> Any:
+    if not sys.stderr.isatty():
+        return PlainBar(**options)
     from tqdm import tqdm
 
-    redraw = _REDRAW_TERMINAL if sys.stderr.isatty() else _REDRAW_LOG
+    if "unit" not in options:  # the events' own rate in place of tqdm's
+        options["bar_format"] = (
+            "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
+        )
     return tqdm(
-        file=sys.stderr, mininterval=redraw, maxinterval=redraw, dynamic_ncols=True, **options
+        file=sys.stderr, mininterval=_REDRAW, maxinterval=_REDRAW, dynamic_ncols=True, **options
     )

@@ -9,13 +9,13 @@ from typing import Any
 from mlx_sora.errors import MemoryBudgetError
 from mlx_sora.loading.model_folder import PUBLISHED, find_model
 from mlx_sora.loading.published import find_undownloaded
-from mlx_sora.memory.estimate import format_duration
 from mlx_sora.memory.profiles import format_bytes
 from mlx_sora.memory.speeds import MachineSpeeds
 from mlx_sora.models.ops import on_gpu
 from mlx_sora.pipeline.pipeline import Pipeline
 from mlx_sora.pipeline.run import GenerationRun
 from mlx_sora.request.generation import GenerationRequest
+from mlx_sora.runtime.progress import format_duration
 
 #: Resolutions and lengths of the table.
 VIDEOS = (

@@ -234,14 +234,3 @@ def _weights(network: nn.Module, blocks: list[int], itemsize: int) -> WeightSize
 def _count(network: nn.Module) -> int:
     leaves: list[tuple[str, mx.array]] = tree_flatten(network.parameters())  # type: ignore[assignment]
     return sum(prod(value.shape) for _, value in leaves)
-
-
-def format_duration(seconds: float) -> str:
-    """Format seconds with no more digits than an estimate bears."""
-    if seconds < 10:
-        return f"{seconds:.1f} s"
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    if seconds < 7200:
-        return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.1f} h"

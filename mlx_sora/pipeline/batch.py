@@ -23,10 +23,17 @@ from mlx_sora.pipeline.generate import generate_clips, prepare
 from mlx_sora.pipeline.locks import output_lock_on_rank0, process_lock
 from mlx_sora.pipeline.resume import checkpoint_seed
 from mlx_sora.pipeline.run import GenerationRun
-from mlx_sora.pipeline.stages import encode_text
+from mlx_sora.pipeline.stages import encode_text, planned_encoding
 from mlx_sora.pipeline.transfer import VideoTransfer
 from mlx_sora.request.generation import GenerationRequest
-from mlx_sora.runtime.events import Event, Finished, RequestFailed, RequestStarted
+from mlx_sora.runtime.events import (
+    Event,
+    Finished,
+    PlannedStage,
+    RequestFailed,
+    RequestStarted,
+    RunPlanned,
+)
 from mlx_sora.utils.leftovers import temporary_folder
 from mlx_sora.video.output_path import OutputNames
 
@@ -79,12 +86,22 @@ class _Batch:
 
     def _make_all(self, folder: Path) -> Generator[Event, None, None]:
         """Make the videos of all runs. folder: for texts."""
+        yield RunPlanned(tuple(self._planned_stages()))
         texts = yield from self._encode(folder)
         if self._data_parallel:
             yield from self._make_side_by_side(texts)
             return
         for index in list(self._runs):
             yield from self._make(index, self._runs.pop(index), texts.get(index))
+
+    def _planned_stages(self) -> Iterator[PlannedStage]:
+        """Yield the stages that this rank will make."""
+        for group in _encoding_groups(self._runs):
+            yield planned_encoding([self._runs[index] for index in group])
+        ranks = self._ranks
+        own = slice(ranks.rank, None, ranks.size) if self._data_parallel else slice(None)
+        for index in list(self._runs)[own]:
+            yield from self._runs[index].planned_stages(index)
 
     def _prepare(self, request: GenerationRequest) -> GenerationRun:
         """Prepare a run. Raises UsageError if another one writes to the same file."""

@@ -137,6 +137,11 @@ class Checkpoints:
         """Return the latents of a clip whose steps were all made before, or None."""
         return self._finished[clip] if clip < len(self._finished) else None
 
+    def steps_done(self, clip: int) -> int:
+        """Return the number of steps of an unfinished clip that were made before."""
+        current = self._current
+        return current.steps if current is not None and clip == current.clip else 0
+
     def restored(self, clip: int) -> Snapshot | None:
         """Return the state of a clip that was interrupted, or None."""
         snapshot = self._ranks.on_rank0(lambda: self._load(clip))

@@ -26,7 +26,7 @@ from mlx_sora.memory.profiles import format_bytes
 from mlx_sora.models.hooks import ValueSharing
 from mlx_sora.models.vae import Chunk, chunk_plan
 from mlx_sora.pipeline.engine import Engine
-from mlx_sora.pipeline.generate import finished_video, open_run_writer, plan_run
+from mlx_sora.pipeline.generate import finished_video, open_run_writer, plan_run, planned_run
 from mlx_sora.pipeline.locks import run_exclusively
 from mlx_sora.pipeline.networks import StreamedTransformer
 from mlx_sora.pipeline.run import EditSource, GenerationRun
@@ -137,6 +137,7 @@ def edit_video(edit: EditRun) -> Generator[Event, None, None]:
     """Carry out an edit; yield its events."""
     run, texts = edit.run, dict[str, mx.array]()
     yield from run.opening_events()
+    yield planned_run(run)
     yield from encode_text([run], texts, run.ranks)
     latents = yield from _encode_video(edit)
     latents = yield from _invert_and_regenerate(edit, latents, texts)

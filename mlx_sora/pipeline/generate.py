@@ -29,9 +29,16 @@ from mlx_sora.pipeline.settings import (
     resolve,
     untrained_warning,
 )
-from mlx_sora.pipeline.stages import TextStates, decode, denoise, encode_media, encode_text
+from mlx_sora.pipeline.stages import (
+    TextStates,
+    decode,
+    denoise,
+    encode_media,
+    encode_text,
+    planned_encoding,
+)
 from mlx_sora.request.generation import GenerationRequest
-from mlx_sora.runtime.events import Event
+from mlx_sora.runtime.events import Event, RunPlanned
 from mlx_sora.sampling import SAMPLERS
 from mlx_sora.utils.leftovers import deferred_signals
 from mlx_sora.video import Video
@@ -228,9 +235,16 @@ def generate(run: GenerationRun) -> Generator[Event, None, Video]:
     """Make the video of a run; yield its events."""
     texts: dict[str, mx.array] = {}
     yield from run.opening_events()
+    yield planned_run(run)
     if run.has_steps_left:
         yield from encode_text([run], texts, run.ranks)
     return (yield from generate_clips(run, texts))
+
+
+def planned_run(run: GenerationRun) -> RunPlanned:
+    """Return the event with all stages of a run that is made alone."""
+    encode = [planned_encoding([run])] if run.has_steps_left else []
+    return RunPlanned((*encode, *run.planned_stages()))
 
 
 def generate_clips(run: GenerationRun, texts: TextStates) -> Generator[Event, None, Video]:

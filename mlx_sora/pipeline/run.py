@@ -32,7 +32,7 @@ from mlx_sora.pipeline.preview import Previews
 from mlx_sora.pipeline.settings import ResolvedRequest
 from mlx_sora.request.generation import GenerationRequest
 from mlx_sora.runtime.device import describe_device
-from mlx_sora.runtime.events import Event, Noted, StageFinished, Warned
+from mlx_sora.runtime.events import Event, Noted, PlannedStage, StageFinished, Warned
 from mlx_sora.runtime.health import Health
 from mlx_sora.sampling.loop import StepResult
 from mlx_sora.text.cache import TextCache
@@ -227,6 +227,23 @@ class GenerationRun:
         precision = self.engine.precision
         texts = len(self.encodings) if self.plan.stage("encode").flops else 0
         return estimate_from_speeds(sizes, self.workload, self.plan, speeds, precision, texts)
+
+    def planned_stages(self, request: int = 0) -> Iterator[PlannedStage]:
+        """Yield the stages after the text's, those of finished clips included.
+
+        request: index among several requests.
+        """
+        work = {stage.stage: stage.flops for stage in self.plan.stages}
+        if self.workload.media is not None and self.has_steps_left:
+            yield PlannedStage("read", self.workload.media.chunks, work["read"], request=request)
+        clips, steps = self.settings.clips, self.settings.steps * (1 + self.workload.inversion)
+        for clip in range(clips.count):
+            finished = self.checkpoints.finished(clip) is not None
+            done = steps if finished else self.checkpoints.steps_done(clip)
+            place = {"clip": clip, "clips": clips.count, "request": request}
+            yield PlannedStage("denoise", steps, work["denoise"] / clips.count, done, **place)
+            frames = clips.num_frames - clips.frames_to_skip(clip)
+            yield PlannedStage("decode", frames, work["decode"] * frames / clips.total, **place)
 
     def opening_events(self) -> Iterator[Event]:
         """Yield the warnings and notes that preparation collected."""

@@ -26,7 +26,15 @@ from mlx_sora.models.stdit3 import BlockPair
 from mlx_sora.models.vae import MicroBatch
 from mlx_sora.pipeline.networks import ClipTransformer, Stage, StreamedTransformer
 from mlx_sora.pipeline.run import GenerationRun
-from mlx_sora.runtime.events import Event, Noted, StageProgress, StageStarted, StepFinished, Warned
+from mlx_sora.runtime.events import (
+    Event,
+    Noted,
+    PlannedStage,
+    StageProgress,
+    StageStarted,
+    StepFinished,
+    Warned,
+)
 from mlx_sora.sampling import SAMPLERS, loop
 from mlx_sora.sampling.guidance import Guidance, GuidancePolicy
 from mlx_sora.sampling.noise import Noise
@@ -64,6 +72,13 @@ def encode_text(
         yield from map(Warned, own)
         finished = each.result.add_stage(stage.meter, len(runs))
     yield finished
+
+
+def planned_encoding(runs: Sequence[GenerationRun]) -> PlannedStage:
+    """Return the stage of `encode_text` for progress."""
+    texts = {text for run in runs for text in run.encodings}
+    work = max(run.plan.stage("encode").flops for run in runs) * len(texts)
+    return PlannedStage("encode", len(texts), work)
 
 
 def _encode_texts(

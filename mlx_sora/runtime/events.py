@@ -18,6 +18,30 @@ STAGES = ("encode", "denoise", "decode")
 
 
 @dataclass(frozen=True)
+class PlannedStage:
+    """A stage that a run will have, in the order of its stages.
+
+    total: its units of work. work: its operations. done: units that an earlier run has made.
+    clip, clips: place among the clips of its video. request: place among several requests.
+    """
+
+    stage: str
+    total: int
+    work: float
+    done: int = 0
+    clip: int = 0
+    clips: int = 1
+    request: int = 0
+
+
+@dataclass(frozen=True)
+class RunPlanned:
+    """The stages of a run, or of several requests, before the first one."""
+
+    stages: tuple[PlannedStage, ...]
+
+
+@dataclass(frozen=True)
 class StageStarted:
     """A stage begins. total: its units of work (prompts, steps, frames)."""
 
@@ -113,7 +137,8 @@ class Finished:
 
 
 Event = (
-    StageStarted
+    RunPlanned
+    | StageStarted
     | StageProgress
     | StepFinished
     | PreviewReady

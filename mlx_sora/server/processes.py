@@ -9,16 +9,24 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import fields
 from typing import Any
 
 import psutil
 
 from mlx_sora.errors import printable
+from mlx_sora.runtime.events import (
+    PlannedStage,
+    RunPlanned,
+    StageFinished,
+    StageProgress,
+    StageStarted,
+    StepFinished,
+)
+from mlx_sora.runtime.progress import RunProgress
 from mlx_sora.server.store import Job
-from mlx_sora.server.task import EDIT
 from mlx_sora.utils.json import parse_object
 
 WORKER = (sys.executable, "-m", "mlx_sora.server.worker")
@@ -29,11 +37,13 @@ _MAX_LINE, _MAX_ERROR = 1 << 20, 4096
 #: Seconds by which the start time of one process may differ: the system's clock can be set.
 _SAME_START = 2.0
 
-#: Steps whose mean is the speed.
-_STEPS = 8
-
-#: Stages that each clip has.
-_PER_CLIP = ("denoise", "decode")
+#: Events that progress follows from, by their names.
+_PROGRESS: Mapping[str, Any] = {
+    "stage_started": StageStarted,
+    "stage_progress": StageProgress,
+    "step_finished": StepFinished,
+    "stage_finished": StageFinished,
+}
 
 
 class WorkerProcess:
@@ -128,78 +138,37 @@ def _ends_within(process: psutil.Process, seconds: float) -> bool:
 
 
 class Progress:
-    """Progress of one run of a job.
-
-    Operations of the plan weigh the stages. Seconds follow from the last steps, before the first
-    from the plan.
-    """
+    """Progress of one run of a job, as the fields of Job have it."""
 
     def __init__(self, job: Job) -> None:
-        plan = job.plan
-        self._shares = dict(plan.shares) if plan and plan.shares else {"denoise": 1.0}
-        self._planned = plan.seconds if plan else None
-        self._clips = max(1, int(job.task.options.get("loop", 1)))
-        self._steps = (plan.steps if plan else 0) * (2 if job.task.kind == EDIT else 1)
-        self._clip, self._seen = 0, 0
-        self._stage, self._done = "", 0.0
-        self._recent: deque[float] = deque(maxlen=_STEPS)
+        self._run = RunProgress()
+        self._planned = job.plan.seconds if job.plan else None
         self._peak = job.peak_memory or 0
 
     def handle(self, event: Mapping[str, Any]) -> dict[str, Any]:
         """Return what an event changes: values by the names of Job's fields."""
         name = event["event"]
-        if name == "stage_started":
-            if event["stage"] == "denoise":
-                self._clip, self._seen = self._seen, self._seen + 1
-            self._stage, self._done = event["stage"], 0.0
-        elif name == "stage_progress":
-            self._done = event["done"] / max(1, event["total"])
-        elif name == "step_finished":
-            self._steps = event["total"]
-            self._done = (event["step"] + 1) / max(1, event["total"])
-            self._recent.append(event["seconds"])
-        elif name == "stage_finished":
-            self._done = 1.0
-            self._peak = max(self._peak, event["peak_rss"])
-        else:
+        if name == "run_planned":
+            stages = tuple(PlannedStage(**stage) for stage in event["stages"])
+            self._run.handle(RunPlanned(stages))
             return {}
+        if name not in _PROGRESS:
+            return {}
+        kind = _PROGRESS[name]
+        known = {field.name: event.get(field.name) for field in fields(kind)}
+        self._run.handle(kind(**known))
+        if name == "stage_finished":
+            self._peak = max(self._peak, event["peak_rss"])
+        run, left = self._run, self._run.seconds_left
+        if left is None and self._planned is not None:
+            left = self._planned * (1 - run.fraction)
         changes: dict[str, Any] = {
-            "stage": self._stage,
-            "steps": self._steps * self._clips,
-            "progress": round(self._progress(), 4),
-            "seconds_left": self._seconds_left(),
+            "stage": run.stage,
+            "progress": round(run.fraction, 4),
+            "seconds_left": None if left is None else round(left, 1),
             "peak_memory": self._peak or None,
         }
-        if self._stage == "denoise":
-            changes["step"] = round(self._steps * (self._clip + self._done))
+        if run.stage == "denoise":
+            changes["step"] = run.total * run.clip + run.done
+            changes["steps"] = run.total * run.clips
         return changes
-
-    def _share(self, stage: str) -> float:
-        return self._shares.get(stage, 0.0) / (self._clips if stage in _PER_CLIP else 1)
-
-    def _behind(self) -> float:
-        """Share of the stages that are finished."""
-        order = ("encode", "read", "denoise", "decode")
-        now = order.index(self._stage) if self._stage in order else 0
-        found = sum(self._share(stage) for stage in order[:now])
-        if self._clip > 0:  # the stages before, and the clips
-            found += self._clip * sum(self._share(stage) for stage in _PER_CLIP)
-        return found
-
-    def _progress(self) -> float:
-        whole = sum(self._shares.values()) or 1.0
-        return min(1.0, (self._behind() + self._done * self._share(self._stage)) / whole)
-
-    def _seconds_left(self) -> float | None:
-        progress = self._progress()
-        left = 1 - progress
-        if self._recent and self._share("denoise") > 0:
-            whole = sum(self._shares.values())
-            mean = sum(self._recent) / len(self._recent)
-            # Seconds of the whole run, if all its operations are as fast as the steps.
-            seconds = left * mean * self._steps / (self._share("denoise") / whole)
-        elif self._planned is not None:
-            seconds = left * self._planned
-        else:
-            return None
-        return round(seconds, 1)

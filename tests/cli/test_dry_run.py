@@ -11,8 +11,8 @@ import pytest
 
 from mlx_sora.cli.main import main
 from mlx_sora.manage.machine_file import machine_identity, write_speeds
-from mlx_sora.memory.estimate import format_duration
 from mlx_sora.pipeline import engine
+from mlx_sora.runtime.progress import format_duration
 from tests.helpers.speeds import SPEEDS
 
 WORDS = ["generate", "-p", "a cat", "--dry-run"]

@@ -42,7 +42,7 @@ def test_generate_prints_the_path(
     captured = capsys.readouterr()
     assert captured.out == "a-red-circle-7.mp4\n"
     assert files(folder) == ["a-red-circle-7.mp4"]
-    for text in ("seed 7", "a notice", "warning: this is a fake", "denoise", "0.12 s/step", "2/2"):
+    for text in ("seed 7", "a notice", "warning: this is a fake", "denoise 100% 2/2", "step/s"):
         assert text in captured.err, text
 
 
