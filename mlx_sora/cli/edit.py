@@ -14,6 +14,7 @@ from mlx_sora.cli.generate import (
     choose_renderer,
     open_pipeline,
 )
+from mlx_sora.cli.interrupts import explain_interrupt
 from mlx_sora.cli.plans import show_plans
 from mlx_sora.cli.ranks import broadcast_request
 from mlx_sora.distributed.group import init_ranks
@@ -59,11 +60,12 @@ def run(args: argparse.Namespace) -> int:
                 runs = map(pipeline.prepare_edit, [edit])
                 show_plans(ranks, runs, renderer, as_json=args.json_events)
                 return 0
-            for event in pipeline.hash_weights([edit.target]):
-                renderer.handle(event)
-            with closing(pipeline.stream_edit(edit)) as events:
-                for event in events:
+            with explain_interrupt(lambda: "Nothing was written."):
+                for event in pipeline.hash_weights([edit.target]):
                     renderer.handle(event)
+                with closing(pipeline.stream_edit(edit)) as events:
+                    for event in events:
+                        renderer.handle(event)
         return int(ranks.broadcast_object(0))
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Generator
 from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
 from mlx_sora.cli.awake import add_sleep_flag
 from mlx_sora.cli.flags import Parser, add_debug_flag, add_quiet_flag, add_request_flags
+from mlx_sora.cli.interrupts import explain_interrupt, interrupted_run
 from mlx_sora.cli.opensora import add_opensora_flags
 from mlx_sora.cli.plans import note_unread_weights, show_plans
 from mlx_sora.cli.progress import (
@@ -23,7 +25,7 @@ from mlx_sora.cli.ranks import add_cluster_flags, broadcast_request, read_cluste
 from mlx_sora.cli.requests import RequestBatch, read_requests
 from mlx_sora.distributed.group import Ranks, init_ranks
 from mlx_sora.errors import WeightsError
-from mlx_sora.runtime.events import RequestFailed
+from mlx_sora.runtime.events import Event, Finished, RequestFailed
 
 if TYPE_CHECKING:
     from mlx_sora.pipeline.pipeline import Pipeline
@@ -118,8 +120,22 @@ def make_videos(
     pipeline: Pipeline, batch: RequestBatch, renderer: Renderer, resume: str | None
 ) -> None:
     """Make the videos of a batch. If there are several, record failures and continue."""
-    for event in pipeline.hash_weights(batch.requests):
-        renderer.handle(event)
+    finished, repeat = 0, batch.unit == "line"
+    with (
+        explain_interrupt(lambda: interrupted_run(batch.requests, finished, resume, repeat=repeat)),
+        closing(_video_events(pipeline, batch, renderer, resume)) as events,
+    ):
+        for event in events:
+            if isinstance(event, RequestFailed):
+                batch.failures[batch.number(event.index)] = event.error
+            finished += isinstance(event, (Finished, RequestFailed))
+            renderer.handle(event)
+
+
+def _video_events(
+    pipeline: Pipeline, batch: RequestBatch, renderer: Renderer, resume: str | None
+) -> Generator[Event, None, None]:
+    yield from pipeline.hash_weights(batch.requests)
     if len(batch.requests) == 1 and batch.unit == "video":
         renderer.note(f"seed {batch.requests[0].seed}")
         stream = pipeline.stream(batch.requests[0], resume)
@@ -127,10 +143,7 @@ def make_videos(
         stream = pipeline.stream_all(batch.requests)
     # close() ends an interrupted run at once and removes its partial file.
     with closing(stream) as events:
-        for event in events:
-            if isinstance(event, RequestFailed):
-                batch.failures[batch.number(event.index)] = event.error
-            renderer.handle(event)
+        yield from events
 
 
 def report_failures(batch: RequestBatch) -> int:

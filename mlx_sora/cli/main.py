@@ -59,12 +59,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         _report_error(error, argv)
         return error.exit_code
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         if launch_backend() is None:
-            _print_error("interrupted.", INTERRUPTED, argv)
+            _print_error(f"interrupted. {interrupt}".strip(), INTERRUPTED, argv)
         elif launch_rank() == 0:
-            host = socket.gethostname()
-            _print_error(f"Rank 0 on {host} was interrupted.", INTERRUPTED, argv)
+            text = f"Rank 0 on {socket.gethostname()} was interrupted. {interrupt}"
+            _print_error(text.strip(), INTERRUPTED, argv)
         return INTERRUPTED
     except BrokenPipeError:
         # The reader is gone. Without this, the interpreter fails again when it flushes.

@@ -231,7 +231,11 @@ class Scheduler:
             self._end_running(job, QUEUED, common)
         elif now.state != RUNNING:
             self._end_running(job, now.state, common)
-        elif failure is not None and self._set_checkpoint_aside(job, str(failure["message"])):
+        elif (
+            failure is not None
+            and code != INTERRUPTED
+            and self._set_checkpoint_aside(job, str(failure["message"]))
+        ):
             warning = f"It began again: {failure['message']}"
             self._end_running(job, QUEUED, common | {"warnings": (*now.warnings, warning)})
         elif (code < 0 or code == INTERRUPTED) and self._kills.get(job.id, 0) + 1 < _MAX_KILLS:

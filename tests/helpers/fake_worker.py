@@ -14,7 +14,6 @@ import sys
 import threading
 import time
 from pathlib import Path
-from types import FrameType
 
 
 def emit(event: str, **values: object) -> None:
@@ -68,15 +67,17 @@ def work(words: list[str]) -> None:
     emit("finished", warnings=[], path=str(output))
 
 
-def interrupt(number: int, frame: FrameType | None) -> None:
-    """End as the command line does."""
-    emit("error", message="interrupted.", exit_code=130)
+def end_as_the_command_does(words: list[str]) -> None:
+    """End an interrupted process: name the checkpoint."""
+    checkpoint = option(words, "output", "") + ".checkpoint.safetensors"
+    emit("error", message=f"interrupted. {checkpoint} has the steps so far.", exit_code=130)
     os._exit(130)
 
 
 if __name__ == "__main__":
     line = sys.stdin.buffer.raw.readline()  # type: ignore[union-attr]
     if line:
-        signal.signal(signal.SIGINT, interrupt)
+        words = json.loads(line)
+        signal.signal(signal.SIGINT, lambda *_: end_as_the_command_does(words))
         threading.Thread(target=end_with_server, daemon=True).start()
-        work(json.loads(line))
+        work(words)

@@ -125,13 +125,15 @@ def test_a_stopped_server_goes_on(tmp_path: Path) -> None:
     again.stop()
 
 
-def test_a_killed_worker_goes_on(queue: JobQueue) -> None:
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_a_killed_worker_goes_on(queue: JobQueue, number: signal.Signals) -> None:
     job = queue.submit(task("slow", steps=20))
     worker = running(queue, job, 3).worker
     assert worker is not None
-    os.kill(worker[0], signal.SIGKILL)
+    os.kill(worker[0], number)
     assert ended(queue, job).state == "done"
     assert text(queue, job).startswith("0 ")
+    assert not list(queue.files.videos.glob("*.unusable"))
 
 
 def test_a_worker_that_is_always_killed_fails(queue: JobQueue) -> None:
