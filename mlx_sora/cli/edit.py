@@ -81,5 +81,9 @@ def read_edit(args: argparse.Namespace) -> EditRequest:
 
 def default_output(video: str) -> str:
     """Return the output template of an edit of `video`: in the working folder, without fields."""
-    suffix = ".mp4" if is_video(video) else ".png"
-    return escape_template(f"{Path(video).stem}-edited{suffix}")
+    return escape_template(f"{Path(video).stem}-edited{suffix_of(video)}")
+
+
+def suffix_of(video: str) -> str:
+    """Return the suffix of an output that is made from `video`. Raises UsageError."""
+    return ".mp4" if is_video(video) else ".png"

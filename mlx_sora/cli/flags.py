@@ -63,8 +63,10 @@ class Parser(argparse.ArgumentParser):
         return f"See {self.prog} --help."
 
     def _all_flags(self) -> list[str]:
-        found = list(self._option_string_actions)
+        found = list[str]()
         for action in self._actions:
+            if action.help != argparse.SUPPRESS or action in self._advanced:
+                found += action.option_strings
             if isinstance(action, argparse._SubParsersAction):
                 for parser in action.choices.values():
                     found += parser._all_flags()

@@ -13,7 +13,18 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 
 from mlx_sora import __version__
-from mlx_sora.cli import bench, calibrate, convert, doctor, download, edit, generate, info, serve
+from mlx_sora.cli import (
+    bench,
+    calibrate,
+    convert,
+    doctor,
+    download,
+    edit,
+    generate,
+    info,
+    reconstruct,
+    serve,
+)
 from mlx_sora.cli.awake import stay_awake
 from mlx_sora.cli.flags import Parser, parse_args
 from mlx_sora.cli.streams import prepare_streams
@@ -29,7 +40,7 @@ from mlx_sora.errors import (
 from mlx_sora.runtime.compile_cache import ensure_compile_cache
 from mlx_sora.utils.leftovers import signals_as_exceptions, sweep_temporary_folders
 
-COMMANDS = (generate, edit, serve, download, convert, doctor, info, bench, calibrate)
+COMMANDS = (generate, edit, reconstruct, serve, download, convert, doctor, info, bench, calibrate)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

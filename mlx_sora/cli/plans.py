@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from mlx_sora.cli.progress import Renderer, plan_table
 from mlx_sora.runtime.events import Warned
@@ -12,13 +12,30 @@ from mlx_sora.runtime.events import Warned
 if TYPE_CHECKING:
     from mlx_sora.distributed.group import Ranks
     from mlx_sora.memory.estimate import Estimate
+    from mlx_sora.memory.plan import Plan
+    from mlx_sora.memory.speeds import MachineSpeeds
     from mlx_sora.pipeline.pipeline import Pipeline
-    from mlx_sora.pipeline.run import GenerationRun
+    from mlx_sora.pipeline.run import RunResult
     from mlx_sora.request.generation import GenerationRequest
 
 
+class PlannedRun(Protocol):
+    """A run that has a plan and can tell its seconds."""
+
+    @property
+    def plan(self) -> Plan:
+        """Memory, reading and work of each stage."""
+
+    @property
+    def result(self) -> RunResult:
+        """Record of what was found so far, such as warnings."""
+
+    def estimate(self, speeds: MachineSpeeds) -> Estimate:
+        """Estimate the seconds on the machine that has these speeds."""
+
+
 def show_plans(
-    ranks: Ranks, runs: Iterable[GenerationRun], renderer: Renderer, *, as_json: bool
+    ranks: Ranks, runs: Iterable[PlannedRun], renderer: Renderer, *, as_json: bool
 ) -> None:
     """Print the plan of each run. An error in making one is raised on all ranks."""
     from mlx_sora.manage.machine_file import KnownSpeeds, read_speeds

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -48,6 +49,9 @@ WRITERS = {
 #: Readers: of videos with some twenty reference frames (in 4K 39 bytes per pixel of H.264, 56 of
 #: 10-bit HEVC), and of pictures.
 VIDEO_READER, PICTURE_READER = FileMemory(18 << 20, 60), FileMemory(4 << 20, 60)
+
+#: PSNR and SSIM of frames to others: 17 of them, and the sums of a channel in 8 bytes.
+COMPARISON = FileMemory(0, 17 * 3 + 12 * 8)
 
 
 def program_memory(*, gpu: bool) -> int:
@@ -160,6 +164,7 @@ class Workload:
     vae_tiles: tiles per side in which frames are decoded.
     vae_itemsize: bytes per weight and activation of the VAE.
     suffix: format of the file; "" if the frames stay in memory.
+    vae_only: media are encoded and decoded, in `clips` parts, with no text and no denoising.
     """
 
     geometry: Geometry
@@ -178,6 +183,7 @@ class Workload:
     vae_tiles: int = 1
     vae_itemsize: int = FLOAT32_SIZE
     suffix: str = ".mp4"
+    vae_only: bool = False
 
     @property
     def num_frames(self) -> int:
@@ -189,6 +195,24 @@ class Workload:
     def writer_bytes(self) -> int:
         """Memory of writing the file."""
         return writer_memory(self.suffix, self.geometry.decoded, self.num_frames)
+
+    def outside(self, stage: str, *, gpu: bool) -> int:
+        """Return the bytes outside MLX in a stage.
+
+        Libraries stay loaded, and a file stays open between clips.
+        """
+        media, vae_only = self.media, self.vae_only
+        writes = stage == "decode" or vae_only or (stage == "denoise" and self.clips > 1)
+        found = program_memory(gpu=gpu) + writes * self.writer_bytes
+        if media is not None:
+            readers = 1 + vae_only  # of which one is for the comparison
+            pixels = media.source_pixels if stage == "read" or vae_only else 0
+            found += readers * media.reader.total(pixels)
+        if vae_only:
+            found += COMPARISON.total(math.prod(self.geometry.decoded))
+        if (media is not None and media.videos) or (writes and self.suffix == ".mp4"):
+            found += PYAV
+        return found
 
     @property
     def batch(self) -> int:

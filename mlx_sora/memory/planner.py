@@ -63,6 +63,8 @@ def _scale_to_clips(stages: Sequence[StagePlan], workload: Workload) -> tuple[St
     """Multiply reading and operations by the number of clips: each reads the weights again."""
     frames, clips = workload.geometry.num_frames, workload.clips
     factors = {"denoise": clips, "decode": workload.num_frames / frames}
+    if workload.vae_only:  # whose parts are read in turn; the media's chunks are those of all
+        factors["read"] = 1
     return tuple(
         replace(stage, read=stage.read * clips, flops=int(stage.flops * factors[stage.stage]))
         if stage.stage in factors

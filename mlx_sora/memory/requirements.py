@@ -15,7 +15,6 @@ from mlx_sora.memory.flops import Grid
 from mlx_sora.memory.limits import cache_limit, least_cache
 from mlx_sora.memory.plan import (
     FLOAT32_SIZE,
-    PYAV,
     Machine,
     MediaWorkload,
     ModelSizes,
@@ -24,7 +23,6 @@ from mlx_sora.memory.plan import (
     VAESizes,
     WeightSizes,
     Workload,
-    program_memory,
 )
 from mlx_sora.memory.residency import ResidencyPlan, choose_resident
 from mlx_sora.models.stdit3 import STDiT3Config
@@ -216,12 +214,14 @@ def stage_requirements(
 ) -> tuple[StageMemory, ...]:
     """Return the memory of every stage in order, with MLX's scheduler throttled or not."""
     mode = ExecutionMode(machine.gpu, throttled and machine.can_throttle, machine.itemsize)
-    stages: list[StageMemory] = [_text_encoder_memory(sizes, workload, mode)]
+    read = []
     if workload.media is not None:
-        stages.append(_media_encoder_memory(sizes, workload, workload.media, machine, mode))
-    stages.append(_denoising_memory(sizes, workload, mode))
-    stages.append(_decoder_memory(sizes, workload, machine, mode))
-    return tuple(stages)
+        read = [_media_encoder_memory(sizes, workload, workload.media, machine, mode)]
+    decode = _decoder_memory(sizes, workload, machine, mode)
+    if workload.vae_only:
+        return (*read, decode)
+    encode = _text_encoder_memory(sizes, workload, mode)
+    return (encode, *read, _denoising_memory(sizes, workload, mode), decode)
 
 
 def _text_encoder_memory(
@@ -230,7 +230,7 @@ def _text_encoder_memory(
     weights, tokens = sizes.text_weights, workload.text_tokens
     return BlockStageMemory(
         stage="encode",
-        outside=_outside("encode", workload, mode),
+        outside=workload.outside("encode", gpu=mode.gpu),
         fixed=weights.rest,
         activations=activations.text_encoder(sizes.text, tokens, mode)
         + activations.dequantization_buffers(weights.largest_dequantized, mode),
@@ -259,7 +259,7 @@ def _media_encoder_memory(
     chunk_flops += frames * flops.spatial_encoder_flops(config.spatial, height, width)
     return VaeStageMemory(
         stage="read",
-        outside=_outside("read", workload, mode),
+        outside=workload.outside("read", gpu=mode.gpu),
         weights=sizes.vae_encoder.with_itemsize(workload.vae_itemsize),
         temporal_activations=int(
             share * activations.temporal_encoder(config, frames, rows, columns, mode)
@@ -294,7 +294,7 @@ def _denoising_memory(
         operations += count * one
     return BlockStageMemory(
         stage="denoise",
-        outside=_outside("denoise", workload, mode),
+        outside=workload.outside("denoise", gpu=mode.gpu),
         fixed=weights.rest
         + activations.text_keys_values(config, cfg, mode)
         + cond_only * activations.text_keys_values(config, single, mode)
@@ -309,18 +309,6 @@ def _denoising_memory(
         flops=operations,
         largest_array=activations.largest_transformer_array(config, grid, mode.itemsize),
     )
-
-
-def _outside(stage: str, workload: Workload, mode: ExecutionMode) -> int:
-    """Return the bytes outside MLX. Libraries stay loaded, and a file stays open between clips."""
-    media = workload.media
-    writes = stage == "decode" or (stage == "denoise" and workload.clips > 1)
-    found = program_memory(gpu=mode.gpu) + writes * workload.writer_bytes
-    if media is not None:
-        found += media.reader.total(media.source_pixels if stage == "read" else 0)
-    if (media is not None and media.videos) or (writes and workload.suffix == ".mp4"):
-        found += PYAV
-    return found
 
 
 def _evaluation_flops(config: STDiT3Config, grid: Grid, variant: StepVariant) -> int:
@@ -371,7 +359,7 @@ def _decoder_memory(
     share = activations.vae_share(workload.vae_itemsize, mode)
     return VaeStageMemory(
         stage="decode",
-        outside=_outside("decode", workload, mode),
+        outside=workload.outside("decode", gpu=mode.gpu),
         weights=sizes.vae_decoder.with_itemsize(workload.vae_itemsize),
         temporal_activations=int(
             share * activations.temporal_decoder(config, frames, rows, columns, mode)

@@ -103,7 +103,7 @@ def plan_run(
     )
     if source is not None:
         workload = source.add_to(workload, engine.precision.transformer)
-    plan, notes = _plan_memory(engine, request, resolved, workload)
+    plan, notes = plan_memory(engine, request, resolved.memory_budget, workload)
     if request.text_cache and engine.text_cache().has_all(encodings.values()):
         plan = plan.with_cached_text()
     return GenerationRun(
@@ -130,12 +130,14 @@ def plan_run(
     )
 
 
-def _plan_memory(
-    engine: Engine, request: GenerationRequest, resolved: ResolvedRequest, workload: Workload
+def plan_memory(
+    engine: Engine, request: GenerationRequest, budget: int | None, workload: Workload
 ) -> tuple[Plan, tuple[str, ...]]:
-    """Return the plan of a workload, and notes. The refusal of a measured budget names `off`."""
+    """Return the plan of a workload, and notes. budget: bytes of the process, or None.
+
+    Raises MemoryBudgetError; that of a measured budget names `off`.
+    """
     sizes = engine.sizes(encoders=workload.media is not None)
-    budget = resolved.memory_budget
     measured = is_automatic(request.memory_budget, request.device_profile)
     try:
         plan = make_plan(sizes, workload, engine.machine, budget, streamed=request.ci_dl)

@@ -29,7 +29,13 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from mlx_sora.request.edit import EditRequest
-    from mlx_sora.request.keywords import EditKeywords, Footage, GenerationKeywords, Picture
+    from mlx_sora.request.keywords import (
+        EditKeywords,
+        Footage,
+        GenerationKeywords,
+        Picture,
+        ReconstructionKeywords,
+    )
 
 log = logging.getLogger(__name__)
 
@@ -197,6 +203,23 @@ class Pipeline:
         from mlx_sora.pipeline.edit import prepare_edit
 
         return prepare_edit(self.engine, edit).run
+
+    def reconstruct(
+        self,
+        video: Footage | Picture,
+        *,
+        callback: Callable[[Event], object] | None = None,
+        **options: Unpack[ReconstructionKeywords],
+    ) -> Video:
+        """Encode and decode a video or an image with the VAE alone; it shows what the VAE loses.
+
+        video, callback: as in `edit`. PSNR in dB and SSIM to the frames that were encoded are in
+        `metadata["reconstruction"]`.
+        """
+        from mlx_sora.pipeline.reconstruct import reconstruction_request, stream_reconstruction
+
+        request = reconstruction_request(options)
+        return run_to_end(stream_reconstruction(self.engine, video, request), callback)
 
     def plan(self, request: GenerationRequest | str, **options: Unpack[GenerationKeywords]) -> Plan:
         """Plan memory, reading and work of each stage, without running it. Reads headers only.

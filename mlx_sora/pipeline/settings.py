@@ -147,7 +147,7 @@ def resolve(request: GenerationRequest, model: ModelFolder) -> ResolvedRequest:
         camera=scores.camera,
         accelerations={name: getattr(request, name) for name in technique_names()},
         memory_budget=resolve_budget(request.memory_budget, request.device_profile),
-        vae_tiles=_resolve_tiles(request, geometry),
+        vae_tiles=resolve_tiles(request, geometry),
         warnings=tuple(warnings),
     )
 
@@ -223,7 +223,7 @@ def _unused_scenes(prompt: Prompt, clips: int) -> Iterator[str]:
         yield f"The prompt has {count} scenes; {only} made. Give --loop to make more clips."
 
 
-def _resolve_tiles(request: GenerationRequest, geometry: Geometry) -> int:
+def resolve_tiles(request: GenerationRequest, geometry: Geometry) -> int:
     """Return the tiles in a row that frames are decoded in. Raises UsageError if too many."""
     tiles = request.vae_tiles or 1
     if tiles > 1 and min(geometry.latent[1:]) < 2 * tiles:

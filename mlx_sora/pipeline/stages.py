@@ -21,9 +21,11 @@ from mlx_sora.distributed.group import Ranks
 from mlx_sora.geometry import Size, latent_frames
 from mlx_sora.loading.file_guard import WeightFileGuard
 from mlx_sora.loading.networks import load_vae
+from mlx_sora.memory.plan import StagePlan
 from mlx_sora.models.hooks import ValueSharing
 from mlx_sora.models.stdit3 import BlockPair
 from mlx_sora.models.vae import MicroBatch
+from mlx_sora.pipeline.engine import Engine
 from mlx_sora.pipeline.networks import ClipTransformer, Stage, StreamedTransformer
 from mlx_sora.pipeline.run import GenerationRun
 from mlx_sora.runtime.events import (
@@ -152,19 +154,25 @@ def _encode_chunks(
     run: GenerationRun, stage: Stage, chunks: Iterator[np.ndarray], count: int
 ) -> Generator[Event, None, list[mx.array]]:
     encoded = list[mx.array]()
-    plan, model = stage.plan, run.engine.model
-    with WeightFileGuard(model.vae).check_reads():
-        vae = load_vae(model, ("encoder",), run.engine.precision.vae)
+    for each in encode_pixels(run.engine, stage.plan, chunks):
+        run.health.check_media(each)
+        encoded.append(each)
+        yield StageProgress("read", len(encoded), count)
+    return encoded
+
+
+def encode_pixels(
+    engine: Engine, plan: StagePlan, chunks: Iterator[np.ndarray]
+) -> Iterator[mx.array]:
+    """Encode chunks, uint8 [F, H, W, 3], one at a time to latents [1, T, h, w, C]."""
+    with WeightFileGuard(engine.model.vae).check_reads():
+        vae = load_vae(engine.model, ("encoder",), engine.precision.vae)
         pixels = (mx.array(chunk).astype(mx.float32) / 127.5 - 1 for chunk in chunks)
         latents = vae.encode_chunks(
             pixels, plan.micro_batch, sequential_offload=plan.sequential_offload
         )
         del vae
-        for each in latents:
-            run.health.check_media(each)
-            encoded.append(each)
-            yield StageProgress("read", len(encoded), count)
-    return encoded
+        yield from latents
 
 
 def denoise(

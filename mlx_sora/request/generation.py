@@ -70,8 +70,9 @@ MAX_FPS = 240.0
 #: Commands that make videos, and these together with `calibrate`.
 _VIDEO = "generate edit bench"
 _ALL = "generate edit bench calibrate"
+_VAE = "generate edit bench reconstruct"
 
-_size = partial(option, tasks=_ALL, group="size", common=True)
+_size = partial(option, tasks=f"{_ALL} reconstruct", group="size", common=True)
 _conditioning = partial(option, group="conditioning")
 _memory = partial(option, group="memory")
 _output = partial(option, replay=False, group="output")
@@ -96,7 +97,7 @@ class GenerationRequest:
     model: str | None = option(
         "shapes, opensora-1.2 (-8bit, -4bit) or a model folder; default: opensora-1.2 if it is "
         "downloaded, else shapes",
-        tasks=_ALL,
+        tasks=f"{_ALL} reconstruct",
         parse=as_path,
         metavar="MODEL",
         common=True,
@@ -156,6 +157,7 @@ class GenerationRequest:
     )
     fps: float | None = _size(
         "frames per second of the file, which also conditions the model",
+        tasks=_ALL,
         metavar="N",
         low=0.1,
         high=MAX_FPS,
@@ -274,7 +276,7 @@ class GenerationRequest:
         "53 dB in bfloat16 and 65 dB in float16 (shapes); SDXL's VAE, which opensora-1.2 has, may "
         "overflow in float16",
         "float32",
-        tasks=_VIDEO,
+        tasks=_VAE,
         parse=as_dtype,
         choices=FLOAT_DTYPES,
     )
@@ -291,14 +293,14 @@ class GenerationRequest:
         "most memory that the process may use: an amount such as 3.3GB, auto (90 percent of what "
         "the GPU may use, or what is available now) or off; streams weights and decodes fewer "
         "frames at a time to stay within it; default: auto on GPUs, off on CPUs",
-        tasks="generate edit calibrate",
+        tasks="generate edit calibrate reconstruct",
         metavar="BYTES",
         replay=False,
         common=True,
     )
     device_profile: str | None = _memory(
         "memory budget of a device, such as iphone-15-pro, ipad-8gb, mac-16gb",
-        tasks="generate edit calibrate",
+        tasks="generate edit calibrate reconstruct",
         metavar="NAME",
         replay=False,
     )
@@ -312,7 +314,7 @@ class GenerationRequest:
     vae_tiles: int | None = _memory(
         f"decode frames in N x N overlapping, blended tiles, 2 to {MAX_TILES}: an approximation, "
         "for large frames in little memory; 1 is off",
-        tasks=_VIDEO,
+        tasks=_VAE,
         parse=as_tiles,
         metavar="N",
     )
@@ -334,17 +336,17 @@ class GenerationRequest:
     output: str | None = _output(
         "mp4, gif, webp or png; name_%04d.png or FOLDER/ writes one png per frame; {seed} {index} "
         "{prompt_slug} are filled in",
-        tasks="generate edit",
+        tasks="generate edit reconstruct",
         aliases="-o",
         parse=as_path,
         metavar="FILE",
         common=True,
     )
     overwrite: bool = _output(
-        "replace an existing output", False, tasks="generate edit", common=True
+        "replace an existing output", False, tasks="generate edit reconstruct", common=True
     )
     embed_metadata: bool = _output(
-        "record the request inside the file", True, tasks="generate edit"
+        "record the request inside the file", True, tasks="generate edit reconstruct"
     )
     metadata: bool = _output(
         "also write the metadata as JSON beside the output", False, tasks="generate edit"

@@ -61,6 +61,7 @@ class SharedKeywords(TypedDict, total=False):
     device_profile: str | None
     ci_dl: bool
     vae_tiles: int | None
+    text_cache: bool
     parallel: Literal["auto", "guidance", "sequence", "both", "prompts", "off"]
     output: FilePath | None
     overwrite: bool
@@ -92,3 +93,21 @@ class EditKeywords(SharedKeywords, total=False):
     """Options of `EditRequest`, but for the video and both prompts."""
 
     inject_steps: int | None
+
+
+class ReconstructionKeywords(TypedDict, total=False):
+    """Options of a reconstruction."""
+
+    model: FilePath | None
+    resolution: str | None
+    aspect_ratio: str | None
+    width: int | None
+    height: int | None
+    num_frames: int | str | None
+    vae_dtype: Literal["float32", "bfloat16", "float16"]
+    memory_budget: str | None
+    device_profile: str | None
+    vae_tiles: int | None
+    output: FilePath | None
+    overwrite: bool
+    embed_metadata: bool

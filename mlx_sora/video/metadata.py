@@ -106,6 +106,11 @@ def replay_options(record: Mapping[str, Any], source: str | Path = "the record")
     """
     request = record.get("request")
     settings = record.get("settings", {})
+    if "reconstruction" in record:
+        raise UsageError(
+            f"{source} is a reconstruction, which has no prompt.",
+            "Repeat it with mlx_sora reconstruct.",
+        )
     if not isinstance(request, dict) or not isinstance(settings, dict):
         raise UsageError(f"{source} has no request of mlx_sora.", "Give a file that it wrote.")
     if "edit" in record:

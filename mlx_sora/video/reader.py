@@ -173,15 +173,7 @@ def read_video(
 
     info = info or probe_video(path)
     stop = None if max_frames is None else start + max_frames
-    frames: list[np.ndarray] = []
-    shown = None
-    with _open_video(path) as video, read_errors(path, DAMAGED):
-        for frame in islice(info.timing.resample(video.frames()), start, stop):
-            if frame is shown:
-                frames.append(frames[-1])
-                continue
-            shown, pixels = frame, frame.read()
-            frames.append(pixels if size is None else resize_and_crop(pixels[None], size)[0])
+    frames = list(video_frames(path, info, start=start, stop=stop, size=size))
     if not frames:
         raise UsageError(
             f"{path} has {info.num_frames} frames, none from number {start} on.",
@@ -204,6 +196,27 @@ def read_frames(path: Path, num_frames: int) -> np.ndarray:
         return found
     # Equal frames of an animation are one, and without a record its rate is not known.
     return found[np.arange(num_frames) * len(found) // num_frames]
+
+
+def video_frames(
+    path: str | Path,
+    info: VideoInfo,
+    *,
+    start: int = 0,
+    stop: int | None = None,
+    size: Size | None = None,
+) -> Iterator[np.ndarray]:
+    """Yield frames `start` to `stop` of a video, uint8 [H, W, 3], one at a time.
+
+    Each is scaled and cropped to `size`. info: of `probe_video`. Raises UsageError.
+    """
+    pixels, shown = None, None
+    with _open_video(path) as video, read_errors(path, DAMAGED):
+        for frame in islice(info.timing.resample(video.frames()), start, stop):
+            if frame is not shown or pixels is None:
+                shown, pixels = frame, frame.read()
+                pixels = pixels if size is None else resize_and_crop(pixels[None], size)[0]
+            yield pixels
 
 
 def resize_and_crop(frames: np.ndarray, size: Size) -> np.ndarray:

@@ -95,5 +95,10 @@ def keywords() -> str:
             "class EditKeywords(SharedKeywords, total=False):\n"
             '    """Options of `EditRequest`, but for the video and both prompts."""\n\n'
             f"    inject_steps: {inject}\n",
+            typed_dict(
+                "class ReconstructionKeywords(TypedDict, total=False):\n"
+                '    """Options of a reconstruction."""\n',
+                [n for n, o in own.items() if "reconstruct" in o.tasks],
+            ),
         ]
     )

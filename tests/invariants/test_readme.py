@@ -1,6 +1,7 @@
 """Every command and program in the README and the guides works; flags, links and tables are real.
 
-tests/cli/test_serve.py runs those of the server's guide, which need a server.
+tests/cli/test_serve.py runs those of the server's guide, which need a server, and
+tests/cli/test_opensora.py those for people who come from Open-Sora, most of them in one process.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from tests.invariants.readme import DOCUMENTS, README, TABLES, with_tables
 TEXTS = {
     path.parent.name if path != README else "top": path.read_text("utf-8") for path in DOCUMENTS
 }
-RUN = {name: text for name, text in TEXTS.items() if name != "server"}
+RUN = {name: text for name, text in TEXTS.items() if name not in ("server", "cli")}
 SETUP = (
     'pip install -e . && python -m mlx_sora generate --prompt "a red circle moving right on a '
     'black background"',
