@@ -17,7 +17,7 @@ import mlx_sora  # noqa: F401  (before mlx.core, so that the fast BLAS is in pla
 import mlx.core as mx
 
 from mlx_sora import Pipeline
-from mlx_sora.loading.model_folder import BUNDLED, WEIGHTS_VARIABLE, ModelFolder, weights_root
+from mlx_sora.loading.model_folder import BUNDLED, WEIGHTS_VARIABLE, ModelFolder, bundled_folder
 from mlx_sora.text.tokenizer import Tokenizer
 from mlx_sora.utils.files import CACHE_VARIABLE
 from tests.helpers import networks
@@ -107,7 +107,7 @@ def interrupts_arrive() -> Iterator[None]:
 def bundled_model_only(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Tests see the bundled model and no other, whatever was downloaded beside it."""
     root = tmp_path_factory.mktemp("weights")
-    (root / BUNDLED).symlink_to(weights_root() / BUNDLED)
+    (root / BUNDLED).symlink_to(bundled_folder())
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(WEIGHTS_VARIABLE, str(root))
         yield

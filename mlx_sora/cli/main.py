@@ -22,6 +22,7 @@ from mlx_sora.cli import (
     edit,
     generate,
     info,
+    models,
     reconstruct,
     serve,
 )
@@ -40,7 +41,10 @@ from mlx_sora.errors import (
 from mlx_sora.runtime.compile_cache import ensure_compile_cache
 from mlx_sora.utils.leftovers import signals_as_exceptions, sweep_temporary_folders
 
-COMMANDS = (generate, edit, reconstruct, serve, download, convert, doctor, info, bench, calibrate)
+COMMANDS = (
+    *(generate, edit, reconstruct, serve, download, convert, models),
+    *(doctor, info, bench, calibrate),
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -11,7 +11,9 @@ A model folder holds the published files under these names:
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from dataclasses import asdict, dataclass
+from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ from mlx_sora.loading.model_card import ModelCard
 from mlx_sora.loading.other_models import describe_other_model
 from mlx_sora.request.generation import GenerationRequest
 from mlx_sora.request.options import as_int
-from mlx_sora.utils.files import visible_files
+from mlx_sora.utils.files import cache_folder, visible_files
 from mlx_sora.utils.json import read_object
 
 PUBLISHED = "opensora-1.2"
@@ -40,11 +42,11 @@ PARTS = ("text_encoder", "transformer", "vae")
 #: Longest name in a model_index.json, in characters.
 MAX_NAME = 100
 
-#: Environment variable with the folder of models; the default is beside the package.
+#: Environment variable with the folder of models.
 WEIGHTS_VARIABLE = "MLX_SORA_WEIGHTS"
 
-#: The folder of models beside the package, which holds the bundled one.
-_OWN_ROOT = Path(__file__).resolve().parents[2] / "weights"
+#: Folder with the bundled model. In a clone it is a link to weights/, which may hold others, too.
+_PACKAGE_ROOT = (Path(__file__).parents[1] / "weights").resolve()
 
 
 @dataclass(frozen=True)
@@ -100,10 +102,7 @@ class ModelFolder:
         """Open a folder. Raises WeightsError that names the first missing part."""
         path = expand_folder(path)
         if not path.exists():
-            raise WeightsError(
-                f"No model folder at {path}.",
-                f"Give --model {BUNDLED}, {PUBLISHED} or the path of a model folder.",
-            )
+            raise WeightsError(f"No model folder at {path}.", unknown_name_fix(path.name))
         other = describe_other_model(path)
         if other is not None:
             raise WeightsError(f"{path} {other}.", other_model_fix(path))
@@ -167,21 +166,66 @@ def other_model_fix(path: Path) -> str:
     )
 
 
+def unknown_name_fix(name: str) -> str:
+    """Return the models that can be given in place of the unknown `name`."""
+    names = list(dict.fromkeys([*model_names(), *MODEL_NAMES]))
+    near = get_close_matches(name, names, 1)
+    start = f"Did you mean {shell_words(near[0])}? " if near else ""
+    return (
+        f"{start}Give a name that `python -m mlx_sora models` lists, or the path of a model folder."
+    )
+
+
 def weights_root() -> Path:
-    """Return the folder of models: $MLX_SORA_WEIGHTS, else `weights/` beside the package."""
+    """Return the folder for new models: $MLX_SORA_WEIGHTS, else `models` in the cache folder.
+
+    Raises MlxSoraError without a home folder.
+    """
     override = os.environ.get(WEIGHTS_VARIABLE)
-    return Path(os.path.expanduser(override)) if override else _OWN_ROOT
+    return Path(os.path.expanduser(override)) if override else cache_folder() / "models"
+
+
+def model_roots() -> list[Path]:
+    """Return the folders in which models have a name; that for new ones comes first.
+
+    Without $MLX_SORA_WEIGHTS, `weights/` of a clone is the second.
+    """
+    if os.environ.get(WEIGHTS_VARIABLE):
+        return [weights_root()]
+    with suppress(MlxSoraError):
+        return [weights_root(), _PACKAGE_ROOT]
+    return [_PACKAGE_ROOT]
 
 
 def bundled_folder() -> Path:
     """Return the folder of the bundled model."""
-    own, other = _OWN_ROOT / BUNDLED, weights_root() / BUNDLED
-    return own if own.is_dir() else other
+    return _PACKAGE_ROOT / BUNDLED
+
+
+def model_names() -> list[str]:
+    """Return the names of the models on this machine, the default one first.
+
+    They may be incomplete.
+    """
+    folders = (path for root in model_roots() for path in visible_files(root, "*/transformer"))
+    found = {path.parent.name for path in folders if not path.parent.name.startswith(".")}
+    names = [*MODEL_NAMES, *sorted(found - set(MODEL_NAMES))]
+    return [name for name in names if model_path(name).is_dir()]
 
 
 def model_path(model: str | Path) -> Path:
-    """Return the folder of a model by name or path; it may not exist. Raises WeightsError."""
-    return weights_root() / model if str(model) in MODEL_NAMES else expand_folder(model)
+    """Return the folder of a model by name or path; it may not exist. Raises MlxSoraError.
+
+    A name means the bundled model or a folder in one of `model_roots`, a complete one first.
+    """
+    name = str(model)
+    if name == BUNDLED:
+        return bundled_folder()
+    if Path(name).name == name and not name.startswith((".", "~")):
+        found = [root / name for root in model_roots() if (root / name).is_dir()]
+        if found:
+            return next((path for path in found if not missing_parts(path)), found[0])
+    return weights_root() / name if name in MODEL_NAMES else expand_folder(model)
 
 
 def find_model(model: str | Path | None = None) -> ModelFolder:
@@ -189,19 +233,18 @@ def find_model(model: str | Path | None = None) -> ModelFolder:
 
     Raises WeightsError if the model is missing or incomplete.
     """
-    root = weights_root()
     if model is None:
-        complete = (name for name in MODEL_NAMES if not missing_parts(root / name))
-        return ModelFolder.open(root / next(complete, BUNDLED))
-    if str(model) in MODEL_NAMES:
-        path = model_path(model)
-        if not path.is_dir():
-            fix = f"Set {WEIGHTS_VARIABLE}, or give the path of a model folder."
-            if path.name != BUNDLED:
-                fix = f"Get it: {download_command(path.name)}"
-            raise WeightsError(f"{model} is not in {root}.", fix)
-        return ModelFolder.open(path)
-    return ModelFolder.open(model)
+        paths = (root / name for name in MODEL_NAMES for root in model_roots())
+        return ModelFolder.open(
+            next((path for path in paths if not missing_parts(path)), bundled_folder())
+        )
+    path = model_path(model)
+    if str(model) in MODEL_NAMES and not path.is_dir():
+        fix = f"Get it: {download_command(path.name)}"
+        if path.name == BUNDLED:
+            fix = "Install mlx_sora again."
+        raise WeightsError(f"{model} is not in {path.parent}.", fix)
+    return ModelFolder.open(path)
 
 
 def other_model_hint() -> str:

@@ -21,7 +21,7 @@ from mlx_sora.loading.model_folder import (
     bundled_folder,
     download_command,
     missing_parts,
-    weights_root,
+    model_path,
 )
 from mlx_sora.loading.networks import empty_network
 from mlx_sora.loading.quantization import CONFIG_KEY, Quantization
@@ -90,7 +90,9 @@ def zero_tensors(
 def find_undownloaded(model: str | Path | None) -> PublishedModel | None:
     """Return a published model by name if it is not downloaded, or not completely; else None."""
     bits = {name: bits for bits, name in QUANTIZED_MODELS.items()} | {PUBLISHED: None}
-    path = weights_root() / str(model)
-    if str(model) not in bits or not missing_parts(path):
+    if str(model) not in bits:
+        return None
+    path = model_path(str(model))
+    if not missing_parts(path):
         return None
     return PublishedModel(path, str(model), Defaults(), stored_bits=bits[str(model)])

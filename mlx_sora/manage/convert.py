@@ -46,6 +46,7 @@ from mlx_sora.manage.staging import (
 )
 from mlx_sora.manage.statistics import RECORDS, Statistics
 from mlx_sora.memory.limits import memory_scope
+from mlx_sora.pipeline.locks import model_lock
 from mlx_sora.utils.files import atomic_write, fsync, sha256
 
 #: Checksums of the finished files, in the hidden folder until the conversion is complete.
@@ -105,7 +106,11 @@ def convert(
             _refuse_existing(target, present, overwrite or same)
         conversion = _Conversion(model, options, target, on_progress, shards, record)
         target.parent.mkdir(parents=True, exist_ok=True)
-        with folder_lock(conversion.staging, "conversion"), memory_scope(_CACHE_BYTES):
+        with (
+            model_lock(model.path),
+            folder_lock(conversion.staging, "conversion"),
+            memory_scope(_CACHE_BYTES),
+        ):
             conversion.reuse_finished()
             reused = len(conversion.finished)
             require_disk_space(

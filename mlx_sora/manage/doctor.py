@@ -31,11 +31,12 @@ from mlx_sora.loading.model_folder import (
     PUBLISHED,
     Defaults,
     ModelFolder,
+    bundled_folder,
     download_command,
-    expand_folder,
     missing_parts,
+    model_names,
+    model_path,
     other_model_fix,
-    weights_root,
 )
 from mlx_sora.loading.networks import match_part
 from mlx_sora.loading.other_models import describe_other_model
@@ -322,18 +323,18 @@ def check_machine(path: Path) -> Iterator[Diagnostic]:
 
 def find_folder(model: str | None) -> Path:
     """Return the folder of a model name or path, even if it is missing or incomplete."""
-    root = weights_root()
-    if model is None:
-        return root / next((name for name in MODEL_NAMES if (root / name).is_dir()), BUNDLED)
-    return root / model if model in MODEL_NAMES else expand_folder(model)
+    return model_path(next(iter(model_names()), BUNDLED) if model is None else model)
 
 
 def repair_command(path: Path) -> str:
     """Return the command that repairs the model in `path`, or advice if there is none."""
-    place, root = path.resolve(), weights_root()
-    name = next((name for name in MODEL_NAMES if place == (root / name).resolve()), None)
+    place = path.resolve()
+    name = next((name for name in MODEL_NAMES if place == model_path(name).resolve()), None)
     if name == BUNDLED:
-        return f"git checkout -- weights/{BUNDLED}"
+        clone = bundled_folder().parents[1]
+        if (clone / ".git").exists():
+            return shell_words("git", "-C", clone, "checkout", "--", f"weights/{BUNDLED}")
+        return "install mlx_sora again: pip has --force-reinstall, pipx reinstall, uv --reinstall."
     provenance = None
     with suppress(WeightsError):
         provenance = Provenance.read(path)

@@ -78,7 +78,7 @@ class _Batch:
             except Exception as error:
                 yield RequestFailed(index, as_known_error(error))
         with (
-            process_lock() as guard,
+            process_lock(self._engine.model.path) as guard,
             temporary_folder() as folder,
             closing(guard.stop_at_exit(self._make_all(folder))) as stoppable,
         ):

@@ -22,6 +22,7 @@ from mlx_sora.accel import Accelerations
 from mlx_sora.accel.schedules import ScheduleTable
 from mlx_sora.pipeline.engine import Engine
 from mlx_sora.pipeline.generate import prepare, schedule_info
+from mlx_sora.pipeline.locks import model_lock
 from mlx_sora.pipeline.run import GenerationRun
 from mlx_sora.pipeline.stages import clip_guidance, clip_transformer, encode_text
 from mlx_sora.request.generation import GenerationRequest
@@ -78,11 +79,12 @@ def calibrate(
     """
     assert requests, "there is a request"
     errors: dict[int, list[Errors]] = {0: [], 1: []}
-    for done, request in enumerate(requests, start=1):
-        run = prepare(engine, request.with_seed())
-        for order, found in _measure(run, reach).items():
-            errors[order].append(found)
-        on_progress(done)
+    with model_lock(engine.model.path):
+        for done, request in enumerate(requests, start=1):
+            run = prepare(engine, request.with_seed())
+            for order, found in _measure(run, reach).items():
+                errors[order].append(found)
+            on_progress(done)
     settings = run.settings
     steps, (width, height) = settings.steps, settings.geometry.size
     best = {

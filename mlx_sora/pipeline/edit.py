@@ -129,7 +129,8 @@ def stream_edit(engine: Engine, edit: EditRequest) -> Generator[Event, None, Non
             engine.check_equal([edit.target], **_metadata(edit, edit.inject_steps))
         with ranks.collective_errors():
             prepared = prepare_edit(engine, edit)
-    events = run_exclusively(prepared.run.output, edit_video(prepared), ranks)
+    run, path = prepared.run, engine.model.path
+    events = run_exclusively(path, run.output, edit_video(prepared), ranks)
     return ranks.watch_events(events)
 
 

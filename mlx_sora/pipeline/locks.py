@@ -1,4 +1,4 @@
-"""The two locks of a run: one run per process, and one run per output.
+"""The locks of a run: one run per process, one per output, and its model stays on the disk.
 
 MLX's limits of memory and cache, and the peaks that budgets are decided by, belong to the process.
 So the second of two runs is refused. Runs may be made in any thread, one after the other. A forked
@@ -8,6 +8,7 @@ child has none of the threads that MLX began before the fork, and would wait for
 from __future__ import annotations
 
 import atexit
+import fcntl
 import logging
 import os
 import threading
@@ -60,8 +61,8 @@ class ExitGuard:
 
 
 @contextmanager
-def process_lock() -> Iterator[ExitGuard]:
-    """Hold the process for one run; yield what stops the run when the process ends.
+def process_lock(model: Path) -> Iterator[ExitGuard]:
+    """Hold the process for one run of `model`; yield what stops the run when the process ends.
 
     Meanwhile SIGTERM and SIGHUP end the process with SystemExit, unless they have handlers: as on
     the command line, a checkpoint is written and partial files are removed. Raises UsageError if a
@@ -76,11 +77,28 @@ def process_lock() -> Iterator[ExitGuard]:
     if threading.current_thread().daemon:  # Python waits for other threads
         atexit.register(guard.stop)
     try:
-        with signals_as_exceptions(exit_like):
+        with signals_as_exceptions(exit_like), model_lock(model):
             yield guard
     finally:
         atexit.unregister(guard.stop)
         _process.release()
+
+
+@contextmanager
+def model_lock(folder: Path) -> Iterator[None]:
+    """Hold a model's folder for the block, with any number of others, against its removal.
+
+    File systems without locks are not protected.
+    """
+    handle = None
+    try:
+        with suppress(OSError):  # also where the model is not downloaded
+            handle = os.open(folder, os.O_RDONLY)
+            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        yield
+    finally:
+        if handle is not None:
+            os.close(handle)
 
 
 def check_not_forked() -> None:
@@ -159,14 +177,14 @@ def output_lock_on_rank0(output: Path | None, ranks: Ranks) -> Iterator[None]:
 
 
 def run_exclusively(
-    output: Path | None, events: Generator[Event, None, None], ranks: Ranks
+    model: Path, output: Path | None, events: Generator[Event, None, None], ranks: Ranks
 ) -> Generator[Event, None, None]:
-    """Yield the events of a run while it holds the process and `output`.
+    """Yield the events of a run while it holds the process, its model's folder and `output`.
 
-    Both locks are free again when the run yields `Finished`.
+    All locks are free again when the run yields `Finished`.
     """
     with (
-        process_lock() as guard,
+        process_lock(model) as guard,
         output_lock_on_rank0(output, ranks),
         closing(guard.stop_at_exit(events)) as stoppable,
     ):

@@ -130,7 +130,8 @@ class Pipeline:
                 checkpoint = None if resume is None else Path(os.path.expanduser(resume))
                 run = prepare(self.engine, request, checkpoint)
             run.checkpoints.share(ranks)
-        return ranks.watch_events(run_exclusively(run.output, _events(run), ranks))
+        path = self.model.path
+        return ranks.watch_events(run_exclusively(path, run.output, _events(run), ranks))
 
     def unread_weights(self, requests: Sequence[GenerationRequest]) -> int:
         """Return the bytes that must be read once, for checkpoints or ranks to compare weights."""

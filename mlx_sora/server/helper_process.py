@@ -93,31 +93,24 @@ class Planner:
 
 
 def _open(model: str | None, dtype: str) -> Pipeline:
-    from mlx_sora.loading.model_folder import MODEL_NAMES, find_model, weights_root
+    from mlx_sora.errors import WeightsError
+    from mlx_sora.loading.model_folder import find_model, model_names
     from mlx_sora.pipeline.pipeline import Pipeline
 
-    named = model is None or model in MODEL_NAMES
-    return Pipeline(find_model(model if named else weights_root() / str(model)), dtype)
+    if model is not None and model not in model_names():  # a path, which no client may open
+        raise WeightsError(f"There is no model {model}.", "GET /v1/models lists them.")
+    return Pipeline(find_model(model), dtype)
 
 
 def models() -> dict[str, Any]:
     """Return the complete models of this machine, the default one first."""
     from dataclasses import asdict
 
-    from mlx_sora.loading.model_folder import (
-        BUNDLED,
-        MODEL_NAMES,
-        ModelFolder,
-        bundled_folder,
-        weights_root,
-    )
+    from mlx_sora.loading.model_folder import ModelFolder, model_names, model_path
 
-    root = weights_root()
-    names = [path.name for path in root.iterdir()] if root.is_dir() else []
-    ordered = [*MODEL_NAMES, *sorted(set(names) - set(MODEL_NAMES))]
     found = []
-    for name in ordered:
-        path = bundled_folder() if name == BUNDLED else root / name
+    for name in model_names():
+        path = model_path(name)
         with suppress(MlxSoraError):
             model = ModelFolder.open(path)
             created = int((path / "transformer" / "config.json").stat().st_mtime)

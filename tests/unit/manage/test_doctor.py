@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ import mlx.core as mx
 import pytest
 from mlx.utils import tree_flatten
 
-from mlx_sora.loading.model_folder import BUNDLED, PUBLISHED, WEIGHTS_VARIABLE
+from mlx_sora.loading.model_folder import PUBLISHED, WEIGHTS_VARIABLE, bundled_folder
 from mlx_sora.manage import doctor, statistics
 from mlx_sora.manage.doctor import diagnose, find_folder, repair_command
 from mlx_sora.manage.download import STAGING
@@ -344,7 +345,7 @@ def test_reading_is_reported(healthy: Path) -> None:
 
 def test_which_folder_is_meant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(WEIGHTS_VARIABLE, str(tmp_path))
-    assert find_folder(None) == tmp_path / BUNDLED
+    assert find_folder(None) == bundled_folder()
     assert find_folder(PUBLISHED) == tmp_path / PUBLISHED
     assert find_folder("x/y") == Path("x/y")
     (tmp_path / PUBLISHED).mkdir()
@@ -357,7 +358,10 @@ def test_what_mends_what(model: Path, tmp_path: Path, monkeypatch: pytest.Monkey
     get = f"python -m mlx_sora download {PUBLISHED}"
     published = root / PUBLISHED
     assert repair_command(published) == get
-    assert repair_command(root / BUNDLED) == f"git checkout -- weights/{BUNDLED}"
+    checkout = repair_command(bundled_folder())
+    assert re.fullmatch(r"git -C \S+ checkout -- weights/shapes", checkout)
+    monkeypatch.setattr("mlx_sora.manage.doctor.bundled_folder", lambda: root / "x" / "y")
+    assert "--force-reinstall" in repair_command(bundled_folder())
     assert "shapes or a folder" in repair_command(tmp_path / "gone")
     assert "copy" in repair_command(model)
     root.mkdir()
