@@ -218,7 +218,7 @@ def stream_reconstruction(
 ) -> Generator[Event, None, None]:
     """Yield the events of a reconstruction, `Finished` last. Bad requests raise here."""
     run = prepare_reconstruction(engine, video, request)
-    return run_exclusively(run.output, reconstruct(run), run.engine.ranks)
+    return run_exclusively(engine.model.path, run.output, reconstruct(run), run.engine.ranks)
 
 
 def reconstruct(run: ReconstructionRun) -> Generator[Event, None, None]:
