@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -358,10 +357,6 @@ def test_what_mends_what(model: Path, tmp_path: Path, monkeypatch: pytest.Monkey
     get = f"python -m mlx_sora download {PUBLISHED}"
     published = root / PUBLISHED
     assert repair_command(published) == get
-    checkout = repair_command(bundled_folder())
-    assert re.fullmatch(r"git -C \S+ checkout -- weights/shapes", checkout)
-    monkeypatch.setattr("mlx_sora.manage.doctor.bundled_folder", lambda: root / "x" / "y")
-    assert "--force-reinstall" in repair_command(bundled_folder())
     assert "shapes or a folder" in repair_command(tmp_path / "gone")
     assert "copy" in repair_command(model)
     root.mkdir()

@@ -26,6 +26,7 @@ from mlx_sora.loading.model_folder import (
 from mlx_sora.loading.published import PublishedModel
 from mlx_sora.manage import models
 from mlx_sora.manage.convert import staging_folder
+from mlx_sora.manage.doctor import repair_command
 from mlx_sora.manage.download import STAGING
 from mlx_sora.manage.models import Fit, default_fit, freed_bytes, remove_model
 from mlx_sora.manage.provenance import FileOrigin, Provenance
@@ -199,3 +200,13 @@ def test_models_of_a_clone_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert model_names() == [PUBLISHED]
     with pytest.raises(WeightsError, match="incomplete"):
         find_model(PUBLISHED)
+
+
+def test_what_mends_the_bundled_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    clone = tmp_path / "clone"
+    (clone / ".git").mkdir(parents=True)
+    shapes = clone / "weights" / BUNDLED
+    monkeypatch.setattr("mlx_sora.loading.model_folder._PACKAGE_ROOT", shapes.parent)
+    assert repair_command(shapes) == f"git -C {clone} checkout -- weights/{BUNDLED}"
+    (clone / ".git").rmdir()
+    assert "--force-reinstall" in repair_command(shapes)
