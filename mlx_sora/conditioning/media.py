@@ -29,6 +29,7 @@ from mlx_sora.geometry import FRAMES_PER_CELL, MICRO_FRAME_SIZE, Size, latent_fr
 from mlx_sora.models.vae import chunk_plan
 from mlx_sora.request.generation import GenerationRequest
 from mlx_sora.request.options import ImageReference, VideoReference
+from mlx_sora.request.pixels import Pixels
 from mlx_sora.text.prompt import PromptDirectives
 from mlx_sora.utils.files import sha256
 from mlx_sora.video.reader import ResizeCrop, VideoInfo, image_size, is_video, probe_video
@@ -44,7 +45,7 @@ PICTURE_SHARE = 5
 class MediaFile:
     """An image or video: size, frames (1 for an image), checksum, rate (None for an image).
 
-    video: properties of a video.
+    path: or Pixels, in memory. video: properties of a video.
     """
 
     path: str
@@ -58,9 +59,9 @@ class MediaFile:
     def from_path(cls, path: str) -> MediaFile:
         """Read the header of an image, or decode a video. Raises UsageError."""
         if not is_video(path):
-            return cls(path, image_size(path), 1, sha256(Path(path)))
+            return cls(path, image_size(path), 1, _checksum(path))
         info = probe_video(path)
-        return cls(path, info.size, info.num_frames, sha256(Path(path)), info.fps, info)
+        return cls(path, info.size, info.num_frames, _checksum(path), info.fps, info)
 
     @property
     def source_pixels(self) -> int:
@@ -183,6 +184,10 @@ def plan_media(
     return media
 
 
+def _checksum(path: str) -> str:
+    return path.sha256 if isinstance(path, Pixels) else sha256(Path(path))
+
+
 def frames_by_latent(num_frames: int) -> list[range]:
     """Return the frames that each latent frame of a clip encodes."""
     ranges = []
@@ -302,7 +307,7 @@ def _video_lines(files: Iterable[MediaFile], kind: str) -> Iterator[str]:
 
 def _frame_rate_warnings(files: Iterable[MediaFile], fps: float) -> Iterator[str]:
     for file in files:
-        if file.fps is not None and abs(file.fps - fps) > 0.01 * fps:
+        if file.fps and abs(file.fps - fps) > 0.01 * fps:
             yield f"{file.path} has {file.fps:g} frames per second; they are used at {fps:g}."
 
 

@@ -264,9 +264,9 @@ def _metadata(edit: EditRequest, inject_steps: int | None) -> dict[str, Any]:
     return {"video": edit.video, "source_prompt": edit.source_prompt, "inject_steps": inject_steps}
 
 
-def _probe(path: str, image_fps: float) -> tuple[Size, int, float, VideoInfo | None]:
+def _probe(path: str, default_fps: float) -> tuple[Size, int, float, VideoInfo | None]:
     """Return size, frames and fps of a video or image, and more of a video. Raises UsageError."""
     if not is_video(path):
-        return image_size(path), 1, image_fps, None
+        return image_size(path), 1, default_fps, None
     info = probe_video(path)
-    return info.size, info.num_frames, round(info.fps, 3), info
+    return info.size, info.num_frames, round(info.fps or default_fps, 3), info

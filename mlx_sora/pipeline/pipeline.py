@@ -156,7 +156,11 @@ class Pipeline:
         with self.ranks.collective_errors():
             if self.ranks.is_rank0:
                 values = resumed_request(Path(checkpoint), options).to_dict()
-        request = GenerationRequest.from_dict(self.ranks.broadcast_object(values))
+        values = self.ranks.broadcast_object(values)
+        pixels = {
+            name: options[name] for name in ("images", "videos", "references") if name in options
+        }
+        request = GenerationRequest.from_dict(values | pixels)
         return run_to_end(self.stream(request, checkpoint), callback)
 
     def stream_all(self, requests: Sequence[GenerationRequest]) -> Generator[Event, None, None]:

@@ -21,6 +21,7 @@ from mlx_sora.pipeline.locks import is_locked
 from mlx_sora.pipeline.run import GenerationRun
 from mlx_sora.pipeline.settings import ResolvedRequest
 from mlx_sora.request.generation import GenerationRequest, label, options
+from mlx_sora.request.pixels import PIXELS_PREFIX
 from mlx_sora.request.techniques import MAX_STEPS
 from mlx_sora.utils.files import visible_files
 from mlx_sora.video.output_path import (
@@ -101,13 +102,21 @@ def resumed_request(path: Path, changes: Mapping[str, Any]) -> GenerationRequest
     """
     found = Snapshot.load(path)
     for name in changes:
-        if name in _replayed_options():
+        if name in _replayed_options() and not _has_pixels(found.request.get(name)):
             raise UsageError(
                 f"{label(name)} cannot be changed with --resume.", f"{path} fixes its value."
             )
     output = escape_template(str(path.parent / found.output))
     values = {"model": found.identity.get("model"), **found.request, "output": output}
     return GenerationRequest.from_dict(values | dict(changes))
+
+
+def _has_pixels(recorded: Any) -> bool:
+    """Return True for pictures or videos in memory, which have to be passed again.
+
+    Their names have checksums, and a run goes on only from a checkpoint with the same.
+    """
+    return f'"{PIXELS_PREFIX}' in json.dumps(recorded)
 
 
 def _recorded_options(request: GenerationRequest) -> dict[str, Any]:

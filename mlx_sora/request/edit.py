@@ -8,7 +8,7 @@ from typing import Any
 
 from mlx_sora.errors import UsageError
 from mlx_sora.request.generation import GenerationRequest, options, options_of
-from mlx_sora.request.options import as_file, as_int, as_text
+from mlx_sora.request.options import as_int, as_medium, as_text
 
 #: Default number of first steps that use the source's values: measured on the bundled model
 #: (benchmarks/editing.py).
@@ -22,7 +22,7 @@ SAMPLER = "midpoint"
 class EditRequest:
     """One edit.
 
-    video: path of a video or an image. source_prompt: describes it.
+    video: path of a video or an image, or its `Pixels`. source_prompt: describes it.
     target: the prompt for the edited video, and every other option. An open size is the model's,
     an open length and frame rate are the video's.
     inject_steps: number of first steps in which spatial attention uses the values of the source;
@@ -37,7 +37,7 @@ class EditRequest:
     inject_steps: int | None = None
 
     def __post_init__(self) -> None:
-        readers = {"video": as_file, "source_prompt": as_text, "inject_steps": as_int}
+        readers = {"video": as_medium, "source_prompt": as_text, "inject_steps": as_int}
         for name, read in readers.items():
             value = getattr(self, name)
             if value is None and name == "inject_steps":

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from mlx_sora.errors import UsageError
 from mlx_sora.geometry import MAX_TILES, MICRO_FRAME_SIZE
+from mlx_sora.request.pixels import Pixels, is_footage, is_medium, read_medium
 
 #: Bytes of a file's name and of a path that file systems take.
 MAX_NAME, MAX_PATH = 255, 4000
@@ -104,6 +105,12 @@ def as_file(value: Any) -> str:
     return os.path.expanduser(as_path(value))
 
 
+def as_medium(value: Any) -> str:
+    """Return the path of a picture or video to read, or the `Pixels` of one in memory."""
+    medium = read_medium(value)
+    return medium if isinstance(medium, Pixels) else as_file(medium)
+
+
 def as_frames(value: Any) -> int | str:
     """Return a number of frames, or a length such as "2s" that `mlx_sora.geometry` resolves."""
     if isinstance(value, str) and not re.fullmatch(r"\s*[+-]?[0-9]+\s*", value):
@@ -136,19 +143,25 @@ class VideoReference(NamedTuple):
 
 
 def as_images(value: Any) -> tuple[ImageReference, ...]:
-    """Return images. Each is a path or (path, frame, strength); "first" and "last" are frames."""
+    """Return images. Each is a picture or (picture, frame, strength); "first", "last" are frames.
+
+    A picture is a path, a PIL image, pixels or a `Video` of one frame.
+    """
     expected = "paths, each perhaps with a frame (a number, first or last) and a strength (0 to 1)"
 
     def read(path: Any, frame: Any = 0, strength: Any = 1.0) -> ImageReference:
         named = {"first": 0, "last": -1}.get(frame) if isinstance(frame, str) else None
         number = as_int(frame) if named is None else named
-        return ImageReference(as_file(path), number, _as_strength(strength))
+        return ImageReference(as_medium(path), number, _as_strength(strength))
 
-    return _each(value, read, expected)
+    return _each(value, read, expected, is_medium)
 
 
 def as_videos(value: Any) -> tuple[VideoReference, ...]:
-    """Return videos. Each is a path or (path, before or after, frames, strength)."""
+    """Return videos. Each is a video or (video, before or after, frames, strength).
+
+    A video is a path, a `Video`, pixels or a list of pictures.
+    """
     expected = "paths, each perhaps with before or after, frames to use and a strength (0 to 1)"
 
     def read(
@@ -157,16 +170,16 @@ def as_videos(value: Any) -> tuple[VideoReference, ...]:
         count = as_int(frames)
         if side not in ("before", "after") or count < 1:
             raise ValueError
-        return VideoReference(as_file(path), side, count, _as_strength(strength))
+        return VideoReference(as_medium(path), side, count, _as_strength(strength))
 
-    return _each(value, read, expected)
+    return _each(value, read, expected, lambda each: is_medium(each) or is_footage(each))
 
 
 def as_paths(value: Any) -> tuple[str, ...]:
-    """Return paths from a list, or from text joined by semicolons as Open-Sora writes them."""
-    if isinstance(value, str):
+    """Return media from a list, or paths joined by semicolons as Open-Sora writes them."""
+    if isinstance(value, str) and not isinstance(value, Pixels):
         value = value.split(";") if value else ()
-    return _each(value, as_file, "paths, in a list or joined by ;")
+    return _each(value, as_medium, "paths, in a list or joined by ;", is_medium)
 
 
 def _as_strength(value: Any) -> float:
@@ -176,14 +189,14 @@ def _as_strength(value: Any) -> float:
     return strength
 
 
-def _each(value: Any, read: Callable[..., Any], expected: str) -> tuple[Any, ...]:
-    items = [value] if isinstance(value, (str, os.PathLike)) else value
+def _each(
+    value: Any, read: Callable[..., Any], expected: str, is_single: Callable[[Any], bool]
+) -> tuple[Any, ...]:
+    items = [value] if is_single(value) else value
     if not isinstance(items, Iterable):
         raise ValueError(expected)
     try:
-        return tuple(
-            read(item) if isinstance(item, (str, os.PathLike)) else read(*item) for item in items
-        )
+        return tuple(read(item) if is_single(item) else read(*item) for item in items)
     except (ValueError, TypeError):
         raise ValueError(expected) from None
 

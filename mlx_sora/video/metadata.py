@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlx_sora.errors import UsageError
 from mlx_sora.request.generation import options
+from mlx_sora.request.pixels import PIXELS_PREFIX
 from mlx_sora.runtime.switches import switches
 from mlx_sora.utils.json import parse_object
 from mlx_sora.utils.versions import versions
@@ -148,6 +149,8 @@ def find_media(record: Mapping[str, Any], name: str, source: Path) -> str:
     items = [item for item in media if isinstance(item, dict)] if isinstance(media, list) else []
     sums = {item.get("sha256") for item in items if item.get("path") == name}
     again = "Give --image, --video or --prompt again."
+    if name.startswith(PIXELS_PREFIX):
+        raise UsageError(f"{source} was made with pixels in memory, which no file has.", again)
     present = [path for path in (source.parent / Path(name).name, Path(name)) if path.is_file()]
     if not present:
         raise UsageError(f"{name}, which {source} was made with, is not beside it.", again)

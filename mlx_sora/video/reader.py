@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlx_sora.errors import UsageError
 from mlx_sora.geometry import Size
+from mlx_sora.request.pixels import PIXELS_PREFIX, Pixels
 from mlx_sora.video.containers import (
     MAX_PACKETS,
     MAX_PIXELS,
@@ -53,7 +54,8 @@ class Footage:
 class VideoInfo:
     """Properties of a video as shown: upright size, number of frames, frames per second.
 
-    timing: which decoded frames these are. notes, warnings: for the user, about rate and colours.
+    fps: 0 if the video is in memory and does not say. timing: which decoded frames these are.
+    notes, warnings: for the user, about rate and colours.
     """
 
     size: Size
@@ -96,6 +98,8 @@ class ResizeCrop:
 
 def is_video(path: str | Path) -> bool:
     """Return True if the content of a file is a video or an animation. Raises UsageError."""
+    if isinstance(path, Pixels):
+        return path.is_video
     _check_file(path)
     if is_picture(path):
         with _open_image(path) as image:
@@ -106,6 +110,8 @@ def is_video(path: str | Path) -> bool:
 
 def image_size(path: str | Path) -> Size:
     """Read the upright size of an image from its header. Raises UsageError."""
+    if isinstance(path, Pixels):
+        return Size(*_image_in_memory(path).size)
     with _open_image(path) as image:
         return upright_size(image)
 
@@ -119,10 +125,14 @@ def read_image(path: str | Path, size: Size | None = None) -> np.ndarray:
     """
     import numpy as np
 
-    with _open_image(path) as image:
-        if size is not None and image.width * image.height > MAX_PIXELS:
-            image.draft(image.mode, (2 * max(size), 2 * max(size)))
-        picture: Any = to_srgb(upright(image), Path(path))
+    picture: Any
+    if isinstance(path, Pixels):
+        picture = _image_in_memory(path)
+    else:
+        with _open_image(path) as image:
+            if size is not None and image.width * image.height > MAX_PIXELS:
+                image.draft(image.mode, (2 * max(size), 2 * max(size)))
+            picture = to_srgb(upright(image), Path(path))
     if size is not None:
         picture = _resize_crop_image(picture, ResizeCrop.from_sizes(Size(*picture.size), size))
     pixels: np.ndarray = np.array(picture)
@@ -134,6 +144,8 @@ def probe_video(path: str | Path) -> VideoInfo:
 
     Raises UsageError for a file that is missing, damaged, not a video or without frames.
     """
+    if isinstance(path, Pixels):
+        return _pixels_info(path)
     starts: list[float | None] = []
     last, size = None, None
     with _open_video(path) as video, read_errors(path, DAMAGED):
@@ -210,6 +222,11 @@ def video_frames(
 
     Each is scaled and cropped to `size`. info: of `probe_video`. Raises UsageError.
     """
+    if isinstance(path, Pixels):
+        assert path.frames is not None, "a picture is no video"
+        for frame in path.frames[start:stop]:
+            yield frame if size is None else resize_and_crop(frame[None], size)[0]
+        return
     pixels, shown = None, None
     with _open_video(path) as video, read_errors(path, DAMAGED):
         for frame in islice(info.timing.resample(video.frames()), start, stop):
@@ -288,6 +305,24 @@ def _open_video(path: str | Path) -> Iterator[Film | Animation]:
         yield video
 
 
+def _image_in_memory(pixels: Pixels) -> Any:
+    """Return the picture as a Pillow image in sRGB."""
+    from PIL import Image
+
+    if pixels.frames is not None:
+        return Image.fromarray(pixels.frames[0])
+    with read_errors(pixels, "Convert it to RGB."):
+        return to_srgb(upright(pixels.image.copy()), Path(pixels))
+
+
+def _pixels_info(pixels: Pixels) -> VideoInfo:
+    assert pixels.frames is not None, "a picture is no video"
+    count, height, width, _ = pixels.frames.shape
+    return VideoInfo(Size(width, height), count, pixels.fps or 0, Timing(pixels.fps or 1))
+
+
 def _check_file(path: str | Path) -> None:
+    if str(path).startswith(PIXELS_PREFIX):
+        raise UsageError(f"{path} stands for pixels in memory.", "Pass the same pixels again.")
     if not Path(path).is_file():
         raise UsageError(f"No such file: {path}.", "Give the path of an image or a video.")
