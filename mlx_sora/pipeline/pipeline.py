@@ -103,7 +103,7 @@ class Pipeline:
         callback: gets every event, such as StepFinished (mlx_sora.runtime.events). What it raises
         ends the run, and leaves no partial file.
         """
-        return run_to_end(self.stream(prompt, **options), callback)
+        return last_video(self.stream(prompt, **options), callback)
 
     def stream(
         self,
@@ -161,7 +161,7 @@ class Pipeline:
             name: options[name] for name in ("images", "videos", "references") if name in options
         }
         request = GenerationRequest.from_dict(values | pixels)
-        return run_to_end(self.stream(request, checkpoint), callback)
+        return last_video(self.stream(request, checkpoint), callback)
 
     def stream_all(self, requests: Sequence[GenerationRequest]) -> Generator[Event, None, None]:
         """Yield the events of several requests: `Finished` or `RequestFailed` for each.
@@ -191,7 +191,7 @@ class Pipeline:
         from mlx_sora.request.edit import EditRequest as Request
 
         values = {"source_prompt": source_prompt, "prompt": prompt, **options}
-        return run_to_end(self.stream_edit(Request.from_options(video, values)), callback)
+        return last_video(self.stream_edit(Request.from_options(video, values)), callback)
 
     def stream_edit(self, edit: EditRequest) -> Generator[Event, None, None]:
         """Yield the events of one edit, as `stream` does for a generation."""
@@ -224,7 +224,7 @@ class Pipeline:
         from mlx_sora.pipeline.reconstruct import reconstruction_request, stream_reconstruction
 
         request = reconstruction_request(options)
-        return run_to_end(stream_reconstruction(self.engine, video, request), callback)
+        return last_video(stream_reconstruction(self.engine, video, request), callback)
 
     def plan(self, request: GenerationRequest | str, **options: Unpack[GenerationKeywords]) -> Plan:
         """Plan memory, reading and work of each stage, without running it. Reads headers only.
@@ -268,7 +268,7 @@ def _as_request(request: GenerationRequest | str, options: Mapping[str, Any]) ->
     return GenerationRequest.from_dict({"prompt": request, **options})
 
 
-def run_to_end(
+def last_video(
     events: Generator[Event, None, None], callback: Callable[[Event], object] | None = None
 ) -> Video:
     """Run to the end and return the video. callback: gets every event."""
