@@ -96,26 +96,21 @@ class CaptionBank:
         self, model: T5Encoder, tokenizer: Tokenizer, choices: list[world.Attributes], variants: int
     ) -> None:
         rng = np.random.default_rng(5)
-        self.short: list[list[Tensor]] = []
-        self.any: list[list[Tensor]] = []
+        self.rows: list[list[Tensor]] = []
         for attributes in choices:
             texts = [world.caption(attributes)]
             texts += [world.random_caption(attributes, rng) for _ in range(variants - 1)]
             ids, mask = tokenizer.batch(texts)
             with torch.no_grad():
                 hidden = model(ids, mask)
-            rows = [h[: int(m.sum())].clone() for h, m in zip(hidden, mask, strict=True)]
-            self.any.append(rows)
-            self.short.append([row for row in rows if len(row) <= 16])
+            self.rows.append([h[: int(m.sum())].clone() for h, m in zip(hidden, mask, strict=True)])
 
     def batch(self, indices: np.ndarray, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-        """Embeddings [B, L, C] and mask [B, L] for combinations; L is 16 or, rarely, 32."""
-        long = rng.random() < 0.2
-        bank, length = (self.any, LONGEST) if long else (self.short, 16)
-        y = torch.zeros(len(indices), length, bank[0][0].shape[-1])
-        mask = torch.zeros(len(indices), length, dtype=torch.bool)
+        """Embeddings [B, 32, C] and mask [B, 32] for combinations; one length compiles once."""
+        y = torch.zeros(len(indices), LONGEST, self.rows[0][0].shape[-1])
+        mask = torch.zeros(len(indices), LONGEST, dtype=torch.bool)
         for i, index in enumerate(indices):
-            row = bank[index][rng.integers(len(bank[index]))]
+            row = self.rows[index][rng.integers(len(self.rows[index]))]
             y[i, : len(row)] = row
             mask[i, : len(row)] = True
         return y, mask

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,14 +17,15 @@ from benchmarks.shapes.train_vae import averaged, psnr, random_frame, spatial_la
 # Videos per number of 17-frame chunks: at first, and when the cache has grown to its end; for a
 # new model, and for one that is trained further.
 NEW = {1: (3000, 12000), 2: (0, 1500), 3: (0, 1250)}
-CONTINUED = {1: (500, 1500), 2: (500, 1500), 3: (250, 750)}
-BLOCK, IMAGES = 250, 2000
+CONTINUED = {1: (500, 6000), 2: (250, 3000), 3: (250, 2000), 4: (250, 2000)}
+BLOCK, IMAGES = 250, 6000
 LATENTS = 5  # of a chunk
 
 
 def final_vae(folder: Path) -> VideoVAE:
-    """The VAE of the last phase with the latents' statistics in `shift` and `scale`."""
-    phase = "settle" if (folder / "settle.pt").exists() else "meet"
+    """The VAE of the latest phase with the latents' statistics in `shift` and `scale`."""
+    phases = ("settle", "decode", "meet", "refine")
+    phase = next(name for name in phases if (folder / f"{name}.pt").exists())
     vae = averaged(folder, phase).eval()
     for name, value in torch.load(folder / "statistics.pt", weights_only=True).items():
         getattr(vae, name).copy_(value)
@@ -86,7 +87,7 @@ def _encode_images(vae: VideoVAE, choices: list[world.Attributes]) -> tuple[Tens
     """(combination numbers [N], raw latents [N, 4, 1, 8, 8]) of single frames of random videos."""
     rng = np.random.default_rng((6, 0))
     indices, rows = torch.from_numpy(rng.integers(len(choices), size=IMAGES)), []
-    for part in indices.split(IMAGES // 50):
+    for part in indices.split(40):
         images = np.concatenate([random_frame(rng, [choices[i]]) for i in part.tolist()])
         rows.append(vae.encode(to_unit(images)[:, :, None]))
     return indices, torch.cat(rows)
@@ -96,6 +97,23 @@ def load_block(path: Path) -> tuple[Tensor, Tensor]:
     """(combination numbers, raw latents in float32) of one cache file."""
     indices, latents = torch.load(path, weights_only=True)
     return indices, latents.float()
+
+
+def turn(
+    indices: np.ndarray, z: Tensor, choices: list[world.Attributes]
+) -> tuple[np.ndarray, Tensor]:
+    """Videos of a cache file that begin on their way back, as the videos they then are.
+
+    A shape on its way back from the left moves right. Combinations that are not among `choices`
+    are left out; the first frame of a video stands for a picture of it.
+    """
+    numbers = {attributes: number for number, attributes in enumerate(choices)}
+    back = [replace(a, motion=world.BACKWARDS[a.motion]) for a in choices]
+    new = np.array([numbers.get(a, -1) for a in back])[indices]
+    rows = torch.from_numpy(np.flatnonzero(new >= 0))
+    swing = z[rows, :, :-1]
+    swing = swing.roll(swing.shape[2] // 2, dims=2)
+    return new[new >= 0], torch.cat([swing, swing[:, :, :1]], dim=2)
 
 
 @dataclass(frozen=True)
@@ -125,23 +143,30 @@ class LatentSet:
         self.shift, self.scale = final["shift"], final["scale"]
         self.vae = averaged(folder, "refine").eval()
         self.data: dict[int, tuple[np.ndarray, Tensor]] = {}
+        self.videos: dict[int, int] = {}
         for chunks in self.most:
             for path in sorted(folder.glob(f"latents_{chunks}_*.pt")):
                 self._add(chunks, *load_block(path))
-        self._add(0, *_encode_images(self.vae, choices))
+        path = _block_path(folder, 0, 0)
+        if not path.exists():
+            torch.save(_encode_images(self.vae, choices), path)
+        self._add(0, *load_block(path))
 
     def _add(self, chunks: int, indices: Tensor, z: Tensor) -> None:
-        z = (z - self.shift) / self.scale
+        both = indices.numpy(), (z - self.shift) / self.scale
+        if chunks:
+            turned = turn(*both, self.choices)
+            both = np.concatenate([both[0], turned[0]]), torch.cat([both[1], turned[1]])
         if chunks in self.data:
             old, rows = self.data[chunks]
-            self.data[chunks] = np.concatenate([old, indices.numpy()]), torch.cat([rows, z])
-        else:
-            self.data[chunks] = indices.numpy(), z
+            both = np.concatenate([old, both[0]]), torch.cat([rows, both[1]])
+        self.data[chunks] = both
+        self.videos[chunks] = self.videos.get(chunks, 0) + len(indices)
 
     @torch.no_grad()
     def grow(self, rank: int, size: int, wait: Callable[[], None]) -> None:
         """Encode one more block per member, of the length that is furthest behind its target."""
-        have = {k: len(self.data[k][0]) if k in self.data else 0 for k in self.most}
+        have = {k: self.videos.get(k, 0) for k in self.most}
         chunks = min(self.most, key=lambda k: have[k] / self.most[k])
         if have[chunks] >= self.most[chunks]:
             return

@@ -68,6 +68,15 @@ def schedule(step: int, total: int, peak: float, warm: int = 50, floor: float = 
     return peak * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
+def steady_schedule(step: int, total: int, peak: float, warm: int = 50) -> float:
+    """Linear warm-up to `peak`, which stays; over the last quarter linearly down to a hundredth.
+
+    A run that is to go on gets more steps before that quarter begins.
+    """
+    down = min(1.0, (total - step) / max(1, total // 4))
+    return peak * min(1.0, (step + 1) / warm) * max(0.01, down)
+
+
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
     """Give every parameter group the learning rate; a group's `factor` multiplies it."""
     for group in optimizer.param_groups:

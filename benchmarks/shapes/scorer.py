@@ -32,17 +32,26 @@ class Reading:
 def read_video(frames: np.ndarray) -> Reading:
     """Classify a video, uint8 [F, H, W, 3]."""
     video = frames.astype(np.float32)
-    edges = (video[:, :2], video[:, -2:], video[:, :, :2], video[:, :, -2:])
-    border = np.concatenate([edge.reshape(-1, 3) for edge in edges])
-    ground = np.median(border, axis=0)
+    ground = _ground(video)
     background = _nearest(ground, BACKGROUNDS)
-    masks = np.linalg.norm(video - ground, axis=-1) > FOREGROUND_DISTANCE
-    masks = np.stack([_largest_part(mask) for mask in masks])
+    masks = shape_masks(frames)
     areas = masks.sum((1, 2))
     if np.median(areas) < MIN_PIXELS:
         return Reading(None, None, None, background)
     colour = _nearest(np.median(video[_inner(masks)], axis=0), COLOURS)
     return Reading(colour, _shape(masks), _motion(masks, areas), background)
+
+
+def _ground(video: np.ndarray) -> np.ndarray:
+    edges = (video[:, :2], video[:, -2:], video[:, :, :2], video[:, :, -2:])
+    return np.median(np.concatenate([edge.reshape(-1, 3) for edge in edges]), axis=0)
+
+
+def shape_masks(frames: np.ndarray) -> np.ndarray:
+    """Where the shape is, bool [F, H, W], in a video, uint8 [F, H, W, 3]."""
+    video = frames.astype(np.float32)
+    masks = np.linalg.norm(video - _ground(video), axis=-1) > FOREGROUND_DISTANCE
+    return np.stack([_largest_part(mask) for mask in masks])
 
 
 def _nearest(value: np.ndarray, table: dict[str, tuple[int, int, int]]) -> str:

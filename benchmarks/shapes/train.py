@@ -1,9 +1,10 @@
 """Trains the bundled model: `python -m benchmarks.shapes.train --out DIR`.
 
-Phases, each resumable: spatial, temporal, sharpen, refine, meet (VAE), latents (cache), text (T5),
+Phases, each resumable: spatial, temporal, sharpen, refine, meet (VAE), text (T5), latents (cache),
 dit, settle, export.  All state lives under DIR; the finished model is DIR/model unless --model says
 otherwise.  --from MODEL goes on from a finished one: its encoders and T5 stay, its transformer
-and the VAE's decoders learn on; the phases are then start, meet, latents, dit, settle, export.
+and the VAE's decoders learn on; the phases are then start, decode, latents, dit, settle, export,
+of which decode and dit can run side by side.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from benchmarks.shapes import (
     export,
     latents,
     sample,
+    train_decode,
     train_dit,
     train_settle,
     train_vae,
@@ -41,6 +43,8 @@ class Recipe:
     steps: int
     processes: int
     start: Path | None = None
+    decode_steps: int = 0
+    compiled: bool = False
 
     def __post_init__(self) -> None:
         self.train_set, self.test_set = world.split()
@@ -51,21 +55,23 @@ class Recipe:
 
     def phases(self) -> dict[str, Callable[[], None]]:
         """Name -> action, in order."""
-        meet = {
-            "meet": lambda: train_vae.train_meet(self.out, self.train_set),
+        last: dict[str, Callable[[], None]] = {
             "latents": lambda: latents.cache_latents(self.out, self.train_set, self.counts),
+            "dit": self.spawn_dit,
+            "settle": self.train_settle,
+            "export": self.export_model,
         }
-        last = {"dit": self.spawn_dit, "settle": self.train_settle, "export": self.export_model}
         if self.start is not None:
-            return {"start": self.take_start} | meet | last
+            return {"start": self.take_start, "decode": self.train_decode} | last
         vae = {
             "spatial": lambda: train_vae.train_spatial(self.out, self.train_set),
             "temporal": lambda: train_vae.train_temporal(self.out, self.train_set),
             "sharpen": lambda: train_vae.train_sharpen(self.out, self.train_set),
             "refine": lambda: train_vae.train_refine(self.out, self.train_set),
+            "meet": lambda: train_vae.train_meet(self.out, self.train_set),
         }
         text = {"text": lambda: captions.train_text(self.out, self.tokenizer, self.train_set)}
-        return vae | meet | text | last
+        return vae | text | last
 
     @property
     def counts(self) -> dict[int, tuple[int, int]]:
@@ -83,11 +89,15 @@ class Recipe:
         t5 = export.read_text_encoder(self.start).state_dict()
         torch.save({"parts": {"t5": t5}}, self.out / "text.pt")
 
+    def train_decode(self) -> None:
+        train_decode.train_decode(self.out, self.train_set, self.decode_steps)
+
     @property
     def course(self) -> train_dit.Course:
         if self.start is None:
-            return train_dit.Course(self.steps)
-        return train_dit.Course(self.steps, export.read_transformer(self.start).state_dict())
+            return train_dit.Course(self.steps, None, self.compiled)
+        start = export.read_transformer(self.start).state_dict()
+        return train_dit.Course(self.steps, start, self.compiled)
 
     def spawn_dit(self) -> None:
         """One single-threaded process per core."""
@@ -169,6 +179,8 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="where to write the model (default OUT/model)")
     parser.add_argument("--spiece", type=Path, required=True, help="T5's spiece.model")
     parser.add_argument("--steps", type=int, default=8000, help="steps of the dit phase")
+    parser.add_argument("--decode-steps", type=int, default=4000, help="steps of the decode phase")
+    parser.add_argument("--compile", action="store_true", help="fuse the transformer's blocks")
     parser.add_argument("--threads", type=int, default=2, help="cores to use")
     parser.add_argument("--from", type=Path, dest="start", help="finished model to go on from")
     parser.add_argument("--phase", help="run this phase only")
@@ -176,7 +188,14 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     model = options.model or options.out / "model"
     recipe = Recipe(
-        options.out, model, options.spiece, options.steps, options.threads, options.start
+        options.out,
+        model,
+        options.spiece,
+        options.steps,
+        options.threads,
+        options.start,
+        options.decode_steps,
+        options.compile,
     )
     phases = recipe.phases()
     if options.phase and options.phase not in phases:

@@ -71,6 +71,6 @@ class Maker:
 
 def train_settle(folder: Path, maker: Maker) -> None:
     """Writes the phase `settle`."""
-    vae = averaged(folder, "meet")
+    vae = averaged(folder, "decode" if (folder / "decode.pt").exists() else "meet")
     course = DecoderCourse("settle", STEPS, 6e-4, every=10)
     train_decoders(folder, vae, course, maker.pairs, maker.choices)

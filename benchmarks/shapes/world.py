@@ -203,6 +203,18 @@ def random_path(motion: str, rng: np.random.Generator) -> Path:
     return Path((x, first), (x, last), size, size)
 
 
+#: A motion seen backwards; paths both ways are drawn from the same distribution.
+BACKWARDS = {
+    "left": "right",
+    "right": "left",
+    "up": "down",
+    "down": "up",
+    "still": "still",
+    "growing": "shrinking",
+    "shrinking": "growing",
+}
+
+
 def render(attributes: Attributes, path: Path, times: np.ndarray) -> np.ndarray:
     """Draw a video, uint8 [F, 64, 64, 3], antialiased, at F `times` from 0 (start) to 1 (end)."""
     step = np.asarray(times, np.float32)[:, None, None]
