@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from mlx_sora.pipeline import Pipeline
     from mlx_sora.request.generation import GenerationRequest
     from mlx_sora.request.techniques import GuidanceCache, GuidanceInterval, Lpl, StepCache, Tdtm
+    from mlx_sora.text.enhance import enhance_prompt
     from mlx_sora.video import Video
 
 __version__ = "0.1.0"
@@ -47,6 +48,7 @@ __all__ = [
     "Video",
     "WeightsError",
     "__version__",
+    "enhance_prompt",
 ]
 
 #: Public names that load their module on first access.
@@ -59,6 +61,7 @@ _LAZY = {
     "StepCache": "mlx_sora.request.techniques",
     "Tdtm": "mlx_sora.request.techniques",
     "Video": "mlx_sora.video",
+    "enhance_prompt": "mlx_sora.text.enhance",
 }
 
 _blas.install()

@@ -145,6 +145,8 @@ def build_requests(
         base = {name: value for name, value in base.items() if name not in _NAMED_SIZE}
     if "preset" in typed:
         base = {name: value for name, value in base.items() if name not in _PRESET_OPTIONS}
+    if typed.get("prompt", base.get("prompt")) != base.get("prompt"):
+        base.pop("original_prompt", None)
     seeds = typed.get("seed", [base.get("seed")])
     requests = [GenerationRequest.from_dict(base | typed | {"seed": seed}) for seed in seeds]
     for request in requests:

@@ -10,6 +10,7 @@ from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
 from mlx_sora.cli.awake import add_sleep_flag
+from mlx_sora.cli.enhance import add_enhance_flag
 from mlx_sora.cli.flags import Parser, add_debug_flag, add_quiet_flag, add_request_flags
 from mlx_sora.cli.interrupts import explain_interrupt, interrupted_run
 from mlx_sora.cli.opensora import add_opensora_flags
@@ -62,6 +63,7 @@ def add_parser(commands: Any) -> None:
         metavar="FILE",
         help="continue from a checkpoint; only options that do not change the video are allowed",
     )
+    add_enhance_flag(parser)
     add_dry_run_flag(parser)
     add_cluster_flags(parser)
     add_progress_flags(parser)
@@ -101,6 +103,8 @@ def run(args: argparse.Namespace) -> int:
         cluster = read_cluster(args)
         batch = broadcast_request(ranks, RequestBatch, lambda: read_requests(args), args)
         with closing(choose_renderer(args, ranks)) as renderer:
+            for note in batch.notes:
+                renderer.note(note)
             for path in batch.existing:
                 renderer.note(f"skipped: {path} exists already")
             if batch.requests:

@@ -47,7 +47,7 @@ _WITHOUT_EFFECT = {
 #: Flags that are refused, and what to do instead.
 _REFUSED = {
     "ckpt_path": "Make a model folder with mlx_sora convert, and give --model FOLDER.",
-    "prompt_generator": "Give --prompt TEXT.",
+    "prompt_generator": "Give --prompt TEXT, and --enhance-prompt to have it written out.",
 }
 
 #: Number of latent frames that one chunk has, in which Open-Sora counts --condition-frame-length.
@@ -164,7 +164,7 @@ def _flags() -> dict[str, dict[str, Any]]:
     }
     counts = "num_sample start_index end_index condition_frame_length save_fps frame_interval"
     found |= {name: {"type": _count} for name in (*counts.split(), "batch_size")}
-    switches = "watermark flash_attn layernorm_kernel"
+    switches = "llm_refine watermark flash_attn layernorm_kernel"
     found |= {name: {"type": _switch} for name in switches.split()}
     paths = "save_dir sample_name prompt_path ckpt_path"
     found |= {name: {"type": os.path.expanduser} for name in paths.split()}
@@ -182,7 +182,7 @@ def read_samples(
 ) -> tuple[dict[str, Any], Samples]:
     """Return the options with those of Open-Sora's flags, and the samples that these ask for.
 
-    Sets `prompt_file` of `args`. Raises UsageError for a flag that cannot be
+    Sets `prompt_file` and `enhance_prompt` of `args`. Raises UsageError for a flag that cannot be
     followed; it names ours.
     """
     typed = {name: value for name, value in vars(args).items() if name in _flags()}
@@ -204,6 +204,8 @@ def read_samples(
         if args.prompt_file is not None:
             raise UsageError("--prompt-path and --prompt-file exclude each other.", "Give one.")
         args.prompt_file = typed["prompt_path"]
+    if typed.get("llm_refine") and args.enhance_prompt is None:
+        args.enhance_prompt = ""  # the template
     if "aspect_ratio" in merged:
         _warn_of_aspect_ratio(merged)
     if "output" in merged and (named := {"save_dir", "sample_name", "prompt_as_path"} & set(typed)):

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from mlx_sora.cli.enhance import enhance_requests
 from mlx_sora.cli.flags import build_requests, explicit_options
 from mlx_sora.cli.opensora import ALL_PROMPTS, Samples, read_samples
 from mlx_sora.errors import MlxSoraError, UsageError, printable
@@ -51,7 +52,8 @@ class RequestBatch:
     """The requests of one command, in order.
 
     lines: line number of each request; empty without a prompt file. failures: errors by line or
-    video number, from 1; unit: which of both. existing: outputs that are not made again.
+    video number, from 1; unit: which of both. existing: outputs that are not made again. notes:
+    lines for the user.
     """
 
     requests: list[GenerationRequest] = field(default_factory=list)
@@ -59,6 +61,7 @@ class RequestBatch:
     failures: dict[int, MlxSoraError] = field(default_factory=dict)
     existing: list[Path] = field(default_factory=list)
     unit: str = "video"
+    notes: list[str] = field(default_factory=list)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> RequestBatch:
@@ -101,6 +104,8 @@ def read_requests(args: argparse.Namespace) -> RequestBatch:
     names = OutputNames()
     for request in batch.requests:
         names.add(Path(str(request.output)), sidecar=request.metadata)
+    if args.enhance_prompt is not None:
+        batch.requests, batch.notes = enhance_requests(batch.requests, args.enhance_prompt)
     return batch
 
 
@@ -126,7 +131,7 @@ def _read_typed_prompts(
 def _resumed_request(args: argparse.Namespace, flags: Mapping[str, Any]) -> GenerationRequest:
     from mlx_sora.pipeline.resume import resumed_request
 
-    for name in ("config_from_metadata", "prompt_file"):
+    for name in ("config_from_metadata", "prompt_file", "enhance_prompt"):
         if getattr(args, name) is not None:
             flag = "--" + name.replace("_", "-")
             raise UsageError(f"--resume and {flag} exclude each other.", "Give only one.")
@@ -268,7 +273,8 @@ def _check_same_prompt(path: Path, prompt: str) -> None:
     except UsageError:  # written without metadata
         return
     recorded = record.get("request")
-    if isinstance(recorded, dict) and recorded.get("prompt") != prompt:
+    names = ("prompt", "original_prompt")
+    if isinstance(recorded, dict) and prompt not in map(recorded.get, names):
         raise UsageError(f"{path} exists and has another prompt.", "Move it, or give --overwrite.")
 
 

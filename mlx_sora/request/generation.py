@@ -173,6 +173,10 @@ class GenerationRequest:
         "camera motion appended to the prompt, such as 'pan left'", tasks=_VIDEO, metavar="TEXT"
     )
 
+    original_prompt: str | None = option(
+        "prompt before it was enhanced; recorded only", python_only=True
+    )
+
     images: tuple[ImageReference, ...] = _conditioning(
         "image to show in FRAME: a number (negative: from the end), first (default) or last; "
         "STRENGTH 1 (default) keeps the image as it is, less lets denoising change it; can be "

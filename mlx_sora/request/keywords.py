@@ -74,6 +74,7 @@ class GenerationKeywords(SharedKeywords, total=False):
     """Options of `GenerationRequest`, but for the prompt."""
 
     seed: int | None
+    original_prompt: str | None
     images: Pictures
     videos: Footages
     mask_strategy: str | None

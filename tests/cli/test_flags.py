@@ -76,7 +76,7 @@ def test_flag_reaches_its_field(folder: Path, pipeline: FakePipeline) -> None:
     assert main(words.split()) == 0
     sized = pipeline.requests[1]
     assert (sized.width, sized.height, sized.num_frames) == (64, 32, 1)
-    python_only = {"mask_strategy", "references"}
+    python_only = {"mask_strategy", "references", "original_prompt"}
     covered = {*expected, *python_only, "sampler", "width", "height"}
     assert covered == set(options())
 

@@ -149,7 +149,7 @@ def test_the_options_are_those_of_the_request(web: Web) -> None:
     records = {record["name"]: record for record in answer["data"]}
     hidden = {name for name in options() if name not in records}
     assert hidden == {
-        *("mask_strategy", "references"),  # Python's own
+        *("mask_strategy", "references", "original_prompt"),  # Python's own
         *("overwrite", "metadata", "checkpoint_every", "parallel"),  # the server's
     }
     steps = records["steps"]
