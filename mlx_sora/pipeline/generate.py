@@ -49,7 +49,7 @@ from mlx_sora.video.output_path import (
     checkpoint_path,
     output_path,
 )
-from mlx_sora.video.preview import preview_path
+from mlx_sora.video.preview import preview_path, refuse_other_file
 from mlx_sora.video.writer import open_writer, write_sidecar
 
 
@@ -228,6 +228,8 @@ def resolve_output(
             size=resolved.geometry.decoded,
             fps=resolved.fps,
         )
+        if request.preview_every is not None:
+            refuse_other_file(others[-1])
         inputs = [file.path for file in resolved.media.files]
         check_inputs(output, inputs, sidecar=request.metadata)
     return output
@@ -253,6 +255,8 @@ def generate_clips(run: GenerationRun, texts: TextStates) -> Generator[Event, No
     """Make all clips of a run whose text is encoded; write each as soon as it is denoised."""
     given = (yield from encode_media(run)) if run.has_steps_left else None
     with ExitStack() as opened:
+        if run.previews is not None:
+            opened.callback(run.previews.remove)
         writer: FrameWriter | None = None
         for clip in range(run.settings.clips.count):
             latents = run.checkpoints.finished(clip)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,13 +30,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Previews:
-    """Previews after every `every` steps, through the linear `map`, or the VAE if it is None."""
+    """Previews after every `every` steps, through `map`, or the VAE if it is None.
+
+    keep: each stays, in a file of its own; else the newest is there until the run ends.
+    """
 
     every: int
     engine: Engine
     settings: ResolvedRequest
     output: Path | None
     map: LatentToRGB | None
+    keep: bool = False
+    _written: list[Path] = field(default_factory=list)
 
     @classmethod
     def from_request(
@@ -61,9 +67,9 @@ class Previews:
                 "beside the transformer, which no memory budget counts.",
                 "Leave out --preview-every, or set --memory-budget off.",
             )
-        return cls(request.preview_every, engine, settings, output, found)
+        return cls(request.preview_every, engine, settings, output, found, request.keep_previews)
 
-    def after(self, index: int, x0: mx.array) -> Iterator[Event]:
+    def after(self, clip: int, index: int, x0: mx.array) -> Iterator[Event]:
         """Write the preview of x0 [1, T, h, w, C], predicted in step `index`, if one is due."""
         if (index + 1) % self.every:
             return
@@ -74,13 +80,37 @@ class Previews:
             return
         path = None
         if self.output is not None:
-            path = preview_path(self.output, self.settings.geometry.num_frames)
+            path = self._path(clip, index)
+            place = f"{self._clip(clip)}step {index + 1} of {self.settings.steps}"
             try:
-                write_preview(path, frames, fps)
+                write_preview(path, frames, fps, place)
+                self._written.append(path)
             except (MlxSoraError, OSError) as error:
                 yield Warned(f"No preview of step {index + 1}: {error}")
                 path = None
         yield PreviewReady(index, frames, None if path is None else str(path))
+
+    def notes(self) -> tuple[str, ...]:
+        """Return the line that announces the files."""
+        if self.output is None:
+            return ()
+        path = self._path(0, self.every - 1)
+        until = "" if self.keep else "; removed when the video is finished"
+        return (f"previews every {self.every} steps: {path}{until}",)
+
+    def remove(self) -> None:
+        """Remove the last preview, unless previews stay."""
+        if self._written and not self.keep:
+            with suppress(OSError):
+                self._written[-1].unlink()
+
+    def _path(self, clip: int, index: int) -> Path:
+        assert self.output is not None, "previews have a file only beside one"
+        place = f"{self._clip(clip)}step {index + 1}" if self.keep else ""
+        return preview_path(self.output, self.settings.geometry.num_frames, place.replace(" ", "-"))
+
+    def _clip(self, clip: int) -> str:
+        return f"clip {clip + 1} " if self.settings.clips.count > 1 else ""
 
     def _frames(self, x0: mx.array) -> tuple[np.ndarray, float]:
         """Return frames uint8 [F, H, W, 3] and their number per second."""

@@ -249,6 +249,8 @@ class GenerationRun:
         """Yield the warnings and notes that preparation collected."""
         yield from map(Warned, self.result.warnings)
         yield from map(Noted, self.notes)
+        if self.previews is not None and self.has_steps_left:
+            yield from map(Noted, self.previews.notes())
 
     def begin_clip(self, clip: int) -> tuple[Accelerations, Snapshot | None]:
         """Return the accelerations of a clip, and the state of it that a checkpoint holds."""

@@ -220,7 +220,7 @@ def _denoise_steps(
             remeasure_if_merging_changes(blocks, accelerations, index, index + 1)
             yield StepFinished(index, total, step.t, step.seconds, z)
             if run.previews is not None and run.ranks.is_rank0:
-                yield from run.previews.after(index, step.x0)
+                yield from run.previews.after(clip, index, step.x0)
             if blocks is not None:
                 yield from shrink_if_over_budget(run, stage, blocks.shrink)
         yield from map(Noted, accelerations.summaries())

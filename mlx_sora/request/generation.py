@@ -365,10 +365,12 @@ class GenerationRequest:
         high=MAX_STEPS,
     )
     preview_every: int | None = _output(
-        "every N steps, write the expected video to OUTPUT.preview.gif (.png for an image)",
+        "every N steps, write the expected video to NAME.preview.gif (.png for an image) beside "
+        "NAME.mp4; removed when the run ends",
         low=1,
         high=MAX_STEPS,
     )
+    keep_previews: bool = _output("keep each preview, as NAME.preview.step-N.gif", False)
 
     def __post_init__(self) -> None:
         for name, spec in options().items():

@@ -88,6 +88,7 @@ class GenerationKeywords(SharedKeywords, total=False):
     guidance_cache: GuidanceCache | str | None
     checkpoint_every: int | None
     preview_every: int | None
+    keep_previews: bool
 
 
 class EditKeywords(SharedKeywords, total=False):

@@ -18,7 +18,10 @@ from mlx_sora.server.task import EDIT, GENERATE, KINDS, Task
 FORMATS = ("mp4", "gif", "webp", "png")
 
 #: Options that the server decides, or that would name files of the machine.
-RESERVED = ("overwrite", "metadata", "checkpoint_every", "parallel", "references", "mask_strategy")
+RESERVED = (
+    *("overwrite", "metadata", "checkpoint_every", "keep_previews"),
+    *("parallel", "references", "mask_strategy"),
+)
 
 _SOURCE = re.compile(r"(file-|video_)[0-9a-z]{26}")
 _MODEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from mlx_sora.errors import UsageError
 from mlx_sora.utils.files import explain_os_errors, name_hash
 from mlx_sora.video.output_path import checkpoint_path
+from mlx_sora.video.preview import preview_path
 
 if TYPE_CHECKING:
     from filelock import FileLock
@@ -70,8 +71,7 @@ class Folder:
 
     def preview(self, job: Job) -> Path:
         """Return the path of a job's preview; it may not exist."""
-        single = job.plan is not None and job.plan.frames == 1
-        return self.video(job).with_name(f"{job.output}.preview.{'png' if single else 'gif'}")
+        return preview_path(self.video(job), 0 if job.plan is None else job.plan.frames)
 
     def picture(self, id: str, suffix: str) -> Path:
         """Return the path of a thumbnail, spritesheet or record; it may not exist."""

@@ -115,6 +115,11 @@ def is_sequence(path: Path) -> bool:
     return _COUNTER.search(path.name) is not None
 
 
+def sequence_stem(path: Path) -> str:
+    """Return the name of a sequence without its counter: "frame" for frame_%05d.png."""
+    return _COUNTER.sub("", path.stem).strip("_-. ") or "frames"
+
+
 def frame_path(path: Path, index: int) -> Path:
     """Return the file of frame `index` of a sequence."""
 

@@ -12,10 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mlx_sora.errors import WeightsError
+from mlx_sora.errors import UsageError, WeightsError
 from mlx_sora.utils.files import atomic_write
 from mlx_sora.utils.json import read_object
 from mlx_sora.video.encoders import AnimationEncoder, save_png
+from mlx_sora.video.metadata import read_metadata
+from mlx_sora.video.output_path import is_sequence, sequence_stem
 
 if TYPE_CHECKING:
     import numpy as np
@@ -86,22 +88,44 @@ def neighbourhoods(z: np.ndarray) -> np.ndarray:
     return np.concatenate([*shifted, np.ones_like(z[..., :1])], axis=-1)
 
 
-def preview_path(output: Path, num_frames: int) -> Path:
-    """Return the path of a run's preview: beside its output, named after it."""
-    return output.with_name(f"{output.name}.preview.{'png' if num_frames == 1 else 'gif'}")
+def preview_path(output: Path, num_frames: int, place: str = "") -> Path:
+    """Return the path of a run's preview: beside its output, named after it.
+
+    place: of a preview that stays, such as "step-10".
+    """
+    stem = sequence_stem(output) if is_sequence(output) else output.stem
+    name = ".".join(filter(None, (stem, "preview", place)))
+    return output.with_name(f"{name}.{'png' if num_frames == 1 else 'gif'}")
 
 
-def write_preview(path: Path, frames: np.ndarray, fps: float) -> None:
+def refuse_other_file(path: Path) -> None:
+    """Raise UsageError if `path` is a file, but no preview, which may be replaced and removed."""
+    if not path.is_file():
+        return
+    try:
+        if "preview" in read_metadata(path):
+            return
+    except UsageError:
+        pass
+    raise UsageError(
+        f"{path} would be replaced by previews, and is none.", "Move it, or change --output."
+    )
+
+
+def write_preview(path: Path, frames: np.ndarray, fps: float, place: str) -> None:
     """Write uint8 [F, H, W, 3] as a gif, or as a png of one frame; replaces the last preview.
 
-    Raises MlxSoraError or OSError if it cannot be written.
+    place: such as "step 10 of 30", for the file's record. Raises MlxSoraError or OSError if it
+    cannot be written, and UsageError in place of replacing another file.
     """
     path.parent.mkdir(exist_ok=True)  # a sequence of images makes its folder later
+    refuse_other_file(path)
+    record = {"preview": place}
     with atomic_write(path, overwrite=True) as file:
         if len(frames) == 1:
-            save_png(frames[0], file.partial, None)
+            save_png(frames[0], file.partial, record)
             return
         encoder = AnimationEncoder("gif", fps, fast=True)
         for frame in frames:
             encoder.add(frame)
-        encoder.save(file.partial, None)
+        encoder.save(file.partial, record)

@@ -17,8 +17,8 @@ from mlx_sora import GenerationRequest, Pipeline, UsageError
 from mlx_sora.errors import MlxSoraError, WeightsError
 from mlx_sora.loading.model_folder import find_model
 from mlx_sora.models.vae import VideoVAE
-from mlx_sora.runtime.events import Event, Finished, PreviewReady, Warned
-from mlx_sora.video.preview import PREVIEW_FILE, LatentToRGB, neighbourhoods, preview_path
+from mlx_sora.runtime.events import Event, Finished, Noted, PreviewReady, Warned
+from mlx_sora.video.preview import PREVIEW_FILE, LatentToRGB, neighbourhoods, write_preview
 
 OPTIONS = {"prompt": "a red circle", "seed": 1, "steps": 4, "num_frames": 17, "preview_every": 2}
 OPTIONS |= {"width": 32, "height": 32, "memory_budget": "off"}
@@ -40,24 +40,59 @@ def previews(seen: list[Event]) -> list[PreviewReady]:
     return [event for event in seen if isinstance(event, PreviewReady)]
 
 
-def test_a_small_gif_is_kept_beside_the_output(pipe: Pipeline, tmp_path: Path) -> None:
-    output = tmp_path / "a.webp"
-    preview_path(output, 17).write_bytes(b"of a run before")
-    shown = previews(events(pipe, output=str(output)))
+def test_a_small_gif_lies_beside_the_output_while_the_run_lasts(
+    pipe: Pipeline, tmp_path: Path
+) -> None:
+    output, seen, names = tmp_path / "a.webp", list[Event](), set[str]()
+    path = tmp_path / "a.preview.gif"
+    for event in pipe.stream(GenerationRequest.from_dict({**OPTIONS, "output": str(output)})):
+        seen.append(event)
+        if isinstance(event, PreviewReady):
+            names = {file.name for file in tmp_path.iterdir() if file.suffix != ".lock"}
+            with Image.open(path) as gif:
+                assert gif.n_frames == 5
+                assert gif.info["duration"] == pytest.approx(17 / 24 / 5 * 1000, abs=10)
+                assert json.loads(gif.info["comment"]) == {"preview": f"step {event.step + 1} of 4"}
+    assert names == {path.name}
+    shown = previews(seen)
     assert [event.step for event in shown] == [1, 3]
+    assert [event.path for event in shown] == [str(path)] * 2
     assert [event.frames.shape for event in shown] == [(5, 32, 32, 3)] * 2
     assert not np.array_equal(shown[0].frames, shown[1].frames)
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["a.webp", "a.webp.preview.gif"]
-    with Image.open(tmp_path / "a.webp.preview.gif") as gif:
-        assert gif.n_frames == 5
-        assert gif.info["duration"] == pytest.approx(17 / 24 / 5 * 1000, abs=10)
-    assert shown[1].path == str(tmp_path / "a.webp.preview.gif")
+    announced = [event.message for event in seen if isinstance(event, Noted)]
+    assert any(str(path) in line and "every 2 steps" in line for line in announced)
+    assert [file.name for file in tmp_path.iterdir()] == ["a.webp"]
 
 
-def test_an_image_has_a_png(pipe: Pipeline, tmp_path: Path) -> None:
-    events(pipe, output=str(tmp_path / "a.png"), num_frames=1)
-    with Image.open(tmp_path / "a.png.preview.png") as picture:
+def test_previews_that_stay_are_named_after_what_they_show(pipe: Pipeline, tmp_path: Path) -> None:
+    more = {"num_frames": 34, "loop": 2, "keep_previews": True}
+    seen = events(pipe, output=str(tmp_path / "f_%02d.png"), steps=2, **more)
+    found = sorted(file.name for file in tmp_path.iterdir() if "preview" in file.name)
+    assert found == [f"f.preview.clip-{clip}-step-2.gif" for clip in (1, 2)]
+    assert [Path(event.path or "").name for event in previews(seen)] == found
+    events(pipe, output=str(tmp_path / "a.png"), num_frames=1, keep_previews=True)
+    with Image.open(tmp_path / "a.preview.step-4.png") as picture:
         assert picture.size == (32, 32)
+
+
+def test_an_interrupted_run_leaves_no_preview(pipe: Pipeline, tmp_path: Path) -> None:
+    stream = pipe.stream(GenerationRequest.from_dict({**OPTIONS, "output": f"{tmp_path}/a.webp"}))
+    assert any(isinstance(event, PreviewReady) for event in stream)
+    assert (tmp_path / "a.preview.gif").exists()
+    stream.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_another_file_of_the_name_stays(pipe: Pipeline, tmp_path: Path) -> None:
+    other = tmp_path / "a.preview.gif"
+    output = {"output": f"{tmp_path}/a.mp4", "overwrite": True}
+    Image.new("RGB", (8, 8)).save(other)
+    with pytest.raises(UsageError, match="would be replaced by previews"):
+        events(pipe, **output)
+    other.unlink()
+    write_preview(other, np.zeros((5, 8, 8, 3), np.uint8), 8, "step 1 of 2")  # of a killed run
+    events(pipe, **output)
+    assert [file.name for file in tmp_path.iterdir()] == ["a.mp4"]
 
 
 def test_previews_change_nothing(pipe: Pipeline) -> None:

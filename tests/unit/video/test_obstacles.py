@@ -63,7 +63,7 @@ def test_av_without_an_encoder_of_h264(tmp_path: Path, monkeypatch: pytest.Monke
     ("name", "options"),
     [
         ("a" * 240 + ".png", {"checkpoint_every": 1}),
-        ("a" * 240 + ".png", {"preview_every": 1}),
+        ("a" * 245 + ".png", {"preview_every": 1}),
         ("a" * 251 + ".png", {"metadata": True}),
         ("a" * 245 + "%09d.png", {"num_frames": 17}),
     ],
@@ -98,7 +98,7 @@ def test_the_longest_name_can_be_written_and_its_free_name_too(tmp_path: Path) -
     [
         ("a.json", {"metadata": True}),
         ("a.png.checkpoint.safetensors", {"checkpoint_every": 1}),
-        ("a.png.preview.png", {"preview_every": 1}),
+        ("a.preview.png", {"preview_every": 1}),
     ],
 )
 @pytest.mark.parametrize("kind", ["folder", "pipe", "broken link"])
