@@ -1,6 +1,6 @@
 """What On-device Sora's techniques (LPL, TDTM, CI-DL) save and cost in quality, like for like.
 
-    python -m benchmarks.ondevice [--prompts 24] [--frames 17] [--json FILE] [--plot FILE]
+    python -m benchmarks.ondevice [--prompts 24] [--frames 17] [--json FILE]
 
 Runs the bundled model on held-out prompts, one seed each, every row on the same ones and in turn.
 Speeds are medians of ratios to exact, prompt by prompt: of the steps, and of the whole denoising
@@ -245,26 +245,6 @@ def show(rows: list[Row]) -> str:
     )
 
 
-def plot(rows: list[Row], path: Path) -> None:
-    """Quality against speed: PSNR to exact, and adherence."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-    colors = mpl.colormaps["tab20"]
-    for index, row in enumerate(rows):
-        mark = {"marker": "os^D"[index % 4], "color": colors(index), "linestyle": "none"}
-        if row.psnr is not None:
-            left.plot(row.speed, row.psnr, **mark)
-        right.plot(row.speed, 100 * row.adherence["all"], label=row.row, **mark)
-    left.set(xlabel="speed of the steps, × exact", ylabel="PSNR to exact, dB")
-    right.set(xlabel="speed of the steps, × exact", ylabel="videos right in all, %")
-    figure.legend(loc="outside right center", fontsize=7)
-    figure.savefig(path, dpi=130)
-
-
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", default="shapes")
@@ -273,7 +253,6 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--budget", type=int, help="bytes, of the dynamic rows; default: tight")
     parser.add_argument("--json", type=Path, default=None, help="also write the figures here")
-    parser.add_argument("--plot", type=Path, default=None, help="also draw quality against speed")
     return parser.parse_args()
 
 
@@ -287,8 +266,6 @@ def main() -> None:
     setting = {name: getattr(options, name) for name in names}
     target = options.json or RESULTS / "ondevice.json"
     write_json(target, {**setting, "rows": [asdict(row) for row in rows]})
-    if options.plot:
-        plot(rows, options.plot)
 
 
 if __name__ == "__main__":

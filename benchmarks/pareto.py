@@ -1,6 +1,6 @@
 """Speed against quality of every acceleration and of combinations, and the front they make.
 
-    python -m benchmarks.pareto [--prompts 24] [--only WORD] [--json FILE] [--plot FILE]
+    python -m benchmarks.pareto [--prompts 24] [--only WORD] [--json FILE]
 
 Runs the bundled model on held-out prompts, one seed each, every row on the same ones and in turn.
 Evaluations are counted as the blocks run: both halves of guidance in all blocks are one. Seconds of
@@ -8,8 +8,8 @@ the steps are the processor's, which others on the machine disturb less than a c
 stage, which also reads the weights, are a clock's. Speeds are medians of ratios to exact, prompt by
 prompt; PSNR and SSIM compare with the exact video of the same seed; adherence is the share of
 videos that show all that was asked. On the front are the rows that no other beats in both speed and
-PSNR. --redraw measures nothing: it draws the figures of the file again, with today's presets.
-Needs `pip install -e ".[bench]"`.
+PSNR. `python -m benchmarks.plots` draws them. --renew measures nothing: it writes today's presets
+and the front into the file. Needs `pip install -e ".[bench]"`.
 """
 
 from __future__ import annotations
@@ -150,57 +150,13 @@ def front(found: list[Row]) -> list[str]:
     return names[::-1]
 
 
-#: Marks of the plot, by what a row is made of.
-MARKS = {"lpl": "o", "tdtm": "v", "step_cache every": "s", "step_cache table": "*"}
-MARKS |= {"step_cache online": "D", "guidance": "P", "": "x"}
-
-
-def plot(found: list[Row], path: Path) -> None:
-    """PSNR to exact, and adherence, against speed; the front as a line."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 5), layout="constrained")
-    ahead = set(front(found))
-    for kind, mark in MARKS.items():
-        own = [row for row in found if row.psnr is not None and _kind(row.row) == kind]
-        label = kind or "combinations"
-        speeds = [row.speed for row in own]
-        left.plot(speeds, [row.psnr for row in own], mark, ms=6, label=label)
-        right.plot(speeds, [100 * row.adherence["all"] for row in own], mark, ms=6, label=label)
-    line = sorted((row.speed, row.psnr) for row in found if row.row in ahead and row.psnr)
-    left.plot(*zip(*line, strict=True), "-", color="0.6", zorder=0, label="front")
-    for name, preset in PRESETS.items():
-        for row in found:
-            if row.row == _name(_short(preset.values)) and row.psnr is not None:
-                at = (row.speed, row.psnr)
-                left.annotate(name, at, xytext=(6, 6), textcoords="offset points", fontsize=9)
-    left.axhline(30, color="0.8", lw=0.8)
-    left.set(xlabel="speed of the steps, × exact", ylabel="PSNR to exact, dB")
-    right.set(xlabel="speed of the steps, × exact", ylabel="videos right in all, %")
-    for axes in (left, right):
-        axes.grid(alpha=0.3)
-    left.legend(fontsize=8)
-    figure.savefig(path, dpi=130)
-
-
-def _kind(name: str) -> str:
-    """Which of MARKS a row has."""
-    return next(
-        (kind for kind in MARKS if kind and " + " not in name and name.startswith(kind)), ""
-    )
-
-
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", default="shapes")
     parser.add_argument("--prompts", type=int, default=24, help="how many; default 24, at most 96")
     parser.add_argument("--only", default="", help="rows with one of these words, with commas")
     parser.add_argument("--json", type=Path, default=RESULTS / "pareto.json")
-    parser.add_argument("--plot", type=Path, default=RESULTS / "pareto.png")
-    parser.add_argument("--redraw", action="store_true", help="draw what is in --json again")
+    parser.add_argument("--renew", action="store_true", help="renew what follows from the rows")
     return parser.parse_args()
 
 
@@ -209,20 +165,19 @@ def presets() -> dict[str, str]:
     return {name: _name(_short(preset.values)) or EXACT for name, preset in PRESETS.items()}
 
 
-def redraw(options: argparse.Namespace) -> None:
-    """The plot and the table of a file, as if it had just been measured."""
+def renew(options: argparse.Namespace) -> None:
+    """Presets, front and table of a file, as if it had just been measured."""
     result = json.loads(options.json.read_text(encoding="utf-8"))
     found = [Row(**row) for row in result["rows"]]
     result |= {"presets": presets(), "front": front(found)}
     options.json.write_text(json.dumps(result, indent=2) + "\n")
     print(show(found))
-    plot(found, options.plot)
 
 
 def main() -> None:
     options = arguments()
-    if options.redraw:
-        redraw(options)
+    if options.renew:
+        renew(options)
         return
     words, wanted = options.only.split(","), options.prompts
     modes = {k: v for k, v in rows().items() if k == EXACT or any(w in k for w in words)}
@@ -237,7 +192,6 @@ def main() -> None:
         print(f"{done} of {wanted} prompts", flush=True)
     print(show(found))
     print("front:", ", ".join(front(found)))
-    plot(found, options.plot)
 
 
 if __name__ == "__main__":

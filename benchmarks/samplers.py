@@ -1,6 +1,6 @@
 """Quality of each sampler against evaluations of the network, on the bundled model.
 
-    python -m benchmarks.samplers [--prompts 16] [--json FILE] [--plot FILE]
+    python -m benchmarks.samplers [--prompts 16] [--json FILE]
 
 Every sampler makes the same held-out prompts, one seed each, at every number of evaluations. PSNR
 compares with the same seed followed by 120 midpoint steps, which is as good as the flow itself;
@@ -90,36 +90,11 @@ def show(found: Sequence[Row]) -> str:
     return markdown(headings, lines)
 
 
-def plot(found: Sequence[Row], path: Path) -> None:
-    """PSNR and adherence against evaluations."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    for name in SAMPLERS:
-        own = [row for row in found if row.sampler == name]
-        x = [row.evaluations for row in own]
-        left.plot(x, [row.psnr for row in own], "o-", label=name)
-        right.plot(x, [100 * row.adherence for row in own], "o-", label=name)
-    for axes in (left, right):
-        axes.set(xscale="log", xlabel="evaluations of the network")
-        axes.set_xticks(EVALUATIONS, [str(n) for n in EVALUATIONS])
-        axes.minorticks_off()
-        axes.grid(alpha=0.3)
-    left.set(ylabel="PSNR to the flow, dB")
-    right.set(ylabel="videos right in all, %", ylim=(0, 103))
-    left.legend()
-    figure.savefig(path, dpi=130)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", default="shapes")
     parser.add_argument("--prompts", type=int, default=16, help="how many; default 16, at most 96")
     parser.add_argument("--json", type=Path, default=RESULTS / "samplers.json")
-    parser.add_argument("--plot", type=Path, default=RESULTS / "samplers.png")
     asked = parser.parse_args()
     truths = world.split()[1][: asked.prompts]
     found = []
@@ -127,7 +102,6 @@ def main() -> None:
         found.append(row)
         print(row, flush=True)
     print(show(found))
-    plot(found, asked.plot)
     write_json(asked.json, {"prompts": len(truths), "rows": [asdict(row) for row in found]})
 
 

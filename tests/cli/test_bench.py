@@ -49,7 +49,8 @@ def commands(monkeypatch: pytest.MonkeyPatch) -> list[Sequence[str]]:
 
 
 def smallest() -> int:
-    return Pipeline.from_pretrained("shapes").plan(GenerationRequest("a")).smallest
+    request = GenerationRequest("a", output="video.mp4")
+    return Pipeline.from_pretrained("shapes").plan(request).smallest
 
 
 def test_bench_measures_in_new_processes(folder: Path) -> None:
@@ -69,6 +70,7 @@ def test_bench_measures_in_new_processes(folder: Path) -> None:
     assert 50 * MB < bounded["measured"]["peak"] <= budget
     assert set(bounded["measured"]["stages"]) == {"encode", "denoise", "decode"}
     assert 0 < bounded["measured"]["seconds"] < bounded["measured"]["wall"]
+    assert bounded["measured"]["processor"] > 0
     assert bounded["measured"]["stream"]["denoise"]["blocks"] == 4
     assert free["measured"]["stream"] == {}
     assert 0 < free["measured"]["mlx_peak"] < free["measured"]["peak"]
@@ -88,6 +90,9 @@ def test_default_budgets_span_the_possible_range(
     assert len(commands) == len(words)
     assert unbounded == "off"
     assert len(budgets) == memory.NUM_BUDGETS
+    options = {"steps": 3, "tdtm": "2", "sequential_guidance": True, "output": "video.mp4"}
+    plan = Pipeline.from_pretrained("shapes").plan(GenerationRequest("a", **options))
+    assert plan.smallest <= int(budgets[0]) < plan.smallest + MB
     assert all(
         {"--steps=3", "--tdtm=2", "--sequential-guidance"} <= set(words) for words in commands
     )

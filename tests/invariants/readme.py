@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 import subprocess
+from collections.abc import Collection
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from mlx_sora.errors import MemoryBudgetError
@@ -17,8 +19,15 @@ from tests.invariants.keywords import FILE, keywords
 
 README = Path(__file__).parents[2] / "README.md"
 
-#: The README, then the guides in the folders of the package.
-DOCUMENTS = (README, *sorted((README.parent / "mlx_sora").glob("*/README.md")))
+#: The README, then the guides in the folders of the package; `weights` there is a link.
+DOCUMENTS = (
+    README,
+    *(
+        path
+        for path in sorted((README.parent / "mlx_sora").glob("*/README.md"))
+        if not path.parent.is_symlink()
+    ),
+)
 _BLOCK = re.compile(r"(<!-- (\w+): .*? -->\n).*?(<!-- /\2 -->)", re.DOTALL)
 
 #: What is estimated: 240p at 16:9, a prompt of 60 tokens, 30 steps, weights in bfloat16.
@@ -39,17 +48,6 @@ def _help(option: Option) -> str:
     return text
 
 
-def options_table() -> str:
-    """Markdown table: one row per common option."""
-    rows = ["| flag | keyword | what it does |", "|---|---|---|"]
-    rows += [
-        f"| {_flags(option)} | `{name}` | {_help(option)} |"
-        for name, option in options().items()
-        if option.common
-    ]
-    return "\n".join(rows) + "\n"
-
-
 def all_options_tables() -> str:
     """Markdown: a heading and a table per group, with a row per option."""
     groups: dict[str, list[str]] = {}
@@ -64,15 +62,26 @@ def all_options_tables() -> str:
     return "".join(f"## {group}\n\n{head}{''.join(rows)}\n" for group, rows in groups.items())
 
 
-def estimates_table() -> str:
-    """Markdown table: one row per class of machines; times of each length, and its peak memory."""
+def estimates_table(names: Collection[str] = ()) -> str:
+    """Markdown table: a row per machine (all, or those named); times by length, and their peaks."""
     model = published_sizes(_ITEMSIZE)
     lengths = " | ".join(f"{frames} frames | peak" for frames in _LENGTHS)
     rows = [f"| machine | {lengths} |", f"|---{'|---|---' * len(_LENGTHS)}|"]
     for device in DEVICES:
-        cells = [cell for frames in _LENGTHS for cell in _estimate(model, frames, device)]
-        rows.append(f"| {device.name} | {' | '.join(cells)} |")
+        if not names or device.name in names:
+            cells = [cell for frames in _LENGTHS for cell in _estimate(model, frames, device)]
+            rows.append(f"| {device.name} | {' | '.join(cells)} |")
     return "\n".join(rows) + "\n"
+
+
+#: Machines of the README's own table.
+_COMMON = (
+    "Mac 8 GB, M1",
+    "Mac 16 GB, M2",
+    "Mac 16 GB, M4",
+    "Mac 24 GB, M4 Pro",
+    "Mac 64 GB, M4 Max",
+)
 
 
 def _estimate(model: ModelSizes, frames: int, device: Device) -> tuple[str, str]:
@@ -94,9 +103,9 @@ def _duration(found: Estimate) -> str:
 
 
 TABLES = {
-    "options": options_table,
     "all_options": all_options_tables,
     "estimates": estimates_table,
+    "macs": partial(estimates_table, _COMMON),
 }
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 import os
 import re
 import shlex
@@ -16,9 +17,12 @@ import sys
 from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from benchmarks.common import RESULTS
+from mlx_sora.cli.flags import parse_args
 from mlx_sora.cli.main import build_parser
 from tests.invariants.readme import DOCUMENTS, README, TABLES, with_tables
 
@@ -26,15 +30,16 @@ TEXTS = {
     path.parent.name if path != README else "top": path.read_text("utf-8") for path in DOCUMENTS
 }
 RUN = {name: text for name, text in TEXTS.items() if name not in ("server", "cli")}
-SETUP = (
-    'pip install -e . && python -m mlx_sora generate --prompt "a red circle moving right on a '
-    'black background"',
-)
+INSTALLATION = """\
+pip install -e .
+python -m mlx_sora generate --prompt "a red circle moving right on a black background"
+"""
 FILE = re.compile(r"[\w-]+\.(mp4|png|gif|webp)")
 
 
 def blocks(text: str, language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    found = re.findall(rf"^```{language}\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    return [re.sub(r" \\\n +", " ", block) for block in found]
 
 
 def commands(text: str) -> list[str]:
@@ -64,9 +69,22 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("readme")
 
 
-@pytest.mark.parametrize("line", SETUP)
-def test_the_set_up_is_two_commands(line: str) -> None:
-    assert line in "".join(blocks(TEXTS["top"], "bash")).splitlines()
+def test_the_installation_is_two_commands() -> None:
+    assert INSTALLATION in blocks(TEXTS["top"], "bash")
+
+
+def test_the_readme_is_short() -> None:
+    assert len(TEXTS["top"].splitlines()) <= 150
+
+
+@pytest.mark.parametrize("name", RUN)
+def test_commands_that_are_not_run_are_understood(name: str) -> None:
+    """Those that download, serve or measure stand in blocks of the language `sh`."""
+    for line in "".join(blocks(RUN[name], "sh")).splitlines():
+        for step in line.partition(" #")[0].split(" && "):
+            if "python -m mlx_sora " in step:
+                words = shlex.split(step.partition("python -m mlx_sora ")[2])
+                parse_args(build_parser(), words)
 
 
 @pytest.mark.parametrize("command", distinct(commands(text) for text in RUN.values()))
@@ -140,3 +158,36 @@ def test_links_into_the_repository_exist(path: Path) -> None:
 def test_the_readme_links_every_guide() -> None:
     guides = [path.relative_to(README.parent).as_posix() for path in DOCUMENTS[1:]]
     assert [guide for guide in guides if f"({guide}" not in TEXTS["top"]] == []
+
+
+def results(name: str) -> Any:
+    return json.loads((RESULTS / f"{name}.json").read_text("utf-8"))
+
+
+def preset_row(name: str) -> Any:
+    pareto = results("pareto")
+    return next(row for row in pareto["rows"] if row["row"] == pareto["presets"][name])
+
+
+def test_the_three_numbers_are_the_measured_ones() -> None:
+    text = TEXTS["top"]
+    smallest = min(
+        (row for row in results("memory")["rows"] if row["bits"] == 16),
+        key=lambda row: row["budget"],
+    )
+    assert f"**{smallest['peak'] / 1e9:.2f} GB**" in text
+    assert f"a budget of {smallest['budget'] / 1e6:.0f} MB" in text.replace("\n", " ")
+    fast = preset_row("fast")
+    assert f"**{fast['speed']:.1f} times**" in text
+    assert f"{fast['psnr']:.1f} dB" in text
+    faults = results("faults")
+    assert f"**{sum(row['runs'] for row in faults):,}**" in text
+    assert sum(row["lost"] for row in faults) == 0
+
+
+@pytest.mark.parametrize("preset", ["balanced", "fast"])
+def test_the_table_of_presets_is_the_measured_one(preset: str) -> None:
+    row = preset_row(preset)
+    [line] = [line for line in TEXTS["accel"].splitlines() if line.startswith(f"| `{preset}` ")]
+    cells = [f"{row['speed']:.1f}×", f"{row['psnr']:.1f} dB", f"{row['adherence']['all']:.0%}"]
+    assert line.replace(" %", "%").endswith(f"| {' | '.join(cells)} |")

@@ -40,6 +40,7 @@ class Measurement:
 
     seconds: of all stages; stages: of each stage; wall: of the process, with its start.
     peak: of the process; mlx_peak: of MLX's allocator. stream: record of block streaming by stage.
+    processor: seconds of the processor that the process used, all threads together.
     """
 
     seconds: float
@@ -48,6 +49,7 @@ class Measurement:
     mlx_peak: int
     stages: Mapping[str, float]
     stream: Mapping[str, Mapping[str, Any]]
+    processor: float = 0.0
 
 
 @dataclass
@@ -90,7 +92,7 @@ def measure(flags: Sequence[str]) -> Measurement:
             assert process.stdout is not None
             for line in process.stdout:
                 monitor.handle(line)
-            resident = _wait(process)
+            resident, processor = _wait(process)
             if process.returncode != 0:
                 errors.seek(0)
                 raise _child_error(process.returncode, monitor.error, errors.read())
@@ -103,6 +105,7 @@ def measure(flags: Sequence[str]) -> Measurement:
         mlx_peak=monitor.mlx_peak,
         stages=monitor.stages,
         stream=sidecar.get("accelerations", {}).get("ci_dl", {}),
+        processor=processor,
     )
 
 
@@ -128,11 +131,12 @@ def _child(command: Sequence[str], errors: IO[str]) -> Iterator[subprocess.Popen
         process.stdout.close()
 
 
-def _wait(process: subprocess.Popen[str]) -> int:
-    """Wait for the child and return its largest resident set in bytes."""
+def _wait(process: subprocess.Popen[str]) -> tuple[int, float]:
+    """Wait for the child; return its largest resident set in bytes and its processor seconds."""
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
-    return usage.ru_maxrss * (1 if platform.system() == "Darwin" else 1024)
+    resident = usage.ru_maxrss * (1 if platform.system() == "Darwin" else 1024)
+    return resident, usage.ru_utime + usage.ru_stime
 
 
 def _child_error(code: int, message: str, errors: str) -> ChildFailed:

@@ -88,22 +88,34 @@ def run(args: argparse.Namespace) -> int:
     options = {"prompt": PROMPT, **explicit_options(args), "seed": 0}
     request = GenerationRequest.from_dict(options)
     request.validate()
-    from mlx_sora.manage.machine_file import read_speeds
+    from mlx_sora.utils.leftovers import temporary_folder
 
     files = ResultFiles(Path(args.folder), args.replace_results)
     files.check()
     pipeline = load_pipeline(request.model, request.dtype)
+    with temporary_folder() as folder:
+        # The plan has to count the writer, which the measured process needs.
+        request = replace(request, output=str(folder / "video"))
+        rows = measure_rows(pipeline, request, args.budgets)
+        result = result_record(pipeline, request, rows)
+    files.write(result)
+    return 0
+
+
+def measure_rows(
+    pipeline: Pipeline, request: GenerationRequest, budgets: Sequence[int] | None
+) -> list[BudgetRow]:
+    """Print and return a row without a budget and one for each of `budgets`."""
+    from mlx_sora.manage.machine_file import read_speeds
+
     plan = pipeline.plan(replace(request, memory_budget="off"))
-    rows = []
     print(TABLE_HEADER, flush=True)
-    speeds = read_speeds().speeds
-    for budget in (None, *(args.budgets or evenly_spaced_budgets(plan.smallest, plan.peak))):
+    speeds, rows = read_speeds().speeds, []
+    for budget in (None, *(budgets or evenly_spaced_budgets(plan.smallest, plan.peak))):
         row = measure_row(pipeline, request, budget, speeds)
         print(table_row(row), flush=True)
         rows.append(row)
-    result = result_record(pipeline, request, rows)
-    files.write(result)
-    return 0
+    return rows
 
 
 def parse_budgets(text: str) -> list[int]:
