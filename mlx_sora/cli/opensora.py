@@ -53,6 +53,9 @@ _REFUSED = {
 #: Number of latent frames that one chunk has, in which Open-Sora counts --condition-frame-length.
 _CHUNK_LATENTS = latent_frames(MICRO_FRAME_SIZE)
 
+#: Most seeds of a prompt.
+MAX_SEEDS = 1000
+
 #: Longest name of a file before its suffix and a partial file's, in bytes.
 _MAX_STEM = MAX_NAME - 40
 
@@ -86,6 +89,11 @@ class Samples:
 
     def check_prompts(self, count: int) -> None:
         """Raise UsageError unless each of `count` prompts has its references and strategy."""
+        if not count and (self.first or self.end is not None):
+            raise UsageError(
+                "No prompt of the file lies between --start-index and --end-index.",
+                "They count its prompts from 0; --end-index is the one after the last.",
+            )
         for flag, values in (
             ("--reference-path", self.references),
             ("--mask-strategy", self.strategies),
@@ -110,7 +118,7 @@ class Samples:
             return samples
         for number, sample in enumerate(samples):
             end = "" if self.count == 1 else f"-{number}"
-            sample["output"] = self._output(self.first + place, sample, end)
+            sample.setdefault("output", self._output(self.first + place, sample, end))
         return samples
 
     @property
@@ -210,8 +218,11 @@ def read_samples(
         _warn_of_aspect_ratio(merged)
     if "output" in merged and (named := {"save_dir", "sample_name", "prompt_as_path"} & set(typed)):
         raise UsageError(f"--output and {_flag(min(named))} exclude each other.", "Give only one.")
+    count = typed.get("num_sample", 1)
+    if not 1 <= count <= MAX_SEEDS:
+        raise UsageError(f"--num-sample {count} is out of range.", f"Give 1 to {MAX_SEEDS}.")
     return merged, Samples(
-        count=max(1, typed.get("num_sample", 1)),
+        count=count,
         folder=typed.get("save_dir"),
         name=typed.get("sample_name"),
         prompt_as_path="prompt_as_path" in typed,

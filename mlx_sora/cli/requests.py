@@ -13,7 +13,7 @@ from typing import Any
 
 from mlx_sora.cli.enhance import enhance_requests
 from mlx_sora.cli.flags import build_requests, explicit_options
-from mlx_sora.cli.opensora import ALL_PROMPTS, Samples, read_samples
+from mlx_sora.cli.opensora import ALL_PROMPTS, MAX_SEEDS, Samples, read_samples
 from mlx_sora.errors import MlxSoraError, UsageError, printable
 from mlx_sora.geometry import parse_frames
 from mlx_sora.request.generation import GenerationRequest
@@ -41,8 +41,8 @@ log = logging.getLogger(__name__)
 #: name only if it is given.
 OUTPUT, OUTPUT_SEED = "{index:04d}-{prompt_slug}", "{index:04d}-{prompt_slug}-{seed}"
 
-#: Limits of a prompt file: bytes, and seeds in a line.
-MAX_BYTES, MAX_SEEDS = 32_000_000, 1000
+#: Most bytes of a prompt file.
+MAX_BYTES = 32_000_000
 
 JSON_SUFFIXES = (".jsonl", ".ndjson")
 
@@ -91,6 +91,11 @@ def read_requests(args: argparse.Namespace) -> RequestBatch:
     """
     flags, samples = read_samples(args, explicit_options(args))
     if args.resume is not None:
+        if samples != ALL_PROMPTS:
+            raise UsageError(
+                "--resume and flags of Open-Sora for several videos exclude each other.",
+                "A checkpoint is of one video.",
+            )
         return RequestBatch([_resumed_request(args, flags)])
     recorded = None
     if args.config_from_metadata is not None:
@@ -196,9 +201,9 @@ def read_prompt_file(
             except MlxSoraError as error:
                 batch.failures[number] = error
             index += 1
+    samples.check_prompts(place + 1)
     if not index:
         raise UsageError(f"{path} contains no prompt.", "Write a prompt in each line.")
-    samples.check_prompts(place + 1)
     return batch
 
 

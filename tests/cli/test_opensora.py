@@ -76,6 +76,9 @@ def test_a_flag_sets_what_it_sets_there(words: str, expected: dict[str, Any], fo
         ("--reference-path a b", "--reference-path has 2"),
         ("--flow fast", "--flow"),
         ("--num-sample -1", "--num-sample"),
+        ("--num-sample 0", "Give 1 to 1000"),
+        ("--num-sample 9999", "Give 1 to 1000"),
+        ("--resume x --num-sample 2", "of one video"),
         ("--watermark maybe", "True or False"),
         ("--verbose 2", "--verbose"),
         ("configs/opensora-v1-2/inference/sample.py", "config"),
@@ -153,6 +156,11 @@ def test_vbench_makes_what_is_missing(
     assert {path.name for path in folder.glob("*.mp4")} == {"a dog-0.mp4", "a dog-1.mp4"}
     assert main([*command, "--end-index", "2"]) == 0
     assert sorted(capsys.readouterr().out.split("\n")[2:]) == ["", "a cat-0.mp4", "a cat-1.mp4"]
+    assert main([*command, "--start-index", "3"]) == 2
+    assert "between --start-index and --end-index" in capsys.readouterr().err
+    (folder / "p.jsonl").write_text('{"prompt": "a cat", "output": "own.mp4"}\n')
+    found = batch("--prompt-path p.jsonl --sample-name n").requests
+    assert [each.output for each in found] == ["own.mp4"]
 
 
 def test_the_flags_are_hidden_and_stand_in_the_guide(capsys: pytest.CaptureFixture[str]) -> None:
