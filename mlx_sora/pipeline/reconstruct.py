@@ -42,7 +42,7 @@ from mlx_sora.pipeline.run import RunResult
 from mlx_sora.pipeline.settings import resolve_tiles
 from mlx_sora.pipeline.stages import encode_pixels
 from mlx_sora.request.generation import GenerationRequest, options_of
-from mlx_sora.request.options import as_file
+from mlx_sora.request.options import as_medium
 from mlx_sora.runtime.device import describe_device
 from mlx_sora.runtime.events import (
     Event,
@@ -169,18 +169,18 @@ def prepare_reconstruction(
 ) -> ReconstructionRun:
     """Decide everything about a reconstruction. Reads no weights, and of the video its index.
 
-    video: what `as_file` takes. Raises UsageError if it cannot be read, and MemoryBudgetError
+    video: what `as_medium` takes. Raises UsageError if it cannot be read, and MemoryBudgetError
     as `prepare` does.
     """
     try:
-        path = as_file(video)
+        path = as_medium(video)
     except ValueError as error:
         raise UsageError(f"The video must be {error}.") from None
     engine = engine.single_process().for_request(request)
     info = probe_video(path) if is_video(path) else None
     source = image_size(path) if info is None else info.size
-    available = 1 if info is None else info.num_frames
-    fps = float(engine.model.defaults.fps) if info is None else round(info.fps, 3)
+    available, fps = (1, None) if info is None else (info.num_frames, info.fps)
+    fps = round(fps or float(engine.model.defaults.fps), 3)
     size = _resolve_size(request, source)
     num_frames = _resolve_frames(path, request, available)
     chunks = chunk_plan(num_frames, engine.vae_config.micro_frame_size)
