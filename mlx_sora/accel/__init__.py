@@ -14,7 +14,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_sora.accel.base import Acceleration, ScheduleInfo
-from mlx_sora.models.hooks import BlockProvider, BlockStackCache, Hooks
+from mlx_sora.models.hooks import BlockProvider, BlockStackCache, Hooks, TokenMerging
 from mlx_sora.models.stdit3 import BlockPair
 from mlx_sora.request.techniques import OFF, TechniqueConfig
 from mlx_sora.sampling.base import LeapPolicy, State, Step
@@ -82,14 +82,15 @@ class Accelerations:
 
     def hooks(self, step: int, blocks: BlockProvider[BlockPair] | None = None) -> Hooks[BlockPair]:
         """Return the hooks of the network for this step. blocks: None uses the network's own."""
+        merging = self.token_merging(step)
+        return Hooks(blocks, merging) if merging else Hooks(blocks)
+
+    def token_merging(self, step: int) -> TokenMerging | None:
+        """Return the token merging of this step; such steps need less memory."""
         found = [each.token_merging(step) for each in self._active.values()]
         merging = [each for each in found if each is not None]
         assert len(merging) <= 1, "two techniques merge tokens"
-        return Hooks(blocks, merging[0]) if merging else Hooks(blocks)
-
-    def merges_tokens(self, step: int) -> bool:
-        """Return whether this step merges tokens; such steps need less memory."""
-        return any(each.token_merging(step) is not None for each in self._active.values())
+        return merging[0] if merging else None
 
     def on_step_end(self, result: StepResult) -> None:
         """Let every technique account for a finished step."""

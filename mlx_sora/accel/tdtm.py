@@ -1,31 +1,45 @@
-"""TDTM, temporal dimension token merging: in early steps, pairs of frames attend as one.
+"""TDTM, temporal dimension token merging: in some steps, pairs of frames count as one.
 
-Mirrors On-device Sora: frames 2k and 2k + 1 are averaged before every attention, and both receive
-its result. Saves up to half of all work except the MLPs. Merging in all steps reduces motion.
+Without sites it mirrors On-device Sora: frames 2k and 2k + 1 are averaged before every attention,
+and both receive its result. That saves up to half of all work except the MLPs, and reduces motion.
+With sites, only some parts of the blocks see merged frames, at their true positions in time.
 Dimension letters: B batch, T frames, S tokens per frame, C channels.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
 
 from mlx_sora.accel.base import Acceleration, ScheduleInfo
-from mlx_sora.models.hooks import TokenMerging
-from mlx_sora.request.techniques import Tdtm
+from mlx_sora.models.config import MAX_DEPTH
+from mlx_sora.models.hooks import NoMerging, SiteMerging, TokenMerging
+from mlx_sora.request.techniques import PAPER_SITES, Tdtm
 from mlx_sora.sampling.base import State
 from mlx_sora.sampling.loop import StepResult
 
 
 class PairedFrames:
-    """Merging of frame pairs. Fills TokenMerging.
+    """Merging of frame pairs in every attention. Fills TokenMerging and SiteMerging.
 
     An odd last frame does not attend and receives a copy of the last pair's result, as in the
     reference (which fails for some lengths; here every length works). A single frame stays as is.
+    Merged frames have positions 0 to T' - 1.
     """
 
     stride = 2
+    sites = PAPER_SITES
+    blocks = range(MAX_DEPTH)
+
+    def at(self, block: int, site: str) -> SiteMerging:
+        """Return this merging for every attention, none for the rest of a block."""
+        return self if site in PAPER_SITES else NoMerging()
+
+    def positions(self, frames: int) -> mx.array | None:
+        """Return None: the positions of the shorter sequence."""
+        return None
 
     def merge(self, x: mx.array) -> mx.array:
         """Average pairs: [B, T, S, C] to [B, T // 2, S, C]."""
@@ -43,24 +57,64 @@ class PairedFrames:
         return out if frames % 2 == 0 else mx.concatenate([out, x[:, -1:]], axis=1)
 
 
+class FramePairs:
+    """Merging of frame pairs at one site. Fills SiteMerging. An odd last frame stays as it is."""
+
+    def merge(self, x: mx.array) -> mx.array:
+        """Average pairs: [B, T, S, C] to [B, ceil(T / 2), S, C]."""
+        frames = x.shape[1]
+        if frames == 1:
+            return x
+        pairs = (x[:, 0 : frames - 1 : 2] + x[:, 1::2]) / 2
+        return pairs if frames % 2 == 0 else mx.concatenate([pairs, x[:, -1:]], axis=1)
+
+    def unmerge(self, x: mx.array, frames: int) -> mx.array:
+        """Repeat pairs: [B, ceil(frames / 2), S, C] to [B, frames, S, C]."""
+        return x if frames == 1 else mx.repeat(x, 2, axis=1)[:, :frames]
+
+    def positions(self, frames: int) -> mx.array:
+        """Return the middle of each pair: 0.5, 2.5, ..., and the position of an odd last frame."""
+        first = mx.arange(0, frames, 2)
+        return (first + mx.minimum(first + 1, frames - 1)) / 2
+
+
+@dataclass(frozen=True)
+class MergedSites:
+    """Merging of frame pairs at some sites of some blocks. Fills TokenMerging."""
+
+    sites: tuple[str, ...]
+    blocks: range
+
+    stride = 2
+
+    def at(self, block: int, site: str) -> SiteMerging:
+        """Return the merging at one site of block `block`."""
+        return FramePairs() if site in self.sites and block in self.blocks else NoMerging()
+
+
 class MergedSteps(Acceleration):
-    """Merging of frame pairs in the first steps of one run."""
+    """Merging of frame pairs in some steps of one run."""
 
     def __init__(self, config: Tdtm, schedule: ScheduleInfo) -> None:
-        self._schedule = schedule
-        self._steps = schedule.steps if config.mode == "all" else min(config.steps, schedule.steps)
+        self._config, self._schedule = config, schedule
+        self._steps = _merged_steps(config, schedule)
         self._merged_steps = 0
         if schedule.frames == 1:
-            self._steps = 0
+            self._steps = frozenset()
             self.warnings = ("--tdtm changes nothing here: a single frame has no other to merge.",)
-        elif config.mode != "all" and config.steps > schedule.steps:
+        elif not self._steps:
+            self.warnings = (f"--tdtm {config} merges nothing: no step begins there.",)
+        elif config.mode in ("", "last") and config.steps > schedule.steps:
             self.warnings = (f"--tdtm {config} covers all of the {schedule.steps} steps.",)
 
     def token_merging(self, step: int) -> TokenMerging | None:
-        return PairedFrames() if step < self._steps else None
+        if step not in self._steps:
+            return None
+        sites = self._config.merged_sites
+        return MergedSites(sites, self._config.merged_blocks) if sites else PairedFrames()
 
     def on_step_end(self, result: StepResult) -> None:
-        self._merged_steps += result.step.index < self._steps
+        self._merged_steps += result.step.index in self._steps
 
     def state(self) -> State:
         return {"made": self._merged_steps}
@@ -69,19 +123,31 @@ class MergedSteps(Acceleration):
         self._merged_steps = state["made"]
 
     def record(self) -> dict[str, Any]:
-        """Return merged_steps; frames: latent frames; attending: of them, in those steps."""
-        frames = self._schedule.frames
-        return {
-            "merged_steps": self._merged_steps,
-            "frames": frames,
-            "attending": frames // 2 if self._merged_steps else frames,
-        }
+        """Return merged_steps; frames: latent frames; attending: of them, in those steps.
+
+        With sites, these in place of attending.
+        """
+        frames, config = self._schedule.frames, self._config
+        done = {"merged_steps": self._merged_steps, "frames": frames}
+        if config.merged_sites:
+            return done | {"sites": list(config.merged_sites)}
+        return done | {"attending": frames // 2 if self._merged_steps else frames}
 
     def summary(self) -> str:
-        frames = self._schedule.frames
+        frames, config = self._schedule.frames, self._config
         if not self._merged_steps:
             return "tdtm: no frames merged"
-        return (
-            f"tdtm: {frames // 2} instead of {frames} latent frames attended "
-            f"in {self._merged_steps} of {self._schedule.steps} steps"
-        )
+        count = f"in {self._merged_steps} of {self._schedule.steps} steps"
+        if config.merged_sites:
+            return f"tdtm: frame pairs merged ({' + '.join(config.merged_sites)}) {count}"
+        return f"tdtm: {frames // 2} instead of {frames} latent frames attended {count}"
+
+
+def _merged_steps(config: Tdtm, schedule: ScheduleInfo) -> frozenset[int]:
+    """Return the steps that merge; a range of flow times selects steps by their start."""
+    steps = range(schedule.steps)
+    if config.mode == "between":
+        return frozenset(i for i in steps if config.low <= schedule.times[i] <= config.high)
+    if config.mode == "last":
+        return frozenset(steps[-config.steps :])
+    return frozenset(steps if config.mode == "all" else steps[: config.steps])

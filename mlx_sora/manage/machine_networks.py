@@ -99,7 +99,7 @@ def block_pair(scale: float) -> Case:
     mask = mx.arange(TEXT_TOKENS)[None, None, None] < 220
 
     def call(text: mx.array, x: mx.array, modulation: mx.array, mask: mx.array) -> mx.array:
-        rope, merging = stdit3.Rope(config.head_dim), NoMerging()
+        rope, merging = stdit3.Rope(config.head_dim), partial(NoMerging().at, 0)
         for block in (pair.spatial, pair.temporal):
             block.dtype = text.dtype
             keys_values = block.cross_attn.keys_values(text)

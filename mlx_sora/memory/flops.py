@@ -6,7 +6,7 @@ A multiplication and an addition are two operations. Norms and activations (belo
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from mlx_sora.models.stdit3 import FREQUENCIES, STDiT3Config
@@ -44,18 +44,39 @@ def text_encoder_flops(config: T5Config, tokens: int) -> int:
     return 2 * config.num_layers * tokens * (linear + 2 * tokens * inner)
 
 
-def transformer_flops(config: STDiT3Config, grid: Grid, *, merged: bool = False) -> int:
-    """Count one pass of STDiT3 with prepared text. merged: attention sees frame pairs as one."""
+def transformer_flops(
+    config: STDiT3Config,
+    grid: Grid,
+    merged_sites: Collection[str] = (),
+    merged_blocks: range = range(0),
+) -> int:
+    """Count one pass of STDiT3 with prepared text; merged: sites and blocks of token merging."""
     channels, n = config.hidden_size, grid.num_tokens
-    frames = -(-grid.frames // 2) if merged else grid.frames
-    attending = grid.batch * frames * grid.spatial_tokens
-    attention = attending * (6 * channels**2 + 2 * grid.text_tokens * channels)
-    mlp = n * 2 * channels * int(channels * config.mlp_ratio)
-    spatial, temporal = (2 * attending * keys * channels for keys in (grid.spatial_tokens, frames))
-    blocks = config.depth * (2 * (attention + mlp) + spatial + temporal)
+    merged = len(range(config.depth)[merged_blocks.start : merged_blocks.stop])
+    blocks = merged * _block_pair(config, grid, merged_sites)
+    blocks += (config.depth - merged) * _block_pair(config, grid)
     patch = math.prod(config.patch_size) * (config.in_channels + config.out_channels)
     times = grid.batch * channels * (FREQUENCIES + 7 * channels)
     return 2 * (blocks + n * patch * channels + times)
+
+
+def _block_pair(config: STDiT3Config, grid: Grid, merged: Collection[str] = ()) -> int:
+    """Count the multiplications of a spatial and a temporal block."""
+    channels, pairs = config.hidden_size, -(-grid.frames // 2)
+
+    def frames(*sites: str) -> int:
+        return grid.frames if set(sites).isdisjoint(merged) else pairs
+
+    place = grid.batch * grid.spatial_tokens
+    total = 0
+    for site in ("spatial", "temporal"):
+        queries, keys = frames(site), frames(site, f"{site}-kv")
+        scores = grid.spatial_tokens if site == "spatial" else keys
+        total += place * (2 * queries + 2 * keys) * channels**2
+        total += place * queries * 2 * scores * channels
+    cross = 2 * channels**2 + 2 * grid.text_tokens * channels
+    mlp = 2 * channels * int(channels * config.mlp_ratio)
+    return total + 2 * place * (frames("cross") * cross + frames("mlp") * mlp)
 
 
 def preparation_flops(config: STDiT3Config, grid: Grid) -> int:

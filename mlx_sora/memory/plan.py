@@ -139,12 +139,14 @@ class MediaWorkload:
 class StepVariant:
     """Work that an evaluation of the transformer leaves out.
 
-    tokens_merged: attention sees pairs of frames as one (TDTM).
+    merged_sites: parts of the blocks that see pairs of frames as one (TDTM; sites as in
+    `models.hooks`); merged_blocks: numbers of these blocks.
     cond_only: the unconditional prediction is not computed.
     blocks_skipped: a cached residual replaces the block stack.
     """
 
-    tokens_merged: bool = False
+    merged_sites: tuple[str, ...] = ()
+    merged_blocks: range = range(0)
     cond_only: bool = False
     blocks_skipped: bool = False
 

@@ -289,7 +289,7 @@ def _denoising_memory(
     for variant, count in workload.evaluations_by_variant.items():
         one = _evaluation_flops(config, single if variant.cond_only else cfg, variant)
         if workload.inversion:  # which merges tokens in the same steps
-            inverse = StepVariant(tokens_merged=variant.tokens_merged)
+            inverse = replace(variant, cond_only=False, blocks_skipped=False)
             one += _evaluation_flops(config, single, inverse)
         operations += count * one
     return BlockStageMemory(
@@ -314,7 +314,7 @@ def _denoising_memory(
 def _evaluation_flops(config: STDiT3Config, grid: Grid, variant: StepVariant) -> int:
     if variant.blocks_skipped:
         config = replace(config, depth=0)
-    return flops.transformer_flops(config, grid, merged=variant.tokens_merged)
+    return flops.transformer_flops(config, grid, variant.merged_sites, variant.merged_blocks)
 
 
 def _denoising_reserve(

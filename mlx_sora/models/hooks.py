@@ -43,34 +43,61 @@ class ResidentBlocks(Generic[Block]):
         """Do nothing: the block stays."""
 
 
-class TokenMerging(Protocol):
-    """Reduction of tokens around attention: `merge` before, `unmerge` after, in every block.
+class SiteMerging(Protocol):
+    """Reduction of tokens along time: `merge` before a part of a block, `unmerge` after it."""
 
-    Called around self-attention (on the modulated input, before the gate) and around
-    cross-attention (on the residual stream itself), in spatial and temporal blocks alike.
+    def merge(self, x: mx.array) -> mx.array:
+        """Reduce tokens [B, T, S, C] to [B, T', S, C]."""
+
+    def unmerge(self, x: mx.array, frames: int) -> mx.array:
+        """Expand [B, T', S, C] to `frames` frames, [B, T, S, C]."""
+
+    def positions(self, frames: int) -> mx.array | None:
+        """Return the positions [T'] of the merged frames in time; None for 0 to T' - 1."""
+
+
+class TokenMerging(Protocol):
+    """Token merging of each site, a part of a block.
+
+    Sites: spatial, temporal (self-attention, on the modulated input, before the gate), spatial-kv,
+    temporal-kv (only its keys and values), cross (cross-attention of both kinds of block, on the
+    residual stream itself), mlp (of both, on the modulated input).
     """
 
     @property
     def stride(self) -> int:
         """Number of successive frames that become one; a shorter rest at the end joins them."""
 
-    def merge(self, x: mx.array) -> mx.array:
-        """Reduce tokens [B, T, S, C] to those that attend, [B, T', S, C]."""
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """Sites that merge, for estimates."""
 
-    def unmerge(self, x: mx.array, frames: int) -> mx.array:
-        """Expand the output of attention [B, T', S, C] to `frames` frames, [B, T, S, C]."""
+    @property
+    def blocks(self) -> range:
+        """Numbers of the blocks that merge; some may be beyond the last."""
+
+    def at(self, block: int, site: str) -> SiteMerging:
+        """Return the merging at one site of block `block`."""
 
 
 class NoMerging:
-    """Token merging that merges nothing."""
+    """Token merging that merges nothing, at every site."""
 
     stride = 1
+    sites: tuple[str, ...] = ()
+    blocks = range(0)
+
+    def at(self, block: int, site: str) -> NoMerging:
+        return self
 
     def merge(self, x: mx.array) -> mx.array:
         return x
 
     def unmerge(self, x: mx.array, frames: int) -> mx.array:
         return x
+
+    def positions(self, frames: int) -> mx.array | None:
+        return None
 
 
 class ValueSharing(Protocol):

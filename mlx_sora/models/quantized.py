@@ -6,6 +6,7 @@ slower than a plain product, so there each use dequantizes the weights first.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from functools import partial
 
@@ -71,3 +72,12 @@ def dequantize_once(linear: nn.Module, x: mx.array) -> Callable[[mx.array], mx.a
     if isinstance(linear, QuantizedLinear) and not on_gpu():
         return partial(linear._multiply, linear.dequantize(x))
     return linear
+
+
+def select_outputs(linear: nn.Module, rows: slice) -> nn.Module:
+    """Return the layer that computes these outputs of `linear`, with the same weights."""
+    part: nn.Module = copy.copy(linear)
+    for name in ("weight", "scales", "biases", "bias"):
+        if name in part:
+            part[name] = part[name][rows]
+    return part

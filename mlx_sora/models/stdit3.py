@@ -19,11 +19,11 @@ from mlx import nn
 from mlx_sora.errors import UsageError
 from mlx_sora.models import ops, precision
 from mlx_sora.models.config import MAX_DEPTH, NetworkConfig, require
-from mlx_sora.models.hooks import Hooks, ResidentBlocks, Shard, TokenMerging, Unsharded
+from mlx_sora.models.hooks import Hooks, ResidentBlocks, Shard, SiteMerging, Unsharded
 from mlx_sora.models.key_map import CONV3D, KeyMap, KeyRule
 from mlx_sora.models.layers import Linear
 from mlx_sora.models.ops import add_gated, apply_in_slices, attention, gelu_tanh, modulate, silu
-from mlx_sora.models.quantized import dequantize_once
+from mlx_sora.models.quantized import dequantize_once, select_outputs
 
 #: Width of the sinusoidal embedding of times and frame rates, and its longest period.
 FREQUENCIES = 256
@@ -31,6 +31,9 @@ MAX_PERIOD = 10000.0
 
 #: Checkpoint name of the kernel that embeds patches, [hidden, channels, *patch_size].
 PATCH_KEY = "x_embedder.proj.weight"
+
+#: Merging at each site of one block.
+MergingAt = Callable[[str], SiteMerging]
 
 #: Maps the values [B', heads, L, head size] of a self-attention to those it uses.
 ValueFn = Callable[[mx.array], mx.array]
@@ -179,8 +182,14 @@ class Rope(nn.Module):
         self.freqs = mx.power(mx.array(MAX_PERIOD), -mx.arange(0, head_dim, 2) / head_dim)
         self.freeze()
 
-    def __call__(self, x: mx.array) -> mx.array:
-        """Rotate interleaved pairs of x [..., T, head size] by position 0..T-1."""
+    def __call__(self, x: mx.array, positions: mx.array | None = None) -> mx.array:
+        """Rotate interleaved pairs of x [..., T, head size] by position [T]; None: 0..T-1."""
+        if positions is not None:
+            angles = positions.astype(precision.TIMES)[:, None] * self.freqs.astype(precision.TIMES)
+            cos, sin = mx.cos(angles), mx.sin(angles)
+            even, odd = x[..., ::2], x[..., 1::2]
+            rotated = mx.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
+            return rotated.reshape(x.shape).astype(x.dtype)
         periods = 1.0 / self.freqs.astype(precision.TIMES)
         return mx.fast.rope(
             x, x.shape[-1], traditional=True, base=None, scale=1.0, offset=0, freqs=periods
@@ -201,27 +210,49 @@ class SelfAttention(nn.Module):
             self.q_norm = nn.RMSNorm(config.head_dim, eps=1e-6)
             self.k_norm = nn.RMSNorm(config.head_dim, eps=1e-6)
 
-    def __call__(self, x: mx.array, rope: Rope, value_fn: ValueFn | None = None) -> mx.array:
+    def __call__(
+        self, x: mx.array, rope: Rope, merging_at: MergingAt, value_fn: ValueFn | None = None
+    ) -> mx.array:
         """Attend over x [B, T, S, C]. Only temporal attention uses rope."""
-        batch, frames, tokens, channels = x.shape
-        outer, inner = (tokens, frames) if self.temporal else (frames, tokens)
-        order = (3, 0, 2, 4, 1, 5) if self.temporal else (3, 0, 1, 4, 2, 5)
-        qkv = (
-            ops.linear(self.qkv, x)
-            .reshape(batch, frames, tokens, 3, self.heads, -1)
-            .transpose(order)
-        )
-        q, k, v = qkv.reshape(3, batch * outer, self.heads, inner, -1)
+        site, length = "temporal" if self.temporal else "spatial", x.shape[1]
+        whole, keys = merging_at(site), merging_at(f"{site}-kv")
+        h = whole.merge(x)
+        merged = keys.merge(h)
+        if merged is h:
+            q, k, v = self._heads(self.qkv, h, 3)
+        else:
+            channels = x.shape[-1]
+            (q,) = self._heads(select_outputs(self.qkv, slice(channels)), h, 1)
+            k, v = self._heads(select_outputs(self.qkv, slice(channels, None)), merged, 2)
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        if self.temporal and frames > 1:
-            q, k = rope(q), rope(k)
+        if self.temporal and length > 1:
+            at = whole.positions(length)
+            q, k = rope(q, at), rope(k, at if merged is h else keys.positions(length))
+        elif merged is not h:  # every frame attends to the merged keys of its own
+            k, v = (self._for_frames(each, keys, len(x), h.shape[1]) for each in (k, v))
         if value_fn is not None:
             v = value_fn(v)
         out = attention(q, k, v, scale=q.shape[-1] ** -0.5)
+        batch, frames, tokens, channels = h.shape
+        outer, inner = (tokens, frames) if self.temporal else (frames, tokens)
         out = out.reshape(batch, outer, self.heads, inner, -1)
         out = out.transpose((0, 3, 1, 2, 4) if self.temporal else (0, 1, 3, 2, 4))
-        return ops.linear(self.proj, out.reshape(batch, frames, tokens, channels))
+        out = ops.linear(self.proj, out.reshape(batch, frames, tokens, channels))
+        return whole.unmerge(out, length)
+
+    def _heads(self, layer: nn.Module, x: mx.array, parts: int) -> mx.array:
+        """Project x [B, T, S, C] to [parts, B', heads, L, head size]."""
+        batch, frames, tokens, _ = x.shape
+        outer, inner = (tokens, frames) if self.temporal else (frames, tokens)
+        order = (3, 0, 2, 4, 1, 5) if self.temporal else (3, 0, 1, 4, 2, 5)
+        found = ops.linear(layer, x).reshape(batch, frames, tokens, parts, self.heads, -1)
+        return found.transpose(order).reshape(parts, batch * outer, self.heads, inner, -1)
+
+    def _for_frames(self, x: mx.array, keys: SiteMerging, batch: int, frames: int) -> mx.array:
+        """Repeat keys or values [B · T', heads, S, head size] for each frame of a pair."""
+        rows = x.reshape(batch, -1, 1, x.shape[1] * x.shape[2] * x.shape[3])
+        return keys.unmerge(rows, frames).reshape(batch * frames, *x.shape[1:])
 
 
 class CrossAttention(nn.Module):
@@ -273,22 +304,22 @@ class STDiT3Block(nn.Module):
         text: KeysValues,
         mask: mx.array | None,
         rope: Rope,
-        token_merging: TokenMerging,
+        merging_at: MergingAt,
         value_fn: ValueFn | None = None,
     ) -> mx.array:
         """Return x [B, T, S, C] after the block.
 
         modulation: float32 [B, 1 or T, 6, C]. value_fn: replaces the values of the self-attention.
         """
-        frames = x.shape[1]
+        frames, cross, mlp = x.shape[1], merging_at("cross"), merging_at("mlp")
         table = self.scale_shift_table.astype(precision.MODULATION) + modulation
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = mx.split(table, 6, axis=2)
-        h = token_merging.merge(modulate(self.norm1(x), shift, scale).astype(self.dtype))
-        x = add_gated(x, gate, token_merging.unmerge(self.attn(h, rope, value_fn), frames))
-        h = token_merging.merge(x.astype(self.dtype))
-        x = x + token_merging.unmerge(self.cross_attn(h, text, mask), frames)
-        h = modulate(self.norm2(x), mlp_shift, mlp_scale).astype(self.dtype)
-        return add_gated(x, mlp_gate, self.mlp(h))
+        h = modulate(self.norm1(x), shift, scale).astype(self.dtype)
+        x = add_gated(x, gate, self.attn(h, rope, merging_at, value_fn))
+        h = cross.merge(x.astype(self.dtype))
+        x = x + cross.unmerge(self.cross_attn(h, text, mask), frames)
+        h = mlp.merge(modulate(self.norm2(x), mlp_shift, mlp_scale).astype(self.dtype))
+        return add_gated(x, mlp_gate, mlp.unmerge(self.mlp(h), frames))
 
 
 class FinalLayer(nn.Module):
@@ -465,7 +496,6 @@ class STDiT3(nn.Module):
         pairs = list(zip(self.spatial_blocks, self.temporal_blocks, strict=True))
         blocks = hooks.blocks or ResidentBlocks(pairs)
         mask = None if conditions.text_mask is None else conditions.text_mask[samples]
-        rest = (mask, self.rope, hooks.token_merging)
         for index in range(self.config.depth):
             spatial, temporal = blocks.get(index)
             if index not in conditions.keys_values:
@@ -473,6 +503,7 @@ class STDiT3(nn.Module):
                 both = spatial.cross_attn.keys_values(text), temporal.cross_attn.keys_values(text)
                 conditions.keys_values[index] = both
             spatial_text, temporal_text = conditions.keys_values[index]
+            rest = (mask, self.rope, partial(hooks.token_merging.at, index))
             # Only spatial blocks share values.
             value_fn = None if sharing is None else partial(sharing.values, block=index)
             x = x if index == 0 else shard.to_spatial(x)

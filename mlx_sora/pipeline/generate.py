@@ -19,6 +19,7 @@ from mlx_sora.memory.budget import is_automatic
 from mlx_sora.memory.plan import MediaWorkload, Plan, StepVariant, Workload
 from mlx_sora.memory.planner import LargeArrayError, make_plan
 from mlx_sora.memory.profiles import format_bytes
+from mlx_sora.models.hooks import NoMerging
 from mlx_sora.pipeline.engine import Engine
 from mlx_sora.pipeline.preview import Previews
 from mlx_sora.pipeline.resume import with_checkpoints
@@ -179,9 +180,11 @@ def step_variants(
     accelerations: Accelerations, resolved: ResolvedRequest
 ) -> tuple[tuple[StepVariant, int], ...]:
     """Count the evaluations that leave something out, by kind, as far as known before the run."""
+    merging = [accelerations.token_merging(step) or NoMerging() for step in range(resolved.steps)]
     counts = Counter(
         StepVariant(
-            tokens_merged=accelerations.merges_tokens(step),
+            merged_sites=merging[step].sites,
+            merged_blocks=merging[step].blocks,
             cond_only=step in accelerations.cond_only_steps,
             blocks_skipped=step in accelerations.skipped_steps,
         )

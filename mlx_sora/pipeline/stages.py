@@ -278,8 +278,10 @@ def remeasure_if_merging_changes(
     blocks: BlockStream[BlockPair] | None, accelerations: Accelerations, step: int, following: int
 ) -> None:
     """Have the stream measure memory again if the following step merges tokens and `step` not."""
-    merges = accelerations.merges_tokens
-    if blocks is not None and following >= 0 and merges(step) != merges(following):
+    if blocks is None or following < 0:
+        return
+    merging = [accelerations.token_merging(each) is not None for each in (step, following)]
+    if merging[0] != merging[1]:
         blocks.remeasure()
 
 

@@ -40,6 +40,7 @@ from mlx_sora.request.presets import PRESETS
 from mlx_sora.request.techniques import (
     MAX_STEPS,
     OFF,
+    SITES,
     GuidanceCache,
     GuidanceInterval,
     Lpl,
@@ -239,7 +240,7 @@ class GenerationRequest:
     )
     tdtm: Tdtm | int | str | None = option(
         "Temporal Dimension Token Merging: merge pairs of frames around attention in the first "
-        f"steps: {Tdtm.forms()}",
+        f"steps, the last, or those at some flow times: {Tdtm.forms()}; sites: {'+'.join(SITES)}",
         tasks=_VIDEO,
         parse=Tdtm.parse,
         metavar="STEPS",

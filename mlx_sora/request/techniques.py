@@ -239,14 +239,68 @@ class Lpl(TechniqueConfig):
     minimum: float = real({"adaptive": 0.5}, 0, 1)
 
 
+#: Parts of a block in which TDTM may merge frames (see `mlx_sora.models.hooks.TokenMerging`), and
+#: those in which On-device Sora merges them.
+SITES = ("spatial", "temporal", "spatial-kv", "temporal-kv", "cross", "mlp")
+PAPER_SITES = ("spatial", "temporal", "cross")
+
+_MERGING = ("all", "", "last", "between")
+
+
 @dataclass(frozen=True, eq=False)
 class Tdtm(TechniqueConfig):
-    """Token merging in the first `steps` steps; without a number, in all steps."""
+    """Token merging in the first `steps` steps; in all, the last ones, or by flow time.
 
-    MODES = (OFF, "all", "")
+    low, high: flow times at which merged steps start. sites: parts of the blocks joined by +, at
+    true positions in time; without them every attention merges, as in On-device Sora. blocks: only
+    these, as FIRST-LAST from 0.
+    """
+
+    MODES = (OFF, *_MERGING)
     ACCELERATION = "mlx_sora.accel.tdtm:MergedSteps"
 
-    steps: int = integer({"": None}, 1, MAX_STEPS)
+    steps: int = integer({"": None, "last": None}, 1, MAX_STEPS)
+    low: float = real({"between": None}, 0, 1000)
+    high: float = real({"between": None}, 0, 1000)
+    sites: str = text(dict.fromkeys(_MERGING, ""))
+    blocks: str = text(dict.fromkeys(_MERGING, ""))
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.mode == "between" and self.low > self.high:
+            raise UsageError(f"--tdtm {self} is empty.", "Give the lower time first.")
+        try:
+            self._check_sites()
+        except ValueError as error:
+            raise UsageError(f"Tdtm: {error}", f"As text: {self.forms()}.") from None
+
+    def _check_sites(self) -> None:
+        if self.mode == OFF:
+            return
+        sites = self.merged_sites
+        unknown = [site for site in sites if site not in SITES]
+        if unknown or len(set(sites)) < len(sites):
+            raise ValueError(f"sites are some of {', '.join(SITES)}, joined by +.")
+        both = [site for site in sites if f"{site}-kv" in sites]
+        if both:
+            raise ValueError(f"{both[0]} already merges the keys and values.")
+        if self.blocks and not self.sites:
+            raise ValueError("blocks needs sites.")
+        if not self.merged_blocks:
+            raise ValueError(f"blocks must be FIRST-LAST, not {self.blocks[:80]!r}.")
+
+    @property
+    def merged_sites(self) -> tuple[str, ...]:
+        """Sites by name; none for every attention."""
+        return tuple(self.sites.split("+")) if self.sites else ()
+
+    @property
+    def merged_blocks(self) -> range:
+        """Numbers of the blocks that merge; empty for text that is no range."""
+        first, _, last = (self.blocks or f"0-{MAX_STEPS}").partition("-")
+        ends = (first, last or first)
+        numbers = [int(each) if each.isdecimal() and len(each) < 5 else -1 for each in ends]
+        return range(numbers[0], numbers[1] + 1) if min(numbers) >= 0 else range(0)
 
 
 @dataclass(frozen=True, eq=False)

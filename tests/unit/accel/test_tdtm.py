@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,10 +12,11 @@ import pytest
 from mlx.utils import tree_unflatten
 
 from mlx_sora.accel.base import ScheduleInfo
-from mlx_sora.accel.tdtm import MergedSteps, PairedFrames
-from mlx_sora.models.hooks import Hooks
+from mlx_sora.accel.tdtm import FramePairs, MergedSites, MergedSteps, PairedFrames
+from mlx_sora.errors import UsageError
+from mlx_sora.models.hooks import Hooks, NoMerging
 from mlx_sora.models.stdit3 import STDiT3
-from mlx_sora.request.techniques import Tdtm
+from mlx_sora.request.techniques import SITES, Tdtm
 from tests.helpers.networks import STDIT, random_weights
 from tests.helpers.tolerance import rounding
 
@@ -141,3 +143,126 @@ def test_image_merges_nothing() -> None:
     assert part.token_merging(0) is None
     assert part.record() == {"merged_steps": 0, "frames": 1, "attending": 1}
     assert "no frames merged" in part.summary()
+
+
+@pytest.mark.parametrize("frames", range(1, 8))
+def test_a_site_averages_pairs_and_keeps_an_odd_last_frame(frames: int) -> None:
+    x, pairs = tokens(frames), FramePairs()
+    merged = pairs.merge(x)
+    groups = [list(range(frames))[i : i + 2] for i in range(0, frames, 2)]
+    for number, group in enumerate(groups):
+        mean = sum(x[:, frame] for frame in group) / len(group)
+        assert mx.allclose(merged[:, number], mean, rtol=0, atol=rounding(1e-6))
+    back = pairs.unmerge(merged, frames)
+    assert back.shape == x.shape
+    assert all(mx.array_equal(back[:, i], merged[:, i // 2]) for i in range(frames))
+    means = [sum(group) / len(group) for group in groups]
+    assert pairs.positions(frames).tolist() == means
+
+
+@pytest.mark.parametrize("site", SITES)
+@pytest.mark.parametrize("frames", [1, 2, 5])
+def test_merging_equal_frames_changes_nothing(network: STDiT3, site: str, frames: int) -> None:
+    """Of equal frames the mean is each of them; only positions in time tell them apart."""
+    block = network.spatial_blocks[1]
+    x = mx.repeat(mx.random.normal((2, 1, 6, STDIT.hidden_size), key=mx.random.key(0)), frames, 1)
+    modulation = mx.random.normal((2, 1, 6, STDIT.hidden_size), key=mx.random.key(1))
+    text = block.cross_attn.keys_values(
+        mx.random.normal((2, 4, STDIT.hidden_size), key=mx.random.key(2))
+    )
+    merging = MergedSites((site,), range(9))
+    out, plain = (
+        block(x, modulation, text, None, network.rope, partial(each.at, 1))
+        for each in (merging, NoMerging())
+    )
+    assert mx.allclose(out, plain, rtol=rounding(1e-4), atol=rounding(1e-4))
+
+
+def test_keys_are_merged_at_their_true_positions(network: STDiT3) -> None:
+    """Written out: queries of each frame, keys and values of pairs between the two."""
+    layer, frames, heads = network.temporal_blocks[0].attn, 5, STDIT.num_heads
+    x = mx.random.normal((1, frames, 3, STDIT.hidden_size), key=mx.random.key(2))
+    merging = MergedSites(("temporal-kv",), range(9))
+    out = layer(x, network.rope, partial(merging.at, 0))
+    pairs = mx.stack([(x[:, 0] + x[:, 1]) / 2, (x[:, 2] + x[:, 3]) / 2, x[:, 4]], axis=1)
+
+    def split(layer_out: mx.array, count: int) -> list[mx.array]:
+        parts = mx.split(layer_out, count, axis=-1)
+        return [p.reshape(1, p.shape[1], 3, heads, -1).transpose(0, 2, 3, 1, 4) for p in parts]
+
+    q, (_, k, v) = split(layer.qkv(x), 3)[0], split(layer.qkv(pairs), 3)
+    q, k = layer.q_norm(q), layer.k_norm(k)
+    q = network.rope(q, mx.arange(frames))
+    k = network.rope(k, mx.array([0.5, 2.5, 4.0]))
+    weights = mx.softmax(q @ k.swapaxes(-1, -2) * q.shape[-1] ** -0.5, axis=-1)
+    expected = layer.proj((weights @ v).transpose(0, 3, 1, 2, 4).reshape(x.shape))
+    assert mx.allclose(out, expected, rtol=rounding(1e-4), atol=rounding(1e-4))
+
+
+def test_positions_of_the_whole_sequence_are_the_usual_rotation(network: STDiT3) -> None:
+    x = mx.random.normal((2, 3, 7, STDIT.head_dim), key=mx.random.key(3))
+    assert mx.allclose(network.rope(x, mx.arange(7)), network.rope(x), rtol=0, atol=rounding(1e-5))
+
+
+@pytest.mark.parametrize("site", SITES)
+def test_each_site_merges_in_its_blocks_only(network: STDiT3, site: str) -> None:
+    z = latents(5)
+    text = [mx.random.normal((3, STDIT.caption_channels), key=mx.random.key(3))] * 2
+    conditions = network.prepare(text, z.shape[1:4], height=40, width=48, fps=24)
+
+    def predict_with(blocks: range) -> mx.array:
+        hooks = Hooks(token_merging=MergedSites((site,), blocks))
+        return network(z, mx.array([700.0, 300.0]), conditions, None, hooks)
+
+    plain = network(z, mx.array([700.0, 300.0]), conditions)
+    none, first, every = (predict_with(range(n)) for n in (0, 1, 9))
+    assert mx.array_equal(none, plain)
+    assert mx.abs(first - plain).max().item() > 1e-4
+    assert mx.abs(every - first).max().item() > 1e-4
+
+
+TIMES = (1000.0, 800.0, 600.0, 400.0, 200.0)
+
+
+@pytest.mark.parametrize(
+    ("text", "merged"),
+    [
+        ("last:2", [3, 4]),
+        ("last:9", [0, 1, 2, 3, 4]),
+        ("between:300,800", [1, 2, 3]),
+        ("between:0,1000,sites=mlp", [0, 1, 2, 3, 4]),
+        ("2,sites=cross,blocks=1-2", [0, 1]),
+    ],
+)
+def test_steps_and_sites_of_a_text(text: str, merged: list[int]) -> None:
+    config = Tdtm.parse(text)
+    assert Tdtm.parse(str(config)) == config
+    part = MergedSteps(config, ScheduleInfo(5, 1, 15, times=TIMES))
+    assert [i for i in range(5) if part.token_merging(i) is not None] == merged
+    record = watched(part, 5).record()
+    assert record["merged_steps"] == len(merged)
+    assert record.get("sites", []) == list(config.merged_sites)
+    assert "in " + str(len(merged)) in part.summary()
+
+
+def test_a_range_without_a_step_warns() -> None:
+    part = MergedSteps(Tdtm.parse("between:850,900"), ScheduleInfo(5, 1, 15, times=TIMES))
+    assert "merges nothing" in part.warnings[0]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "last:2,sites=eyes",
+        "2,sites=cross+cross",
+        "2,sites=spatial+spatial-kv",
+        "2,blocks=1-2",
+        "2,sites=mlp,blocks=3-1",
+        "2,sites=mlp,blocks=a",
+        "between:800,300",
+        "last:0",
+    ],
+)
+def test_bad_texts_are_refused(text: str) -> None:
+    with pytest.raises((UsageError, ValueError)):
+        Tdtm.parse(text)

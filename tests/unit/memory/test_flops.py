@@ -26,6 +26,7 @@ from mlx_sora.models.stdit3 import STDiT3, STDiT3Config
 from mlx_sora.models.t5 import T5Config, T5Encoder
 from mlx_sora.models.vae_spatial import SpatialVAE, SpatialVAEConfig
 from mlx_sora.models.vae_temporal import TemporalVAE, TemporalVAEConfig
+from mlx_sora.request.techniques import PAPER_SITES
 
 STDIT = STDiT3Config(hidden_size=48, depth=3, num_heads=4, caption_channels=20, model_max_length=4)
 
@@ -69,12 +70,19 @@ def test_transformer_operations_scale_with_the_grid() -> None:
     assert transformer_flops(STDIT, replace(grid, batch=2)) == 2 * one
     assert transformer_flops(STDIT, replace(grid, spatial_tokens=60)) > 2 * one
     # Merging halves all of the blocks but their MLPs, and quarters the scores along time.
-    saved = one - transformer_flops(STDIT, grid, merged=True)
+    saved = one - transformer_flops(STDIT, grid, PAPER_SITES, range(99))
     linear, scores = 6 * 48**2 + 2 * 9 * 48, 2 * 48
     halved = 2 * 3 * 240 * (2 * linear + scores * 30)
     assert saved == halved // 2 + 2 * 3 * 240 * scores * 8 * 3 // 4
+    cross = 2 * (2 * 48**2 + 2 * 9 * 48)  # multiplications and additions of a token
+    first = transformer_flops(STDIT, grid, ["cross"], range(1))
+    assert one - first == 2 * 240 * cross // 2
+    keys = transformer_flops(STDIT, grid, ["temporal-kv"], range(99))
+    assert one - keys == 2 * 3 * 240 * (48**2 + scores * 8 // 2)
     still = replace(grid, frames=1)
-    assert transformer_flops(STDIT, still, merged=True) == transformer_flops(STDIT, still)
+    assert transformer_flops(STDIT, still, PAPER_SITES, range(99)) == transformer_flops(
+        STDIT, still
+    )
 
 
 @pytest.fixture

@@ -11,8 +11,9 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_sora.errors import UsageError, WeightsError
 from mlx_sora.models import ops
-from mlx_sora.models.hooks import Hooks
+from mlx_sora.models.hooks import Hooks, NoMerging, SiteMerging
 from mlx_sora.models.stdit3 import BlockPair, Conditions, STDiT3, STDiT3Config
+from mlx_sora.request.techniques import PAPER_SITES
 from tests.helpers.tolerance import rounding
 
 CONFIG = STDiT3Config(
@@ -280,6 +281,12 @@ class EveryOther:
 
     def __init__(self) -> None:
         self.seen: list[tuple[int, ...]] = []
+
+    def at(self, block: int, site: str) -> SiteMerging:
+        return self if site in PAPER_SITES else NoMerging()
+
+    def positions(self, frames: int) -> None:
+        return None
 
     def merge(self, x: mx.array) -> mx.array:
         self.seen.append(x.shape)
