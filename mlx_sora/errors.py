@@ -5,6 +5,7 @@ Each class has the exit code of the command line (1 run, 2 usage, 3 memory, 4 we
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from shlex import quote
 
 #: Exit code of an interrupted program.
@@ -46,7 +47,8 @@ def shell_words(*words: object) -> str:
 class MlxSoraError(Exception):
     """A failure with a known cause. `fix` tells the user in one sentence what to do.
 
-    Both become one printable line, because they quote text from elsewhere.
+    Both are written with flags; the Python API puts keywords in their place. Both become one
+    printable line, because they quote text from elsewhere.
     """
 
     exit_code = 1
@@ -62,8 +64,20 @@ class MlxSoraError(Exception):
         self.message = printable(message)
         self.fix = printable(fix)
 
+        #: Message and fix with flags, as the command line prints them.
+        self.in_flags = (self.message, self.fix)
+
     def __str__(self) -> str:
-        return f"{self.message} {self.fix}".strip() if self.fix else self.message
+        return f"{self.message} {self.fix}".strip()
+
+    @property
+    def flag_text(self) -> str:
+        """Message and fix in one line, with flags."""
+        return " ".join(self.in_flags).strip()
+
+    def reword(self, words: Callable[[str], str]) -> None:
+        """Put message and fix into other words, such as those of Python; `in_flags` stays."""
+        self.message, self.fix = (words(text) for text in self.in_flags)
 
 
 class UsageError(MlxSoraError):

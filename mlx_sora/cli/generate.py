@@ -153,7 +153,7 @@ def _video_events(
 def report_failures(batch: RequestBatch) -> int:
     """Print a line for each failure and return the exit code."""
     for number, error in sorted(batch.failures.items()):
-        print(f"error: {batch.unit} {number}: {error}", file=sys.stderr)
+        print(f"error: {batch.unit} {number}: {error.flag_text}", file=sys.stderr)
     if batch.failures:
         return next(iter(batch.failures.values())).exit_code
     return 0

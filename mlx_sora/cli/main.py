@@ -143,7 +143,7 @@ def _report_error(error: MlxSoraError, argv: Sequence[str]) -> None:
     """Print an error, on one of several ranks."""
     if isinstance(error, RankLostError):
         if error.reported:  # on stderr, at once
-            _print_event(str(error), error.exit_code, argv)
+            _print_event(error.flag_text, error.exit_code, argv)
         return
     if launch_rank() != 0:
         from mlx_sora.distributed.watchdog import launched_watchdog
@@ -151,7 +151,9 @@ def _report_error(error: MlxSoraError, argv: Sequence[str]) -> None:
         watchdog = launched_watchdog()
         if watchdog is not None and watchdog.leave(error):
             return
-    named = f"{error.on_rank} ended with an error: {error}" if error.on_rank else str(error)
+    named = error.flag_text
+    if error.on_rank:
+        named = f"{error.on_rank} ended with an error: {named}"
     _print_error(named, error.exit_code, argv)
 
 

@@ -162,7 +162,7 @@ def event_record(event: Event) -> dict[str, Any]:
         return record
     if isinstance(event, RequestFailed):
         error = event.error
-        record |= {"index": event.index, "message": str(error), "exit_code": error.exit_code}
+        record |= {"index": event.index, "message": error.flag_text, "exit_code": error.exit_code}
         return record
     if isinstance(event, RunPlanned):
         return record | dataclasses.asdict(event)

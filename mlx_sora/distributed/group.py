@@ -268,7 +268,7 @@ def _short(value: Any) -> str:
 def serialize_error(error: Exception) -> tuple[str, str, str]:
     """Return class name, message and fix of an error."""
     if isinstance(error, MlxSoraError):
-        return type(error).__name__, error.message, error.fix
+        return type(error).__name__, *error.in_flags
     return "MlxSoraError", f"{type(error).__name__}: {' '.join(str(error).split())[:300]}", ""
 
 

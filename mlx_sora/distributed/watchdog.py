@@ -76,7 +76,7 @@ class Watchdog:
         except MlxSoraError as error:
             if not error.on_all_ranks:
                 error.on_rank = self._heartbeat.name
-                self._heartbeat.fail(f"ended with an error: {error}", error.exit_code)
+                self._heartbeat.fail(f"ended with an error: {error.flag_text}", error.exit_code)
             raise
         except Exception as error:
             failure = self._heartbeat.wait(GRACE)
@@ -103,7 +103,7 @@ class Watchdog:
         if not self._connected:
             if not self._heartbeat.wait_for_rank0(_FAREWELL):
                 return False
-            self._heartbeat.fail(f"ended with an error: {error}", error.exit_code)
+            self._heartbeat.fail(f"ended with an error: {error.flag_text}", error.exit_code)
         self._heartbeat.wait_for_end(_FAREWELL)
         return True
 

@@ -230,7 +230,7 @@ def as_known_error(error: Exception) -> MlxSoraError:
     """Return an error as one of ours, without its traceback, whose frames hold networks."""
     log.debug("a request failed", exc_info=error)
     if isinstance(error, MlxSoraError):
-        return type(error)(error.message, error.fix)
+        return type(error)(*error.in_flags)
     reason = " ".join(str(error).split())[:300]
     return MlxSoraError(f"{type(error).__name__}: {reason}")
 

@@ -19,10 +19,10 @@ from mlx_sora.pipeline.generate import generate, prepare
 from mlx_sora.pipeline.locks import run_exclusively
 from mlx_sora.pipeline.resume import checkpoint_seed, resumed_request
 from mlx_sora.pipeline.run import GenerationRun
-from mlx_sora.request.generation import GenerationRequest
+from mlx_sora.request.generation import GenerationRequest, keyword_errors, to_keywords
 from mlx_sora.runtime.compile_cache import ensure_compile_cache
 from mlx_sora.runtime.device import choose_precision, describe_machine
-from mlx_sora.runtime.events import Event, Finished
+from mlx_sora.runtime.events import Event, Finished, RequestFailed
 from mlx_sora.video import Video
 
 if TYPE_CHECKING:
@@ -49,6 +49,7 @@ class Pipeline:
     Python thread that has computed.
     """
 
+    @keyword_errors()
     def __init__(self, model: ModelFolder | str | Path | None = None, dtype: str = "auto") -> None:
         """Open `shapes`, `opensora-1.2` or a model folder; None picks the best one.
 
@@ -105,6 +106,7 @@ class Pipeline:
         """
         return last_video(self.stream(prompt, **options), callback)
 
+    @keyword_errors()
     def stream(
         self,
         request: GenerationRequest | str,
@@ -130,8 +132,8 @@ class Pipeline:
                 checkpoint = None if resume is None else Path(os.path.expanduser(resume))
                 run = prepare(self.engine, request, checkpoint)
             run.checkpoints.share(ranks)
-        path = self.model.path
-        return ranks.watch_events(run_exclusively(path, run.output, _events(run), ranks))
+        events = run_exclusively(self.model.path, run.output, _events(run), ranks)
+        return _in_keywords(ranks.watch_events(events))
 
     def unread_weights(self, requests: Sequence[GenerationRequest]) -> int:
         """Return the bytes that must be read once, for checkpoints or ranks to compare weights."""
@@ -144,6 +146,7 @@ class Pipeline:
         if self.unread_weights(requests):
             yield from self.engine.hash_weights()
 
+    @keyword_errors()
     def resume(
         self,
         checkpoint: str | Path,
@@ -163,6 +166,7 @@ class Pipeline:
         request = GenerationRequest.from_dict(values | pixels)
         return last_video(self.stream(request, checkpoint), callback)
 
+    @keyword_errors()
     def stream_all(self, requests: Sequence[GenerationRequest]) -> Generator[Event, None, None]:
         """Yield the events of several requests: `Finished` or `RequestFailed` for each.
 
@@ -171,7 +175,7 @@ class Pipeline:
         """
         from mlx_sora.pipeline.batch import generate_batch
 
-        return generate_batch(self.engine, requests)
+        return _in_keywords(generate_batch(self.engine, requests))
 
     def edit(
         self,
@@ -193,16 +197,18 @@ class Pipeline:
         values = {"source_prompt": source_prompt, "prompt": prompt, **options}
         return last_video(self.stream_edit(Request.from_options(video, values)), callback)
 
+    @keyword_errors()
     def stream_edit(self, edit: EditRequest) -> Generator[Event, None, None]:
         """Yield the events of one edit, as `stream` does for a generation."""
         from mlx_sora.pipeline.edit import stream_edit
 
-        return stream_edit(self.engine, edit)
+        return _in_keywords(stream_edit(self.engine, edit))
 
     def plan_edit(self, edit: EditRequest) -> Plan:
         """Plan an edit, as `plan` does for a generation."""
         return self.prepare_edit(edit).plan
 
+    @keyword_errors()
     def prepare_edit(self, edit: EditRequest) -> GenerationRun:
         """Return the run of an edit as it would begin. Raises as `plan` does."""
         from mlx_sora.pipeline.edit import prepare_edit
@@ -234,6 +240,7 @@ class Pipeline:
         """
         return self.prepare(_as_request(request, options)).plan
 
+    @keyword_errors()
     def prepare(self, request: GenerationRequest) -> GenerationRun:
         """Return the run as it would begin. Raises as `plan` does."""
         request.validate()
@@ -255,6 +262,15 @@ class Pipeline:
 
 def _events(run: GenerationRun) -> Generator[Event, None, None]:
     yield Finished((yield from generate(run)))
+
+
+def _in_keywords(events: Generator[Event, None, None]) -> Generator[Event, None, None]:
+    """Yield the events; errors during the run, and of failed requests, speak of keywords."""
+    with keyword_errors(), closing(events):
+        for event in events:
+            if isinstance(event, RequestFailed):
+                to_keywords(event.error)
+            yield event
 
 
 def _as_request(request: GenerationRequest | str, options: Mapping[str, Any]) -> GenerationRequest:

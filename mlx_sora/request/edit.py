@@ -7,7 +7,12 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from mlx_sora.errors import UsageError
-from mlx_sora.request.generation import GenerationRequest, options, options_of
+from mlx_sora.request.generation import (
+    GenerationRequest,
+    keyword_errors,
+    options,
+    options_of,
+)
 from mlx_sora.request.options import as_int, as_medium, as_text
 
 #: Default number of first steps that use the source's values: measured on the bundled model
@@ -36,6 +41,7 @@ class EditRequest:
     target: GenerationRequest = field(default_factory=GenerationRequest)
     inject_steps: int | None = None
 
+    @keyword_errors()
     def __post_init__(self) -> None:
         readers = {"video": as_medium, "source_prompt": as_text, "inject_steps": as_int}
         for name, read in readers.items():
@@ -49,6 +55,7 @@ class EditRequest:
                 raise UsageError(f"{name} must be {error}, not {shown!r}.") from None
 
     @classmethod
+    @keyword_errors()
     def from_options(cls, video: Any, values: Mapping[str, Any]) -> EditRequest:
         """Return an edit from its own options and those that it shares with a generation.
 
@@ -84,6 +91,7 @@ class EditRequest:
         """True if no other rank takes part."""
         return self.target.parallel == "off"
 
+    @keyword_errors()
     def validate(self) -> None:
         """Raise UsageError for a value that no model supports."""
         if not self.source_prompt.strip():

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from functools import cache, partial
 from typing import Any
 
-from mlx_sora.errors import UsageError
+from mlx_sora.errors import MlxSoraError, UsageError
 from mlx_sora.geometry import (
     MAX_LOOPS,
     MAX_TILES,
@@ -48,6 +49,7 @@ from mlx_sora.request.techniques import (
     Tdtm,
     TechniqueConfig,
 )
+from mlx_sora.request.words import in_keywords
 
 #: Samplers by name: module and class, so that naming one does not load MLX. `mlx_sora.sampling`
 #: makes them.
@@ -77,6 +79,24 @@ _size = partial(option, tasks=f"{_ALL} reconstruct", group="size", common=True)
 _conditioning = partial(option, group="conditioning")
 _memory = partial(option, group="memory")
 _output = partial(option, replay=False, group="output")
+
+
+@contextmanager
+def keyword_errors() -> Iterator[None]:
+    """Let errors of the block, or of the decorated function, speak of keywords instead of flags.
+
+    For the Python API; the command line prints `flag_text` of the same errors.
+    """
+    try:
+        yield
+    except MlxSoraError as error:
+        to_keywords(error)
+        raise
+
+
+def to_keywords(error: MlxSoraError) -> None:
+    """Put keywords in the place of the flags in an error."""
+    error.reword(partial(in_keywords, options=options()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -373,6 +393,7 @@ class GenerationRequest:
     )
     keep_previews: bool = _output("keep each preview, as NAME.preview.step-N.gif", False)
 
+    @keyword_errors()
     def __post_init__(self) -> None:
         for name, spec in options().items():
             value = getattr(self, name)
@@ -380,6 +401,7 @@ class GenerationRequest:
                 object.__setattr__(self, name, spec.convert(value))
 
     @classmethod
+    @keyword_errors()
     def from_dict(cls, values: Mapping[str, Any]) -> GenerationRequest:
         """Return the request of `to_dict`. Raises UsageError for an unknown option."""
         known = options()
@@ -412,12 +434,11 @@ class GenerationRequest:
         values = preset_values(self.preset).items()
         return replace(self, **{n: v for n, v in values if getattr(self, n) in (None, False)})
 
+    @keyword_errors()
     def validate(self) -> None:
         """Raise UsageError for a value that no model supports."""
         if not self.prompt.strip():
-            raise UsageError(
-                "the prompt is empty.", "Give --prompt TEXT (or --prompt - for stdin)."
-            )
+            raise UsageError("the prompt is empty.", "Give --prompt TEXT.")
         for name, spec in options().items():
             spec.check_range(getattr(self, name))
         resolve_size(

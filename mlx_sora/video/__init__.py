@@ -12,6 +12,7 @@ from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
 from mlx_sora.errors import UsageError
+from mlx_sora.request.generation import keyword_errors
 
 if TYPE_CHECKING:
     import numpy as np
@@ -73,6 +74,7 @@ class Video:
 
         return read_frames(self.path, self.num_frames)
 
+    @keyword_errors()
     def save(self, path: str | Path, overwrite: bool = False) -> Path:
         """Write the video to `path`, in the format of its suffix, and return the path.
 

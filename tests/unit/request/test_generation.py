@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -143,7 +144,8 @@ def test_values_are_converted_to_the_type_of_the_field() -> None:
 def test_wrong_value_raises_and_names_the_option(name: str, value: object) -> None:
     with pytest.raises(UsageError) as caught:
         GenerationRequest.from_dict({"prompt": "a", name: value})
-    assert label(name) in str(caught.value)
+    assert re.search(rf"(?<!-){name}\b", str(caught.value))
+    assert label(name) in caught.value.flag_text
     assert "\n" not in str(caught.value)
 
 
@@ -253,7 +255,9 @@ def test_validate_checks_every_range(name: str) -> None:
         request = GenerationRequest.from_dict({"prompt": "a", name: value})
         with pytest.raises(UsageError, match=f"Give {option.low} to {option.high}.") as caught:
             request.validate()
-        assert f"{option.label} {getattr(request, name)} is out of range." in str(caught.value)
+        shown = getattr(request, name)
+        assert f"{option.label} {shown} is out of range." in caught.value.flag_text
+        assert f"{name}={shown} is out of range." in str(caught.value)
 
 
 def test_flags_are_unique_and_follow_from_the_name() -> None:

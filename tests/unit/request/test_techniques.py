@@ -156,7 +156,7 @@ def test_request_accepts_configs() -> None:
         "tdtm": "3",
         "step_cache": "every:4,warmup=6,order=0",
     }
-    with pytest.raises(UsageError, match="--lpl must be off, fixed:STEPS"):
+    with pytest.raises(UsageError, match="^lpl must be off, fixed:STEPS"):
         GenerationRequest("a", lpl=Tdtm())  # type: ignore[arg-type]
 
 
