@@ -27,6 +27,7 @@ from mlx_sora.request.options import (
     ImageReference,
     Option,
     VideoReference,
+    as_amount,
     as_bits,
     as_dtype,
     as_frames,
@@ -319,6 +320,7 @@ class GenerationRequest:
         "the GPU may use, or what is available now) or off; streams weights and decodes fewer "
         "frames at a time to stay within it; default: auto on GPUs, off on CPUs",
         tasks="generate edit calibrate reconstruct",
+        parse=as_amount,
         metavar="BYTES",
         replay=False,
         common=True,

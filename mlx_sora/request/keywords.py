@@ -57,7 +57,7 @@ class SharedKeywords(TypedDict, total=False):
     dtype: Literal["auto", "float32", "bfloat16", "float16"]
     vae_dtype: Literal["float32", "bfloat16", "float16"]
     quantize: Literal[4, 8] | None
-    memory_budget: str | None
+    memory_budget: str | int | None
     device_profile: str | None
     ci_dl: bool
     vae_tiles: int | None

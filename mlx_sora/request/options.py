@@ -12,6 +12,7 @@ import os
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import Field, dataclass, field
+from decimal import Decimal
 from typing import Any, NamedTuple
 
 from mlx_sora.errors import UsageError
@@ -22,27 +23,37 @@ from mlx_sora.request.pixels import Pixels, is_footage, is_medium, read_medium
 MAX_NAME, MAX_PATH = 255, 4000
 
 
+def plain_number(value: Any) -> Any:
+    """Return a 0-dimensional array or a scalar of numpy as Python's number, others as they are."""
+    return value.item() if getattr(value, "shape", None) == () else value
+
+
 def as_bool(value: Any) -> bool:
     """Return a bool. Numbers and texts are refused."""
+    value = plain_number(value)
     if not isinstance(value, bool):
         raise ValueError("true or false")
     return value
 
 
 def as_int(value: Any) -> int:
-    """Return an integer, also from text. Booleans are refused."""
+    """Return an integer, also from text and from whole numbers of other types. Refuses booleans."""
+    value = plain_number(value)
     if isinstance(value, str):
         if not re.fullmatch(r"[+-]?[0-9]{1,300}", value.strip()):
             raise ValueError("a whole number")
         return int(value)
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+    if isinstance(value, bool) or not isinstance(value, (numbers.Real, Decimal)):
         raise ValueError("a whole number")
-    return int(value)
+    if not math.isfinite(value) or value != math.trunc(value):
+        raise ValueError("a whole number")
+    return int(math.trunc(value))
 
 
 def as_float(value: Any) -> float:
     """Return a finite number, also from text. Booleans are refused."""
-    if isinstance(value, bool) or not isinstance(value, (str, numbers.Real)):
+    value = plain_number(value)
+    if isinstance(value, bool) or not isinstance(value, (str, numbers.Real, Decimal)):
         raise ValueError("a number")
     try:
         number = float(value)
@@ -51,6 +62,11 @@ def as_float(value: Any) -> float:
     if not math.isfinite(number):
         raise ValueError("a finite number")
     return number
+
+
+def as_amount(value: Any) -> str:
+    """Return an amount of memory as text; a number counts bytes."""
+    return value if isinstance(value, str) else str(as_int(value))
 
 
 def as_bits(value: Any) -> int:

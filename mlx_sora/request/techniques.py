@@ -7,12 +7,12 @@ then any others as name=value. A mode without a name is written as its values al
 from __future__ import annotations
 
 import math
-import numbers
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, TypeVar
 
 from mlx_sora.errors import UsageError
+from mlx_sora.request.options import as_float
 
 #: More denoising steps than this are likelier a typing error than a wish.
 MAX_STEPS = 1000
@@ -47,8 +47,8 @@ class TechniqueParameter:
                 raise ValueError("text")
             return text
         try:
-            number = math.nan if isinstance(value, bool) else float(value)
-        except (ValueError, TypeError, OverflowError):
+            number = as_float(value)
+        except ValueError:
             number = math.nan
         if not self.low <= number <= self.high or (self.whole and number != int(number)):
             kind = "a whole number" if self.whole else "a number"
@@ -117,9 +117,7 @@ class TechniqueConfig:
         """
         if isinstance(value, cls):
             return value
-        if isinstance(value, bool) or not isinstance(value, (str, numbers.Real)):
-            raise ValueError(cls.forms())
-        text = str(value).strip()
+        text = value.strip() if isinstance(value, str) else _number_text(value)
         mode, colon, rest = text.partition(":")
         mode = mode.lower()
         if not mode or mode not in cls.MODES:
@@ -187,6 +185,14 @@ class TechniqueConfig:
         if required:
             raise ValueError("")
         return values
+
+
+def _number_text(value: Any) -> str:
+    """Return a number as text, or text that is none."""
+    try:
+        return _spell(as_float(value))
+    except ValueError:
+        return ""
 
 
 def _join(mode: str, items: list[str]) -> str:
