@@ -14,15 +14,18 @@ from mlx_sora.distributed.group import Ranks, init_ranks
 from mlx_sora.errors import UsageError
 from mlx_sora.loading.model_folder import BUNDLED, PUBLISHED, ModelFolder, find_model
 from mlx_sora.memory.plan import Plan
+from mlx_sora.pipeline.bar import ProgressBar
 from mlx_sora.pipeline.engine import Engine
 from mlx_sora.pipeline.generate import generate, prepare
 from mlx_sora.pipeline.locks import run_exclusively
 from mlx_sora.pipeline.resume import checkpoint_seed, resumed_request
 from mlx_sora.pipeline.run import GenerationRun
 from mlx_sora.request.generation import GenerationRequest, keyword_errors, to_keywords
+from mlx_sora.request.generation import options as all_options
+from mlx_sora.request.words import in_keywords
 from mlx_sora.runtime.compile_cache import ensure_compile_cache
 from mlx_sora.runtime.device import choose_precision, describe_machine
-from mlx_sora.runtime.events import Event, Finished, RequestFailed
+from mlx_sora.runtime.events import Event, Finished, RequestFailed, Warned
 from mlx_sora.video import Video
 
 if TYPE_CHECKING:
@@ -92,6 +95,7 @@ class Pipeline:
         prompt: str | GenerationRequest,
         *,
         callback: Callable[[Event], object] | None = None,
+        progress: bool = False,
         **options: Unpack[GenerationKeywords],
     ) -> Video:
         """Make one video, or with num_frames=1 an image.
@@ -102,9 +106,9 @@ class Pipeline:
         videos), preset ("fast"), memory_budget ("8GB"), output ("clip.mp4") and overwrite. All are
         in mlx_sora/request/README.md. Without `output` the frames stay in memory.
         callback: gets every event, such as StepFinished (mlx_sora.runtime.events). What it raises
-        ends the run, and leaves no partial file.
+        ends the run, and leaves no partial file. progress: show a bar on stderr.
         """
-        return last_video(self.stream(prompt, **options), callback)
+        return self._video(self.stream(prompt, **options), callback, progress)
 
     @keyword_errors()
     def stream(
@@ -152,9 +156,13 @@ class Pipeline:
         checkpoint: str | Path,
         *,
         callback: Callable[[Event], object] | None = None,
+        progress: bool = False,
         **options: Unpack[GenerationKeywords],
     ) -> Video:
-        """Finish the video of a checkpoint, beside it. options: must not change what it shows."""
+        """Finish the video of a checkpoint, beside it. options: must not change what it shows.
+
+        callback, progress: as in a call.
+        """
         checkpoint, values = os.path.expanduser(checkpoint), dict[str, Any]()
         with self.ranks.collective_errors():
             if self.ranks.is_rank0:
@@ -164,7 +172,7 @@ class Pipeline:
             name: options[name] for name in ("images", "videos", "references") if name in options
         }
         request = GenerationRequest.from_dict(values | pixels)
-        return last_video(self.stream(request, checkpoint), callback)
+        return self._video(self.stream(request, checkpoint), callback, progress)
 
     @keyword_errors()
     def stream_all(self, requests: Sequence[GenerationRequest]) -> Generator[Event, None, None]:
@@ -184,18 +192,20 @@ class Pipeline:
         source_prompt: str,
         prompt: str,
         callback: Callable[[Event], object] | None = None,
+        progress: bool = False,
         **options: Unpack[EditKeywords],
     ) -> Video:
         """Change what a video shows: from `source_prompt`, what it shows now, to `prompt`.
 
         video: a path, pixels or a Video; an image is a video of one frame. options: those of
         EditRequest, such as inject_steps, and the fields of GenerationRequest that edits share
-        (steps, guidance, sampler, output, ...). callback: as in a call.
+        (steps, guidance, sampler, output, ...). callback, progress: as in a call.
         """
         from mlx_sora.request.edit import EditRequest as Request
 
         values = {"source_prompt": source_prompt, "prompt": prompt, **options}
-        return last_video(self.stream_edit(Request.from_options(video, values)), callback)
+        events = self.stream_edit(Request.from_options(video, values))
+        return self._video(events, callback, progress)
 
     @keyword_errors()
     def stream_edit(self, edit: EditRequest) -> Generator[Event, None, None]:
@@ -215,22 +225,24 @@ class Pipeline:
 
         return prepare_edit(self.engine, edit).run
 
+    @keyword_errors()
     def reconstruct(
         self,
         video: Footage | Picture,
         *,
         callback: Callable[[Event], object] | None = None,
+        progress: bool = False,
         **options: Unpack[ReconstructionKeywords],
     ) -> Video:
         """Encode and decode a video or an image with the VAE alone; it shows what the VAE loses.
 
-        video, callback: as in `edit`. PSNR in dB and SSIM to the frames that were encoded are in
-        `metadata["reconstruction"]`.
+        video, callback, progress: as in `edit`. PSNR in dB and SSIM to the frames that were encoded
+        are in `metadata["reconstruction"]`.
         """
         from mlx_sora.pipeline.reconstruct import reconstruction_request, stream_reconstruction
 
-        request = reconstruction_request(options)
-        return last_video(stream_reconstruction(self.engine, video, request), callback)
+        events = stream_reconstruction(self.engine, video, reconstruction_request(options))
+        return self._video(_in_keywords(events), callback, progress)
 
     def plan(self, request: GenerationRequest | str, **options: Unpack[GenerationKeywords]) -> Plan:
         """Plan memory, reading and work of each stage, without running it. Reads headers only.
@@ -245,6 +257,19 @@ class Pipeline:
         """Return the run as it would begin. Raises as `plan` does."""
         request.validate()
         return prepare(self.engine, replace(request.with_seed(), checkpoint_every=None))
+
+    def _video(
+        self,
+        events: Generator[Event, None, None],
+        callback: Callable[[Event], object] | None,
+        progress: bool,
+    ) -> Video:
+        """Run to the end; log warnings."""
+        handlers = [_log_warning] if callback is None else [_log_warning, callback]
+        if not progress or not self.ranks.is_rank0:
+            return last_video(events, handlers)
+        with closing(ProgressBar()) as bar:
+            return last_video(events, [bar.handle, *handlers])
 
     def info(self) -> dict[str, Any]:
         """Return model, parts, origin, quick checks, device and versions as plain JSON values."""
@@ -285,15 +310,21 @@ def _as_request(request: GenerationRequest | str, options: Mapping[str, Any]) ->
 
 
 def last_video(
-    events: Generator[Event, None, None], callback: Callable[[Event], object] | None = None
+    events: Generator[Event, None, None], handlers: Sequence[Callable[[Event], object]] = ()
 ) -> Video:
-    """Run to the end and return the video. callback: gets every event."""
+    """Run to the end and return the video. handlers: each gets every event."""
     video = None
-    with closing(events):  # ends the run at once if the callback raises
+    with closing(events):  # ends the run at once if a handler raises
         for event in events:
-            if callback is not None:
-                callback(event)
+            for handle in handlers:
+                handle(event)
             if isinstance(event, Finished):
                 video = event.video
     assert video is not None, "a run ends with Finished or with an error"
     return video
+
+
+def _log_warning(event: Event) -> None:
+    """Log a warning of a run, which nobody sees otherwise."""
+    if isinstance(event, Warned):
+        log.warning("%s", in_keywords(event.message, all_options()))

@@ -107,7 +107,7 @@ class ReconstructionKeywords(TypedDict, total=False):
     height: int | None
     num_frames: int | str | None
     vae_dtype: Literal["float32", "bfloat16", "float16"]
-    memory_budget: str | None
+    memory_budget: str | int | None
     device_profile: str | None
     vae_tiles: int | None
     output: FilePath | None

@@ -47,7 +47,8 @@ def as_int(value: Any) -> int:
         raise ValueError("a whole number")
     if not math.isfinite(value) or value != math.trunc(value):
         raise ValueError("a whole number")
-    return int(math.trunc(value))
+    whole: Any = math.trunc(value)
+    return int(whole)
 
 
 def as_float(value: Any) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from base64 import b64encode
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -52,6 +53,8 @@ class Playable(Protocol):
     @property
     def seed(self) -> int: ...
     @property
+    def warnings(self) -> Sequence[str]: ...
+    @property
     def frames(self) -> np.ndarray: ...
 
 
@@ -64,7 +67,8 @@ def to_html(video: Playable) -> str:
     length = f"{video.num_frames} frames, {video.fps:g} fps" if video.num_frames > 1 else "image"
     facts = f"{video.width}x{video.height}, {length}, seed {video.seed}"
     name = "" if video.path is None else f"{escape(str(video.path))}: "
-    line = f"<div><small>{name}{facts}</small></div>"
+    lines = [f"{name}{facts}", *(f"warning: {escape(warning)}" for warning in video.warnings)]
+    line = "".join(f"<div><small>{text}</small></div>" for text in lines)
     try:
         content, kind = _content(video)
     except (OSError, MlxSoraError) as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -47,6 +48,22 @@ def test_a_callback_gets_the_events(pipe: Pipeline, picture: Video) -> None:
     assert np.array_equal(made.frames, picture.frames)
     assert [e.step for e in seen if isinstance(e, StepFinished)] == [0, 1]
     assert isinstance(seen[-1], Finished)
+
+
+def test_a_bar_shows_progress_if_asked(pipe: Pipeline, capsys: pytest.CaptureFixture[str]) -> None:
+    pipe(PROMPT, **SMALL)
+    assert "%" not in capsys.readouterr().err
+    pipe(PROMPT, progress=True, **SMALL)
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert re.search(r"decode *\|█+\|100%", shown.err)
+    assert shown.err.endswith("\n")
+
+
+def test_warnings_are_logged_in_keywords(pipe: Pipeline, caplog: pytest.LogCaptureFixture) -> None:
+    made = pipe(PROMPT, guidance=1, negative_prompt="blue", **SMALL)
+    assert "--negative-prompt has no effect without guidance." in made.warnings
+    assert "negative_prompt has no effect without guidance." in caplog.messages
 
 
 @pytest.mark.parametrize("kind", [StepFinished, Finished])
@@ -96,6 +113,8 @@ def test_pixels_do_what_their_file_does(pipe: Pipeline, tmp_path: Path) -> None:
     continued = pipe(PROMPT, videos=frames, **options | {"num_frames": 34})
     assert continued.warnings == (), "pixels have no rate that could differ"
     assert np.corrcoef(continued.frames[:17].ravel(), frames.ravel())[0, 1] > 0.8
+    decoded = pipe.reconstruct(frames)
+    assert np.corrcoef(decoded.frames.ravel(), frames.ravel())[0, 1] > 0.8
     edited = pipe.edit(continued, source_prompt=PROMPT, prompt=PROMPT, steps=1)
     assert edited.num_frames == 34
     assert edited.metadata["edit"]["video"].startswith("memory:")

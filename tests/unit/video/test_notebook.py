@@ -25,7 +25,9 @@ def make(frames: np.ndarray = FRAMES, path: Path | None = None) -> Video:
     if path is not None:
         save_frames(path, frames, 8)
     request = GenerationRequest(PROMPT)
-    return Video(path, request, width, height, count, 8, 5, metadata={"a": 1}, decoded=decoded)
+    return Video(
+        path, request, width, height, count, 8, 5, ("<a> & b",), metadata={"a": 1}, decoded=decoded
+    )
 
 
 def shown(video: Video, folder: Path) -> tuple[str, Path]:
@@ -44,6 +46,7 @@ def test_a_notebook_plays_a_video_in_memory(tmp_path: Path) -> None:
     assert 'width="240"' in page, "five times as large"
     assert "image-rendering: pixelated" in page
     assert "48x32, 3 frames, 8 fps, seed 5" in page
+    assert "warning: &lt;a&gt; &amp; b" in page
     assert "<b>" not in page
     assert "&quot;red&quot; &lt;b&gt;circle" in page
     assert read_video(file).frames.shape == FRAMES.shape
