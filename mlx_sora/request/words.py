@@ -36,6 +36,9 @@ _NUMBER = re.compile(r"[+-]?\d+(?:\.\d+)?")
 #: Values without digits of options that take more than the words of a list.
 _VALUES = ("auto", "off", "all", "adaptive", "online", "reference", "shapes")
 
+#: Words after a flag that is the subject of its sentence.
+_VERBS = ("was", "is", "has", "must", "cannot", "needs", "changes")
+
 
 def in_keywords(text: str, options: Mapping[str, Option]) -> str:
     """Return a message in the words of Python. options: all that there are, by keyword."""
@@ -49,14 +52,15 @@ def _reword(text: str, names: Mapping[str, str], options: Mapping[str, Option]) 
     found, position = [], 0
     while match := _FLAG.search(text, position):
         flag, word = match["flag"], match["word"] or ""
-        found.append(text[position : match.start()])
+        between = text[position : match.start()]
+        found.append(", " if between == " " and found else between)
         position = match.end("flag")
         name = names.get(flag) or names.get(flag.removeprefix("no-"), "")
         option = options.get(name)
         if option is None:
             found.append(_OTHERS.get(flag, f"--{flag}"))
         elif isinstance(option.default, bool):
-            found.append(f"{name}={flag in names}")
+            found.append(name if word in _VERBS else f"{name}={flag in names}")
         elif _is_value(word, option):
             position = match.end()
             more = _MORE.match(text, position) if option.many else None

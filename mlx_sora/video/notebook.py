@@ -6,6 +6,7 @@ from base64 import b64encode
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
+from textwrap import shorten
 from typing import TYPE_CHECKING, Protocol
 
 from mlx_sora.errors import MlxSoraError
@@ -67,7 +68,8 @@ def to_html(video: Playable) -> str:
     length = f"{video.num_frames} frames, {video.fps:g} fps" if video.num_frames > 1 else "image"
     facts = f"{video.width}x{video.height}, {length}, seed {video.seed}"
     name = "" if video.path is None else f"{escape(str(video.path))}: "
-    lines = [f"{name}{facts}", *(f"warning: {escape(warning)}" for warning in video.warnings)]
+    lines = [escape(shorten(video.request.prompt, 100, placeholder="…")), f"{name}{facts}"]
+    lines += [f"warning: {escape(warning)}" for warning in video.warnings]
     line = "".join(f"<div><small>{text}</small></div>" for text in lines)
     try:
         content, kind = _content(video)

@@ -111,7 +111,7 @@ def test_the_record_has_the_types_and_a_checkpoint_is_of_one(
     run = pipe.stream(request)
     assert any(isinstance(event, StepFinished) for event in run)
     run.close()
-    with pytest.raises(UsageError, match=r"--vae-dtype was \"bfloat16\", now \"float32\""):
+    with pytest.raises(UsageError, match=r"vae_dtype was \"bfloat16\", now \"float32\""):
         pipe.stream(replace(request, vae_dtype="float32"))
 
 
@@ -147,7 +147,7 @@ def test_overflow_of_a_float16_vae_is_named(
 ) -> None:
     monkeypatch.setattr("mlx_sora.models.vae.LATENT_FACTOR", 1e-6)
     small = {**SMALL, "num_frames": 1}
-    with pytest.raises(NumericsError, match=r"frames 0 to 0.*--vae-dtype bfloat16"):
+    with pytest.raises(NumericsError, match=r'frames 0 to 0.*vae_dtype="bfloat16"'):
         pipe(**small, vae_dtype="float16")  # type: ignore[arg-type]
     pipe(**small, vae_dtype="bfloat16", health_check=False)  # type: ignore[arg-type]
 
@@ -167,7 +167,7 @@ def test_a_refusal_names_half_precision_where_it_would_do(large: Pipeline) -> No
     half = large.plan(GenerationRequest(**options, vae_dtype="bfloat16"))  # type: ignore[arg-type]
     assert half.smallest < whole.smallest
     options["memory_budget"] = str(half.smallest)
-    with pytest.raises(MemoryBudgetError, match=r"or --vae-dtype bfloat16, or make"):
+    with pytest.raises(MemoryBudgetError, match=r'or vae_dtype="bfloat16", or make'):
         large.plan(GenerationRequest(**options))  # type: ignore[arg-type]
     assert large.plan(GenerationRequest(**options, vae_dtype="bfloat16")).peak <= half.smallest  # type: ignore[arg-type]
 

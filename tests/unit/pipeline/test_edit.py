@@ -185,7 +185,7 @@ def test_an_edit_is_not_replayed_as_a_generation(
     [
         ({"source_prompt": " "}, "source prompt is empty"),
         ({"prompt": ""}, "prompt is empty"),
-        ({"inject_steps": 4}, "--inject-steps 4 is out of range. Give 0 to 3"),
+        ({"inject_steps": 4}, "inject_steps 4 is out of range. Give 0 to 3"),
         ({"inject_steps": -1}, "out of range"),
         ({"inject_steps": "many"}, "inject_steps must be a whole number"),
         ({"num_frames": 34}, "has 17 frames, 34 were asked for"),
@@ -202,7 +202,7 @@ def test_what_cannot_be_asked(
 
 def test_a_request_made_by_hand_is_checked_too(pipe: Pipeline, clip: Path) -> None:
     edit = EditRequest(str(clip), SOURCE, GenerationRequest(prompt=TARGET, seed=4))
-    with pytest.raises(UsageError, match="An edit does not use --seed"):
+    with pytest.raises(UsageError, match="An edit does not use seed"):
         pipe.stream_edit(edit)
     with pytest.raises(UsageError, match="source_prompt is missing"):
         EditRequest.from_options(clip, {"prompt": TARGET})

@@ -146,12 +146,12 @@ def test_options_that_would_change_the_video_are_refused_by_name(
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"steps": 4}, "--steps was 3, now 4"),
-        ({"seed": 4}, "--seed was 3, now 4"),
+        ({"steps": 4}, "steps was 3, now 4"),
+        ({"seed": 4}, "seed was 3, now 4"),
         ({"prompt": "a blue circle"}, "text"),
-        ({"sequential_guidance": True}, "--sequential-guidance"),
-        ({"width": 64}, "--width"),
-        ({"step_cache": "every:2,warmup=1"}, "--step-cache"),
+        ({"sequential_guidance": True}, "sequential_guidance was"),
+        ({"width": 64}, "width"),
+        ({"step_cache": "every:2,warmup=1"}, "step_cache"),
     ],
     ids=str,
 )
@@ -257,7 +257,7 @@ def test_a_full_disk_costs_the_checkpoint_not_the_video(
 
     monkeypatch.setattr(Snapshot, "save", save)
     seen, path = finish(pipe.stream(request(output, checkpoint_every=1)))
-    assert [e.message.count("No space left") for e in seen if isinstance(e, Warned)] == [1]
+    assert sum("No space left" in e.message for e in seen if isinstance(e, Warned)) == 1
     assert path.exists()
 
 

@@ -51,7 +51,7 @@ def test_tiles_are_close_recorded_and_the_same_within_a_budget(
 
 @pytest.mark.parametrize("count", [0, 5, -1, "two", 1.5])
 def test_counts_that_make_no_sense(count: object) -> None:
-    with pytest.raises(UsageError, match=r"--vae-tiles must be 1 to 4 tiles|whole number"):
+    with pytest.raises(UsageError, match=r"vae_tiles must be 1 to 4 tiles|whole number"):
         GenerationRequest(PROMPT, vae_tiles=count)  # type: ignore[arg-type]
 
 
@@ -96,10 +96,10 @@ def refusal(pipe: Pipeline, ways: dict[str, object], **more: object) -> str:
 
 
 def test_a_refusal_names_tiles_where_they_would_do_and_never_takes_them(large: Pipeline) -> None:
-    assert "or --vae-tiles 2," in refusal(large, {"vae_tiles": 2})
+    assert "or vae_tiles=2," in refusal(large, {"vae_tiles": 2})
     # Where guidance in two passes does alone, nothing approximate is named.
     advice = refusal(large, {"sequential_guidance": True}, resolution="480p", num_frames=204)
-    assert "--vae-tiles" not in advice
-    assert "--sequential-guidance" in advice
+    assert "vae_tiles" not in advice
+    assert "sequential_guidance=True" in advice
     advice = refusal(large, {"sequential_guidance": True, "vae_tiles": 2}, num_frames=51)
-    assert "or --sequential-guidance --vae-tiles 2," in advice
+    assert "or sequential_guidance=True, vae_tiles=2," in advice
