@@ -49,7 +49,8 @@ def in_keywords(text: str, options: Mapping[str, Option]) -> str:
 
 
 def _reword(text: str, names: Mapping[str, str], options: Mapping[str, Option]) -> str:
-    found, position = [], 0
+    found: list[str] = []
+    position = 0
     while match := _FLAG.search(text, position):
         flag, word = match["flag"], match["word"] or ""
         between = text[position : match.start()]
