@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+import mlx_sora
 from tests.helpers.server_process import server_process
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -45,3 +48,29 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 @pytest.mark.parametrize("script", CLIENTS, ids=lambda path: path.name)
 def test_example_of_a_client(script: Path, url: str, tmp_path: Path) -> None:
     check(script, tmp_path, {**os.environ, "OPENAI_BASE_URL": url})
+
+
+def outputs(cells: list[Any]) -> list[list[list[str]]]:
+    """What each cell shows: the kinds of its outputs, and of their data."""
+    return [
+        [sorted(each.get("data", [each["output_type"]])) for each in cell.get("outputs", [])]
+        for cell in cells
+    ]
+
+
+def test_the_notebook(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It runs, and holds what it shows; to renew it: jupyter execute --inplace FILE."""
+    nbclient = pytest.importorskip("nbclient")
+    nbformat = pytest.importorskip("nbformat")
+    file = EXAMPLES / "notebook.ipynb"
+    assert file.stat().st_size < 1_000_000
+    stored = json.loads(file.read_text(encoding="utf-8"))["cells"]
+    notebook = nbformat.read(file, as_version=4)
+    monkeypatch.setenv("PYTHONPATH", str(Path(mlx_sora.__file__).parents[1]))
+    nbclient.NotebookClient(
+        notebook, timeout=120, kernel_name="python3", resources={"metadata": {"path": tmp_path}}
+    ).execute()
+    assert outputs(notebook.cells) == outputs(stored), "store it anew"
+    assert sum("text/html" in kinds for cell in outputs(stored) for kinds in cell) >= 5
+    assert "<video" in str(stored)
+    assert (tmp_path / "circle.gif").stat().st_size > 500
