@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from mlx_sora.cli.awake import add_sleep_flag
 from mlx_sora.cli.flags import add_debug_flag, add_quiet_flag
 from mlx_sora.cli.progress import Bars, human_bytes
+from mlx_sora.errors import UsageError
 from mlx_sora.request.generation import FLOAT_DTYPES
 
 if TYPE_CHECKING:
@@ -33,7 +34,13 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "source", metavar="SRC", help="model to read: shapes, opensora-1.2 or a folder"
     )
-    parser.add_argument("target", metavar="DST", type=Path, help="folder to write")
+    parser.add_argument(
+        "target",
+        metavar="DST",
+        type=Path,
+        nargs="?",
+        help="folder to write; default: such as SRC-8bit, in the folder of models",
+    )
     add_quantize_flag(parser)
     parser.add_argument(
         "--dtype",
@@ -67,14 +74,19 @@ def add_quantize_flag(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Convert and print the path of the new model."""
-    from mlx_sora.loading.model_folder import find_model
+    from mlx_sora.loading.model_folder import find_model, weights_root
     from mlx_sora.manage.conversion_plan import ConversionOptions
     from mlx_sora.manage.convert import convert
 
+    source = find_model(args.source)
+    kinds = [f"{args.quantize}bit" if args.quantize else None, args.dtype]
+    if args.target is None and kinds == [None, None]:
+        raise UsageError("The new model needs a name.", "Give its folder as DST.")
+    name = "-".join([source.path.resolve().name, *(kind for kind in kinds if kind)])
     with Bars(args.quiet, "Finished files are kept; the same command continues.") as bars:
         result = convert(
-            find_model(args.source),
-            args.target,
+            source,
+            args.target or weights_root() / name,
             ConversionOptions(args.quantize, args.dtype),
             overwrite=args.overwrite,
             check=args.check,

@@ -21,8 +21,10 @@ _EPILOG = """\
 --quantize also writes opensora-1.2-8bit or -4bit and keeps the download beside it, to convert it
 again without the network; --remove-original removes the download.
 Parts are transformer, vae, text_encoder and tokenizer. $MLX_SORA_SOURCE_TRANSFORMER etc. set
-sources as --source does; $MLX_SORA_WEIGHTS is the folder of models, $HF_ENDPOINT the server,
-$HF_TOKEN a login. An interrupted download continues when the command is run again.
+sources as --source does; $MLX_SORA_WEIGHTS is the folder of models (default: `models` in the cache
+folder of the user), $HF_ENDPOINT the server, $HF_TOKEN a login. Files that `hf download` has put
+into the hub's cache are linked; with HF_HUB_OFFLINE=1 no server is asked. An interrupted download
+continues when the command is run again.
 """
 
 
@@ -66,11 +68,11 @@ def run(args: argparse.Namespace) -> int:
     if args.model != MODEL:
         raise UsageError(
             f"{args.model!r} cannot be downloaded.",
-            f"Give {MODEL}; shapes is bundled, and any other model is a folder of yours.",
+            f"Give {MODEL}; `python -m mlx_sora models` lists what is here.",
         )
     if args.remove_original and args.quantize is None:
         raise UsageError("--remove-original needs --quantize.", "Add --quantize 8 or 4.")
-    from mlx_sora.loading.model_folder import weights_root
+    from mlx_sora.loading.model_folder import QUANTIZED_MODELS, model_path
     from mlx_sora.manage.download import download, download_quantized
     from mlx_sora.manage.hub import Hub
     from mlx_sora.manage.sources import choose_endpoint, choose_sources
@@ -80,10 +82,10 @@ def run(args: argparse.Namespace) -> int:
     result: DownloadResult | None
     with Bars(args.quiet, "Fetched data is kept; the same command continues.") as bars:
         if args.quantize is None:
-            result = download(weights_root(), sources, hub, bars.show, check=args.check)
+            result = download(model_path(MODEL).parent, sources, hub, bars.show, check=args.check)
         else:
             quantized = download_quantized(
-                weights_root(),
+                model_path(QUANTIZED_MODELS[args.quantize]).parent,
                 sources,
                 hub,
                 bars.show,
@@ -93,7 +95,9 @@ def run(args: argparse.Namespace) -> int:
             )
             result = quantized.download
     if result is not None and result.is_new:
-        bars.note(f"{human_bytes(result.fetched_bytes)} fetched, everything verified")
+        linked = f"{human_bytes(result.linked_bytes)} linked from the hub's cache, "
+        fetched = f"{human_bytes(result.fetched_bytes)} fetched, everything verified"
+        bars.note((linked if result.linked_bytes else "") + fetched)
     else:
         bars.note("already here" + (", all checksums are right" if args.check else ""))
     if quantized is not None:

@@ -156,7 +156,9 @@ def missing_parts(path: Path) -> list[str]:
 
 def other_model_fix(path: Path) -> str:
     """Return what to give in place of a folder or file that is no model."""
-    inner = [path.parent, *(visible_files(path, "*") if path.is_dir() else [])]
+    inner = [path.parent]
+    for pattern in ("*", "snapshots/*") if path.is_dir() else ():  # a repository in the hub's cache
+        inner += visible_files(path, pattern)
     for folder in inner:
         if folder.is_dir() and not missing_parts(folder):
             return f"Give the model folder: {shell_words('--model', folder)}"

@@ -14,12 +14,15 @@ from pathlib import Path
 
 import mlx.core as mx
 
+from mlx_sora.accel.schedules import FOLDER as TABLES
 from mlx_sora.errors import UsageError, WeightsError
 from mlx_sora.loading.checkpoint import Checkpoint
 from mlx_sora.loading.model_folder import PARTS, ModelFolder
 from mlx_sora.loading.networks import match_part, quantizable_layers
 from mlx_sora.loading.quantization import BLOCK_PATH, CONFIG_KEY, Quantization, packed_names
 from mlx_sora.loading.safetensors import FLOATS, TensorInfo
+from mlx_sora.utils.files import visible_files
+from mlx_sora.video.preview import PREVIEW_FILE
 
 INDEX = "model.safetensors.index.json"
 
@@ -198,7 +201,7 @@ def index_text(shards: Sequence[ShardPlan]) -> str:
 
 
 def other_files(model: ModelFolder, options: ConversionOptions) -> Iterator[tuple[str, bytes]]:
-    """Yield path and content of all files except weights and their indexes."""
+    """Yield path and content of all files that are written, except weights and their indexes."""
     for part in PARTS:
         config = model.config(part)
         if part != "vae" and options.quantization is not None:
@@ -208,6 +211,15 @@ def other_files(model: ModelFolder, options: ConversionOptions) -> Iterator[tupl
     index = model.path / "model_index.json"
     if index.is_file():
         yield index.name, index.read_bytes()
+    yield from companion_files(model.path)
+
+
+def companion_files(folder: Path) -> Iterator[tuple[str, bytes]]:
+    """Yield path and content of a model's preview map and step tables, which no part needs."""
+    tables = visible_files(folder / TABLES, "*.json")
+    for file in (folder / PREVIEW_FILE, *tables):
+        if file.is_file():
+            yield file.relative_to(folder).as_posix(), file.read_bytes()
 
 
 def source_files(model: ModelFolder, shards: Sequence[ShardPlan]) -> list[Path]:

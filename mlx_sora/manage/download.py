@@ -23,11 +23,12 @@ from mlx_sora.loading.model_folder import (
     WEIGHTS_VARIABLE,
     ModelFolder,
     missing_parts,
+    model_path,
 )
 from mlx_sora.loading.quantization import Quantization
-from mlx_sora.manage.conversion_plan import ConversionOptions
+from mlx_sora.manage.conversion_plan import ConversionOptions, companion_files
 from mlx_sora.manage.convert import ConversionResult, convert
-from mlx_sora.manage.hub import Hub, RemoteFile
+from mlx_sora.manage.hub import Hub, RemoteFile, cached_copies
 from mlx_sora.manage.progress import ProgressCallback, byte_counter
 from mlx_sora.manage.provenance import FileOrigin, Provenance
 from mlx_sora.manage.sources import PartSource
@@ -56,11 +57,15 @@ _SPACE_FIX = f"Make room, or set {WEIGHTS_VARIABLE} to a folder on another disk.
 
 @dataclass(frozen=True)
 class DownloadResult:
-    """A downloaded model. is_new: False if it was already there."""
+    """A downloaded model.
+
+    is_new: False if it was already there. linked_bytes: those taken from the hub's cache.
+    """
 
     path: Path
     fetched_bytes: int
     is_new: bool
+    linked_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -83,6 +88,8 @@ def download(
 ) -> DownloadResult:
     """Download `sources` to `root`/opensora-1.2. Fetches only what is missing.
 
+    What `hf download` put into the hub's cache is linked, not copied.
+
     A model of the same sources is left alone if its file sizes (check: and checksums) are right,
     else replaced when the new one is complete. extra_space: disk space to require in addition, as a
     share of all files. Raises WeightsError for faults of network, server and disk.
@@ -101,7 +108,7 @@ def download(
             refuse_unknown_files(target, {*present.files, *RECORDS})
         files = [file for source in sources for file in hub.files(source)]
         staging = _prepare_staging(target.parent, files)
-        checksums = _reuse_files(files, staging, target, on_progress)
+        checksums, linked = _reuse_files(files, staging, target, on_progress)
         missing = _missing_bytes(staging, [f for f in files if f.path not in checksums])
         if missing:
             missing += int(extra_space * sum(file.size for file in files))
@@ -118,7 +125,7 @@ def download(
         Statistics.measure(staging, on_progress).write(staging)
         Provenance(PUBLISHED, hub.address, origins).write(staging)
         replace_folder(staging, target)
-        return DownloadResult(target, fetched, True)
+        return DownloadResult(target, fetched, True, linked)
 
 
 def download_quantized(
@@ -133,11 +140,13 @@ def download_quantized(
 ) -> QuantizedDownload:
     """Download `sources` and convert them to `root`/opensora-1.2-8bit (or -4bit).
 
+    A model downloaded earlier is converted where it lies.
+
     If that model is there, of the same sources and undamaged (check: by checksums), no server is
     contacted. remove_original: delete the download when the conversion is complete.
     Raises WeightsError.
     """
-    target, original = root / QUANTIZED_MODELS[bits], root / PUBLISHED
+    target, original = root / QUANTIZED_MODELS[bits], model_path(PUBLISHED)
     present = installed_model(target)
     downloaded: DownloadResult | None = None
     if (
@@ -148,7 +157,9 @@ def download_quantized(
         conversion = ConversionResult(target, present.nbytes, len(present.files), False)
     else:
         space = _CONVERSION_SHARE[bits]
-        downloaded = download(root, sources, hub, on_progress, check=check, extra_space=space)
+        downloaded = download(
+            original.parent, sources, hub, on_progress, check=check, extra_space=space
+        )
         conversion = convert(
             ModelFolder.open(downloaded.path),
             target,
@@ -157,7 +168,8 @@ def download_quantized(
             check=check,
             on_progress=on_progress,
         )
-    return QuantizedDownload(downloaded, conversion, remove_original and _remove_original(original))
+    removed = remove_original and _remove_original(original, target)
+    return QuantizedDownload(downloaded, conversion, removed)
 
 
 def installed_model(target: Path) -> Provenance | None:
@@ -214,22 +226,37 @@ def _partial_path(staging: Path, file: RemoteFile) -> Path:
 
 def _reuse_files(
     files: Sequence[RemoteFile], staging: Path, target: Path, on_progress: ProgressCallback
-) -> dict[str, str]:
-    """Return the SHA-256 of the files of an earlier attempt or of the old model."""
+) -> tuple[dict[str, str], int]:
+    """Place the files of an earlier attempt, of the old model and of the hub's cache.
+
+    Return their SHA-256, and the bytes of the last kind.
+    """
     checksums: dict[str, str] = {}
+    linked = 0
     for file in files:
         counter = byte_counter(on_progress, "check", file.path, file.size)
-        place, old = staging / file.path, target / file.path
+        place = staging / file.path
         found = file.matches(place, counter)
-        if found is None:
-            place.unlink(missing_ok=True)
-            found = file.matches(old, counter)
-            if found is not None:
-                with suppress(OSError):  # a file system without hard links: fetch it again
-                    os.link(old, place)
-        if found is not None and place.is_file():
+        if found is not None:
             checksums[file.path] = found
-    return checksums
+            continue
+        place.unlink(missing_ok=True)
+        for copy in (target / file.path, *cached_copies(file)):
+            found = file.matches(copy, counter)
+            if found is not None and _link(copy, place, symbolic=copy.parent.parent != target):
+                checksums[file.path] = found
+                linked += 0 if copy == target / file.path else file.size
+                break
+    return checksums, linked
+
+
+def _link(file: Path, place: Path, *, symbolic: bool) -> bool:
+    """Give `file` the second name `place`; return False if the disks cannot."""
+    for link in (os.link, os.symlink) if symbolic else (os.link,):
+        with suppress(OSError):  # another disk, or a file system without links
+            link(file, place)
+            return True
+    return False
 
 
 def _missing_bytes(staging: Path, files: Sequence[RemoteFile]) -> int:
@@ -280,13 +307,22 @@ def _is_conversion_of(present: Provenance, sources: Sequence[PartSource], bits: 
     )
 
 
-def _remove_original(original: Path) -> bool:
-    """Remove the download if there is one. Raises WeightsError if its folder holds other files."""
+def _remove_original(original: Path, conversion: Path) -> bool:
+    """Remove the download if there is one.
+
+    Raises WeightsError if its folder holds other files, which are not in its conversion, either.
+    """
     if not original.exists():
         return False
     folder = original.resolve()
     provenance = Provenance.read(folder)
     with disk_errors(folder, "Remove it by hand."):
-        refuse_unknown_files(folder, {*provenance.files, *RECORDS} if provenance else ())
+        known = {
+            name
+            for name, content in companion_files(folder)
+            if (conversion / name).is_file() and (conversion / name).read_bytes() == content
+        }
+        known |= {*provenance.files, *RECORDS} if provenance else set()
+        refuse_unknown_files(folder, known)
         shutil.rmtree(folder)
     return True

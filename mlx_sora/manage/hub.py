@@ -31,6 +31,9 @@ ATTEMPTS = 3
 #: Seconds between two attempts.
 RETRY_DELAY = 1.0
 
+#: SHA-256, or git's SHA-1.
+_CHECKSUM = r"[0-9a-f]{40}|[0-9a-f]{64}"
+
 _RETRY_FIX = "Run the command again; it continues where it stopped."
 
 
@@ -76,10 +79,14 @@ class Hub:
     def files(self, source: PartSource) -> list[RemoteFile]:
         """List the files of `source` that a model folder needs, at one commit.
 
-        Raises WeightsError for an unreachable server, for an unknown, gated or pickle-only
-        repository, and for an invalid answer.
+        With HF_HUB_OFFLINE set, they are those of the hub's cache. Raises WeightsError for an
+        unreachable server, for an unknown, gated or pickle-only repository, and for an invalid
+        answer.
         """
-        from huggingface_hub import HfApi
+        from huggingface_hub import HfApi, constants
+
+        if constants.HF_HUB_OFFLINE:
+            return _cached_listing(source)
 
         api = HfApi(self.endpoint, library_name="mlx_sora", library_version=__version__)
         with self._client_errors(str(source)):
@@ -156,7 +163,7 @@ class Hub:
             with self._client_errors(f"{source} {name}"):
                 facts = get_hf_file_metadata(url)
             size, checksum = facts.size, facts.etag
-        known = re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", str(checksum))
+        known = re.fullmatch(_CHECKSUM, str(checksum))
         if known is None or type(size) is not int or size < 0:
             raise WeightsError(
                 f"{self.address} states no size and checksum of {name} in {source.repo}.",
@@ -175,6 +182,45 @@ class Hub:
             raise
         except Exception as error:
             raise _user_error(error, subject, self.address) from error
+
+
+def cached_copies(file: RemoteFile) -> Iterator[Path]:
+    """Yield the places of `file` in the hub's cache, where `hf download` put it; unchecked."""
+    from huggingface_hub import constants, try_to_load_from_cache
+    from huggingface_hub.file_download import repo_folder_name
+
+    found = try_to_load_from_cache(file.repo, file.name, revision=file.revision)
+    if isinstance(found, str):
+        yield Path(found).resolve()
+    # Another commit may hold the same content, which is named after its checksum.
+    repo = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=file.repo, repo_type="model")
+    yield repo / "blobs" / file.checksum
+
+
+def _cached_listing(source: PartSource) -> list[RemoteFile]:
+    """List the files of `source` at the commit in the hub's cache. Raises WeightsError."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        found = snapshot_download(source.repo, revision=source.revision, local_files_only=True)
+        snapshot = Path(str(found))
+        files = {path.relative_to(snapshot).as_posix(): path for path in snapshot.rglob("*")}
+        names = choose_files(source, [name for name, path in files.items() if path.is_file()])
+    except (OSError, ValueError, WeightsError) as error:
+        message = f"HF_HUB_OFFLINE is set, and the hub's cache does not hold all of {source}."
+        raise WeightsError(message, "Unset it.") from error
+    blobs = {name: files[name].resolve() for name in names}
+    return [
+        RemoteFile(
+            f"{source.part}/{name.rpartition('/')[2]}",
+            source.repo,
+            snapshot.name,
+            name,
+            blob.stat().st_size,
+            blob.name if re.fullmatch(_CHECKSUM, blob.name) else git_sha1(blob),
+        )
+        for name, blob in blobs.items()
+    ]
 
 
 class _TooLongError(Exception):

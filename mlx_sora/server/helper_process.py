@@ -107,6 +107,7 @@ def models() -> dict[str, Any]:
     from dataclasses import asdict
 
     from mlx_sora.loading.model_folder import ModelFolder, model_names, model_path
+    from mlx_sora.manage.models import default_fit
 
     found = []
     for name in model_names():
@@ -121,6 +122,7 @@ def models() -> dict[str, Any]:
                 facts
                 | {"description": card.guide(), "examples": card.prompts}
                 | {"sizes": card.sizes or _SIZES, "frames": card.num_frames or _FRAMES}
+                | {"fits": default_fit(model).fits}
             )
     return {"models": found}
 

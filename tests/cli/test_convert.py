@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from mlx_sora.cli.main import main
-from mlx_sora.manage.convert import staging_folder
+from mlx_sora.loading.model_folder import WEIGHTS_VARIABLE, bundled_folder
+from mlx_sora.manage.convert import ConversionResult, staging_folder
 from mlx_sora.video.metadata import read_metadata
 
 GENERATE = ["generate", "--steps", "2", "--num-frames", "1", "--seed", "3", "--quiet", "-p"]
@@ -22,6 +23,9 @@ def test_convert_and_use(folder: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert captured.err.endswith("MB written\n")
     assert main(["convert", "shapes", "small", "-q", "8"]) == 0
     assert capsys.readouterr().err == "already converted\n"
+
+    for name in ("preview.json", "step_cache/30-steps-64x64-17.json"):
+        assert (folder / "small" / name).read_bytes() == (bundled_folder() / name).read_bytes()
 
     assert main(["info", "--model", "small"]) == 0
     out = capsys.readouterr().out
@@ -137,3 +141,18 @@ def test_an_interruption_says_how_to_go_on(
     assert main(["convert", "shapes", "small", "-q", "8"]) == 0
     assert "13 files of an earlier attempt reused" in capsys.readouterr().err
     assert [path.name for path in folder.iterdir()] == ["small"]
+
+
+def test_a_new_model_without_a_name_gets_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def convert(model: object, target: Path, *_: object, **__: object) -> ConversionResult:
+        return ConversionResult(target, 0, 0, True)
+
+    monkeypatch.setattr("mlx_sora.manage.convert.convert", convert)
+    monkeypatch.setenv(WEIGHTS_VARIABLE, str(tmp_path))
+    for words, name in ((["-q", "8"], "shapes-8bit"), (["--dtype", "float16"], "shapes-float16")):
+        assert main(["convert", "shapes", *words]) == 0
+        assert capsys.readouterr().out == f"{tmp_path / name}\n"
+    assert main(["convert", "shapes"]) == 2
+    assert "needs a name" in capsys.readouterr().err

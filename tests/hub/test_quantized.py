@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
 from mlx_sora.cli.main import main
-from mlx_sora.loading.model_folder import PUBLISHED, QUANTIZED_MODELS, WEIGHTS_VARIABLE, find_model
+from mlx_sora.loading.model_folder import (
+    PUBLISHED,
+    QUANTIZED_MODELS,
+    WEIGHTS_VARIABLE,
+    bundled_folder,
+    find_model,
+)
 from mlx_sora.manage.provenance import Provenance
 from mlx_sora.manage.sources import ENDPOINT_VARIABLE
 from tests.helpers.hub_server import FakeHub, Repo
@@ -77,9 +84,12 @@ def test_download_doctor_generate(
 def test_the_original_goes_when_asked_and_is_not_missed(
     root: Path, hub: FakeHub, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    assert main(["download", PUBLISHED, "--quiet"]) == 0
+    shutil.copy(bundled_folder() / "preview.json", root / PUBLISHED)
     assert main([*COMMAND, "--remove-original"]) == 0
     assert capsys.readouterr().err.endswith("the download is removed\n")
     assert [path.name for path in root.iterdir()] == [MADE]
+    assert (root / MADE / "preview.json").is_file()
     assert find_model().path == root / MADE
     hub.requests.clear()
     for words in ([], ["--check"]):
