@@ -1,90 +1,94 @@
 """Fits the map behind --preview-every to the VAE of the bundled model, and says how near it comes.
 
-    python -m benchmarks.preview [--clips 48]
+    python -m benchmarks.preview [--clips 200] [--steps 6000] [--sheet FILE.png]
+    python -m benchmarks.preview --clips 0      judges the map that is there
 
-Clips that the world of the model draws are encoded; the map is the least-squares one from their
-latents to what the VAE decodes from them, at the size of the latents. It is judged on clips of
-held-out combinations: PSNR of the enlarged preview to the frame in the middle of those that each
-latent stands for. Writes preview.json into the model's folder.
+Clips that the world of the model draws are encoded and decoded by the VAE; `pipeline/preview_fit`
+fits the map to them. It is judged on clips of held-out combinations: PSNR of the preview to the
+frame in the middle of those that each latent stands for. Writes preview.json into the model's
+folder; `python -m tests.invariants.bundled` then renews the records of that folder. --sheet: a
+picture of held-out clips, previews above what the VAE shows.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
+import mlx.core as mx
 import numpy as np
 
 import mlx_sora  # noqa: F401  (before mlx.core, so that the fast BLAS is in place)
+from benchmarks.common import RESULTS, seconds, write_json
 from benchmarks.shapes import world
-from mlx_sora.conditioning.media import frames_by_latent
 from mlx_sora.loading.model_folder import BUNDLED, find_model
 from mlx_sora.loading.networks import load_vae
-from mlx_sora.video.frames import to_uint8
-from mlx_sora.video.preview import PREVIEW_FILE, SCALE, LatentToRGB, neighbourhoods
+from mlx_sora.loading.preview_map import load_preview_map, save_preview_map, vae_numbers
+from mlx_sora.models.preview_map import PreviewMap
+from mlx_sora.models.vae import VideoVAE
+from mlx_sora.pipeline.preview import map_latents
+from mlx_sora.pipeline.preview_fit import FRAMES, PreviewClip, encode_clip, fit_preview_map, psnr
+from mlx_sora.video.preview import PREVIEW_FILE, enlarge
 
-FRAMES, HELD_OUT = 17, 16
-SHOWN = frames_by_latent(FRAMES)
-ALONE = [len(frames) == 1 for frames in SHOWN]
-
-
-def clips(
-    choices: Sequence[world.Attributes], count: int
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Latents [T, h, w, C] of random clips, and what the VAE makes of them, [F, H, W, 3]."""
-    import mlx.core as mx
-
-    vae, rng = load_vae(find_model(BUNDLED), ("encoder", "decoder")), np.random.default_rng(0)
-    for _ in range(count):
-        _, frames = world.random_clip(rng, list(choices), FRAMES)
-        z = vae.encode(mx.array(frames)[None].astype(mx.float32) / 127.5 - 1)
-        decoded = np.concatenate([to_uint8(chunk) for chunk in vae.decode_chunks(z, FRAMES)])
-        yield np.array(z)[0], decoded.astype(np.float32) / 255
+HELD_OUT = 16
 
 
-def fit(pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
-    """The map [2, 9 * C + 1, 3] for latents of one frame and of several."""
-    maps = []
-    for one in (True, False):
-        chosen = [t for t, alone in enumerate(ALONE) if alone == one]
-        inputs = np.concatenate([_rows(neighbourhoods(z)[chosen]) for z, _ in pairs])
-        wanted = np.concatenate([_rows(_small(frames)[chosen]) for _, frames in pairs])
-        maps.append(np.linalg.lstsq(inputs, wanted, rcond=None)[0])
-    return np.stack(maps)
+def clips(vae: VideoVAE, choices: Sequence[world.Attributes], count: int) -> list[PreviewClip]:
+    """Return random clips of the world as the VAE shows them."""
+    rng = np.random.default_rng(0)
+    drawn = (world.random_clip(rng, list(choices), FRAMES)[1] for _ in range(count))
+    return [encode_clip(vae, frames) for frames in drawn]
 
 
-def judged(found: LatentToRGB, pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> float:
-    """Mean PSNR in dB of previews to the frames in the middle of those that they stand for."""
-    middles = [span[len(span) // 2] for span in SHOWN]
-    errors = [
-        np.square(found.decode(z, ALONE) / 255 - frames[middles]).mean() for z, frames in pairs
-    ]
-    return float(np.mean(-10 * np.log10(errors)))
-
-
-def _small(frames: np.ndarray) -> np.ndarray:
-    """Means over the frames and pixels that each latent stands for, [T, h, w, 3]."""
-    means = np.stack([frames[list(span)].mean(axis=0) for span in SHOWN])
-    count, height, width, colours = means.shape
-    blocks = means.reshape(count, height // SCALE, SCALE, width // SCALE, SCALE, colours)
-    return blocks.mean(axis=(2, 4))
-
-
-def _rows(x: np.ndarray) -> np.ndarray:
-    return x.reshape(-1, x.shape[-1])
+def sheet(found: PreviewMap, shown: Sequence[PreviewClip]) -> np.ndarray:
+    """Return previews of clips above the VAE's frames, enlarged, uint8 [H, W, 3]."""
+    rows = []
+    for clip in shown:
+        preview = np.array(found(clip.latents, clip.chunks, found.patch))
+        rows += [np.concatenate(list(each), axis=1) for each in (preview, clip.frames)]
+    columns = [np.concatenate(rows[i : i + 8], axis=0) for i in range(0, len(rows), 8)]
+    picture = np.rint(np.concatenate(columns, axis=1) * 255).astype(np.uint8)
+    return enlarge(picture[None], 2)[0]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--clips", type=int, default=48, help="to fit to, default 48")
+    parser.add_argument("--clips", type=int, default=200, help="to fit to, default 200")
+    parser.add_argument("--steps", type=int, default=6000, help="of the fit, default 6000")
+    parser.add_argument("--sheet", help="png of held-out clips to write")
     asked = parser.parse_args()
-    seen, held_out = world.split()
-    weights = fit(list(clips(seen, asked.clips)))
-    psnr = judged(LatentToRGB(weights, 0.0), list(clips(held_out, HELD_OUT)))
-    record = {"psnr": round(psnr, 1), "clips": asked.clips, "weights": weights.round(4).tolist()}
-    (find_model(BUNDLED).path / PREVIEW_FILE).write_text(json.dumps(record) + "\n")
-    print(f"{psnr:.1f} dB to the VAE on {HELD_OUT} held-out clips")
+    model, (seen, unseen) = find_model(BUNDLED), world.split()
+    vae, path = load_vae(model, ("encoder", "decoder")), model.path / PREVIEW_FILE
+    held_out = clips(vae, unseen, HELD_OUT)
+    if asked.clips:
+        numbers, fitted = vae_numbers(model, vae), clips(vae, seen, asked.clips)
+        fit = fit_preview_map(fitted, held_out, numbers, asked.steps)
+        save_preview_map(path, fit, overwrite=True)
+    found = load_preview_map(model, vae.config.temporal.embed_dim)
+    assert found is not None, "it was fitted"
+    result = judged(found, held_out) | {"bytes": path.stat().st_size}
+    print(result)
+    write_json(RESULTS / "preview.json", result)
+    if asked.sheet:
+        from PIL import Image
+
+        Image.fromarray(sheet(found, held_out)).save(asked.sheet)
+
+
+def judged(found: PreviewMap, held_out: Sequence[PreviewClip]) -> dict[str, object]:
+    """Return dB to the VAE on held-out clips, and milliseconds of a preview of 17 frames."""
+    values = [psnr(found, clip) for clip in held_out]
+    z = held_out[0].latents
+    times = [seconds(lambda: map_latents(found, z, FRAMES)) for _ in range(21)]
+    wide = mx.random.normal((15, 30, 53, z.shape[-1]))
+    wide_times = [seconds(lambda: map_latents(found, wide, 51)) for _ in range(5)]
+    return {
+        "clips": len(values),
+        "psnr": round(float(np.mean(values)), 2),
+        "worst_psnr": round(min(values), 2),
+        "ms_17_frames_64x64": round(1000 * float(np.median(times)), 1),
+        "ms_51_frames_240p": round(1000 * float(np.median(wide_times)), 1),
+    }
 
 
 if __name__ == "__main__":

@@ -40,15 +40,19 @@ class ScheduleTable:
     errors: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     about: Mapping[str, Any] = field(default_factory=dict)
 
-    def write(self, path: Path) -> None:
-        """Write the table as JSON, atomically. Raises UsageError."""
+    def write(self, path: Path, *, overwrite: bool = False) -> Path:
+        """Write the table as JSON, atomically; return where. Raises UsageError.
+
+        Without `overwrite`, an existing file stays, and the table gets a free name beside it.
+        """
         # Lists of numbers on one line each: they are read by people, too.
         text = re.sub(r"\n +(\d+,?)(?=\n)", r" \1", json.dumps(asdict(self), indent=1))
         text = re.sub(r"\[ (.*)\n +\]", r"[\1]", text)
         with explain_os_errors(path, UsageError):
             path.parent.mkdir(parents=True, exist_ok=True)
-            with atomic_write(path, overwrite=True, error=UsageError) as file:
+            with atomic_write(path, overwrite, error=UsageError) as file:
                 file.partial.write_text(text + "\n", encoding="utf-8")
+        return file.path
 
 
 def table_path(model: Path, steps: int, size: tuple[int, int, int]) -> Path:

@@ -1,4 +1,4 @@
-"""`calibrate`: search the steps in which the step cache should run the blocks."""
+"""`calibrate`: search schedules of the step cache, or fit the preview map."""
 
 from __future__ import annotations
 
@@ -10,23 +10,26 @@ from typing import Any
 
 from mlx_sora.cli.awake import add_sleep_flag
 from mlx_sora.cli.flags import add_debug_flag, add_quiet_flag, add_request_flags, explicit_options
+from mlx_sora.cli.progress import open_bar
+from mlx_sora.errors import UsageError
+from mlx_sora.request.generation import label
 
 
 def add_parser(commands: Any) -> None:
     """Add the command."""
     parser = commands.add_parser(
         "calibrate",
-        help="search schedules for --step-cache table:N",
+        help="search schedules for --step-cache table:N, or fit previews to a model",
         description="Find, for each N, the best N steps in which to run the transformer blocks, "
         "on a few prompts. Writes a small JSON file, by default into the model folder, that "
         "--step-cache table:N uses for the same number of steps and size. Takes little longer than "
-        "making the videos.",
+        "making the videos. With --preview: fit the map that shows previews without the VAE.",
     )
     parser.add_argument(
         "--prompt",
         "-p",
         action="append",
-        required=True,
+        default=[],
         dest="prompts",
         metavar="TEXT",
         help="prompt to search on; repeat it for several prompts, three or more are best",
@@ -46,6 +49,22 @@ def add_parser(commands: Any) -> None:
         metavar="FILE",
         help="JSON file to write; default: in the model folder",
     )
+    parser.add_argument(
+        "--overwrite", dest="replace", action="store_true", help="replace an existing file"
+    )
+    parser.add_argument(
+        "--preview",
+        action="store_true",
+        help="fit the map behind --preview-every to the VAE of the model; takes a minute or so",
+    )
+    parser.add_argument(
+        "--material",
+        nargs="+",
+        default=[],
+        type=os.path.expanduser,
+        metavar="FILE",
+        help="videos and images to fit the map to; default: drawn shapes and patterns",
+    )
     add_request_flags(parser, "calibrate")
     add_quiet_flag(parser)
     parser.hide(add_sleep_flag(parser))
@@ -54,29 +73,70 @@ def add_parser(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Search, write the table and print its path."""
-    from mlx_sora.accel.schedules import FOLDER, table_path
-    from mlx_sora.errors import UsageError
+    """Write the schedules, or the preview map, and print the path."""
+    print(_fit_preview(args) if args.preview else _search_schedules(args))
+    return 0
+
+
+def _search_schedules(args: argparse.Namespace) -> Path:
+    from mlx_sora.accel.schedules import table_path
     from mlx_sora.pipeline.calibrate import calibrate, requests_for
     from mlx_sora.pipeline.pipeline import Pipeline
     from mlx_sora.utils.obstacles import check_result_file
 
+    if args.material or not args.prompts:
+        raise UsageError("--prompt is missing.", "Give --prompt TEXT, or --preview.")
     if not 1 <= args.reach <= 100:
         raise UsageError(f"--reach {args.reach} is out of range.", "Give 1 to 100.")
     requests = requests_for(args.prompts, explicit_options(args))
     for request in requests:
         request.validate()
     pipeline = Pipeline.from_pretrained(requests[0].model, dtype=requests[0].dtype)
-    check_result_file(Path(args.table) if args.table else pipeline.model.path / FOLDER / "table")
+    settings = pipeline.prepare(requests[0]).settings
+    size = (*settings.geometry.size, settings.geometry.num_frames)
+    default = table_path(pipeline.model.path, settings.steps, size)
+    path = Path(args.table) if args.table else default
+    check_result_file(path, overwrite=args.replace)
 
     def show_progress(done: int) -> None:
         if not args.quiet:
             print(f"{done} of {len(requests)} prompts done", file=sys.stderr)
 
     table = calibrate(pipeline.engine, requests, args.reach, show_progress)
-    size = (table.width, table.height, table.num_frames)
-    default = table_path(pipeline.model.path, table.steps, size)
-    path = Path(args.table) if args.table else default
-    table.write(path)
-    print(path)
-    return 0
+    return table.write(path, overwrite=args.replace)
+
+
+def _fit_preview(args: argparse.Namespace) -> Path:
+    from mlx_sora.loading.model_folder import find_model
+    from mlx_sora.loading.preview_map import save_preview_map
+    from mlx_sora.pipeline.preview_fit import fit_model, material_clips
+    from mlx_sora.utils.obstacles import check_result_file
+    from mlx_sora.video.preview import PREVIEW_FILE
+
+    others = [label(name) for name in explicit_options(args) if name != "model"]
+    if args.prompts or others:
+        raise UsageError(
+            f"{(*others, '--prompt')[0]} has no effect on the preview map.", "Leave it out."
+        )
+    model = find_model(getattr(args, "model", None))
+    path = Path(args.table) if args.table else model.path / PREVIEW_FILE
+    check_result_file(path, overwrite=args.replace)
+    clips = material_clips(model, args.material)
+    bars: dict[str, Any] = {}
+
+    def show_progress(stage: str, done: int, total: int) -> None:
+        if args.quiet:
+            return
+        if stage not in bars:
+            bars[stage] = open_bar(total=total, desc=stage)
+        bars[stage].update(done - bars[stage].n)
+        if done == total:
+            bars[stage].close()
+
+    found = fit_model(model, clips, show_progress)
+    if not args.quiet:
+        text = (
+            f"previews are {found.psnr:.1f} dB from the VAE's frames, on clips left out of the fit"
+        )
+        print(text, file=sys.stderr)
+    return save_preview_map(path, found, overwrite=args.replace)

@@ -101,7 +101,7 @@ class BarRenderer:
     def _open(self) -> None:
         self.close()
         progress = self._progress
-        self._bar = _open_bar(
+        self._bar = open_bar(
             total=progress.total, initial=progress.done, desc=progress_title(progress)
         )
 
@@ -243,7 +243,7 @@ class Bars:
         if self._file != (progress.action, progress.path):
             self.close()
             self._file = (progress.action, progress.path)
-            self._bar = _open_bar(
+            self._bar = open_bar(
                 total=progress.total,
                 # Bytes of an earlier download count as done, not as speed.
                 initial=progress.done if progress.action == "fetch" else 0,
@@ -292,7 +292,8 @@ class PlainBar:
         print(f"{line}, {self._text}" if self._text else line, file=sys.stderr, flush=True)
 
 
-def _open_bar(**options: Any) -> Any:
+def open_bar(**options: Any) -> Any:
+    """Return a bar of tqdm on a terminal, else a PlainBar."""
     if not sys.stderr.isatty():
         return PlainBar(**options)
     from tqdm import tqdm

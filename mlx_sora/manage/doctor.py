@@ -40,6 +40,7 @@ from mlx_sora.loading.model_folder import (
 )
 from mlx_sora.loading.networks import match_part
 from mlx_sora.loading.other_models import describe_other_model
+from mlx_sora.loading.preview_map import load_preview_map
 from mlx_sora.loading.quantization import Quantization, count_parameters
 from mlx_sora.loading.safetensors import FLOATS, PACKED, TensorInfo, memory_dtype
 from mlx_sora.manage.convert import staging_folder
@@ -56,7 +57,6 @@ from mlx_sora.request.generation import GenerationRequest
 from mlx_sora.runtime.device import blas_notice, describe_machine, total_memory
 from mlx_sora.text.tokenizer import PUBLISHED_IDS, Tokenizer
 from mlx_sora.utils.files import visible_files
-from mlx_sora.video.preview import LatentToRGB
 
 #: A request of the model's defaults.
 _DEFAULTS = GenerationRequest(prompt="a test", seed=0, output=None, memory_budget="off")
@@ -211,7 +211,7 @@ class ModelChecker:
             with suppress(MemoryBudgetError):  # which is not for the model to mend
                 prepare(Engine(model, "auto", Ranks()), _DEFAULTS)
             channels = stdit3.STDiT3Config.from_dict(model.config("transformer")).in_channels
-            LatentToRGB.load(model.path, channels)
+            load_preview_map(model, channels)
             for file in visible_files(self.path / FOLDER, "*.json"):
                 table = read_table(file)
                 size = (table.width, table.height, table.num_frames)

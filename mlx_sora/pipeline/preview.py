@@ -5,24 +5,34 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
+from math import gcd
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import mlx.core as mx
 
-from mlx_sora.conditioning.media import frames_by_latent
 from mlx_sora.errors import MlxSoraError, UsageError, WeightsError
+from mlx_sora.geometry import MICRO_FRAME_SIZE
 from mlx_sora.loading.file_guard import WeightFileGuard
 from mlx_sora.loading.networks import load_vae
+from mlx_sora.loading.preview_map import load_preview_map, preview_command
 from mlx_sora.memory.budget import is_automatic
+from mlx_sora.models.preview_map import PreviewMap
 from mlx_sora.models.stdit3 import STDiT3Config
+from mlx_sora.models.vae import chunk_plan
 from mlx_sora.pipeline.engine import Engine
 from mlx_sora.pipeline.settings import ResolvedRequest
 from mlx_sora.request.generation import GenerationRequest
 from mlx_sora.runtime.device import to_numpy
 from mlx_sora.runtime.events import Event, PreviewReady, Warned
 from mlx_sora.video.frames import FramesInMemory, to_uint8
-from mlx_sora.video.preview import PREVIEW_FILE, LatentToRGB, preview_path, write_preview
+from mlx_sora.video.preview import (
+    PREVIEW_FILE,
+    enlarge,
+    preview_path,
+    preview_scale,
+    write_preview,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -39,7 +49,7 @@ class Previews:
     engine: Engine
     settings: ResolvedRequest
     output: Path | None
-    map: LatentToRGB | None
+    map: PreviewMap | None
     keep: bool = False
     _written: list[Path] = field(default_factory=list)
 
@@ -59,13 +69,14 @@ class Previews:
             return None
         model = engine.model
         channels = STDiT3Config.from_dict(model.config("transformer")).in_channels
-        found = LatentToRGB.load(model.path, channels)
+        found = load_preview_map(model, channels)
         given = not is_automatic(request.memory_budget, request.device_profile)
         if found is None and given and settings.memory_budget is not None:
             raise UsageError(
                 f"{model.name} has no {PREVIEW_FILE}, and for previews the VAE would be in memory "
                 "beside the transformer, which no memory budget counts.",
-                "Leave out --preview-every, or set --memory-budget off.",
+                "Leave out --preview-every, set --memory-budget off, or fit a map: "
+                + preview_command(model),
             )
         return cls(request.preview_every, engine, settings, output, found, request.keep_previews)
 
@@ -116,12 +127,19 @@ class Previews:
         """Return frames uint8 [F, H, W, 3] and their number per second."""
         count = self.settings.geometry.num_frames
         if self.map is not None:
-            shown = frames_by_latent(count)
-            frames = self.map.decode(to_numpy(x0[0]), [len(span) == 1 for span in shown])
-            return frames, self.settings.fps * len(shown) / count
+            return map_latents(self.map, x0[0], count), self.settings.fps * x0.shape[1] / count
         kept = FramesInMemory()
         with WeightFileGuard(self.engine.model.vae).check_reads():
             vae = load_vae(self.engine.model, dtype=self.engine.precision.vae)
             for chunk in vae.decode_chunks(x0, count, tiles=self.settings.vae_tiles):
                 kept.write(to_uint8(chunk))
         return kept.frames, self.settings.fps
+
+
+def map_latents(found: PreviewMap, z: mx.array, num_frames: int) -> np.ndarray:
+    """Return a picture for each of the latents [T, h, w, C], uint8 [T, H, W, 3]."""
+    scale = preview_scale(*z.shape[1:3])
+    side = gcd(found.patch, scale)
+    chunks = chunk_plan(num_frames, MICRO_FRAME_SIZE)
+    rgb = found(z.astype(mx.float32), chunks, side)
+    return enlarge(to_numpy(mx.round(rgb * 255).astype(mx.uint8)), scale // side)

@@ -44,9 +44,14 @@ def refuse_broken_link(path: Path) -> None:
         )
 
 
-def check_result_file(path: Path) -> None:
-    """Raise UsageError unless a file can be written, or replaced, with the folders it needs."""
+def check_result_file(path: Path, *, overwrite: bool = True) -> None:
+    """Raise UsageError unless a file can be written with the folders it needs.
+
+    overwrite: it may replace another one.
+    """
     refuse_obstacle(path)
+    if path.exists() and not overwrite:
+        raise UsageError(f"{path} exists already.", "Give --overwrite or another --output.")
     folder = path.absolute().parent
     while not os.path.lexists(folder):
         folder = folder.parent

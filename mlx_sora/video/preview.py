@@ -1,20 +1,12 @@
-"""Latent previews: a linear map from latents to small images, fitted to the VAE.
-
-Each position sees its 3 x 3 neighbours. Latents of a single frame have their own map. The map is a
-JSON file in the model folder: "weights" [2][9 * C + 1][3] to RGB in [0, 1], the last row is the
-bias; "psnr" in dB against the VAE's frames of clips that it was not fitted to.
-"""
+"""Previews of a run: their files beside the output, and their size."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mlx_sora.errors import UsageError, WeightsError
+from mlx_sora.errors import UsageError
 from mlx_sora.utils.files import atomic_write
-from mlx_sora.utils.json import read_object
 from mlx_sora.video.encoders import AnimationEncoder, save_png
 from mlx_sora.video.metadata import read_metadata
 from mlx_sora.video.output_path import is_sequence, sequence_stem
@@ -22,70 +14,27 @@ from mlx_sora.video.output_path import is_sequence, sequence_stem
 if TYPE_CHECKING:
     import numpy as np
 
+#: File of a model folder with its map from latents to pictures.
 PREVIEW_FILE = "preview.json"
 
 #: Longer side of a preview in pixels, and pixels per latent, at most.
 MAX_SIDE, SCALE = 256, 8
 
 
-@dataclass(frozen=True)
-class LatentToRGB:
-    """Linear map from latents to RGB.
-
-    weights: float32 [2, 9 * C + 1, 3], for latents of one frame and of several.
-    """
-
-    weights: np.ndarray
-    psnr: float
-
-    @classmethod
-    def load(cls, model: Path, channels: int) -> LatentToRGB | None:
-        """Load the map of a model folder for latents of C channels, or return None if it has none.
-
-        Raises WeightsError for an invalid file.
-        """
-        import numpy as np
-
-        file = model / PREVIEW_FILE
-        if not file.is_file():
-            return None
-        try:
-            found = read_object(file)
-            weights, psnr = np.array(found["weights"], np.float32), float(found["psnr"])
-            if weights.shape != (2, 9 * channels + 1, 3):
-                raise ValueError(f"weights of shape {weights.shape}")
-            if not np.isfinite(weights).all():
-                raise ValueError("NaN or Inf in its weights")
-        except (OSError, ValueError, TypeError, LookupError, RecursionError) as error:
-            raise WeightsError(f"{file} is not a preview map: {error}.", "Delete it.") from error
-        return cls(weights, psnr)
-
-    def decode(self, z: np.ndarray, single_frame: Sequence[bool]) -> np.ndarray:
-        """Map latents [T, h, w, C] to enlarged images, uint8 [T, H, W, 3].
-
-        single_frame: per latent, True if it encodes one frame.
-        """
-        import numpy as np
-        from PIL import Image
-
-        weights = self.weights[[0 if single else 1 for single in single_frame]]
-        colours = np.einsum("thwf,tfc->thwc", neighbourhoods(z), weights)
-        pictures = np.rint(np.clip(colours, 0, 1) * 255).astype(np.uint8)
-        height, width = z.shape[1:3]
-        scale = min(SCALE, max(1, MAX_SIDE // max(height, width)))
-        size = (width * scale, height * scale)
-        enlarged = [Image.fromarray(p).resize(size, Image.Resampling.BILINEAR) for p in pictures]
-        return np.stack([np.asarray(picture) for picture in enlarged])
+def preview_scale(height: int, width: int) -> int:
+    """Return the pixels per latent of the preview of `height` x `width` latents, 1, 2, 4 or 8."""
+    most = max(1, MAX_SIDE // max(height, width))
+    return min(SCALE, 1 << most.bit_length() - 1)
 
 
-def neighbourhoods(z: np.ndarray) -> np.ndarray:
-    """Return each position with its neighbours and a 1: [T, h, w, C] to [T, h, w, 9 * C + 1]."""
+def enlarge(pictures: np.ndarray, factor: int) -> np.ndarray:
+    """Return uint8 [T, H, W, 3] with `factor` times as many pixels per side."""
     import numpy as np
+    from PIL import Image
 
-    _, height, width, _ = z.shape
-    padded = np.pad(z, ((0, 0), (1, 1), (1, 1), (0, 0)), mode="edge")
-    shifted = [padded[:, i : i + height, j : j + width] for i in range(3) for j in range(3)]
-    return np.concatenate([*shifted, np.ones_like(z[..., :1])], axis=-1)
+    size = (pictures.shape[2] * factor, pictures.shape[1] * factor)
+    bilinear = Image.Resampling.BILINEAR
+    return np.stack([np.asarray(Image.fromarray(p).resize(size, bilinear)) for p in pictures])
 
 
 def preview_path(output: Path, num_frames: int, place: str = "") -> Path:

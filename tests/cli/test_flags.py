@@ -22,7 +22,8 @@ WORDS = (
     "--image a.png --image b.png -1 0.5 --video c.mp4 after 34 --negative-prompt n "
     "--loop 2 --condition-frames 34 --condition-edit 0.5 "
     "--step-cache every:2 --guidance-interval 100,900 --guidance-cache every:2 "
-    "--no-embed-metadata --metadata --no-health-check --checkpoint-every 3 --preview-every 2"
+    "--no-embed-metadata --metadata --no-health-check --checkpoint-every 3 --preview-every 2 "
+    "--keep-previews"
 )
 
 
@@ -69,6 +70,7 @@ def test_flag_reaches_its_field(folder: Path, pipeline: FakePipeline) -> None:
         "health_check": False,
         "checkpoint_every": 3,
         "preview_every": 2,
+        "keep_previews": True,
     }
     assert pipeline.requests[0].to_dict() == expected
     assert pipeline.loaded == [("shapes", "float32")]

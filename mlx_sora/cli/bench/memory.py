@@ -16,7 +16,7 @@ from mlx_sora.cli.awake import add_sleep_flag
 from mlx_sora.cli.bench.measure import PEAK, Measurement, measure
 from mlx_sora.cli.flags import add_debug_flag, add_request_flags, explicit_options
 from mlx_sora.cli.generate import load_pipeline
-from mlx_sora.errors import MemoryBudgetError, MlxSoraError, UsageError
+from mlx_sora.errors import MemoryBudgetError, MlxSoraError
 from mlx_sora.memory.profiles import format_bytes, parse_bytes
 from mlx_sora.request.generation import GenerationRequest, to_command_line
 from mlx_sora.runtime.events import STAGES
@@ -203,13 +203,8 @@ class ResultFiles:
         """Raise UsageError if results cannot be written. Print a note if no chart can be drawn."""
         from mlx_sora.utils.obstacles import check_result_file
 
-        check_result_file(self._json)
-        check_result_file(self._png)
-        existing = [path for path in (self._json, self._png) if path.exists()]
-        if existing and not self.overwrite:
-            raise UsageError(
-                f"{existing[0]} exists already.", "Give --overwrite or another --output."
-            )
+        for path in (self._json, self._png):
+            check_result_file(path, overwrite=self.overwrite)
         if not _can_draw():
             print(
                 f"matplotlib is missing, so {self._png} will not be drawn. "
