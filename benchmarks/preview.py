@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-import mlx.core as mx
 import numpy as np
 
 import mlx_sora  # noqa: F401  (before mlx.core, so that the fast BLAS is in place)
@@ -77,6 +76,8 @@ def main() -> None:
 
 def judged(found: PreviewMap, held_out: Sequence[PreviewClip]) -> dict[str, object]:
     """Return dB to the VAE on held-out clips, and milliseconds of a preview of 17 frames."""
+    import mlx.core as mx
+
     values = [psnr(found, clip) for clip in held_out]
     z = held_out[0].latents
     times = [seconds(lambda: map_latents(found, z, FRAMES)) for _ in range(21)]
