@@ -32,7 +32,7 @@ def load_preview_map(model: ModelFolder, channels: int) -> PreviewMap | None:
     file = model.path / PREVIEW_FILE
     if not file.is_file():
         return None
-    fix = f"Delete it, or make another: {preview_command(model)}"
+    fix = f"Delete it, or make another: {preview_command(model)} --overwrite"
     try:
         found = PreviewMap.from_dict(read_object(file), channels)
     except (OSError, ValueError, TypeError, LookupError, RecursionError, OverflowError) as error:
@@ -67,7 +67,7 @@ def vae_numbers(model: ModelFolder, vae: VideoVAE | None = None) -> tuple[float,
 
 def preview_command(model: ModelFolder) -> str:
     """Return the command that fits a map for a model."""
-    return f"python -m mlx_sora calibrate --preview --model {shell_words(model.path)} --overwrite"
+    return f"python -m mlx_sora calibrate --preview --model {shell_words(model.path)}"
 
 
 def _is_same(one: tuple[float, ...], other: tuple[float, ...]) -> bool:

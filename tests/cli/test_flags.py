@@ -23,7 +23,7 @@ WORDS = (
     "--loop 2 --condition-frames 34 --condition-edit 0.5 "
     "--step-cache every:2 --guidance-interval 100,900 --guidance-cache every:2 "
     "--no-embed-metadata --metadata --no-health-check --checkpoint-every 3 --preview-every 2 "
-    "--keep-previews"
+    "--keep-previews --no-text-cache"
 )
 
 
@@ -71,6 +71,7 @@ def test_flag_reaches_its_field(folder: Path, pipeline: FakePipeline) -> None:
         "checkpoint_every": 3,
         "preview_every": 2,
         "keep_previews": True,
+        "text_cache": False,
     }
     assert pipeline.requests[0].to_dict() == expected
     assert pipeline.loaded == [("shapes", "float32")]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from base64 import b64decode, b64encode
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -204,7 +205,9 @@ def set_value(name: str, path: str, value: Any) -> Change:
 
 def change_preview(model: Path, random: Random) -> None:
     content = json.loads((model / "preview.json").read_text())
-    content["weights"] = (-0.5 * np.array(content["weights"])).tolist()
+    weights = content["layers"][-1][0]
+    values = np.frombuffer(b64decode(weights["float16"]), "<f2")
+    weights["float16"] = b64encode((-0.5 * values).astype("<f2").tobytes()).decode()
     (model / "preview.json").write_text(json.dumps(content))
 
 

@@ -1,4 +1,4 @@
-"""Listeners that fail after every single event of a run: its last preview is all that stays."""
+"""Listeners that fail after every single event of a run: nothing of it stays."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ import pytest
 
 from mlx_sora import Pipeline
 from mlx_sora.runtime.events import (
+    Noted,
     PreviewReady,
+    RunPlanned,
     StageFinished,
     StageProgress,
     StageStarted,
@@ -33,9 +35,17 @@ def test_after_every_event(
         folder = tmp_path / str(n)
         folder.mkdir()
         ends.append(stopped(pipe, replace(request, output=str(folder / "a.webp")), n, way)[-1])
-    kinds = (StageStarted, StageProgress, StepFinished, PreviewReady, StageFinished)
+    kinds = (
+        RunPlanned,
+        Noted,
+        StageStarted,
+        StageProgress,
+        StepFinished,
+        PreviewReady,
+        StageFinished,
+    )
     assert {type(event) for event in ends} == set(kinds)
     done = "fails" if way == "throw" else "closes the run"
     where = "all, streamed" if memory else "all, resident"
-    result = "the last preview left, no other file, thread or limit"
+    result = "no file, thread or limit left"
     fault(f"a listener {done} after event n", where, len(ends), 0, result)

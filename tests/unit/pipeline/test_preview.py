@@ -147,7 +147,7 @@ def test_without_a_map_the_vae_shows_what_comes(without_map: Pipeline) -> None:
 
 def test_without_a_map_a_budget_is_refused(pipe: Pipeline, without_map: Pipeline) -> None:
     asked = GenerationRequest.from_dict({**OPTIONS, "memory_budget": "2GB"})
-    with pytest.raises(UsageError, match='preview_every, or set memory_budget="off"'):
+    with pytest.raises(UsageError, match='preview_every, set memory_budget="off", or fit'):
         without_map.plan(asked)
     assert pipe.plan(asked).budget == 2_000_000_000
     # A measured budget, the default on GPUs, is no wish of the user.
