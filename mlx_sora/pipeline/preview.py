@@ -18,7 +18,6 @@ from mlx_sora.loading.networks import load_vae
 from mlx_sora.loading.preview_map import load_preview_map, preview_command
 from mlx_sora.memory.budget import is_automatic
 from mlx_sora.models.preview_map import PreviewMap
-from mlx_sora.models.stdit3 import STDiT3Config
 from mlx_sora.models.vae import chunk_plan
 from mlx_sora.pipeline.engine import Engine
 from mlx_sora.pipeline.settings import ResolvedRequest
@@ -68,8 +67,7 @@ class Previews:
         if request.preview_every is None:
             return None
         model = engine.model
-        channels = STDiT3Config.from_dict(model.config("transformer")).in_channels
-        found = load_preview_map(model, channels)
+        found = load_preview_map(model, engine.transformer_config.in_channels)
         given = not is_automatic(request.memory_budget, request.device_profile)
         if found is None and given and settings.memory_budget is not None:
             raise UsageError(

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from itertools import product
 from typing import Any
 
 from mlx_sora.errors import MemoryBudgetError, MlxSoraError
+from mlx_sora.loading.preview_map import load_preview_map
 from mlx_sora.memory.budget import AUTO, OFF, machine_capacity
 from mlx_sora.memory.profiles import format_bytes
+from mlx_sora.pipeline.engine import Engine
 from mlx_sora.pipeline.pipeline import Pipeline
 from mlx_sora.pipeline.run import GenerationRun
 from mlx_sora.request.edit import EditRequest
 from mlx_sora.request.generation import GenerationRequest
 from mlx_sora.runtime.device import backend
 from mlx_sora.server.task import EDIT, PlanSummary, with_changes
-from mlx_sora.video.preview import PREVIEW_FILE
 
 #: Shares of length and size that are tried in place of what does not fit, and offers at most.
 _SHORTER, _SMALLER, _MAX_OFFERS = (1, 0.75, 0.5, 0.25, 0), (1, 0.75, 0.5, 0.25), 4
@@ -114,9 +116,16 @@ def _summary(request: Planned, run: GenerationRun, capacity: int) -> PlanSummary
         notes=tuple(settings.media.notes),
         shares={stage.stage: round(stage.flops / operations, 4) for stage in plan.stages},
         suffix="" if run.output is None else run.output.suffix.lower(),
-        previews=(model.path / PREVIEW_FILE).is_file(),
+        previews=_has_preview_map(run.engine),
         in_ram=backend() != "cuda",
     )
+
+
+def _has_preview_map(engine: Engine) -> bool:
+    """Return True for a map that belongs to the model; runs refuse another."""
+    with suppress(MlxSoraError):
+        return load_preview_map(engine.model, engine.transformer_config.in_channels) is not None
+    return False
 
 
 def _refused(request: Planned, capacity: int, refusal: MemoryBudgetError) -> PlanSummary:

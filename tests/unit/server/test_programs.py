@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from mlx_sora.errors import MemoryBudgetError, UsageError
+from mlx_sora.loading import preview_map
 from mlx_sora.loading.model_folder import find_model
 from mlx_sora.pipeline.pipeline import Pipeline
 from mlx_sora.server import planning
@@ -131,12 +132,16 @@ def planned(options: dict[str, object]) -> planning.PlanSummary:
 def test_what_does_not_fit_comes_with_what_would(monkeypatch: pytest.MonkeyPatch) -> None:
     large = {"prompt": "red", "num_frames": 102, "width": 512, "height": 512, "seed": 1}
     needs = planned(large)
+    assert needs.previews
     monkeypatch.setattr(planning, "machine_capacity", lambda: (needs.smallest + needs.peak) // 2)
     tight = planned(large)
     assert tight.fits
     assert tight.budget == tight.capacity
     monkeypatch.setattr(planning, "machine_capacity", lambda: needs.smallest - 1)
+    numbers = preview_map.vae_numbers
+    monkeypatch.setattr(preview_map, "vae_numbers", lambda model: numbers(model)[::-1])
     refused = planned(large)
+    assert not refused.previews  # the map is that of another VAE
     assert not refused.fits
     assert refused.error.startswith("This needs ")
     assert refused.fix.startswith("These would fit: ")
