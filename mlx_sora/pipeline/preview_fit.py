@@ -178,9 +178,9 @@ def _train(
         parameters["bias"].append(mx.zeros((width,)))
     optimizer = optimizers.Adam(optimizers.cosine_decay(_RATE, steps))
 
-    def loss(parameters: dict[str, Any], x: mx.array, wanted: mx.array) -> mx.array:
+    def loss(parameters: dict[str, Any], x: mx.array, target: mx.array) -> mx.array:
         layers = tuple(zip(parameters["weight"], parameters["bias"], strict=True))
-        return mx.square(apply_layers(layers, x) - wanted).sum(axis=-1).mean()
+        return mx.square(apply_layers(layers, x) - target).sum(axis=-1).mean()
 
     gradient = mx.grad(loss)
     for step in range(steps):
