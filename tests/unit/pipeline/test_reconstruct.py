@@ -73,19 +73,20 @@ def test_it_is_the_vae_chunk_by_chunk(
 def test_memory_does_not_grow_with_the_length(pipe: Pipeline, tmp_path: Path) -> None:
     """Of the plan, which refuses what does not fit; each part reads the weights again."""
 
-    def plan(frames: int) -> tuple[int, int, int]:
+    def plan(frames: int) -> tuple[int, int, int, int]:
         pixels = np.zeros((frames, 32, 32, 3), np.uint8)
         path = save_frames(tmp_path / f"{frames}.mp4", pixels, 24, None, False)
         request = reconstruction_request({"output": str(tmp_path / "out.mp4")})
         run = prepare_reconstruction(pipe.engine, path, request)
         assert sum(run.parts) == frames
         assert [stage.stage for stage in run.plan.stages] == ["read", "decode"]
-        return len(list(run.parts)), run.plan.peak, run.plan.stage("decode").read
+        read = [stage.read for stage in run.plan.stages]
+        return len(list(run.parts)), run.plan.peak, read[0], read[1]
 
     short, long = plan(544), plan(1200)
     assert (short[0], long[0]) == (1, 3)
     assert long[1] <= short[1]
-    assert long[2] == 3 * short[2]
+    assert long[2:] == (3 * short[2], 3 * short[3])
 
 
 def test_the_command_prints_and_records(
