@@ -2,13 +2,13 @@
 
     python -m benchmarks.full_model FOLDER && python -m benchmarks.memory FOLDER [--json FILE]
 
-Makes an image of 144p in two guided steps, text to file, within each budget, at 16, 8 and 4 bits,
+Makes an image of 144p in two guided steps, text to file, within each budget, at 16 and 8 bits,
 each time in a new process. An image is the worst case of streaming: its blocks compute only about
 as long as they load, those of a video much longer. Weights are random: within a budget the pictures
 stay the same, and fewer bits are judged on the bundled model (`benchmarks/quantized.py`). Seconds
 are the processor's, all threads together, which other work on the machine disturbs less than a
-clock. FOLDER-8bit and FOLDER-4bit are converted from FOLDER if they are missing. Rows that the file
-has are not measured again. `python -m benchmarks.plots memory` draws them.
+clock. FOLDER-8bit is converted from FOLDER if it is missing. Rows that the file has are not
+measured again. `python -m benchmarks.plots memory` draws them.
 """
 
 from __future__ import annotations
@@ -28,8 +28,7 @@ from mlx_sora.memory.profiles import format_bytes, parse_bytes
 #: Bits of the weights → budgets, from about the smallest possible one.
 BUDGETS = {
     16: ("970MB", "1.5GB", "2.5GB", "4GB", "6GB"),
-    8: ("970MB", "1.5GB", "2.5GB"),
-    4: ("970MB", "1.5GB"),
+    8: ("970MB", "1.5GB"),
 }
 SETTINGS = {"num-frames": 1, "resolution": "144p", "steps": 2, "seed": 0}
 

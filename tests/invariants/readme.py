@@ -77,7 +77,6 @@ def estimates_table(names: Collection[str] = ()) -> str:
 #: Machines of the README's own table.
 _COMMON = (
     "Mac 8 GB, M1",
-    "Mac 16 GB, M2",
     "Mac 16 GB, M4",
     "Mac 24 GB, M4 Pro",
     "Mac 64 GB, M4 Max",

@@ -31,7 +31,7 @@ TEXTS = {
 }
 RUN = {name: text for name, text in TEXTS.items() if name not in ("server", "cli")}
 INSTALLATION = """\
-pip install -e .
+pip install .
 python -m mlx_sora generate --prompt "a red circle moving right on a black background"
 """
 FILE = re.compile(r"[\w-]+\.(mp4|png|gif|webp)")
@@ -60,6 +60,7 @@ def run(command: list[str], folder: Path) -> set[Path]:
         command, cwd=folder, env=env, capture_output=True, text=True, check=False
     )
     assert result.returncode == 0, result.stderr[-2000:]
+    assert "warning:" not in result.stderr
     return set(folder.iterdir()) - before
 
 
