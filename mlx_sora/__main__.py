@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """`python -m mlx_sora`, and the command `mlx_sora`."""
 
 import signal

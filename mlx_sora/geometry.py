@@ -66,6 +66,10 @@ class Size(NamedTuple):
     def __str__(self) -> str:
         return f"{self.width}x{self.height}"
 
+    def enlarged(self, scale: int) -> Size:
+        """Return the size with both sides `scale` times as long."""
+        return Size(self.width * scale, self.height * scale)
+
 
 @dataclass(frozen=True)
 class ModelArguments:

@@ -19,7 +19,7 @@ from mlx_sora.cli.plans import show_plans
 from mlx_sora.cli.ranks import broadcast_request
 from mlx_sora.distributed.group import init_ranks
 from mlx_sora.request.edit import INJECT_STEPS, SAMPLER, EditRequest
-from mlx_sora.video.output_path import escape_template
+from mlx_sora.video.output_template import escape_template
 from mlx_sora.video.reader import is_video
 
 

@@ -51,6 +51,12 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(message + ".", self._hint(message))
 
     def _hint(self, message: str) -> str:
+        refused = re.search(r"invalid choice: '([^']*)' \(choose from (.*)\)", message)
+        if refused:
+            names = re.findall(r"[\w.:-]+", refused[2])
+            near = difflib.get_close_matches(refused[1].lower(), names, n=1)
+            if near:
+                return f"Did you mean {near[0]}?"
         wrong = re.match(r"unrecognized arguments: (-[^\s=]+)", message)
         if wrong:
             # A flag that exists belongs to another command.

@@ -10,6 +10,7 @@ from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
 from mlx_sora.cli.awake import add_sleep_flag
+from mlx_sora.cli.display import Display, add_display_flags
 from mlx_sora.cli.enhance import add_enhance_flag
 from mlx_sora.cli.flags import Parser, add_debug_flag, add_quiet_flag, add_request_flags
 from mlx_sora.cli.interrupts import explain_interrupt, interrupted_run
@@ -82,12 +83,18 @@ def add_dry_run_flag(parser: argparse.ArgumentParser) -> None:
 
 
 def add_progress_flags(parser: Parser) -> None:
-    """Add --quiet, --verbose, --json-events, --allow-sleep and --debug."""
+    """Add --quiet, --verbose, --show, --open, --json-events, --allow-sleep and --debug."""
     group = parser.add_argument_group("progress")
+    add_display_flags(group)
     verbosity = group.add_mutually_exclusive_group()
     add_quiet_flag(verbosity)
     parser.hide(
-        verbosity.add_argument("--verbose", "-v", action="store_true", help="print more messages"),
+        verbosity.add_argument(
+            "--verbose",
+            "-v",
+            action="store_true",
+            help="also print versions, folders, the plan, streams and decisions",
+        ),
         group.add_argument(
             "--json-events", action="store_true", help="print progress as lines of JSON on stdout"
         ),
@@ -163,9 +170,10 @@ def choose_renderer(args: argparse.Namespace, ranks: Ranks) -> Renderer:
     """Return the renderer that the flags choose. Ranks other than 0 are silent."""
     if not ranks.is_rank0:
         return SilentRenderer()
+    renderer: Renderer = QuietRenderer() if args.quiet else BarRenderer()
     if args.json_events:
-        return JsonRenderer()
-    return QuietRenderer() if args.quiet else BarRenderer()
+        renderer = JsonRenderer()
+    return Display(renderer, show=args.show, open=args.open)
 
 
 def open_pipeline(

@@ -16,6 +16,7 @@ from mlx_sora import __version__
 from mlx_sora.cli import (
     bench,
     calibrate,
+    completion,
     convert,
     doctor,
     download,
@@ -43,7 +44,7 @@ from mlx_sora.utils.leftovers import signals_as_exceptions, sweep_temporary_fold
 
 COMMANDS = (
     *(generate, edit, reconstruct, serve, download, convert, models),
-    *(doctor, info, bench, calibrate),
+    *(doctor, info, bench, calibrate, completion),
 )
 
 
@@ -56,7 +57,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     debug = "--debug" in argv
     try:
-        args = parse_args(build_parser(), argv)
+        parser = build_parser()
+        completion.complete_words(parser)
+        args = parse_args(parser, argv)
         if launch_backend() is not None and not hasattr(args, "parallel_run"):
             raise UsageError(
                 f"{argv[0]} runs in one process, not in several.", "Start it without mlx.launch."
@@ -96,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> Parser:
     """Return the parser of all commands."""
     parser = Parser(
         prog="mlx_sora",

@@ -25,7 +25,7 @@ from mlx_sora.geometry import (
 from mlx_sora.request.generation import GenerationRequest, options
 from mlx_sora.request.options import MAX_NAME
 from mlx_sora.text.prompt import split_directives
-from mlx_sora.video.output_path import escape_template
+from mlx_sora.video.output_template import escape_template
 
 log = logging.getLogger(__name__)
 

@@ -30,6 +30,10 @@ class PlannedRun(Protocol):
     def result(self) -> RunResult:
         """Record of what was found so far, such as warnings."""
 
+    @property
+    def written(self) -> str:
+        """Length, size and rate of the frames in the file."""
+
     def estimate(self, speeds: MachineSpeeds) -> Estimate:
         """Estimate the seconds on the machine that has these speeds."""
 
@@ -55,7 +59,11 @@ def show_plans(
                 else:
                     for message in warnings:
                         renderer.handle(Warned(message))
-                    lines = [*plan_table(run.plan), *estimate_lines(estimate)]
+                    lines = [
+                        *plan_table(run.plan),
+                        f"writes {run.written}",
+                        *estimate_lines(estimate),
+                    ]
                     print("\n".join(lines))
 
 

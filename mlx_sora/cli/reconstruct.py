@@ -21,7 +21,7 @@ from mlx_sora.distributed.group import Ranks
 from mlx_sora.request.generation import GenerationRequest
 from mlx_sora.runtime.events import Finished
 from mlx_sora.video import Video
-from mlx_sora.video.output_path import escape_template
+from mlx_sora.video.output_template import escape_template
 
 
 def add_parser(commands: Any) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 from mlx_sora.cli.enhance import enhance_requests
 from mlx_sora.cli.flags import build_requests, explicit_options
 from mlx_sora.cli.opensora import ALL_PROMPTS, MAX_SEEDS, Samples, read_samples
-from mlx_sora.errors import MlxSoraError, UsageError, printable
+from mlx_sora.errors import MlxSoraError, UsageError, WeightsError, printable
 from mlx_sora.geometry import parse_frames
 from mlx_sora.request.generation import GenerationRequest
 from mlx_sora.runtime.switches import missing_switches
@@ -22,17 +22,24 @@ from mlx_sora.text.prompt import split_directives
 from mlx_sora.utils.json import parse_object
 from mlx_sora.video.metadata import find_media, read_metadata, replay_options
 from mlx_sora.video.output_path import (
-    DEFAULT_OUTPUT,
     OutputNames,
     check_first_frame,
     check_obstacles,
     check_output,
     complete_path,
-    escape_template,
     existing_files,
-    fill_template,
     frame_path,
     is_sequence,
+)
+from mlx_sora.video.output_template import (
+    ANY_DATE,
+    DEFAULT_OUTPUT,
+    dates_of,
+    escape_template,
+    files_of_any_date,
+    fill_template,
+    has_date,
+    with_date,
 )
 
 log = logging.getLogger(__name__)
@@ -260,15 +267,28 @@ def _add_request(batch: RequestBatch, number: int, request: GenerationRequest, i
     request, name = _fill_output(request, index)
     frames = 0 if request.num_frames is None else parse_frames(request.num_frames)
     path = complete_path(name, frames)
-    check_obstacles(path)
-    existing = existing_files(path)
-    if existing and not request.overwrite:
-        check_first_frame(path, existing)
-        _check_same_prompt(path, request.prompt)
-        batch.existing.append(path)
-    else:
-        batch.requests.append(replace(request, output=escape_template(str(path))))
-        batch.lines.append(number)
+    for found in [path, *_outputs_of_other_days(request, index, frames)]:
+        check_obstacles(found)
+        existing = existing_files(found)
+        if existing and not request.overwrite:
+            check_first_frame(found, existing)
+            _check_same_prompt(found, request.prompt)
+            batch.existing.append(found)
+            return
+    batch.requests.append(replace(request, output=escape_template(str(path))))
+    batch.lines.append(number)
+
+
+def _outputs_of_other_days(request: GenerationRequest, index: int, frames: int) -> Iterator[Path]:
+    """Yield the outputs that exist under another {date}: a rerun does not make them again."""
+    template = str(request.output)
+    if not has_date(template):
+        return
+    anywhere = complete_path(_fill(request, with_date(template, ANY_DATE), index), frames)
+    first = frame_path(anywhere, 0) if is_sequence(anywhere) else anywhere
+    for file in files_of_any_date(first):
+        for date in dates_of(file):
+            yield complete_path(_fill(request, with_date(template, date), index), frames)
 
 
 def _check_same_prompt(path: Path, prompt: str) -> None:
@@ -301,13 +321,32 @@ def _with_output(request: GenerationRequest, index: int) -> GenerationRequest:
 
 def _fill_output(request: GenerationRequest, index: int) -> tuple[GenerationRequest, str]:
     """Return the request with a seed, and the name that its output template then has."""
-    template, seed = request.output, None
-    assert template is not None, "the caller sets a default"
-    if request.checkpoint_every is not None:
-        from mlx_sora.pipeline.resume import checkpoint_seed
+    if request.checkpoint_every is None:
+        request = request.with_seed()
+    else:
+        request = _continued(request, index)
+    return request, _fill(request, str(request.output), index)
 
-        seed = checkpoint_seed(request, index)
-    request = request.with_seed(seed)
-    assert request.seed is not None, "with_seed sets one"
-    name = fill_template(template, prompt=request.prompt, seed=request.seed, index=index)
-    return request, name
+
+def _continued(request: GenerationRequest, index: int) -> GenerationRequest:
+    from mlx_sora.pipeline.resume import continue_checkpoint
+
+    return continue_checkpoint(request, index, _model_name(request))
+
+
+def _fill(request: GenerationRequest, template: str, index: int) -> str:
+    assert request.seed is not None, "_fill_output sets one"
+    model = _model_name(request) if "{model" in template else ""
+    return fill_template(
+        template, prompt=request.prompt, seed=request.seed, index=index, model=model
+    )
+
+
+def _model_name(request: GenerationRequest) -> str:
+    """Return the name of the model, whose folder may not be there for a plan."""
+    from mlx_sora.loading.model_folder import PUBLISHED, find_model
+
+    try:
+        return find_model(request.model).name
+    except WeightsError:
+        return Path(request.model or PUBLISHED).name

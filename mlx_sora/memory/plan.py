@@ -20,8 +20,8 @@ FLOAT32_SIZE, HALF_SIZE = 4, 2
 #: not measured on GPUs.
 PROGRAM, PROGRAM_GPU = 96 << 20, 160 << 20
 
-#: PyAV and its libraries, once a video has been opened.
-PYAV = 18 << 20
+#: PyAV and its libraries, once a video has been opened, and formats that it writes.
+PYAV, PYAV_SUFFIXES = 18 << 20, (".mp4", ".mov", ".webm")
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,8 @@ class FileMemory:
 #: Writers by suffix. Pillow takes all frames of a WebP or GIF at once; "" holds them in memory.
 WRITERS = {
     ".mp4": FileMemory(8 << 20, 300),
+    ".mov": FileMemory(8 << 20, 300),
+    ".webm": FileMemory(30 << 20, 240),
     ".webp": FileMemory(5 << 20, 20, 8),
     ".gif": FileMemory(5 << 20, 40, 3),
     ".png": FileMemory(4 << 20, 24),
@@ -165,7 +167,7 @@ class Workload:
     clips: clips of the video, all but the first with `shared_frames` frames of the clip before.
     vae_tiles: tiles per side in which frames are decoded.
     vae_itemsize: bytes per weight and activation of the VAE.
-    suffix: format of the file; "" if the frames stay in memory.
+    suffix: format of the file; "" if the frames stay in memory. scale: enlargement of its frames.
     vae_only: media are encoded and decoded, in `clips` parts, with no text and no denoising.
     """
 
@@ -186,6 +188,7 @@ class Workload:
     vae_itemsize: int = FLOAT32_SIZE
     suffix: str = ".mp4"
     vae_only: bool = False
+    scale: int = 1
 
     @property
     def num_frames(self) -> int:
@@ -196,7 +199,8 @@ class Workload:
     @property
     def writer_bytes(self) -> int:
         """Memory of writing the file."""
-        return writer_memory(self.suffix, self.geometry.decoded, self.num_frames)
+        size = self.geometry.decoded.enlarged(self.scale)
+        return writer_memory(self.suffix, size, self.num_frames)
 
     def outside(self, stage: str, *, gpu: bool) -> int:
         """Return the bytes outside MLX in a stage.
@@ -212,7 +216,7 @@ class Workload:
             found += readers * media.reader.total(pixels)
         if vae_only:
             found += COMPARISON.total(math.prod(self.geometry.decoded))
-        if (media is not None and media.videos) or (writes and self.suffix == ".mp4"):
+        if (media is not None and media.videos) or (writes and self.suffix in PYAV_SUFFIXES):
             found += PYAV
         return found
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Generator, Iterator
 from contextlib import ExitStack, contextmanager
@@ -14,7 +15,7 @@ from mlx_sora.accel import Accelerations
 from mlx_sora.accel.base import ScheduleInfo
 from mlx_sora.conditioning.latents import encode_tasks
 from mlx_sora.distributed.partition import ParallelPlan, choose_parallel
-from mlx_sora.errors import MemoryBudgetError
+from mlx_sora.errors import MemoryBudgetError, UsageError
 from mlx_sora.memory.budget import is_automatic
 from mlx_sora.memory.plan import MediaWorkload, Plan, StepVariant, Workload
 from mlx_sora.memory.planner import LargeArrayError, make_plan
@@ -43,6 +44,7 @@ from mlx_sora.runtime.events import Event, RunPlanned
 from mlx_sora.sampling import SAMPLERS
 from mlx_sora.utils.leftovers import deferred_signals
 from mlx_sora.video import Video
+from mlx_sora.video.containers import MAX_PIXELS
 from mlx_sora.video.frames import FrameCounter, FramesInMemory, FrameWriter
 from mlx_sora.video.output_path import (
     check_inputs,
@@ -52,6 +54,9 @@ from mlx_sora.video.output_path import (
 )
 from mlx_sora.video.preview import preview_path, refuse_other_file
 from mlx_sora.video.writer import open_writer, write_sidecar
+
+#: Longest side that WebP and H.264 have.
+MAX_SIDE = 16383
 
 
 def prepare(
@@ -101,6 +106,7 @@ def plan_run(
         vae_tiles=resolved.vae_tiles,
         vae_itemsize=engine.precision.vae.size,
         suffix="" if output is None else output.suffix.lower(),
+        scale=request.scale,
     )
     if source is not None:
         workload = source.add_to(workload, engine.precision.transformer)
@@ -212,11 +218,21 @@ def resolve_output(
 
     With `check`, raises UsageError if the video cannot be written there.
     """
+    written = resolved.geometry.decoded.enlarged(request.scale)
+    if request.scale > 1 and (max(written) > MAX_SIDE or math.prod(written) > MAX_PIXELS):
+        raise UsageError(
+            f"--scale {request.scale} makes {written} pixels, which are too many for a video.",
+            f"Lower it: {MAX_PIXELS / 1e6:g} million are the most.",
+        )
     if request.output is None:
         return None
     frames = resolved.clips.total
     output = output_path(
-        request.output, prompt=request.prompt, seed=resolved.seed, num_frames=frames
+        request.output,
+        prompt=request.prompt,
+        seed=resolved.seed,
+        num_frames=frames,
+        model=resolved.model,
     )
     if check:
         others = [checkpoint_path(output)] if request.checkpoint_every is not None else []
@@ -228,7 +244,7 @@ def resolve_output(
             sidecar=request.metadata,
             others=others,
             num_frames=frames,
-            size=resolved.geometry.decoded,
+            size=written,
             fps=resolved.fps,
         )
         if request.preview_every is not None:
@@ -306,6 +322,8 @@ def _frame_writer(run: GenerationRun) -> FrameWriter:
     if not run.ranks.is_rank0:
         return FrameCounter()
     if run.output is None:
-        return FramesInMemory()
-    size, fps = run.settings.geometry.decoded, run.settings.fps
-    return open_writer(run.output, *size, fps, overwrite=run.request.overwrite, check=False)
+        return FramesInMemory(run.request.scale)
+    size, fps, request = run.settings.geometry.decoded, run.settings.fps, run.request
+    return open_writer(
+        run.output, *size, fps, overwrite=request.overwrite, check=False, scale=request.scale
+    )

@@ -20,7 +20,7 @@ from pathlib import Path
 from mlx_sora.distributed.group import Ranks
 from mlx_sora.errors import UsageError
 from mlx_sora.runtime.events import Event, Finished
-from mlx_sora.utils.files import name_hash, recover
+from mlx_sora.utils.files import name_hash, new_folders, recover
 from mlx_sora.utils.leftovers import acquire_lock, exit_like, sign_lock, signals_as_exceptions
 
 logger = logging.getLogger(__name__)
@@ -126,11 +126,10 @@ def output_lock(output: Path | None) -> Iterator[None]:
     if output is None:
         yield
         return
-    path, handle = lock_path(output), None
-    new_folder = not path.parent.exists()  # of a sequence; its writer would make it later
+    path, handle, folders = lock_path(output), None, ExitStack()
     new_file = not path.exists()
     try:
-        path.parent.mkdir(exist_ok=True)
+        folders.enter_context(new_folders(path.parent))
         handle = acquire_lock(path)
         if handle is None:
             raise UsageError(
@@ -150,9 +149,7 @@ def output_lock(output: Path | None) -> Iterator[None]:
             with suppress(OSError):
                 path.unlink()
             os.close(handle)
-        if new_folder:
-            with suppress(OSError):
-                path.parent.rmdir()
+        folders.close()
 
 
 def is_locked(output: Path) -> bool:

@@ -29,6 +29,7 @@ from mlx_sora.models.hooks import Sharding, ValueSharing
 from mlx_sora.models.precision import Precision
 from mlx_sora.models.stdit3 import BlockPair, Conditions, STDiT3
 from mlx_sora.models.t5 import T5Block, T5Encoder
+from mlx_sora.runtime import blas
 from mlx_sora.runtime.device import explain_device_error
 from mlx_sora.sampling.guidance import CFGSlice
 
@@ -67,6 +68,7 @@ class NetworkLoader:
 
         Raises MLX's errors about memory and time as MlxSoraErrors.
         """
+        blas.adapt_threads()
         limits = memory_scope(plan.cache_limit) if self.budget is None else stage_limits(plan)
         wired = wired_memory(plan.memory_limit) if plan.is_resident else nullcontext()
         with StageMeter(plan.stage) as meter, limits, wired:

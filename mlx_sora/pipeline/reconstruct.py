@@ -104,6 +104,13 @@ class ReconstructionRun:
         return NetworkLoader(self.engine.model, self.engine.precision, self.plan.budget)
 
     @property
+    def written(self) -> str:
+        """Length, size and rate of the frames in the file, for people."""
+        return (
+            f"{self.num_frames} frames of {self.geometry.decoded} pixels, {self.fps:g} per second"
+        )
+
+    @property
     def parts(self) -> Iterator[int]:
         """Frames of each part."""
         longest = self.geometry.num_frames
@@ -187,7 +194,7 @@ def prepare_reconstruction(
     parts = -(-len(chunks) // PART_CHUNKS)
     longest = sum(chunk.frames for chunk in chunks[: -(-len(chunks) // parts)])
     geometry = Geometry(size, size, longest, latent_shape(longest, size))
-    output = _resolve_output(path, request, size, num_frames, fps)
+    output = _resolve_output(path, request, size, num_frames, fps, engine.model.name)
     workload = Workload(
         geometry=geometry,
         text_tokens=1,
@@ -352,13 +359,13 @@ def _resolve_frames(path: str, request: GenerationRequest, available: int) -> in
 
 
 def _resolve_output(
-    path: str, request: GenerationRequest, size: Size, num_frames: int, fps: float
+    path: str, request: GenerationRequest, size: Size, num_frames: int, fps: float, model: str
 ) -> Path | None:
     """Return the output, None for frames in memory. Raises UsageError if it cannot be written."""
     if request.output is None:
         return None
     stem = Path(path).stem
-    output = output_path(request.output, prompt=stem, seed=0, num_frames=num_frames)
+    output = output_path(request.output, prompt=stem, seed=0, num_frames=num_frames, model=model)
     check_output(output, request.overwrite, num_frames=num_frames, size=size, fps=fps)
     check_inputs(output, [path])
     return output

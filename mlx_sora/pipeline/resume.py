@@ -23,12 +23,14 @@ from mlx_sora.pipeline.settings import ResolvedRequest
 from mlx_sora.request.generation import GenerationRequest, label, options
 from mlx_sora.request.pixels import PIXELS_PREFIX
 from mlx_sora.request.techniques import MAX_STEPS
-from mlx_sora.utils.files import visible_files
-from mlx_sora.video.output_path import (
-    CHECKPOINT_SUFFIX,
-    checkpoint_path,
+from mlx_sora.video.output_path import CHECKPOINT_SUFFIX, checkpoint_path, output_path
+from mlx_sora.video.output_template import (
+    ANY_DATE,
+    dates_of,
     escape_template,
-    output_path,
+    files_of_any_date,
+    has_date,
+    with_date,
 )
 
 #: Options that the resolved request says better, or that a checkpoint has under other names.
@@ -126,8 +128,8 @@ def _recorded_options(request: GenerationRequest) -> dict[str, Any]:
 
 
 def _replayed_options() -> list[str]:
-    """Return the names of the options that decide what a video shows."""
-    return [name for name, option in options().items() if option.replay]
+    """Return the names of the options that decide what a video shows, at whatever size."""
+    return [n for n, option in options().items() if option.replay and n != "scale"]
 
 
 def _as_json(value: Any) -> Any:
@@ -169,31 +171,36 @@ def _progress_note(source: Path, found: Snapshot, settings: ResolvedRequest) -> 
     return f"resuming from {source}: {clip}{found.steps} of {settings.steps} steps are done"
 
 
-def checkpoint_seed(request: GenerationRequest, index: int = 0) -> int | None:
-    """Return the seed of the checkpoint that a request without a seed continues, if there is one.
+def continue_checkpoint(
+    request: GenerationRequest, index: int = 0, model: str = ""
+) -> GenerationRequest:
+    """Return the request with a seed, and if a checkpoint continues it, with its seed and date.
 
-    It is the newest checkpoint of the same request that no other process is writing.
-    index: value of {index} in the output.
+    That is the newest checkpoint of the same request that no other process is writing.
+    index, model: values of {index} and {model} in the output.
     """
     template = request.output
-    if request.seed is not None or request.checkpoint_every is None or template is None:
-        return None
+    if request.checkpoint_every is None or template is None:
+        return request.with_seed()
     own = _options_but_seed(_recorded_options(request.with_preset()))
-    folder = output_path(template, prompt=request.prompt, seed=0, num_frames=0, index=index).parent
-    files = [file for file in visible_files(folder, f"*{CHECKPOINT_SUFFIX}") if file.is_file()]
+    make = partial(output_path, prompt=request.prompt, index=index, model=model)
+    anywhere = with_date(template, ANY_DATE) if has_date(template) else template
+    first = make(anywhere, seed=request.seed or 0, num_frames=0)
+    files = [file for file in files_of_any_date(first, f"*{CHECKPOINT_SUFFIX}") if file.is_file()]
     for file in sorted(files, key=lambda file: file.stat().st_mtime, reverse=True):
         try:
             record = read_record(file)
             seed = int(record["request"]["seed"])
-            if _options_but_seed(record["request"]) != own:
+            if request.seed not in (None, seed) or _options_but_seed(record["request"]) != own:
                 continue
         except (MlxSoraError, ValueError, TypeError, LookupError):
             continue
-        make = partial(output_path, template, prompt=request.prompt, seed=seed, index=index)
-        for output in (make(num_frames=frames) for frames in (1, 2)):
-            if file == checkpoint_path(output) and not is_locked(output):
-                return seed
-    return None
+        for date in dates_of(file) if has_date(template) else [""]:
+            dated = with_date(template, date) if date else template
+            for output in (make(dated, seed=seed, num_frames=frames) for frames in (1, 2)):
+                if file == checkpoint_path(output) and not is_locked(output):
+                    return replace(request, output=dated).with_seed(seed)
+    return request.with_seed()
 
 
 def _options_but_seed(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -18,19 +19,22 @@ from mlx_sora.distributed.failure import Timeouts
 from mlx_sora.distributed.group import Ranks
 from mlx_sora.distributed.partition import ParallelPlan
 from mlx_sora.errors import UsageError, WeightsError
-from mlx_sora.geometry import MICRO_FRAME_SIZE
+from mlx_sora.geometry import MICRO_FRAME_SIZE, Size
 from mlx_sora.memory.estimate import Estimate, estimate_from_speeds
 from mlx_sora.memory.limits import StageMeter
 from mlx_sora.memory.plan import MediaWorkload, Plan, Workload
+from mlx_sora.memory.profiles import format_bytes
 from mlx_sora.memory.speeds import MachineSpeeds
 from mlx_sora.models.hooks import Sharding, Unsharded
 from mlx_sora.models.ops import on_gpu
+from mlx_sora.models.precision import dtype_name
 from mlx_sora.pipeline.checkpoint import Checkpoints, Snapshot
 from mlx_sora.pipeline.engine import Engine
 from mlx_sora.pipeline.networks import NetworkLoader, Stage
 from mlx_sora.pipeline.preview import Previews
 from mlx_sora.pipeline.settings import ResolvedRequest
-from mlx_sora.request.generation import GenerationRequest
+from mlx_sora.request.generation import GenerationRequest, label
+from mlx_sora.runtime import blas
 from mlx_sora.runtime.device import describe_device
 from mlx_sora.runtime.events import Event, Noted, PlannedStage, StageFinished, Warned
 from mlx_sora.runtime.health import Health
@@ -38,11 +42,14 @@ from mlx_sora.sampling.loop import StepResult
 from mlx_sora.text.cache import TextCache
 from mlx_sora.text.prompt import split_directives
 from mlx_sora.text.tokenizer import Encoding
+from mlx_sora.utils.versions import versions
 from mlx_sora.video import Video
 from mlx_sora.video.metadata import build_metadata, without_folders
 
 if TYPE_CHECKING:
     import numpy as np
+
+log = logging.getLogger(__name__)
 
 #: Operations per second that every GPU exceeds; an iPhone 15 Pro reaches three times as many.
 SLOWEST_GPU = 2e11
@@ -115,6 +122,8 @@ class RunResult:
             "resident": len(stream.resident),
             **{name: round(value + before.get(name, 0), 3) for name, value in done.items()},
         }
+        text = ", ".join(f"{name} {value}" for name, value in self.streamed[stage].items())
+        log.info("%s: streamed %s", stage, text)
 
     def add_stage(self, meter: StageMeter, runs: int = 1) -> StageFinished:
         """Add what a stage cost, and return its event. runs: number of runs that shared it."""
@@ -155,6 +164,20 @@ class GenerationRun:
     def ranks(self) -> Ranks:
         """Ranks that make the video together."""
         return self.engine.ranks
+
+    @property
+    def written_size(self) -> Size:
+        """Pixels of the frames in the file."""
+        return self.settings.geometry.decoded.enlarged(self.request.scale)
+
+    @property
+    def written(self) -> str:
+        """Length, size and rate of the frames in the file, for people."""
+        decoded, settings = self.settings.geometry.decoded, self.settings
+        found = f"{settings.clips.total} frames of {self.written_size} pixels"
+        if self.request.scale > 1:
+            found += f" ({decoded}, enlarged {self.request.scale} times)"
+        return f"{found}, {settings.fps:g} per second"
 
     @cached_property
     def health(self) -> Health:
@@ -246,11 +269,38 @@ class GenerationRun:
             yield PlannedStage("decode", frames, work["decode"] * frames / clips.total, **place)
 
     def opening_events(self) -> Iterator[Event]:
-        """Yield the warnings and notes that preparation collected."""
+        """Yield the warnings and notes that preparation collected; log the details."""
+        for line in self._details():
+            log.info("%s", line)
         yield from map(Warned, self.result.warnings)
         yield from map(Noted, self.notes)
         if self.previews is not None and self.has_steps_left:
             yield from map(Noted, self.previews.notes())
+
+    def _details(self) -> Iterator[str]:
+        """Yield what --verbose shows before the work, a line each."""
+        engine, accelerations, device = self.engine, self.accelerations, describe_device()
+        yield ", ".join(f"{name} {version}" for name, version in versions().items())
+        yield f"device: {device['device']} ({device['backend']}) {device['blas_library']}"
+        yield f"model: {engine.model.name} in {engine.model.path}"
+        quantized = engine.quantization.get("quantization", {})
+        for name, dtype in vars(engine.precision).items():
+            yield f"{name}: {dtype_name(dtype)}, {quantized.get(name, 'not quantized')}"
+        for name, config in self.settings.accelerations.items():
+            if config is not None:
+                yield f"{label(name)} {config}"
+        for text, steps in (
+            ("without blocks", accelerations.skipped_steps),
+            ("without the unconditional prediction", accelerations.cond_only_steps),
+            ("with merged tokens", filter(accelerations.token_merging, range(self.settings.steps))),
+        ):
+            if numbers := " ".join(str(step + 1) for step in sorted(steps)):
+                yield f"steps {text}: {numbers} of {self.settings.steps}"
+        for stage in self.plan.stages:
+            blocks = f", {stage.resident} of {stage.blocks} blocks resident" if stage.blocks else ""
+            peak, read = format_bytes(stage.peak), format_bytes(stage.read)
+            yield f"{stage.stage}: planned peak {peak}, {read} to read{blocks}"
+        yield f"output: {self.output or 'in memory'}, {self.written}"
 
     def begin_clip(self, clip: int) -> tuple[Accelerations, Snapshot | None]:
         """Return the accelerations of a clip, and the state of it that a checkpoint holds."""
@@ -263,6 +313,7 @@ class GenerationRun:
     def finish_step(self, step: StepResult, accelerations: Accelerations) -> Iterator[Event]:
         """Update accelerations and checkpoint after one step; the last one ends the clip."""
         index, total = step.step.index, step.step.total
+        blas.adapt_threads()
         accelerations.on_step_end(step)
         self.checkpoints.set_warnings(self.result.warnings)
         if step.is_leap or index + 1 == total:
@@ -303,7 +354,7 @@ class GenerationRun:
 
     def video(self, path: Path | None, frames: np.ndarray | None) -> Video:
         """Return the finished video, after the last stage."""
-        settings, size = self.settings, self.settings.geometry.decoded
+        settings, size = self.settings, self.written_size
         return Video(
             path=path,
             request=self.request,

@@ -9,7 +9,7 @@ from typing import Any
 
 from mlx_sora.distributed.group import Ranks
 from mlx_sora.pipeline.run import GenerationRun
-from mlx_sora.utils.files import atomic_write, explain_os_errors
+from mlx_sora.utils.files import atomic_write, explain_os_errors, new_folders
 from mlx_sora.video import Video
 from mlx_sora.video.output_path import frame_path, is_sequence
 from mlx_sora.video.writer import write_encoded_frames
@@ -66,7 +66,7 @@ class VideoTransfer:
     def _write_files(self, output: Path, overwrite: bool) -> Path:
         """Write all files beside `output`; return the path of the video."""
         found, files = output, dict(self.files)
-        with explain_os_errors(output):
+        with explain_os_errors(output), new_folders(output.parent):
             if is_sequence(output):
                 count = self.values["num_frames"]
                 names = [frame_path(output, i).name for i in range(count)]

@@ -70,6 +70,7 @@ PARALLEL_MODES = ("auto", "guidance", "sequence", "both", "prompts", "off")
 #: Largest values that make sense. Beyond them a typing error is likelier.
 MAX_SEED = 2**63 - 1
 MAX_FPS = 240.0
+MAX_SCALE = 64
 
 #: Commands that make videos, and these together with `calibrate`.
 _VIDEO = "generate edit bench"
@@ -361,8 +362,8 @@ class GenerationRequest:
     )
 
     output: str | None = _output(
-        "mp4, gif, webp or png; name_%04d.png or FOLDER/ writes one png per frame; {seed} {index} "
-        "{prompt_slug} are filled in",
+        "mp4, mov, webm, gif, webp or png; name_%04d.png or FOLDER/ writes one png per frame; "
+        "{seed} {index} {prompt_slug} {model} {date} are filled in; missing folders are made",
         tasks="generate edit reconstruct",
         aliases="-o",
         parse=as_path,
@@ -371,6 +372,15 @@ class GenerationRequest:
     )
     overwrite: bool = _output(
         "replace an existing output", False, tasks="generate edit reconstruct", common=True
+    )
+    scale: int = _output(
+        "enlarge what is written N times, each pixel to N x N equal ones, to look at small videos",
+        1,
+        tasks="generate edit",
+        low=1,
+        high=MAX_SCALE,
+        replay=True,
+        common=True,
     )
     embed_metadata: bool = _output(
         "record the request inside the file", True, tasks="generate edit reconstruct"

@@ -65,6 +65,7 @@ class SharedKeywords(TypedDict, total=False):
     parallel: Literal["auto", "guidance", "sequence", "both", "prompts", "off"]
     output: FilePath | None
     overwrite: bool
+    scale: int
     embed_metadata: bool
     metadata: bool
     health_check: bool

@@ -13,9 +13,10 @@ from mlx_sora.request.edit import EditRequest
 from mlx_sora.request.generation import GenerationRequest, to_command_line
 from mlx_sora.request.techniques import MAX_STEPS, StepCache
 from mlx_sora.server.task import EDIT, GENERATE, KINDS, Task
+from mlx_sora.video.output_path import SUFFIXES
 
 #: Formats that a client may ask for; a folder of pictures is none.
-FORMATS = ("mp4", "gif", "webp", "png")
+FORMATS = tuple(suffix.removeprefix(".") for suffix in SUFFIXES)
 
 #: Options that the server decides, or that would name files of the machine.
 RESERVED = (

@@ -19,8 +19,7 @@ if TYPE_CHECKING:
 
 DATABASE, LOCK = "jobs.db", ".lock"
 
-#: Formats of videos, of what is made from them, and of previews.
-SUFFIXES = (".mp4", ".gif", ".webp", ".png")
+#: Formats of what is made from videos.
 THUMBNAIL, SPRITESHEET, RECORD = ".webp", ".jpg", ".json"
 
 

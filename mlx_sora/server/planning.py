@@ -102,8 +102,8 @@ def _summary(request: Planned, run: GenerationRun, capacity: int) -> PlanSummary
     model = run.engine.model
     return PlanSummary(
         model=model.path.name,
-        width=settings.geometry.decoded.width,
-        height=settings.geometry.decoded.height,
+        width=run.written_size.width,
+        height=run.written_size.height,
         frames=settings.clips.total,
         fps=settings.fps,
         steps=settings.steps,

@@ -14,7 +14,7 @@ from typing import Any
 
 from mlx_sora.errors import MlxSoraError
 from mlx_sora.server.checks import source_id
-from mlx_sora.server.folder import SUFFIXES, Folder
+from mlx_sora.server.folder import Folder
 from mlx_sora.server.helper import Helper
 from mlx_sora.server.processes import end_process
 from mlx_sora.server.store import (
@@ -28,7 +28,7 @@ from mlx_sora.server.store import (
     Store,
 )
 from mlx_sora.server.task import EDIT, GENERATE, Task, Upload
-from mlx_sora.video.output_path import CHECKPOINT_SUFFIX
+from mlx_sora.video.output_path import CHECKPOINT_SUFFIX, SUFFIXES
 
 logger = logging.getLogger(__name__)
 

@@ -44,7 +44,7 @@ class Task:
 
     kind: generate or edit. options: JSON values of GenerationRequest's fields, for an edit also
     video, source_prompt and inject_steps. Images and videos are named by the identifiers of uploads
-    ("file-...") or of jobs ("video_..."); `output` is a format: mp4, gif, webp or png.
+    ("file-...") or of jobs ("video_..."); `output` is a format, such as mp4.
     """
 
     kind: str = GENERATE

@@ -24,6 +24,8 @@ POLL = {"openai-poll-after-ms": "500"}
 #: Content types by suffix; a system may have others of its own.
 _MEDIA_TYPES = {
     ".mp4": "video/mp4",
+    ".mov": "video/quicktime",
+    ".webm": "video/webm",
     ".png": "image/png",
     ".gif": "image/gif",
     ".webp": "image/webp",

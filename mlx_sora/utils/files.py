@@ -73,6 +73,22 @@ def cache_folder() -> Path:
     return base / "mlx_sora"
 
 
+@contextmanager
+def new_folders(folder: Path) -> Iterator[None]:
+    """Make a folder and its parents for the block; at its end remove new ones that are empty.
+
+    Raises OSError if one cannot be made.
+    """
+    missing = [each for each in (folder, *folder.parents) if not os.path.lexists(each)]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    finally:
+        for each in missing:
+            with suppress(OSError):  # of one that holds something
+                each.rmdir()
+
+
 def visible_files(folder: Path, pattern: str) -> list[Path]:
     """Return the entries of `folder` that match, sorted, without hidden ones.
 

@@ -52,12 +52,23 @@ def check_result_file(path: Path, *, overwrite: bool = True) -> None:
     refuse_obstacle(path)
     if path.exists() and not overwrite:
         raise UsageError(f"{path} exists already.", "Give --overwrite or another --output.")
-    folder = path.absolute().parent
-    while not os.path.lexists(folder):
+    check_folder(path.parent)
+
+
+def check_folder(folder: Path) -> None:
+    """Raise UsageError unless a file can be written in `folder`, which is made if it is missing."""
+    found = existing_folder(folder)
+    refuse_broken_link(found)
+    if not found.is_dir():
+        raise UsageError(f"{found} is not a folder.", "Change --output.")
+    check_writable(found)
+
+
+def existing_folder(folder: Path) -> Path:
+    """Return `folder`, or the first thing above it that exists."""
+    while not os.path.lexists(folder) and folder != folder.parent:
         folder = folder.parent
-    if not folder.is_dir():
-        raise UsageError(f"Cannot write {path}: {folder} is not a folder.", "Change --output.")
-    check_writable(folder)
+    return folder
 
 
 def check_writable(folder: Path) -> None:

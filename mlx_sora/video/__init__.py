@@ -81,7 +81,7 @@ class Video:
         Takes the formats of `output`. A file of the same format is copied; another one is written
         from `frames`, and loses what their file has lost. Raises UsageError.
         """
-        from mlx_sora.utils.files import atomic_write, explain_os_errors
+        from mlx_sora.utils.files import atomic_write, explain_os_errors, new_folders
         from mlx_sora.video.output_path import check_output, frame_path, is_sequence
         from mlx_sora.video.writer import save_frames, write_encoded_frames
 
@@ -96,6 +96,10 @@ class Video:
             files = [frame_path(source, i) for i in range(self.num_frames)]
             with explain_os_errors(path):
                 return write_encoded_frames(path, (f.read_bytes() for f in files), overwrite)
-        with atomic_write(path, overwrite) as file:
+        with (
+            explain_os_errors(path),
+            new_folders(path.parent),
+            atomic_write(path, overwrite) as file,
+        ):
             shutil.copyfile(source, file.partial)
         return file.path

@@ -7,6 +7,7 @@ writing. Metadata is given to `save`, because the timings are known only then.
 from __future__ import annotations
 
 from contextlib import suppress
+from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache
 from itertools import pairwise
@@ -23,8 +24,8 @@ Metadata = dict[str, Any]
 
 CRF = "16"
 
-#: Threads of x264, which decide what it makes of a picture: as many on every machine.
-X264_THREADS = 4
+#: Threads of an encoder, which decide what it makes of a picture: as many on every machine.
+THREADS = 4
 
 #: FFmpeg's numbers for BT.709 primaries, transfer and matrix, and for limited range.
 BT709, LIMITED_RANGE = 1, 1
@@ -43,6 +44,25 @@ class FrameEncoder(Protocol):
     def close(self) -> None: ...
 
 
+@dataclass(frozen=True)
+class FilmFormat:
+    """A container, its options, and the codec of its frames with the name that people know."""
+
+    container: str
+    codec: str
+    codec_name: str
+    options: dict[str, str]
+
+
+#: Formats that PyAV writes, by suffix. QuickTime's own comments end after 64 KB, those of its
+#: metadata tags do not. Without bitexact, Matroska draws random numbers.
+FILMS = {
+    ".mp4": FilmFormat("mp4", "libx264", "H.264", {"movflags": "+faststart"}),
+    ".mov": FilmFormat("mov", "libx264", "H.264", {"movflags": "+faststart+use_metadata_tags"}),
+    ".webm": FilmFormat("webm", "libvpx-vp9", "VP9", {"fflags": "+bitexact"}),
+}
+
+
 @cache
 def missing_encoder(suffix: str) -> tuple[str, str] | None:
     """Return why this machine cannot write files of a format, and what to install, or None."""
@@ -51,33 +71,35 @@ def missing_encoder(suffix: str) -> tuple[str, str] | None:
 
         if not features.check("webp"):
             return "This build of Pillow cannot write WebP.", "or install pillow from PyPI."
-    if suffix == ".mp4":
+    if (film := FILMS.get(suffix)) is not None:
         try:
             import av
 
-            av.Codec("libx264", "w")
+            av.Codec(film.codec, "w")
         except (ImportError, ValueError):  # of which av's own error is one
-            return "PyAV has no H.264 encoder (libx264) here.", "or install av from PyPI."
+            reason = f"PyAV has no {film.codec_name} encoder ({film.codec}) here."
+            return reason, "or install av from PyPI."
     return None
 
 
-class Mp4Encoder:
-    """H.264 yuv420p, CRF 16, BT.709 limited range, index at the front.
+class FilmEncoder:
+    """H.264 (mp4, mov) or VP9 (webm) yuv420p, CRF 16, BT.709 limited range.
 
-    Frames are compressed as they come. The packets wait in memory until `save`, because a header
-    cannot be changed once it is written. The constructor and `save` have the same `path`.
+    In mp4 and mov the index is at the front. Frames are compressed as they come. The packets wait
+    in memory until `save`, because a header cannot be changed once it is written. The constructor
+    and `save` have the same `path`.
     """
 
-    def __init__(self, path: Path, width: int, height: int, fps: float) -> None:
+    def __init__(self, path: Path, film: FilmFormat, size: tuple[int, int], fps: float) -> None:
         import av
 
         rate = Fraction(fps).limit_denominator(1001)
         self._container: Any = av.open(
-            str(path), "w", format="mp4", options={"movflags": "+faststart"}
+            str(path), "w", format=film.container, options=dict(film.options)
         )
-        options = {"crf": CRF, "x264-params": x264_params()}
-        stream: Any = self._container.add_stream("libx264", rate=rate, options=options)
-        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        options = codec_options(film.codec)
+        stream: Any = self._container.add_stream(film.codec, rate=rate, options=options)
+        (stream.width, stream.height), stream.pix_fmt = size, "yuv420p"
         stream.time_base = 1 / rate
         context = stream.codec_context
         context.color_primaries = context.color_trc = context.colorspace = BT709
@@ -108,6 +130,14 @@ class Mp4Encoder:
         self._container.close()
 
 
+def codec_options(codec: str) -> dict[str, str]:
+    """Return the options of a codec with which equal frames make equal files."""
+    if codec == "libx264":
+        return {"crf": CRF, "x264-params": x264_params()}
+    # A rate of 0 leaves the quality to CRF.
+    return {"crf": CRF, "b": "0", "cpu-used": "4", "row-mt": "1", "threads": str(THREADS)}
+
+
 def x264_params() -> str:
     """Return the parameters of x264 with which equal frames make equal files.
 
@@ -117,7 +147,7 @@ def x264_params() -> str:
     avx512 = False
     with suppress(OSError), open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
         avx512 = "avx512f" in next((line for line in file if line.startswith("flags")), "").split()
-    return f"threads={X264_THREADS}" + (":asm=AVX2" if avx512 else "")
+    return f"threads={THREADS}" + (":asm=AVX2" if avx512 else "")
 
 
 class PngEncoder:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 
 from mlx_sora.runtime.device import to_numpy
-from mlx_sora.video.writer import VideoWriter
+from mlx_sora.video.writer import VideoWriter, enlarge
 
 if TYPE_CHECKING:
     import numpy as np
@@ -44,10 +44,11 @@ class FrameCounter(_NoOutput):
 
 
 class FramesInMemory(_NoOutput):
-    """Keeps the frames of a run without an output file."""
+    """Keeps the frames of a run without an output file, enlarged `scale` times."""
 
-    def __init__(self) -> None:
+    def __init__(self, scale: int = 1) -> None:
         super().__init__()
+        self._scale = scale
         self._parts: list[np.ndarray] = []
 
     @property
@@ -63,7 +64,7 @@ class FramesInMemory(_NoOutput):
 
     def write(self, frames: np.ndarray) -> None:
         """Append uint8 frames [n, H, W, 3]."""
-        self._parts.append(frames)
+        self._parts.append(enlarge(frames, self._scale))
 
 
 #: Any receiver of the frames of a run.

@@ -1,6 +1,7 @@
 """The metadata of a run: request, settings and measurements, embedded in the output file.
 
-mp4: comment tag; png: text chunk "mlx_sora"; gif: comment; webp: EXIF description; sidecar: JSON.
+mp4, mov, webm: comment tag; png: text chunk "mlx_sora"; gif: comment; webp: EXIF description;
+sidecar: JSON.
 """
 
 from __future__ import annotations
@@ -90,7 +91,7 @@ def to_json(record: Mapping[str, Any], *, ascii_only: bool = False) -> str:
 
 
 def read_metadata(path: str | Path) -> dict[str, Any]:
-    """Read the record of an mp4, png, gif, webp or JSON file. Raises UsageError."""
+    """Read the record of an mp4, mov, webm, png, gif, webp or JSON file. Raises UsageError."""
     path = Path(os.path.expanduser(path))
     if not path.is_file():
         raise UsageError(f"No such file: {path}.", "Give a video or JSON file of mlx_sora.")
@@ -187,7 +188,7 @@ def _choose_reader(path: Path) -> Callable[[Path], str | None]:
         return _read_image
     with path.open("rb") as file:
         head = file.read(64).removeprefix(b"\xef\xbb\xbf").lstrip()
-    return _read_json if head.startswith(b"{") or path.suffix.lower() == ".json" else _read_mp4
+    return _read_json if head.startswith(b"{") or path.suffix.lower() == ".json" else _read_film
 
 
 def _read_json(path: Path) -> str:
@@ -195,9 +196,10 @@ def _read_json(path: Path) -> str:
         return file.read(MAX_BYTES + 1).decode("utf-8-sig")
 
 
-def _read_mp4(path: Path) -> str | None:
+def _read_film(path: Path) -> str | None:
     with open_container(path) as container:
-        comment = container.metadata.get("comment")
+        tags = {str(name).lower(): value for name, value in container.metadata.items()}
+        comment = tags.get("comment")  # in capitals in Matroska
         return None if comment is None else str(comment)
 
 

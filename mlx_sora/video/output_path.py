@@ -1,4 +1,4 @@
-"""Output paths: templates, formats, and checks that they can be written.
+"""Output paths: formats, and checks that they can be written.
 
 All checks run before any work, so that a run does not end with "cannot write".
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 import errno
 import os
 import re
-import string
 import unicodedata
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
@@ -18,18 +17,15 @@ from mlx_sora.errors import UsageError, shell_words
 from mlx_sora.request.options import as_path
 from mlx_sora.utils.files import partial_name, recover, remove_partial
 from mlx_sora.utils.obstacles import (
-    check_writable,
+    check_folder,
+    existing_folder,
     is_special,
-    refuse_broken_link,
     refuse_obstacle,
 )
-from mlx_sora.video.encoders import missing_encoder
+from mlx_sora.video.encoders import FILMS, missing_encoder
+from mlx_sora.video.output_template import fill_template
 
-SUFFIXES = (".mp4", ".gif", ".webp", ".png")
-TEMPLATE_NAMES = ("seed", "index", "prompt_slug")
-
-#: Default of the command line; the suffix depends on the number of frames.
-DEFAULT_OUTPUT = "{prompt_slug}-{seed}"
+SUFFIXES = (".mp4", ".mov", ".webm", ".gif", ".webp", ".png")
 
 #: Suffix of checkpoints.
 CHECKPOINT_SUFFIX = ".checkpoint.safetensors"
@@ -42,44 +38,18 @@ _STREAMS = re.compile(r"-|/dev/(std(in|out|err)|fd/\d+)|/proc/self/fd/\d+")
 
 _COUNTER = re.compile(r"%0?(\d{0,2})d")
 
-#: Format of a template's field, such as {index:03d}; larger widths would make long names.
-_SPEC = re.compile(r"\d{0,2}d?")
 
-
-def slug(prompt: str, limit: int = 48) -> str:
-    """Return a prompt's words for a file name: joined by hyphens, at most `limit` characters."""
-    words = re.findall(r"\w+", prompt.lower())
-    return "-".join(words)[:limit].strip("-_") or "video"
-
-
-def fill_template(template: str, *, prompt: str, seed: int, index: int = 0) -> str:
-    """Fill {seed}, {index} and {prompt_slug} into `template` ({index:03d} works too).
-
-    Raises UsageError for any other name.
-    """
-    try:
-        for _, name, spec, conversion in string.Formatter().parse(template):
-            if name is None:
-                continue
-            if name not in TEMPLATE_NAMES or conversion or not _SPEC.fullmatch(spec or ""):
-                raise ValueError
-        return template.format(seed=seed, index=index, prompt_slug=slug(prompt))
-    except (ValueError, LookupError, AttributeError):
-        known = ", ".join(f"{{{name}}}" for name in TEMPLATE_NAMES)
-        raise UsageError(
-            f"Cannot fill in the output {template!r}.",
-            f"Use {known}; write {{{{ and }}}} for braces.",
-        ) from None
-
-
-def escape_template(name: str) -> str:
-    """Return the template that `fill_template` turns into `name`."""
-    return name.replace("{", "{{").replace("}", "}}")
-
-
-def output_path(template: str, *, prompt: str, seed: int, num_frames: int, index: int = 0) -> Path:
+def output_path(
+    template: str,
+    *,
+    prompt: str,
+    seed: int,
+    num_frames: int,
+    index: int = 0,
+    model: str = "",
+) -> Path:
     """Return the output file of a request: `complete_path` of the filled-in template."""
-    name = fill_template(template, prompt=prompt, seed=seed, index=index)
+    name = fill_template(template, prompt=prompt, seed=seed, index=index, model=model)
     return complete_path(name, num_frames)
 
 
@@ -202,7 +172,7 @@ class OutputNames:
 
 def _ignores_case(folder: Path) -> bool:
     """Return True if the file system takes a name in upper case for the same file."""
-    probe = partial_name((folder if folder.is_dir() else folder.parent) / "case")
+    probe = partial_name(existing_folder(folder) / "case")
     try:
         probe.touch()
         return os.path.exists(probe.with_name(probe.name.swapcase()))
@@ -238,7 +208,7 @@ def check_output(
     beside = [*others, sidecar_path(path)] if sidecar else others
     _check_names(path, beside, num_frames)
     _check_kind(path)
-    _check_folder(path)
+    check_folder(path.parent)
     check_obstacles(path)
     for file in beside:
         refuse_obstacle(file)
@@ -311,9 +281,10 @@ def check_format(
         raise UsageError(
             missing[0], f"Write {', '.join(works)} (one frame, or FOLDER/), {missing[1]}"
         )
-    if suffix == ".mp4" and size and (size[0] % 2 or size[1] % 2):
+    if suffix in FILMS and size and (size[0] % 2 or size[1] % 2):
         raise UsageError(
-            f"mp4 needs even sides, not {size[0]}x{size[1]}.", "Choose another size or .webp."
+            f"{suffix[1:]} needs even sides, not {size[0]}x{size[1]}.",
+            "Choose another size or .webp.",
         )
     if suffix == ".gif" and fps and fps > MAX_GIF_FPS:
         raise UsageError(
@@ -352,14 +323,3 @@ def _check_kind(path: Path) -> None:
         raise UsageError(f"Unknown output format {path.name!r}.", f"Use {', '.join(SUFFIXES)}.")
     if is_sequence(path) and path.suffix.lower() != ".png":
         raise UsageError(f"{path.name}: only png is written frame by frame.", "Use .png.")
-
-
-def _check_folder(path: Path) -> None:
-    folder = path.parent
-    refuse_broken_link(folder)
-    if is_sequence(path) and not folder.exists():
-        folder = folder.parent
-        refuse_broken_link(folder)
-    if not folder.is_dir():
-        raise UsageError(f"The folder {folder} does not exist.", "Create it, or change --output.")
-    check_writable(folder)

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 JITTER = 0.5
 
 
+#: Half a unit of the times of Matroska, in seconds, and a little for the others.
+ROUNDING = 0.00051
+
 #: Unit of the durations of GIF, in seconds. Rates that it cannot tell apart are whole numbers.
 SMALLEST_DURATION = 0.01
 
@@ -69,7 +72,7 @@ class Timing:
         usual = [each for each in intervals if abs(each - typical) < JITTER * typical]
         fps = recorded or len(usual) / sum(usual)
         if recorded is None and last is None and len(usual) == len(intervals):
-            return cls(fps)
+            return cls(rate if rate and _has_rate(known, rate) else fps)
         if last is None:
             intervals.append(1 / fps)
         ticks = [round(fps * time) for time in accumulate(intervals, initial=0.0)]
@@ -89,3 +92,8 @@ class Timing:
             yield from frames
         for frame, count in zip(frames, self.repeats, strict=False):
             yield from repeat(frame, count)
+
+
+def _has_rate(starts: Sequence[float], rate: float) -> bool:
+    """Return True if frames begin at a constant rate, but for the rounding of times."""
+    return all(abs(s - starts[0] - i / rate) < 2 * ROUNDING for i, s in enumerate(starts))

@@ -5,14 +5,17 @@ from __future__ import annotations
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlx_sora.errors import MlxSoraError
+from mlx_sora.geometry import Size
 from mlx_sora.utils.files import (
     atomic_write,
     explain_os_errors,
     free_names,
+    new_folders,
     partial_name,
     recover,
     remove_partial,
@@ -20,7 +23,14 @@ from mlx_sora.utils.files import (
     rename_into_place,
 )
 from mlx_sora.utils.leftovers import deferred_signals
-from mlx_sora.video.encoders import AnimationEncoder, FrameEncoder, Mp4Encoder, PngEncoder, save_png
+from mlx_sora.video.encoders import (
+    FILMS,
+    AnimationEncoder,
+    FilmEncoder,
+    FrameEncoder,
+    PngEncoder,
+    save_png,
+)
 from mlx_sora.video.output_path import (
     check_format,
     check_output,
@@ -46,18 +56,20 @@ def open_writer(
     overwrite: bool = False,
     *,
     check: bool = True,
+    scale: int = 1,
 ) -> VideoWriter:
     """Open a writer for the kind of file that `path` names. Use it in a `with` block.
 
-    check: call `check_output` first, which raises UsageError. Without it, a file that has appeared
-    since an earlier check is not an error. Raises MlxSoraError if the file system refuses.
+    width, height: of the frames that it gets; it enlarges them `scale` times. check: call
+    `check_output` first, which raises UsageError. Without it, a file that has appeared since an
+    earlier check is not an error. Raises MlxSoraError if the file system refuses.
     """
     path = Path(path)
     if check:
-        check_output(path, overwrite, size=(width, height), fps=fps)
+        check_output(path, overwrite, size=Size(width, height).enlarged(scale), fps=fps)
     with explain_os_errors(path):
         kind = SequenceWriter if is_sequence(path) else FileWriter
-        return kind(path, (width, height), fps, metadata, overwrite)
+        return kind(path, (width, height), fps, metadata, overwrite, scale)
 
 
 class VideoWriter(ABC):
@@ -74,14 +86,18 @@ class VideoWriter(ABC):
         fps: float,
         metadata: Mapping[str, Any] | None,
         overwrite: bool,
+        scale: int = 1,
     ) -> None:
-        self.path, self.size, self.fps = path, size, fps
+        self.path, self.size, self.fps, self.scale = path, size, fps, scale
         self.metadata = metadata
         self.overwrite = overwrite
         self.num_frames = 0
         self._finished = False
-        recover(path.parent)
-        self._open()
+        with ExitStack() as opened:
+            opened.enter_context(new_folders(path.parent))
+            recover(path.parent)
+            self._open()
+            self._folders = opened.pop_all()
 
     def write(self, frames: np.ndarray) -> None:
         """Append uint8 frames [n, H, W, 3]."""
@@ -93,7 +109,7 @@ class VideoWriter(ABC):
             )
         with explain_os_errors(self.path):
             for frame in frames:
-                self._write_frame(frame)
+                self._write_frame(enlarge(frame, self.scale))
                 self.num_frames += 1
 
     def __enter__(self) -> VideoWriter:
@@ -107,6 +123,7 @@ class VideoWriter(ABC):
                     self._commit()
         finally:
             self._clean_up()
+            self._folders.close()
 
     def finish(self) -> None:
         """Encode what is left, under temporary names; the end of the block only renames."""
@@ -126,7 +143,7 @@ class VideoWriter(ABC):
 
     @abstractmethod
     def _write_frame(self, frame: np.ndarray) -> None:
-        """Write frame number `num_frames`, uint8 [H, W, 3]."""
+        """Write frame number `num_frames`, uint8 [H, W, 3], enlarged already."""
 
     @abstractmethod
     def _finish(self) -> None:
@@ -142,22 +159,23 @@ class VideoWriter(ABC):
 
 
 class FileWriter(VideoWriter):
-    """One file: mp4, gif, webp, or png of a single frame."""
+    """One file: mp4, mov, webm, gif, webp, or png of a single frame."""
 
     def _open(self) -> None:
         self._partial = partial_name(self.path)
         self._encoder: FrameEncoder
-        kind = self.path.suffix.lower().removeprefix(".")
-        if kind == "mp4":
+        suffix = self.path.suffix.lower()
+        if (film := FILMS.get(suffix)) is not None:
             try:
-                self._encoder = Mp4Encoder(self._partial, *self.size, self.fps)
+                size = Size(*self.size).enlarged(self.scale)
+                self._encoder = FilmEncoder(self._partial, film, size, self.fps)
             except BaseException:
                 remove_partial(self._partial)
                 raise
-        elif kind == "png":
+        elif suffix == ".png":
             self._encoder = PngEncoder()
         else:
-            self._encoder = AnimationEncoder(kind, self.fps)
+            self._encoder = AnimationEncoder(suffix.removeprefix("."), self.fps)
 
     def _write_frame(self, frame: np.ndarray) -> None:
         self._encoder.add(frame)
@@ -182,9 +200,6 @@ class SequenceWriter(VideoWriter):
     """
 
     def _open(self) -> None:
-        folder = self.path.parent
-        self._new_folder = not folder.exists()
-        folder.mkdir(exist_ok=True)
         self._partials: list[Path] = []
         self._first: np.ndarray | None = None
 
@@ -202,14 +217,15 @@ class SequenceWriter(VideoWriter):
 
     def _commit(self) -> None:
         self.path = rename_frames(self.path, self._partials, self.overwrite)
-        self._new_folder = False
 
     def _clean_up(self) -> None:
         for partial in self._partials:
             remove_partial(partial)
-        folder = self.path.parent
-        if self._new_folder and folder.is_dir() and not any(folder.iterdir()):
-            folder.rmdir()
+
+
+def enlarge(frames: np.ndarray, scale: int) -> np.ndarray:
+    """Repeat each pixel of frames [..., H, W, 3] `scale` times in both directions."""
+    return frames if scale == 1 else frames.repeat(scale, axis=-3).repeat(scale, axis=-2)
 
 
 def rename_frames(path: Path, partials: Sequence[Path], overwrite: bool) -> Path:
@@ -245,16 +261,16 @@ def rename_frames(path: Path, partials: Sequence[Path], overwrite: bool) -> Path
 def write_encoded_frames(path: Path, frames: Iterable[bytes], overwrite: bool) -> Path:
     """Write a sequence from the contents of its png files, all or none; return its pattern."""
     partials: list[Path] = []
-    path.parent.mkdir(exist_ok=True)
-    try:
-        for frame in frames:
-            partials.append(partial_name(path))
-            partials[-1].write_bytes(frame)
-        with deferred_signals():
-            return rename_frames(path, partials, overwrite)
-    finally:
-        for partial in partials:
-            remove_partial(partial)
+    with new_folders(path.parent):
+        try:
+            for frame in frames:
+                partials.append(partial_name(path))
+                partials[-1].write_bytes(frame)
+            with deferred_signals():
+                return rename_frames(path, partials, overwrite)
+        finally:
+            for partial in partials:
+                remove_partial(partial)
 
 
 def write_sidecar(path: str | Path, record: Mapping[str, Any], overwrite: bool = False) -> Path:

@@ -23,7 +23,7 @@ WORDS = (
     "--loop 2 --condition-frames 34 --condition-edit 0.5 "
     "--step-cache every:2 --guidance-interval 100,900 --guidance-cache every:2 "
     "--no-embed-metadata --metadata --no-health-check --checkpoint-every 3 --preview-every 2 "
-    "--keep-previews --no-text-cache"
+    "--scale 4 --keep-previews --no-text-cache"
 )
 
 
@@ -33,6 +33,7 @@ def test_flag_reaches_its_field(folder: Path, pipeline: FakePipeline) -> None:
         "prompt": "p",
         "model": "shapes",
         "seed": 5,
+        "scale": 4,
         "steps": 4,
         "guidance": 3.0,
         "sequential_guidance": True,

@@ -12,6 +12,7 @@ import pytest
 from mlx_sora.cli.main import main
 from mlx_sora.errors import MemoryBudgetError
 from mlx_sora.video.metadata import read_metadata
+from tests.helpers.dates import set_today
 from tests.helpers.fake_pipeline import FakePipeline
 from tests.unit.video.test_sequences import write_and_end
 
@@ -58,6 +59,25 @@ def test_existing_outputs_are_skipped(
     assert len(pipeline.requests) == 3
     assert main([*COMMAND, name, "--overwrite"]) == 0
     assert len(pipeline.requests) == 5
+
+
+def test_a_rerun_on_another_day_makes_only_what_is_missing(
+    folder: Path, pipeline: FakePipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = [*COMMAND, write(folder, {"prompt": "a"}, {"prompt": "b"}), "--model", "shapes"]
+    words += ["-o", "{date}/{index}-{model}{{date}}.mp4"]
+    set_today(monkeypatch, "2026-01-31")
+    assert main(words) == 0
+    first = folder / "2026-01-31"
+    assert sorted(first.iterdir()) == [first / f"{i}-shapes{{date}}.mp4" for i in (0, 1)]
+    (first / "0-shapes{date}.mp4").unlink()
+    set_today(monkeypatch, "2026-02-01")
+    assert main(words) == 0
+    second = folder / "2026-02-01"
+    assert sorted(second.iterdir()) == [second / "0-shapes{date}.mp4"]
+    assert main([*words, "--overwrite"]) == 0
+    assert len(list(second.iterdir())) == 2
+    assert len(list(first.iterdir())) == 1, "another day's file is not replaced"
 
 
 def test_what_is_no_finished_output_is_not_skipped(

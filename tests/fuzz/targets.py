@@ -119,7 +119,8 @@ def _words(data: bytes, folder: Path) -> None:
     from mlx_sora.manage.sources import choose_endpoint, choose_sources
     from mlx_sora.memory.profiles import parse_bytes, profile_budget
     from mlx_sora.request.generation import ANY_SIZE, options
-    from mlx_sora.video.output_path import fill_template, frame_path, output_path
+    from mlx_sora.video.output_path import frame_path, output_path
+    from mlx_sora.video.output_template import fill_template
 
     text = _text(data)
     readers: list[Callable[[], Any]] = [

@@ -34,7 +34,7 @@ INSTALLATION = """\
 pip install .
 python -m mlx_sora generate --prompt "a red circle moving right on a black background"
 """
-FILE = re.compile(r"[\w-]+\.(mp4|png|gif|webp)")
+FILE = re.compile(r"[\w-]+\.(mp4|mov|webm|png|gif|webp)")
 
 
 def blocks(text: str, language: str) -> list[str]:

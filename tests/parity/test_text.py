@@ -14,7 +14,7 @@ from mlx_sora.errors import UsageError
 from mlx_sora.geometry import MAX_FRAMES, MICRO_FRAME_SIZE, Size, model_arguments
 from mlx_sora.text import cleaning, prompt
 from mlx_sora.text.prompt import Scene, Scores
-from mlx_sora.video.output_path import fill_template
+from mlx_sora.video.output_template import fill_template
 from tests.helpers.golden import Case
 
 

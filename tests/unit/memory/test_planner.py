@@ -33,6 +33,7 @@ from mlx_sora.models.stdit3 import STDiT3Config
 from mlx_sora.models.t5 import T5Config
 from mlx_sora.models.vae import VAEConfig
 from mlx_sora.request.techniques import PAPER_SITES
+from mlx_sora.video.encoders import FILMS
 
 MB, GB = 10**6, 10**9
 
@@ -336,8 +337,10 @@ def test_the_format_of_the_file_counts() -> None:
 
     size = workload().geometry.decoded
     for suffix in WRITERS:
-        added = writer_memory(suffix, size, 51) + PYAV * (suffix == ".mp4")
+        added = writer_memory(suffix, size, 51) + PYAV * (suffix in FILMS)
         assert decoding(suffix) - decoding(".png") == added - writer_memory(".png", size, 51)
+        enlarged = replace(workload(suffix=suffix), scale=3).writer_bytes
+        assert enlarged == writer_memory(suffix, size.enlarged(3), 51)
     # Pillow takes all frames of a WebP at once; those of mp4 are compressed as they come.
     assert decoding(".webp", 408) - decoding(".webp") == 8 * (408 - 51) * size.width * size.height
     assert decoding(".mp4", 408) == decoding(".mp4")

@@ -15,7 +15,7 @@ from mlx_sora import GenerationRequest, Pipeline, UsageError, WeightsError
 from mlx_sora.errors import MlxSoraError
 from mlx_sora.loading.model_folder import ModelFolder, find_model
 from mlx_sora.pipeline.checkpoint import Snapshot
-from mlx_sora.pipeline.resume import checkpoint_seed, resumed_request
+from mlx_sora.pipeline.resume import continue_checkpoint, resumed_request
 from mlx_sora.runtime.device import default_dtype
 from mlx_sora.runtime.events import (
     Event,
@@ -27,6 +27,7 @@ from mlx_sora.runtime.events import (
     Warned,
 )
 from mlx_sora.video.output_path import checkpoint_path
+from tests.helpers.dates import set_today
 
 OPTIONS = {"prompt": "a red circle", "seed": 3, "steps": 3, "num_frames": 17}
 OPTIONS |= {"width": 32, "height": 32, "checkpoint_every": 2}
@@ -281,10 +282,10 @@ class TestSeeds:
     ) -> None:
         first = drawn().with_seed()
         stop(pipe, first, 1)
-        assert checkpoint_seed(drawn()) == first.seed
-        assert checkpoint_seed(drawn(seed=5)) is None
-        assert checkpoint_seed(drawn(steps=4)) is None
-        assert checkpoint_seed(drawn(checkpoint_every=None)) is None
+        assert continue_checkpoint(drawn()).seed == first.seed
+        assert continue_checkpoint(drawn(seed=5)).seed == 5
+        assert continue_checkpoint(drawn(steps=4)).seed != first.seed
+        assert continue_checkpoint(drawn(checkpoint_every=None)).seed != first.seed
         seen, path = finish(pipe.stream(drawn()))
         assert str(first.seed) in path.name
         assert "1 of 3 steps" in notes(seen)
@@ -296,9 +297,24 @@ class TestSeeds:
         run = pipe.stream(first)
         assert any(isinstance(e, StepFinished) and e.step == 1 for e in run)
         assert checkpoint_path(Path(str(first.output).format(**names(first)) + ".mp4")).exists()
-        assert checkpoint_seed(drawn()) is None
+        assert continue_checkpoint(drawn()).seed != first.seed
         run.close()
-        assert checkpoint_seed(drawn()) == first.seed
+        assert continue_checkpoint(drawn()).seed == first.seed
+
+    def test_another_day_goes_on_with_the_file_of_the_first(
+        self, pipe: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        template = tmp_path / "{date}" / "{model}-{date}-{seed}"
+        set_today(monkeypatch, "2026-01-31")
+        first = request(template, seed=None).with_seed()
+        stop(pipe, first, 1)
+        set_today(monkeypatch, "2026-02-01")
+        other, path = finish(pipe.stream(request(template, seed=None, steps=2)))
+        assert path.parent.name == "2026-02-01"
+        assert "steps are done" not in notes(other)
+        seen, path = finish(pipe.stream(request(template, seed=None)))
+        assert path == tmp_path / f"2026-01-31/shapes-2026-01-31-{first.seed}.mp4"
+        assert "1 of 3 steps" in notes(seen)
 
     def test_damaged_and_foreign_files_are_passed_over(
         self, pipe: Pipeline, drawn: Callable[..., GenerationRequest], tmp_path: Path
@@ -307,7 +323,7 @@ class TestSeeds:
         stop(pipe, first, 1)
         (tmp_path / "x.checkpoint.safetensors").write_bytes(b"junk")
         (tmp_path / "y.checkpoint.safetensors").mkdir()
-        assert checkpoint_seed(drawn()) == first.seed
+        assert continue_checkpoint(drawn()).seed == first.seed
 
     def test_a_batch_goes_on_with_each(
         self, pipe: Pipeline, drawn: Callable[..., GenerationRequest]

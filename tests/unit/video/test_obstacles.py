@@ -51,6 +51,8 @@ def test_av_without_an_encoder_of_h264(tmp_path: Path, monkeypatch: pytest.Monke
     missing_encoder.cache_clear()
     with pytest.raises(UsageError, match=r"libx264.*Write \.gif, \.webp, \.png .*install av"):
         check_output(tmp_path / "a.mp4")
+    with pytest.raises(UsageError, match=r"VP9 encoder \(libvpx-vp9\)"):
+        check_output(tmp_path / "a.webm")
     check_output(tmp_path / "a.webp")
     monkeypatch.setattr(features, "check", lambda name: False)
     missing_encoder.cache_clear()

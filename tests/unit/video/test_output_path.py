@@ -11,13 +11,12 @@ from mlx_sora.errors import UsageError
 from mlx_sora.video.output_path import (
     check_output,
     existing_files,
-    fill_template,
     frame_path,
     is_sequence,
     output_path,
     sidecar_path,
-    slug,
 )
+from mlx_sora.video.output_template import fill_template, slug
 
 
 @pytest.mark.parametrize(
@@ -107,11 +106,10 @@ def test_impossible_places(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     (tmp_path / "folder.mp4").mkdir()
     for path, message in (
-        (tmp_path / "missing" / "a.mp4", "does not exist"),
-        (tmp_path / "file" / "a.mp4", "does not exist"),
-        (tmp_path / "missing" / "new" / "f_%d.png", "does not exist"),
+        (tmp_path / "file" / "a.mp4", "is not a folder"),
+        (tmp_path / "file" / "new" / "f_%d.png", "is not a folder"),
         (tmp_path / "folder.mp4", "is a folder"),
-        (tmp_path / "a.avi", ".mp4, .gif, .webp, .png"),
+        (tmp_path / "a.avi", ".mp4, .mov, .webm, .gif, .webp, .png"),
         (tmp_path / "a", "Unknown output format"),
         (tmp_path / "a_%02d.mp4", "only png"),
     ):

@@ -15,6 +15,7 @@ from mlx_sora.errors import MlxSoraError, UsageError
 from mlx_sora.video.encoders import rgb_to_yuv420
 from mlx_sora.video.metadata import read_metadata
 from mlx_sora.video.output_path import check_output, checkpoint_path, frame_path
+from mlx_sora.video.reader import probe_video, read_image, read_video
 from mlx_sora.video.writer import open_writer, save_frames, write_sidecar
 
 COLORS = [
@@ -31,7 +32,7 @@ COLORS = [
     (128, 128, 128),
     (250, 190, 212),
 ]
-KINDS = ("a.mp4", "a.gif", "a.webp", "a_%03d.png")
+KINDS = ("a.mp4", "a.mov", "a.webm", "a.gif", "a.webp", "a_%03d.png")
 
 
 def patches(size: int = 32) -> np.ndarray:
@@ -115,6 +116,36 @@ def test_mp4_tags_rate_and_layout(tmp_path: Path) -> None:
     assert np.allclose(times, np.arange(34) / 23.976, atol=1e-3)
     data = path.read_bytes()
     assert 0 < data.find(b"moov") < data.find(b"mdat")
+
+
+@pytest.mark.parametrize(("kind", "codec"), [("mov", "h264"), ("webm", "vp9")])
+def test_other_films_have_the_colours_rate_and_bytes_of_mp4(
+    tmp_path: Path, kind: str, codec: str
+) -> None:
+    frames = np.stack([patches()] * 18)
+    paths = [save_frames(tmp_path / f"{i}.{kind}", frames, 23.976, {"a": 1}) for i in range(5)]
+    assert len({path.read_bytes() for path in paths}) == 1
+    assert np.abs([middles(frame) - COLORS for frame in decode(paths[0])]).max() <= 3
+    with av.open(str(paths[0])) as container:
+        context = container.streams.video[0].codec_context
+        assert (context.color_primaries, context.color_trc) == (1, 1)
+        assert (context.colorspace, context.color_range, context.name) == (1, 1, codec)
+    info, found = probe_video(paths[0]), read_video(paths[0])
+    assert (info.size, info.num_frames) == ((384, 32), 18)
+    assert info.fps == pytest.approx(23.976, abs=1e-4), "times of Matroska are milliseconds"
+    assert np.abs([middles(frame) - COLORS for frame in found.frames]).max() <= 3
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.gif", "a_%d.png"])
+def test_frames_are_enlarged_to_equal_pixels(tmp_path: Path, name: str) -> None:
+    frames = clip()
+    with open_writer(tmp_path / name, 48, 32, 24, scale=3) as writer:
+        writer.write(frames)
+    if name == "a_%d.png":
+        found = np.stack([read_image(frame_path(tmp_path / name, i)) for i in range(5)])
+        assert np.array_equal(found, frames.repeat(3, 1).repeat(3, 2))
+    found = read_video(tmp_path / name).frames if name != "a_%d.png" else found
+    assert found.shape == (5, 96, 144, 3)
 
 
 @pytest.mark.parametrize("size", [32, 80])
@@ -222,7 +253,7 @@ def test_animations_keep_time_and_colour(tmp_path: Path, kind: str) -> None:
 
 @pytest.mark.parametrize("name", KINDS)
 def test_the_last_metadata_is_recorded(tmp_path: Path, name: str) -> None:
-    record = {"request": {"prompt": 'é "снег"\n\0', "n": 1.5}, "long": "x" * 5000}
+    record = {"request": {"prompt": 'é "снег"\n\0', "n": 1.5}, "long": "x" * 70_000}
     with open_writer(tmp_path / name, 48, 32, 24, {"early": True}) as writer:
         writer.write(clip())
         writer.metadata = record
@@ -243,7 +274,7 @@ def write_and_stop(path: Path, error: type[BaseException], overwrite: bool = Fal
         raise error
 
 
-@pytest.mark.parametrize("name", [*KINDS, "new/a_%d.png"])
+@pytest.mark.parametrize("name", [*KINDS, "new/a_%d.png", "new/deep/a.mp4"])
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
 def test_an_interrupted_run_leaves_nothing(
     tmp_path: Path, name: str, error: type[BaseException]
