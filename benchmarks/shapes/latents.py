@@ -24,7 +24,7 @@ LATENTS = 5  # of a chunk
 
 def final_vae(folder: Path) -> VideoVAE:
     """The VAE of the latest phase with the latents' statistics in `shift` and `scale`."""
-    phases = ("settle", "decode", "meet", "refine")
+    phases = ("settle", "decode", "refine")
     phase = next(name for name in phases if (folder / f"{name}.pt").exists())
     vae = averaged(folder, phase).eval()
     for name, value in torch.load(folder / "statistics.pt", weights_only=True).items():

@@ -1,10 +1,10 @@
 """Trains the bundled model: `python -m benchmarks.shapes.train --out DIR`.
 
-Phases, each resumable: spatial, temporal, sharpen, refine, meet (VAE), text (T5), latents (cache),
-dit, settle, export.  All state lives under DIR; the finished model is DIR/model unless --model says
-otherwise.  --from MODEL goes on from a finished one: its encoders and T5 stay, its transformer
-and the VAE's decoders learn on; the phases are then start, decode, latents, dit, settle, export,
-of which decode and dit can run side by side.
+Phases, each resumable: spatial, temporal, sharpen, refine (VAE), text (T5), latents (cache),
+decode (VAE), dit, settle (VAE), export.  Decode and dit can run side by side.  All state lives
+under DIR; the finished model is DIR/model unless --model says otherwise.  --from MODEL goes on from
+a finished one: its encoders and T5 stay, its transformer and the VAE's decoders learn on; the
+phases are then start, latents, decode, dit, settle, export.
 """
 
 from __future__ import annotations
@@ -57,18 +57,18 @@ class Recipe:
         """Name -> action, in order."""
         last: dict[str, Callable[[], None]] = {
             "latents": lambda: latents.cache_latents(self.out, self.train_set, self.counts),
+            "decode": self.train_decode,
             "dit": self.spawn_dit,
             "settle": self.train_settle,
             "export": self.export_model,
         }
         if self.start is not None:
-            return {"start": self.take_start, "decode": self.train_decode} | last
+            return {"start": self.take_start} | last
         vae = {
             "spatial": lambda: train_vae.train_spatial(self.out, self.train_set),
             "temporal": lambda: train_vae.train_temporal(self.out, self.train_set),
             "sharpen": lambda: train_vae.train_sharpen(self.out, self.train_set),
             "refine": lambda: train_vae.train_refine(self.out, self.train_set),
-            "meet": lambda: train_vae.train_meet(self.out, self.train_set),
         }
         text = {"text": lambda: captions.train_text(self.out, self.tokenizer, self.train_set)}
         return vae | text | last
@@ -116,8 +116,8 @@ class Recipe:
         state = torch.load(self.out / "dit.pt", weights_only=False)
         transformer.load_state_dict(state["parts"]["average"])
         bank = self.caption_bank(self.text_encoder())
-        maker = train_settle.Maker(self.out, transformer, bank, self.train_set)
-        train_settle.train_settle(self.out, maker)
+        pool = train_settle.MadePool(self.out, transformer, bank, self.train_set)
+        train_settle.train_settle(pool)
 
     def caption_bank(self, encoder: captions.T5Encoder) -> captions.CaptionBank:
         return captions.CaptionBank(encoder, self.tokenizer, self.train_set, variants=24)

@@ -23,6 +23,8 @@ BLOCK_PAIRS, BLOCK_IMAGES, BLOCKS, NEW_BLOCK_EVERY = 40, 160, 80, 40
 PAIRS, IMAGES, IMAGE_SHARE = 4, 32, 0.25
 RATE, DISTURBED = 2.5e-4, 0.15
 
+Loss = tuple[Tensor, dict[str, float]]
+
 
 @dataclass(frozen=True)
 class Drawing:
@@ -90,16 +92,22 @@ class Pool:
         self.folder, self.choices = folder, choices
         self.vae = averaged(folder, "refine").eval()
         statistics = torch.load(folder / "statistics.pt", weights_only=True)
-        self.scale = statistics["scale"]
+        self.shift, self.scale = statistics["shift"], statistics["scale"]
         self.blocks: list[Block] = []
 
     def fill(self, count: int) -> None:
         """Hold `count` blocks, at most `BLOCKS`."""
         for number in range(len(self.blocks), min(count, BLOCKS)):
-            path = self.folder / f"pairs_{number:03d}.pt"
-            if not path.exists():
-                torch.save(encode_block(self.vae, self.choices, number), path)
-            self.blocks.append(torch.load(path, weights_only=False))
+            self.blocks.append(self.block(number))
+
+    def block(self, number: int) -> Block:
+        """A block from its file, or encoded and written there."""
+        path = self.folder / f"pairs_{number:03d}.pt"
+        if not path.exists():
+            torch.save(encode_block(self.vae, self.choices, number), path)
+        block = torch.load(path, weights_only=False)
+        assert isinstance(block, Block)
+        return block
 
     def disturb(self, z: Tensor) -> Tensor:
         """Half of the latents a little off, as those of a diffusion model are."""
@@ -115,7 +123,7 @@ def sharp_error(y: Tensor, truth: Tensor) -> Tensor:
     return (y - truth).abs().mean() + 2.0 * squared.mean() + 0.01 * (squared + 1e-4).log().mean()
 
 
-def image_loss(vae: VideoVAE, pool: Pool, rng: np.random.Generator) -> tuple[Tensor, dict]:
+def image_loss(vae: VideoVAE, pool: Pool, rng: np.random.Generator) -> Loss:
     """Loss of single images."""
     block = pool.blocks[rng.integers(len(pool.blocks))]
     rows = rng.integers(BLOCK_IMAGES, size=IMAGES)
@@ -127,7 +135,7 @@ def image_loss(vae: VideoVAE, pool: Pool, rng: np.random.Generator) -> tuple[Ten
     return sharp_error(y, truth), {"image_psnr": psnr(y.detach(), truth)}
 
 
-def pair_loss(vae: VideoVAE, pool: Pool, rng: np.random.Generator) -> tuple[Tensor, dict]:
+def pair_loss(vae: VideoVAE, pool: Pool, rng: np.random.Generator) -> Loss:
     """Loss of pairs: the first frame, three around the meeting, three neighbours elsewhere."""
     block = pool.blocks[rng.integers(len(pool.blocks))]
     rows = rng.integers(BLOCK_PAIRS, size=PAIRS)
@@ -161,15 +169,29 @@ def decoder_parameters(vae: VideoVAE) -> list[torch.nn.Parameter]:
 
 def train_decode(folder: Path, choices: list[world.Attributes], steps: int) -> None:
     """Writes the phase `decode`; more steps than before go on from where it ended."""
-    vae = averaged(folder, "refine")
+    course = DecoderCourse("decode", steps, RATE)
+    train_decoders(course, averaged(folder, "refine"), Pool(folder, choices))
+
+
+@dataclass(frozen=True)
+class DecoderCourse:
+    """A phase of the decoders: its steps and highest rate."""
+
+    phase: str
+    steps: int
+    rate: float
+
+
+def train_decoders(course: DecoderCourse, vae: VideoVAE, pool: Pool) -> None:
+    """Teach `vae` what the pool holds; its encoders stay, so that latents stay valid."""
     trained = decoder_parameters(vae)
-    optimizer = torch.optim.AdamW(trained, RATE, (0.9, 0.98), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(trained, course.rate, (0.9, 0.98), weight_decay=0.0)
     average = Average(vae, 0.998)
     parts = {"vae": vae, "optimizer": optimizer, "average": average}
-    run, pool, seen = RunState(folder, "decode", parts, seed=15), Pool(folder, choices), {}
-    while run.step < steps:
+    run, seen = RunState(pool.folder, course.phase, parts, seed=15), dict[str, list[float]]()
+    while run.step < course.steps:
         pool.fill(4 + run.step // NEW_BLOCK_EVERY)
-        set_rate(optimizer, steady_schedule(run.step, steps, RATE, warm=200))
+        set_rate(optimizer, steady_schedule(run.step, course.steps, course.rate, warm=200))
         kind = image_loss if run.rng.random() < IMAGE_SHARE else pair_loss
         loss, levels = kind(vae, pool, run.rng)
         optimizer.zero_grad(set_to_none=True)
@@ -182,6 +204,6 @@ def train_decode(folder: Path, choices: list[world.Attributes], steps: int) -> N
             seen.setdefault(name, []).append(value)
         if run.step % 25 == 0:
             run.log(**{name: float(np.mean(values)) for name, values in seen.items()})
-            seen = {}
-        if run.step % 50 == 0 or run.step == steps:
+            seen.clear()
+        if run.step % 50 == 0 or run.step == course.steps:
             run.save()

@@ -7,6 +7,7 @@ meant.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,47 +19,52 @@ from benchmarks.shapes.captions import CaptionBank
 from benchmarks.shapes.latents import LATENTS
 from benchmarks.shapes.sample import GUIDANCE, guided_velocity
 from benchmarks.shapes.torch_stdit import STDiT3
-from benchmarks.shapes.train_vae import (
-    DecoderCourse,
-    Pair,
-    averaged,
-    encoded_pair,
-    train_decoders,
-)
+from benchmarks.shapes.train_decode import Block, DecoderCourse, Drawing, Pool, train_decoders
+from benchmarks.shapes.train_vae import averaged
 
-STEPS, AT_ONCE, EVALUATIONS = 1500, 8, 4
+STEPS, RATE, EVALUATIONS = 1500, 2e-4, 4
 
 
-class Maker:
-    """Pairs of chunks of which the transformer made one or both again, from some noise on."""
+class MadePool(Pool):
+    """Blocks of which the transformer made half again, from some noise on.
+
+    A block is made again by its number alone, so that a run that was stopped sees the same ones.
+    """
 
     def __init__(
         self, folder: Path, transformer: STDiT3, bank: CaptionBank, choices: list[world.Attributes]
     ) -> None:
-        self.transformer, self.bank, self.choices = transformer.eval(), bank, choices
-        self.vae = averaged(folder, "refine").eval()
-        statistics = torch.load(folder / "statistics.pt", weights_only=True)
-        self.shift, self.scale = statistics["shift"][0], statistics["scale"][0]
+        super().__init__(folder, choices)
+        self.transformer, self.bank = transformer.eval(), bank
+        self.numbers = {attributes: number for number, attributes in enumerate(choices)}
 
-    def pairs(self, rng: np.random.Generator) -> list[Pair]:
-        """`AT_ONCE` new pairs."""
-        encoded = [encoded_pair(self.vae, rng, self.choices) for _ in range(AT_ONCE)]
-        z = torch.stack([(pair.z - self.shift) / self.scale for pair in encoded])
-        text = self.bank.batch(np.array([pair.index for pair in encoded]), rng)
-        z = self.make_again(z, text, rng)
-        return [
-            Pair(pair.index, pair.x, pair.target, row * self.scale + self.shift)
-            for pair, row in zip(encoded, z, strict=True)
-        ]
+    def block(self, number: int) -> Block:
+        block, rng = super().block(number), np.random.default_rng((15, number))
+        with torch.random.fork_rng():
+            torch.manual_seed(number)
+            z = self.make_half_again(block.z, block.pairs, rng)
+            image_z = self.make_half_again(block.image_z, block.images, rng)
+        return replace(block, z=z, image_z=image_z)
+
+    def make_half_again(
+        self, z: Tensor, drawings: list[Drawing], rng: np.random.Generator
+    ) -> Tensor:
+        """Latents [N, 4, T, 8, 8], not normalised, the first half of them made again."""
+        half = len(z) // 2
+        indices = np.array([self.numbers[d.attributes] for d in drawings[:half]])
+        made = (z[:half] - self.shift) / self.scale
+        made = self.make_again(made, self.bank.batch(indices, rng), rng)
+        return torch.cat([made * self.scale + self.shift, z[half:]])
 
     @torch.no_grad()
     def make_again(
         self, z: Tensor, text: tuple[Tensor, Tensor], rng: np.random.Generator
     ) -> Tensor:
-        """Latents [B, 4, T, 8, 8] noised and denoised; of half of them the first chunk is given."""
+        """Latents [B, 4, T, 8, 8] noised and denoised; of some pairs the first chunk is given."""
         keep = torch.ones(len(z), z.shape[2], dtype=torch.bool)
-        keep[: len(z) // 2, :LATENTS] = False
-        start = float(rng.uniform(0.3, 0.8))
+        if z.shape[2] > LATENTS:
+            keep[: len(z) // 2, :LATENTS] = False
+        start = float(rng.uniform(0.2, 0.6))
         generated = keep[:, None, :, None, None]
         level = torch.where(generated, start, 0.0)
         x = (1 - level) * z + level * torch.randn_like(z)
@@ -69,8 +75,6 @@ class Maker:
         return x
 
 
-def train_settle(folder: Path, maker: Maker) -> None:
+def train_settle(pool: MadePool) -> None:
     """Writes the phase `settle`."""
-    vae = averaged(folder, "decode" if (folder / "decode.pt").exists() else "meet")
-    course = DecoderCourse("settle", STEPS, 6e-4, every=10)
-    train_decoders(folder, vae, course, maker.pairs, maker.choices)
+    train_decoders(DecoderCourse("settle", STEPS, RATE), averaged(pool.folder, "decode"), pool)

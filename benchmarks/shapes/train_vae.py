@@ -1,12 +1,10 @@
 """Training of the two-stage VAE: spatial alone, temporal on its latents, then both together.
 
-At last the decoders alone learn to show no seam where two chunks meet.
+The decoders learn on alone (`train_decode`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +17,6 @@ from benchmarks.shapes.run_state import Average, RunState, schedule, set_rate
 from benchmarks.shapes.torch_vae import LATENT_FACTOR, SpatialConfig, TemporalConfig, VideoVAE
 
 SPATIAL_STEPS, TEMPORAL_STEPS, SHARPEN_STEPS, REFINE_STEPS = 1100, 700, 900, 500
-MEET_STEPS, PAIRS_KEPT = 600, 80
 
 
 def new_vae() -> VideoVAE:
@@ -190,132 +187,6 @@ def train_refine(folder: Path, choices: list[world.Attributes]) -> None:
             )
         if run.step % 100 == 0 or run.step == REFINE_STEPS:
             run.save()
-
-
-@dataclass(frozen=True)
-class Pair:
-    """Two neighbouring chunks of a video.
-
-    index: combination number.  x: pixels [3, 34, H, W].  target: its spatial latents [4, 34, h, w].
-    z: latents [4, 10, h, w], not normalised.
-    """
-
-    index: int
-    x: Tensor
-    target: Tensor
-    z: Tensor
-
-
-def train_meet(folder: Path, choices: list[world.Attributes]) -> None:
-    """The decoders, on neighbouring chunks: frames change as drawn, there too; phase `meet`."""
-    vae = averaged(folder, "refine")
-    course = DecoderCourse("meet", MEET_STEPS, 3e-4, every=3)
-    train_decoders(folder, vae, course, lambda rng: [encoded_pair(vae, rng, choices)], choices)
-
-
-@dataclass(frozen=True)
-class DecoderCourse:
-    """A phase of the decoders: its steps, highest rate, and after how many steps pairs are new."""
-
-    phase: str
-    steps: int
-    rate: float
-    every: int
-
-
-def train_decoders(
-    folder: Path,
-    vae: VideoVAE,
-    course: DecoderCourse,
-    new_pairs: Callable[[np.random.Generator], list[Pair]],
-    choices: list[world.Attributes],
-) -> None:
-    """Teach `vae` pairs of chunks; its encoders stay, so that latents stay valid.
-
-    The last `PAIRS_KEPT` pairs are used again and again. Each step decodes few frames of several
-    pairs, half of them around the meeting.
-    """
-    trained = [*vae.temporal_vae.decoder.parameters(), *vae.spatial.decoder.parameters()]
-    trained += vae.temporal_vae.post_quant_conv.parameters()
-    trained += vae.spatial.post_quant_conv.parameters()
-    optimizer = torch.optim.AdamW(trained, 1e-3, (0.9, 0.98), weight_decay=0.0)
-    average = Average(vae, 0.99)
-    parts = {"vae": vae, "optimizer": optimizer, "average": average}
-    run = RunState(folder, course.phase, parts, seed=12)
-    pairs: list[Pair] = []
-    while run.step < course.steps:
-        set_rate(optimizer, schedule(run.step, course.steps, course.rate, warm=20))
-        if run.step % course.every == 0:
-            pairs = [*pairs, *new_pairs(run.rng)][-PAIRS_KEPT:]
-        while len(pairs) < PAIRS_KEPT // 2:
-            pairs += new_pairs(run.rng)
-        batch = [pairs[i] for i in run.rng.integers(len(pairs), size=4)]
-        elsewhere = int(run.rng.integers(2 * world.CHUNK - 3)) if run.step % 2 else None
-        loss, levels = _meeting_loss(vae, batch, elsewhere)
-        if run.step % 6 == 0:
-            loss = loss + 0.5 * _image_error(vae, run.rng, choices)
-        _update(loss, optimizer, vae)
-        run.step += 1
-        average.update(vae, run.step)
-        if run.step % 25 == 0:
-            run.log(loss=loss.item(), **levels)
-        if run.step % 50 == 0 or run.step == course.steps:
-            run.save()
-
-
-def _meeting_loss(
-    vae: VideoVAE, batch: list[Pair], elsewhere: int | None
-) -> tuple[Tensor, dict[str, float]]:
-    """Loss of pairs; decodes four frames at the meeting, four `elsewhere`.
-
-    Half of the latents are disturbed a little, as those of a diffusion model are.
-    """
-    x, target, z = (torch.stack([getattr(p, k) for p in batch]) for k in ("x", "target", "z"))
-    z = z + 0.03 * torch.randn_like(z) * torch.randint(0, 2, (len(z), 1, 1, 1, 1))
-    s = torch.cat([vae.temporal_vae.decode(part, world.CHUNK) for part in z.chunk(2, 2)], dim=2)
-    errors, changes = [], []
-    for first in [world.CHUNK - 2] + ([] if elsewhere is None else [elsewhere]):
-        truth, part = x[:, :, first : first + 4], s[:, :, first : first + 4] / LATENT_FACTOR
-        y = vae.spatial.decode(part.transpose(1, 2).flatten(0, 1))
-        y = y.unflatten(0, (len(z), -1)).transpose(1, 2)
-        errors.append(_error(y, truth))
-        changes.append((y.diff(dim=2) - truth.diff(dim=2)).abs().mean((0, 1, 3, 4)))
-    meeting = changes[0][1]
-    near = F.mse_loss(s, target) / target.var()
-    steady = F.mse_loss(s.diff(dim=2), target.diff(dim=2)) / target.var()
-    change = torch.cat(changes).mean() + meeting
-    loss = torch.stack(errors).mean() + 2.0 * change + 0.1 * near + steady
-    levels = {"meeting": 127.5 * meeting, "change": 127.5 * changes[-1].mean()}
-    levels |= {"error": errors[-1], "near": near, "steady": steady}
-    return loss, {name: value.item() for name, value in levels.items()}
-
-
-def _image_error(
-    vae: VideoVAE, rng: np.random.Generator, choices: list[world.Attributes]
-) -> Tensor:
-    """Reconstruction error of single frames."""
-    images = to_unit(np.concatenate([random_frame(rng, choices) for _ in range(12)]))
-    with torch.no_grad():
-        z, _ = vae.temporal_vae.moments(spatial_latents(vae, images[:, :, None]))
-    return _error(
-        vae.spatial.decode(vae.temporal_vae.decode(z, 1)[:, :, 0] / LATENT_FACTOR), images
-    )
-
-
-@torch.no_grad()
-def encoded_pair(vae: VideoVAE, rng: np.random.Generator, choices: list[world.Attributes]) -> Pair:
-    """Two chunks of a random swing, half of the time a still one."""
-    picked = np.arange(len(choices))
-    if rng.random() < 0.5:
-        picked = np.array([i for i, a in enumerate(choices) if a.motion == "still"])
-    index, chunks = int(picked[rng.integers(len(picked))]), int(rng.integers(1, 4))
-    first = int(rng.integers(2 * chunks)) * world.CHUNK
-    times = world.swing(chunks * world.CHUNK, first, 2 * world.CHUNK)
-    path = world.random_path(choices[index].motion, rng)
-    x = to_unit(world.render(choices[index], path, times)).transpose(0, 1)
-    target = spatial_latents(vae, x[None])
-    z = torch.cat([vae.temporal_vae.moments(part)[0] for part in target.chunk(2, 2)], dim=2)
-    return Pair(index, x, target[0], z[0])
 
 
 def spatial_latents(vae: VideoVAE, x: Tensor) -> Tensor:
