@@ -8,9 +8,7 @@ from contextlib import suppress
 from dataclasses import replace
 
 from mlx_sora.errors import MlxSoraError, printable
-from mlx_sora.loading.model_folder import find_model
 from mlx_sora.request.generation import GenerationRequest
-from mlx_sora.text.enhance import enhance_prompt
 
 
 def add_enhance_flag(parser: argparse.ArgumentParser) -> None:
@@ -32,6 +30,8 @@ def enhance_requests(
 
     Requests of a record whose prompt is enhanced stay as they are. Raises MlxSoraError.
     """
+    from mlx_sora.text.enhance import enhance_prompt
+
     found, enhanced, notes = list[GenerationRequest](), dict[str, str](), list[str]()
     for request in requests:
         prompt = request.prompt
@@ -52,6 +52,8 @@ def enhance_requests(
 
 def _guide(model: str | None) -> str:
     """Return what a model draws, if that is limited."""
+    from mlx_sora.loading.model_folder import find_model
+
     with suppress(MlxSoraError):  # which opening the model raises again
         card = find_model(model).card
         return card.guide() if card.patterns else ""
