@@ -2,7 +2,7 @@
 
 from mlx_sora import Pipeline
 
-pipe = Pipeline.from_pretrained("shapes")
+pipe = Pipeline("shapes")
 prompt = "a green triangle growing on a navy background"
 pipe(prompt, seed=3, steps=10, output="clip.mp4", overwrite=True)
 

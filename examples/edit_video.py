@@ -2,12 +2,11 @@
 
 from mlx_sora import Pipeline
 
-pipe = Pipeline.from_pretrained("shapes")
+pipe = Pipeline("shapes")
 scene = "circle moving right on a black background"
 source = pipe(f"a red {scene}", seed=1, output="red.mp4", overwrite=True)
-assert source.path is not None
 video = pipe.edit(
-    source.path,
+    source,
     source_prompt=f"a red {scene}",
     prompt=f"a blue {scene}",
     output="blue.mp4",

@@ -2,7 +2,7 @@
 
 from mlx_sora import Pipeline
 
-pipe = Pipeline.from_pretrained("shapes")
+pipe = Pipeline("shapes")
 scenes = (
     "|0|a blue square staying still on a gray background"
     "|2|a blue square growing on a gray background"

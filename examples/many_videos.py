@@ -14,7 +14,7 @@ requests = [
     )
     for seed, colour in enumerate(("red", "green", "blue"))
 ]
-pipe = Pipeline.from_pretrained("shapes")
+pipe = Pipeline("shapes")
 for event in pipe.stream_all(requests):
     if isinstance(event, RequestStarted):
         print(f"{event.index + 1} of {event.total}: {event.prompt}")

@@ -2,6 +2,6 @@
 
 from mlx_sora import Pipeline
 
-pipe = Pipeline.from_pretrained("shapes")
+pipe = Pipeline("shapes")
 image = pipe("a blue square staying still on a white background", seed=3, num_frames=1)
 print(image.save("blue-square.png", overwrite=True))

@@ -2,7 +2,7 @@
 
 from mlx_sora import Pipeline
 
-pipe = Pipeline.from_pretrained("shapes")
+pipe = Pipeline("shapes")
 video = pipe(
     "a red circle moving right on a black background",
     seed=1,

@@ -2,14 +2,12 @@
 
 from PIL import Image
 
-from mlx_sora import GenerationRequest, Pipeline
+from mlx_sora import Pipeline
 from mlx_sora.runtime.events import Finished, PreviewReady, StageFinished, StepFinished
 
-pipe = Pipeline.from_pretrained("shapes")
-request = GenerationRequest(
-    prompt="a green triangle growing on a navy background", seed=5, steps=20, preview_every=5
-)
-for event in pipe.stream(request):
+pipe = Pipeline("shapes")
+prompt = "a green triangle growing on a navy background"
+for event in pipe.stream(prompt, seed=5, steps=20, preview_every=5):
     if isinstance(event, StepFinished):
         print(f"step {event.step + 1} of {event.total}, t = {event.t:.0f}: {event.seconds:.2f} s")
     elif isinstance(event, PreviewReady):
