@@ -23,6 +23,7 @@ class IntervalGuidance(Acceleration):
 
     def __init__(self, config: GuidanceInterval, schedule: ScheduleInfo) -> None:
         self._steps = self._guided_steps = 0
+        self._guided = schedule.guided
         outside = (i for i, t in enumerate(schedule.times) if not config.low <= t <= config.high)
         self.cond_only_steps = frozenset(outside if schedule.guided else ())
         if not schedule.guided:
@@ -42,7 +43,7 @@ class IntervalGuidance(Acceleration):
 
     def on_step_end(self, result: StepResult) -> None:
         self._steps += 1
-        self._guided_steps += result.step.index not in self.cond_only_steps
+        self._guided_steps += self._guided and result.step.index not in self.cond_only_steps
 
     def state(self) -> State:
         return {"made": self._steps, "guided": self._guided_steps}

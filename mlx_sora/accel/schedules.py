@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from mlx_sora.accel.base import ScheduleInfo
-from mlx_sora.errors import UsageError
+from mlx_sora.errors import UsageError, shell_words
+from mlx_sora.loading.model_folder import model_argument
 from mlx_sora.utils.files import atomic_write, explain_os_errors
 from mlx_sora.utils.json import read_object
 
@@ -74,25 +75,35 @@ def read_schedule(
         if file
         else table_path(schedule.model, schedule.steps, schedule.size)
     )
-    table = read_table(path)
+    table = read_table(path, _calibration(schedule, path if file else None))
     found = (table.steps, table.width, table.height, table.num_frames)
     expected = (schedule.steps, *schedule.size)
     if found != expected:
-        raise UsageError(
-            f"{path} is for {_show(found)}, this is {_show(expected)}.", "Make one with calibrate."
-        )
+        own = _calibration(schedule, path if file else None)
+        raise UsageError(f"{path} is for {_show(found)}, this is {_show(expected)}.", own)
     schedules = table.orders.get(str(order), {})
     if str(computed) not in schedules:
         known = ", ".join(sorted(schedules, key=int)) or "none"
         raise UsageError(
             f"{path} has no schedule of {computed} computed steps with order {order}.",
-            f"It has {known}.",
+            f"It has {known}. Use one of them.",
         )
     return frozenset(schedules[str(computed)])
 
 
-def read_table(path: Path) -> ScheduleTable:
-    """Read a table. Raises UsageError if the file is missing or not a table."""
+def _calibration(schedule: ScheduleInfo, file: Path | None) -> str:
+    """Return the command that makes the table of a run, in `file` or the model's folder."""
+    assert schedule.model is not None
+    steps, (width, height, frames) = schedule.steps, schedule.size
+    words = ["--model", model_argument(schedule.model), "--steps", steps, "--width", width]
+    words += ["--height", height, "--num-frames", frames]
+    words += [] if file is None else ["--output", file]
+    command = f"python -m mlx_sora calibrate --prompt TEXT {shell_words(*words)}"
+    return f"Use --step-cache every:3, or make the table: {command}"
+
+
+def read_table(path: Path, fix: str = "") -> ScheduleTable:
+    """Read a table. Raises UsageError, with `fix`, if the file is missing or not a table."""
     try:
         table = ScheduleTable(**read_object(path))
         numbers = (table.steps, table.width, table.height, table.num_frames)
@@ -105,16 +116,13 @@ def read_table(path: Path) -> ScheduleTable:
             for count, schedule in schedules.items()
         )
     except FileNotFoundError:
-        raise UsageError(
-            f"No table of schedules at {path}.",
-            "Make it with: python -m mlx_sora calibrate, or use --step-cache every:3.",
-        ) from None
+        raise UsageError(f"No table of schedules at {path}.", fix) from None
     except OSError as error:
         raise UsageError(f"Cannot read {path}: {error.strerror}.") from None
     except (ValueError, TypeError, AttributeError):
         fits = False
     if not fits:
-        raise UsageError(f"{path} is not a table of schedules.", "Make it again with calibrate.")
+        raise UsageError(f"{path} is not a table of schedules.", fix)
     return table
 
 

@@ -30,6 +30,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **more: Any) -> None:
         super().__init__(allow_abbrev=False, **more)
+        self._argv: list[str] = []
         #: Help of the flags that only --help-all shows.
         self._advanced: dict[argparse.Action, str | None] = {}
 
@@ -47,36 +48,56 @@ class Parser(argparse.ArgumentParser):
             action.help = text
         self.epilog = None
 
+    def parse_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: Any = None
+    ) -> argparse.Namespace:
+        self._argv = list(sys.argv[1:] if args is None else args)
+        found: argparse.Namespace = super().parse_args(self._argv, namespace)
+        return found
+
     def error(self, message: str) -> NoReturn:
         raise UsageError(message + ".", self._hint(message))
 
     def _hint(self, message: str) -> str:
-        refused = re.search(r"invalid choice: '([^']*)' \(choose from (.*)\)", message)
-        if refused:
-            names = re.findall(r"[\w.:-]+", refused[2])
-            near = difflib.get_close_matches(refused[1].lower(), names, n=1)
-            if near:
-                return f"Did you mean {near[0]}?"
-        wrong = re.match(r"unrecognized arguments: (-[^\s=]+)", message)
-        if wrong:
-            # A flag that exists belongs to another command.
-            flags = [flag for flag in self._all_flags() if flag != wrong[1]]
-            near = difflib.get_close_matches(wrong[1], flags, n=1, cutoff=0.7)
-            if near:
-                return f"Did you mean {near[0]}?"
-        elif message.startswith("unrecognized arguments: "):
-            return "Put text in quotes; leave out Open-Sora's config, and the number of --verbose."
-        return f"See {self.prog} --help."
+        parser = self
+        for word in self._argv:
+            parser = parser._commands().get(word, parser)
+        see = f"See {parser.prog} --help."
+        wrong = re.match(r"unrecognized arguments: (\S+)", message)
+        if not wrong:
+            return near_choice(message) or see
+        flag = wrong[1].partition("=")[0]
+        own = parser._visible_flags()
+        if not flag.startswith("-"):
+            if "--prompt" not in own:
+                return see
+            if {"--prompt", "-p"} & set(self._argv):
+                return (
+                    "Put text in quotes; leave out Open-Sora's config, and the number of --verbose."
+                )
+            return f"Give the prompt so: --prompt {shell_words(message.partition(': ')[2])}"
+        near = difflib.get_close_matches(flag, own, n=1, cutoff=0.7)
+        parsers = self._commands().items()
+        if others := [name for name, each in parsers if flag in each._option_string_actions]:
+            return f"It is an option of {', '.join(others)}. {see}"
+        return f"Did you mean {near[0]}?" if near else see
 
-    def _all_flags(self) -> list[str]:
-        found = list[str]()
-        for action in self._actions:
-            if action.help != argparse.SUPPRESS or action in self._advanced:
-                found += action.option_strings
-            if isinstance(action, argparse._SubParsersAction):
-                for parser in action.choices.values():
-                    found += parser._all_flags()
-        return found
+    def _visible_flags(self) -> list[str]:
+        visible = (a for a in self._actions if a.help != argparse.SUPPRESS or a in self._advanced)
+        return [flag for action in visible for flag in action.option_strings]
+
+    def _commands(self) -> dict[str, Parser]:
+        """Return the parsers of the commands by name."""
+        found = [a for a in self._actions if isinstance(a, argparse._SubParsersAction)]
+        return dict(found[0].choices) if found else {}
+
+
+def near_choice(message: str) -> str:
+    """Return the choice that argparse's message about an invalid one may have meant, if any."""
+    refused = re.search(r"invalid choice: '([^']*)' \(choose from (.*)\)", message)
+    names = re.findall(r"[\w.:-]+", refused[2]) if refused else []
+    near = difflib.get_close_matches(refused[1].lower(), names, n=1) if refused else []
+    return f"Did you mean {near[0]}?" if near else ""
 
 
 class _HelpAll(argparse.Action):

@@ -24,7 +24,7 @@ from mlx_sora.cli.progress import (
     SilentRenderer,
 )
 from mlx_sora.cli.ranks import add_cluster_flags, broadcast_request, read_cluster, show_estimates
-from mlx_sora.cli.requests import RequestBatch, read_requests
+from mlx_sora.cli.requests import RequestBatch, name_origins, read_requests
 from mlx_sora.distributed.group import Ranks, init_ranks
 from mlx_sora.errors import WeightsError
 from mlx_sora.runtime.events import Event, Finished, RequestFailed
@@ -106,7 +106,7 @@ def add_progress_flags(parser: Parser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Make the videos, or plan them with --dry-run, on all ranks; return the exit code."""
     ranks = init_ranks()
-    with ranks.watchdog_scope():
+    with ranks.watchdog_scope(), name_origins(args):
         cluster = read_cluster(args)
         batch = broadcast_request(ranks, RequestBatch, lambda: read_requests(args), args)
         with closing(choose_renderer(args, ranks)) as renderer:

@@ -111,8 +111,8 @@ def add_cluster_flags(parser: Parser) -> None:
         group.add_argument(
             "--chip",
             metavar="CHIP",
-            help="their chip: m1 to m5, m4-pro, m5-pro, m1-max, m4-max (default), m5-max, "
-            "m1-ultra, m2-ultra, m3-ultra, or a measurement of `bench link`",
+            help="chip to estimate for: m1 to m5, m4-pro, m5-pro, m1-max, m4-max (default), "
+            "m5-max, m1-ultra, m2-ultra, m3-ultra, or a measurement of `bench link`",
         ),
     )
 
@@ -122,18 +122,21 @@ def read_cluster(args: argparse.Namespace) -> Cluster | None:
     if (args.ranks, args.link, args.chip) == (None, None, None):
         return None
     if not args.dry_run:
+        name = next(n for n in ("ranks", "link", "chip") if getattr(args, n) is not None)
         raise UsageError(
-            "--ranks, --link and --chip need --dry-run.",
-            "To run on several machines: mlx.launch --hostfile FILE -- python -m mlx_sora ...",
+            f"--{name} is for estimates.",
+            "Add --dry-run. To run on several machines, start the command with mlx.launch "
+            "--hostfile FILE -- instead.",
         )
-    if args.ranks is None:
-        raise UsageError("--link and --chip need --ranks.", f"Give --ranks 1 to {MAX_RANKS}.")
-    if not 1 <= args.ranks <= MAX_RANKS:
+    if args.ranks is None and args.link is not None:
+        raise UsageError("--link needs --ranks.", "Add the number of machines: --ranks 2.")
+    ranks = 1 if args.ranks is None else args.ranks
+    if not 1 <= ranks <= MAX_RANKS:
         raise UsageError(f"--ranks {args.ranks} is out of range.", f"Give 1 to {MAX_RANKS}.")
     from mlx_sora.distributed.cost_model import Cluster, parse_chip, parse_link
 
     chip, link = parse_chip(args.chip or "m4-max"), parse_link(args.link or "thunderbolt5")
-    return Cluster(args.ranks, chip, link)
+    return Cluster(ranks, chip, link)
 
 
 def show_estimates(

@@ -6,6 +6,7 @@ import argparse
 import json
 import logging
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -16,7 +17,7 @@ from mlx_sora.cli.flags import build_requests, explicit_options
 from mlx_sora.cli.opensora import ALL_PROMPTS, MAX_SEEDS, Samples, read_samples
 from mlx_sora.errors import MlxSoraError, UsageError, WeightsError, printable
 from mlx_sora.geometry import parse_frames
-from mlx_sora.request.generation import GenerationRequest
+from mlx_sora.request.generation import GenerationRequest, with_sources
 from mlx_sora.runtime.switches import missing_switches
 from mlx_sora.text.prompt import split_directives
 from mlx_sora.utils.json import parse_object
@@ -164,8 +165,8 @@ def recorded_options(source: str, flags: Mapping[str, Any]) -> dict[str, Any]:
     request = GenerationRequest.from_dict({"prompt": "", **used})
     find = partial(find_media, record, source=Path(source))
     found = {
-        "images": [item._replace(path=find(item.path)) for item in request.images],
-        "videos": [item._replace(path=find(item.path)) for item in request.videos],
+        "images": [i._replace(path=find(i.path, option="--image")) for i in request.images],
+        "videos": [i._replace(path=find(i.path, option="--video")) for i in request.videos],
         "references": [find(path) for path in request.references],
         "prompt": _find_in_prompt(request.prompt, find),
     }
@@ -313,7 +314,7 @@ def _with_output(request: GenerationRequest, index: int) -> GenerationRequest:
     request, name = _fill_output(replace(request, output=template), index)
     frames = None if request.num_frames is None else parse_frames(request.num_frames)
     # The suffix may follow from the number of frames, which may be left to the model.
-    if frames is not None or Path(name).suffix or name.endswith("/"):
+    if frames is not None or Path(name).suffix or name.endswith("/") or not Path(name).name:
         path = complete_path(name, frames or 0)
         check_output(path, request.overwrite, sidecar=request.metadata, num_frames=frames)
     return replace(request, output=escape_template(name))
@@ -350,3 +351,34 @@ def _model_name(request: GenerationRequest) -> str:
         return find_model(request.model).name
     except WeightsError:
         return Path(request.model or PUBLISHED).name
+
+
+@contextmanager
+def name_origins(args: argparse.Namespace) -> Iterator[None]:
+    """Add to an error of the block where the options come from that it names and nobody typed."""
+    try:
+        yield
+    except MlxSoraError as error:
+        message, fix = error.in_flags
+        error.in_flags = (printable(with_sources(message, _sources(args))), fix)
+        raise
+
+
+def _sources(args: argparse.Namespace) -> dict[str, str]:
+    """Return the file that decides each option, unless it was typed."""
+    with suppress(MlxSoraError, OSError, ValueError, LookupError):
+        source, values = _recorded(args)
+        return {n: source for n in values if n not in vars(args)}
+    return {}
+
+
+def _recorded(args: argparse.Namespace) -> tuple[str, Mapping[str, Any]]:
+    """Return the file that options come from, and these options."""
+    if args.resume is not None:
+        from mlx_sora.pipeline.checkpoint import read_record
+
+        return args.resume, read_record(Path(args.resume))["request"]
+    if args.config_from_metadata is not None:
+        source = args.config_from_metadata
+        return source, replay_options(read_metadata(source))
+    return "", {}

@@ -6,7 +6,7 @@ earlier clip, so that n clips of F frames that share c have F + (n - 1)(F - c) f
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mlx_sora.errors import UsageError
 from mlx_sora.geometry import MICRO_FRAME_SIZE, latent_frames
@@ -24,20 +24,37 @@ class Clips:
         """Raise UsageError if the clips cannot be joined without a gap."""
         if self.count == 1:
             return
-        for name, frames in (
-            ("--condition-frames", self.shared_frames),
-            ("--num-frames", self.num_frames),
+        for name, frames, fix in (
+            ("--condition-frames", self.shared_frames, f"--condition-frames {MICRO_FRAME_SIZE}"),
+            ("--num-frames", self.num_frames, self._longer()),
         ):
             if frames % MICRO_FRAME_SIZE or frames < MICRO_FRAME_SIZE:
                 raise UsageError(
                     f"With --loop, {name} {frames} is not a whole number of VAE chunks.",
-                    f"Give a multiple of {MICRO_FRAME_SIZE}.",
+                    f"Give {fix}.",
                 )
         if self.shared_frames >= self.num_frames:
+            less = self.num_frames - MICRO_FRAME_SIZE
+            shorter = f", or --condition-frames {less}" if less else ""
             raise UsageError(
-                f"Clips of {self.num_frames} frames that share {self.shared_frames} add nothing.",
-                "Raise --num-frames, or lower --condition-frames.",
+                f"Clips of --num-frames {self.num_frames} that share --condition-frames "
+                f"{self.shared_frames} add nothing.",
+                f"Give {self._longer()}{shorter}.",
             )
+
+    def hint(self) -> str:
+        """Return the flags that make these clips; change what does not fit."""
+        shared = self.shared_frames % MICRO_FRAME_SIZE == 0
+        clips = self if shared else replace(self, shared_frames=MICRO_FRAME_SIZE)
+        flags = f"--loop {self.count}"
+        if self.num_frames % MICRO_FRAME_SIZE or clips.shared_frames >= self.num_frames:
+            flags += f" {clips._longer()}"
+        return flags if shared else f"{flags} --condition-frames {MICRO_FRAME_SIZE}"
+
+    def _longer(self) -> str:
+        """Return the flag of the next length that neighbours can share."""
+        chunks = max(self.num_frames - 1, self.shared_frames) // MICRO_FRAME_SIZE + 1
+        return f"--num-frames {chunks * MICRO_FRAME_SIZE}"
 
     @property
     def total(self) -> int:

@@ -99,7 +99,7 @@ def _main_file(path: Path) -> Path:
             raise _not_safetensors_error(path)
         return path
     if not path.is_dir():
-        raise WeightsError(f"No weights at {path}.", "Check the path given by --model.")
+        raise WeightsError(f"No weights at {path}.", "Check the path of the model.")
     for pattern in ("*.safetensors.index*.json", "*.safetensors"):
         plain = plain_names([file.name for file in visible_files(path, pattern)])
         found = [path / name for name in plain]
@@ -114,7 +114,7 @@ def _main_file(path: Path) -> Path:
     pickles = sorted(file for file in path.iterdir() if file.suffix.lower() in PICKLE_SUFFIXES)
     if pickles:
         raise _not_safetensors_error(pickles[0])
-    raise WeightsError(f"No .safetensors file in {path}.", "Check the path given by --model.")
+    raise WeightsError(f"No .safetensors file in {path}.", "Check the path of the model.")
 
 
 def plain_names(names: Sequence[str]) -> list[str]:

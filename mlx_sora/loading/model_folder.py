@@ -94,8 +94,7 @@ class ModelFolder:
     @property
     def argument(self) -> str:
         """Value of --model that names it: a name, else the path."""
-        known = next((name for name in MODEL_NAMES if model_path(name) == self.path), None)
-        return known or str(self.path)
+        return model_argument(self.path)
 
     @classmethod
     def open(cls, path: str | Path) -> ModelFolder:
@@ -161,7 +160,7 @@ def other_model_fix(path: Path) -> str:
         inner += visible_files(path, pattern)
     for folder in inner:
         if folder.is_dir() and not missing_parts(folder):
-            return f"Give the model folder: {shell_words('--model', folder)}"
+            return f"The model folder is {shell_words(folder)}"
     return (
         "A model folder holds transformer, vae, text_encoder and tokenizer/spiece.model. "
         f"Get one: {download_command(PUBLISHED)}"
@@ -230,6 +229,14 @@ def model_path(model: str | Path) -> Path:
     return weights_root() / name if name in MODEL_NAMES else expand_folder(model)
 
 
+def model_argument(path: Path) -> str:
+    """Return the name of the model in a folder, else its path, as commands take it."""
+    with suppress(MlxSoraError):  # without a home folder
+        if model_path(path.name) == path:
+            return path.name
+    return str(path)
+
+
 def find_model(model: str | Path | None = None) -> ModelFolder:
     """Open a model by name or path; None means the first complete one of `MODEL_NAMES`.
 
@@ -251,9 +258,10 @@ def find_model(model: str | Path | None = None) -> ModelFolder:
 
 def other_model_hint() -> str:
     """Return how to get, or to name, the model that draws anything."""
-    if missing_parts(model_path(PUBLISHED)):
-        return f"For anything else: {download_command(PUBLISHED)}"
-    return f"For anything else: --model {PUBLISHED}"
+    with suppress(MlxSoraError):  # without a home folder
+        if not missing_parts(model_path(PUBLISHED)):
+            return f"For anything else: --model {PUBLISHED}"
+    return f"For anything else: {download_command(PUBLISHED)}"
 
 
 def download_command(name: str) -> str:

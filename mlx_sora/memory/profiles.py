@@ -50,7 +50,8 @@ def parse_bytes(text: str) -> int:
 
 
 def format_bytes(count: int) -> str:
-    """Format as `3.30 GB` or `812 MB`, rounded up so that the shown number suffices."""
+    """Format as `3.30 GB`, `812 MB` or less, rounded up so that the shown number suffices."""
     if count >= 10**9:
         return f"{-(-count // 10**7) / 100:.2f} GB"
-    return f"{-(-count // 10**6)} MB"
+    unit, size = ("MB", 10**6) if count >= 10**6 else ("kB", 10**3) if count >= 10**3 else ("B", 1)
+    return f"{-(-count // size)} {unit}"

@@ -23,7 +23,7 @@ from mlx_sora.errors import MlxSoraError, UsageError, WeightsError
 from mlx_sora.runtime.device import to_numpy
 from mlx_sora.runtime.events import Event, Warned
 from mlx_sora.sampling.base import State
-from mlx_sora.utils.files import atomic_write, explain_os_errors
+from mlx_sora.utils.files import atomic_write, check_file, explain_os_errors
 from mlx_sora.utils.json import parse_object
 from mlx_sora.utils.state import flatten_state, unflatten_state
 from mlx_sora.utils.versions import versions
@@ -246,8 +246,7 @@ def _metadata(path: Path) -> dict[str, str]:
         with safe_open(path, framework="numpy") as file:
             found: dict[str, str] = file.metadata() or {}
     except (OSError, SafetensorError) as error:
-        if not path.is_file():
-            raise UsageError(f"No such checkpoint: {path}.", "Check the path.") from None
+        check_file(path, f"Give a file NAME{CHECKPOINT_SUFFIX}.")
         reason = str(error).splitlines()[0][:120]
         raise WeightsError(f"The checkpoint {path} is damaged: {reason}.", _FIX) from error
     if not {"format", "record", "sha256"} <= found.keys():

@@ -86,7 +86,7 @@ def prepare_edit(engine: Engine, edit: EditRequest) -> EditRun:
     size, frames, fps, info = _probe(edit.video, engine.model.defaults.fps)
     request = edit.resolved_target(frames, fps).with_preset()
     engine = engine.for_request(request)
-    resolved = resolve(request, engine.model)
+    resolved = resolve(request, engine.model, loops=False)
     geometry = resolved.geometry
     if geometry.num_frames > frames:
         raise UsageError(

@@ -39,7 +39,7 @@ from mlx_sora.pipeline.stages import (
     encode_text,
     planned_encoding,
 )
-from mlx_sora.request.generation import GenerationRequest
+from mlx_sora.request.generation import GenerationRequest, with_sources
 from mlx_sora.runtime.events import Event, RunPlanned
 from mlx_sora.sampling import SAMPLERS
 from mlx_sora.utils.leftovers import deferred_signals
@@ -67,9 +67,11 @@ def prepare(
     resume: a checkpoint to continue from. Raises UsageError, WeightsError, and MemoryBudgetError
     with the smallest budget that would do.
     """
+    sources = request.preset_sources()
     request = request.with_preset()
     engine = engine.for_request(request)
     run = plan_run(engine, request, resolve(request, engine.model))
+    run.result.warnings[:] = [with_sources(text, sources) for text in run.result.warnings]
     if run.ranks.is_rank0 and (request.checkpoint_every is not None or resume is not None):
         run = with_checkpoints(run, resume)
     return run

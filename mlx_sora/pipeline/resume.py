@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mlx_sora.errors import MlxSoraError, UsageError, WeightsError
+from mlx_sora.errors import MlxSoraError, UsageError, WeightsError, shell_words
 from mlx_sora.loading.fingerprint import PREFIX
 from mlx_sora.memory.limits import release
 from mlx_sora.models.precision import dtype_name
@@ -58,7 +58,7 @@ def with_checkpoints(run: GenerationRun, resume: Path | None) -> GenerationRun:
     if source != path and path.exists() and not request.overwrite:
         raise UsageError(f"{path} exists already.", "Resume from it, or give --overwrite.")
     found = Snapshot.load(source)
-    mismatch = checkpoint_mismatch(source, found, own)
+    mismatch = checkpoint_mismatch(source, found, own, request)
     if mismatch is not None:
         if resume is not None or not request.overwrite:
             raise mismatch
@@ -103,14 +103,22 @@ def resumed_request(path: Path, changes: Mapping[str, Any]) -> GenerationRequest
     Raises UsageError for a change that would make another video, and as `Snapshot.load` does.
     """
     found = Snapshot.load(path)
-    for name in changes:
-        if name in _replayed_options() and not _has_pixels(found.request.get(name)):
-            raise UsageError(
-                f"{label(name)} cannot be changed with --resume.", f"{path} fixes its value."
-            )
     output = escape_template(str(path.parent / found.output))
     values = {"model": found.identity.get("model"), **found.request, "output": output}
-    return GenerationRequest.from_dict(values | dict(changes))
+    seeds = changes.get("seed")  # several on the command line
+    single = {"seed": seeds[0]} if isinstance(seeds, list) and len(seeds) == 1 else {}
+    pixels = {name for name, value in values.items() if _has_pixels(value)}
+    before = GenerationRequest.from_dict({n: v for n, v in values.items() if n not in pixels})
+    request = GenerationRequest.from_dict({**values, **changes, **single})
+    for name in changes:
+        old, new = getattr(before, name), getattr(request, name)
+        if name in _replayed_options() and name not in pixels and old != new:
+            raise UsageError(
+                f"{label(name)} cannot be changed with --resume: it is {str(old)[:60]} in {path}, "
+                f"{str(new)[:60]} in the command.",
+                f"Leave {label(name)} out.",
+            )
+    return request
 
 
 def _has_pixels(recorded: Any) -> bool:
@@ -138,22 +146,35 @@ def _as_json(value: Any) -> Any:
 
 
 def checkpoint_mismatch(
-    source: Path, found: Snapshot, own: Mapping[str, Any]
+    source: Path, found: Snapshot, own: Mapping[str, Any], request: GenerationRequest
 ) -> MlxSoraError | None:
     """Return the error if a checkpoint belongs to another run, else None."""
     names = [n for n in {**own, **found.identity} if own.get(n) != found.identity.get(n)]
     if not names:
         return None
-    fix = "Finish that one with --resume, delete it, or change --output."
+    resume = f"python -m mlx_sora generate --resume {shell_words(source)}"
+    fix = f"Delete it, change --output, or finish that one: {resume}"
     if not str(found.identity.get("weights")).startswith(PREFIX):
         message = f"{source} is of an earlier version, which compared a sample of the weights only."
-        return WeightsError(message, f"Go on with that version of mlx_sora. {fix}")
+        return WeightsError(message, "Go on with that version of mlx_sora, or delete it.")
     if "weights" in names:
         return WeightsError(f"{source} was made with other weights.", fix)
-    name = next((name for name in names if name != "schedule"), "step_cache")
-    shown = label(name) if name in options() else name.replace("_", " ")
+    # A seed may be drawn, and other settings follow from these.
+    first = ("text", "scenes", "negative_text", "media")
+    causes = [name for name in names if name not in ("schedule", "seed")]
+    causes.sort(key=lambda name: name not in first)
+    name = next(iter(causes), "seed" if "seed" in names else "step_cache")
     old, new = (json.dumps(values.get(name))[:60] for values in (found.identity, own))
-    return UsageError(f"{source} belongs to another run: {shown} was {old}, now {new}.", fix)
+    origin = ", the model's default" if getattr(request, name, "") is None else ""
+    message = f"{source} belongs to another run: {_shown(name)} was {old}, now {new}{origin}."
+    return UsageError(message, fix)
+
+
+def _shown(name: str) -> str:
+    if name in options():
+        return label(name)
+    texts = {"text": "the prompt", "scenes": "the prompt", "negative_text": "--negative-prompt"}
+    return texts.get(name, name.replace("_", " "))
 
 
 def _version_warnings(source: Path, found: Snapshot, new: Snapshot) -> Iterator[str]:

@@ -182,7 +182,8 @@ class GenerationRun:
     @cached_property
     def health(self) -> Health:
         """Checks for results that cannot become a video."""
-        return Health(self.engine.precision, self.settings.guidance, self.request.health_check)
+        engine, enabled = self.engine, self.request.health_check
+        return Health(engine.precision, self.settings.guidance, enabled, engine.model.argument)
 
     @cached_property
     def text_cache(self) -> TextCache:
@@ -272,7 +273,7 @@ class GenerationRun:
         """Yield the warnings and notes that preparation collected; log the details."""
         for line in self._details():
             log.info("%s", line)
-        yield from map(Warned, self.result.warnings)
+        yield from map(Warned, dict.fromkeys(self.result.warnings))
         yield from map(Noted, self.notes)
         if self.previews is not None and self.has_steps_left:
             yield from map(Noted, self.previews.notes())

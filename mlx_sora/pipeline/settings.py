@@ -7,13 +7,14 @@ not taken literally becomes a warning, which the progress line and the metadata 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from mlx_sora.conditioning.clips import Clips
 from mlx_sora.conditioning.media import Media, plan_media
 from mlx_sora.errors import UsageError, shell_words
 from mlx_sora.geometry import (
+    MAX_LOOPS,
     Geometry,
     ModelArguments,
     Size,
@@ -28,7 +29,13 @@ from mlx_sora.memory.budget import resolve_budget
 from mlx_sora.request.generation import GenerationRequest, technique_names
 from mlx_sora.request.techniques import OFF, TechniqueConfig
 from mlx_sora.text.cleaning import preprocess
-from mlx_sora.text.prompt import Prompt, Scores, prepare_prompt
+from mlx_sora.text.prompt import (
+    SCORE_PHRASES,
+    Prompt,
+    Scores,
+    first_loops,
+    prepare_prompt,
+)
 from mlx_sora.text.tokenizer import Tokenizer
 
 #: Names of texts in messages.
@@ -109,8 +116,10 @@ class ResolvedRequest:
         return record
 
 
-def resolve(request: GenerationRequest, model: ModelFolder) -> ResolvedRequest:
-    """Decide every option of a validated request that has a seed.
+def resolve(
+    request: GenerationRequest, model: ModelFolder, *, loops: bool = True
+) -> ResolvedRequest:
+    """Decide every option of a validated request that has a seed. loops: it may have clips.
 
     Raises UsageError for sizes, lengths and media that no model can make.
     """
@@ -127,7 +136,8 @@ def resolve(request: GenerationRequest, model: ModelFolder) -> ResolvedRequest:
     prompt = prepare_prompt(request.prompt, scores)
     media = plan_media(request, prompt.directives, clips, geometry.size, value("fps"))
     negative = None if request.negative_prompt is None else preprocess(request.negative_prompt)
-    warnings += [*media.warnings, *_unused_scenes(prompt, clips.count)]
+    warnings += _overruled(request, prompt)
+    warnings += [*media.warnings, *_unused_scenes(prompt, clips, loops=loops)]
     if negative is not None and value("guidance") == 1:
         warnings.append("--negative-prompt has no effect without guidance.")
     return ResolvedRequest(
@@ -213,14 +223,31 @@ def _subjects(prompt: Prompt, negative: str | None, clips: int) -> dict[str, str
     return subjects if negative is None else subjects | {NEGATIVE: negative}
 
 
-def _unused_scenes(prompt: Prompt, clips: int) -> Iterator[str]:
-    """Yield a warning for scenes that are ignored."""
-    unused = sum(scene.start >= clips for scene in prompt.scenes)
-    if unused:
-        count = len(prompt.scenes)
-        used = count - unused
-        only = "only the first is" if used == 1 else f"only the first {used} are"
-        yield f"The prompt has {count} scenes; {only} made. Give --loop to make more clips."
+def _overruled(request: GenerationRequest, prompt: Prompt) -> Iterator[str]:
+    """Yield a warning for each option that the prompt itself decides otherwise."""
+    for name, phrase in SCORE_PHRASES.items():
+        pairs = zip(prompt.scenes, prompt.subjects, strict=True)
+        own = any(phrase in text and scene.text.count(phrase) == 1 for scene, text in pairs)
+        if own and getattr(request, name) is not None:
+            value = shell_words(getattr(request, name))
+            yield f"--{name} {value} is not used: the prompt has its own '{phrase}'."
+    if prompt.directives.references not in (None, request.references) and request.references:
+        yield "`references` are not used: the prompt has its own reference_path."
+    if prompt.directives.mask_strategy is not None and request.mask_strategy is not None:
+        yield "`mask_strategy` is not used: the prompt has its own."
+
+
+def _unused_scenes(prompt: Prompt, clips: Clips, *, loops: bool) -> Iterator[str]:
+    """Yield a warning for scenes that are ignored. loops: there may be more clips."""
+    begins = [loop for loop in first_loops(prompt.scenes) if loop is not None]
+    used = sum(loop < clips.count for loop in begins)
+    if used == len(prompt.scenes):
+        return
+    only = "only the first is" if used == 1 else f"only {used} are"
+    needed, possible = begins[-1] + 1, loops and clips.num_frames > 1
+    hint = f" Give {replace(clips, count=needed).hint()} to make more."
+    more = possible and clips.count < needed <= MAX_LOOPS
+    yield f"The prompt has {len(prompt.scenes)} scenes; {only} made.{hint if more else ''}"
 
 
 def resolve_tiles(request: GenerationRequest, geometry: Geometry) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
@@ -141,7 +142,7 @@ class GenerationRequest:
         "classifier-free guidance scale: a higher one follows the prompt more closely; 1 turns "
         "guidance off and halves the work",
         tasks=_ALL,
-        aliases="--cfg-scale",
+        aliases="--guidance-scale --cfg-scale",
         metavar="SCALE",
         low=0,
         high=100,
@@ -446,6 +447,11 @@ class GenerationRequest:
         values = preset_values(self.preset).items()
         return replace(self, **{n: v for n, v in values if getattr(self, n) in (None, False)})
 
+    def preset_sources(self) -> dict[str, str]:
+        """Return the name of the preset for each option that it fills in."""
+        values = PRESETS[self.preset].values if self.preset is not None else {}
+        return {n: f"--preset {self.preset}" for n in values if getattr(self, n) in (None, False)}
+
     @keyword_errors()
     def validate(self) -> None:
         """Raise UsageError for a value that no model supports."""
@@ -493,6 +499,16 @@ def technique_names() -> list[str]:
 def preset_values(name: str) -> dict[str, Any]:
     """Return the options that preset `name` decides: its own, and every other technique as off."""
     return dict.fromkeys(technique_names(), OFF) | dict(PRESETS[name].values)
+
+
+def with_sources(text: str, sources: Mapping[str, str]) -> str:
+    """Return a sentence with the sources of the options that it names. sources: by option."""
+    found = [
+        f"{label(name)} is from {source}"
+        for name, source in sources.items()
+        if name in options() and re.search(rf"(?<![\w-]){re.escape(label(name))}(?![\w-])", text)
+    ]
+    return f"{text.rstrip('.')} ({'; '.join(found)})." if found else text
 
 
 def to_command_line(values: Mapping[str, Any]) -> list[str]:

@@ -110,7 +110,9 @@ def as_path(value: Any) -> str:
         value = os.fspath(value)
     text = as_text(value)
     longest = max((len(name.encode()) for name in text.split("/")), default=0)
-    if not text or any(ord(c) < 32 or 127 <= ord(c) < 160 for c in text):
+    if not text:
+        raise ValueError("a path")
+    if any(ord(c) < 32 or 127 <= ord(c) < 160 for c in text):
         raise ValueError("a path without control characters")
     if longest > MAX_NAME or len(text.encode()) > MAX_PATH:
         raise ValueError(f"a path whose names have up to {MAX_NAME} bytes")

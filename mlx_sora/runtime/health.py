@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from mlx_sora.errors import NumericsError
+from mlx_sora.errors import NumericsError, shell_words
 from mlx_sora.models.precision import Precision
 
 #: Root mean square far beyond any flow from unit noise to latents of unit variance.
@@ -23,8 +23,7 @@ HIGH_GUIDANCE = 15.0
 #: Differences up to this fraction of the largest value are rounding.
 FLAT = 1e-6
 
-_DOCTOR = "check the weights with: python -m mlx_sora doctor."
-_ANYWAY = "--no-health-check continues anyway."
+_ANYWAY = "--no-health-check continues anyway"
 
 
 @dataclass(frozen=True)
@@ -32,12 +31,13 @@ class Health:
     """Checks of one run. Each raises NumericsError with stage, step and advice.
 
     precision, guidance: those of the run, to name a likely cause.
-    enabled: False turns all checks off.
+    enabled: False turns all checks off. model: value of --model that names it.
     """
 
     precision: Precision
     guidance: float
     enabled: bool = True
+    model: str = ""
 
     def check_text(self, states: mx.array) -> None:
         """Check text states [n, D]."""
@@ -45,13 +45,13 @@ class Health:
             return
         found = _ArrayStats.from_array(states)
         if not found.finite:
-            fix = _overflow_advice(self.precision.text_encoder)
+            fix = _overflow_advice(self.precision.text_encoder, self.model)
             raise NumericsError("NaN or Inf in the text states (stage encode).", fix)
         if found.flat:
             what = "zero" if found.high == 0 else "the same number"
             raise NumericsError(
                 f"All text states are {what} (stage encode): the prompt would have no effect.",
-                f"The text encoder may be damaged: {_DOCTOR} {_ANYWAY}",
+                f"The text encoder may be damaged. {_ANYWAY}; {_doctor(self.model)}",
             )
 
     def check_media(self, latents: mx.array) -> None:
@@ -59,7 +59,7 @@ class Health:
         if self.enabled and not mx.isfinite(latents).all().item():
             raise NumericsError(
                 "NaN or Inf in the latents of the media (stage read).",
-                _vae_advice(self.precision.vae, "The VAE's encoder may be damaged"),
+                _vae_advice(self.precision.vae, "The VAE's encoder may be damaged", self.model),
             )
 
     def check_latents(
@@ -74,52 +74,56 @@ class Health:
         found = _ArrayStats.from_array(z, compare_frames=not conditioned)
         when = f"after step {index + 1} of {total} (stage denoise)"
         if not found.finite:
-            fix = _overflow_advice(self.precision.transformer)
+            fix = _overflow_advice(self.precision.transformer, self.model)
             raise NumericsError(f"NaN or Inf in the latents {when}.", fix)
         if found.rms > EXPLODED:
-            fix = f"The transformer may be damaged or of another model: {_DOCTOR}"
+            fix = f"The transformer may be damaged. {_ANYWAY}; {_doctor(self.model)}"
             if self.guidance > HIGH_GUIDANCE:
-                fix = f"--guidance {self.guidance:g} may be too high: lower it."
+                fix = f"--guidance {self.guidance:g} may be too high: lower it. {_ANYWAY}."
             raise NumericsError(
                 f"The latents explode: their RMS is {found.rms:.3g} {when}, usual is about 1.",
-                f"{fix} {_ANYWAY}",
+                fix,
             )
         if found.flat or found.identical_frames:
             what = "are the same number" if found.flat else "of all frames are the same"
             raise NumericsError(
                 f"The latents {what} {when}.",
-                f"The transformer may be damaged: {_DOCTOR} {_ANYWAY}",
+                f"The transformer may be damaged. {_ANYWAY}; {_doctor(self.model)}",
             )
 
     def frame_health(self) -> FrameHealth:
         """Return the check of the frames of one clip."""
-        return FrameHealth(self.enabled, self.precision.vae)
+        return FrameHealth(self.enabled, self.precision.vae, self.model)
 
 
-def _overflow_advice(dtype: mx.Dtype, option: str = "--dtype") -> str:
+def _doctor(model: str) -> str:
+    return f"to check the weights: python -m mlx_sora doctor {shell_words(model)}"
+
+
+def _overflow_advice(dtype: mx.Dtype, model: str, option: str = "--dtype") -> str:
     """Return what to do about NaN or Inf from a network in `dtype`, the value of `option`."""
     if dtype == mx.float32:
-        return f"Sound weights do not overflow in float32: {_DOCTOR}"
+        return f"Sound weights do not overflow in float32; {_doctor(model)}"
     wider = "float32"
     if dtype == mx.float16:
         wider = f"bfloat16: float16 ends at {mx.finfo(dtype).max:.0f}"
-    return f"Try {option} {wider}. If that does not help, {_DOCTOR}"
+    return f"Try {option} {wider}. If that does not help, {_doctor(model)}"
 
 
-def _vae_advice(dtype: mx.Dtype, damage: str) -> str:
+def _vae_advice(dtype: mx.Dtype, damage: str, model: str) -> str:
     if dtype == mx.float32:
-        return f"{damage}: {_DOCTOR}"
-    return _overflow_advice(dtype, "--vae-dtype")
+        return f"{damage}; {_doctor(model)}"
+    return _overflow_advice(dtype, model, "--vae-dtype")
 
 
 class FrameHealth:
     """Checks of a clip's frames, float [n, H, W, 3], nominally in [-1, 1], chunk by chunk.
 
-    dtype: of the VAE.
+    dtype: of the VAE. model: as in Health.
     """
 
-    def __init__(self, enabled: bool = True, dtype: mx.Dtype = mx.float32) -> None:
-        self._enabled, self._dtype = enabled, dtype
+    def __init__(self, enabled: bool = True, dtype: mx.Dtype = mx.float32, model: str = "") -> None:
+        self._enabled, self._dtype, self._model = enabled, dtype, model
         self._count = 0
         self._black = self._white = self._flat = self._identical = True
         #: The first frame, while all others are identical.
@@ -136,7 +140,7 @@ class FrameHealth:
             raise NumericsError(
                 f"NaN or Inf in frames {self._count} to {self._count + len(frames) - 1} "
                 "(stage decode).",
-                _vae_advice(self._dtype, "The VAE may be damaged, or of another model"),
+                _vae_advice(self._dtype, "The VAE may be damaged", self._model),
             )
         self._count += len(frames)
         self._black &= found.high <= -1
@@ -163,7 +167,7 @@ class FrameHealth:
             return
         raise NumericsError(
             f"{what} (stage decode).",
-            f"The VAE may be damaged, or of another model: {_DOCTOR} {_ANYWAY}",
+            f"The VAE may be damaged. {_ANYWAY}; {_doctor(self._model)}",
         )
 
 

@@ -18,6 +18,13 @@ from mlx_sora.utils.json import parse_object
 
 _DIRECTIVES = ("reference_path", "mask_strategy")
 
+#: Phrases of the training captions before the scores, by option.
+SCORE_PHRASES = {
+    "aesthetic": "aesthetic score:",
+    "motion": "motion score:",
+    "camera": "camera motion:",
+}
+
 
 @dataclass(frozen=True)
 class Scene:
@@ -58,13 +65,15 @@ class Scores:
 
     def append_to(self, text: str) -> str:
         """Append a phrase per score to `text`, unless it has one of that kind."""
-        phrases = (
-            ("aesthetic score:", None if self.aesthetic is None else f"{self.aesthetic:.1f}"),
-            ("motion score:", None if self.motion is None else f"{self.motion:.1f}"),
-            ("camera motion:", self.camera),
-        )
+        values = {
+            "aesthetic": None if self.aesthetic is None else f"{self.aesthetic:.1f}",
+            "motion": None if self.motion is None else f"{self.motion:.1f}",
+            "camera": self.camera,
+        }
         added = [
-            f" {name} {value}." for name, value in phrases if value is not None and name not in text
+            f" {phrase} {values[name]}."
+            for name, phrase in SCORE_PHRASES.items()
+            if values[name] is not None and phrase not in text
         ]
         return text + "".join(added)
 
@@ -145,6 +154,17 @@ def split_scenes(text: str) -> list[Scene]:
             f"Cannot split {text!r} into scenes.",
             "Write |0|first text|2|second text, with a whole number between each pair of bars.",
         ) from error
+
+
+def first_loops(scenes: Sequence[Scene]) -> list[int | None]:
+    """Return the loop in which each scene begins; None for one that has no loop."""
+    found: list[int | None] = []
+    position = 0
+    for scene, following in zip(scenes, [*scenes[1:], None], strict=True):
+        length = 1 if following is None else max(0, following.start - scene.start)
+        found.append(position if length else None)
+        position += length
+    return found
 
 
 def scene_at(scenes: Sequence[Scene], loop: int) -> str:

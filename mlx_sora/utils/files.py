@@ -16,7 +16,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from mlx_sora.errors import MlxSoraError
+from mlx_sora.errors import MlxSoraError, UsageError
 from mlx_sora.utils.json import MAX_JSON, parse_object, read_bytes
 from mlx_sora.utils.leftovers import (
     JOURNAL,
@@ -108,6 +108,13 @@ class PartialFile:
 def os_error_fix(problem: OSError, default: str) -> str:
     """Return what to do about an error of a disk, or `default`."""
     return _FIXES.get(problem.errno or 0, default)
+
+
+def check_file(path: Path, fix: str) -> None:
+    """Raise UsageError, with `fix`, unless `path` is a file."""
+    if not path.is_file():
+        what = f"{path} is a folder." if path.is_dir() else f"No such file: {path}."
+        raise UsageError(what, fix)
 
 
 @contextmanager

@@ -12,10 +12,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlx_sora.errors import UsageError
+from mlx_sora.errors import UsageError, shell_words
 from mlx_sora.request.generation import options
 from mlx_sora.request.pixels import PIXELS_PREFIX
 from mlx_sora.runtime.switches import switches
+from mlx_sora.utils.files import check_file
 from mlx_sora.utils.json import parse_object
 from mlx_sora.utils.versions import versions
 from mlx_sora.video.containers import (
@@ -93,8 +94,7 @@ def to_json(record: Mapping[str, Any], *, ascii_only: bool = False) -> str:
 def read_metadata(path: str | Path) -> dict[str, Any]:
     """Read the record of an mp4, mov, webm, png, gif, webp or JSON file. Raises UsageError."""
     path = Path(os.path.expanduser(path))
-    if not path.is_file():
-        raise UsageError(f"No such file: {path}.", "Give a video or JSON file of mlx_sora.")
+    check_file(path, "Give a video or JSON file of mlx_sora.")
     with read_errors(path, "Is it damaged?"):
         text = _choose_reader(path)(path)
     return _parse(text, path)
@@ -111,14 +111,17 @@ def replay_options(record: Mapping[str, Any], source: str | Path = "the record")
     if "reconstruction" in record:
         raise UsageError(
             f"{source} is a reconstruction, which has no prompt.",
-            "Repeat it with mlx_sora reconstruct.",
+            "Repeat it with its source: python -m mlx_sora reconstruct VIDEO",
         )
     if not isinstance(request, dict) or not isinstance(settings, dict):
         raise UsageError(f"{source} has no request of mlx_sora.", "Give a file that it wrote.")
     if "edit" in record:
+        edit = record["edit"] if isinstance(record["edit"], dict) else {}
+        words = [edit.get("video", "VIDEO"), "--source-prompt", edit.get("source_prompt", "TEXT")]
+        words += ["--prompt", request.get("prompt")]
         raise UsageError(
             f"{source} is an edited video, which a prompt alone cannot repeat.",
-            "Edit its source again with mlx_sora edit.",
+            f"Edit its source again: python -m mlx_sora edit {shell_words(*words)}",
         )
     known = options()
     unknown = [str(name)[:40] for name in request if name not in known]
@@ -137,8 +140,10 @@ def replay_options(record: Mapping[str, Any], source: str | Path = "the record")
     return found
 
 
-def find_media(record: Mapping[str, Any], name: str, source: Path) -> str:
+def find_media(record: Mapping[str, Any], name: str, source: Path, option: str = "--prompt") -> str:
     """Return the path of a recorded image or video: beside the file `source`, or as it is named.
+
+    option: the flag with which it was given, for the message.
 
     Raises UsageError if there is none, or if its content is not that of the recorded run: a record
     from somebody else could name any file of the user, which a replay would show.
@@ -149,7 +154,7 @@ def find_media(record: Mapping[str, Any], name: str, source: Path) -> str:
     media = settings.get("media") if isinstance(settings, dict) else None
     items = [item for item in media if isinstance(item, dict)] if isinstance(media, list) else []
     sums = {item.get("sha256") for item in items if item.get("path") == name}
-    again = "Give --image, --video or --prompt again."
+    again = f"Give {option} again."
     if name.startswith(PIXELS_PREFIX):
         raise UsageError(f"{source} was made with pixels in memory, which no file has.", again)
     present = [path for path in (source.parent / Path(name).name, Path(name)) if path.is_file()]

@@ -66,6 +66,8 @@ def complete_path(name: str, num_frames: int) -> Path:
     path = expand_path(name)
     if name.endswith(("/", "\\")):
         return path / "frame_%05d.png"
+    if not path.name:
+        raise UsageError(f"{name} is a folder.", "Name a file in --output.")
     if not path.suffix and not os.path.isdir(path) and not is_special(path):
         return path.with_name(path.name + (".png" if num_frames == 1 else ".mp4"))
     return path

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from mlx_sora.errors import UsageError
 from mlx_sora.geometry import Size
 from mlx_sora.request.pixels import PIXELS_PREFIX, Pixels
+from mlx_sora.utils.files import check_file
 from mlx_sora.video.containers import (
     MAX_PACKETS,
     MAX_PIXELS,
@@ -324,5 +325,4 @@ def _pixels_info(pixels: Pixels) -> VideoInfo:
 def _check_file(path: str | Path) -> None:
     if str(path).startswith(PIXELS_PREFIX):
         raise UsageError(f"{path} stands for pixels in memory.", "Pass the same pixels again.")
-    if not Path(path).is_file():
-        raise UsageError(f"No such file: {path}.", "Give the path of an image or a video.")
+    check_file(Path(path), "Give the path of an image or a video.")

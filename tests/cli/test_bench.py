@@ -188,7 +188,10 @@ def test_results_are_replaced_only_with_overwrite(
     [
         (["--budgets", "3 parsecs"], "3.3GB"),
         (["--budgets", "1GB,,2GB"], "not an amount"),
-        (["--memory-budget", "1GB"], "unrecognized arguments: --memory-budget 1GB. See"),
+        (
+            ["--memory-budget", "1GB"],
+            "It is an option of generate, edit",
+        ),
         (["--budgetss", "1GB"], "--budgets"),
         (["--num-frames", "5"], "17"),
         (["-o", "file/below"], "not a folder"),

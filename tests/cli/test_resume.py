@@ -104,7 +104,7 @@ def test_prompt_file_continues_after_a_kill(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "code", "says"),
     [
-        (["--resume", "gone"], 2, "No such checkpoint"),
+        (["--resume", "gone"], 2, "No such file"),
         (["--resume", "junk"], 4, "damaged"),
         (["--resume", "junk", "-C", "a.mp4"], 2, "exclude each other"),
         (["--resume", "junk", "--prompt-file", "a"], 2, "exclude each other"),

@@ -82,6 +82,8 @@ def test_guidance_techniques_warn_without_guidance() -> None:
         "--guidance-interval",
         "--guidance-cache",
     ]
+    parts.on_step_end(SimpleNamespace(step=SimpleNamespace(index=0)))  # type: ignore[arg-type]
+    assert parts.record()["guidance_interval"] == {"guided_steps": 0, "steps": 1}
 
 
 def test_records_and_warnings_are_in_order() -> None:

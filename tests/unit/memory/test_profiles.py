@@ -35,7 +35,15 @@ def test_parse_refuses_other_texts(text: str) -> None:
 
 @pytest.mark.parametrize(
     ("count", "text"),
-    [(1, "1 MB"), (812_000_000, "812 MB"), (812_000_001, "813 MB"), (3_300_000_001, "3.31 GB")],
+    [
+        (1, "1 B"),
+        (500, "500 B"),
+        (1500, "2 kB"),
+        (1_000_001, "2 MB"),
+        (812_000_000, "812 MB"),
+        (812_000_001, "813 MB"),
+        (3_300_000_001, "3.31 GB"),
+    ],
 )
 def test_format_rounds_up(count: int, text: str) -> None:
     assert format_bytes(count) == text

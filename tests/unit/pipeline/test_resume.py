@@ -138,9 +138,9 @@ def test_options_that_would_change_the_video_are_refused_by_name(
 ) -> None:
     stop(pipe, request(output), 1)
     file = checkpoint_path(output)
-    for name, flag in (("steps", "--steps"), ("seed", "--seed"), ("lpl", "--lpl")):
-        with pytest.raises(UsageError, match=flag):
-            resumed_request(file, {name: 1})
+    for name, value in (("steps", 1), ("seed", 1), ("lpl", "fixed:1")):
+        with pytest.raises(UsageError, match=f"--{name} cannot be changed"):
+            resumed_request(file, {name: value})
     assert resumed_request(file, {"ci_dl": True}).ci_dl
 
 
@@ -149,7 +149,7 @@ def test_options_that_would_change_the_video_are_refused_by_name(
     [
         ({"steps": 4}, "steps was 3, now 4"),
         ({"seed": 4}, "seed was 3, now 4"),
-        ({"prompt": "a blue circle"}, "text"),
+        ({"prompt": "a blue circle"}, "the prompt was"),
         ({"sequential_guidance": True}, "sequential_guidance was"),
         ({"width": 64}, "width"),
         ({"step_cache": "every:2,warmup=1"}, "step_cache"),
@@ -258,7 +258,7 @@ def test_a_full_disk_costs_the_checkpoint_not_the_video(
 
     monkeypatch.setattr(Snapshot, "save", save)
     seen, path = finish(pipe.stream(request(output, checkpoint_every=1)))
-    assert sum("No space left" in e.message for e in seen if isinstance(e, Warned)) == 1
+    assert sum(e.message.count("No space left") for e in seen if isinstance(e, Warned)) == 1
     assert path.exists()
 
 
