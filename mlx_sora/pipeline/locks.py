@@ -18,7 +18,7 @@ from functools import cache
 from pathlib import Path
 
 from mlx_sora.distributed.group import Ranks
-from mlx_sora.errors import UsageError
+from mlx_sora.errors import UsageError, WeightsError
 from mlx_sora.runtime.events import Event, Finished
 from mlx_sora.utils.files import name_hash, new_folders, recover
 from mlx_sora.utils.leftovers import acquire_lock, exit_like, sign_lock, signals_as_exceptions
@@ -66,7 +66,7 @@ def process_lock(model: Path) -> Iterator[ExitGuard]:
 
     Meanwhile SIGTERM and SIGHUP end the process with SystemExit, unless they have handlers: as on
     the command line, a checkpoint is written and partial files are removed. Raises UsageError if a
-    run of any thread holds the process.
+    run of any thread holds the process, and WeightsError while the model is being removed.
     """
     if not _process.acquire(blocking=False):
         raise UsageError(
@@ -88,13 +88,19 @@ def process_lock(model: Path) -> Iterator[ExitGuard]:
 def model_lock(folder: Path) -> Iterator[None]:
     """Hold a model's folder for the block, with any number of others, against its removal.
 
-    File systems without locks are not protected.
+    Raises WeightsError during a removal. File systems without locks are not protected.
     """
     handle = None
     try:
-        with suppress(OSError):  # also where the model is not downloaded
+        try:
             handle = os.open(folder, os.O_RDONLY)
             fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise WeightsError(
+                f"{folder} is being removed.", "End that command, or choose another model."
+            ) from None
+        except OSError as error:  # also where the model is not downloaded
+            logger.debug("cannot lock %s", folder, exc_info=error)
         yield
     finally:
         if handle is not None:

@@ -175,7 +175,13 @@ def test_a_model_in_use_stays(root: Path) -> None:
     with pytest.raises(WeightsError, match="is in use"):
         remove_model("mine", yes)
     events.close()  # type: ignore[attr-defined]
-    assert remove_model("mine", yes) is not None
+
+    def confirm(_: object) -> bool:
+        with pytest.raises(WeightsError, match="is being removed"):
+            next(pipe.stream(request))
+        return True
+
+    assert remove_model("mine", confirm) is not None
 
 
 def test_names_mean_folders_of_models_everywhere(
