@@ -21,7 +21,7 @@ from mlx_sora.memory.limits import release
 from mlx_sora.pipeline.engine import Engine
 from mlx_sora.pipeline.generate import generate_clips, prepare
 from mlx_sora.pipeline.locks import output_lock_on_rank0, process_lock
-from mlx_sora.pipeline.resume import continue_checkpoint
+from mlx_sora.pipeline.resume import continue_on_ranks
 from mlx_sora.pipeline.run import GenerationRun
 from mlx_sora.pipeline.stages import encode_text, planned_encoding
 from mlx_sora.pipeline.transfer import VideoTransfer
@@ -106,8 +106,7 @@ class _Batch:
     def _prepare(self, request: GenerationRequest) -> GenerationRun:
         """Prepare a run. Raises UsageError if another one writes to the same file."""
         ranks, engine = self._ranks, self._engine
-        request = continue_checkpoint(request, model=engine.model.name)
-        request = replace(request, seed=ranks.broadcast_object(request.seed))
+        request = continue_on_ranks(request, ranks, engine.model.name)
         with ranks.collective_errors():
             request.validate()
             if self._data_parallel:

@@ -18,7 +18,7 @@ from mlx_sora.pipeline.bar import ProgressBar
 from mlx_sora.pipeline.engine import Engine
 from mlx_sora.pipeline.generate import generate, prepare
 from mlx_sora.pipeline.locks import run_exclusively
-from mlx_sora.pipeline.resume import continue_checkpoint, resumed_request
+from mlx_sora.pipeline.resume import continue_on_ranks, resumed_request
 from mlx_sora.pipeline.run import GenerationRun
 from mlx_sora.request.generation import GenerationRequest, keyword_errors, to_keywords
 from mlx_sora.request.generation import options as all_options
@@ -127,10 +127,9 @@ class Pipeline:
         request = _as_request(request, options)
         ranks = Ranks() if request.parallel == "off" else self.ranks
         with ranks.watchdog_scope():
-            request = continue_checkpoint(request, model=self.model.name)
-            request = replace(request, seed=ranks.broadcast_object(request.seed))
             if ranks.size > 1:
                 self.engine.check_equal([request])
+            request = continue_on_ranks(request, ranks, self.model.name)
             with ranks.collective_errors():
                 request.validate()
                 checkpoint = None if resume is None else Path(os.path.expanduser(resume))

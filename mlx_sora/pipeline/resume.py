@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from mlx_sora.distributed.group import Ranks
 from mlx_sora.errors import MlxSoraError, UsageError, WeightsError, shell_words
 from mlx_sora.loading.fingerprint import PREFIX
 from mlx_sora.memory.limits import release
@@ -190,6 +191,13 @@ def _progress_note(source: Path, found: Snapshot, settings: ResolvedRequest) -> 
         return f"resuming from {source}: all steps are done"
     clip = f"clip {found.clip + 1} of {clips}, " if clips > 1 else ""
     return f"resuming from {source}: {clip}{found.steps} of {settings.steps} steps are done"
+
+
+def continue_on_ranks(request: GenerationRequest, ranks: Ranks, model: str) -> GenerationRequest:
+    """Return the request that `continue_checkpoint` finds on rank 0, which has the checkpoint."""
+    request = continue_checkpoint(request, model=model)
+    seed, output = ranks.broadcast_object([request.seed, request.output])
+    return replace(request, seed=seed, output=output)
 
 
 def continue_checkpoint(

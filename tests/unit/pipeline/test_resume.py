@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 
 from mlx_sora import GenerationRequest, Pipeline, UsageError, WeightsError
+from mlx_sora.distributed.group import Ranks
 from mlx_sora.errors import MlxSoraError
 from mlx_sora.loading.model_folder import ModelFolder, find_model
 from mlx_sora.pipeline.checkpoint import Snapshot
-from mlx_sora.pipeline.resume import continue_checkpoint, resumed_request
+from mlx_sora.pipeline.resume import continue_checkpoint, continue_on_ranks, resumed_request
 from mlx_sora.runtime.device import default_dtype
 from mlx_sora.runtime.events import (
     Event,
@@ -315,6 +316,30 @@ class TestSeeds:
         seen, path = finish(pipe.stream(request(template, seed=None)))
         assert path == tmp_path / f"2026-01-31/shapes-2026-01-31-{first.seed}.mp4"
         assert "1 of 3 steps" in notes(seen)
+
+    def test_other_ranks_go_on_with_what_rank_0_found(
+        self, pipe: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        drawn = request(tmp_path / "{date}-{seed}", seed=None)
+        set_today(monkeypatch, "2026-01-31")
+        stop(pipe, drawn.with_seed(7), 1)
+        set_today(monkeypatch, "2026-02-01")
+        sent = list[Any]()
+
+        class Rank0(Ranks):
+            def broadcast_object(self, value: Any) -> Any:
+                sent.append(value)
+                return value
+
+        class Rank1(Ranks):
+            def broadcast_object(self, value: Any) -> Any:
+                return sent[0]
+
+        first = continue_on_ranks(drawn, Rank0(), "shapes")
+        for file in tmp_path.iterdir():  # which another machine does not have
+            file.unlink()
+        assert continue_on_ranks(drawn, Rank1(), "shapes") == first
+        assert first.output == str(tmp_path / "2026-01-31-{seed}")
 
     def test_damaged_and_foreign_files_are_passed_over(
         self, pipe: Pipeline, drawn: Callable[..., GenerationRequest], tmp_path: Path
