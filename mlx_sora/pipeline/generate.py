@@ -249,7 +249,7 @@ def resolve_output(
             size=written,
             fps=resolved.fps,
         )
-        if request.preview_every is not None:
+        if request.preview_every is not None and not request.keep_previews:
             refuse_other_file(others[-1])
         inputs = [file.path for file in resolved.media.files]
         check_inputs(output, inputs, sidecar=request.metadata)
