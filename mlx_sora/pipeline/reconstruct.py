@@ -33,7 +33,7 @@ from mlx_sora.memory.budget import resolve_budget
 from mlx_sora.memory.estimate import Estimate, estimate_from_speeds
 from mlx_sora.memory.plan import MediaWorkload, Plan, Workload
 from mlx_sora.memory.speeds import MachineSpeeds
-from mlx_sora.models.vae import MicroBatch, chunk_plan
+from mlx_sora.models.vae import Chunk, MicroBatch, chunk_plan
 from mlx_sora.pipeline.engine import Engine
 from mlx_sora.pipeline.generate import plan_memory
 from mlx_sora.pipeline.locks import run_exclusively
@@ -48,6 +48,8 @@ from mlx_sora.runtime.events import (
     Event,
     Finished,
     Noted,
+    PlannedStage,
+    RunPlanned,
     StageProgress,
     StageStarted,
     Warned,
@@ -121,6 +123,19 @@ class ReconstructionRun:
         """Estimate the seconds of the run on the machine that has these speeds."""
         sizes = self.engine.sizes(encoders=True)
         return estimate_from_speeds(sizes, self.workload, self.plan, speeds, self.engine.precision)
+
+    def planned_stages(self) -> Iterator[PlannedStage]:
+        """Yield the stages of all parts."""
+        work = {stage.stage: stage.flops / self.num_frames for stage in self.plan.stages}
+        for frames in self.parts:
+            chunks = len(self.chunks(frames))
+            yield PlannedStage("read", chunks, work["read"] * frames)
+            yield PlannedStage("decode", frames, work["decode"] * frames)
+
+    def chunks(self, frames: int) -> list[Chunk]:
+        """Return the chunks of a part of so many frames."""
+        vae = self.engine.vae_config
+        return chunk_plan(frames, vae.micro_frame_size, vae.temporal.factor)
 
     def frames(self) -> Iterator[np.ndarray]:
         """Yield the source frame by frame, filled into the size: uint8 [H, W, 3]."""
@@ -233,6 +248,7 @@ def reconstruct(run: ReconstructionRun) -> Generator[Event, None, None]:
     similarity = Similarity()
     yield from map(Warned, run.result.warnings)
     yield from map(Noted, (*run.notes, *(() if run.video is None else run.video.notes)))
+    yield RunPlanned(tuple(run.planned_stages()))
     source, expected = run.frames(), run.frames()  # the second for the comparison
     writer = _open_writer(run)
     with writer:
@@ -268,8 +284,7 @@ def _encode(
     """Encode the next `count` frames to latents [1, T, h, w, C]."""
     import numpy as np
 
-    vae = run.engine.vae_config
-    chunks = chunk_plan(count, vae.micro_frame_size, vae.temporal.factor)
+    chunks = run.chunks(count)
     pixels = (np.stack(list(islice(source, chunk.frames))) for chunk in chunks)
     health, found = Health(run.engine.precision, guidance=1), list[mx.array]()
     yield StageStarted("read", len(chunks))
