@@ -45,9 +45,12 @@ def as_int(value: Any) -> int:
         return int(value)
     if isinstance(value, bool) or not isinstance(value, (numbers.Real, Decimal)):
         raise ValueError("a whole number")
-    if not math.isfinite(value) or value != math.trunc(value):
+    try:
+        whole: Any = math.trunc(value)
+    except (ValueError, OverflowError):  # not a number, or infinite
+        raise ValueError("a whole number") from None
+    if whole != value:
         raise ValueError("a whole number")
-    whole: Any = math.trunc(value)
     return int(whole)
 
 

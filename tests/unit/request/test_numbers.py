@@ -78,3 +78,14 @@ def test_what_is_no_number_is_refused_in_a_line(value: object) -> None:
 
 def test_switches_take_booleans_of_numpy() -> None:
     assert GenerationRequest(overwrite=np.bool_(True)).overwrite is True  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("value", [Decimal("sNaN"), Decimal("inf"), Fraction(10**400, 3)])
+def test_no_whole_numbers(value: object) -> None:
+    with pytest.raises(UsageError, match="steps must be a whole number"):
+        GenerationRequest.from_dict({"steps": value})
+
+
+def test_a_number_beyond_floats_is_out_of_range() -> None:
+    with pytest.raises(UsageError, match="steps"):
+        GenerationRequest.from_dict({"prompt": "a", "steps": 10**400}).validate()
