@@ -108,22 +108,23 @@ def read_requests(args: argparse.Namespace) -> RequestBatch:
     recorded = None
     if args.config_from_metadata is not None:
         recorded = recorded_options(args.config_from_metadata, flags)
+    enhance = args.enhance_prompt is not None
     if args.prompt_file is not None:
         if "prompt" in flags:
             raise UsageError("--prompt and --prompt-file exclude each other.", "Give only one.")
-        batch = read_prompt_file(args.prompt_file, flags, recorded, samples)
+        batch = read_prompt_file(args.prompt_file, flags, recorded, samples, enhance=enhance)
     else:
-        batch = _read_typed_prompts(flags, recorded, samples)
+        batch = _read_typed_prompts(flags, recorded, samples, enhance)
     names = OutputNames()
     for request in batch.requests:
         names.add(Path(str(request.output)), sidecar=request.metadata)
-    if args.enhance_prompt is not None:
+    if enhance:
         batch.requests, batch.notes = enhance_requests(batch.requests, args.enhance_prompt)
     return batch
 
 
 def _read_typed_prompts(
-    flags: Mapping[str, Any], recorded: Mapping[str, Any] | None, samples: Samples
+    flags: Mapping[str, Any], recorded: Mapping[str, Any] | None, samples: Samples, enhance: bool
 ) -> RequestBatch:
     """Return the requests of the prompts in the flags, or of the one in the record."""
     batch, number = RequestBatch(), 0
@@ -135,9 +136,9 @@ def _read_typed_prompts(
             for request in build_requests(options, dict(recorded or {})):
                 number += 1
                 if samples.prompt_as_path:
-                    _add_request(batch, number, request, number - 1)
+                    _add_request(batch, number, request, number - 1, enhance)
                 else:
-                    batch.requests.append(_with_output(request, number - 1))
+                    batch.requests.append(_with_output(request, number - 1, enhance))
     return batch
 
 
@@ -188,11 +189,14 @@ def read_prompt_file(
     flags: Mapping[str, Any],
     recorded: Mapping[str, Any] | None,
     samples: Samples = ALL_PROMPTS,
+    *,
+    enhance: bool = False,
 ) -> RequestBatch:
     """Return the requests of a file with a prompt, or a JSON object of options, in each line.
 
-    Options in a line override flags. An error in a line becomes a failure of that line. Raises
-    UsageError if the file cannot be read or has no prompt.
+    Options in a line override flags. An error in a line becomes a failure of that line. enhance:
+    the prompts are written out later. Raises UsageError if the file cannot be read or has no
+    prompt.
     """
     batch, index, place = RequestBatch(unit="line"), 0, -1
     for place, (number, text) in enumerate(samples.select(_lines(path))):
@@ -205,7 +209,7 @@ def read_prompt_file(
             continue
         for request in requests:
             try:
-                _add_request(batch, number, request, index)
+                _add_request(batch, number, request, index, enhance)
             except MlxSoraError as error:
                 batch.failures[number] = error
             index += 1
@@ -263,9 +267,11 @@ def _line_requests(
     return [replace(request, output=request.output or default) for request in requests]
 
 
-def _add_request(batch: RequestBatch, number: int, request: GenerationRequest, index: int) -> None:
+def _add_request(
+    batch: RequestBatch, number: int, request: GenerationRequest, index: int, enhance: bool
+) -> None:
     """Add a request of line `number`, or only its output if that exists already."""
-    request, name = _fill_output(request, index)
+    request, name = _fill_output(request, index, enhance)
     frames = 0 if request.num_frames is None else parse_frames(request.num_frames)
     path = complete_path(name, frames)
     for found in [path, *_outputs_of_other_days(request, index, frames)]:
@@ -304,14 +310,16 @@ def _check_same_prompt(path: Path, prompt: str) -> None:
         raise UsageError(f"{path} exists and has another prompt.", "Move it, or give --overwrite.")
 
 
-def _with_output(request: GenerationRequest, index: int) -> GenerationRequest:
+def _with_output(
+    request: GenerationRequest, index: int, enhance: bool = False
+) -> GenerationRequest:
     """Return the request with a seed and its output filled in.
 
     Raises UsageError if the output cannot be written. `prepare` checks that too, but only after
     MLX is loaded, and in a batch the other videos would still be made.
     """
     template = request.output or DEFAULT_OUTPUT
-    request, name = _fill_output(replace(request, output=template), index)
+    request, name = _fill_output(replace(request, output=template), index, enhance)
     frames = None if request.num_frames is None else parse_frames(request.num_frames)
     # The suffix may follow from the number of frames, which may be left to the model.
     if frames is not None or Path(name).suffix or name.endswith("/") or not Path(name).name:
@@ -320,19 +328,21 @@ def _with_output(request: GenerationRequest, index: int) -> GenerationRequest:
     return replace(request, output=escape_template(name))
 
 
-def _fill_output(request: GenerationRequest, index: int) -> tuple[GenerationRequest, str]:
+def _fill_output(
+    request: GenerationRequest, index: int, enhance: bool
+) -> tuple[GenerationRequest, str]:
     """Return the request with a seed, and the name that its output template then has."""
     if request.checkpoint_every is None:
         request = request.with_seed()
     else:
-        request = _continued(request, index)
+        request = _continued(request, index, enhance)
     return request, _fill(request, str(request.output), index)
 
 
-def _continued(request: GenerationRequest, index: int) -> GenerationRequest:
+def _continued(request: GenerationRequest, index: int, enhance: bool) -> GenerationRequest:
     from mlx_sora.pipeline.resume import continue_checkpoint
 
-    return continue_checkpoint(request, index, _model_name(request))
+    return continue_checkpoint(request, index, _model_name(request), enhance=enhance)
 
 
 def _fill(request: GenerationRequest, template: str, index: int) -> str:

@@ -201,26 +201,27 @@ def continue_on_ranks(request: GenerationRequest, ranks: Ranks, model: str) -> G
 
 
 def continue_checkpoint(
-    request: GenerationRequest, index: int = 0, model: str = ""
+    request: GenerationRequest, index: int = 0, model: str = "", *, enhance: bool = False
 ) -> GenerationRequest:
     """Return the request with a seed, and if a checkpoint continues it, with its seed and date.
 
     That is the newest checkpoint of the same request that no other process is writing.
-    index, model: values of {index} and {model} in the output.
+    index, model: values of {index} and {model} in the output. enhance: the prompt is written out
+    later; a checkpoint continues the request if it has the same one as `original_prompt`.
     """
     template = request.output
     if request.checkpoint_every is None or template is None:
         return request.with_seed()
-    own = _options_but_seed(_recorded_options(request.with_preset()))
+    own = _options_but_seed(_recorded_options(request.with_preset()), enhance)
     make = partial(output_path, prompt=request.prompt, index=index, model=model)
     anywhere = with_date(template, ANY_DATE) if has_date(template) else template
     first = make(anywhere, seed=request.seed or 0, num_frames=0)
     files = [file for file in files_of_any_date(first, f"*{CHECKPOINT_SUFFIX}") if file.is_file()]
     for file in sorted(files, key=lambda file: file.stat().st_mtime, reverse=True):
         try:
-            record = read_record(file)
-            seed = int(record["request"]["seed"])
-            if request.seed not in (None, seed) or _options_but_seed(record["request"]) != own:
+            recorded = read_record(file)["request"]
+            seed = int(recorded["seed"])
+            if request.seed not in (None, seed) or _options_but_seed(recorded, enhance) != own:
                 continue
         except (MlxSoraError, ValueError, TypeError, LookupError):
             continue
@@ -232,7 +233,11 @@ def continue_checkpoint(
     return request.with_seed()
 
 
-def _options_but_seed(values: Mapping[str, Any]) -> dict[str, Any]:
+def _options_but_seed(values: Mapping[str, Any], enhance: bool) -> dict[str, Any]:
+    """Return what has to be the same, with the typed prompt in place of an enhanced one."""
     replayed = set(_replayed_options()) - {"seed"}
+    if enhance:
+        values = {**values, "prompt": values.get("original_prompt") or values["prompt"]}
+        replayed -= {"original_prompt"}
     plain: dict[str, Any] = _as_json({n: value for n, value in values.items() if n in replayed})
     return plain

@@ -14,6 +14,7 @@ from mlx_sora import enhance_prompt
 from mlx_sora.cli.main import main
 from mlx_sora.errors import MlxSoraError, UsageError
 from mlx_sora.loading.model_folder import ModelFolder, bundled_folder
+from mlx_sora.request.generation import GenerationRequest
 from mlx_sora.text import enhance
 from mlx_sora.text.enhance import LONG, MAX_CHARACTERS
 from mlx_sora.video.metadata import read_metadata
@@ -74,6 +75,21 @@ def test_it_is_printed_recorded_and_not_enhanced_twice(
     assert main(["generate", "--model", "opensora-1.2", *lines]) == 0
     assert "skipped: a cat.mp4" in capsys.readouterr().err
     assert read_metadata(folder / "a cat.mp4")["request"]["prompt"] == text
+
+
+@pytest.mark.parametrize("prompts", [["-p", "a cat"], ["--prompt-file", "p.txt"]])
+def test_checkpoints_are_looked_for_by_the_typed_prompt(
+    prompts: list[str], folder: Path, pipeline: FakePipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def find(request: GenerationRequest, *rest: Any, enhance: bool) -> GenerationRequest:
+        assert (request.prompt, enhance) == ("a cat", True)
+        return request.with_seed(3)
+
+    monkeypatch.setattr("mlx_sora.pipeline.resume.continue_checkpoint", find)
+    (folder / "p.txt").write_text("a cat\n")
+    options = ["--model", "opensora-1.2", "--enhance-prompt", "--checkpoint-every", "1"]
+    assert main(["generate", *options, *prompts, "-o", "{seed}.mp4"]) == 0
+    assert read_metadata(folder / "3.mp4")["request"]["original_prompt"] == "a cat"
 
 
 def test_a_model_of_few_words_keeps_its_prompts(

@@ -291,6 +291,17 @@ class TestSeeds:
         assert str(first.seed) in path.name
         assert "1 of 3 steps" in notes(seen)
 
+    def test_a_checkpoint_of_an_enhanced_prompt_is_found_by_the_typed_one(
+        self, pipe: Pipeline, tmp_path: Path
+    ) -> None:
+        typed = request(tmp_path / "a.mp4", seed=None)
+        changed = {"prompt": f"{typed.prompt}. The scene", "original_prompt": typed.prompt}
+        first = request(tmp_path / "a.mp4", **changed, seed=8)
+        stop(pipe, first, 1)
+        assert continue_checkpoint(typed, enhance=True).seed == 8
+        assert continue_checkpoint(replace(first, seed=None), enhance=True).seed == 8
+        assert continue_checkpoint(typed).seed != 8
+
     def test_what_another_run_is_at_work_on_is_left_alone(
         self, pipe: Pipeline, drawn: Callable[..., GenerationRequest]
     ) -> None:
