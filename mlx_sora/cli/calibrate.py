@@ -84,7 +84,9 @@ def _search_schedules(args: argparse.Namespace) -> Path:
     from mlx_sora.pipeline.pipeline import Pipeline
     from mlx_sora.utils.obstacles import check_result_file
 
-    if args.material or not args.prompts:
+    if args.material:
+        raise UsageError("--material is for --preview.", "Add --preview, or leave it out.")
+    if not args.prompts:
         raise UsageError("--prompt is missing.", "Give --prompt TEXT, or --preview.")
     if not 1 <= args.reach <= 100:
         raise UsageError(f"--reach {args.reach} is out of range.", "Give 1 to 100.")

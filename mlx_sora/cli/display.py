@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from mlx_sora.cli.progress import Renderer
 from mlx_sora.errors import MlxSoraError
 from mlx_sora.runtime.events import Event, Finished
+from mlx_sora.video.output_path import frame_path, is_sequence
 
 if TYPE_CHECKING:
     import numpy as np
@@ -49,7 +50,9 @@ def add_display_flags(parser: Any) -> None:
         "coloured blocks in others",
     )
     parser.add_argument(
-        "--open", action="store_true", help="open the result; of several, the last one"
+        "--open",
+        action="store_true",
+        help="open the result; of several videos, the last; of frames, the first",
     )
 
 
@@ -73,7 +76,7 @@ class Display:
     def close(self) -> None:
         self._renderer.close()
         if self._open and self._last is not None and sys.exc_info()[0] is None:
-            open_file(self._last)
+            open_file(frame_path(self._last, 0) if is_sequence(self._last) else self._last)
 
 
 def open_file(path: Path) -> None:
@@ -146,7 +149,6 @@ def spread_frames(video: Video, count: int) -> list[np.ndarray]:
 
     Raises UsageError.
     """
-    from mlx_sora.video.output_path import frame_path, is_sequence
     from mlx_sora.video.reader import is_video, probe_video, read_image, video_frames
 
     path = video.path

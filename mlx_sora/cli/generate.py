@@ -166,14 +166,19 @@ def report_failures(batch: RequestBatch) -> int:
     return 0
 
 
-def choose_renderer(args: argparse.Namespace, ranks: Ranks) -> Renderer:
-    """Return the renderer that the flags choose. Ranks other than 0 are silent."""
+def choose_renderer(
+    args: argparse.Namespace, ranks: Ranks, result: Renderer | None = None
+) -> Renderer:
+    """Return the renderer that the flags choose. Ranks other than 0 are silent.
+
+    result: of a command that prints its result in a form of its own, without progress.
+    """
     if not ranks.is_rank0:
         return SilentRenderer()
     renderer: Renderer = QuietRenderer() if args.quiet else BarRenderer()
     if args.json_events:
         renderer = JsonRenderer()
-    return Display(renderer, show=args.show, open=args.open)
+    return Display(result or renderer, show=args.show, open=args.open)
 
 
 def open_pipeline(

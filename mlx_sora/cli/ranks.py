@@ -26,7 +26,10 @@ MAX_RANKS = 1024
 _FLAGS = {"video": "VIDEO"}
 
 #: Options that each rank has for itself, and what is none.
-_OWN_OPTIONS = {"allow_sleep", "debug", "json_events", "parallel_run", "quiet", "run", "verbose"}
+_OWN_OPTIONS = {
+    *("allow_sleep", "debug", "json_events", "open", "parallel_run", "quiet", "run", "show"),
+    "verbose",
+}
 
 
 class Broadcastable(Protocol):

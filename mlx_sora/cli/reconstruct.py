@@ -17,9 +17,10 @@ from mlx_sora.cli.generate import (
     open_pipeline,
 )
 from mlx_sora.cli.plans import show_plans
+from mlx_sora.cli.progress import QuietRenderer
 from mlx_sora.distributed.group import Ranks
 from mlx_sora.request.generation import GenerationRequest
-from mlx_sora.runtime.events import Finished
+from mlx_sora.runtime.events import Event, Finished
 from mlx_sora.video import Video
 from mlx_sora.video.output_template import escape_template
 
@@ -48,8 +49,8 @@ def run(args: argparse.Namespace) -> int:
     from mlx_sora.pipeline.reconstruct import prepare_reconstruction, stream_reconstruction
 
     request, ranks = read_request(args), Ranks()
-    args.quiet |= args.json
-    with closing(choose_renderer(args, ranks)) as renderer:
+    result = ResultRenderer() if args.json else None
+    with closing(choose_renderer(args, ranks, result)) as renderer:
         pipeline = open_pipeline(ranks, request, renderer, plan=args.dry_run)
         if args.dry_run:
             runs = [prepare_reconstruction(pipeline.engine, args.video, request)]
@@ -57,11 +58,16 @@ def run(args: argparse.Namespace) -> int:
             return 0
         with closing(stream_reconstruction(pipeline.engine, args.video, request)) as events:
             for event in events:
-                if args.json and isinstance(event, Finished):
-                    print(json.dumps(result_record(event.video)))
-                else:
-                    renderer.handle(event)
+                renderer.handle(event)
     return 0
+
+
+class ResultRenderer(QuietRenderer):
+    """Renderer that prints only the result, as JSON on stdout."""
+
+    def handle(self, event: Event) -> None:
+        if isinstance(event, Finished):
+            print(json.dumps(result_record(event.video)), flush=True)
 
 
 def read_request(args: argparse.Namespace) -> GenerationRequest:

@@ -78,14 +78,19 @@ class Video:
     def save(self, path: str | Path, overwrite: bool = False) -> Path:
         """Write the video to `path`, in the format of its suffix, and return the path.
 
-        Takes the formats of `output`. A file of the same format is copied; another one is written
-        from `frames`, and loses what their file has lost. Raises UsageError.
+        Takes the names that `output` takes. A file of the same format is copied; another one is
+        written from `frames`, and loses what their file has lost. Raises UsageError.
         """
         from mlx_sora.utils.files import atomic_write, explain_os_errors, new_folders
-        from mlx_sora.video.output_path import check_output, frame_path, is_sequence
+        from mlx_sora.video.output_path import (
+            check_output,
+            complete_path,
+            frame_path,
+            is_sequence,
+        )
         from mlx_sora.video.writer import save_frames, write_encoded_frames
 
-        path = Path(os.path.expanduser(path))
+        path = complete_path(os.fspath(path), self.num_frames)
         source = self.path
         kinds = [(is_sequence(p), p.suffix.lower()) for p in (source, path) if p is not None]
         if source is None or self.decoded is not None or kinds[0] != kinds[1]:

@@ -146,10 +146,21 @@ def test_without_a_terminal_there_is_one_warning(
     assert lines == ["--show needs a terminal that shows colours"]
 
 
+#: Program that notes what it opens.
+OPEN = '#!/bin/sh\necho "$1" >> opened\n'
+
+
+def install_opener(folder: Path, program: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = folder / ("open" if sys.platform == "darwin" else "xdg-open")
+    file.write_text(program)
+    file.chmod(0o755)
+    monkeypatch.setenv("PATH", str(folder))
+
+
 @pytest.mark.parametrize(
     ("program", "problem"),
     [
-        ('#!/bin/sh\necho "$1" >> opened\n', None),
+        (OPEN, None),
         ("#!/bin/sh\nexit 3\n", "ended with 3"),
         (None, "No such file"),
     ],
@@ -162,11 +173,9 @@ def test_the_last_file_is_opened(
     program: str | None,
     problem: str | None,
 ) -> None:
-    name = "open" if sys.platform == "darwin" else "xdg-open"
-    if program is not None:
-        (folder / name).write_text(program)
-        (folder / name).chmod(0o755)
     monkeypatch.setenv("PATH", str(folder))
+    if program is not None:
+        install_opener(folder, program, monkeypatch)
     with caplog.at_level(logging.WARNING):
         assert main(["generate", "-p", "a", "-s", "1", "2", "--open", "-o", "{seed}.mp4"]) == 0
     warnings = [record.getMessage() for record in caplog.records if "opened" in record.getMessage()]
@@ -176,3 +185,11 @@ def test_the_last_file_is_opened(
     else:
         (warning,) = warnings
         assert problem in warning
+
+
+def test_of_frames_the_first_is_opened(
+    folder: Path, pipeline: FakePipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install_opener(folder, OPEN, monkeypatch)
+    assert main([*GENERATE, "--open", "-o", "frames/"]) == 0
+    assert (folder / "opened").read_text() == f"{folder / 'frames' / 'frame_00000.png'}\n"

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import signal
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from mlx_sora.cli.flags import parse_args
+from mlx_sora.cli.main import build_parser
+from mlx_sora.cli.ranks import check_same_options
 from mlx_sora.video.metadata import read_metadata
 from mlx_sora.video.writer import save_frames
 from tests.helpers.ranks import Launched, launch
@@ -33,8 +37,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def result(folder: Path) -> Launched:
-    """Run four prompts on two ranks; the folder of the second does not exist."""
-    texts = ('"a.png"', '"nowhere/a.png"', '"b_%02d.png", "num_frames": 17', '"c.png"')
+    """Run four prompts on two ranks; a file stands in the place of the second one's folder."""
+    texts = ('"a.png"', '"prompts.jsonl/a.png"', '"b_%02d.png", "num_frames": 17', '"c.png"')
     prompts = (f'{{"prompt": "a circle", "seed": 1, "output": {text}}}' for text in texts)
     (folder / "prompts.jsonl").write_text("\n".join(prompts))
     words = ("--prompt-file", "prompts.jsonl", "--num-frames", "1", "--metadata")
@@ -52,7 +56,7 @@ def test_ranks_make_prompts_side_by_side(result: Launched, folder: Path) -> None
 
 def test_a_failed_prompt_is_reported_once(result: Launched) -> None:
     (error,) = result.errors
-    assert error.startswith("error: line 2: The folder nowhere does not exist.")
+    assert error.startswith("error: line 2: prompts.jsonl is not a folder.")
     assert 2 in result.codes
 
 
@@ -74,6 +78,17 @@ def test_a_usage_error_is_reported_once(words: list[str], line: str, tmp_path: P
     # mlx.launch ends the others as soon as one has ended.
     assert set(made.codes) <= {2, -signal.SIGTERM}
     assert made.stdout == ""
+
+
+def test_options_of_the_progress_may_differ() -> None:
+    def facts(*words: str) -> dict[str, str]:
+        ranks = Mock()
+        check_same_options(ranks, parse_args(build_parser(), ["generate", "-p", "a", *words]))
+        found: dict[str, str] = ranks.check_equal.call_args.args[0]
+        return found
+
+    assert facts("--quiet", "--show", "--open", "--json-events", "--allow-sleep") == facts()
+    assert facts("--dry-run") != facts()
 
 
 def test_ranks_edit(tmp_path: Path) -> None:

@@ -184,6 +184,8 @@ def test_calibrate_looks_at_its_table_before_the_search(
     words = ["calibrate", "-p", "red", "--model", "shapes", "--steps", "900"]
     assert main([*words, "-o", str(tmp_path / "file" / "table.json")]) == 2
     assert "file is not a folder" in capsys.readouterr().err
+    assert main([*words, "--material", "a.png"]) == 2
+    assert "--material is for --preview. Add --preview" in capsys.readouterr().err
     (tmp_path / "table.json").write_text("precious")
     for task in (["-p", "red", "--steps", "900"], ["--preview"]):
         more = ["--model", "shapes", "-o", str(tmp_path / "table.json")]

@@ -199,6 +199,7 @@ def test_a_finished_sequence_is_copied_whole(tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     assert video.save(copy / "g_%d.png") == copy / "g_%d.png"
     assert greys(copy / "g_%d.png") == [200] * NEW
+    assert video.save(f"{tmp_path}/folder/") == tmp_path / "folder" / "frame_%05d.png"
     with pytest.raises(UsageError, match="one frame"):
         video.save(tmp_path / "a.png")
     (copy / "g_1.png").unlink()
