@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mlx_sora.models.config import MAX_DEPTH
 from mlx_sora.models.hooks import BlockStackCache, TokenMerging
 from mlx_sora.sampling.base import LeapPolicy, State
 from mlx_sora.sampling.guidance import CFGSlice, GuidancePolicy
@@ -25,7 +26,7 @@ class ScheduleInfo:
     evaluations: of the velocity per step. frames: latent frames. guided: whether CFG is on.
     times: flow time at the start of each step. model: its folder. size: width, height and frames
     of the video. skipped_steps, cond_only_steps: steps in which the techniques before this one run
-    no block, or predict with the prompt only.
+    no block, or predict with the prompt only. blocks: of each kind in the network.
     agree: returns the decision of rank 0 on every rank; they may have rounded differently.
     """
 
@@ -38,6 +39,7 @@ class ScheduleInfo:
     size: tuple[int, int, int] = (0, 0, 0)
     skipped_steps: frozenset[int] = frozenset()
     cond_only_steps: frozenset[int] = frozenset()
+    blocks: int = MAX_DEPTH
     agree: Callable[[bool], bool] = bool
 
 

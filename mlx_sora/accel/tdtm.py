@@ -102,6 +102,10 @@ class MergedSteps(Acceleration):
         if schedule.frames == 1:
             self._steps = frozenset()
             self.warnings = ("--tdtm changes nothing here: a single frame has no other to merge.",)
+        elif config.merged_sites and config.merged_blocks.start >= schedule.blocks:
+            self._steps = frozenset()
+            own = f"0-{schedule.blocks - 1}"
+            self.warnings = (f"--tdtm {config} merges nothing: the model's blocks are {own}.",)
         elif not self._steps:
             self.warnings = (f"--tdtm {config} merges nothing: no step begins there.",)
         elif config.mode in ("", "last") and config.steps > schedule.steps:

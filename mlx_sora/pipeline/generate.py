@@ -179,6 +179,7 @@ def schedule_info(
         times=engine.flow_times(resolved.sampler, resolved.steps, resolved.model_args),
         model=engine.model.path,
         size=(*geometry.size, geometry.num_frames),
+        blocks=engine.transformer_config.depth,
         # Ranks may round differently, so rank 0 decides for all.
         agree=engine.ranks.broadcast_object if parallel.ranks > 1 else bool,
     )

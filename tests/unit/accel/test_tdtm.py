@@ -250,6 +250,14 @@ def test_a_range_without_a_step_warns() -> None:
     assert "merges nothing" in part.warnings[0]
 
 
+def test_blocks_that_the_model_has_not_warn() -> None:
+    config = Tdtm.parse("5,sites=cross,blocks=3-9")
+    part = watched(MergedSteps(config, ScheduleInfo(5, 1, 15, blocks=3)), 5)
+    assert part.warnings == (f"--tdtm {config} merges nothing: the model's blocks are 0-2.",)
+    assert part.summary() == "tdtm: no frames merged"
+    assert MergedSteps(config, ScheduleInfo(5, 1, 15, blocks=4)).token_merging(0) is not None
+
+
 @pytest.mark.parametrize(
     "text",
     [
