@@ -179,9 +179,12 @@ def _mlx_loaded_first() -> Blas:
 
 def _numpy_openblas() -> Blas | None:
     """Bind the OpenBLAS of numpy's wheel (64-bit integers) to the extension."""
-    shim_path = Path(__file__).with_name(f"_cblas{get_config_var('EXT_SUFFIX')}")
+    file = Path(__file__).with_name(f"_cblas{get_config_var('EXT_SUFFIX')}")
+    # In a clone Python imports the clone's modules; `pip install .` compiled beside installed ones.
+    installed = (Path(entry) / "mlx_sora" / "runtime" / file.name for entry in sys.path)
+    shim_path = next((path for path in (file, *installed) if path.is_file()), None)
     spec = importlib.util.find_spec("numpy")
-    if not shim_path.is_file() or spec is None or spec.origin is None:
+    if shim_path is None or spec is None or spec.origin is None:
         return None
     # Does not import numpy: `import mlx_sora` stays light.
     folder = Path(spec.origin).parents[1] / "numpy.libs"

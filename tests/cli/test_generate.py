@@ -205,7 +205,7 @@ def test_log_level_follows_the_flags(
         ("generate -C no.mp4", "No such file"),
         ("generate -C taken.mp4", "Cannot read taken.mp4"),
         ("generate -p p --quiet --verbose", "not allowed with"),
-        ("generate -p", "expected one argument"),
+        ("generate -p", "expected at least one argument"),
         ("frobnicate", "invalid choice"),
         ("--nope", "unrecognized arguments"),
     ],

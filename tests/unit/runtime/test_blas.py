@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -50,6 +51,26 @@ def test_mlx_multiplies_through_the_extension() -> None:
     assert answer["name"] == "OpenBLAS of numpy"
     assert (answer["fast"], answer["notice"]) == (True, "")
     assert int(str(answer["calls"])) >= 1
+
+
+@linux_only
+def test_a_clone_uses_the_extension_that_was_installed(tmp_path: Path) -> None:
+    """`pip install .` compiles nothing in the clone, whose modules Python imports in its folder."""
+    package = Path(blas.__file__).parents[1]
+    built = list((package / "runtime").glob("_cblas*.so"))
+    if not built:
+        pytest.skip("installed without a C compiler")
+    clone, installed = tmp_path / "clone", tmp_path / "site-packages"
+    shutil.copytree(package, clone / "mlx_sora", ignore=shutil.ignore_patterns("*.so"))
+    runtime = installed / "mlx_sora" / "runtime"
+    runtime.mkdir(parents=True)
+    for file in built:
+        shutil.copy(file, runtime)
+    own = f"import os, sys; sys.path[:] = [{str(clone)!r}, *(p for p in sys.path if p and not "
+    own += "os.path.isdir(os.path.join(p, 'mlx_sora')))]\n"  # not the modules under test
+    for path, name in ((str(tmp_path), "MLX's own"), (str(installed), "OpenBLAS of numpy")):
+        result = fresh(own + f"sys.path.append({path!r})\n" + REPORT, MLX_SORA_BLAS="numpy")
+        assert json.loads(result.stdout)["name"] == name
 
 
 @linux_only
