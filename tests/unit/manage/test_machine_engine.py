@@ -113,6 +113,12 @@ def test_the_memory_of_the_process(
     assert rows(check_memory)["memory of the process"].status == status
 
 
+def test_an_array_in_memory_that_the_process_holds_already(monkeypatch: pytest.MonkeyPatch) -> None:
+    readings = iter([10**8, 10**8, 2 * 10**8])
+    monkeypatch.setattr(machine_engine, "process_memory", lambda: next(readings))
+    assert rows(check_memory)["memory of the process"].status == "ok"
+
+
 def test_limits_are_obeyed() -> None:
     assert {name: r.status for name, r in rows(check_limits).items()} == {
         "cache limit": "ok",
