@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
     """Print the code of a shell and return 0."""
     from argcomplete.shell_integration import shellcode
 
-    print(shellcode(PROGRAMS, shell=args.shell))
+    print(shellcode(PROGRAMS, True, args.shell))
     return 0
 
 

@@ -12,9 +12,10 @@ from mlx import nn
 from mlx.utils import tree_flatten
 
 from mlx_sora.loading.model_folder import Defaults, ModelFolder
-from mlx_sora.models.hooks import BlockProvider, Hooks, TokenMerging
+from mlx_sora.models.hooks import BlockProvider, Hooks, NoMerging, SiteMerging, TokenMerging
 from mlx_sora.models.stdit3 import BlockPair, STDiT3, STDiT3Config
 from mlx_sora.models.t5 import T5Config, T5Encoder
+from mlx_sora.request.techniques import PAPER_SITES
 
 T5 = T5Config(vocab_size=40, d_model=32, d_kv=8, d_ff=64, num_layers=5, num_heads=4)
 STDIT = STDiT3Config(
@@ -80,6 +81,14 @@ class MergedPairs:
     """Two frames attend as one; an odd last frame alone."""
 
     stride = 2
+    sites: tuple[str, ...] = PAPER_SITES
+    blocks = range(99)
+
+    def at(self, block: int, site: str) -> SiteMerging:
+        return self if site in PAPER_SITES else NoMerging()
+
+    def positions(self, frames: int) -> None:
+        return None
 
     def merge(self, x: mx.array) -> mx.array:
         pairs = x.shape[1] // 2

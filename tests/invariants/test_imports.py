@@ -52,7 +52,7 @@ def test_only_info_and_the_command_line_import_manage() -> None:
         if name.startswith("mlx_sora.manage")
     }
     expected = ("mlx_sora/manage/", "mlx_sora/cli/", "mlx_sora/pipeline/pipeline.py")
-    expected += ("mlx_sora/server/planning.py",)
+    expected += ("mlx_sora/server/planning.py", "mlx_sora/server/helper_process.py")
     assert [name for name in users if not name.startswith(expected)] == []
 
 

@@ -29,7 +29,8 @@ SHELLS = {"os.system", "os.popen", "os.execvp", "subprocess.getoutput", "shutil.
 
 #: The only modules that start a process, and with words that are no prompt's own.
 STARTERS = {
-    *("mlx_sora.cli.bench.measure", "mlx_sora.cli.awake"),
+    *("mlx_sora.cli.bench.measure", "mlx_sora.cli.awake", "mlx_sora.cli.display"),
+    "mlx_sora.text.enhance",
     *("mlx_sora.server.helper", "mlx_sora.server.processes"),
 }
 

@@ -256,10 +256,10 @@ def test_a_part_of_a_model(model: Path, inside: str) -> None:
         return
     with pytest.raises(WeightsError, match="holds one network") as caught:
         find_model(model / inside)
-    assert f"Give the model folder: --model '{model}'" in str(caught.value)
+    assert f"The model folder is '{model}'" in str(caught.value)
 
 
 def test_the_folder_around_a_model(model: Path) -> None:
     with pytest.raises(WeightsError) as caught:
         find_model(model.parent)
-    assert f"Give the model folder: --model '{model}'" in str(caught.value)
+    assert f"The model folder is '{model}'" in str(caught.value)

@@ -16,7 +16,7 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-from mlx_sora.loading.model_folder import WEIGHTS_VARIABLE
+from mlx_sora.loading import model_folder
 from mlx_sora.manage import machine_check, machine_networks
 from mlx_sora.manage.machine_check import (
     Allowance,
@@ -292,7 +292,7 @@ def test_a_video_that_differs_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_without_the_bundled_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(WEIGHTS_VARIABLE, str(tmp_path))
+    monkeypatch.setattr(model_folder, "_PACKAGE_ROOT", tmp_path)
     (found,) = check_video(TINY)
     assert (found.status, found.name) == ("skipped", "whole video")
     assert "bundled model is missing" in found.message

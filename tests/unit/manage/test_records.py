@@ -8,16 +8,17 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from mlx_sora.errors import WeightsError
-from mlx_sora.loading.model_folder import BUNDLED, bundled_folder
+from mlx_sora.loading.model_folder import BUNDLED
 from mlx_sora.manage import doctor, records, statistics
 from mlx_sora.manage.doctor import ModelChecker, foresee_reading
-from mlx_sora.manage.provenance import FILE
+from mlx_sora.manage.provenance import FILE, Provenance
 from mlx_sora.manage.records import Diagnostic
 from mlx_sora.pipeline.pipeline import Pipeline
 from tests.helpers import harmless, mutations
@@ -96,7 +97,10 @@ def test_the_bundled_model_needs_its_own_records(
 def test_files_that_are_not_recorded_are_named(folders: dict[str, Path], tmp_path: Path) -> None:
     model = Path(shutil.copytree(folders["8-bit"], tmp_path / "model"))
     harmless.add_files(model, "a.bin", "NOTES.md", ".hidden")
-    shutil.copy(bundled_folder() / "preview.json", model)
+    record = Provenance.read(model)
+    assert record is not None
+    files = {name: file for name, file in record.files.items() if name != "preview.json"}
+    replace(record, files=files).write(model)
     found = {(d.level, d.message) for d in check(model, quick=True)}
     assert ("note", "not recorded: NOTES.md; a.bin.") in found
     assert ("warning", "preview.json is not recorded, but generate reads it.") in found

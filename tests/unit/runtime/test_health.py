@@ -77,7 +77,7 @@ FAULTS = {
     "step nan": ("transformer", scaled("x_embedder.proj.bias", NAN), "NaN .*step 1 of 1.*denoise"),
     "explode": ("transformer", scaled("final_layer.linear.weight", 1e3), "explode.*step 1 of 1"),
     "frame nan": ("vae", scaled(f"{OUT}.bias", NAN), "frames 0 to 0 .*decode.*VAE"),
-    "black": ("vae", filled(f"{OUT}.bias", -40), "black.*decode.*--no-health-check"),
+    "black": ("vae", filled(f"{OUT}.bias", -40), "black.*decode.*health_check=False"),
     "white": ("vae", filled(f"{OUT}.bias", 40), "white"),
     "flat": ("vae", filled(f"{OUT}.bias", 0.5, f"{OUT}.weight"), "one colour"),
     "static": (

@@ -150,7 +150,7 @@ def test_the_options_are_those_of_the_request(web: Web) -> None:
     hidden = {name for name in options() if name not in records}
     assert hidden == {
         *("mask_strategy", "references", "original_prompt"),  # Python's own
-        *("overwrite", "metadata", "checkpoint_every", "parallel"),  # the server's
+        *("overwrite", "metadata", "checkpoint_every", "keep_previews", "parallel"),  # the server's
     }
     steps = records["steps"]
     assert (steps["type"], steps["flag"], steps["low"]) == ("int", "--steps", 1)

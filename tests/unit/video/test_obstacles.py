@@ -239,7 +239,7 @@ def test_an_output_that_is_an_input(pipe: Pipeline, tmp_path: Path) -> None:
     before = picture.read_bytes()
     same = refusal(pipe, picture, images=[[str(picture), 0, 0.5]], overwrite=True)
     assert same == f"{picture} is also an input, which the output would replace. " + (
-        "Give another --output."
+        "Give another output."
     )
     assert "also an input" in refusal(
         pipe, tmp_path / "%d.png", images=[str(link(tmp_path))], overwrite=True, num_frames=17
