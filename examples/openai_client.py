@@ -1,4 +1,7 @@
-"""Make videos through a running `python -m mlx_sora serve`: python examples/openai_client.py"""
+"""Make videos through a running server: pip install openai, then python examples/openai_client.py
+
+The server is `python -m mlx_sora serve`.
+"""
 
 import os
 import warnings

@@ -53,6 +53,8 @@ def occupy(server: ServerProcess) -> None:
 
 
 def test_a_prompt_is_offered_made_and_watched(page: Page) -> None:
+    expect(page.locator("#plan")).to_contain_text("Fits in memory")
+    expect(page.locator("#plan")).not_to_contain_text("not trained")
     page.locator("#examples button").nth(1).click()
     prompt = page.input_value("#prompt")
     expect(page.locator("#plan")).to_contain_text("Fits in memory")

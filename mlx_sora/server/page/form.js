@@ -153,14 +153,15 @@ function showError(message) {
   $("form-error").hidden = false;
 }
 
-/** Ask what the request would need, without a prompt too: that changes little. */
+/** Ask what the request would need; without a prompt, for one that the model can draw. */
 async function plan() {
   planning?.abort();
   planning = new AbortController();
   const { signal } = planning;
   const body = request();
-  body.prompt ||= "video";
-  if (source) body.source_prompt ||= "video";
+  const example = current().examples?.[0] ?? "video";
+  body.prompt ||= example;
+  if (source) body.source_prompt ||= example;
   try {
     showPlan(await api("/v1/plan", { method: "POST", json: body, signal }));
   } catch (error) {
