@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import replace
@@ -17,6 +18,7 @@ def add_enhance_flag(parser: argparse.ArgumentParser) -> None:
         "--enhance-prompt",
         nargs="?",
         const="",
+        type=os.path.expanduser,
         metavar="MODEL",
         help="write the prompt out, with a local language model (a folder or a name that mlx-lm "
         "takes) or, without MODEL, with a template; the result is printed and recorded",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,9 @@ def add_parser(commands: Any) -> None:
         "SSIM of the decoded frames to the encoded ones, before the file is compressed. Size, "
         "length and frame rate are those of the video.",
     )
-    parser.add_argument("video", metavar="VIDEO", help="a video or an image")
+    parser.add_argument(
+        "video", type=os.path.expanduser, metavar="VIDEO", help="a video or an image"
+    )
     add_request_flags(parser, "reconstruct")
     add_dry_run_flag(parser)
     parser.add_argument(

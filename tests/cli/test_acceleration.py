@@ -21,7 +21,7 @@ from tests.helpers.fake_pipeline import FakePipeline
         ("--lpl t:1001", "a number from 0 to 1000 as TIME"),
         ("--lpl adaptive:minimum=2", "a number from 0 to 1 as minimum"),
         ("--lpl adaptive:tolerence=2", "tolerance=0.0001"),
-        ("--tdtm most", "off, all or STEPS"),
+        ("--tdtm most", "off, all[:sites="),
         ("--tdtm -1", "--tdtm"),
         ("--step-cache every", "every:EACH[,warmup=6,order=0]"),
         ("--step-cache every:3,order=2", "a whole number from 0 to 1 as order"),

@@ -117,6 +117,7 @@ RESUME = "test_a_checkpoint_of_another_prompt"
 #: Advice that this table cannot type, and the test that brings it about, or the reason.
 ELSEWHERE = {
     "pip install mkl": "tests/unit/runtime/test_blas.py",
+    "Add --preview, or leave it out.": "tests/unit/video/test_obstacles.py",
     "Open-Sora's %s%s is --aspect-ratio %s": OPEN_SORA,
     "--save-fps {}": OPEN_SORA,
     "Give --fps {}": OPEN_SORA,

@@ -73,7 +73,7 @@ def test_fallback_to_the_bundled_model_is_announced(tmp_path: Path) -> None:
         (["--resolution", "241p"], 2, "240p"),
         (["--sampler", "magic"], 2, "rflow"),
         (["--stepps", "3"], 2, "--steps"),
-        (["-o", "gone/a.mp4"], 2, "does not exist"),
+        (["-o", "taken.mp4/a.mp4"], 2, "is not a folder"),
         (["-o", "a.avi"], 2, ".mp4"),
         (["-o", "taken.mp4"], 2, "--overwrite"),
         (["--model", "gone"], 4, "gone"),

@@ -97,7 +97,7 @@ def test_other_requests_in_python_are_named(tmp_path: Path) -> None:
     )
     made = launch(2, ["-c", program], cwd=tmp_path)
     lines = made.stdout.splitlines()
-    assert sum(line.startswith("Rank 1 has --steps 5, rank 0 has 4.") for line in lines) == 2
+    assert sum(line.startswith("Rank 1 has steps=5, rank 0 has 4.") for line in lines) == 2
     edits = "Rank 1 has source_prompt blue, rank 0 has red."
     assert sum(line.startswith(edits) for line in lines) == 2
 

@@ -52,7 +52,7 @@ def test_quantized_weights_shorten_the_step() -> None:
     ("flags", "line"),
     [
         (["--ranks", "0"], "--ranks 0 is out of range."),
-        (["--link", "wifi"], "--link and --chip need --ranks."),
+        (["--link", "wifi"], "--link needs --ranks."),
         (["--ranks", "2", "--link", "usb"], "Unknown link 'usb'."),
         (["--ranks", "2", "--chip", "m0"], "Unknown chip 'm0'."),
     ],

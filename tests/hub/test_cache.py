@@ -154,4 +154,4 @@ def test_a_model_folder_in_the_cache(
     assert (tmp_path / "a.png").is_file()
     with pytest.raises(WeightsError) as caught:
         find_model(repo)
-    assert f"--model {snapshot}" in caught.value.fix
+    assert f"The model folder is {snapshot}" in caught.value.fix

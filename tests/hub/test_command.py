@@ -81,7 +81,7 @@ def test_flags_come_before_the_environment(
     ("words", "code", "says"),
     [
         ([], 2, "MODEL"),
-        (["shapes"], 2, "bundled"),
+        (["shapes"], 2, "cannot be downloaded"),
         (["opensora"], 2, PUBLISHED),
         ([PUBLISHED, "--source", "t5=a/b"], 2, "text_encoder"),
         ([PUBLISHED, "--endpoint", "ftp://x"], 2, "http"),

@@ -66,7 +66,10 @@ OTHER_FLAGS = {
     ("generate", "config_from_metadata"),
     ("generate", "prompt_file"),
     ("generate", "resume"),
+    ("generate", "enhance_prompt"),
     ("calibrate", "table"),
+    ("calibrate", "material"),
+    ("reconstruct", "video"),
     ("memory", "folder"),
     ("serve", "folder"),
 }

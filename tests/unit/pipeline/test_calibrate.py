@@ -142,7 +142,7 @@ def test_the_command_writes_what_generate_reads(
     assert video.metadata["settings"]["step_cache"] == f"table:2,order=0,file={path}"
     assert main([*words, "--reach", "0"]) == 2
     assert main([*words[:-1], str(path / "below a file.json"), "--quiet"]) == 2
-    assert "Cannot write" in capsys.readouterr().err
+    assert "is not a folder" in capsys.readouterr().err
 
 
 def test_without_a_table_the_command_is_named() -> None:

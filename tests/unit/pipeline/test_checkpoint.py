@@ -84,7 +84,7 @@ def test_other_files_are_refused(tmp_path: Path, file: Path) -> None:
     mx.save_safetensors(str(tmp_path / "other.safetensors"), {"x": Z})
     for path, error, says in (
         (tmp_path / "gone", UsageError, "No such"),
-        (tmp_path, UsageError, "No such"),
+        (tmp_path, UsageError, "is a folder"),
         (tmp_path / "other.safetensors", UsageError, "not a checkpoint"),
         (Path(__file__), WeightsError, "damaged"),
     ):

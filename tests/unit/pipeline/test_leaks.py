@@ -9,7 +9,7 @@ import mlx.core as mx
 import pytest
 
 from mlx_sora import GenerationRequest, Pipeline
-from mlx_sora.runtime.events import StageStarted
+from mlx_sora.runtime.events import RunPlanned
 from mlx_sora.text.tokenizer import Tokenizer
 from tests.helpers.mixed_runs import bytes_in_use, kinds_of_runs
 
@@ -45,7 +45,7 @@ def test_prompts_of_a_batch_take_little_memory(
     before = bytes_in_use() or 0
     tracemalloc.start()
     events = pipe.stream_all(batch)
-    assert isinstance(next(events), StageStarted)  # all are prepared
+    assert isinstance(next(events), RunPlanned)  # all are prepared
     in_python, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     in_c = (bytes_in_use() or 0) - before

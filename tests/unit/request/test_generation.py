@@ -266,6 +266,6 @@ def test_flags_are_unique_and_follow_from_the_name() -> None:
     assert [options()[name].flags for name in ("steps", "images", "guidance", "references")] == [
         ("--steps",),
         ("--image",),
-        ("--guidance", "--cfg-scale"),
+        ("--guidance", "--guidance-scale", "--cfg-scale"),
         (),
     ]

@@ -146,7 +146,9 @@ def test_real_runs_do_what_they_plan(pipe: Pipeline, tmp_path: object) -> None:
     assert fractions[-1] == pytest.approx(1)
 
     image = GenerationRequest.from_dict({**OPTIONS, "num_frames": 1, "output": f"{tmp_path}/a.png"})
-    broken = GenerationRequest.from_dict({**OPTIONS, "num_frames": 1, "output": "no/such/a.png"})
+    broken = GenerationRequest.from_dict(
+        {**OPTIONS, "num_frames": 1, "output": f"{__file__}/a.png"}
+    )
     batch = GenerationRequest.from_dict({**OPTIONS, "num_frames": 17})
     stages, fractions, _ = watch(pipe.stream_all([broken, image, batch]))
     assert stages == ["encode", *("denoise", "decode") * 2]
