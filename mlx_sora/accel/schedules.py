@@ -75,12 +75,12 @@ def read_schedule(
         if file
         else table_path(schedule.model, schedule.steps, schedule.size)
     )
-    table = read_table(path, _calibration(schedule, path if file else None))
+    fix = _calibration(schedule, path if file else None)
+    table = read_table(path, fix)
     found = (table.steps, table.width, table.height, table.num_frames)
     expected = (schedule.steps, *schedule.size)
     if found != expected:
-        own = _calibration(schedule, path if file else None)
-        raise UsageError(f"{path} is for {_show(found)}, this is {_show(expected)}.", own)
+        raise UsageError(f"{path} is for {_show(found)}, this is {_show(expected)}.", fix)
     schedules = table.orders.get(str(order), {})
     if str(computed) not in schedules:
         known = ", ".join(sorted(schedules, key=int)) or "none"

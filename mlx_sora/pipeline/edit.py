@@ -20,7 +20,6 @@ import mlx.core as mx
 from mlx_sora.accel.value_sharing import CapturedValues, captured_bytes
 from mlx_sora.distributed.group import Ranks
 from mlx_sora.errors import UsageError
-from mlx_sora.geometry import Size
 from mlx_sora.memory.plan import MediaWorkload
 from mlx_sora.memory.profiles import format_bytes
 from mlx_sora.models.hooks import ValueSharing
@@ -51,9 +50,7 @@ from mlx_sora.video.output_path import check_inputs
 from mlx_sora.video.reader import (
     ResizeCrop,
     VideoInfo,
-    image_size,
-    is_video,
-    probe_video,
+    probe_medium,
     read_image,
     read_video,
 )
@@ -83,7 +80,7 @@ def prepare_edit(engine: Engine, edit: EditRequest) -> EditRun:
     Raises UsageError for a video that cannot be edited, and as `prepare` does.
     """
     edit.validate()
-    size, frames, fps, info = _probe(edit.video, engine.model.defaults.fps)
+    size, frames, fps, info = probe_medium(edit.video, engine.model.defaults.fps)
     request = edit.resolved_target(frames, fps).with_preset()
     engine = engine.for_request(request)
     resolved = resolve(request, engine.model, loops=False)
@@ -262,11 +259,3 @@ class FlowEdit:
 
 def _metadata(edit: EditRequest, inject_steps: int | None) -> dict[str, Any]:
     return {"video": edit.video, "source_prompt": edit.source_prompt, "inject_steps": inject_steps}
-
-
-def _probe(path: str, default_fps: float) -> tuple[Size, int, float, VideoInfo | None]:
-    """Return size, frames and fps of a video or image, and more of a video. Raises UsageError."""
-    if not is_video(path):
-        return image_size(path), 1, default_fps, None
-    info = probe_video(path)
-    return info.size, info.num_frames, round(info.fps or default_fps, 3), info

@@ -40,7 +40,7 @@ from mlx_sora.pipeline.locks import run_exclusively
 from mlx_sora.pipeline.networks import NetworkLoader
 from mlx_sora.pipeline.run import RunResult
 from mlx_sora.pipeline.settings import resolve_tiles
-from mlx_sora.pipeline.stages import encode_pixels
+from mlx_sora.pipeline.stages import encode_pixels, shrink_if_over_budget
 from mlx_sora.request.generation import GenerationRequest, options_of
 from mlx_sora.request.options import as_medium
 from mlx_sora.runtime.device import describe_device
@@ -63,9 +63,7 @@ from mlx_sora.video.output_path import check_inputs, check_output, output_path
 from mlx_sora.video.reader import (
     ResizeCrop,
     VideoInfo,
-    image_size,
-    is_video,
-    probe_video,
+    probe_medium,
     read_image,
     video_frames,
 )
@@ -199,10 +197,7 @@ def prepare_reconstruction(
     except ValueError as error:
         raise UsageError(f"The video must be {error}.") from None
     engine = engine.single_process().for_request(request)
-    info = probe_video(path) if is_video(path) else None
-    source = image_size(path) if info is None else info.size
-    available, fps = (1, None) if info is None else (info.num_frames, info.fps)
-    fps = round(fps or float(engine.model.defaults.fps), 3)
+    source, available, fps, info = probe_medium(path, engine.model.defaults.fps)
     size = _resolve_size(request, source)
     num_frames = _resolve_frames(path, request, available)
     chunks = chunk_plan(num_frames, engine.vae_config.micro_frame_size)
@@ -330,10 +325,7 @@ def _decode(
                 writer.write(frames)
                 similarity.add(frames, np.stack(list(islice(expected, len(frames)))))
                 yield StageProgress("decode", writer.num_frames - first, count)
-                warning = stage.monitor.check(batch.halve)
-                if warning is not None:
-                    run.result.warnings.append(warning)
-                    yield Warned(warning)
+                yield from shrink_if_over_budget(run.result, stage, batch.halve)
         del decoded
     yield run.result.add_stage(stage.meter)
 

@@ -27,7 +27,7 @@ from mlx_sora.models.stdit3 import BlockPair
 from mlx_sora.models.vae import MicroBatch
 from mlx_sora.pipeline.engine import Engine
 from mlx_sora.pipeline.networks import ClipTransformer, Stage, StreamedTransformer
-from mlx_sora.pipeline.run import GenerationRun
+from mlx_sora.pipeline.run import GenerationRun, RunResult
 from mlx_sora.runtime.events import (
     Event,
     Noted,
@@ -222,7 +222,7 @@ def _denoise_steps(
             if run.previews is not None and run.ranks.is_rank0:
                 yield from run.previews.after(clip, index, step.x0)
             if blocks is not None:
-                yield from shrink_if_over_budget(run, stage, blocks.shrink)
+                yield from shrink_if_over_budget(run.result, stage, blocks.shrink)
         yield from map(Noted, accelerations.summaries())
         run.result.add_stream("denoise", blocks)
     return z
@@ -286,12 +286,12 @@ def remeasure_if_merging_changes(
 
 
 def shrink_if_over_budget(
-    run: GenerationRun, stage: Stage, shrink: Callable[[], bool]
+    result: RunResult, stage: Stage, shrink: Callable[[], bool]
 ) -> Iterator[Event]:
     """Call `shrink` if the process has outgrown its memory budget; warn once."""
     warning = stage.monitor.check(shrink)
     if warning is not None:
-        run.result.warnings.append(warning)
+        result.warnings.append(warning)
         yield Warned(warning)
 
 
@@ -311,7 +311,7 @@ def decode(
             with run.ranks.collective_errors():
                 writer.write(chunk)
             yield StageProgress("decode", writer.num_frames - before, frames)
-            yield from shrink_if_over_budget(run, stage, batch.halve)
+            yield from shrink_if_over_budget(run.result, stage, batch.halve)
         del chunk
     yield run.result.add_stage(stage.meter)
 

@@ -117,6 +117,14 @@ def image_size(path: str | Path) -> Size:
         return upright_size(image)
 
 
+def probe_medium(path: str | Path, default_fps: float) -> tuple[Size, int, float, VideoInfo | None]:
+    """Return size, frames and rate of a video or image, and more of a video. Raises UsageError."""
+    if not is_video(path):
+        return image_size(path), 1, default_fps, None
+    info = probe_video(path)
+    return info.size, info.num_frames, round(info.fps or default_fps, 3), info
+
+
 def read_image(path: str | Path, size: Size | None = None) -> np.ndarray:
     """Read an image as uint8 [H, W, 3] in sRGB, scaled and cropped to `size` if it is given.
 

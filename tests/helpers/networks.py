@@ -12,10 +12,9 @@ from mlx import nn
 from mlx.utils import tree_flatten
 
 from mlx_sora.loading.model_folder import Defaults, ModelFolder
-from mlx_sora.models.hooks import BlockProvider, Hooks, NoMerging, SiteMerging, TokenMerging
+from mlx_sora.models.hooks import BlockProvider, Hooks, TokenMerging
 from mlx_sora.models.stdit3 import BlockPair, STDiT3, STDiT3Config
 from mlx_sora.models.t5 import T5Config, T5Encoder
-from mlx_sora.request.techniques import PAPER_SITES
 
 T5 = T5Config(vocab_size=40, d_model=32, d_kv=8, d_ff=64, num_layers=5, num_heads=4)
 STDIT = STDiT3Config(
@@ -75,29 +74,6 @@ def stdit_model(
     weights["x_embedder.proj.weight"] = kernel.transpose(0, 4, 1, 2, 3)
     save(root / "transformer", asdict(config), weights)
     return ModelFolder(root, "test", Defaults())
-
-
-class MergedPairs:
-    """Two frames attend as one; an odd last frame alone."""
-
-    stride = 2
-    sites: tuple[str, ...] = PAPER_SITES
-    blocks = range(99)
-
-    def at(self, block: int, site: str) -> SiteMerging:
-        return self if site in PAPER_SITES else NoMerging()
-
-    def positions(self, frames: int) -> None:
-        return None
-
-    def merge(self, x: mx.array) -> mx.array:
-        pairs = x.shape[1] // 2
-        b, _, s, c = x.shape
-        merged = x[:, : 2 * pairs].reshape(b, pairs, 2, s, c).mean(axis=2)
-        return mx.concatenate([merged, x[:, 2 * pairs :]], axis=1)
-
-    def unmerge(self, x: mx.array, frames: int) -> mx.array:
-        return mx.repeat(x, 2, axis=1)[:, :frames]
 
 
 def t5_states(network: T5Encoder, blocks: BlockProvider[object] | None = None) -> mx.array:

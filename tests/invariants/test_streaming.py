@@ -8,6 +8,7 @@ import mlx.core as mx
 import pytest
 
 from mlx_sora.accel.cidl import BlockStream
+from mlx_sora.accel.tdtm import MergedSites
 from mlx_sora.loading.checkpoint import Checkpoint, load_weights
 from mlx_sora.loading.model_folder import ModelFolder
 from mlx_sora.loading.networks import (
@@ -23,7 +24,11 @@ from mlx_sora.models.key_map import KeyMap
 from mlx_sora.models.vae import VAEConfig, VideoVAE
 from mlx_sora.models.vae_spatial import SpatialVAEConfig
 from mlx_sora.models.vae_temporal import TemporalVAEConfig
+from mlx_sora.request.techniques import PAPER_SITES
 from tests.helpers import networks
+
+#: Two frames attend as one; an odd last frame alone.
+MERGING = MergedSites(PAPER_SITES, range(networks.STDIT.depth))
 
 PREFETCH = pytest.mark.parametrize("prefetch", [True, False], ids=["prefetch", "serial"])
 
@@ -51,8 +56,8 @@ def test_t5_embedding_rows_come_along(model: ModelFolder) -> None:
 
 CASES: dict[str, tuple[TokenMerging | None, bool]] = {
     "plain": (None, False),
-    "merged": (networks.MergedPairs(), False),
-    "merged, x_mask": (networks.MergedPairs(), True),
+    "merged": (MERGING, False),
+    "merged, x_mask": (MERGING, True),
 }
 
 
@@ -130,9 +135,7 @@ def test_two_streams_at_once(model: ModelFolder, predictions: dict[str, list[mx.
     """Two runs of one process, step by step in turn, with different work and residencies."""
     (first, source), (second, other) = (stream_transformer(model, mx.float32) for _ in range(2))
     with BlockStream(source, 1, cyclic=True) as a, BlockStream(other, 3, cyclic=True) as b:
-        runs = zip(
-            networks.steps(first, a, networks.MergedPairs()), networks.steps(second, b), strict=True
-        )
+        runs = zip(networks.steps(first, a, MERGING), networks.steps(second, b), strict=True)
         for step, (x, y) in enumerate(runs):
             assert mx.array_equal(x, predictions["merged"][step])
             assert mx.array_equal(y, predictions["plain"][step])
