@@ -75,7 +75,7 @@ def read_schedule(
         if file
         else table_path(schedule.model, schedule.steps, schedule.size)
     )
-    fix = _calibration(schedule, path if file else None)
+    fix = _calibration(schedule, path, named=bool(file))
     table = read_table(path, fix)
     found = (table.steps, table.width, table.height, table.num_frames)
     expected = (schedule.steps, *schedule.size)
@@ -91,13 +91,14 @@ def read_schedule(
     return frozenset(schedules[str(computed)])
 
 
-def _calibration(schedule: ScheduleInfo, file: Path | None) -> str:
-    """Return the command that makes the table of a run, in `file` or the model's folder."""
+def _calibration(schedule: ScheduleInfo, file: Path, *, named: bool) -> str:
+    """Return the command that makes the table of a run. named: `file` is not the usual one."""
     assert schedule.model is not None
     steps, (width, height, frames) = schedule.steps, schedule.size
     words = ["--model", model_argument(schedule.model), "--steps", steps, "--width", width]
     words += ["--height", height, "--num-frames", frames]
-    words += [] if file is None else ["--output", file]
+    words += ["--output", file] if named else []
+    words += ["--overwrite"] if os.path.exists(file) else []
     command = f"python -m mlx_sora calibrate --prompt TEXT {shell_words(*words)}"
     return f"Use --step-cache every:3, or make the table: {command}"
 

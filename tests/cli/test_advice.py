@@ -286,6 +286,22 @@ def test_a_checkpoint_of_another_prompt(
     assert (files / "c.mp4").is_file()
 
 
+def test_a_table_of_other_steps_is_made_anew(
+    files: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The table is there, so that the command has to overwrite it."""
+    line = Line(monkeypatch, capsys)
+    words = shlex.split(f"{PLAN} --num-frames 1 --steps 2 --step-cache table:1,file=t.json")
+    (way,) = (way for way in ways(words, line.run(words)[1], "") if way[0] == "calibrate")
+    assert line.run(way)[0] == 0
+    words[words.index("--steps") + 1] = "3"
+    code, advice = line.run(words)
+    assert (code, "t.json is for 2 steps" in line.message) == (2, True)
+    (way,) = (way for way in ways(words, advice, "") if way[0] == "calibrate")
+    assert line.run(way)[0] == 0
+    assert line.run(words)[0] == 0
+
+
 def stop(*_: object) -> None:
     raise MlxSoraError("stopped")
 
