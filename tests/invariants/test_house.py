@@ -6,6 +6,7 @@ import ast
 import re
 from collections.abc import Iterator
 
+from benchmarks.all import CAMPAIGNS, ROOT, TABLE, TOOLS
 from tests.helpers.source import Source, sources
 
 EVERYWHERE = ("mlx_sora", "tests", "benchmarks", "examples")
@@ -169,3 +170,14 @@ def test_docstrings_begin_with_what_a_thing_is_or_does() -> None:
         and doc.split()[0] in ("What", "Whether", "Where", "How", "Which", "Those", "Whatever")
     ]
     assert found == []
+
+
+def test_every_benchmark_is_measured_again_by_one_command() -> None:
+    """`python -m benchmarks.all` knows each module and each result: see CONTRIBUTING."""
+    commands = [command.split()[:2] for entry in TABLE.values() for command in entry.commands]
+    run = {words[words[0] == "-m"].rpartition("/")[2] for words in commands}
+    named = {word.removeprefix("benchmarks.").removesuffix(".py") for word in run} | {*TOOLS}
+    assert {path.stem for path in ROOT.glob("benchmarks/*.py")} - named == set()
+    written = {file for entry in TABLE.values() for file in entry.writes}
+    results = {f"benchmarks/results/{path.name}" for path in ROOT.glob("benchmarks/results/*.json")}
+    assert results - written == {f"benchmarks/results/{name}.json" for name in CAMPAIGNS}
