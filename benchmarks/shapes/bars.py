@@ -4,9 +4,11 @@
     python -m benchmarks.shapes.bars --show OLD NEW
 
 Every video is one line of a file under --out, so that a run that was stopped goes on. Rows: what
-held-out prompts show at 17 to 68 frames and in images; given first frames at the same lengths; the
-VAE's PSNR. From the same videos: how round circles are, in their first frame too, and the change
-where two chunks of the VAE meet over the usual change from frame to frame.
+held-out prompts show at 17 to 68 frames and in images; given first frames at the same lengths; 68
+frames made of three clips of 34, one after another or as windows; the VAE's PSNR. From the same
+videos: how round circles are, in their first frame too, and the change
+where two chunks of the VAE meet over the usual change from frame to frame, and so where two clips
+or windows do.
 """
 
 from __future__ import annotations
@@ -29,9 +31,13 @@ from benchmarks.conditioning import drawn, spread
 from benchmarks.shapes import world
 from benchmarks.shapes.scorer import FIELDS, read_video, shape_masks
 from mlx_sora import Pipeline
+from mlx_sora.conditioning.clips import Clips
+from mlx_sora.request.generation import LONG_MODES
 
 LENGTHS = (17, 34, 51, 68)
-CASES, KEPT_CASES, VAE_CASES = 96, 24, 48
+CASES, KEPT_CASES, VAE_CASES, LONG_CASES = 96, 24, 48, 96
+# Three of them have 68 frames; clips end, and windows are mixed, where the second and third begin.
+LONG = Clips(num_frames=34, count=3)
 # Half way between squares, which overlap with their disc by 0.85 at most, and drawn circles, 0.98.
 ROUND = 0.92
 Line = dict[str, Any]
@@ -55,6 +61,20 @@ def meeting_ratio(frames: np.ndarray) -> tuple[float, float]:
     meetings = np.arange(world.CHUNK - 1, len(changes), world.CHUNK)
     usual = float(np.median(np.delete(changes, meetings)))
     return float(changes[meetings].mean()) / max(usual, 1e-9), usual
+
+
+def join_change(frames: np.ndarray) -> tuple[float, float]:
+    """(mean change where clips meet, the usual change), in grey levels of 255."""
+    changes = np.abs(np.diff(frames.astype(float), axis=0)).mean(axis=(1, 2, 3))
+    step = LONG.num_frames - LONG.shared_frames
+    joins = [LONG.num_frames - 1 + i * step for i in range(LONG.count - 1)]
+    return float(changes[joins].mean()), float(np.median(np.delete(changes, joins)))
+
+
+def long_truth(case: int) -> world.Attributes:
+    """A held-out combination: of each two, the second stands still."""
+    some = [a for a in world.split()[1] if (a.motion == "still") == bool(case % 2)]
+    return some[case // 2 * len(some) // (LONG_CASES // 2)]
 
 
 def psnr(made: np.ndarray, real: np.ndarray) -> float:
@@ -97,6 +117,13 @@ class Scored:
         truth = world.split()[1][case]
         return describe(self._make(truth, case, frames), truth)
 
+    def long(self, mode: str, case: int) -> Line:
+        """A long video of clips or windows."""
+        truth = long_truth(case)
+        made = self._make(truth, case, LONG.num_frames, loop=LONG.count, long=mode)
+        joins, usual = join_change(made)
+        return describe(made, truth) | {"joins": joins, "usual": usual}
+
     def given(self, frames: int, case: int) -> Line:
         """A held-out prompt with the first frame of a drawn video; `spread` over the prompts."""
         truth = spread(KEPT_CASES)[case]
@@ -136,6 +163,8 @@ def works() -> dict[str, tuple[int, Work]]:
         rows[f"prompt-{frames}"] = CASES, lambda s, case, f=frames: s.prompt(f, case)
     for frames in LENGTHS:
         rows[f"given-{frames}"] = KEPT_CASES, lambda s, case, f=frames: s.given(f, case)
+    for mode in LONG_MODES:
+        rows[f"{mode}-68"] = LONG_CASES, lambda s, case, m=mode: s.long(m, case)
     return rows
 
 
@@ -199,6 +228,9 @@ def figures(folder: Path) -> Iterator[Figure]:
             fields = [field for field in FIELDS if frames != "1" or field != "motion"]
             hits = [all(row[field] for field in fields) for row in rows]
             yield _share(f"all right, {frames} frames", 0.9 if frames == "1" else 0.95, hits)
+        elif kind in LONG_MODES:
+            yield _share(f"all right, 68 frames of {kind}", 0.9, [_all_right(row) for row in rows])
+            yield from _joins(kind, rows)
         else:
             hits = [row["colour"] and row["shape"] and row["background"] for row in rows]
             yield _share(f"first frame kept, {frames} frames", 0.9, hits)
@@ -206,6 +238,22 @@ def figures(folder: Path) -> Iterator[Figure]:
     made = [row for n in LENGTHS for row in lines.get(f"prompt-{n}", [])]
     yield from _roundness(made)
     yield from _meetings(made)
+
+
+def _all_right(row: Line) -> bool:
+    return all(row[field] for field in FIELDS)
+
+
+def _joins(kind: str, rows: list[Line]) -> Iterator[Figure]:
+    moving, still = ([row for row in rows if row["still"] == each] for each in (False, True))
+    name = f"change where {kind} meet"
+    if moving:
+        value = statistics.median(row["joins"] / max(row["usual"], 1e-9) for row in moving)
+        yield Figure(f"{name}, moving", value, len(moving), 1.5, least=False, unit="×")
+    if still:
+        value = statistics.median(row["joins"] - row["usual"] for row in still)
+        name = f"{name} beyond the usual, still"
+        yield Figure(name, value, len(still), 1.0, least=False, unit=" of 255")
 
 
 def _roundness(rows: list[Line]) -> Iterator[Figure]:

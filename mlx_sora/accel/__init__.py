@@ -26,13 +26,18 @@ class Accelerations:
     """All techniques of one run as one. Without any, they change nothing."""
 
     def __init__(
-        self, configs: Mapping[str, TechniqueConfig | None], schedule: ScheduleInfo
+        self,
+        configs: Mapping[str, TechniqueConfig | None],
+        schedule: ScheduleInfo,
+        windows: int = 1,
     ) -> None:
         """Make the techniques in the order of `configs`; each sees what those before leave out.
 
-        configs: by option; None and mode "off" leave a technique out.
+        configs: by option; None and mode "off" leave a technique out. windows: windows of the
+        video; these are the techniques of the first, which also decides when all leap.
         """
         self._configs, self._schedule = dict(configs), schedule
+        self._others = [Accelerations(configs, schedule) for _ in range(1, windows)]
         self._active: dict[str, Acceleration] = {}
         for name, config in configs.items():
             if config is None or config.mode == OFF:
@@ -48,7 +53,12 @@ class Accelerations:
 
     def fresh_copy(self) -> Accelerations:
         """Return the same techniques in their initial state, for the next clip."""
-        return Accelerations(self._configs, self._schedule)
+        return Accelerations(self._configs, self._schedule, len(self.windows))
+
+    @property
+    def windows(self) -> list[Accelerations]:
+        """Techniques of each window."""
+        return [self, *self._others]
 
     @property
     def warnings(self) -> list[str]:
@@ -71,7 +81,8 @@ class Accelerations:
     @property
     def cached_residuals(self) -> float:
         """Tensors of the size of one evaluation's tokens that are kept between steps."""
-        return sum(each.cached_residuals for each in self._active.values())
+        own = sum(each.cached_residuals for each in self._active.values())
+        return own * len(self.windows)
 
     def block_cache(self, step: int, cfg_slice: CFGSlice) -> BlockStackCache | None:
         """Return the cache that may replace the block stack in this forward pass, or None."""
@@ -94,28 +105,43 @@ class Accelerations:
 
     def on_step_end(self, result: StepResult) -> None:
         """Let every technique account for a finished step."""
-        for each in self._active.values():
-            each.on_step_end(result)
+        for window in self.windows:
+            for each in window._active.values():
+                each.on_step_end(result)
 
     def state(self) -> State:
         """Return the state of each technique by name; `denoise` saves that of the leap policy."""
-        return {
+        own: State = {
             name: each.state() if each.policy is None else {} for name, each in self._active.items()
         }
+        return own | ({"windows": [each.state() for each in self._others]} if self._others else {})
 
     def restore(self, state: State) -> None:
         """Set the state that each technique had in an interrupted run."""
         for name, each in self._active.items():
             if each.policy is None:
                 each.restore(state[name])
+        for window, saved in zip(self._others, state.get("windows", ()), strict=True):
+            window.restore(saved)
 
     def record(self) -> dict[str, Any]:
-        """Return what each technique did, by name, for the metadata."""
-        return {name: each.record() for name, each in self._active.items()}
+        """Return what each technique did, by name, for the metadata; of windows as a list."""
+        found: dict[str, Any] = {}
+        for name, each in self._active.items():
+            records = [window._active[name].record() for window in self.windows]
+            found[name] = records[0] if each.policy is not None or not self._others else records
+        return found
 
     def summaries(self) -> list[str]:
-        """Return what each technique did, in one line each."""
-        return [each.summary() for each in self._active.values()]
+        """Return what each technique did, in one line each, or one for each way of windows."""
+        return [
+            line
+            for name, each in self._active.items()
+            for line in dict.fromkeys(
+                window._active[name].summary()
+                for window in (self.windows if each.policy is None else [self])
+            )
+        ]
 
 
 class _FirstOf:

@@ -8,6 +8,8 @@ Metal, too.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mlx_sora.geometry import Size
@@ -103,6 +105,15 @@ def text_keys_values(config: STDiT3Config, grid: Grid, mode: ExecutionMode) -> i
 def residual_bytes(config: STDiT3Config, grid: Grid) -> int:
     """Return the bytes of the residual (out - in) of the block stack, in float32."""
     return FLOAT32_SIZE * grid.num_tokens * config.hidden_size
+
+
+def window_latents(config: STDiT3Config, latent: Sequence[int]) -> int:
+    """Return the bytes of all latents (T, H, W) of a video that is denoised in windows.
+
+    In a step these are ten arrays: before and after it, velocities and their sum, and what
+    samplers, leaps and the guidance cache keep. Those of one clip are nothing beside its tokens.
+    """
+    return 10 * FLOAT32_SIZE * math.prod(latent) * config.in_channels
 
 
 def spatial_decoder(

@@ -6,7 +6,7 @@ import math
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from mlx_sora.geometry import Geometry, Size
+from mlx_sora.geometry import Geometry, Size, latent_frames
 from mlx_sora.models.stdit3 import STDiT3Config
 from mlx_sora.models.t5 import T5Config
 from mlx_sora.models.vae import VAEConfig
@@ -165,6 +165,7 @@ class Workload:
     inversion: an edit, which first runs as many unguided evaluations from the video to noise.
     captured_bytes: attention values that the inversion keeps.
     clips: clips of the video, all but the first with `shared_frames` frames of the clip before.
+    window_texts: texts of clips that are denoised together, as windows; 0 if one after another.
     vae_tiles: tiles per side in which frames are decoded.
     vae_itemsize: bytes per weight and activation of the VAE.
     suffix: format of the file; "" if the frames stay in memory. scale: enlargement of its frames.
@@ -184,6 +185,7 @@ class Workload:
     media: MediaWorkload | None = None
     clips: int = 1
     shared_frames: int = 0
+    window_texts: int = 0
     vae_tiles: int = 1
     vae_itemsize: int = FLOAT32_SIZE
     suffix: str = ".mp4"
@@ -197,6 +199,16 @@ class Workload:
         return frames + (self.clips - 1) * (frames - self.shared_frames)
 
     @property
+    def windowed(self) -> bool:
+        """True if the clips are denoised together, as windows."""
+        return self.window_texts > 0
+
+    @property
+    def all_latents(self) -> tuple[int, int, int]:
+        """Latents (T, H, W) of these frames."""
+        return latent_frames(self.num_frames), *self.geometry.latent[1:]
+
+    @property
     def writer_bytes(self) -> int:
         """Memory of writing the file."""
         size = self.geometry.decoded.enlarged(self.scale)
@@ -208,7 +220,8 @@ class Workload:
         Libraries stay loaded, and a file stays open between clips.
         """
         media, vae_only = self.media, self.vae_only
-        writes = stage == "decode" or vae_only or (stage == "denoise" and self.clips > 1)
+        between_clips = stage == "denoise" and self.clips > 1 and not self.windowed
+        writes = stage == "decode" or vae_only or between_clips
         found = program_memory(gpu=gpu) + writes * self.writer_bytes
         if media is not None:
             readers = 1 + vae_only  # of which one is for the comparison

@@ -60,13 +60,17 @@ def make_plan(
 
 
 def _scale_to_clips(stages: Sequence[StagePlan], workload: Workload) -> tuple[StagePlan, ...]:
-    """Multiply reading and operations by the number of clips: each reads the weights again."""
+    """Multiply reading and operations by the number of clips: each reads the weights again.
+
+    Windows share what was read, but for streamed blocks, which count as passes of the stage.
+    """
     frames, clips = workload.geometry.num_frames, workload.clips
     factors = {"denoise": clips, "decode": workload.num_frames / frames}
+    reads = 1 if workload.windowed else clips
     if workload.vae_only:  # whose parts are read in turn; the media's chunks are those of all
         factors["read"] = 1
     return tuple(
-        replace(stage, read=stage.read * clips, flops=int(stage.flops * factors[stage.stage]))
+        replace(stage, read=stage.read * reads, flops=int(stage.flops * factors[stage.stage]))
         if stage.stage in factors
         else stage
         for stage in stages

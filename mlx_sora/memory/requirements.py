@@ -284,6 +284,7 @@ def _denoising_memory(
     grid = Grid.from_latent(config, latent, workload.batch, workload.text_tokens)
     cfg, single = replace(grid, batch=2 if workload.guided else 1), replace(grid, batch=1)
     cond_only = any(variant.cond_only for variant, _ in workload.variants)
+    texts = max(1, workload.window_texts)
     operations = flops.preparation_flops(config, cfg)
     operations += (workload.inversion + cond_only) * flops.preparation_flops(config, single)
     for variant, count in workload.evaluations_by_variant.items():
@@ -296,14 +297,15 @@ def _denoising_memory(
         stage="denoise",
         outside=workload.outside("denoise", gpu=mode.gpu),
         fixed=weights.rest
-        + activations.text_keys_values(config, cfg, mode)
-        + cond_only * activations.text_keys_values(config, single, mode)
+        + texts * activations.text_keys_values(config, cfg, mode)
+        + texts * cond_only * activations.text_keys_values(config, single, mode)
         + workload.captured_bytes
-        + int(workload.cached_residuals * activations.residual_bytes(config, cfg)),
+        + int(workload.cached_residuals * activations.residual_bytes(config, cfg))
+        + workload.windowed * activations.window_latents(config, workload.all_latents),
         activations=activations.transformer(config, grid, mode)
         + activations.dequantization_buffers(weights.largest_dequantized, mode),
         weights=weights,
-        passes=workload.block_passes,
+        passes=workload.block_passes * (workload.clips if workload.windowed else 1),
         mode=mode,
         reserve=_denoising_reserve(config, grid, workload, mode),
         flops=operations,
@@ -326,12 +328,15 @@ def _denoising_reserve(
         wider = activations.transformer(config, grid, mode)
         wider -= activations.transformer(config, single, mode)
         return workload.captured_bytes + activations.text_keys_values(config, cfg, mode) + wider
+    texts, own = max(1, workload.window_texts), activations.text_keys_values(config, single, mode)
     reserve = int(workload.cached_residuals * activations.residual_bytes(config, cfg))
+    # The first pass is that of the first window, with its text.
+    reserve += (texts - 1) * activations.text_keys_values(config, cfg, mode)
     # The unconditional pass has its own text keys and values, and so have cond-only steps.
     if workload.guided and workload.sequential_guidance:
-        reserve += activations.text_keys_values(config, single, mode)
+        reserve += own
     if any(variant.cond_only for variant, _ in workload.variants):
-        reserve += activations.text_keys_values(config, single, mode)
+        reserve += texts * own
     return reserve
 
 
@@ -356,6 +361,7 @@ def _decoder_memory(
         for chunk in chunks
     )
     frames, channels = geometry.num_frames, config.spatial.latent_channels
+    waiting = workload.num_frames if workload.windowed else frames
     share = activations.vae_share(workload.vae_itemsize, mode)
     return VaeStageMemory(
         stage="decode",
@@ -371,7 +377,7 @@ def _decoder_memory(
         },
         mode=mode,
         flops=operations,
-        queued_latents=FLOAT32_SIZE * frames * rows * columns * channels,
+        queued_latents=FLOAT32_SIZE * waiting * rows * columns * channels,
         largest_array=max(
             arrays(1), activations.largest_temporal_array(config, longest, rows, columns)
         ),

@@ -42,6 +42,7 @@ from mlx_sora.pipeline.stages import (
 from mlx_sora.request.generation import GenerationRequest, with_sources
 from mlx_sora.runtime.events import Event, RunPlanned
 from mlx_sora.sampling import SAMPLERS
+from mlx_sora.sampling.windows import Windows
 from mlx_sora.utils.leftovers import deferred_signals
 from mlx_sora.video import Video
 from mlx_sora.video.containers import MAX_PIXELS
@@ -89,7 +90,10 @@ def plan_run(
     if source is not None:
         parallel = source.parallel_plan(parallel, request.parallel)
     info = schedule_info(engine, resolved, parallel)
-    accelerations = Accelerations(resolved.accelerations, info)
+    windows = resolved.windows
+    accelerations = Accelerations(
+        resolved.accelerations, info, 1 if windows is None else windows.count
+    )
     output = resolve_output(request, resolved, check=engine.ranks.is_rank0)
     texts = dict.fromkeys([*resolved.all_texts, *source_text])
     encodings = {text: engine.tokenizer.encode(text) for text in texts}
@@ -103,8 +107,9 @@ def plan_run(
         sequential_guidance=request.sequential_guidance,
         cfg_parallel=parallel.cfg_degree > 1,
         media=media_workload(resolved),
-        clips=resolved.clips.count,
-        shared_frames=resolved.clips.shared_frames,
+        clips=len(resolved.texts),
+        shared_frames=request.condition_frames,
+        window_texts=0 if windows is None else len(set(resolved.texts)),
         vae_tiles=resolved.vae_tiles,
         vae_itemsize=engine.precision.vae.size,
         suffix="" if output is None else output.suffix.lower(),
@@ -113,6 +118,7 @@ def plan_run(
     if source is not None:
         workload = source.add_to(workload, engine.precision.transformer)
     plan, notes = plan_memory(engine, request, resolved.memory_budget, workload)
+    notes += () if windows is None or windows.count == 1 else (_windows_note(windows),)
     if request.text_cache and engine.text_cache().has_all(encodings.values()):
         plan = plan.with_cached_text()
     return GenerationRun(
@@ -136,6 +142,13 @@ def plan_run(
             ],
             metadata=dict(engine.quantization),
         ),
+    )
+
+
+def _windows_note(windows: Windows) -> str:
+    return (
+        f"{windows.count} windows of {windows.length} latent frames, each {windows.stride} after "
+        f"the one before: {windows.work:.2f} times the work of their {windows.frames} frames."
     )
 
 

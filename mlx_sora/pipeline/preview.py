@@ -123,7 +123,7 @@ class Previews:
 
     def _frames(self, x0: mx.array) -> tuple[np.ndarray, float]:
         """Return frames uint8 [F, H, W, 3] and their number per second."""
-        count = self.settings.geometry.num_frames
+        count = self.settings.clips.num_frames
         if self.map is not None:
             return map_latents(self.map, x0[0], count), self.settings.fps * x0.shape[1] / count
         kept = FramesInMemory()

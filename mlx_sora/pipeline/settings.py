@@ -6,8 +6,9 @@ not taken literally becomes a warning, which the progress line and the metadata 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import pairwise
 from typing import Any
 
 from mlx_sora.conditioning.clips import Clips
@@ -18,6 +19,7 @@ from mlx_sora.geometry import (
     Geometry,
     ModelArguments,
     Size,
+    latent_frames,
     model_arguments,
     parse_frames,
     plan_geometry,
@@ -28,6 +30,7 @@ from mlx_sora.loading.model_folder import ModelFolder, other_model_hint
 from mlx_sora.memory.budget import resolve_budget
 from mlx_sora.request.generation import GenerationRequest, technique_names
 from mlx_sora.request.techniques import OFF, TechniqueConfig
+from mlx_sora.sampling.windows import Windows
 from mlx_sora.text.cleaning import preprocess
 from mlx_sora.text.prompt import (
     SCORE_PHRASES,
@@ -46,9 +49,10 @@ NEGATIVE, SOURCE = "the negative prompt", "the source prompt"
 class ResolvedRequest:
     """A request with every option decided.
 
-    texts: the prompt as T5 gets it, scored and cleaned, for each clip. negative: the cleaned
-    negative prompt. subjects: cleaned texts without scores, by their names in messages. geometry:
-    sizes and latent shape of a clip. media: conditioning of the clips. fps: of the finished file.
+    texts: the prompt as T5 gets it, scored and cleaned, for each clip, or for each window of the
+    only one. negative: the cleaned negative prompt. subjects: cleaned texts without scores, by
+    their names in messages. geometry: sizes and latent shape of a clip or window. media:
+    conditioning of the clips. windows: of the only clip, or None. fps: of the finished file.
     accelerations: configs by option. memory_budget: bytes of the whole process, or None.
     vae_tiles: tiles in a row, 1 for none. warnings: what is not taken literally.
     """
@@ -70,7 +74,13 @@ class ResolvedRequest:
     accelerations: Mapping[str, TechniqueConfig | None]
     memory_budget: int | None
     vae_tiles: int
+    windows: Windows | None = None
     warnings: tuple[str, ...] = ()
+
+    @property
+    def latent(self) -> tuple[int, int, int]:
+        """Latents (T, H, W) that are denoised together."""
+        return latent_frames(self.clips.num_frames), *self.geometry.latent[1:]
 
     @property
     def text(self) -> str:
@@ -101,7 +111,7 @@ class ResolvedRequest:
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values for the metadata."""
         left_out = {"texts", "negative", "subjects", "geometry", "media", "accelerations"}
-        left_out |= {"warnings"}
+        left_out |= {"windows", "warnings"}
         record = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in left_out}
         modes = {name: str(config or OFF) for name, config in self.accelerations.items()}
         record |= {"text": self.text, **modes}
@@ -134,15 +144,18 @@ def resolve(
     clips.check()
     scores = Scores(value("aesthetic"), request.motion, request.camera)
     prompt = prepare_prompt(request.prompt, scores)
-    media = plan_media(request, prompt.directives, clips, geometry.size, value("fps"))
+    texts = tuple(map(prompt.text, range(clips.count)))
+    windows = _windows(request, clips, texts)
+    shown = clips if windows is None else Clips(clips.total)
+    media = plan_media(request, prompt.directives, shown, geometry.size, value("fps"))
     negative = None if request.negative_prompt is None else preprocess(request.negative_prompt)
-    warnings += _overruled(request, prompt)
+    warnings += [*_overruled(request, prompt), *_unused_blending(request, windows, texts)]
     warnings += [*media.warnings, *_unused_scenes(prompt, clips, loops=loops)]
     if negative is not None and value("guidance") == 1:
         warnings.append("--negative-prompt has no effect without guidance.")
     return ResolvedRequest(
         model=model.name,
-        texts=tuple(map(prompt.text, range(clips.count))),
+        texts=texts,
         negative=negative,
         subjects=_subjects(prompt, negative, clips.count),
         seed=request.seed,
@@ -158,6 +171,7 @@ def resolve(
         accelerations={name: getattr(request, name) for name in technique_names()},
         memory_budget=resolve_budget(request.memory_budget, request.device_profile),
         vae_tiles=resolve_tiles(request, geometry),
+        windows=windows,
         warnings=tuple(warnings),
     )
 
@@ -180,6 +194,35 @@ def _resolve_geometry(request: GenerationRequest, model: ModelFolder) -> tuple[G
             f"below {defaults.warn_below_frames} it tends to noise."
         )
     return geometry, warnings
+
+
+def _windows(request: GenerationRequest, clips: Clips, texts: Sequence[str]) -> Windows | None:
+    """Return the windows with these texts, or None if the clips are made one after another.
+
+    Raises UsageError for scenes that would blend where their windows do not overlap.
+    """
+    if request.long != "windows":
+        return None
+    shared = clips.shared_frames
+    blend = shared if request.scene_blend is None else request.scene_blend
+    if clips.count > 1 and blend > shared:
+        raise UsageError(
+            f"--scene-blend {blend} is more than windows share: --condition-frames {shared}.",
+            f"Give --scene-blend {shared} or less.",
+        )
+    overlap, length = clips.shared_latents, latent_frames(clips.num_frames)
+    ramps = (overlap if a == b else overlap * blend / shared for a, b in pairwise(texts))
+    return Windows(length, length - overlap, tuple(ramps))
+
+
+def _unused_blending(
+    request: GenerationRequest, windows: Windows | None, texts: Sequence[str]
+) -> Iterator[str]:
+    """Yield a warning for each option of the other way to make a long video."""
+    if windows is not None and windows.count > 1 and request.condition_edit:
+        yield "--condition-edit has no effect with --long windows: no frames are taken over."
+    if request.scene_blend is not None and (windows is None or len(set(texts)) == 1):
+        yield "--scene-blend has no effect: it is for several scenes with --long windows."
 
 
 def ineffective_texts(subjects: Mapping[str, str], tokenizer: Tokenizer) -> Iterator[str]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import mlx.core as mx
@@ -38,8 +39,10 @@ from mlx_sora.runtime.events import (
     Warned,
 )
 from mlx_sora.sampling import SAMPLERS, loop
+from mlx_sora.sampling.base import Velocity
 from mlx_sora.sampling.guidance import Guidance, GuidancePolicy
 from mlx_sora.sampling.noise import Noise
+from mlx_sora.sampling.windows import WindowedVelocity
 from mlx_sora.text.encoder import encode_tokens
 from mlx_sora.video.frames import FrameWriter, to_uint8
 
@@ -123,7 +126,7 @@ def encode_media(run: GenerationRun) -> Generator[Event, None, ConditioningLaten
     """Encode the images and videos of the request, on rank 0; broadcast their latents."""
     settings = run.settings
     channels = run.engine.transformer_config.in_channels
-    conditioning = ConditioningLatents(settings.media, settings.geometry.latent, channels)
+    conditioning = ConditioningLatents(settings.media, settings.latent, channels)
     tasks = encode_tasks(settings.media, settings.geometry.size)
     if not tasks:
         return conditioning
@@ -198,15 +201,14 @@ def _denoise_steps(
     accelerations, snapshot = run.begin_clip(clip)
     with open_transformer(run, stage) as transformer, run.checkpoints.save_on_error():
         network, blocks = transformer
-        shape = (*settings.geometry.latent, network.config.in_channels)
+        shape = (*settings.latent, network.config.in_channels)
         z, given = conditioning.initial_latents(clip, Noise([settings.seed], shape, clip))
         restored = None
         if snapshot is not None and snapshot.latents is not None and snapshot.state is not None:
             z, restored = snapshot.latents, loop.RestoredSteps(snapshot.steps, snapshot.state)
-        model = clip_transformer(run, transformer, accelerations)
         sampler = SAMPLERS[settings.sampler]
         for step in loop.denoise(
-            clip_guidance(run, model, texts, clip, accelerations.guidance),
+            clip_velocity(run, transformer, texts, clip, accelerations),
             z,
             sampler.timesteps(settings.steps, **settings.model_args.sizes),
             sampler,
@@ -272,6 +274,29 @@ def clip_guidance(
     sequential = run.request.sequential_guidance and run.parallel.cfg_degree == 1
     text = [texts[settings.texts[clip]]]
     return Guidance(model, text, null_text, settings.guidance, sequential, policy)
+
+
+def clip_velocity(
+    run: GenerationRun,
+    transformer: StreamedTransformer,
+    texts: TextStates,
+    clip: int,
+    accelerations: Accelerations,
+) -> Velocity:
+    """Return the guided velocity of a clip, or of its windows, each with text and techniques."""
+    model, windows = clip_transformer(run, transformer, accelerations), run.settings.windows
+    if windows is None:
+        return clip_guidance(run, model, texts, clip, accelerations.guidance)
+    by_text = {
+        text: clip_guidance(run, model, texts, i) for i, text in enumerate(run.settings.texts)
+    }
+    return WindowedVelocity(
+        windows,
+        [
+            replace(by_text[text], model=replace(model, accelerations=each), policy=each.guidance)
+            for text, each in zip(run.settings.texts, accelerations.windows, strict=True)
+        ],
+    )
 
 
 def remeasure_if_merging_changes(

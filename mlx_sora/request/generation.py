@@ -17,6 +17,7 @@ from typing import Any
 
 from mlx_sora.errors import MlxSoraError, UsageError
 from mlx_sora.geometry import (
+    MAX_FRAMES,
     MAX_LOOPS,
     MAX_TILES,
     MICRO_FRAME_SIZE,
@@ -67,6 +68,9 @@ DTYPES = ("auto", *FLOAT_DTYPES)
 
 #: How ranks split a video; see mlx_sora/distributed/partition.py.
 PARALLEL_MODES = ("auto", "guidance", "sequence", "both", "prompts", "off")
+
+#: How the clips of a long video are made.
+LONG_MODES = ("clips", "windows")
 
 #: Largest values that make sense. Beyond them a typing error is likelier.
 MAX_SEED = 2**63 - 1
@@ -244,6 +248,18 @@ class GenerationRequest:
         metavar="RATIO",
         low=0,
         high=1,
+    )
+    long: str = _conditioning(
+        "with --loop: make the clips one after another, or all frames together in windows of "
+        "--num-frames frames that overlap by --condition-frames and blend there",
+        LONG_MODES[0],
+        choices=LONG_MODES,
+    )
+    scene_blend: int | None = _conditioning(
+        "with --long windows: frames over which a scene of the prompt blends into the next, 0 for "
+        "a cut; default: all that their windows share",
+        low=0,
+        high=MAX_FRAMES,
     )
 
     preset: str | None = option(

@@ -83,6 +83,8 @@ class GenerationKeywords(SharedKeywords, total=False):
     loop: int
     condition_frames: int
     condition_edit: float
+    long: Literal["clips", "windows"]
+    scene_blend: int | None
     preset: Literal["exact", "balanced", "fast", "tiny-ram"] | None
     step_cache: StepCache | str | None
     guidance_interval: GuidanceInterval | str | None

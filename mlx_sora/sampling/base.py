@@ -8,7 +8,7 @@ Latents are float32 [B, T, H, W, C].
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import mlx.core as mx
@@ -42,6 +42,21 @@ class Step:
     def dt(self) -> mx.array:
         """Factor of the velocity in an Euler step, [B, 1, 1, 1, 1]."""
         return ((self.t - self.t_next) / NOISE_TIME).reshape(-1, 1, 1, 1, 1)
+
+    def select(self, frames: slice) -> Step:
+        """Return the step of some of the frames."""
+
+        def masks(mask: mx.array | None, default: bool) -> mx.array | None:
+            selected = None if mask is None else mask[:, frames]
+            # A mask that says nothing costs work, and techniques wait for it.
+            return None if selected is None or (selected == default).all().item() else selected
+
+        return replace(
+            self,
+            x_mask=masks(self.x_mask, True),
+            fresh=masks(self.fresh, False),
+            pending=masks(self.pending, False),
+        )
 
 
 class Velocity(Protocol):

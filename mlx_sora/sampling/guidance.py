@@ -64,7 +64,7 @@ class Guidance:
     null_text(n) replaces a prompt of n tokens in the uncond samples. Both predictions are computed
     in one call, [cond, uncond], as in Open-Sora 1.2; `sequential` computes them in two calls with
     half the memory. At scale 1 uncond has no weight and is never computed. policy: replaces uncond
-    in steps of its choice.
+    in steps of its choice. prepared: filled at first use; others with the same text can share it.
     """
 
     model: TextConditionedModel
@@ -73,7 +73,7 @@ class Guidance:
     scale: float
     sequential: bool = False
     policy: GuidancePolicy | None = None
-    _prepared: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
+    prepared: dict[str, Any] = field(default_factory=dict, repr=False)
 
     def __call__(self, z: mx.array, t: mx.array, step: Step, /) -> mx.array:
         """Return the velocity [B, T, H, W, C] at z and flow times t [B], inside `step`."""
@@ -108,8 +108,8 @@ class Guidance:
 
     def _conditions(self, samples: str) -> Any:
         """Return what the model prepared for the samples "cond", "uncond" or "both"."""
-        if samples not in self._prepared:
+        if samples not in self.prepared:
             cond = [] if samples == "uncond" else list(self.text)
             uncond = [] if samples == "cond" else [self.null_text(len(text)) for text in self.text]
-            self._prepared[samples] = self.model.prepare(cond + uncond)
-        return self._prepared[samples]
+            self.prepared[samples] = self.model.prepare(cond + uncond)
+        return self.prepared[samples]

@@ -57,6 +57,7 @@ CASES = [
     Case(f"{PLAN} --loop 2 --num-frames 34 --condition-frames 34", ", or --condition-frames {}"),
     Case(f"{PLAN} --loop 2 --num-frames 20", "--num-frames {}"),
     Case(f"{PLAN} --loop 2 --num-frames 34 --condition-frames 9", "--condition-frames {}"),
+    Case(f"{PLAN} --loop 2 --num-frames 34 --long windows --scene-blend 34", "--scene-blend {}"),
     Case(SCENES, "--loop {}"),
     Case(f"{SCENES} --condition-frames 5", "{} --condition-frames {}"),
     Case(f"{PLAN} --image v.mp4", "Give it to --video.", retry=f"{PLAN} --video v.mp4 --frames 34"),

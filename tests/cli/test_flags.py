@@ -64,6 +64,8 @@ def test_flag_reaches_its_field(folder: Path, pipeline: FakePipeline) -> None:
         "loop": 2,
         "condition_frames": 34,
         "condition_edit": 0.5,
+        "long": "windows",
+        "scene_blend": 0,
         "output": "out.gif",
         "overwrite": True,
         "embed_metadata": False,

@@ -114,6 +114,27 @@ def test_smallest_budget_is_exact_and_named() -> None:
     assert "Stage" in error.value.message
 
 
+def test_windows_read_the_weights_once_and_keep_what_each_of_them_needs() -> None:
+    clips = workload(clips=3, shared_frames=17, cached_residuals=2.0)
+    windows = replace(clips, window_texts=1, cached_residuals=6.0)
+    plans = [make_plan(XL, each, CPU) for each in (clips, windows)]
+    for name, reads in (("encode", 1), ("denoise", 3), ("decode", 3)):
+        one_by_one, together = (plan.stage(name) for plan in plans)
+        assert together.flops == one_by_one.flops
+        assert one_by_one.read == reads * together.read
+    more = plans[1].stage("denoise").peak - plans[0].stage("denoise").peak
+    residual = 4 * 2 * 15 * 15 * 27 * 1152
+    latents = 10 * 4 * 35 * 30 * 53 * 4
+    assert more == 4 * residual + latents - writer_memory(".mp4", Size(424, 240), 119) - PYAV
+    scenes = make_plan(XL, replace(windows, window_texts=3), CPU).stage("denoise").peak
+    text = 2 * 2 * 28 * 4 * 2 * 60 * 1152
+    assert scenes == plans[1].stage("denoise").peak + 2 * text
+    streamed = [
+        make_plan(XL, each, CPU, streamed=True).stage("denoise") for each in (clips, windows)
+    ]
+    assert streamed[0].read - streamed[1].read == 2 * XL.transformer_weights.rest
+
+
 def test_half_precision_of_the_vae_is_named_after_what_is_exact_and_on_gpus_only() -> None:
     large, gpu = workload(1280, 720), replace(CPU, gpu=True)
     names = [flags for flags, _ in _smaller_workloads(large, gpu)]

@@ -37,6 +37,8 @@ FULL = {
     "loop": 2,
     "condition_frames": 34,
     "condition_edit": 0.25,
+    "long": "windows",
+    "scene_blend": 17,
     "aesthetic": 6.0,
     "motion": 4.0,
     "camera": "pan left",

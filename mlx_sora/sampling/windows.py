@@ -1,0 +1,100 @@
+"""Windows of a long video: overlapping parts whose velocities are averaged.
+
+All frames are denoised together, but the network sees one window at a time, which is as long as a
+clip. Where windows overlap, one takes over from the other along a ramp (MultiDiffusion, arXiv
+2302.08113, over time as in DiTCtrl, arXiv 2412.18597). Lengths count latent frames.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import mlx.core as mx
+
+from mlx_sora.geometry import MICRO_FRAME_SIZE, latent_frames
+from mlx_sora.sampling.base import Step, Velocity
+
+CHUNK = latent_frames(MICRO_FRAME_SIZE)
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Windows of `length` latent frames; each begins `stride` after the one before.
+
+    Both are multiples of a chunk of the VAE. ramps: for each window but the first, latent frames
+    in which it takes over from the one before, around the middle of what they share. 0 switches at
+    the start of the chunk nearest to that, of two the later one.
+    """
+
+    length: int
+    stride: int
+    ramps: tuple[float, ...] = ()
+
+    @property
+    def count(self) -> int:
+        """Number of windows."""
+        return len(self.ramps) + 1
+
+    @property
+    def frames(self) -> int:
+        """Latent frames of the whole video."""
+        return self.length + (self.count - 1) * self.stride
+
+    @property
+    def work(self) -> float:
+        """Frames that the network sees in an evaluation, over the frames of the video."""
+        return self.count * self.length / self.frames
+
+    def span(self, index: int) -> slice:
+        """Return the frames of window `index`."""
+        return slice(index * self.stride, index * self.stride + self.length)
+
+    @cached_property
+    def weights(self) -> list[mx.array]:
+        """Weights of each window's frames, [length]; those of one frame add up to 1."""
+        found, following = list[mx.array](), mx.zeros(self.frames)
+        for index in reversed(range(self.count)):
+            # A wide ramp does not wait for a later window that takes over earlier.
+            share = mx.maximum(self._share_from(index), following)
+            found.append((share - following)[self.span(index)])
+            following = share
+        return found[::-1]
+
+    def _share_from(self, index: int) -> mx.array:
+        """Return the share [frames] of window `index` and all later ones."""
+        if index == 0:
+            return mx.ones(self.frames)
+        middles = mx.arange(self.frames) + 0.5
+        start, overlap, ramp = index * self.stride, self.length - self.stride, self.ramps[index - 1]
+        if ramp == 0:
+            chunks = overlap // CHUNK
+            return (middles > start + (chunks - chunks // 2) * CHUNK).astype(mx.float32)
+        return mx.clip((middles - start - overlap / 2) / ramp + 0.5, 0, 1)
+
+
+@dataclass(frozen=True)
+class WindowedVelocity:
+    """Velocity of a long video from the velocity of each of its windows. Fills `Velocity`.
+
+    One window at a time is evaluated; those without a frame that moves are left out.
+    """
+
+    windows: Windows
+    velocities: Sequence[Velocity]
+
+    def __call__(self, z: mx.array, t: mx.array, step: Step, /) -> mx.array:
+        """Return v [B, T, H, W, C] at z and flow times t [B], inside `step`."""
+        total = mx.zeros(z.shape)
+        for index, (velocity, weights) in enumerate(
+            zip(self.velocities, self.windows.weights, strict=True)
+        ):
+            span = self.windows.span(index)
+            part = step.select(span)
+            if part.x_mask is not None and not part.x_mask.any().item():
+                continue
+            v = velocity(z[:, span], t, part)
+            total[:, span] += weights[:, None, None, None] * v
+            mx.eval(total)
+        return total
