@@ -20,7 +20,7 @@ WORDS = (
     "--memory-budget 2GB --device-profile mac-8gb --ci-dl --vae-tiles 2 --parallel both "
     "--vae-dtype bfloat16 "
     "--image a.png --image b.png -1 0.5 --video c.mp4 after 34 --negative-prompt n "
-    "--loop 2 --condition-frames 34 --condition-edit 0.5 "
+    "--loop 2 --condition-frames 34 --condition-edit 0.5 --long windows --scene-blend 0 "
     "--step-cache every:2 --guidance-interval 100,900 --guidance-cache every:2 "
     "--no-embed-metadata --metadata --no-health-check --checkpoint-every 3 --preview-every 2 "
     "--scale 4 --keep-previews --no-text-cache"
