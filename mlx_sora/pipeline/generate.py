@@ -91,9 +91,7 @@ def plan_run(
         parallel = source.parallel_plan(parallel, request.parallel)
     info = schedule_info(engine, resolved, parallel)
     windows = resolved.windows
-    accelerations = Accelerations(
-        resolved.accelerations, info, 1 if windows is None else windows.count
-    )
+    accelerations = Accelerations(resolved.accelerations, info, windows.count if windows else 1)
     output = resolve_output(request, resolved, check=engine.ranks.is_rank0)
     texts = dict.fromkeys([*resolved.all_texts, *source_text])
     encodings = {text: engine.tokenizer.encode(text) for text in texts}
@@ -109,7 +107,7 @@ def plan_run(
         media=media_workload(resolved),
         clips=len(resolved.texts),
         shared_frames=request.condition_frames,
-        window_texts=0 if windows is None else len(set(resolved.texts)),
+        window_texts=len(set(resolved.texts)) if windows else 0,
         vae_tiles=resolved.vae_tiles,
         vae_itemsize=engine.precision.vae.size,
         suffix="" if output is None else output.suffix.lower(),
@@ -118,7 +116,7 @@ def plan_run(
     if source is not None:
         workload = source.add_to(workload, engine.precision.transformer)
     plan, notes = plan_memory(engine, request, resolved.memory_budget, workload)
-    notes += () if windows is None or windows.count == 1 else (_windows_note(windows),)
+    notes += (_windows_note(windows),) if windows and windows.count > 1 else ()
     if request.text_cache and engine.text_cache().has_all(encodings.values()):
         plan = plan.with_cached_text()
     return GenerationRun(
@@ -134,15 +132,18 @@ def plan_run(
         notes=notes,
         previews=Previews.from_request(request, engine, resolved, output),
         result=RunResult(
-            warnings=[
-                *resolved.warnings,
-                *ineffective_texts(resolved.subjects, engine.tokenizer),
-                *untrained_warning(engine.model, resolved, engine.tokenizer, *source_text),
-                *accelerations.warnings,
-            ],
+            warnings=[*_text_warnings(engine, resolved, *source_text), *accelerations.warnings],
             metadata=dict(engine.quantization),
         ),
     )
+
+
+def _text_warnings(
+    engine: Engine, resolved: ResolvedRequest, source: str | None = None
+) -> Iterator[str]:
+    yield from resolved.warnings
+    yield from ineffective_texts(resolved.subjects, engine.tokenizer)
+    yield from untrained_warning(engine.model, resolved, engine.tokenizer, source)
 
 
 def _windows_note(windows: Windows) -> str:

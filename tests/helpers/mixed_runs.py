@@ -86,9 +86,8 @@ def kinds_of_runs(
         found |= {
             "video": make(num_frames=17, **output("d.mp4")),
             "loop": make(num_frames=34, loop=2, condition_frames=17),
-            "windows": make(num_frames=34, loop=2, long="windows", tdtm="2"),
             "image": make(num_frames=17, images=source),
-            "leap": make(num_frames=17, steps=4, lpl="fixed:2", tdtm="2"),
+            "leap": make(num_frames=34, loop=2, long="windows", steps=4, lpl="fixed:2", tdtm="2"),
         }
     return found
 
