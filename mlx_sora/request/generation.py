@@ -271,7 +271,7 @@ class GenerationRequest:
     )
     lpl: Lpl | str | None = option(
         "Linear Proportional Leap: replace the last steps by one leap to t = 0: "
-        f"{Lpl.forms()}; TIME is flow time, 1000 to 0",
+        f"{Lpl.forms()}; TIME is flow time, 1000 to 0; order=1 extrapolates the velocity",
         tasks=_VIDEO,
         parse=Lpl.parse,
         metavar="MODE",

@@ -30,6 +30,7 @@ class TechniqueParameter:
     defaults: mode to default value, for the modes that have the parameter; None: it is required.
     low, high: limits of a number. text: any text, such as a path, is valid instead.
     spelling: name of the parameter in text, if it is not that of the field.
+    implied: a default that text leaves out.
     """
 
     defaults: Mapping[str, float | str | None]
@@ -38,6 +39,7 @@ class TechniqueParameter:
     whole: bool = False
     text: bool = False
     spelling: str = ""
+    implied: float | None = None
 
     def convert(self, value: Any) -> float | str:
         """Return the value in its type; raise ValueError that names what is expected."""
@@ -99,7 +101,7 @@ class TechniqueConfig:
         for name, parameter in self._parameters(self.mode).items():
             value, spelling = getattr(self, name), parameter.spelling or name
             required = parameter.defaults[self.mode] is None
-            if value != "":
+            if value not in ("", parameter.implied):
                 items.append(_spell(value) if required else f"{spelling}={_spell(value)}")
         return _join(self.mode, items)
 
@@ -233,6 +235,7 @@ class Lpl(TechniqueConfig):
     patience, tolerance, minimum: leap once the similarity of successive velocities has failed
     `patience` times to exceed its best by `tolerance`, counted after the share `minimum` of the
     steps. Mode "reference": the rule in the code of On-device Sora.
+    order: 0 leaps along the velocity, 1 along its extrapolation from the last two.
     """
 
     MODES = (OFF, "fixed", "t", "adaptive", "reference")
@@ -243,6 +246,9 @@ class Lpl(TechniqueConfig):
     patience: int = integer({"adaptive": 3}, 1, MAX_STEPS)
     tolerance: float = real({"adaptive": 1e-4}, 0, 2)
     minimum: float = real({"adaptive": 0.5}, 0, 1)
+    order: int = _parameter(
+        TechniqueParameter({"fixed": 0, "t": 0, "adaptive": 0}, 0, 1, whole=True, implied=0)
+    )
 
 
 #: Parts of a block in which TDTM may merge frames (see `mlx_sora.models.hooks.TokenMerging`), and

@@ -105,10 +105,13 @@ class LeapPolicy(Protocol):
     """Decides when to end a run early. One object belongs to one run."""
 
     def should_leap(self, step: Step, z: mx.array, v: mx.array, /) -> bool:
-        """Return whether to leap from z to t = 0 along v = velocity(z, step.t), and end the run.
+        """Return whether to leap from z to t = 0 and end the run. v is velocity(z, step.t).
 
         The loop asks once per step, before it takes the step. z and v may be lazy.
         """
+
+    def leap_velocity(self, step: Step, v: mx.array, /) -> mx.array:
+        """Return the velocity to leap along, once the policy has decided to leap in this step."""
 
     def state(self) -> State:
         """Return the state after a step, in new containers."""

@@ -41,7 +41,8 @@ class RestoredSteps:
 class StepResult:
     """Result of one step. Arrays are evaluated, latents are [B, T, H, W, C].
 
-    z_in, v: latents and velocity at step.t. z: latents at step.t_next.
+    z_in, v: latents and velocity at step.t (of a leap, that along which it went).
+    z: latents at step.t_next.
     is_leap: the step was a leap to t = 0, and the last one. seconds: wall time.
     state: returns the state of sampler and policy; valid until the next step starts.
     """
@@ -110,7 +111,11 @@ def denoise(
 
         z_in, v = z, velocity(z, step.t, step)
         is_leap = policy is not None and policy.should_leap(step, z_in, v)
-        z = _leap(z, v, step) if is_leap else sampler.step(velocity_fn, z, v, step, history)
+        if policy is not None and is_leap:
+            v = policy.leap_velocity(step, v)
+            z = _leap(z, v, step)
+        else:
+            z = sampler.step(velocity_fn, z, v, step, history)
         z = _select(step, z, fixed)
         mx.eval(z, v, z_in)
         yield StepResult(step, z_in, v, z, is_leap, time.perf_counter() - start, state)

@@ -21,7 +21,7 @@ from tests.helpers.resume import check_resumes
 
 #: Modes of each technique to run with, in STEPS steps; the first also in pairs.
 EXAMPLES = {
-    "lpl": ("fixed:2", "t:500", "adaptive:patience=1,tolerance=2", "reference"),
+    "lpl": ("fixed:2", "fixed:2,order=1", "t:500", "adaptive:patience=1,tolerance=2", "reference"),
     "tdtm": ("2", "all", "last:2,sites=cross+temporal-kv", "between:0,800,sites=mlp+spatial-kv"),
     "step_cache": ("every:2,warmup=1", "every:2,warmup=2,order=1", "online:warmup=2,threshold=9"),
     "guidance_interval": ("30,900",),

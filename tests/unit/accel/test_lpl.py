@@ -192,6 +192,38 @@ def test_adaptive_rule_sees_the_whole_tensor() -> None:
         assert leap_of(results) == leap
 
 
+@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("text", ["fixed:5", "t:400", "adaptive:patience=1,tolerance=2"])
+def test_order_1_adds_the_change_of_the_velocity(name: str, text: str) -> None:
+    """A curved flow ends nearer to its end, and each sample goes by its own times."""
+    own = mx.stack([times(8)[:, 0], 800 / 1000 * times(8)[:, 0]], axis=1)
+    order = f"{text},order=1"
+    runs = [
+        list(denoise(Curved(), latents(), own, SAMPLERS[name], policy=rule(each)))
+        for each in (text, order)
+    ]
+    assert leap_of(runs[0]) == leap_of(runs[1]) in (4, 5)
+    (*_, before, last), straight = runs[1], runs[0][-1]
+    for sample, (t, earlier) in enumerate(np.array(mx.stack([last.step.t, before.step.t]).T)):
+        t, earlier = t / 1000, earlier / 1000
+        bend = (straight.v - before.v)[sample] / (earlier - t)
+        v = straight.v[sample] + bend * t / 2 * (1 - t)
+        for found, expected in ((last.v, v), (last.z, last.z_in[sample] + v * t)):
+            assert mx.allclose(found[sample], expected, rtol=0, atol=rounding(1e-5))
+    end = list(denoise(Curved(), latents(), own, SAMPLERS["midpoint"]))[-1].z
+    errors = [float(mx.abs(leap.z - end).max()) for leap in (straight, last)]
+    assert errors[1] < 0.7 * errors[0]
+
+
+def test_order_1_needs_two_velocities_of_a_moving_frame() -> None:
+    """A frame that begins in the step of the leap, or rests, goes along its velocity."""
+    for text, mask in (("fixed:0", (1.0, 1.0, 1.0)), ("fixed:3", (1.0, 0.4, 0.0))):
+        flow = turning(np.full((19, 1), 0.8))
+        plain, bent = (run(flow, each, 20, given(*mask))[-1] for each in (text, f"{text},order=1"))
+        same = [bool(mx.array_equal(plain.z[:, i], bent.z[:, i])) for i in range(3)]
+        assert same == ([True] * 3 if text == "fixed:0" else [False, True, True])
+
+
 def test_similarity_is_exact_for_large_latents() -> None:
     shape = (2, 15, 30, 53, 4)
     a, b = (mx.random.normal(shape, key=mx.random.key(i)) + 1.0 for i in range(2))

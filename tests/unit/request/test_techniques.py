@@ -123,6 +123,8 @@ def test_bare_number_needs_a_mode_without_a_name() -> None:
     ("config", "text"),
     [
         (Lpl(after=15), "fixed:15"),
+        (Lpl(after=15, order=0), "fixed:15"),
+        (Lpl(after=15, order=1), "fixed:15,order=1"),
         (Lpl(time=660), "t:660"),
         (Lpl(), "adaptive:patience=3,tolerance=0.0001,minimum=0.5"),
         (Lpl(patience=5), "adaptive:patience=5,tolerance=0.0001,minimum=0.5"),
