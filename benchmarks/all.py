@@ -103,6 +103,7 @@ TABLE: Mapping[str, Entry] = {
         MODEL,
         (f"{RESULTS}/ondevice_51.json",),
     ),
+    "leaps": _measures("leaps", 20, MODEL),
     "pareto": _measures("pareto", 60, (*MODEL, *TABLES)),
     "quantized": _measures("quantized", 20, MODEL),
     "samplers": _measures("samplers", 25, MODEL),
