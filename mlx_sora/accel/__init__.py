@@ -103,6 +103,11 @@ class Accelerations:
         assert len(merging) <= 1, "two techniques merge tokens"
         return merging[0] if merging else None
 
+    def merged_sites(self, step: int) -> tuple[tuple[str, ...], ...]:
+        """Return the sites that merge in this step, by block; empty if none does."""
+        merging = self.token_merging(step)
+        return tuple(map(merging.sites_of, range(self._schedule.blocks))) if merging else ()
+
     def on_step_end(self, result: StepResult) -> None:
         """Let every technique account for a finished step."""
         for window in self.windows:

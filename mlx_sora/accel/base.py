@@ -24,9 +24,10 @@ class ScheduleInfo:
     """The run that a technique is made for.
 
     evaluations: of the velocity per step. frames: latent frames. guided: whether CFG is on.
-    times: flow time at the start of each step. model: its folder. size: width, height and frames
-    of the video. skipped_steps, cond_only_steps: steps in which the techniques before this one run
-    no block, or predict with the prompt only. blocks: of each kind in the network.
+    times: flow time at the start of each step. model, model_name: its folder and name. size: width,
+    height and frames of the video. skipped_steps, cond_only_steps: steps in which the techniques
+    before this one run no block, or predict with the prompt only. blocks: of each kind in the
+    network.
     agree: returns the decision of rank 0 on every rank; they may have rounded differently.
     """
 
@@ -36,6 +37,7 @@ class ScheduleInfo:
     guided: bool = True
     times: tuple[float, ...] = ()
     model: Path | None = None
+    model_name: str = ""
     size: tuple[int, int, int] = (0, 0, 0)
     skipped_steps: frozenset[int] = frozenset()
     cond_only_steps: frozenset[int] = frozenset()

@@ -49,17 +49,22 @@ class ScheduleTable:
         # Lists of numbers on one line each: they are read by people, too.
         text = re.sub(r"\n +(\d+,?)(?=\n)", r" \1", json.dumps(asdict(self), indent=1))
         text = re.sub(r"\[ (.*)\n +\]", r"[\1]", text)
-        with explain_os_errors(path, UsageError):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with atomic_write(path, overwrite, error=UsageError) as file:
-                file.partial.write_text(text + "\n", encoding="utf-8")
-        return file.path
+        return write_table(text, path, overwrite=overwrite)
 
 
-def table_path(model: Path, steps: int, size: tuple[int, int, int]) -> Path:
+def write_table(text: str, path: Path, *, overwrite: bool) -> Path:
+    """Write the text of a table, atomically, as `ScheduleTable.write` does; return where."""
+    with explain_os_errors(path, UsageError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(path, overwrite, error=UsageError) as file:
+            file.partial.write_text(text + "\n", encoding="utf-8")
+    return file.path
+
+
+def table_path(model: Path, steps: int, size: tuple[int, int, int], folder: str = FOLDER) -> Path:
     """Return the path of a model's table for `steps` steps; size: width, height, frames."""
     width, height, frames = size
-    return model / FOLDER / f"{steps}-steps-{width}x{height}-{frames}.json"
+    return model / folder / f"{steps}-steps-{width}x{height}-{frames}.json"
 
 
 def read_schedule(
@@ -75,12 +80,14 @@ def read_schedule(
         if file
         else table_path(schedule.model, schedule.steps, schedule.size)
     )
-    fix = _calibration(schedule, path, named=bool(file))
+    words = calibration_words(schedule, path, named=bool(file))
+    command = f"python -m mlx_sora calibrate --prompt TEXT {words}"
+    fix = f"Use --step-cache every:3, or make the table: {command}"
     table = read_table(path, fix)
     found = (table.steps, table.width, table.height, table.num_frames)
     expected = (schedule.steps, *schedule.size)
     if found != expected:
-        raise UsageError(f"{path} is for {_show(found)}, this is {_show(expected)}.", fix)
+        raise UsageError(f"{path} is for {show_key(found)}, this is {show_key(expected)}.", fix)
     schedules = table.orders.get(str(order), {})
     if str(computed) not in schedules:
         known = ", ".join(sorted(schedules, key=int)) or "none"
@@ -91,16 +98,15 @@ def read_schedule(
     return frozenset(schedules[str(computed)])
 
 
-def _calibration(schedule: ScheduleInfo, file: Path, *, named: bool) -> str:
-    """Return the command that makes the table of a run. named: `file` is not the usual one."""
+def calibration_words(schedule: ScheduleInfo, file: Path, *, named: bool) -> str:
+    """Return the options that make the table of a run. named: `file` is not the usual one."""
     assert schedule.model is not None
     steps, (width, height, frames) = schedule.steps, schedule.size
     words = ["--model", model_argument(schedule.model), "--steps", steps, "--width", width]
     words += ["--height", height, "--num-frames", frames]
     words += ["--output", file] if named else []
     words += ["--overwrite"] if os.path.exists(file) else []
-    command = f"python -m mlx_sora calibrate --prompt TEXT {shell_words(*words)}"
-    return f"Use --step-cache every:3, or make the table: {command}"
+    return shell_words(*words)
 
 
 def read_table(path: Path, fix: str = "") -> ScheduleTable:
@@ -127,6 +133,7 @@ def read_table(path: Path, fix: str = "") -> ScheduleTable:
     return table
 
 
-def _show(key: tuple[int, int, int, int]) -> str:
+def show_key(key: tuple[int, int, int, int]) -> str:
+    """Return steps, width, height and frames for people."""
     steps, width, height, frames = key
     return f"{steps} steps at {width}x{height}, {frames} frames"

@@ -14,9 +14,9 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_sora.accel.base import Acceleration, ScheduleInfo
-from mlx_sora.models.config import MAX_DEPTH
+from mlx_sora.accel.merging_table import read_merging
 from mlx_sora.models.hooks import NoMerging, SiteMerging, TokenMerging
-from mlx_sora.request.techniques import PAPER_SITES, Tdtm
+from mlx_sora.request.techniques import PAPER_SITES, SITES, Tdtm
 from mlx_sora.sampling.base import State
 from mlx_sora.sampling.loop import StepResult
 
@@ -30,8 +30,10 @@ class PairedFrames:
     """
 
     stride = 2
-    sites = PAPER_SITES
-    blocks = range(MAX_DEPTH)
+
+    def sites_of(self, block: int) -> tuple[str, ...]:
+        """Return the sites of every attention."""
+        return PAPER_SITES
 
     def at(self, block: int, site: str) -> SiteMerging:
         """Return this merging for every attention, none for the rest of a block."""
@@ -87,9 +89,30 @@ class MergedSites:
 
     stride = 2
 
+    def sites_of(self, block: int) -> tuple[str, ...]:
+        """Return the sites of block `block` that merge."""
+        return self.sites if block in self.blocks else ()
+
     def at(self, block: int, site: str) -> SiteMerging:
         """Return the merging at one site of block `block`."""
-        return FramePairs() if site in self.sites and block in self.blocks else NoMerging()
+        return FramePairs() if site in self.sites_of(block) else NoMerging()
+
+
+@dataclass(frozen=True)
+class MergedBlocks:
+    """Merging of frame pairs at sites that differ by block. Fills TokenMerging."""
+
+    sites: tuple[tuple[str, ...], ...]
+
+    stride = 2
+
+    def sites_of(self, block: int) -> tuple[str, ...]:
+        """Return the sites of block `block` that merge."""
+        return self.sites[block]
+
+    def at(self, block: int, site: str) -> SiteMerging:
+        """Return the merging at one site of block `block`."""
+        return FramePairs() if site in self.sites[block] else NoMerging()
 
 
 class MergedSteps(Acceleration):
@@ -97,28 +120,33 @@ class MergedSteps(Acceleration):
 
     def __init__(self, config: Tdtm, schedule: ScheduleInfo) -> None:
         self._config, self._schedule = config, schedule
-        self._steps = _merged_steps(config, schedule)
+        self._merging: dict[int, TokenMerging] = {}
         self._merged_steps = 0
         if schedule.frames == 1:
-            self._steps = frozenset()
             self.warnings = ("--tdtm changes nothing here: a single frame has no other to merge.",)
-        elif config.merged_sites and config.merged_blocks.start >= schedule.blocks:
-            self._steps = frozenset()
+            return
+        if config.mode == "table":
+            found = read_merging(config.speed, schedule, config.file)
+            self._merging |= {step: MergedBlocks(sites) for step, sites in found.items()}
+            return
+        steps = _merged_steps(config, schedule)
+        if config.merged_sites and config.merged_blocks.start >= schedule.blocks:
             own = f"0-{schedule.blocks - 1}"
             self.warnings = (f"--tdtm {config} merges nothing: the model's blocks are {own}.",)
-        elif not self._steps:
+            return
+        sites = config.merged_sites
+        merging = MergedSites(sites, config.merged_blocks) if sites else PairedFrames()
+        self._merging |= dict.fromkeys(steps, merging)
+        if not steps:
             self.warnings = (f"--tdtm {config} merges nothing: no step begins there.",)
         elif config.mode in ("", "last") and config.steps > schedule.steps:
             self.warnings = (f"--tdtm {config} covers all of the {schedule.steps} steps.",)
 
     def token_merging(self, step: int) -> TokenMerging | None:
-        if step not in self._steps:
-            return None
-        sites = self._config.merged_sites
-        return MergedSites(sites, self._config.merged_blocks) if sites else PairedFrames()
+        return self._merging.get(step)
 
     def on_step_end(self, result: StepResult) -> None:
-        self._merged_steps += result.step.index in self._steps
+        self._merged_steps += result.step.index in self._merging
 
     def state(self) -> State:
         return {"made": self._merged_steps}
@@ -131,19 +159,28 @@ class MergedSteps(Acceleration):
 
         With sites, these in place of attending.
         """
-        frames, config = self._schedule.frames, self._config
+        frames, sites = self._schedule.frames, self._sites
         done = {"merged_steps": self._merged_steps, "frames": frames}
-        if config.merged_sites:
-            return done | {"sites": list(config.merged_sites)}
+        if sites:
+            return done | {"sites": list(sites)}
         return done | {"attending": frames // 2 if self._merged_steps else frames}
 
+    @property
+    def _sites(self) -> tuple[str, ...]:
+        """Sites that were asked for or that the table names; none for every attention."""
+        if self._config.mode != "table":
+            return self._config.merged_sites
+        blocks = range(self._schedule.blocks)
+        found = {s for each in self._merging.values() for b in blocks for s in each.sites_of(b)}
+        return tuple(site for site in SITES if site in found)
+
     def summary(self) -> str:
-        frames, config = self._schedule.frames, self._config
+        frames, sites = self._schedule.frames, self._sites
         if not self._merged_steps:
             return "tdtm: no frames merged"
         count = f"in {self._merged_steps} of {self._schedule.steps} steps"
-        if config.merged_sites:
-            return f"tdtm: frame pairs merged ({' + '.join(config.merged_sites)}) {count}"
+        if sites:
+            return f"tdtm: frame pairs merged ({' + '.join(sites)}) {count}"
         return f"tdtm: {frames // 2} instead of {frames} latent frames attended {count}"
 
 

@@ -1,29 +1,35 @@
-"""`calibrate`: search schedules of the step cache, or fit the preview map."""
+"""`calibrate`: search schedules of the step cache or token merging, or fit the preview map."""
 
 from __future__ import annotations
 
 import argparse
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mlx_sora.cli.awake import add_sleep_flag
 from mlx_sora.cli.flags import add_debug_flag, add_quiet_flag, add_request_flags, explicit_options
 from mlx_sora.cli.progress import open_bar
 from mlx_sora.errors import UsageError
-from mlx_sora.request.generation import label
+from mlx_sora.request.generation import GenerationRequest, label
+
+if TYPE_CHECKING:
+    from mlx_sora.pipeline.pipeline import Pipeline
 
 
 def add_parser(commands: Any) -> None:
     """Add the command."""
     parser = commands.add_parser(
         "calibrate",
-        help="search schedules for --step-cache table:N, or fit previews to a model",
+        help="make tables for --step-cache table:N and --tdtm table:SPEED, or fit previews",
         description="Find, for each N, the best N steps in which to run the transformer blocks, "
         "on a few prompts. Writes a small JSON file, by default into the model folder, that "
         "--step-cache table:N uses for the same number of steps and size. Takes little longer than "
-        "making the videos. With --preview: fit the map that shows previews without the VAE.",
+        "making the videos. With --tdtm SPEED: find what token merging may merge, for --tdtm "
+        "table:SPEED; takes nine times as long. With --preview: fit the map that shows previews "
+        "without the VAE.",
     )
     parser.add_argument(
         "--prompt",
@@ -37,9 +43,22 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--reach",
         type=int,
-        default=20,
         metavar="N",
         help="most steps that may use one cached residual; default: 20",
+    )
+    parser.add_argument(
+        "--tdtm",
+        type=float,
+        dest="speed",
+        metavar="SPEED",
+        help="make a table of token merging for this speed of the steps, such as 1.1; the table "
+        "serves all lower speeds too",
+    )
+    parser.add_argument(
+        "--motion-check",
+        action="store_true",
+        help="after --tdtm, make the videos with and without merging, and print their PSNR and how "
+        "much of the motion remains",
     )
     parser.add_argument(
         "--output",
@@ -73,30 +92,28 @@ def add_parser(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Write the schedules, or the preview map, and print the path."""
-    print(_fit_preview(args) if args.preview else _search_schedules(args))
+    """Write a table, or the preview map, and print the path."""
+    print(_fit_preview(args) if args.preview else _make_table(args))
     return 0
 
 
-def _search_schedules(args: argparse.Namespace) -> Path:
+def _make_table(args: argparse.Namespace) -> Path:
+    from mlx_sora.accel.merging_table import FOLDER as MERGING
+    from mlx_sora.accel.schedules import FOLDER as STEP_CACHE
     from mlx_sora.accel.schedules import table_path
-    from mlx_sora.pipeline.calibrate import calibrate, requests_for
+    from mlx_sora.pipeline.calibrate import REACH, calibrate, requests_for
     from mlx_sora.pipeline.pipeline import Pipeline
     from mlx_sora.utils.obstacles import check_result_file
 
-    if args.material:
-        raise UsageError("--material is for --preview.", "Add --preview, or leave it out.")
-    if not args.prompts:
-        raise UsageError("--prompt is missing.", "Give --prompt TEXT, or --preview.")
-    if not 1 <= args.reach <= 100:
-        raise UsageError(f"--reach {args.reach} is out of range.", "Give 1 to 100.")
+    _check_options(args)
     requests = requests_for(args.prompts, explicit_options(args))
     for request in requests:
         request.validate()
     pipeline = Pipeline.from_pretrained(requests[0].model, dtype=requests[0].dtype)
     settings = pipeline.prepare(requests[0]).settings
     size = (*settings.geometry.size, settings.geometry.num_frames)
-    default = table_path(pipeline.model.path, settings.steps, size)
+    folder = STEP_CACHE if args.speed is None else MERGING
+    default = table_path(pipeline.model.path, settings.steps, size, folder)
     path = Path(args.table) if args.table else default
     check_result_file(path, overwrite=args.replace)
 
@@ -104,8 +121,49 @@ def _search_schedules(args: argparse.Namespace) -> Path:
         if not args.quiet:
             print(f"{done} of {len(requests)} prompts done", file=sys.stderr)
 
-    table = calibrate(pipeline.engine, requests, args.reach, show_progress)
+    if args.speed is not None:
+        return _search_merging(args, pipeline, requests, path, show_progress)
+    table = calibrate(pipeline.engine, requests, args.reach or REACH, show_progress)
     return table.write(path, overwrite=args.replace)
+
+
+def _check_options(args: argparse.Namespace) -> None:
+    """Raise UsageError for options of tables that are missing, out of range or of another table."""
+    if args.material:
+        raise UsageError("--material is for --preview.", "Add --preview, or leave it out.")
+    if not args.prompts:
+        raise UsageError("--prompt is missing.", "Give --prompt TEXT, or --preview.")
+    if args.speed is None:
+        if args.motion_check:
+            raise UsageError("--motion-check is for --tdtm.", "Add --tdtm 1.1, or leave it out.")
+        if args.reach is not None and not 1 <= args.reach <= 100:
+            raise UsageError(f"--reach {args.reach} is out of range.", "Give 1 to 100.")
+        return
+    if args.reach is not None:
+        raise UsageError("--reach has no effect with --tdtm.", "Leave it out.")
+    if not 1.001 <= args.speed <= 2:
+        raise UsageError(f"--tdtm {args.speed:g} is out of range.", "Give 1.001 to 2.")
+
+
+def _search_merging(
+    args: argparse.Namespace,
+    pipeline: Pipeline,
+    requests: list[GenerationRequest],
+    path: Path,
+    show_progress: Callable[[int], None],
+) -> Path:
+    from mlx_sora.pipeline.calibrate_merging import calibrate_merging, check_motion
+    from mlx_sora.request.techniques import Tdtm
+
+    table = calibrate_merging(pipeline.engine, requests, args.speed, show_progress)
+    path = table.write(path, overwrite=args.replace)
+    if not args.quiet:
+        text = "estimated error of the latents at {:.3f} times the speed of the steps: {:.2%}"
+        print(text.format(table.parts[-1].speed, table.parts[-1].error), file=sys.stderr)
+    if args.motion_check:
+        tdtm = Tdtm("table", speed=args.speed, file=str(path))
+        print(check_motion(pipeline, requests, tdtm), file=sys.stderr)
+    return path
 
 
 def _fit_preview(args: argparse.Namespace) -> Path:
@@ -116,6 +174,8 @@ def _fit_preview(args: argparse.Namespace) -> Path:
     from mlx_sora.video.preview import PREVIEW_FILE
 
     others = [label(name) for name in explicit_options(args) if name != "model"]
+    own = {"--tdtm": args.speed, "--motion-check": args.motion_check or None, "--reach": args.reach}
+    others += [name for name, value in own.items() if value is not None]
     if args.prompts or others:
         raise UsageError(
             f"{(*others, '--prompt')[0]} has no effect on the preview map.", "Leave it out."

@@ -47,14 +47,13 @@ def text_encoder_flops(config: T5Config, tokens: int) -> int:
 def transformer_flops(
     config: STDiT3Config,
     grid: Grid,
-    merged_sites: Collection[str] = (),
-    merged_blocks: range = range(0),
+    merged: Sequence[Collection[str]] = (),
 ) -> int:
-    """Count one pass of STDiT3 with prepared text; merged: sites and blocks of token merging."""
+    """Count one pass of STDiT3 with prepared text; merged: sites of token merging by block."""
     channels, n = config.hidden_size, grid.num_tokens
-    merged = len(range(config.depth)[merged_blocks.start : merged_blocks.stop])
-    blocks = merged * _block_pair(config, grid, merged_sites)
-    blocks += (config.depth - merged) * _block_pair(config, grid)
+    merged = merged[: config.depth]
+    blocks = sum(_block_pair(config, grid, sites) for sites in merged)
+    blocks += (config.depth - len(merged)) * _block_pair(config, grid)
     patch = math.prod(config.patch_size) * (config.in_channels + config.out_channels)
     times = grid.batch * channels * (FREQUENCIES + 7 * channels)
     return 2 * (blocks + n * patch * channels + times)

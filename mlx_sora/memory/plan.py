@@ -141,14 +141,12 @@ class MediaWorkload:
 class StepVariant:
     """Work that an evaluation of the transformer leaves out.
 
-    merged_sites: parts of the blocks that see pairs of frames as one (TDTM; sites as in
-    `models.hooks`); merged_blocks: numbers of these blocks.
+    merged: parts of each block that see pairs of frames as one (TDTM; sites as in `models.hooks`).
     cond_only: the unconditional prediction is not computed.
     blocks_skipped: a cached residual replaces the block stack.
     """
 
-    merged_sites: tuple[str, ...] = ()
-    merged_blocks: range = range(0)
+    merged: tuple[tuple[str, ...], ...] = ()
     cond_only: bool = False
     blocks_skipped: bool = False
 

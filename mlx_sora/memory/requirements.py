@@ -316,7 +316,7 @@ def _denoising_memory(
 def _evaluation_flops(config: STDiT3Config, grid: Grid, variant: StepVariant) -> int:
     if variant.blocks_skipped:
         config = replace(config, depth=0)
-    return flops.transformer_flops(config, grid, variant.merged_sites, variant.merged_blocks)
+    return flops.transformer_flops(config, grid, variant.merged)
 
 
 def _denoising_reserve(

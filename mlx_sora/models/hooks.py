@@ -68,13 +68,8 @@ class TokenMerging(Protocol):
     def stride(self) -> int:
         """Number of successive frames that become one; a shorter rest at the end joins them."""
 
-    @property
-    def sites(self) -> tuple[str, ...]:
-        """Sites that merge, for estimates."""
-
-    @property
-    def blocks(self) -> range:
-        """Numbers of the blocks that merge; some may be beyond the last."""
+    def sites_of(self, block: int) -> tuple[str, ...]:
+        """Return the sites of block `block` that merge, for estimates."""
 
     def at(self, block: int, site: str) -> SiteMerging:
         """Return the merging at one site of block `block`."""
@@ -84,8 +79,9 @@ class NoMerging:
     """Token merging that merges nothing, at every site."""
 
     stride = 1
-    sites: tuple[str, ...] = ()
-    blocks = range(0)
+
+    def sites_of(self, block: int) -> tuple[str, ...]:
+        return ()
 
     def at(self, block: int, site: str) -> NoMerging:
         return self

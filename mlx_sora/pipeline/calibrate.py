@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import mlx.core as mx
 
@@ -29,8 +30,10 @@ from mlx_sora.request.generation import GenerationRequest
 from mlx_sora.sampling import SAMPLERS
 from mlx_sora.sampling.base import Step
 from mlx_sora.sampling.guidance import CFGSlice, Guidance
-from mlx_sora.sampling.loop import denoise
+from mlx_sora.sampling.loop import StepResult, denoise
 from mlx_sora.sampling.noise import Noise
+
+AnyProbe = TypeVar("AnyProbe", bound=Accelerations)
 
 #: Default of the most steps that a segment may span.
 REACH = 20
@@ -141,28 +144,40 @@ def _mean(errors: Sequence[Errors]) -> Errors:
 
 def _measure(run: GenerationRun, reach: int) -> dict[int, Errors]:
     """Measure the errors of all segments on one prompt, for both orders of forecast."""
-    texts: dict[str, mx.array] = {}
-    for _ in encode_text([run], texts, run.ranks):
-        pass
-    plan = run.plan.stage("denoise")
-    with run.loader.stage(plan), run.loader.transformer(plan) as transformer:
-        info = schedule_info(run.engine, run.settings, run.parallel)
-        probe = Probe({}, info)
-        velocity = clip_guidance(run, clip_transformer(run, transformer, probe), texts)
-        path = list(_exact_path(run, velocity, transformer[0].config.in_channels, probe))
+    with probed_transformer(run, Probe) as (velocity, channels, probe):
+        path = [
+            ExactStep(step.step, step.z_in, step.v, probe.recorded)
+            for step in exact_path(run, velocity, channels)
+        ]
         return {
             order: dict(_segment_errors(path, velocity, probe, reach, order)) for order in (0, 1)
         }
 
 
-def _exact_path(
-    run: GenerationRun, velocity: Guidance, channels: int, probe: Probe
-) -> Iterator[ExactStep]:
+@contextmanager
+def probed_transformer(
+    run: GenerationRun, make_probe: type[AnyProbe]
+) -> Iterator[tuple[Guidance, int, AnyProbe]]:
+    """Encode the text of a run and open its transformer under a probe.
+
+    Yields the guided velocity, the channels of latents, and the probe.
+    """
+    texts: dict[str, mx.array] = {}
+    for _ in encode_text([run], texts, run.ranks):
+        pass
+    plan = run.plan.stage("denoise")
+    with run.loader.stage(plan), run.loader.transformer(plan) as transformer:
+        probe = make_probe({}, schedule_info(run.engine, run.settings, run.parallel))
+        velocity = clip_guidance(run, clip_transformer(run, transformer, probe), texts)
+        yield velocity, transformer[0].config.in_channels, probe
+
+
+def exact_path(run: GenerationRun, velocity: Guidance, channels: int) -> Iterator[StepResult]:
+    """Yield the Euler steps of a run without any technique."""
     settings, sampler = run.settings, SAMPLERS["rflow"]
     times = sampler.timesteps(settings.steps, **settings.model_args.sizes)
     noise = Noise([settings.seed], (*settings.geometry.latent, channels))
-    for step in denoise(velocity, noise.initial(), times, sampler):
-        yield ExactStep(step.step, step.z_in, step.v, probe.recorded)
+    yield from denoise(velocity, noise.initial(), times, sampler)
 
 
 def _segment_errors(

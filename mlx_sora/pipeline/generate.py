@@ -20,7 +20,6 @@ from mlx_sora.memory.budget import is_automatic
 from mlx_sora.memory.plan import MediaWorkload, Plan, StepVariant, Workload
 from mlx_sora.memory.planner import LargeArrayError, make_plan
 from mlx_sora.memory.profiles import format_bytes
-from mlx_sora.models.hooks import NoMerging
 from mlx_sora.pipeline.engine import Engine
 from mlx_sora.pipeline.preview import Previews
 from mlx_sora.pipeline.resume import with_checkpoints
@@ -192,6 +191,7 @@ def schedule_info(
         guided=resolved.guidance != 1,
         times=engine.flow_times(resolved.sampler, resolved.steps, resolved.model_args),
         model=engine.model.path,
+        model_name=engine.model.name,
         size=(*geometry.size, geometry.num_frames),
         blocks=engine.transformer_config.depth,
         # Ranks may round differently, so rank 0 decides for all.
@@ -203,11 +203,9 @@ def step_variants(
     accelerations: Accelerations, resolved: ResolvedRequest
 ) -> tuple[tuple[StepVariant, int], ...]:
     """Count the evaluations that leave something out, by kind, as far as known before the run."""
-    merging = [accelerations.token_merging(step) or NoMerging() for step in range(resolved.steps)]
     counts = Counter(
         StepVariant(
-            merged_sites=merging[step].sites,
-            merged_blocks=merging[step].blocks,
+            merged=accelerations.merged_sites(step),
             cond_only=step in accelerations.cond_only_steps,
             blocks_skipped=step in accelerations.skipped_steps,
         )

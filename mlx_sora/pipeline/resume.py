@@ -89,11 +89,15 @@ def identity(run: GenerationRun) -> dict[str, Any]:
     del found["memory_budget"]
     found["dtype"] = dtype_name(run.engine.precision.transformer)
     found["weights"] = run.weights
-    # A schedule table may have been calibrated again since.
+    # A table may have been calibrated again since.
     found["schedule"] = [
         sorted(run.accelerations.skipped_steps),
         sorted(run.accelerations.cond_only_steps),
     ]
+    tdtm = run.settings.accelerations.get("tdtm")
+    if tdtm is not None and tdtm.mode == "table":
+        steps = range(run.settings.steps)
+        found["merging"] = [run.accelerations.merged_sites(step) for step in steps]
     plain: dict[str, Any] = _as_json(found)
     return plain
 
@@ -174,7 +178,12 @@ def checkpoint_mismatch(
 def _shown(name: str) -> str:
     if name in options():
         return label(name)
-    texts = {"text": "the prompt", "scenes": "the prompt", "negative_text": "--negative-prompt"}
+    texts = {
+        "merging": "the table of token merging",
+        "text": "the prompt",
+        "scenes": "the prompt",
+        "negative_text": "--negative-prompt",
+    }
     return texts.get(name, name.replace("_", " "))
 
 

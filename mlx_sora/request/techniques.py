@@ -261,21 +261,24 @@ _MERGING = ("all", "", "last", "between")
 
 @dataclass(frozen=True, eq=False)
 class Tdtm(TechniqueConfig):
-    """Token merging in the first `steps` steps; in all, the last ones, or by flow time.
+    """Token merging in the first `steps` steps; in all, the last ones, by flow time or a table.
 
     low, high: flow times at which merged steps start. sites: parts of the blocks joined by +, at
     true positions in time; without them every attention merges, as in On-device Sora. blocks: only
-    these, as FIRST-LAST from 0.
+    these, as FIRST-LAST from 0. speed: that of all steps together, for which calibrate has chosen
+    sites, blocks and steps (or the table `file` lists them).
     """
 
-    MODES = (OFF, *_MERGING)
+    MODES = (OFF, *_MERGING, "table")
     ACCELERATION = "mlx_sora.accel.tdtm:MergedSteps"
 
     steps: int = integer({"": None, "last": None}, 1, MAX_STEPS)
     low: float = real({"between": None}, 0, 1000)
     high: float = real({"between": None}, 0, 1000)
+    speed: float = real({"table": None}, 1, 2)
     sites: str = text(dict.fromkeys(_MERGING, ""))
     blocks: str = text(dict.fromkeys(_MERGING, ""))
+    file: str = text({"table": ""})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -287,7 +290,7 @@ class Tdtm(TechniqueConfig):
             raise UsageError(f"Tdtm: {error}", f"As text: {self.forms()}.") from None
 
     def _check_sites(self) -> None:
-        if self.mode == OFF:
+        if self.mode not in _MERGING:
             return
         sites = self.merged_sites
         unknown = [site for site in sites if site not in SITES]

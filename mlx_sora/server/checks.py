@@ -11,7 +11,7 @@ from typing import Any
 from mlx_sora.errors import UsageError
 from mlx_sora.request.edit import EditRequest
 from mlx_sora.request.generation import GenerationRequest, to_command_line
-from mlx_sora.request.techniques import MAX_STEPS, StepCache
+from mlx_sora.request.techniques import MAX_STEPS, StepCache, Tdtm
 from mlx_sora.server.task import EDIT, GENERATE, KINDS, Task
 from mlx_sora.video.output_path import SUFFIXES
 
@@ -98,6 +98,8 @@ def _check_names(request: GenerationRequest) -> None:
         )
     if isinstance(request.step_cache, StepCache) and request.step_cache.file:
         raise UsageError("The server takes no file of a step cache.", "Leave out file=.")
+    if isinstance(request.tdtm, Tdtm) and request.tdtm.file:
+        raise UsageError("The server takes no file of token merging.", "Leave out file=.")
 
 
 def source_id(path: str) -> str:

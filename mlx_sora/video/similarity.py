@@ -48,6 +48,13 @@ class Similarity:
         return f"PSNR {psnr}, SSIM {self.ssim:.3f}"
 
 
+def motion(frames: np.ndarray) -> float:
+    """Return the mean change from frame to frame of uint8 [T, H, W, 3], in levels of 255."""
+    import numpy as np
+
+    return float(np.abs(np.diff(frames.astype(np.int16), axis=0)).mean())
+
+
 def ssim(frame: np.ndarray, other: np.ndarray) -> float:
     """Return the SSIM of two frames uint8 [H, W, 3], the mean over windows and channels.
 

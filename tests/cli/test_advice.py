@@ -20,6 +20,7 @@ from tests.invariants.advice import FLAG, templates
 PROMPT = "-p 'a red circle moving right on a black background'"
 PLAN = f"generate --model m --dry-run {PROMPT}"
 EDIT = f"edit v.mp4 --model m --dry-run {PROMPT} --source-prompt 'a red circle grows over black'"
+MERGING = f"calibrate --model m -o c.json --overwrite --steps 1 {PROMPT}"
 SCENES = "generate --model m --dry-run -p '|0|a|2|b'"
 
 
@@ -40,6 +41,9 @@ class Case:
 
 CASES = [
     Case(f"{PLAN} --steps 2 --num-frames 1 --step-cache table:1", "make the table: {}"),
+    Case(f"{PLAN} --steps 1 --num-frames 17 --tdtm table:1.05", "make the table: {}"),
+    Case(f"{MERGING} --motion-check", "Add --tdtm 1.1, or leave it out."),
+    Case(f"{MERGING} --tdtm 1.9", "Give --tdtm {} or less."),
     Case(f"{PLAN} --nosuchflag", "See {} --help.", parse=True),
     Case(
         "generate --model m a red circle",
@@ -192,6 +196,8 @@ ELSEWHERE = {
     "pip has --force-reinstall": "tests/unit/manage/test_doctor.py",
     "add --checkpoint-every 5": "tests/cli/test_interrupts.py",
     "python -m mlx_sora calibrate --prompt TEXT {}": "the case of its message",
+    "python -m mlx_sora calibrate --tdtm {} --prompt TEXT {}": "the case of its message",
+    "or make another: {}": "test_a_table_of_a_lower_speed_is_made_anew",
 }
 
 
@@ -264,7 +270,7 @@ def test_advice_works_as_typed(
             continue
         code, more = line.run(way)
         assert code == 0, (way, more)
-        if way[0] == "calibrate":  # makes what the first command needs
+        if way[0] == "calibrate" != words[0]:  # makes what the first command needs
             code, more = line.run(words)
         assert code == 0, (way, more)
         assert not matches(case.says, more), (way, more)
@@ -298,6 +304,22 @@ def test_a_table_of_other_steps_is_made_anew(
     words[words.index("--steps") + 1] = "3"
     code, advice = line.run(words)
     assert (code, "t.json is for 2 steps" in line.message) == (2, True)
+    (way,) = (way for way in ways(words, advice, "") if way[0] == "calibrate")
+    assert line.run(way)[0] == 0
+    assert line.run(words)[0] == 0
+
+
+def test_a_table_of_a_lower_speed_is_made_anew(
+    files: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The speed that the table reaches does, and so does a table for the wanted one."""
+    line = Line(monkeypatch, capsys)
+    assert line.run(shlex.split(f"{MERGING} --tdtm 1.01"))[0] == 0
+    words = shlex.split(f"{PLAN} --steps 1 --tdtm table:1.1,file=c.json")
+    code, advice = line.run(words)
+    assert (code, "c.json reaches 1.0" in line.message) == (2, True)
+    lower = f"{advice.split()[2].rstrip(',')},file=c.json"
+    assert line.run([*words[:-1], lower])[0] == 0
     (way,) = (way for way in ways(words, advice, "") if way[0] == "calibrate")
     assert line.run(way)[0] == 0
     assert line.run(words)[0] == 0

@@ -70,19 +70,17 @@ def test_transformer_operations_scale_with_the_grid() -> None:
     assert transformer_flops(STDIT, replace(grid, batch=2)) == 2 * one
     assert transformer_flops(STDIT, replace(grid, spatial_tokens=60)) > 2 * one
     # Merging halves all of the blocks but their MLPs, and quarters the scores along time.
-    saved = one - transformer_flops(STDIT, grid, PAPER_SITES, range(99))
+    saved = one - transformer_flops(STDIT, grid, [PAPER_SITES] * 3)
     linear, scores = 6 * 48**2 + 2 * 9 * 48, 2 * 48
     halved = 2 * 3 * 240 * (2 * linear + scores * 30)
     assert saved == halved // 2 + 2 * 3 * 240 * scores * 8 * 3 // 4
     cross = 2 * (2 * 48**2 + 2 * 9 * 48)  # multiplications and additions of a token
-    first = transformer_flops(STDIT, grid, ["cross"], range(1))
+    first = transformer_flops(STDIT, grid, [["cross"]])
     assert one - first == 2 * 240 * cross // 2
-    keys = transformer_flops(STDIT, grid, ["temporal-kv"], range(99))
+    keys = transformer_flops(STDIT, grid, [["temporal-kv"]] * 99)
     assert one - keys == 2 * 3 * 240 * (48**2 + scores * 8 // 2)
     still = replace(grid, frames=1)
-    assert transformer_flops(STDIT, still, PAPER_SITES, range(99)) == transformer_flops(
-        STDIT, still
-    )
+    assert transformer_flops(STDIT, still, [PAPER_SITES] * 3) == transformer_flops(STDIT, still)
 
 
 @pytest.fixture

@@ -65,6 +65,7 @@ def test_order(queue: JobQueue) -> None:
         ({"prompt": 'x{"reference_path": "/etc/passwd"}'}, "no settings in the prompt"),
         ({"model": "../model"}, "has to be a name"),
         ({"step_cache": "table:computed=3,file=/etc/passwd"}, "no file of a step cache"),
+        ({"tdtm": "table:1.1,file=/etc/passwd"}, "no file of token merging"),
     ],
 )
 def test_bad_tasks_are_refused(queue: JobQueue, options: dict[str, object], message: str) -> None:
