@@ -33,9 +33,9 @@ SHAPES = "weights/shapes"
 VAE = (f"{SHAPES}/vae/*",)
 #: What the videos of the bundled model follow from.
 MODEL = (f"{SHAPES}/*/*.safetensors", f"{SHAPES}/*/config.json", f"{SHAPES}/tokenizer/*")
-TABLES = (f"{SHAPES}/step_cache/*",)
+TABLES = (f"{SHAPES}/step_cache/*", f"{SHAPES}/token_merging/*")
 
-#: Captions that the table of steps is searched on, one of each motion but one.
+#: Captions that the tables of steps and of merging are searched on, one of each motion but one.
 CAPTIONS = (
     "a red circle moving right on a black background",
     "a blue square moving up on a white background",
@@ -81,6 +81,9 @@ TABLE: Mapping[str, Entry] = {
         ("-m benchmarks.preview",), 15, VAE, (f"{RESULTS}/preview.json", f"{SHAPES}/preview.json")
     ),
     "step_table": Entry((CALIBRATE,), 2, MODEL, (f"{SHAPES}/step_cache/30-steps-64x64-17.json",)),
+    "merging_table": Entry(
+        (f"{CALIBRATE} --tdtm 1.15",), 3, MODEL, (f"{SHAPES}/token_merging/30-steps-64x64-17.json",)
+    ),
     "contact_sheet": Entry(
         (f"-m benchmarks.shapes.contact_sheet {SHAPES}/contact_sheet.png",),
         1,
@@ -107,6 +110,13 @@ TABLE: Mapping[str, Entry] = {
     "pareto": _measures("pareto", 60, (*MODEL, *TABLES)),
     "quantized": _measures("quantized", 20, MODEL),
     "samplers": _measures("samplers", 25, MODEL),
+    "tdtm": Entry(
+        ("-m benchmarks.tdtm", "-m benchmarks.tdtm --speeds"),
+        30,
+        (*MODEL, *TABLES),
+        (f"{RESULTS}/tdtm.json",),
+        rows=True,
+    ),
     "tiles": _measures("tiles", 10, MODEL, "--prompts 5 --frames 2"),
     "vae_dtype": _measures("vae_dtype", 10, MODEL, "--prompts 3 --frames 2"),
     # Speed and memory, whatever the weights are.

@@ -40,7 +40,7 @@ STEPS = 30
 #: Technique → modes that are run alone.
 ALONE = {
     "lpl": ("fixed:15", "fixed:10", "fixed:6", "t:660"),
-    "tdtm": ("5", "15", "all"),
+    "tdtm": ("5", "15", "all", "all:sites=cross", "table:1.05", "table:1.15"),
     "step_cache": (
         *("every:3", "every:4", "every:4,order=1", "every:6", "every:6,order=1"),
         *("every:4,warmup=3", "every:6,warmup=3", "every:6,warmup=3,order=1", "every:10,warmup=3"),
@@ -56,6 +56,8 @@ TOGETHER: tuple[dict[str, str], ...] = (
     {"lpl": "t:220", "step_cache": "every:4,warmup=3"},
     {"lpl": "t:220", "step_cache": "online:threshold=0.35,warmup=3"},
     {"tdtm": "3", "step_cache": "every:4,warmup=3"},
+    {"tdtm": "all:sites=cross", "step_cache": "every:4,order=1"},
+    {"tdtm": "table:1.05", "step_cache": "every:4,order=1"},
     {"step_cache": "every:4", "guidance_cache": "every:5"},
     {"step_cache": "online", "guidance_cache": "every:5"},
     {"step_cache": "table:8", "guidance_cache": "every:5,after=0.1"},

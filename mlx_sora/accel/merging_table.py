@@ -51,7 +51,7 @@ class Part:
 
 @dataclass(frozen=True)
 class MergingTable:
-    """What merges in a model, for one number of steps and size, in the order of `parts`.
+    """Order in which parts of a model merge, for one number of steps and size.
 
     blocks: of each kind in the model. about: how it was measured.
     """

@@ -47,20 +47,6 @@ def add_parser(commands: Any) -> None:
         help="most steps that may use one cached residual; default: 20",
     )
     parser.add_argument(
-        "--tdtm",
-        type=float,
-        dest="speed",
-        metavar="SPEED",
-        help="make a table of token merging for this speed of the steps, such as 1.1; the table "
-        "serves all lower speeds too",
-    )
-    parser.add_argument(
-        "--motion-check",
-        action="store_true",
-        help="after --tdtm, make the videos with and without merging, and print their PSNR and how "
-        "much of the motion remains",
-    )
-    parser.add_argument(
         "--output",
         "-o",
         type=os.path.expanduser,
@@ -84,11 +70,29 @@ def add_parser(commands: Any) -> None:
         metavar="FILE",
         help="videos and images to fit the map to; default: drawn shapes and patterns",
     )
+    _add_merging_flags(parser)
     add_request_flags(parser, "calibrate")
     add_quiet_flag(parser)
     parser.hide(add_sleep_flag(parser))
     add_debug_flag(parser)
     parser.set_defaults(run=run)
+
+
+def _add_merging_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--tdtm",
+        type=float,
+        dest="speed",
+        metavar="SPEED",
+        help="make a table of token merging for this speed of the steps, such as 1.1; the table "
+        "serves all lower speeds too",
+    )
+    parser.add_argument(
+        "--motion-check",
+        action="store_true",
+        help="after --tdtm, make the videos with and without merging, and print their PSNR and how "
+        "much of the motion remains",
+    )
 
 
 def run(args: argparse.Namespace) -> int:

@@ -279,7 +279,8 @@ class GenerationRequest:
     )
     tdtm: Tdtm | int | str | None = option(
         "Temporal Dimension Token Merging: merge pairs of frames around attention in the first "
-        f"steps, the last, or those at some flow times: {Tdtm.forms()}; sites: {'+'.join(SITES)}",
+        f"steps, the last, those at some flow times, or what calibrate chose for a speed: "
+        f"{Tdtm.forms()}; sites: {'+'.join(SITES)}",
         tasks=_VIDEO,
         parse=Tdtm.parse,
         metavar="STEPS",
