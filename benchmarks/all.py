@@ -97,7 +97,7 @@ TABLE: Mapping[str, Entry] = {
         (f"{SHAPES}/provenance.json", f"{SHAPES}/statistics.json"),
     ),
     # The bundled model: quality, and speed beside it.
-    "conditioning": _measures("conditioning", 25, MODEL),
+    "conditioning": _measures("conditioning", 50, MODEL, rows=True),
     "editing": _measures("editing", 40, MODEL),
     "ondevice": _measures("ondevice", 15, MODEL, "--prompts 16"),
     "ondevice_51": Entry(

@@ -5,7 +5,8 @@
 First frame: the world draws the first frame of held-out videos, the bundled model continues it
 under their captions; by the scorer, colour, shape and background are kept, and the asked motion
 followed. 17 frames: the same with the first half of a video, whose second half is to be made.
-The first frame also in clips of 34 and 51 frames, a quarter as many.
+The first frame also in clips of 34 and 51 frames, and all with each --image-guidance, a quarter as
+many. A row that the file already has is not measured again.
 Joins: a video of three clips of 34 frames; the change from frame to frame (mean over pixels) at the
 joins over the median of all others, per video; beside it the same for the place inside the first
 clip where two chunks of the VAE meet, which is there without any join. Videos that stand still and
@@ -15,6 +16,7 @@ such that move apart: where nothing moves, what is usual is small.
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import tempfile
 from dataclasses import asdict, dataclass
@@ -29,16 +31,24 @@ from benchmarks.shapes.contact_sheet import draw_row
 from benchmarks.shapes.scorer import FIELDS, read_video
 from mlx_sora import Pipeline
 from mlx_sora.conditioning.clips import Clips
+from mlx_sora.request.generation import IMAGE_GUIDANCE
 from mlx_sora.video.writer import save_frames
 
 LOOPS = Clips(num_frames=34, count=3)
 
+#: Task, image guidance, frames and number of videos of a row.
+Work = tuple[str, str, int, int]
+
 
 @dataclass(frozen=True)
 class Kept:
-    """Share of videos. kept: colour, shape and background all as given; motion: as asked."""
+    """Share of videos. kept: colour, shape and background all as given; motion: as asked.
+
+    image_guidance: how denoising sees the given frames.
+    """
 
     task: str
+    image_guidance: str
     frames: int
     cases: int
     colour: float
@@ -53,14 +63,14 @@ class Joins:
     """Median over videos of the change at joins, and at the chunks' meeting inside a clip.
 
     Both over the median change from frame to frame elsewhere in the video, which is `usual`, in
-    grey levels of 255.
+    grey levels of 255 (None in older rows).
     """
 
     videos: str
     cases: int
     joins: float
     chunks: float
-    usual: float
+    usual: float | None = None
 
 
 def spread(count: int) -> list[world.Attributes]:
@@ -75,8 +85,9 @@ def drawn(truth: world.Attributes, case: int, frames: int) -> np.ndarray:
     return world.render(truth, path, np.linspace(0, 1, frames))
 
 
-def measure(pipe: Pipeline, task: str, frames: int, count: int, rows: list[Image.Image]) -> Kept:
-    """Score `count` videos of one task; adds a picture of every sixth to `rows`."""
+def measure(pipe: Pipeline, work: Work, rows: list[Image.Image]) -> Kept:
+    """Score the videos of one row; adds a picture of every sixth to `rows`."""
+    task, mode, frames, count = work
     hits = []
     with tempfile.TemporaryDirectory() as folder:
         for case, truth in enumerate(spread(count)):
@@ -88,18 +99,19 @@ def measure(pipe: Pipeline, task: str, frames: int, count: int, rows: list[Image
             else:
                 given = save_frames(Path(folder) / "before.mp4", real[:17], 24, overwrite=True)
                 options = {"videos": given}
-            made = pipe(prompt, seed=case, num_frames=frames, **options).frames
+            options |= {"seed": case, "num_frames": frames, "image_guidance": mode}
+            made = pipe(prompt, **options).frames
             assert made is not None
             reading = read_video(made)
             hits.append([getattr(reading, name) == getattr(truth, name) for name in FIELDS])
             if case % 6 == 0:
-                rows.append(draw_row(f"{task}, {frames}: {prompt}", made))
-            print(f"{task}, {frames} frames: {case + 1} of {count}", flush=True)
+                rows.append(draw_row(f"{task}, {mode}, {frames}: {prompt}", made))
+            print(f"{task}, {mode}, {frames} frames: {case + 1} of {count}", flush=True)
     shares = dict(zip(FIELDS, np.mean(hits, axis=0).tolist(), strict=True))
     kept = [
         all(hit for name, hit in zip(FIELDS, row, strict=True) if name != "motion") for row in hits
     ]
-    return Kept(task, frames, count, kept=float(np.mean(kept)), **shares)
+    return Kept(*work, kept=float(np.mean(kept)), **shares)
 
 
 def join_ratios(frames: np.ndarray, clips: Clips) -> tuple[float, float, float]:
@@ -130,9 +142,9 @@ def measure_joins(pipe: Pipeline, still: bool, count: int, rows: list[Image.Imag
 def show(kept: list[Kept], joins: list[Joins]) -> str:
     """Both tables."""
     first = markdown(
-        ["given", "frames", "kept", "motion", "colour", "shape", "background"],
+        ["given", "seen", "frames", "kept", "motion", "colour", "shape", "background"],
         [
-            [row.task, str(row.frames)]
+            [row.task, row.image_guidance, str(row.frames)]
             + [
                 f"{value:.0%}"
                 for value in (row.kept, row.motion, row.colour, row.shape, row.background)
@@ -143,11 +155,27 @@ def show(kept: list[Kept], joins: list[Joins]) -> str:
     second = markdown(
         ["long videos", "at joins", "between chunks", "usual change"],
         [
-            [row.videos, f"{row.joins:.1f}×", f"{row.chunks:.1f}×", f"{row.usual:.2f} of 255"]
+            [
+                row.videos,
+                f"{row.joins:.1f}×",
+                f"{row.chunks:.1f}×",
+                "" if row.usual is None else f"{row.usual:.2f} of 255",
+            ]
             for row in joins
         ],
     )
     return f"{first}\n\n{second}"
+
+
+def works(cases: int) -> list[Work]:
+    """All rows; `cases` videos where frames are seen clean and measured at their best length."""
+    few = max(1, cases // 4)
+    found = [("first frame", "clean", world.CHUNK, cases), ("17 frames", "clean", 34, cases)]
+    found += [("first frame", "clean", frames, few) for frames in (34, 51)]
+    for mode in IMAGE_GUIDANCE[1:]:
+        found += [("first frame", mode, frames, few) for frames in (17, 34, 51)]
+        found.append(("17 frames", mode, 34, few))
+    return found
 
 
 def main() -> None:
@@ -159,17 +187,24 @@ def main() -> None:
     parser.add_argument("--sheet", type=Path, help="also draw some of the videos")
     asked = parser.parse_args()
     pipe, rows = Pipeline.from_pretrained(asked.model), list[Image.Image]()
-    kept = [
-        measure(pipe, "first frame", world.CHUNK, asked.cases, rows),
-        measure(pipe, "first frame", 2 * world.CHUNK, max(1, asked.cases // 4), rows),
-        measure(pipe, "first frame", 3 * world.CHUNK, max(1, asked.cases // 4), rows),
-        measure(pipe, "17 frames", 2 * world.CHUNK, asked.cases, rows),
-    ]
-    joins = [measure_joins(pipe, still, asked.loops, rows) for still in (True, False)]
+    found = json.loads(asked.json.read_text()) if asked.json.exists() else {}
+    kept = [Kept(**row) for row in found.get("kept", [])]
+    joins = [Joins(**row) for row in found.get("joins", [])]
+
+    def write() -> None:
+        values = {"kept": [asdict(row) for row in kept], "joins": [asdict(row) for row in joins]}
+        write_json(asked.json, {"model": asked.model, **values})
+
+    for work in works(asked.cases):
+        if work[:3] not in [(row.task, row.image_guidance, row.frames) for row in kept]:
+            kept.append(measure(pipe, work, rows))
+            write()
+    for still in (True, False):
+        if ("still" if still else "moving") not in [row.videos for row in joins]:
+            joins.append(measure_joins(pipe, still, asked.loops, rows))
+            write()
     print(show(kept, joins))
-    values = {"kept": [asdict(row) for row in kept], "joins": [asdict(row) for row in joins]}
-    write_json(asked.json, {"model": asked.model, **values})
-    if asked.sheet:
+    if asked.sheet and rows:
         width, height = rows[0].size
         sheet = Image.new("RGB", (width, height * len(rows)), "white")
         for index, row in enumerate(rows):

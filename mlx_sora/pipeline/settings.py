@@ -150,6 +150,7 @@ def resolve(
     media = plan_media(request, prompt.directives, shown, geometry.size, value("fps"))
     negative = None if request.negative_prompt is None else preprocess(request.negative_prompt)
     warnings += [*_overruled(request, prompt), *_unused_blending(request, windows, texts)]
+    warnings += _ineffective_image_guidance(request.image_guidance, media, value("guidance"))
     warnings += [*media.warnings, *_unused_scenes(prompt, clips, loops=loops)]
     if negative is not None and value("guidance") == 1:
         warnings.append("--negative-prompt has no effect without guidance.")
@@ -278,6 +279,16 @@ def _overruled(request: GenerationRequest, prompt: Prompt) -> Iterator[str]:
         yield "`references` are not used: the prompt has its own reference_path."
     if prompt.directives.mask_strategy is not None and request.mask_strategy is not None:
         yield "`mask_strategy` is not used: the prompt has its own."
+
+
+def _ineffective_image_guidance(mode: str, media: Media, guidance: float) -> Iterator[str]:
+    """Yield a warning if `mode` of --image-guidance changes nothing."""
+    masks = (media.mask(clip) for clip in range(media.clips.count))
+    missing = "guidance" if mode == "joint" and guidance == 1 else ""
+    if all(level == 1 for mask in masks for level in mask):
+        missing = "an image, a video or a loop"
+    if mode != "clean" and missing:
+        yield f"--image-guidance {mode} has no effect without {missing}."
 
 
 def _unused_scenes(prompt: Prompt, clips: Clips, *, loops: bool) -> Iterator[str]:

@@ -40,7 +40,7 @@ from mlx_sora.runtime.events import (
 )
 from mlx_sora.sampling import SAMPLERS, loop
 from mlx_sora.sampling.base import Velocity
-from mlx_sora.sampling.guidance import Guidance, GuidancePolicy
+from mlx_sora.sampling.guidance import Guidance, GuidancePolicy, NoisedFrames
 from mlx_sora.sampling.noise import Noise
 from mlx_sora.sampling.windows import WindowedVelocity
 from mlx_sora.text.encoder import encode_tokens
@@ -202,13 +202,15 @@ def _denoise_steps(
     with open_transformer(run, stage) as transformer, run.checkpoints.save_on_error():
         network, blocks = transformer
         shape = (*settings.latent, network.config.in_channels)
-        z, given = conditioning.initial_latents(clip, Noise([settings.seed], shape, clip))
+        noise = Noise([settings.seed], shape, clip)
+        z, given = conditioning.initial_latents(clip, noise)
+        noised = noised_frames(run, noise) if given else None
         restored = None
         if snapshot is not None and snapshot.latents is not None and snapshot.state is not None:
             z, restored = snapshot.latents, loop.RestoredSteps(snapshot.steps, snapshot.state)
         sampler = SAMPLERS[settings.sampler]
         for step in loop.denoise(
-            clip_velocity(run, transformer, texts, clip, accelerations),
+            clip_velocity(run, transformer, texts, clip, accelerations, noised),
             z,
             sampler.timesteps(settings.steps, **settings.model_args.sizes),
             sampler,
@@ -276,27 +278,37 @@ def clip_guidance(
     return Guidance(model, text, null_text, settings.guidance, sequential, policy)
 
 
+def noised_frames(run: GenerationRun, noise: Noise) -> NoisedFrames | None:
+    """Return how predictions see the given frames of a clip; None: as they are."""
+    mode = run.request.image_guidance
+    return None if mode == "clean" else NoisedFrames(noise.initial(), cond=mode == "noised")
+
+
 def clip_velocity(
     run: GenerationRun,
     transformer: StreamedTransformer,
     texts: TextStates,
     clip: int,
     accelerations: Accelerations,
+    noised: NoisedFrames | None = None,
 ) -> Velocity:
     """Return the guided velocity of a clip, or of its windows, each with text and techniques."""
     model, windows = clip_transformer(run, transformer, accelerations), run.settings.windows
     if windows is None:
-        return clip_guidance(run, model, texts, clip, accelerations.guidance)
+        guidance = clip_guidance(run, model, texts, clip, accelerations.guidance)
+        return replace(guidance, noised=noised)
     by_text = {
         text: clip_guidance(run, model, texts, i) for i, text in enumerate(run.settings.texts)
     }
-    return WindowedVelocity(
-        windows,
-        [
-            replace(by_text[text], model=replace(model, accelerations=each), policy=each.guidance)
-            for text, each in zip(run.settings.texts, accelerations.windows, strict=True)
-        ],
-    )
+    velocities = []
+    for index, text in enumerate(run.settings.texts):
+        techniques = accelerations.windows[index]
+        own = replace(model, accelerations=techniques)
+        seen = None if noised is None else noised.select(windows.span(index))
+        velocities.append(
+            replace(by_text[text], model=own, policy=techniques.guidance, noised=seen)
+        )
+    return WindowedVelocity(windows, velocities)
 
 
 def remeasure_if_merging_changes(

@@ -66,6 +66,9 @@ SAMPLERS = {
 FLOAT_DTYPES = ("float32", "bfloat16", "float16")
 DTYPES = ("auto", *FLOAT_DTYPES)
 
+#: How predictions see the frames of given images, videos and clips; sampling/guidance.py.
+IMAGE_GUIDANCE = ("clean", "joint", "noised")
+
 #: How ranks split a video; see mlx_sora/distributed/partition.py.
 PARALLEL_MODES = ("auto", "guidance", "sequence", "both", "prompts", "off")
 
@@ -224,6 +227,13 @@ class GenerationRequest:
         metavar="PATH [SIDE [FRAMES [STRENGTH]]]",
         many=True,
         common=True,
+    )
+    image_guidance: str = _conditioning(
+        "how denoising sees the frames of --image, --video and --loop: clean, as they are; noised "
+        "as far as the rest of the video; joint (STIV), clean with the prompt and noised without "
+        "it, so that guidance also moves towards them",
+        "clean",
+        choices=IMAGE_GUIDANCE,
     )
     mask_strategy: str | None = _conditioning(
         "Open-Sora's mask strategy: what to take from `references`, in latent frames",

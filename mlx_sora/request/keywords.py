@@ -78,6 +78,7 @@ class GenerationKeywords(SharedKeywords, total=False):
     original_prompt: str | None
     images: Pictures
     videos: Footages
+    image_guidance: Literal["clean", "joint", "noised"]
     mask_strategy: str | None
     references: FilePath | Sequence[FilePath]
     loop: int

@@ -21,6 +21,7 @@ WORDS = (
     "--vae-dtype bfloat16 "
     "--image a.png --image b.png -1 0.5 --video c.mp4 after 34 --negative-prompt n "
     "--loop 2 --condition-frames 34 --condition-edit 0.5 --long windows --scene-blend 0 "
+    "--image-guidance noised "
     "--step-cache every:2 --guidance-interval 100,900 --guidance-cache every:2 "
     "--no-embed-metadata --metadata --no-health-check --checkpoint-every 3 --preview-every 2 "
     "--scale 4 --keep-previews --no-text-cache"
@@ -60,6 +61,7 @@ def test_flag_reaches_its_field(folder: Path, pipeline: FakePipeline) -> None:
         "guidance_cache": "every:2,after=0.333,boost=1",
         "images": (("a.png", 0, 1.0), ("b.png", -1, 0.5)),
         "videos": (("c.mp4", "after", 34, 1.0),),
+        "image_guidance": "noised",
         "negative_prompt": "n",
         "loop": 2,
         "condition_frames": 34,

@@ -81,7 +81,8 @@ def test_interrupted_run_continues_exactly(pipe: Pipeline, sampler: str, tmp_pat
     """Over clips that continue each other, before and after a given frame starts."""
     picture = save_frames(tmp_path / "a.png", np.full((1, 32, 32, 3), 200, np.uint8), 1)
     given = {"images": [[str(picture), 0, 0.7]], "loop": 2, "num_frames": 34, "steps": 3}
-    options = {**SMALL, "sampler": sampler, **given, "condition_edit": 0.5}
+    mode = {"midpoint": "joint", "ab2": "noised"}.get(sampler, "clean")
+    options = {**SMALL, "sampler": sampler, **given, "condition_edit": 0.5, "image_guidance": mode}
     (tmp_path / "out").mkdir()
     check_resumes(pipe, tmp_path / "out", options, after=(1, 2, 4), decode=True)
 

@@ -45,7 +45,7 @@ CASES: dict[str, dict[str, Any]] = {
         "ci_dl": True,
     },
     "online": {"step_cache": "online:warmup=2,threshold=9"},
-    "clips": {"loop": 2, "num_frames": 34, "steps": 1},
+    "clips": {"loop": 2, "num_frames": 34, "steps": 1, "image_guidance": "joint"},
 }
 
 

@@ -13,7 +13,9 @@ from benchmarks.shapes import world
 from mlx_sora import GenerationRequest, Pipeline, Video
 from mlx_sora.errors import MemoryBudgetError, UsageError
 from mlx_sora.memory.profiles import parse_bytes
-from mlx_sora.runtime.events import Event, Finished, Noted, StageStarted, Warned
+from mlx_sora.pipeline.settings import resolve
+from mlx_sora.request.generation import IMAGE_GUIDANCE
+from mlx_sora.runtime.events import Event, Finished, Noted, StageStarted, StepFinished, Warned
 from mlx_sora.video.metadata import read_metadata, replay_options
 from mlx_sora.video.reader import read_video
 from mlx_sora.video.writer import save_frames
@@ -115,8 +117,9 @@ def test_an_image_from_an_image(pipe: Pipeline, real: np.ndarray) -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        {"lpl": "fixed:1", "tdtm": "all", "ci_dl": True},
+        {"lpl": "fixed:1", "tdtm": "all", "ci_dl": True, "image_guidance": "noised"},
         {"memory_budget": "1GB", "sequential_guidance": True, "sampler": "midpoint"},
+        {"step_cache": "every:2,warmup=1", "guidance_cache": "every:2", "image_guidance": "joint"},
         {"guidance": 1, "sampler": "ab2"},
     ],
     ids=str,
@@ -124,6 +127,40 @@ def test_an_image_from_an_image(pipe: Pipeline, real: np.ndarray) -> None:
 def test_with_everything_else(pipe: Pipeline, real: np.ndarray, options: dict[str, object]) -> None:
     frames = made(pipe, videos="clip.mp4", num_frames=34, **options)
     assert error(frames[:17], real[17:]) < 8
+
+
+def test_image_guidance_changes_all_but_the_image(pipe: Pipeline) -> None:
+    """The first latent stays; the way in which denoising sees it decides the others."""
+    ends = {}
+    for mode in IMAGE_GUIDANCE:
+        _, events = run(pipe, images="first.png", image_guidance=mode)
+        latents = [e.latents for e in events if isinstance(e, StepFinished)][-1]
+        ends[mode] = np.array(latents)
+    clean, *others = ends.values()
+    for other in others:
+        assert np.array_equal(other[:, 0], clean[:, 0])
+        assert np.abs(other[:, 1:] - clean[:, 1:]).max() > 1e-2
+    unguided = {"images": "first.png", "guidance": 1, "steps": 1}
+    clean, joint, noised = (made(pipe, **unguided, image_guidance=m) for m in IMAGE_GUIDANCE)
+    assert np.array_equal(joint, clean)
+    assert not np.array_equal(noised, clean)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"image_guidance": "noised"}, "noised has no effect without an image"),
+        ({"image_guidance": "joint", "loop": 2, "num_frames": 34, "guidance": 1}, "out guidance"),
+        ({"image_guidance": "joint", "loop": 2, "num_frames": 34}, ""),
+    ],
+    ids=str,
+)
+def test_image_guidance_without_effect_warns(
+    pipe: Pipeline, options: dict[str, object], says: str
+) -> None:
+    request = GenerationRequest.from_dict({"prompt": PROMPT, "seed": 1, **options})
+    warnings = " ".join(resolve(request, pipe.model).warnings)
+    assert says in warnings if says else "--image-guidance" not in warnings
 
 
 def test_loops_share_frames_without_repeating_them(pipe: Pipeline) -> None:
@@ -140,7 +177,6 @@ def test_loops_share_frames_without_repeating_them(pipe: Pipeline) -> None:
 def test_a_given_latent_ends_one_clip_and_begins_the_next(pipe: Pipeline) -> None:
     """With nothing made anew, a clip's first frames are the last of the one before it."""
     from mlx_sora.conditioning.latents import ConditioningLatents
-    from mlx_sora.pipeline.settings import resolve
     from mlx_sora.sampling.noise import Noise
 
     request = GenerationRequest(prompt="p", seed=1, loop=3, num_frames=34)

@@ -58,7 +58,7 @@ def test_one_window_is_a_plain_clip(pipe: Pipeline, picture: str) -> None:
     """Bit for bit, with a picture that starts later and every kind of technique."""
     options = {**SMALL, "num_frames": 34, "images": [[picture, 20, 0.7]], "tdtm": "1"}
     options |= {"step_cache": "every:2,warmup=1", "guidance_cache": "every:2,after=0"}
-    options |= {"sampler": "midpoint"}
+    options |= {"sampler": "midpoint", "image_guidance": "joint"}
     clip, window = (events(pipe, {**options, "long": long}) for long in ("clips", "windows"))
     assert np.array_equal(latents(clip), latents(window))
     records = [video(seen).metadata["accelerations"] for seen in (clip, window)]

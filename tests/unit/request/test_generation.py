@@ -32,6 +32,7 @@ FULL = {
     "negative_prompt": "blurry",
     "images": (("a.png", 0, 1.0), ("b.png", -1, 0.5)),
     "videos": (("a.mp4", "after", 34, 1.0),),
+    "image_guidance": "joint",
     "mask_strategy": "0,0,0,0,1,0.5",
     "references": ("a.png", "b.mp4"),
     "loop": 2,

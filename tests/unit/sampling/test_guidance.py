@@ -10,7 +10,8 @@ from mlx.utils import tree_flatten
 
 from mlx_sora.models.stdit3 import STDiT3, STDiT3Config
 from mlx_sora.sampling.base import Step
-from mlx_sora.sampling.guidance import CFGSlice, Guidance
+from mlx_sora.sampling.guidance import CFGSlice, Guidance, NoisedFrames
+from mlx_sora.sampling.rflow import add_noise
 from tests.helpers.flows import SHAPE, latents
 from tests.helpers.models import BoundModel
 from tests.helpers.tolerance import rounding
@@ -25,6 +26,7 @@ class Recorder:
 
     def __init__(self) -> None:
         self.texts: list[list[mx.array]] = []
+        self.latents: list[mx.array] = []
         self.slices: list[CFGSlice] = []
         self.batches: list[int] = []
         self.masks: list[mx.array | None] = []
@@ -44,6 +46,7 @@ class Recorder:
         cfg_slice: CFGSlice,
         /,
     ) -> mx.array:
+        self.latents.append(z)
         self.slices.append(cfg_slice)
         self.batches.append(len(z))
         self.masks.append(x_mask)
@@ -101,8 +104,48 @@ def test_scale_one_never_uses_the_null_text() -> None:
     assert mx.allclose(v, close, rtol=0, atol=rounding(1e-5))
 
 
-@pytest.mark.parametrize("mask", [None, mx.array([[True, False, True], [True, True, True]])])
-def test_batched_guidance_equals_sequential_on_the_network(mask: mx.array | None) -> None:
+@pytest.mark.parametrize("sequential", [False, True])
+@pytest.mark.parametrize("cond", [False, True])
+def test_fixed_frames_are_shown_noised(cond: bool, sequential: bool) -> None:
+    """At the time of the step: to both predictions, or (joint guidance) to uncond only."""
+    seen, z, noise = Recorder(), latents(), latents(9)
+    mask = mx.array([[True, False, True], [True, True, False]])
+    noised = NoisedFrames(noise, cond)
+    guidance = Guidance(seen, TEXT, null_text, 4.0, sequential, noised=noised)
+    guidance(z, T, step(mask))
+    assert seen.batches == ([2, 2] if sequential else [4])
+    first, second = mx.split(mx.concatenate(seen.latents), 2)
+    expected = mx.where(mask[:, :, None, None, None], z, add_noise(z, noise, T))
+    assert mx.array_equal(second, expected)
+    assert mx.array_equal(first, expected if cond else z)
+    if cond:
+        assert seen.masks == [None] * len(seen.masks)
+    elif sequential:
+        assert seen.masks == [mask, None]
+    else:
+        assert mx.array_equal(seen.masks[0], mx.concatenate([mask, mx.ones_like(mask)]))
+
+
+def test_without_fixed_frames_none_is_shown_noised() -> None:
+    noised = NoisedFrames(latents(9), cond=True)
+    plain, same = (
+        Guidance(Recorder(), TEXT, null_text, 4.0, noised=each)(latents(), T, step())
+        for each in (None, noised)
+    )
+    assert mx.array_equal(plain, same)
+
+
+@pytest.mark.parametrize(
+    ("mask", "cond"),
+    [
+        (None, None),
+        (mx.array([[True, False, True], [True, True, True]]), None),
+        (mx.array([[True, False, True], [True, True, True]]), False),
+    ],
+)
+def test_batched_guidance_equals_sequential_on_the_network(
+    mask: mx.array | None, cond: bool | None
+) -> None:
     """Prompts of different lengths, so that one call has to mask what two calls need not."""
     config = STDiT3Config.from_dict(
         {"hidden_size": 24, "num_heads": 2, "depth": 2, "caption_channels": 6}
@@ -112,9 +155,12 @@ def test_batched_guidance_equals_sequential_on_the_network(mask: mx.array | None
     model.load_weights(list(filled.items()))
 
     bound = BoundModel(model, SHAPE[1:4], height=16, width=16, fps=24)
-    batched = Guidance(bound, TEXT, model.null_text, 7.0)(latents(), T, step(mask))
-    sequential = Guidance(bound, TEXT, model.null_text, 7.0, sequential=True)
-    difference = mx.abs(batched - sequential(latents(), T, step(mask))).max()
+    noised = None if cond is None else NoisedFrames(latents(9), cond)
+    batched, sequential = (
+        Guidance(bound, TEXT, model.null_text, 7.0, each, noised=noised)(latents(), T, step(mask))
+        for each in (False, True)
+    )
+    difference = mx.abs(batched - sequential).max()
     assert float(difference / mx.std(batched)) <= rounding(1e-5)
 
 
