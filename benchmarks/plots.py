@@ -125,6 +125,24 @@ def draw_ondevice(figure: Any, data: Mapping[str, Row]) -> None:
         put_labels(axes, found)
 
 
+def draw_leaps(figure: Any, data: Mapping[str, Row]) -> None:
+    """Cosine of successive velocities, and how near leaps come, against the step."""
+    result = data["leaps"]
+    left, right = figure.subplots(1, 2)
+    for (frames, curve), color in zip(result["curves"].items(), (GREEN, BLUE, PURPLE), strict=True):
+        steps = range(result["first"], result["first"] + len(curve["t"]))
+        name = "image" if frames == "1" else f"{frames} frames"
+        left.plot(steps, curve["cosine"], color=color, label=name)
+        for order, line in ((0, "-"), (1, "--")):
+            label = name if order == 0 else f"{name}, order 1"
+            right.plot(steps, curve[f"order {order}"], line, color=color, label=label)
+    left.set(xlabel="step", ylabel="cosine of a velocity and the one before", ylim=(None, 1.001))
+    right.set(xlabel="steps before the leap", ylabel="dB of the latents to those of all steps")
+    for axes in (left, right):
+        axes.legend(fontsize=8)
+    figure.suptitle("{model}, 64×64, {steps} steps, {prompts} prompts".format(**result))
+
+
 def draw_memory(figure: Any, data: Mapping[str, Row]) -> None:
     """Seconds and PSNR against memory, at full size."""
     rows, quality = data["memory"]["rows"], data["quantized"]["shapes"]["rows"]
@@ -166,6 +184,7 @@ PLOTS: dict[str, tuple[Callable[[Any, Mapping[str, Row]], None], tuple[str, ...]
     "samplers": (draw_samplers, ("samplers",), 4.0),
     "ondevice": (draw_ondevice, ("ondevice",), 4.6),
     "ondevice_51": (draw_ondevice, ("ondevice_51",), 4.6),
+    "leaps": (draw_leaps, ("leaps",), 4.4),
     "memory": (draw_memory, ("memory", "quantized"), 4.4),
 }
 
