@@ -117,6 +117,7 @@ TABLE: Mapping[str, Entry] = {
         (f"{RESULTS}/tdtm.json",),
         rows=True,
     ),
+    "text_by_time": _measures("text_by_time", 30, MODEL, rows=True),
     "tiles": _measures("tiles", 10, MODEL, "--prompts 5 --frames 2"),
     "vae_dtype": _measures("vae_dtype", 10, MODEL, "--prompts 3 --frames 2"),
     # Speed and memory, whatever the weights are.

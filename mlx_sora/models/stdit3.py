@@ -24,6 +24,7 @@ from mlx_sora.models.key_map import CONV3D, KeyMap, KeyRule
 from mlx_sora.models.layers import Linear
 from mlx_sora.models.ops import add_gated, apply_in_slices, attention, gelu_tanh, modulate, silu
 from mlx_sora.models.quantized import dequantize_once, select_outputs
+from mlx_sora.models.text_segments import FrameTexts, Text, join_segments, text_parts
 
 #: Width of the sinusoidal embedding of times and frame rates, and its longest period.
 FREQUENCIES = 256
@@ -40,6 +41,9 @@ ValueFn = Callable[[mx.array], mx.array]
 
 #: Text keys and values of one attention, each [B, heads, L, head size].
 KeysValues = tuple[mx.array, mx.array]
+
+#: Text tokens that count: boolean [B, 1, 1, L], None for all; or those of each frame.
+TextMask = mx.array | FrameTexts | None
 
 
 @dataclass(frozen=True)
@@ -272,11 +276,15 @@ class CrossAttention(nn.Module):
         k, v = mx.contiguous(kv.transpose(2, 0, 3, 1, 4))
         return k, v
 
-    def __call__(self, x: mx.array, text: KeysValues, mask: mx.array | None) -> mx.array:
-        """Attend from x [B, T, S, C] to the text; mask boolean [B, 1, 1, L]."""
+    def __call__(self, x: mx.array, text: KeysValues, mask: TextMask) -> mx.array:
+        """Attend from x [B, T, S, C] to the text."""
         batch, channels = x.shape[0], x.shape[-1]
         q = ops.linear(self.q_linear, x).reshape(batch, -1, self.heads, channels // self.heads)
-        out = attention(q.swapaxes(1, 2), *text, scale=q.shape[-1] ** -0.5, mask=mask)
+        q, scale = q.swapaxes(1, 2), q.shape[-1] ** -0.5
+        if isinstance(mask, FrameTexts):
+            out = mask.attend(q, *text, scale)
+        else:
+            out = attention(q, *text, scale=scale, mask=mask)
         return ops.linear(self.proj, out.swapaxes(1, 2).reshape(x.shape))
 
 
@@ -302,7 +310,7 @@ class STDiT3Block(nn.Module):
         x: mx.array,
         modulation: mx.array,
         text: KeysValues,
-        mask: mx.array | None,
+        mask: TextMask,
         rope: Rope,
         merging_at: MergingAt,
         value_fn: ValueFn | None = None,
@@ -317,6 +325,7 @@ class STDiT3Block(nn.Module):
         h = modulate(self.norm1(x), shift, scale).astype(self.dtype)
         x = add_gated(x, gate, self.attn(h, rope, merging_at, value_fn))
         h = cross.merge(x.astype(self.dtype))
+        mask = mask.map_frames(cross.merge) if isinstance(mask, FrameTexts) else mask
         x = x + cross.unmerge(self.cross_attn(h, text, mask), frames)
         h = mlp.merge(modulate(self.norm2(x), mlp_shift, mlp_scale).astype(self.dtype))
         return add_gated(x, mlp_gate, mlp.unmerge(self.mlp(h), frames))
@@ -360,14 +369,14 @@ BlockPair = tuple[STDiT3Block, STDiT3Block]
 class Conditions:
     """Inputs of the network that all steps of a run share.
 
-    text: [B, L, C], after the text MLP. text_mask: boolean [B, 1, 1, L], None if all lengths agree.
+    text: [B, L, C], after the text MLP. text_mask: None if all tokens count in every frame.
     position: [S, C]. fps: [B, C]. t0, t0_mlp: embedding [B, C] and modulation [B, 6C] of frames at
     t = 0, evaluated only if a mask needs them. keys_values: those of each block for the samples of
     this rank, added at the block's first use.
     """
 
     text: mx.array
-    text_mask: mx.array | None
+    text_mask: TextMask
     position: mx.array
     fps: mx.array
     t0: mx.array
@@ -398,7 +407,7 @@ class STDiT3(nn.Module):
 
     def prepare(
         self,
-        text: Sequence[mx.array],
+        text: Sequence[Text],
         grid: Sequence[int],
         *,
         height: float,
@@ -408,15 +417,15 @@ class STDiT3(nn.Module):
         """Compute what the steps of a run share.
 
         Args:
-            text: one array [n_i, C_text] per sample, without padding.
+            text: one array [n_i, C_text] per sample, without padding; or segments.
             grid: latent T, H, W.
             height, width: pixels.
             fps: a number, or one per sample (repeated if the batch is a multiple).
 
         Raises UsageError for a sample without text tokens.
         """
-        lengths = [len(sample) for sample in text]
-        if not lengths or min(lengths) == 0:
+        parts = text_parts(text)
+        if not parts or not all(len(one) for part in parts for one in part):
             raise UsageError("A sample without text tokens cannot be denoised.", "Give a prompt.")
         _, ph, pw = self.config.patch_size
         side = math.sqrt(height * width)
@@ -430,9 +439,15 @@ class STDiT3(nn.Module):
         rates = mx.tile(rates, len(text) // rates.size)
         fps_embedding = self.fps_embedder(rates, self.dtype)
         t0 = self.t_embedder(mx.zeros(len(text)), self.dtype) + fps_embedding
-        packed = self.y_embedder.y_proj(mx.concatenate(list(text)).astype(self.dtype))
+        padded = [
+            _pad_text(
+                self.y_embedder.y_proj(mx.concatenate([*part]).astype(self.dtype)),
+                [*map(len, part)],
+            )
+            for part in parts
+        ]
         return Conditions(
-            *_pad_text(packed, lengths),
+            *join_segments(text[0], padded),
             position=position,
             fps=fps_embedding,
             t0=t0,
@@ -496,6 +511,7 @@ class STDiT3(nn.Module):
         pairs = list(zip(self.spatial_blocks, self.temporal_blocks, strict=True))
         blocks = hooks.blocks or ResidentBlocks(pairs)
         mask = None if conditions.text_mask is None else conditions.text_mask[samples]
+        own = mask.map_frames(shard.scatter_frames) if isinstance(mask, FrameTexts) else mask
         for index in range(self.config.depth):
             spatial, temporal = blocks.get(index)
             if index not in conditions.keys_values:
@@ -503,12 +519,12 @@ class STDiT3(nn.Module):
                 both = spatial.cross_attn.keys_values(text), temporal.cross_attn.keys_values(text)
                 conditions.keys_values[index] = both
             spatial_text, temporal_text = conditions.keys_values[index]
-            rest = (mask, self.rope, partial(hooks.token_merging.at, index))
+            rest = (self.rope, partial(hooks.token_merging.at, index))
             # Only spatial blocks share values.
             value_fn = None if sharing is None else partial(sharing.values, block=index)
             x = x if index == 0 else shard.to_spatial(x)
-            x = spatial(x, shard.scatter_frames(modulation), spatial_text, *rest, value_fn)
-            x = temporal(shard.to_temporal(x), modulation, temporal_text, *rest)
+            x = spatial(x, shard.scatter_frames(modulation), spatial_text, own, *rest, value_fn)
+            x = temporal(shard.to_temporal(x), modulation, temporal_text, mask, *rest)
             blocks.release(index, x)
             if hooks.on_block is not None or ops.is_large_pass(x):
                 mx.eval(x)

@@ -95,6 +95,8 @@ def prepare_edit(engine: Engine, edit: EditRequest) -> EditRun:
     chunks = chunk_plan(geometry.num_frames, vae.micro_frame_size, vae.temporal.factor)
     evaluations = steps * SAMPLERS[resolved.sampler].evaluations
     prompt = prepare_prompt(edit.source_prompt, resolved.scores)
+    if prompt.segments:
+        raise UsageError("A source prompt has no ranges of frames.", "Describe the whole video.")
     source = EditSource(
         text=prompt.text(),
         inject_steps=steps,

@@ -94,9 +94,10 @@ def plan_run(
     output = resolve_output(request, resolved, check=engine.ranks.is_rank0)
     texts = dict.fromkeys([*resolved.all_texts, *source_text])
     encodings = {text: engine.tokenizer.encode(text) for text in texts}
+    lengths = {text: len(encoding.ids) for text, encoding in encodings.items()}
     workload = Workload(
         geometry=resolved.geometry,
-        text_tokens=max(len(encoding.ids) for encoding in encodings.values()),
+        text_tokens=max(resolved.most_tokens(lengths), *lengths.values()),
         evaluations=resolved.steps * SAMPLERS[resolved.sampler].evaluations,
         variants=step_variants(accelerations, resolved),
         cached_residuals=accelerations.cached_residuals,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
@@ -29,6 +29,8 @@ from mlx_sora.models.hooks import Sharding, ValueSharing
 from mlx_sora.models.precision import Precision
 from mlx_sora.models.stdit3 import BlockPair, Conditions, STDiT3
 from mlx_sora.models.t5 import T5Block, T5Encoder
+from mlx_sora.models.text_segments import SegmentedText, Text
+from mlx_sora.pipeline.settings import ResolvedRequest, latent_shares
 from mlx_sora.runtime import blas
 from mlx_sora.runtime.device import explain_device_error
 from mlx_sora.sampling.guidance import CFGSlice
@@ -166,7 +168,7 @@ class ClipTransformer:
     inverted_steps: int | None = None
     on_block: Callable[[int], None] | None = None
 
-    def prepare(self, text: Sequence[mx.array]) -> Conditions:
+    def prepare(self, text: Sequence[Text]) -> Conditions:
         """Encode what all steps share: text, position, frame rate."""
         args = self.model_args
         return self.transformer[0].prepare(
@@ -196,6 +198,16 @@ class ClipTransformer:
             on_block=self.on_block,
         )
         return network(z, t, conditions, x_mask, hooks)
+
+
+def clip_text(settings: ResolvedRequest, clip: int, texts: Mapping[str, mx.array]) -> Text:
+    """Return the text of a clip, or its segments. texts: states [n, C_text] by text."""
+    text = settings.texts[clip]
+    segments = settings.segments.get(text)
+    if segments is None:
+        return texts[text]
+    shares = latent_shares(segments, settings.geometry.num_frames)
+    return SegmentedText(tuple(texts[segment.text] for segment in segments), shares)
 
 
 def _first(t: mx.array) -> float:

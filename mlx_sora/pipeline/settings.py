@@ -7,12 +7,12 @@ not taken literally becomes a warning, which the progress line and the metadata 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from itertools import pairwise
 from typing import Any
 
 from mlx_sora.conditioning.clips import Clips
-from mlx_sora.conditioning.media import Media, plan_media
+from mlx_sora.conditioning.media import Media, frames_by_latent, plan_media
 from mlx_sora.errors import UsageError, shell_words
 from mlx_sora.geometry import (
     MAX_LOOPS,
@@ -36,6 +36,7 @@ from mlx_sora.text.prompt import (
     SCORE_PHRASES,
     Prompt,
     Scores,
+    Segment,
     first_loops,
     prepare_prompt,
 )
@@ -50,9 +51,10 @@ class ResolvedRequest:
     """A request with every option decided.
 
     texts: the prompt as T5 gets it, scored and cleaned, for each clip, or for each window of the
-    only one. negative: the cleaned negative prompt. subjects: cleaned texts without scores, by
-    their names in messages. geometry: sizes and latent shape of a clip or window. media:
-    conditioning of the clips. windows: of the only clip, or None. fps: of the finished file.
+    only one. segments: of such a text, if it has several, over all frames of a clip; T5 gets these.
+    negative: the cleaned negative prompt. subjects: cleaned texts without scores, by their names in
+    messages. geometry: sizes and latent shape of a clip or window. media: conditioning of the
+    clips. windows: of the only clip, or None. fps: of the finished file.
     accelerations: configs by option. memory_budget: bytes of the whole process, or None.
     vae_tiles: tiles in a row, 1 for none. warnings: what is not taken literally.
     """
@@ -75,6 +77,7 @@ class ResolvedRequest:
     memory_budget: int | None
     vae_tiles: int
     windows: Windows | None = None
+    segments: Mapping[str, tuple[Segment, ...]] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
 
     @property
@@ -96,7 +99,17 @@ class ResolvedRequest:
     def all_texts(self) -> list[str]:
         """Every text to encode, once."""
         negative = [] if self.negative is None else [self.negative]
-        return list(dict.fromkeys([*self.texts, *negative]))
+        own = [part for text in self.texts for part in self._parts(text)]
+        return list(dict.fromkeys([*own, *negative]))
+
+    def most_tokens(self, lengths: Mapping[str, int]) -> int:
+        """Return the most tokens that a clip attends to; `lengths`: tokens of each text."""
+        least = 0 if self.negative is None else lengths[self.negative]
+        clips = [[max(least, lengths[part]) for part in self._parts(text)] for text in self.texts]
+        return max(map(sum, clips))
+
+    def _parts(self, text: str) -> list[str]:
+        return [part.text for part in self.segments.get(text, ())] or [text]
 
     @property
     def scores(self) -> Scores:
@@ -111,7 +124,7 @@ class ResolvedRequest:
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values for the metadata."""
         left_out = {"texts", "negative", "subjects", "geometry", "media", "accelerations"}
-        left_out |= {"windows", "warnings"}
+        left_out |= {"segments", "windows", "warnings"}
         record = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in left_out}
         modes = {name: str(config or OFF) for name, config in self.accelerations.items()}
         record |= {"text": self.text, **modes}
@@ -144,19 +157,21 @@ def resolve(
     clips.check()
     scores = Scores(value("aesthetic"), request.motion, request.camera)
     prompt = prepare_prompt(request.prompt, scores)
-    texts = tuple(map(prompt.text, range(clips.count)))
-    windows = _windows(request, clips, texts)
+    texts, segments = _texts(prompt, clips)
+    windows = _windows(request, clips, texts, segmented=bool(segments))
     shown = clips if windows is None else Clips(clips.total)
     media = plan_media(request, prompt.directives, shown, geometry.size, value("fps"))
     negative = None if request.negative_prompt is None else preprocess(request.negative_prompt)
     warnings += [*_overruled(request, prompt), *_unused_blending(request, windows, texts)]
     warnings += _ineffective_image_guidance(request.image_guidance, media, value("guidance"))
     warnings += [*media.warnings, *_unused_scenes(prompt, clips, loops=loops)]
+    warnings += _unused_segments(prompt, clips)
     if negative is not None and value("guidance") == 1:
         warnings.append("--negative-prompt has no effect without guidance.")
     return ResolvedRequest(
         model=model.name,
         texts=texts,
+        segments=segments,
         negative=negative,
         subjects=_subjects(prompt, negative, clips.count),
         seed=request.seed,
@@ -197,13 +212,21 @@ def _resolve_geometry(request: GenerationRequest, model: ModelFolder) -> tuple[G
     return geometry, warnings
 
 
-def _windows(request: GenerationRequest, clips: Clips, texts: Sequence[str]) -> Windows | None:
+def _windows(
+    request: GenerationRequest, clips: Clips, texts: Sequence[str], *, segmented: bool
+) -> Windows | None:
     """Return the windows with these texts, or None if the clips are made one after another.
 
-    Raises UsageError for scenes that would blend where their windows do not overlap.
+    Raises UsageError for scenes that would blend where their windows do not overlap, and for texts
+    with segments.
     """
     if request.long != "windows":
         return None
+    if segmented and clips.count > 1:
+        raise UsageError(
+            "--long windows takes no ranges of frames in the prompt.",
+            "Give each window a scene: |0|first text|1|second text.",
+        )
     shared = clips.shared_frames
     blend = shared if request.scene_blend is None else request.scene_blend
     if clips.count > 1 and blend > shared:
@@ -258,20 +281,21 @@ def untrained_warning(
 
 
 def _subjects(prompt: Prompt, negative: str | None, clips: int) -> dict[str, str]:
-    several = len(prompt.scenes) > 1
-    subjects = {
-        f"scene {number} of the prompt" if several else "the prompt": text
-        for number, (scene, text) in enumerate(zip(prompt.scenes, prompt.subjects, strict=True), 1)
-        if scene.start < clips
-    }
+    subjects = dict[str, str]()
+    for number, (scene, parts) in enumerate(zip(prompt.scenes, prompt.parts(), strict=True), 1):
+        name = f"scene {number} of the prompt" if len(prompt.scenes) > 1 else "the prompt"
+        if scene.start < clips:
+            for part in parts:
+                own = f"[{part.start}-{part.stop}] of " if part.stop else ""
+                subjects[own + name] = part.subject
     return subjects if negative is None else subjects | {NEGATIVE: negative}
 
 
 def _overruled(request: GenerationRequest, prompt: Prompt) -> Iterator[str]:
     """Yield a warning for each option that the prompt itself decides otherwise."""
     for name, phrase in SCORE_PHRASES.items():
-        pairs = zip(prompt.scenes, prompt.subjects, strict=True)
-        own = any(phrase in text and scene.text.count(phrase) == 1 for scene, text in pairs)
+        parts = [part for parts in prompt.parts() for part in parts]
+        own = any(phrase in part.subject and part.text.count(phrase) == 1 for part in parts)
         if own and getattr(request, name) is not None:
             value = shell_words(getattr(request, name))
             yield f"--{name} {value} is not used: the prompt has its own '{phrase}'."
@@ -302,6 +326,52 @@ def _unused_scenes(prompt: Prompt, clips: Clips, *, loops: bool) -> Iterator[str
     hint = f" Give {replace(clips, count=needed).hint()} to make more."
     more = possible and clips.count < needed <= MAX_LOOPS
     yield f"The prompt has {len(prompt.scenes)} scenes; {only} made.{hint if more else ''}"
+
+
+def _texts(prompt: Prompt, clips: Clips) -> tuple[tuple[str, ...], dict[str, tuple[Segment, ...]]]:
+    """Return the text of each clip, and the segments of texts that have several.
+
+    They end where the clip ends. A text with one segment is an ordinary text.
+    """
+    texts, segments = list[str](), dict[str, tuple[Segment, ...]]()
+    for text in map(prompt.text, range(clips.count)):
+        parts = [part for part in prompt.segments.get(text, ()) if part.start < clips.num_frames]
+        if len(parts) > 1:
+            segments[text] = (*parts[:-1], replace(parts[-1], stop=clips.num_frames))
+        texts.append(parts[0].text if len(parts) == 1 else text)
+    return tuple(texts), segments
+
+
+def latent_shares(
+    segments: Sequence[Segment], num_frames: int, blend: int = 0
+) -> tuple[tuple[float, ...], ...]:
+    """Return the share of each segment in the frames of each latent frame, T x K.
+
+    blend: frames over which one goes over into the next.
+    """
+
+    def begun(at: int, frame: int) -> float:
+        if blend and at > 0:
+            return min(max((frame + 0.5 - at) / blend + 0.5, 0.0), 1.0)
+        return float(frame >= at)
+
+    starts = [part.start for part in segments]
+    rows = []
+    for frames in frames_by_latent(num_frames):
+        sums = [*(sum(begun(at, frame) for frame in frames) for at in starts), 0.0]
+        rows.append(tuple((here - later) / len(frames) for here, later in pairwise(sums)))
+    return tuple(rows)
+
+
+def _unused_segments(prompt: Prompt, clips: Clips) -> Iterator[str]:
+    """Yield a warning for segments that do not end where the clips end."""
+    texts = dict.fromkeys(map(prompt.text, range(clips.count)))
+    for parts in filter(None, map(prompt.segments.get, texts)):
+        stop = parts[-1].stop
+        if stop > clips.num_frames:
+            yield f"The prompt describes {stop} frames, but a clip has {clips.num_frames}."
+        elif stop < clips.num_frames:
+            yield f"[{parts[-1].start}-{stop}] of the prompt goes on to frame {clips.num_frames}."
 
 
 def resolve_tiles(request: GenerationRequest, geometry: Geometry) -> int:

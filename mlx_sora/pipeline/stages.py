@@ -27,7 +27,7 @@ from mlx_sora.models.hooks import ValueSharing
 from mlx_sora.models.stdit3 import BlockPair
 from mlx_sora.models.vae import MicroBatch
 from mlx_sora.pipeline.engine import Engine
-from mlx_sora.pipeline.networks import ClipTransformer, Stage, StreamedTransformer
+from mlx_sora.pipeline.networks import ClipTransformer, Stage, StreamedTransformer, clip_text
 from mlx_sora.pipeline.run import GenerationRun, RunResult
 from mlx_sora.runtime.events import (
     Event,
@@ -274,7 +274,7 @@ def clip_guidance(
         null_text = lambda length: negative  # noqa: E731
     # With CFG parallelism each rank already computes one prediction.
     sequential = run.request.sequential_guidance and run.parallel.cfg_degree == 1
-    text = [texts[settings.texts[clip]]]
+    text = [clip_text(settings, clip, texts)]
     return Guidance(model, text, null_text, settings.guidance, sequential, policy)
 
 

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import mlx.core as mx
 
+from mlx_sora.models.text_segments import SegmentedText, Text
 from mlx_sora.sampling.base import Step
 from mlx_sora.sampling.rflow import add_noise
 
@@ -32,8 +33,8 @@ class CFGSlice:
 class TextConditionedModel(Protocol):
     """Network that predicts the velocity of latents under text."""
 
-    def prepare(self, text: Sequence[mx.array]) -> Any:
-        """Return what all steps share for samples with these texts, one [n, C_text] each."""
+    def prepare(self, text: Sequence[Text]) -> Any:
+        """Return what all steps share for samples with these texts."""
 
     def __call__(
         self,
@@ -83,9 +84,9 @@ class NoisedFrames:
 
 @dataclass
 class Guidance:
-    """Guided velocity of samples with `text`, one array [n, C_text] each.
+    """Guided velocity of samples with `text`, one array [n, C_text] each, or the same segments.
 
-    null_text(n) replaces a prompt of n tokens in the uncond samples. Both predictions are computed
+    null_text(n) replaces a text of n tokens in the uncond samples. Both predictions are computed
     in one call, [cond, uncond], as in Open-Sora 1.2; `sequential` computes them in two calls with
     half the memory. At scale 1 uncond has no weight and is never computed. policy: replaces uncond
     in steps of its choice. noised: how frames that do not move are shown; None shows them as they
@@ -93,7 +94,7 @@ class Guidance:
     """
 
     model: TextConditionedModel
-    text: Sequence[mx.array]
+    text: Sequence[Text]
     null_text: Callable[[int], mx.array]
     scale: float
     sequential: bool = False
@@ -146,9 +147,14 @@ class Guidance:
         """Return what the model prepared for the samples "cond", "uncond" or "both"."""
         if samples not in self.prepared:
             cond = [] if samples == "uncond" else list(self.text)
-            uncond = [] if samples == "cond" else [self.null_text(len(text)) for text in self.text]
+            uncond = [] if samples == "cond" else [self._null(text) for text in self.text]
             self.prepared[samples] = self.model.prepare(cond + uncond)
         return self.prepared[samples]
+
+    def _null(self, text: Text) -> Text:
+        if isinstance(text, SegmentedText):
+            return text.with_null(self.null_text)
+        return self.null_text(len(text))
 
 
 def _concatenate_masks(first: mx.array | None, second: mx.array | None) -> mx.array | None:

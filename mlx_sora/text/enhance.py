@@ -16,7 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from mlx_sora.errors import MlxSoraError, UsageError, printable
-from mlx_sora.text.prompt import split_directives, split_scenes
+from mlx_sora.text.prompt import split_directives, split_scenes, split_segments
 
 #: What the language model is to do; the prompt follows.
 INSTRUCTION = (
@@ -43,7 +43,7 @@ _EXTRA = 'pip install "mlx_sora[enhance]"'
 
 
 def enhance_prompt(prompt: str, language_model: str = "", guide: str = "") -> str:
-    """Return a prompt written out, each of its scenes for itself; its settings stay.
+    """Return a prompt written out, each of its scenes and segments for itself; its settings stay.
 
     language_model: a folder or a name that mlx-lm takes; "" uses the template. guide: what the
     video model can draw; with one, the template changes nothing. Raises UsageError without mlx-lm
@@ -53,6 +53,8 @@ def enhance_prompt(prompt: str, language_model: str = "", guide: str = "") -> st
     settings = prompt[len(text) :]
 
     def enhance(scene: str) -> str:
+        if segments := split_segments(scene):
+            return " ".join(f"[{start}-{stop}] {enhance(body)}" for start, stop, body in segments)
         if not scene.strip():
             return scene
         if language_model:

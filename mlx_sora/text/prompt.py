@@ -1,20 +1,30 @@
-"""Prompt syntax of Open-Sora 1.2: scores, scenes, and settings inside the prompt.
+"""Prompt syntax of Open-Sora 1.2: scores, scenes, and settings inside the prompt; segments.
 
 Example: `|0|a village|2|spring comes{"reference_path": "a.png", "mask_strategy": "0"}` has two
 scenes, the second from loop 2 on, and the media that condition them. Settings are split off first,
 then scenes. Scores are appended to each scene before it is cleaned.
+
+A scene, or a prompt without scenes, that begins with a range of frames from 0 on has segments:
+`[0-17] a red circle [17-34] a blue square` shows the first in frames 0 to 16. Brackets elsewhere
+are text.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
 
 from mlx_sora.errors import UsageError
 from mlx_sora.geometry import MAX_LOOPS
 from mlx_sora.text.cleaning import preprocess
 from mlx_sora.utils.json import parse_object
+
+#: A range of frames before the text of a segment, and most segments of a scene.
+_RANGE = re.compile(r"\[([0-9]{1,6})-([0-9]{1,6})\]")
+MAX_SEGMENTS = 100
 
 _DIRECTIVES = ("reference_path", "mask_strategy")
 
@@ -32,6 +42,22 @@ class Scene:
 
     start: int
     text: str
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A text and the frames of a clip that it describes, from `start` to before `stop`.
+
+    subject: the text without scores.
+    """
+
+    start: int
+    stop: int
+    text: str
+    subject: str
+
+    def __str__(self) -> str:
+        return f"[{self.start}-{self.stop}] {self.text}"
 
 
 @dataclass(frozen=True)
@@ -82,12 +108,19 @@ class Scores:
 class Prompt:
     """A prompt ready for the tokenizer. A plain prompt is one scene from loop 0 on.
 
-    subjects: the texts of the scenes without scores; cleaning may leave nothing of one.
+    subjects: the texts of the scenes without scores; cleaning may leave nothing of one. segments:
+    those of a scene, by its text.
     """
 
     scenes: tuple[Scene, ...]
     subjects: tuple[str, ...]
     directives: PromptDirectives = PromptDirectives()
+    segments: Mapping[str, tuple[Segment, ...]] = field(default_factory=dict)
+
+    def parts(self) -> Iterator[tuple[Segment, ...]]:
+        """Yield the segments of each scene; a scene without any is one, of no frames."""
+        for scene, subject in zip(self.scenes, self.subjects, strict=True):
+            yield self.segments.get(scene.text) or (Segment(0, 0, scene.text, subject),)
 
     def text(self, loop: int = 0) -> str:
         """Return the text of loop `loop`."""
@@ -100,13 +133,21 @@ def prepare_prompt(prompt: str, scores: Scores | None = None) -> Prompt:
     Raises UsageError for settings or scenes that cannot be parsed.
     """
     text, directives = split_directives(prompt)
-    scores = scores or Scores()
-    typed = split_scenes(text)
-    texts = [scene.text.strip() for scene in typed]
-    scored = [scores.append_to(text) for text in texts]
-    cleaned = {text: preprocess(text) for text in dict.fromkeys([*scored, *texts])}
-    scenes = (Scene(scene.start, cleaned[text]) for scene, text in zip(typed, scored, strict=True))
-    return Prompt(tuple(scenes), tuple(cleaned[text] for text in texts), directives)
+    scores, clean = scores or Scores(), cache(preprocess)
+    scenes, subjects, segments = list[Scene](), list[str](), dict[str, tuple[Segment, ...]]()
+    for scene in split_scenes(text):
+        parts = tuple(
+            Segment(start, stop, clean(scores.append_to(body)), clean(body))
+            for start, stop, body in split_segments(scene.text)
+        )
+        body = scene.text.strip()
+        subject = clean(body)
+        cleaned = " ".join(map(str, parts)) if parts else clean(scores.append_to(body))
+        scenes.append(Scene(scene.start, cleaned))
+        subjects.append(subject)
+        if parts:
+            segments[cleaned] = parts
+    return Prompt(tuple(scenes), tuple(subjects), directives, segments)
 
 
 def split_directives(prompt: str) -> tuple[str, PromptDirectives]:
@@ -154,6 +195,30 @@ def split_scenes(text: str) -> list[Scene]:
             f"Cannot split {text!r} into scenes.",
             "Write |0|first text|2|second text, with a whole number between each pair of bars.",
         ) from error
+
+
+def split_segments(text: str) -> list[tuple[int, int, str]]:
+    """Split `[0-17] one [17-34] another` into first frame, frame after the last, and text.
+
+    A text that does not begin with a range from 0 on has none. Raises UsageError for ranges that do
+    not follow one another, and for one without text.
+    """
+    opening = _RANGE.match(text.lstrip())
+    if opening is None or int(opening[1]):
+        return []
+    _, *marks = _RANGE.split(text)
+    fix = "Write [0-17] first text [17-34] second text: each begins at the frame where one ends."
+    found = list[tuple[int, int, str]]()
+    for start, stop, body in zip(marks[::3], marks[1::3], marks[2::3], strict=True):
+        if int(start) != (found[-1][1] if found else 0) or int(stop) <= int(start):
+            raise UsageError(f"Frames [{start}-{stop}] of the prompt do not follow.", fix)
+        if not body.strip():
+            raise UsageError(f"Frames [{start}-{stop}] of the prompt have no text.", fix)
+        found.append((int(start), int(stop), body.strip()))
+    if len(found) > MAX_SEGMENTS:
+        few = f"Give up to {MAX_SEGMENTS}."
+        raise UsageError(f"The prompt has {len(found)} ranges of frames.", few)
+    return found
 
 
 def first_loops(scenes: Sequence[Scene]) -> list[int | None]:

@@ -25,12 +25,16 @@ from mlx_sora.distributed.partition import sent_bytes, sent_messages
 from mlx_sora.memory.flops import Grid
 from mlx_sora.models.hooks import Hooks, NoMerging
 from mlx_sora.models.stdit3 import BlockPair, STDiT3
+from mlx_sora.models.text_segments import SegmentedText, Text
 from tests.helpers.networks import STDIT, random_weights
 
 
 @dataclass(frozen=True)
 class Case:
-    """One case. batch, grid (T, H, W): of the latents. cached: with a step cache."""
+    """One case. batch, grid (T, H, W): of the latents. cached: with a step cache.
+
+    segments: the text changes within the second half of the frames.
+    """
 
     name: str
     grid: tuple[int, int, int]
@@ -40,6 +44,7 @@ class Case:
     masked: bool = False
     cached: bool = False
     texts: tuple[int, int] = (5, 5)
+    segments: bool = False
 
 
 def cases(ranks: int) -> Iterator[Case]:
@@ -52,6 +57,8 @@ def cases(ranks: int) -> Iterator[Case]:
     yield Case("masked", (5, 5, 6), masked=True)
     yield Case("cached", (5, 5, 6), cached=True)
     yield Case("texts of two lengths", (5, 5, 6), texts=(3, 8))
+    yield Case("segments", (5, 5, 6), texts=(3, 8), segments=True)
+    yield Case("segments merged", (7, 5, 6), merged=True, segments=True)
     if ranks % 2 == 0:
         yield Case("cfg", (5, 5, 6), cfg_degree=2)
         yield Case("cfg of one sample", (5, 5, 6), batch=1, cfg_degree=2)
@@ -59,6 +66,7 @@ def cases(ranks: int) -> Iterator[Case]:
         yield Case("cfg masked", (5, 5, 6), cfg_degree=2, masked=True)
         yield Case("cfg cached", (5, 5, 6), cfg_degree=2, cached=True)
         yield Case("cfg of two lengths", (5, 5, 6), cfg_degree=2, texts=(3, 8))
+        yield Case("cfg of segments", (5, 5, 6), cfg_degree=2, texts=(3, 8), segments=True)
 
 
 class RecordedResidual:
@@ -78,7 +86,14 @@ def outcomes(network: STDiT3, case: Case, context: Hooks[BlockPair]) -> list[mx.
     """Return the outputs of two evaluations, and the residuals that the cache saw."""
     z = mx.random.normal((case.batch, *case.grid, 4), key=mx.random.key(4))
     text = mx.random.normal((8, network.config.caption_channels), key=mx.random.key(5))
-    texts = [text[:length] for length in case.texts[: case.batch]]
+    texts: list[Text] = [text[:length] for length in case.texts[: case.batch]]
+    if case.segments:
+        frames = case.grid[0]
+        shares = [(1.0, 0.0)] * (frames // 2) + [(0.3, 0.7)] + [(0.0, 1.0)] * (frames - frames // 2)
+        texts = [
+            SegmentedText((text[:length], text[3:6]), tuple(shares[:frames]))
+            for length in case.texts[: case.batch]
+        ]
     conditions = network.prepare(texts, case.grid, height=40, width=48, fps=24)
     mask = None
     if case.masked:

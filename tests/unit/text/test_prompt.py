@@ -5,7 +5,16 @@ from __future__ import annotations
 import pytest
 
 from mlx_sora.errors import UsageError
-from mlx_sora.text.prompt import Prompt, PromptDirectives, Scene, Scores, prepare_prompt, scene_at
+from mlx_sora.text.cleaning import preprocess
+from mlx_sora.text.prompt import (
+    Prompt,
+    PromptDirectives,
+    Scene,
+    Scores,
+    Segment,
+    prepare_prompt,
+    scene_at,
+)
 
 
 def test_plain_prompt() -> None:
@@ -36,6 +45,11 @@ def test_scenes_and_settings() -> None:
         ('x{"mask_strategy": "0"}{}', "More than one"),
         ("|0|a|b|c", "whole number"),
         ("|0|a|1", "whole number"),
+        ("[0-17] a [18-34] b", r"Frames \[18-34\] of the prompt do not follow"),
+        ("[0-17] a [17-17] b", r"\[17-17\] of the prompt do not follow"),
+        ("[0-17] [17-34] b", r"\[0-17\] of the prompt have no text"),
+        ("|0|a|1|[0-9] b [9-17]", r"\[9-17\] of the prompt have no text"),
+        ("".join(f"[{i}-{i + 1}] a" for i in range(101)), "101 ranges of frames"),
     ],
 )
 def test_unreadable_prompts(prompt: str, said: str) -> None:
@@ -46,3 +60,37 @@ def test_unreadable_prompts(prompt: str, said: str) -> None:
 def test_no_scene() -> None:
     with pytest.raises(UsageError, match="no scene for loop 0"):
         scene_at([Scene(3, "late")], 0)
+
+
+def test_segments() -> None:
+    prompt = prepare_prompt(' [0-17] A Cat [17-34]a dog {"mask_strategy": "0"}', Scores(motion=2))
+    text = "[0-17] a cat motion score: 2.0. [17-34] a dog motion score: 2.0."
+    assert prompt.text() == text
+    assert prompt.segments == {
+        text: (
+            Segment(0, 17, "a cat motion score: 2.0.", "a cat"),
+            Segment(17, 34, "a dog motion score: 2.0.", "a dog"),
+        )
+    }
+    assert prompt.directives.mask_strategy == "0"
+    scenes = prepare_prompt("|0|[0-5] a [5-9] b|1|c")
+    assert [[part.subject for part in parts] for parts in scenes.parts()] == [["a", "b"], ["c"]]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a [0-17] cat [17-34] dog",
+        "[1980-1990] a street",
+        "[17-34] a cat",
+        "[red] a cat",
+        "[0-a] a cat",
+        "[0-9999999] a cat",
+        "[0 - 17] a cat",
+        "(0-17) a cat",
+    ],
+)
+def test_brackets_elsewhere_are_text(text: str) -> None:
+    prompt = prepare_prompt(text)
+    assert prompt.segments == {}
+    assert prompt.text() == preprocess(text)
