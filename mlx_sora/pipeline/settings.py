@@ -350,7 +350,7 @@ def latent_shares(
     blend: frames over which one goes over into the next.
     """
 
-    def begun(at: int, frame: int) -> float:
+    def ramp(at: int, frame: int) -> float:
         if blend and at > 0:
             return min(max((frame + 0.5 - at) / blend + 0.5, 0.0), 1.0)
         return float(frame >= at)
@@ -358,7 +358,7 @@ def latent_shares(
     starts = [part.start for part in segments]
     rows = []
     for frames in frames_by_latent(num_frames):
-        sums = [*(sum(begun(at, frame) for frame in frames) for at in starts), 0.0]
+        sums = [*(sum(ramp(at, frame) for frame in frames) for at in starts), 0.0]
         rows.append(tuple((here - later) / len(frames) for here, later in pairwise(sums)))
     return tuple(rows)
 
