@@ -201,24 +201,35 @@ def sums(parts: list[Part], products: np.ndarray) -> list[dict[str, Any]]:
     return found
 
 
-def step_speeds(runs: int) -> list[dict[str, Any]]:
-    """Processor seconds of a step of one block pair at the published width, by site."""
+def step_speeds(runs: int, table: MergingTable) -> dict[str, Any]:
+    """Processor seconds of a step of one block pair at the published width, by site; speeds.
+
+    It is unguided, which is half of a guided one. sets: of steps that merge by the table, by the
+    seconds that each of their sites saves.
+    """
     kinds: dict[str, TokenMerging | None] = {"exact": None, "paper": PairedFrames()}
     kinds |= {site: MergedSites((site,), range(1)) for site in SITES}
     times: dict[str, list[float]] = {name: [] for name in kinds}
     with random_transformer(1) as model, ExitStack():
         network = load_transformer(model, mx.float32)
-        works = {name: partial(Passes(network, SHAPE, 2), None, own) for name, own in kinds.items()}
+        works = {name: partial(Passes(network, SHAPE, 1), None, own) for name, own in kinds.items()}
         for name in [*kinds, *list(kinds)[::-1]] * runs:
             start = time.process_time()
             works[name]()
             times[name].append(time.process_time() - start)
             print(name, f"{times[name][-1]:.1f} s", flush=True)
-    exact = statistics.median(times["exact"])
-    return [
-        {"site": name, "seconds": statistics.median(own), "speed": exact / statistics.median(own)}
-        for name, own in times.items()
-    ]
+    seconds = {name: statistics.median(own) for name, own in times.items()}
+    exact = seconds["exact"]
+    sets = {}
+    for speed in sorted(SPEEDS):
+        merged = [site for blocks in table.sites(speed).values() for own in blocks for site in own]
+        saved = sum(exact - seconds[site] for site in merged) / (STEPS * table.blocks)
+        sets[f"table:{speed}"] = exact / (exact - saved)
+    return {
+        "seconds": seconds,
+        "speeds": {name: exact / own for name, own in seconds.items()},
+        "sets": sets,
+    }
 
 
 def show(found: list[Row]) -> str:
@@ -244,26 +255,27 @@ def main() -> None:
     parser.add_argument("--only", default="", help="rows with one of these words, with commas")
     parser.add_argument("--json", type=Path, default=RESULTS / "tdtm.json")
     parser.add_argument("--speeds", action="store_true", help="time a step of the published width")
-    parser.add_argument("--runs", type=int, default=2)
+    parser.add_argument("--runs", type=int, default=2, help="of --speeds, twice each; default 2")
     options = parser.parse_args()
     result = json.loads(options.json.read_text()) if options.json.exists() else {"rows": []}
-    if options.speeds:
-        write_json(options.json, {**result, "steps": step_speeds(options.runs)})
-        return
     if TABLE not in result:
-        table, more = calibrate(options.model, MOST)
-        result |= {TABLE: asdict(table), **more}
+        made, more = calibrate(options.model, MOST)
+        result |= {TABLE: asdict(made), **more}
         write_json(options.json, result)
+    content = dict(result[TABLE])
+    parts = [Part(**part) for part in content.pop("parts")]
+    table = MergingTable(**content, parts=parts)
+    if options.speeds:
+        write_json(options.json, {**result, "steps": step_speeds(options.runs, table)})
+        return
     with tempfile.TemporaryDirectory() as folder:
-        found = list(measured(options, result, Path(folder)))
+        path = table.write(Path(folder, "table.json"))
+        found = list(measured(options, result, path))
     print(show(found))
 
 
-def measured(options: argparse.Namespace, result: dict[str, Any], folder: Path) -> Iterator[Row]:
+def measured(options: argparse.Namespace, result: dict[str, Any], table: Path) -> Iterator[Row]:
     """Every row of the file or made now; the file is written after each."""
-    content = dict(result[TABLE])
-    parts = [Part(**part) for part in content.pop("parts")]
-    table = MergingTable(**content, parts=parts).write(folder / "table.json")
     bench, words = Bench(options, table), options.only.split(",")
     known = {row["row"]: row for row in result["rows"]}
     for name, own in rows().items():

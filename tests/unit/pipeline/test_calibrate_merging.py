@@ -26,6 +26,7 @@ from mlx_sora.pipeline.calibrate_merging import (
     measure,
     merging_parts,
 )
+from mlx_sora.pipeline.resume import identity
 from mlx_sora.request.techniques import SITES
 from mlx_sora.runtime.events import StepFinished
 from mlx_sora.sampling.noise import Noise
@@ -255,3 +256,14 @@ def test_motion_is_the_mean_change_from_frame_to_frame() -> None:
     frames = np.zeros((3, 8, 8, 3), np.uint8)
     frames[1], frames[2, :4] = 10, 250
     assert motion(frames) == pytest.approx((10 + (240 + 10) / 2) / 2)
+
+
+def test_a_checkpoint_of_another_table_is_of_another_run(pipe: Pipeline, tmp_path: Path) -> None:
+    """The file has the same name, and other content since."""
+    found = []
+    for blocks in ((0, 0), (0, 0), (0, 1)):
+        table = MergingTable("shapes", 4, 2, *SIZE, parts=[Part("mlp", blocks, (0, 1), 1.5)])
+        path = table.write(tmp_path / "a.json", overwrite=True)
+        request = GenerationRequest(PROMPT, seed=0, **SMALL, tdtm=f"table:1.2,file={path}")
+        found.append(identity(pipe.prepare(request)))
+    assert found[0] == found[1] != found[2]
