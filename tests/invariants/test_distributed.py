@@ -65,7 +65,7 @@ def test_videos_on_two_ranks_match_one_process(
 ) -> None:
     for rank, everything in enumerate(runs):
         found = {name: case for name, case in everything.items() if "notes equal" in case}
-        assert len(found) == 13
+        assert len(found) == 15
         for name, case in found.items():
             assert case["difference"] < TOLERANCE, name
             assert case["notes equal"], name

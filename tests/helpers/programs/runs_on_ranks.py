@@ -46,6 +46,14 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "online": {"step_cache": "online:warmup=2,threshold=9"},
     "clips": {"loop": 2, "num_frames": 34, "steps": 1, "image_guidance": "joint"},
+    "windows": {
+        "loop": 2,
+        "num_frames": 34,
+        "long": "windows",
+        "steps": 3,
+        "prompt": "|0|a red circle|1|a blue square",
+        "step_cache": "every:2,warmup=1",
+    },
 }
 
 
