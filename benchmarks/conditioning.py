@@ -7,10 +7,10 @@ under their captions; by the scorer, colour, shape and background are kept, and 
 followed. 17 frames: the same with the first half of a video, whose second half is to be made.
 The first frame also in clips of 34 and 51 frames, and all with each --image-guidance, a quarter as
 many. A row that the file already has is not measured again.
-Joins: a video of three clips of 34 frames; the change from frame to frame (mean over pixels) at the
-joins over the median of all others, per video; beside it the same for the place inside the first
-clip where two chunks of the VAE meet, which is there without any join. Videos that stand still and
-such that move apart: where nothing moves, what is usual is small.
+Joins: a video of three clips of 34 frames, one after another or in windows; the change from frame
+to frame (mean over pixels) at the joins over the median of all others, per video; beside it that
+for the place inside the first clip where two chunks of the VAE meet, which is there without any
+join. Videos that stand still and such that move apart: where nothing moves, what is usual is small.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import json
 import statistics
 import tempfile
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +32,7 @@ from benchmarks.shapes.contact_sheet import draw_row
 from benchmarks.shapes.scorer import FIELDS, read_video
 from mlx_sora import Pipeline
 from mlx_sora.conditioning.clips import Clips
-from mlx_sora.request.generation import IMAGE_GUIDANCE
+from mlx_sora.request.generation import IMAGE_GUIDANCE, LONG_MODES
 from mlx_sora.video.writer import save_frames
 
 LOOPS = Clips(num_frames=34, count=3)
@@ -63,14 +64,18 @@ class Joins:
     """Median over videos of the change at joins, and at the chunks' meeting inside a clip.
 
     Both over the median change from frame to frame elsewhere in the video, which is `usual`, in
-    grey levels of 255 (None in older rows).
+    grey levels of 255. long: how the clips were made. right: share of videos as the prompt says.
+    These are None in older rows.
     """
 
     videos: str
+    long: str
     cases: int
     joins: float
     chunks: float
     usual: float | None = None
+    right: float | None = None
+    long: str = "clips"
 
 
 def spread(count: int) -> list[world.Attributes]:
@@ -123,20 +128,25 @@ def join_ratios(frames: np.ndarray, clips: Clips) -> tuple[float, float, float]:
     return float(changes[joins].max()) / usual, float(changes[world.CHUNK - 1]) / usual, usual
 
 
-def measure_joins(pipe: Pipeline, still: bool, count: int, rows: list[Image.Image]) -> Joins:
+def measure_joins(
+    pipe: Pipeline, long: str, still: bool, count: int, rows: list[Image.Image]
+) -> Joins:
     """Ratios over `count` long videos that stand still, or that move."""
     held_out = [a for a in world.split()[1] if (a.motion == "still") == still]
-    ratios = []
+    ratios, right = [], 0
     for case in range(count):
-        prompt = world.caption(held_out[case * len(held_out) // count])
-        made = pipe(prompt, seed=case, num_frames=LOOPS.num_frames, loop=LOOPS.count).frames
+        truth = held_out[case * len(held_out) // count]
+        prompt, frames = world.caption(truth), LOOPS.num_frames
+        made = pipe(prompt, seed=case, num_frames=frames, loop=LOOPS.count, long=long).frames
         assert made is not None
+        reading = read_video(made)
+        right += all(getattr(reading, name) == getattr(truth, name) for name in FIELDS)
         ratios.append(join_ratios(made, LOOPS))
         if case % 3 == 0:
-            rows.append(draw_row(f"loop {LOOPS.count}: {prompt}", made))
-        print(f"loop: {case + 1} of {count}, {ratios[-1][0]:.2f}", flush=True)
+            rows.append(draw_row(f"loop {LOOPS.count}, {long}: {prompt}", made))
+        print(f"{long}: {case + 1} of {count}, {ratios[-1][0]:.2f}", flush=True)
     medians = [statistics.median(values) for values in zip(*ratios, strict=True)]
-    return Joins("still" if still else "moving", count, *medians)
+    return Joins("still" if still else "moving", count, *medians, right / count, long)
 
 
 def show(kept: list[Kept], joins: list[Joins]) -> str:
@@ -153,13 +163,15 @@ def show(kept: list[Kept], joins: list[Joins]) -> str:
         ],
     )
     second = markdown(
-        ["long videos", "at joins", "between chunks", "usual change"],
+        ["long videos", "made of", "at joins", "between chunks", "usual change", "right"],
         [
             [
                 row.videos,
+                row.long,
                 f"{row.joins:.1f}×",
                 f"{row.chunks:.1f}×",
                 "" if row.usual is None else f"{row.usual:.2f} of 255",
+                "" if row.right is None else f"{row.right:.0%}",
             ]
             for row in joins
         ],
@@ -199,9 +211,9 @@ def main() -> None:
         if work[:3] not in [(row.task, row.image_guidance, row.frames) for row in kept]:
             kept.append(measure(pipe, work, rows))
             write()
-    for still in (True, False):
-        if ("still" if still else "moving") not in [row.videos for row in joins]:
-            joins.append(measure_joins(pipe, still, asked.loops, rows))
+    for long, sort in product(LONG_MODES, ("still", "moving")):
+        if (sort, long) not in [(row.videos, row.long) for row in joins]:
+            joins.append(measure_joins(pipe, long, sort == "still", asked.loops, rows))
             write()
     print(show(kept, joins))
     if asked.sheet and rows:

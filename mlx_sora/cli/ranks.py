@@ -170,6 +170,7 @@ def estimate_on_cluster(
     half = Precision(mx.bfloat16, mx.bfloat16)
     sizes = model_sizes(choose_quantization(pipeline.model, run.request.quantize), half)
     evaluations = run.workload.evaluations // run.settings.steps
+    evaluations *= run.workload.clips if run.workload.windowed else 1
     return [
         estimate
         for machines in (replace(cluster, ranks=1), cluster)

@@ -48,6 +48,19 @@ def test_quantized_weights_shorten_the_step() -> None:
     assert small.seconds < plain.seconds
 
 
+def test_a_step_over_windows_evaluates_each() -> None:
+    pipeline, cluster = (
+        Pipeline.from_pretrained("shapes"),
+        Cluster(2, next(iter(chips().values())), LINKS[0]),
+    )
+    request = GenerationRequest(prompt="a cat", num_frames=34)
+    one, three = (
+        estimate_on_cluster(pipeline, each, cluster)[0]
+        for each in (request, replace(request, loop=3, long="windows"))
+    )
+    assert three.seconds == pytest.approx(3 * one.seconds)
+
+
 @pytest.mark.parametrize(
     ("flags", "line"),
     [

@@ -43,6 +43,23 @@ def test_a_drawn_video_meets_the_bars(frames: int) -> None:
     assert line.get("meeting", 1.0) == pytest.approx(1.0, abs=0.1)
 
 
+def test_a_change_where_clips_meet_is_measured_for_each_sort(tmp_path: Path) -> None:
+    frames = np.zeros((68, 2, 2, 3), np.uint8)
+    level = np.arange(68) * 2
+    level[34:] += 6
+    frames[:] = level[:, None, None, None]
+    assert bars.join_change(frames) == ((8 + 2) / 2, 2.0)
+    assert [bars.long_truth(case).motion == "still" for case in range(4)] == [False, True] * 2
+    right = dict.fromkeys(("colour", "shape", "motion", "background"), True)
+    lines = [
+        {**right, "joins": 5.0, "usual": 2.0, "meeting": 1.0, "still": False},
+        {**right, "joins": 1.5, "usual": 1.0, "meeting": 1.0, "still": True, "shape": False},
+    ]
+    (tmp_path / "windows-68.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    found = [(figure.value, figure.met) for figure in bars.figures(tmp_path)]
+    assert found == [(0.5, False), (2.5, False), (0.5, True)]
+
+
 def test_a_stopped_run_goes_on_and_shows_what_misses_its_bar(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
