@@ -69,7 +69,6 @@ class Joins:
     """
 
     videos: str
-    long: str
     cases: int
     joins: float
     chunks: float

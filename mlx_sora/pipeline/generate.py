@@ -41,7 +41,6 @@ from mlx_sora.pipeline.stages import (
 from mlx_sora.request.generation import GenerationRequest, with_sources
 from mlx_sora.runtime.events import Event, RunPlanned
 from mlx_sora.sampling import SAMPLERS
-from mlx_sora.sampling.windows import Windows
 from mlx_sora.utils.leftovers import deferred_signals
 from mlx_sora.video import Video
 from mlx_sora.video.containers import MAX_PIXELS
@@ -116,7 +115,7 @@ def plan_run(
     if source is not None:
         workload = source.add_to(workload, engine.precision.transformer)
     plan, notes = plan_memory(engine, request, resolved.memory_budget, workload)
-    notes += (_windows_note(windows),) if windows and windows.count > 1 else ()
+    notes += (f"{windows}.",) if windows and windows.count > 1 else ()
     if request.text_cache and engine.text_cache().has_all(encodings.values()):
         plan = plan.with_cached_text()
     return GenerationRun(
@@ -144,13 +143,6 @@ def _text_warnings(
     yield from resolved.warnings
     yield from ineffective_texts(resolved.subjects, engine.tokenizer)
     yield from untrained_warning(engine.model, resolved, engine.tokenizer, source)
-
-
-def _windows_note(windows: Windows) -> str:
-    return (
-        f"{windows.count} windows of {windows.length} latent frames, each {windows.stride} after "
-        f"the one before: {windows.work:.2f} times the work of their {windows.frames} frames."
-    )
 
 
 def plan_memory(

@@ -177,7 +177,9 @@ class GenerationRun:
         found = f"{settings.clips.total} frames of {self.written_size} pixels"
         if self.request.scale > 1:
             found += f" ({decoded}, enlarged {self.request.scale} times)"
-        return f"{found}, {settings.fps:g} per second"
+        found += f", {settings.fps:g} per second"
+        windows = settings.windows
+        return f"{found}, in {windows}" if windows and windows.count > 1 else found
 
     @cached_property
     def health(self) -> Health:

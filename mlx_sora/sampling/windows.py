@@ -42,10 +42,13 @@ class Windows:
         """Latent frames of the whole video."""
         return self.length + (self.count - 1) * self.stride
 
-    @property
-    def work(self) -> float:
-        """Frames that the network sees in an evaluation, over the frames of the video."""
-        return self.count * self.length / self.frames
+    def __str__(self) -> str:
+        # Each overlap is evaluated in two windows.
+        work = self.count * self.length / self.frames
+        return (
+            f"{self.count} windows of {self.length} latent frames, one every {self.stride}: "
+            f"{work:.2f} times the work of the {self.frames} frames alone"
+        )
 
     def span(self, index: int) -> slice:
         """Return the frames of window `index`."""

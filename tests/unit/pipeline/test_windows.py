@@ -65,7 +65,7 @@ def test_one_window_is_a_plain_clip(pipe: Pipeline, picture: str) -> None:
     assert records[0] == records[1]
 
 
-def test_windows_make_one_video_of_all_frames(plain: list[Event]) -> None:
+def test_windows_make_one_video_of_all_frames(pipe: Pipeline, plain: list[Event]) -> None:
     made = video(plain)
     assert made.frames is not None
     assert (made.num_frames, made.frames.shape) == (68, (68, 32, 32, 3))
@@ -73,7 +73,9 @@ def test_windows_make_one_video_of_all_frames(plain: list[Event]) -> None:
     planned = next(each for each in plain if isinstance(each, RunPlanned))
     assert [stage.stage for stage in planned.stages] == ["encode", "denoise", "decode"]
     notes = [each.message for each in plain if isinstance(each, Noted)]
-    assert any("3 windows" in note and "1.50 times the work" in note for note in notes)
+    work = "3 windows of 10 latent frames, one every 5: 1.50 times the work of the 20 frames alone"
+    assert f"{work}." in notes
+    assert pipe.prepare(GenerationRequest.from_dict(SCENES)).written.endswith(f", in {work}")
     assert made.metadata["settings"]["scenes"] == ["a red circle", "a red circle", "a blue square"]
 
 
