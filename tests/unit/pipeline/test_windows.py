@@ -122,6 +122,8 @@ def test_each_window_has_its_techniques_and_one_leap_ends_all(
     assert done["lpl"]["leapt"]
     assert len(whole.latents) == done["lpl"]["after_steps"] + 1 < 7
     assert [len(done[name]) for name in ("step_cache", "guidance_cache", "tdtm")] == [3, 3, 3]
+    evaluations = [window["evaluations"] for window in done["step_cache"]]
+    assert evaluations == [len(whole.latents)] * 3
     # When the picture begins to move, the last window needs both predictions.
     assert [window["halves_saved"] for window in done["guidance_cache"]] == [3, 3, 2]
 
