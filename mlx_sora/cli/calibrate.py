@@ -1,4 +1,4 @@
-"""`calibrate`: search schedules of the step cache or token merging, or fit the preview map."""
+"""`calibrate`: tables of the step cache, token merging and widths of layers; the preview map."""
 
 from __future__ import annotations
 
@@ -23,13 +23,15 @@ def add_parser(commands: Any) -> None:
     """Add the command."""
     parser = commands.add_parser(
         "calibrate",
-        help="make tables for --step-cache table:N and --tdtm table:SPEED, or fit previews",
+        help="make tables for --step-cache table:N, --tdtm table:SPEED, --quantize mixed:BITS, or "
+        "fit previews",
         description="Find, for each N, the best N steps in which to run the transformer blocks, "
         "on a few prompts. Writes a small JSON file, by default into the model folder, that "
         "--step-cache table:N uses for the same number of steps and size. Takes little longer than "
         "making the videos. With --tdtm SPEED: find what token merging may merge, for --tdtm "
-        "table:SPEED; takes nine times as long. With --preview: fit the map that shows previews "
-        "without the VAE.",
+        "table:SPEED; takes nine times as long. With --bits: measure the sensitivity of each "
+        "layer to fewer bits, for --quantize mixed:BITS. With --preview: fit the map that shows "
+        "previews without the VAE.",
     )
     parser.add_argument(
         "--prompt",
@@ -70,7 +72,7 @@ def add_parser(commands: Any) -> None:
         metavar="FILE",
         help="videos and images to fit the map to; default: drawn shapes and patterns",
     )
-    _add_merging_flags(parser)
+    _add_table_flags(parser)
     add_request_flags(parser, "calibrate")
     add_quiet_flag(parser)
     parser.hide(add_sleep_flag(parser))
@@ -78,7 +80,13 @@ def add_parser(commands: Any) -> None:
     parser.set_defaults(run=run)
 
 
-def _add_merging_flags(parser: argparse.ArgumentParser) -> None:
+def _add_table_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--bits",
+        action="store_true",
+        help="measure the sensitivity of each layer to fewer bits, for --quantize mixed:BITS; ten "
+        "steps are enough",
+    )
     parser.add_argument(
         "--tdtm",
         type=float,
@@ -105,8 +113,10 @@ def _make_table(args: argparse.Namespace) -> Path:
     from mlx_sora.accel.merging_table import FOLDER as MERGING
     from mlx_sora.accel.schedules import FOLDER as STEP_CACHE
     from mlx_sora.accel.schedules import table_path
+    from mlx_sora.loading.quantization_choice import SENSITIVITIES
     from mlx_sora.pipeline.calibrate import REACH, calibrate, requests_for
     from mlx_sora.pipeline.pipeline import Pipeline
+    from mlx_sora.pipeline.sensitivity import measure_sensitivities
     from mlx_sora.utils.obstacles import check_result_file
 
     _check_options(args)
@@ -118,6 +128,8 @@ def _make_table(args: argparse.Namespace) -> Path:
     size = (*settings.geometry.size, settings.geometry.num_frames)
     folder = STEP_CACHE if args.speed is None else MERGING
     default = table_path(pipeline.model.path, settings.steps, size, folder)
+    if args.bits:
+        default = pipeline.model.path / SENSITIVITIES
     path = Path(args.table) if args.table else default
     check_result_file(path, overwrite=args.replace)
 
@@ -125,6 +137,9 @@ def _make_table(args: argparse.Namespace) -> Path:
         if not args.quiet:
             print(f"{done} of {len(requests)} prompts done", file=sys.stderr)
 
+    if args.bits:
+        found = measure_sensitivities(pipeline.engine, requests, show_progress)
+        return found.write(path, overwrite=args.replace)
     if args.speed is not None:
         return _search_merging(args, pipeline, requests, path, show_progress)
     table = calibrate(pipeline.engine, requests, args.reach or REACH, show_progress)
@@ -137,6 +152,8 @@ def _check_options(args: argparse.Namespace) -> None:
         raise UsageError("--material is for --preview.", "Add --preview, or leave it out.")
     if not args.prompts:
         raise UsageError("--prompt is missing.", "Give --prompt TEXT, or --preview.")
+    if args.bits and (args.speed, args.reach) != (None, None):
+        raise UsageError("--bits goes without --tdtm and --reach.", "Leave those out.")
     if args.speed is None:
         if args.motion_check:
             raise UsageError("--motion-check is for --tdtm.", "Add --tdtm 1.1, or leave it out.")
@@ -179,6 +196,7 @@ def _fit_preview(args: argparse.Namespace) -> Path:
 
     others = [label(name) for name in explicit_options(args) if name != "model"]
     own = {"--tdtm": args.speed, "--motion-check": args.motion_check or None, "--reach": args.reach}
+    own |= {"--bits": args.bits or None}
     others += [name for name, value in own.items() if value is not None]
     if args.prompts or others:
         raise UsageError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,14 +11,15 @@ from mlx_sora.cli.awake import add_sleep_flag
 from mlx_sora.cli.flags import add_debug_flag, add_quiet_flag
 from mlx_sora.cli.progress import Bars, human_bytes
 from mlx_sora.errors import UsageError
-from mlx_sora.request.generation import FLOAT_DTYPES
+from mlx_sora.request.generation import FLOAT_DTYPES, options
 
 if TYPE_CHECKING:
     from mlx_sora.manage.convert import ConversionResult
 
 _EPILOG = """\
---quantize changes the linear layers in the blocks of T5 and STDiT, in groups of 64 weights. Their
-other float32 matrices become bfloat16, unless --dtype is given. The VAE is never changed.
+--quantize changes the linear layers in the blocks of T5 and STDiT; 3 to 6 bits are rotated before
+rounding. Their other float32 matrices become bfloat16, unless --dtype is given. The VAE is never
+changed.
 An interrupted conversion continues when the command is run again.
 """
 
@@ -41,7 +43,14 @@ def add_parser(commands: Any) -> None:
         nargs="?",
         help="folder to write; default: such as SRC-8bit, in the folder of models",
     )
-    add_quantize_flag(parser)
+    parser.add_argument(
+        "--quantize",
+        "-q",
+        metavar="BITS",
+        help="quantize the linear layers of T5 and STDiT to 3, 4, 5, 6 or 8 bits per weight, "
+        "mxfp4, nvfp4, mxfp8, mixed:BITS (an average; needs calibrate --bits), or each network "
+        "(t5=4,transformer=8)",
+    )
     parser.add_argument(
         "--dtype",
         choices=FLOAT_DTYPES,
@@ -60,18 +69,6 @@ def add_parser(commands: Any) -> None:
     parser.set_defaults(run=run)
 
 
-def add_quantize_flag(parser: argparse.ArgumentParser) -> None:
-    """Add --quantize, which `download` has, too."""
-    parser.add_argument(
-        "--quantize",
-        "-q",
-        type=int,
-        choices=(4, 8),
-        metavar="BITS",
-        help="quantize the linear layers of T5 and STDiT to 4 or 8 bits per weight",
-    )
-
-
 def run(args: argparse.Namespace) -> int:
     """Convert and print the path of the new model."""
     from mlx_sora.loading.model_folder import find_model, weights_root
@@ -79,7 +76,9 @@ def run(args: argparse.Namespace) -> int:
     from mlx_sora.manage.convert import convert
 
     source = find_model(args.source)
-    kinds = [f"{args.quantize}bit" if args.quantize else None, args.dtype]
+    quantize = options()["quantize"].convert(args.quantize)
+    kind = f"{quantize}bit" if isinstance(quantize, int) else quantize
+    kinds = [kind and re.sub("[=,:]", "-", kind), args.dtype]
     if args.target is None and kinds == [None, None]:
         raise UsageError("The new model needs a name.", "Give its folder as DST.")
     name = "-".join([source.path.resolve().name, *(kind for kind in kinds if kind)])
@@ -87,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
         result = convert(
             source,
             args.target or weights_root() / name,
-            ConversionOptions(args.quantize, args.dtype),
+            ConversionOptions(quantize, args.dtype),
             overwrite=args.overwrite,
             check=args.check,
             on_progress=bars.show,

@@ -6,7 +6,7 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 from mlx_sora.cli.awake import add_sleep_flag
-from mlx_sora.cli.convert import add_quantize_flag, note_result
+from mlx_sora.cli.convert import note_result
 from mlx_sora.cli.flags import add_debug_flag, add_quiet_flag
 from mlx_sora.cli.progress import Bars, human_bytes
 from mlx_sora.errors import UsageError
@@ -46,7 +46,14 @@ def add_parser(commands: Any) -> None:
         help="another source of a part: PART=[REPO][@REVISION][:FOLDER]; may be repeated",
     )
     parser.add_argument("--endpoint", metavar="URL", help="server to use instead of the hub")
-    add_quantize_flag(parser)
+    parser.add_argument(
+        "--quantize",
+        "-q",
+        type=int,
+        choices=(4, 8),
+        metavar="BITS",
+        help="quantize the linear layers of T5 and STDiT to 4 or 8 bits per weight",
+    )
     parser.add_argument(
         "--remove-original",
         action="store_true",

@@ -162,7 +162,7 @@ def estimate_on_cluster(
     import mlx.core as mx
 
     from mlx_sora.distributed.cost_model import estimate_step
-    from mlx_sora.loading.quantization import choose_quantization
+    from mlx_sora.loading.quantization_choice import choose_quantization
     from mlx_sora.loading.sizes import model_sizes
     from mlx_sora.models.precision import Precision
 

@@ -18,9 +18,9 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_sora.errors import WeightsError
 from mlx_sora.loading.safetensors import (
+    CODES,
     FIX,
     FLOATS,
-    PACKED,
     Reader,
     TensorInfo,
     load_tensors,
@@ -259,7 +259,7 @@ def load_weights(
 def _headers(checkpoint: Checkpoint | Mapping[str, mx.array]) -> Mapping[str, TensorInfo]:
     if isinstance(checkpoint, Checkpoint):
         return checkpoint.tensors
-    codes = {dtype: code for code, dtype in FLOATS.items()} | {mx.uint32: PACKED}
+    codes = {dtype: code for code, dtype in (FLOATS | CODES).items()}
     return {
         key: TensorInfo(Path(IN_MEMORY), codes.get(a.dtype, str(a.dtype)), a.shape, 0, a.nbytes)
         for key, a in checkpoint.items()
@@ -280,7 +280,7 @@ def _check_fit(
             f"{info.file}: {key} has shape {list(parameter.shape)}, expected {list(shape)}.",
             "The file and its config.json do not belong together.",
         )
-    types = [PACKED] if dtype == mx.uint32 else list(FLOATS)
+    types = [code for code, kind in CODES.items() if kind == dtype] or list(FLOATS)
     if info.dtype not in types:
         raise _type_error(key, info, types)
 

@@ -22,6 +22,7 @@ from mlx_sora.errors import MlxSoraError, WeightsError, printable, shell_words
 from mlx_sora.loading.checkpoint import Checkpoint
 from mlx_sora.loading.model_card import ModelCard
 from mlx_sora.loading.other_models import describe_other_model
+from mlx_sora.loading.quantization import NetworkQuantization
 from mlx_sora.request.generation import GenerationRequest
 from mlx_sora.request.options import as_int
 from mlx_sora.utils.files import cache_folder, visible_files
@@ -68,12 +69,12 @@ class Defaults:
 
 @dataclass(frozen=True)
 class ModelFolder:
-    """A complete model on disk. quantize_bits: bits per weight to quantize to on load, if any."""
+    """A complete model on disk. quantization: pairs of part and forms to quantize it to on load."""
 
     path: Path
     name: str
     defaults: Defaults
-    quantize_bits: int | None = None
+    quantization: tuple[tuple[str, NetworkQuantization], ...] = ()
 
     @property
     def transformer(self) -> Path:

@@ -6,10 +6,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
 
 import mlx.core as mx
 from mlx import nn
@@ -19,13 +18,14 @@ from mlx_sora.loading.blocks import BlockSource, split_blocks
 from mlx_sora.loading.checkpoint import Checkpoint, Entry, load_weights, match_keys
 from mlx_sora.loading.model_folder import ModelFolder
 from mlx_sora.loading.quantization import (
-    Quantization,
+    NetworkQuantization,
     insert_quantized_layers,
     quantizable_linears,
     quantize_on_load,
 )
 from mlx_sora.models import stdit3, t5, vae
 from mlx_sora.models.key_map import KeyMap
+from mlx_sora.models.quantized import Quantization
 from mlx_sora.models.vae import VAEConfig, VideoVAE, key_map
 
 #: Reads rows of the embedding table: token ids to [len(ids), D].
@@ -73,7 +73,7 @@ def _text_encoder(model: ModelFolder) -> tuple[t5.T5Encoder, Checkpoint]:
             f"{checkpoint.path}: {t5.EMBEDDING_KEY} is {found}, expected {list(expected)}.",
             "The file and its config.json do not belong together.",
         )
-    return network, _quantize_network(model, network, values, checkpoint)
+    return network, _quantize_network(model, "text_encoder", network, checkpoint)
 
 
 def load_transformer(model: ModelFolder, dtype: mx.Dtype) -> stdit3.STDiT3:
@@ -106,7 +106,7 @@ def _transformer(model: ModelFolder, dtype: mx.Dtype) -> tuple[stdit3.STDiT3, Ch
         network = stdit3.STDiT3(stdit3.STDiT3Config.from_dict(values), dtype)
     checkpoint = model.checkpoint("transformer")
     _check_patch(network.config, checkpoint)
-    return network, _quantize_network(model, network, values, checkpoint)
+    return network, _quantize_network(model, "transformer", network, checkpoint)
 
 
 def _check_patch(config: stdit3.STDiT3Config, checkpoint: Checkpoint) -> None:
@@ -121,12 +121,12 @@ def _check_patch(config: stdit3.STDiT3Config, checkpoint: Checkpoint) -> None:
 
 
 def _quantize_network(
-    model: ModelFolder, network: nn.Module, config: Mapping[str, Any], checkpoint: Checkpoint
+    model: ModelFolder, part: str, network: nn.Module, checkpoint: Checkpoint
 ) -> Checkpoint:
     """Quantize `network` as config.json or `model` requires; return the matching checkpoint."""
-    quantization = Quantization.from_config(config)
-    if quantization is None and model.quantize_bits is not None:
-        quantization = Quantization(model.quantize_bits)
+    quantization = NetworkQuantization.from_config(model.config(part))
+    if quantization is None and part in dict(model.quantization):
+        quantization = dict(model.quantization)[part]
         checkpoint = quantize_on_load(checkpoint, network, quantization)
     insert_quantized_layers(network, quantization)
     return checkpoint
@@ -163,9 +163,12 @@ def match_part(model: ModelFolder, part: str, checkpoint: Checkpoint) -> list[En
     return match_keys(network, checkpoint, keys)
 
 
-def quantizable_layers(model: ModelFolder, part: str, quantization: Quantization) -> list[str]:
-    """Return the paths of the layers of `part` to quantize. Reads config.json only."""
-    return list(quantizable_linears(empty_network(model, part)[0], quantization))
+def quantizable_layers(
+    model: ModelFolder, part: str, quantization: NetworkQuantization
+) -> dict[str, Quantization]:
+    """Return the forms of the layers of `part` to quantize, by path. Reads config.json only."""
+    layers = quantizable_linears(empty_network(model, part)[0], quantization)
+    return {path: form for path, (_, form) in layers.items()}
 
 
 def empty_network(model: ModelFolder, part: str) -> tuple[nn.Module, KeyMap]:
@@ -179,5 +182,5 @@ def empty_network(model: ModelFolder, part: str) -> tuple[nn.Module, KeyMap]:
             network, keys = stdit3.STDiT3(stdit3.STDiT3Config.from_dict(values)), stdit3.KEYS
         else:
             network, keys = vae.VideoVAE(VAEConfig.from_dict(values)), vae.KEYS
-    insert_quantized_layers(network, Quantization.from_config(values))
+    insert_quantized_layers(network, NetworkQuantization.from_config(values))
     return network, keys

@@ -1,15 +1,19 @@
-"""Affine quantization of the linear layers of a network.
+"""Quantization of the linear layers of a network.
 
 Only the linear layers in the blocks of T5 and STDiT are quantized. Embedders, norms, time
 modulation, final layer, scale-shift tables and the VAE keep their values. config.json records it as
-in other MLX models: {"quantization": {"bits": 8, "group_size": 64}}.
+in other MLX models: {"quantization": {"bits": 8, "group_size": 64}}, with the mode if it is not
+affine, and the layers of another form under their paths. "rotation" is this package's own key.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -20,163 +24,210 @@ from mlx.utils import tree_unflatten
 
 from mlx_sora.errors import UsageError, WeightsError
 from mlx_sora.loading.checkpoint import Checkpoint
-from mlx_sora.loading.model_folder import PARTS, ModelFolder
-from mlx_sora.loading.safetensors import PACKED, Reader, TensorInfo, load_tensors
+from mlx_sora.loading.safetensors import PACKED, SCALES, Reader, TensorInfo, load_tensors
 from mlx_sora.models.config import FIX
-from mlx_sora.models.key_map import Shape
-from mlx_sora.models.quantized import WORD_BITS, QuantizedLinear
+from mlx_sora.models.quantized import AFFINE, FLOAT_MODES, WORD_BITS, Quantization, QuantizedLinear
 
 #: Key of the settings in config.json.
 CONFIG_KEY = "quantization"
 
-BITS = (4, 8)
+#: Weights in a row that share scale and bias.
 GROUP_SIZE = 64
+
+#: Size of the Hadamard blocks of a rotation, and the widths that are rotated: 8 bits are as good as
+#: float without it, and small floats are worse with it.
+ROTATION, ROTATED = 128, (3, 4, 5, 6)
+
+#: Affine widths, sizes of groups and of Hadamard blocks that a config.json may have.
+_BITS, _GROUPS, _ROTATIONS = (2, 3, 4, 5, 6, 8), (32, 64, 128), (0, 64, 128)
 
 #: Prefix of the parameter paths of a block, with the number of the block.
 BLOCK_PATH = re.compile(r"(?:encoder\.block|spatial_blocks|temporal_blocks)\.(\d+)\.")
 
 
-@dataclass(frozen=True)
-class Quantization:
-    """Settings. bits: per weight; group_size: weights in a row that share scale and bias."""
+def named_form(name: int | str) -> Quantization:
+    """Return the form of a number of bits, or of a mode of small floats."""
+    if isinstance(name, int):
+        return Quantization(name, GROUP_SIZE, rotation=ROTATION if name in ROTATED else 0)
+    return Quantization(*FLOAT_MODES[name], mode=name)
 
-    bits: int
-    group_size: int = GROUP_SIZE
+
+@dataclass(frozen=True)
+class NetworkQuantization:
+    """Forms of the quantized layers of a network.
+
+    default: of every layer that `layers` does not name; None: those are not quantized. layers:
+    pairs of path and form. In config.json, as mlx-lm writes it: the default's values, and those of
+    each layer under its path.
+    """
+
+    default: Quantization | None
+    layers: tuple[tuple[str, Quantization], ...] = ()
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> Quantization | None:
+    def from_config(cls, config: Mapping[str, Any]) -> NetworkQuantization | None:
         """Read the settings of a config.json; None for a network that is not quantized.
 
-        Raises WeightsError for settings that this package does not write.
+        Raises WeightsError for settings that MLX does not have.
         """
         values = config.get(CONFIG_KEY)
         if values is None:
             return None
-        for bits in BITS:
-            if values == cls(bits).to_dict():
-                return cls(bits)
-        raise WeightsError(f"{CONFIG_KEY} cannot be {values!r} in a model's config.json.", FIX)
+        try:
+            own = {name: value for name, value in values.items() if not isinstance(value, dict)}
+            layers = [(path, value) for path, value in values.items() if path not in own]
+            default = _read_form(own) if own or not layers else None
+            return cls(default, tuple((path, _read_form(value)) for path, value in layers))
+        except (TypeError, ValueError, AttributeError):
+            raise WeightsError(
+                f"{CONFIG_KEY} cannot be {str(values)[:200]} in a model's config.json.", FIX
+            ) from None
 
-    def to_dict(self) -> dict[str, int]:
+    def form(self, path: str) -> Quantization | None:
+        """Return the form of the layer at `path`, None if it is not quantized."""
+        return dict(self.layers).get(path, self.default)
+
+    @property
+    def forms(self) -> tuple[Quantization, ...]:
+        """All forms, each once."""
+        own = () if self.default is None else (self.default,)
+        return tuple(dict.fromkeys((*own, *(form for _, form in self.layers))))
+
+    def to_dict(self) -> dict[str, Any]:
         """Return the value for config.json."""
-        return asdict(self)
+        own = {} if self.default is None else self.default.to_dict()
+        return own | {path: form.to_dict() for path, form in self.layers}
+
+    def summary(self) -> dict[str, Any]:
+        """Return JSON values for metadata: the one form, or the number of layers of each.
+
+        With the latter comes a hash of all layers and their forms.
+        """
+        if not self.layers:
+            return self.to_dict()
+        text = json.dumps(self.to_dict(), sort_keys=True)
+        layers = Counter(str(form) for _, form in self.layers)
+        return {"layers": dict(layers), "sha256": hashlib.sha256(text.encode()).hexdigest()}
 
     def __str__(self) -> str:
-        return f"{self.bits} bits in groups of {self.group_size}"
-
-    def packed_shapes(self, shape: Shape) -> dict[str, Shape]:
-        """Return shapes of the arrays that replace a weight [outputs, inputs], by parameter."""
-        outputs, inputs = shape
-        groups = (outputs, inputs // self.group_size)
-        packed = (outputs, inputs * self.bits // WORD_BITS)
-        return {"weight": packed, "scales": groups, "biases": groups}
-
-    def quantize(
-        self, weight: mx.array, dtype: mx.Dtype | None = None, stream: mx.Stream | None = None
-    ) -> dict[str, mx.array]:
-        """Quantize the weight [outputs, inputs] of a layer; return arrays by parameter name.
-
-        dtype: of scales and biases; None selects the more accurate 16-bit type for them: float16 is
-        eight times finer, except for the smallest numbers. stream: runs the work.
-        """
-        packed, scales, biases = mx.quantize(
-            weight.astype(mx.float32, stream=stream),
-            group_size=self.group_size,
-            bits=self.bits,
-            stream=stream,
-        )
-        if dtype is None:
-            dtype = min(
-                (mx.float16, mx.bfloat16), key=lambda kind: _rounding_error(scales, biases, kind)
-            )
-        floats = {"scales": scales, "biases": biases}
-        return {"weight": packed} | {
-            name: value.astype(dtype, stream=stream) for name, value in floats.items()
-        }
+        return ", or ".join(map(str, self.forms))
 
 
-def _rounding_error(scales: mx.array, biases: mx.array, kind: mx.Dtype) -> float:
-    """Return the squared error of the largest codes with scales and biases in `kind`."""
-    error = scales.astype(kind).astype(mx.float32) - scales
-    shift = biases.astype(kind).astype(mx.float32) - biases
-    total: mx.array = (mx.square(255 * error) + mx.square(shift)).sum()
-    return float(total.item())  # type: ignore[arg-type]
+def _read_form(values: Mapping[str, Any]) -> Quantization:
+    """Read the form of a layer. Raises TypeError or ValueError for one that is not known."""
+    form = Quantization(**values)
+    if form.mode == AFFINE:
+        known = form.bits in _BITS and form.group_size in _GROUPS and form.rotation in _ROTATIONS
+    else:
+        known = (form.bits, form.group_size) == FLOAT_MODES.get(form.mode) and not form.rotation
+    if not known or not all(type(value) in (int, str) for value in values.values()):
+        raise ValueError("no form of quantization")
+    return form
 
 
-def quantizable_linears(network: nn.Module, quantization: Quantization) -> dict[str, nn.Linear]:
-    """Return the layers of `network` to quantize, by path.
+def quantizable_linears(
+    network: nn.Module, quantization: NetworkQuantization
+) -> dict[str, tuple[nn.Linear, Quantization]]:
+    """Return the layers of `network` to quantize and their forms, by path.
 
     Leaves out layers whose inputs do not divide into whole groups (STDiT3-3B has such).
     """
+    named = dict(quantization.layers)
     return {
-        path: layer
+        path: (layer, form)
         for path, layer in network.named_modules()
         if isinstance(layer, nn.Linear)
         and BLOCK_PATH.match(path)
-        and layer.weight.shape[1] % quantization.group_size == 0
+        and (form := named.get(path, quantization.default)) is not None
+        and form.fits(layer.weight.shape[1])
     }
 
 
-def insert_quantized_layers(network: nn.Module, quantization: Quantization | None) -> None:
+def insert_quantized_layers(network: nn.Module, quantization: NetworkQuantization | None) -> None:
     """Replace layers of a `network` without weights by quantized layers."""
     if quantization is None:
         return
     layers = []
-    for path, layer in quantizable_linears(network, quantization).items():
+    for path, (layer, form) in quantizable_linears(network, quantization).items():
         outputs, inputs = layer.weight.shape
-        new = QuantizedLinear(inputs, outputs, bias="bias" in layer, **quantization.to_dict())
+        new = QuantizedLinear(inputs, outputs, bias="bias" in layer, **form.to_dict())
         layers.append((path, new))
     network.update_modules(tree_unflatten(layers))
 
 
-def dense_bytes(network: nn.Module, dtype: mx.Dtype) -> dict[str, int]:
-    """Return the bytes of each quantized layer's weights dequantized to `dtype`, by path."""
+def dense_bytes(network: nn.Module, dtype: mx.Dtype, rows: int | None = None) -> dict[str, int]:
+    """Return the bytes of each quantized layer's weights dequantized to `dtype`, by path.
+
+    With a rotation come the rotated inputs, `rows` of them, or as many bytes again: the smaller is
+    rotated.
+    """
     return {
-        path: layer.dense_size * dtype.size
+        path: dtype.size * (layer.dense_size + _rotated_size(layer, rows))
         for path, layer in network.named_modules()
         if isinstance(layer, QuantizedLinear)
     }
 
 
-def count_parameters(checkpoint: Checkpoint, quantization: Quantization | None) -> int:
+def _rotated_size(layer: QuantizedLinear, rows: int | None) -> int:
+    most = layer.dense_size if rows is None else min(layer.dense_size, rows * layer.inputs)
+    return most if layer.form.rotation else 0
+
+
+def packed_weights(
+    checkpoint: Checkpoint, quantization: NetworkQuantization | None
+) -> Iterator[tuple[Quantization, int]]:
+    """Yield form and number of weights of each quantized layer of a checkpoint."""
+    forms = {} if quantization is None else dict(quantization.layers)
+    for key, info in checkpoint.tensors.items():
+        if quantization is not None and info.dtype == PACKED:
+            form = forms.get(key.removesuffix(".weight"), quantization.default)
+            if form is not None:
+                yield form, prod(info.shape) * WORD_BITS // form.bits
+
+
+def count_parameters(checkpoint: Checkpoint, quantization: NetworkQuantization | None) -> int:
     """Count the parameters of the network, without scales and biases of its quantization."""
-    counts = [(prod(info.shape), info.dtype) for info in checkpoint.tensors.values()]
-    total = sum(count for count, _ in counts)
-    if quantization is None:
-        return total
-    words = sum(count for count, dtype in counts if dtype == PACKED)
-    codes = words * WORD_BITS // quantization.bits
-    return total - words + codes - 2 * codes // quantization.group_size
+    count = sum(prod(info.shape) for info in checkpoint.tensors.values())
+    for form, weights in packed_weights(checkpoint, quantization):
+        count += weights - weights * form.bits // WORD_BITS
+        count -= (len(form.parameters) - 1) * weights // form.group_size
+    return count
+
+
+def average_bits(checkpoint: Checkpoint, quantization: NetworkQuantization) -> float:
+    """Return the bits per quantized weight of a checkpoint, without scales and biases."""
+    found = list(packed_weights(checkpoint, quantization))
+    return sum(form.bits * n for form, n in found) / max(1, sum(n for _, n in found))
 
 
 @dataclass(frozen=True)
 class QuantizingReader:
-    """A Reader that quantizes `weights`, each into three tensors.
+    """A Reader that quantizes `weights`, each into two or three tensors.
 
-    weights: stored tensors by key. They are evaluated one by one, so that only one is in memory
-    unquantized. reader: loads them.
+    weights: stored tensor and form by key. They are evaluated one by one, so that only one is in
+    memory unquantized. reader: loads them.
     """
 
-    quantization: Quantization
-    weights: Mapping[str, TensorInfo]
+    weights: Mapping[str, tuple[TensorInfo, Quantization]]
     reader: Reader = load_tensors
 
     def __call__(
         self, file: Path, tensors: Mapping[str, TensorInfo], stream: mx.Stream | None = None
     ) -> dict[str, mx.array]:
         weights = {key: self.weights[key] for key in tensors if key in self.weights}
-        packed = {name for key in weights for name in packed_names(key)}
+        packed = {name for key, (_, form) in weights.items() for name in packed_names(key, form)}
         others = {key: info for key, info in tensors.items() if key not in packed}
-        arrays = self.reader(file, weights | others, stream)
-        for key in weights:
-            quantized = self.quantization.quantize(arrays.pop(key), mx.float32, stream)
+        dense = {key: info for key, (info, _) in weights.items()}
+        arrays = self.reader(file, dense | others, stream)
+        for key, (_, form) in weights.items():
+            quantized = form.quantize(arrays.pop(key), mx.float32, stream)
             mx.eval(quantized)
-            arrays |= dict(zip(packed_names(key), quantized.values(), strict=True))
+            arrays |= dict(zip(packed_names(key, form), quantized.values(), strict=True))
         return arrays
 
 
 def quantize_on_load(
-    checkpoint: Checkpoint, network: nn.Module, quantization: Quantization
+    checkpoint: Checkpoint, network: nn.Module, quantization: NetworkQuantization
 ) -> Checkpoint:
     """Return `checkpoint` with a reader that quantizes the linear layers of `network`.
 
@@ -187,63 +238,26 @@ def quantize_on_load(
     if not layers:
         raise UsageError(
             f"No layer in {checkpoint.path} can be quantized: no input size is a multiple of the "
-            f"group size {quantization.group_size}.",
+            f"group size {max(form.group_size for form in quantization.forms)}.",
             "Leave --quantize out.",
         )
     tensors, dense = dict(checkpoint.tensors), {}
-    for path, layer in layers.items():
+    for path, (layer, form) in layers.items():
         key = f"{path}.weight"
         info = checkpoint.tensors.get(key)
         if info is None or info.shape != layer.weight.shape:
             continue
-        dense[key] = info
-        packed, *floats = quantization.packed_shapes(info.shape).values()
-        weight, *names = packed_names(key)
+        dense[key] = (info, form)
+        packed, *floats = form.packed_shapes(info.shape).values()
+        weight, *names = packed_names(key, form)
         tensors[weight] = replace(info, dtype=PACKED, shape=packed)
+        kind = "F32" if form.mode == AFFINE else SCALES
         for name, shape in zip(names, floats, strict=True):  # their bytes count with the weight
-            tensors[name] = replace(info, dtype="F32", shape=shape, nbytes=0)
-    return replace(
-        checkpoint, tensors=tensors, reader=QuantizingReader(quantization, dense, checkpoint.reader)
-    )
+            tensors[name] = replace(info, dtype=kind, shape=shape, nbytes=0)
+    return replace(checkpoint, tensors=tensors, reader=QuantizingReader(dense, checkpoint.reader))
 
 
-def choose_quantization(model: ModelFolder, bits: int | None) -> ModelFolder:
-    """Return `model` with the bits per weight to quantize to on load; None changes nothing.
-
-    Raises UsageError for a folder that is quantized to another number of bits.
-    """
-    if bits is None:
-        return model
-    found = set(_read_settings(model).values())
-    others = found - {Quantization(bits)}
-    if others:
-        raise UsageError(
-            f"{model.name} is quantized to {others.pop()}, which --quantize cannot change.",
-            "Leave --quantize out, or take the model that it was converted from.",
-        )
-    return replace(model, quantize_bits=None if found else bits)
-
-
-def quantization_metadata(model: ModelFolder) -> dict[str, Any]:
-    """Return {"quantization": {part: bits and group size}} for a video's metadata, or {}.
-
-    Raises WeightsError for a config.json that cannot be read.
-    """
-    settings = _read_settings(model)
-    if model.quantize_bits is not None:
-        settings |= dict.fromkeys(
-            ("text_encoder", "transformer"), Quantization(model.quantize_bits)
-        )
-    parts = {part: settings[part].to_dict() for part in PARTS if part in settings}
-    return {"quantization": parts} if parts else {}
-
-
-def packed_names(key: str) -> tuple[str, str, str]:
-    """Return the names of packed weight, scales and biases of the weight `key`."""
+def packed_names(key: str, form: Quantization) -> tuple[str, ...]:
+    """Return the names of the tensors that replace the weight `key`."""
     stem = key.removesuffix("weight")
-    return key, f"{stem}scales", f"{stem}biases"
-
-
-def _read_settings(model: ModelFolder) -> dict[str, Quantization]:
-    found = {part: Quantization.from_config(model.config(part)) for part in PARTS}
-    return {part: settings for part, settings in found.items() if settings is not None}
+    return tuple(f"{stem}{name}" for name in form.parameters)

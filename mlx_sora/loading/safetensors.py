@@ -33,6 +33,12 @@ FLOATS: dict[str, mx.Dtype] = {
 #: Type code of the words that hold quantized weights.
 PACKED = "U32"
 
+#: Type code of the scales of small floats; each byte is a float by itself.
+SCALES = "U8"
+
+#: Types of the tensors of quantized weights that no run casts.
+CODES: dict[str, mx.Dtype] = {PACKED: mx.uint32, SCALES: mx.uint8}
+
 _SIZES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4} | dict.fromkeys(
     ("F16", "BF16", "I16", "U16"), 2
 )
@@ -161,7 +167,7 @@ def load_tensors(
     except (RuntimeError, ValueError) as error:  # ValueError: a name that is not UTF-8
         raise WeightsError(f"MLX cannot load {file}: {error}", FIX) from error
     assert isinstance(arrays, dict)
-    types = FLOATS | {PACKED: mx.uint32, FP8: mx.uint8}
+    types = FLOATS | CODES | {FP8: mx.uint8}
     for key, info in tensors.items():
         array = arrays.get(key)
         if (
@@ -191,8 +197,8 @@ class Reader(Protocol):
 
 
 def memory_dtype(stored: str, dtype: mx.Dtype) -> mx.Dtype:
-    """Return the type in memory of a `stored` type: packed words stay, floats become `dtype`."""
-    return mx.uint32 if stored == PACKED else dtype
+    """Return the type in memory of a `stored` type: codes stay, floats become `dtype`."""
+    return CODES.get(stored, dtype)
 
 
 def read_rows(info: TensorInfo, rows: Sequence[int]) -> mx.array:

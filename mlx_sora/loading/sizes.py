@@ -39,7 +39,7 @@ def model_sizes(model: ModelFolder, precision: Precision, *, encoders: bool = Fa
         text=text.config,
         transformer=transformer.config,
         vae=config,
-        text_weights=_weight_sizes(text_blocks),
+        text_weights=_weight_sizes(text_blocks, transformer.config.model_max_length),
         transformer_weights=_weight_sizes(transformer_blocks),
         vae_decoder=_vae_sizes(model, config, "decoder"),
         vae_encoder=_vae_sizes(model, config, "encoder") if encoders else VAESizes(0, 0, 0),
@@ -77,14 +77,16 @@ def _vae_sizes(model: ModelFolder, config: VAEConfig, part: str) -> VAESizes:
     return VAESizes(_float32_bytes(vae.temporal_vae), _float32_bytes(vae.spatial_vae), disk)
 
 
-def _weight_sizes(source: BlockSource[Any]) -> WeightSizes:
+def _weight_sizes(source: BlockSource[Any], rows: int | None = None) -> WeightSizes:
+    """Return the sizes of a network. rows: most inputs of a layer, if they are few."""
+    dense = dense_bytes(source.network, source.dtype, rows)
     return WeightSizes(
         blocks=source.nbytes,
         load_peak_bytes=source.load_peak_bytes,
         rest=source.memory_bytes(source.non_block_entries),
         stored_blocks=sum(source.disk_bytes),
         stored_rest=source.stored_bytes(source.non_block_entries),
-        largest_dequantized=max(dense_bytes(source.network, source.dtype).values(), default=0),
+        largest_dequantized=max(dense.values(), default=0),
     )
 
 

@@ -7,7 +7,7 @@ read or written.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -19,8 +19,20 @@ from mlx_sora.errors import UsageError, WeightsError
 from mlx_sora.loading.checkpoint import Checkpoint
 from mlx_sora.loading.model_folder import PARTS, ModelFolder
 from mlx_sora.loading.networks import match_part, quantizable_layers
-from mlx_sora.loading.quantization import BLOCK_PATH, CONFIG_KEY, Quantization, packed_names
+from mlx_sora.loading.quantization import (
+    BLOCK_PATH,
+    CONFIG_KEY,
+    NetworkQuantization,
+    packed_names,
+)
+from mlx_sora.loading.quantization_choice import (
+    SENSITIVITIES,
+    named_quantization,
+    stored_quantization,
+)
 from mlx_sora.loading.safetensors import FLOATS, TensorInfo
+from mlx_sora.models.quantized import AFFINE, Quantization
+from mlx_sora.request.options import MIXED
 from mlx_sora.utils.files import visible_files
 from mlx_sora.video.preview import PREVIEW_FILE
 
@@ -41,18 +53,18 @@ _SCALE_BYTES = 2
 class ConversionOptions:
     """Options of a conversion. None changes nothing.
 
-    bits: per weight of the linear layers in the blocks of T5 and STDiT. dtype: of their other
-    tensors, scales included; with bits, None makes float32 matrices bfloat16 and scales one of the
-    16-bit types. Vectors (norms, constants) then keep their type. As in a run, T5 becomes bfloat16
-    where STDiT becomes float16.
+    quantize: form of the linear layers in the blocks of T5 and STDiT; see `as_quantization`. dtype:
+    of their other tensors, scales included; with quantize, None makes float32 matrices bfloat16 and
+    scales one of the 16-bit types. Vectors (norms, constants) then keep their type. As in a run, T5
+    becomes bfloat16 where STDiT becomes float16.
     """
 
-    bits: int | None = None
+    quantize: int | str | None = None
     dtype: str | None = None
 
-    @property
-    def quantization(self) -> Quantization | None:
-        return None if self.bits is None else Quantization(self.bits)
+    def quantization(self, model: ModelFolder) -> dict[str, NetworkQuantization]:
+        """Return the quantization of each part of `model` that is quantized."""
+        return {} if self.quantize is None else named_quantization(model, self.quantize)
 
     def dtype_of(self, part: str) -> mx.Dtype | None:
         """Return the type for T5 or STDiT, the `part`; None keeps that of its tensors."""
@@ -64,7 +76,7 @@ class ConversionOptions:
 
 @dataclass(frozen=True)
 class TensorConversion:
-    """Conversion of the tensor `key` to another type or, quantized, to three tensors."""
+    """Conversion of the tensor `key` to another type or, quantized, to two or three tensors."""
 
     key: str
     info: TensorInfo
@@ -75,7 +87,9 @@ class TensorConversion:
     @property
     def names(self) -> tuple[str, ...]:
         """Names of the tensors to write."""
-        return (self.key,) if self.quantization is None else packed_names(self.key)
+        if self.quantization is None:
+            return (self.key,)
+        return packed_names(self.key, self.quantization)
 
     @property
     def nbytes(self) -> int:
@@ -84,6 +98,7 @@ class TensorConversion:
             return prod(self.info.shape) * self.dtype.size
         shapes = self.quantization.packed_shapes(self.info.shape)
         width = _SCALE_BYTES if self.scale_dtype is None else self.scale_dtype.size
+        width = width if self.quantization.mode == AFFINE else mx.uint8.size
         sizes = {"weight": mx.uint32.size, "scales": width, "biases": width}
         return sum(prod(shape) * sizes[name] for name, shape in shapes.items())
 
@@ -135,17 +150,14 @@ def plan_part(model: ModelFolder, part: str, options: ConversionOptions) -> list
     Leaves out tensors that the network does not use. Raises WeightsError for a checkpoint that does
     not match its configuration, UsageError for one that is quantized already.
     """
-    if Quantization.from_config(model.config(part)) is not None:
+    if part in stored_quantization(model):
         raise UsageError(
             f"{model.path} is quantized already.", "Convert the model that it was converted from."
         )
     checkpoint = Checkpoint.open(model.path / part)
     entries = {entry.key: entry for entry in match_part(model, part, checkpoint)}
-    packed: set[str] = set()
-    if options.quantization is not None:
-        packed = {
-            f"{path}.weight" for path in quantizable_layers(model, part, options.quantization)
-        }
+    quantization = options.quantization(model).get(part)
+    forms = {} if quantization is None else quantizable_layers(model, part, quantization)
     groups: dict[int, list[TensorConversion]] = {}
     dtype = options.dtype_of(part)
     for key, info in checkpoint.tensors.items():
@@ -154,7 +166,7 @@ def plan_part(model: ModelFolder, part: str, options: ConversionOptions) -> list
             if part == "vae" or entries[key].parameter.float32:
                 change = TensorConversion(key, info, FLOATS[info.dtype])
             else:
-                change = _plan_tensor(key, info, options, dtype, quantize=key in packed)
+                change = _plan_tensor(key, info, forms, dtype)
             groups.setdefault(_shard_order(key), []).append(change)
     count = len(groups)
     return [
@@ -173,18 +185,13 @@ def _shard_order(key: str) -> int:
 
 
 def _plan_tensor(
-    key: str,
-    info: TensorInfo,
-    options: ConversionOptions,
-    dtype: mx.Dtype | None,
-    *,
-    quantize: bool,
+    key: str, info: TensorInfo, forms: Mapping[str, Quantization], dtype: mx.Dtype | None
 ) -> TensorConversion:
     """Plan the conversion of one tensor to `dtype`; see ConversionOptions for None."""
-    stored = FLOATS[info.dtype]
-    if quantize:
-        return TensorConversion(key, info, stored, options.quantization, dtype)
-    halve = options.bits is not None and stored == mx.float32 and len(info.shape) > 1
+    stored, form = FLOATS[info.dtype], forms.get(key.removesuffix(".weight"))
+    if form is not None:
+        return TensorConversion(key, info, stored, form, dtype)
+    halve = forms and stored == mx.float32 and len(info.shape) > 1
     return TensorConversion(key, info, dtype or (mx.bfloat16 if halve else stored))
 
 
@@ -202,10 +209,11 @@ def index_text(shards: Sequence[ShardPlan]) -> str:
 
 def other_files(model: ModelFolder, options: ConversionOptions) -> Iterator[tuple[str, bytes]]:
     """Yield path and content of all files that are written, except weights and their indexes."""
+    quantization = options.quantization(model)
     for part in PARTS:
         config = model.config(part)
-        if part != "vae" and options.quantization is not None:
-            config[CONFIG_KEY] = options.quantization.to_dict()
+        if part in quantization:
+            config[CONFIG_KEY] = quantization[part].to_dict()
         yield f"{part}/config.json", (json.dumps(config, indent=2) + "\n").encode()
     yield "tokenizer/spiece.model", model.tokenizer.read_bytes()
     index = model.path / "model_index.json"
@@ -215,16 +223,22 @@ def other_files(model: ModelFolder, options: ConversionOptions) -> Iterator[tupl
 
 
 def companion_files(folder: Path) -> Iterator[tuple[str, bytes]]:
-    """Yield path and content of a model's preview map and step tables, which no part needs."""
+    """Yield path and content of a model's preview map and tables, which no part needs."""
     tables = visible_files(folder / TABLES, "*.json")
-    for file in (folder / PREVIEW_FILE, *tables):
+    for file in (folder / PREVIEW_FILE, folder / SENSITIVITIES, *tables):
         if file.is_file():
             yield file.relative_to(folder).as_posix(), file.read_bytes()
 
 
-def source_files(model: ModelFolder, shards: Sequence[ShardPlan]) -> list[Path]:
+def source_files(
+    model: ModelFolder, options: ConversionOptions, shards: Sequence[ShardPlan]
+) -> list[Path]:
     """Return every file that a conversion reads."""
+    mixed = str(options.quantize).startswith(MIXED)
+    measured = {model.path / SENSITIVITIES} if mixed else set()
     weights = {tensor.info.file for shard in shards for tensor in shard.conversions}
     configs = {model.path / part / "config.json" for part in PARTS}
     index = model.path / "model_index.json"
-    return sorted({*weights, *configs, model.tokenizer, *([index] if index.is_file() else [])})
+    return sorted(
+        {*weights, *configs, *measured, model.tokenizer, *([index] if index.is_file() else [])}
+    )

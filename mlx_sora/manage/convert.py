@@ -23,7 +23,7 @@ from mlx_sora.errors import UsageError, WeightsError, shell_words
 from mlx_sora.loading.checkpoint import Checkpoint
 from mlx_sora.loading.model_folder import PARTS, ModelFolder
 from mlx_sora.loading.networks import match_part
-from mlx_sora.loading.quantization import GROUP_SIZE
+from mlx_sora.loading.quantization import named_form
 from mlx_sora.manage.conversion_plan import (
     INDEX,
     ConversionOptions,
@@ -92,9 +92,9 @@ def convert(
     with disk_errors(target, _DISK_FIX):
         _refuse_overlap(model.path.resolve(), target.resolve())
         shards = [shard for part in PARTS for shard in plan_part(model, part, options)]
-        if options.bits is not None:
+        if options.quantize is not None:
             _require_quantized(model, shards)
-        record = _conversion_record(model, options, source_files(model, shards))
+        record = _conversion_record(model, options, source_files(model, options, shards))
         restore_folder(target)
         if not is_free(target):
             present = Provenance.read(target) if target.is_dir() else None
@@ -261,13 +261,13 @@ def _conversion_record(
     source = _read_provenance(model.path)
     origins = sorted((p, o.repo, o.revision) for p, o in source.files.items()) if source else []
     fingerprint = hashlib.sha256(json.dumps([stats, origins]).encode()).hexdigest()
-    quantization = options.quantization
+    quantize = options.quantize
     return {
         "source": str(model.path.resolve()),
         "fingerprint": fingerprint,
         "written_by": f"mlx_sora {__version__}",
         "dtype": options.dtype,
-        "quantization": None if quantization is None else quantization.to_dict(),
+        "quantization": named_form(quantize).to_dict() if isinstance(quantize, int) else quantize,
     }
 
 
@@ -281,8 +281,8 @@ def _refuse_overlap(source: Path, target: Path) -> None:
 def _require_quantized(model: ModelFolder, shards: Sequence[ShardPlan]) -> None:
     if all(tensor.quantization is None for shard in shards for tensor in shard.conversions):
         raise UsageError(
-            f"No layer of {model.name} can be quantized: no input size is a multiple of the group "
-            f"size {GROUP_SIZE}.",
+            f"No layer of {model.name} can be quantized: no input size is a multiple of the size "
+            "of a group.",
             "Convert it without --quantize.",
         )
 

@@ -41,8 +41,8 @@ from mlx_sora.loading.model_folder import (
 from mlx_sora.loading.networks import match_part
 from mlx_sora.loading.other_models import describe_other_model
 from mlx_sora.loading.preview_map import load_preview_map
-from mlx_sora.loading.quantization import Quantization, count_parameters
-from mlx_sora.loading.safetensors import FLOATS, PACKED, TensorInfo, memory_dtype
+from mlx_sora.loading.quantization import NetworkQuantization, count_parameters
+from mlx_sora.loading.safetensors import FLOATS, TensorInfo, memory_dtype
 from mlx_sora.manage.convert import staging_folder
 from mlx_sora.manage.download import STAGING
 from mlx_sora.manage.progress import ProgressCallback, ignore_progress
@@ -91,7 +91,9 @@ def diagnose(
     yield from check_machine(path)
 
 
-def describe_part(checkpoint: Checkpoint, quantization: Quantization | None) -> dict[str, Any]:
+def describe_part(
+    checkpoint: Checkpoint, quantization: NetworkQuantization | None
+) -> dict[str, Any]:
     """Return parameters, bytes, types, files and, if any, quantization of a part."""
     types = Counter(info.dtype for info in checkpoint.tensors.values())
     facts: dict[str, Any] = {
@@ -169,7 +171,7 @@ class ModelChecker:
             try:
                 checkpoint = Checkpoint.open(self.path / part)
                 match_part(self._model, part, checkpoint)
-                quantization = Quantization.from_config(self._model.config(part))
+                quantization = NetworkQuantization.from_config(self._model.config(part))
             except MlxSoraError as error:
                 yield self._error(part, error.message)
                 continue
@@ -260,16 +262,17 @@ def unusual_constants(model: ModelFolder) -> Iterator[tuple[str, str]]:
 def broken_promises(model: ModelFolder) -> Iterator[tuple[str, str]]:
     """Yield part and message where a name of folder or file promises another type than it has."""
     folder = model.path.resolve().name
-    bits = re.search(r"(?:^|[-_.])([48])[-_]?bit$", folder)
+    bits = re.search(r"(?:^|[-_.])([34568])[-_]?bit$", folder)
     for part in PARTS:
-        quantization = Quantization.from_config(model.config(part))
+        quantization = NetworkQuantization.from_config(model.config(part))
         tensors = model.checkpoint(part).tensors.values()
-        if bits and part != "vae" and (quantization is None or quantization.bits != int(bits[1])):
+        widths = {form.bits for form in quantization.forms} if quantization else set()
+        if bits and part != "vae" and widths != {int(bits[1])}:
             found = "not quantized" if quantization is None else f"quantized to {quantization}"
             yield part, f"is {found}, and the folder's name says {bits[1]} bits."
         sizes = Counter[str]()
         for info in tensors:
-            sizes[info.dtype] += info.nbytes * (info.dtype != PACKED)
+            sizes[info.dtype] += info.nbytes * (info.dtype in FLOATS)
         most = sizes.most_common(1)[0][0]
         names = {info.file.stem for info in tensors}
         for name in sorted(names | {folder} if part == "transformer" else names):
@@ -357,6 +360,7 @@ def _conversion_command(provenance: Provenance, path: Path) -> str:
         return "convert its source again; the folder that it came from is gone."
     words = ["convert", source, path]
     quantization = provenance.conversion["quantization"]
-    words += ["--quantize", quantization["bits"]] if quantization else []
+    bits = quantization["bits"] if isinstance(quantization, dict) else quantization
+    words += ["--quantize", bits] if quantization else []
     words += ["--dtype", dtype] if dtype else []
     return f"python -m mlx_sora {shell_words(*words, '--check', '--overwrite')}"

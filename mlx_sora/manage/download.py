@@ -25,7 +25,6 @@ from mlx_sora.loading.model_folder import (
     missing_parts,
     model_path,
 )
-from mlx_sora.loading.quantization import Quantization
 from mlx_sora.manage.conversion_plan import ConversionOptions, companion_files
 from mlx_sora.manage.convert import ConversionResult, convert
 from mlx_sora.manage.hub import Hub, RemoteFile, cached_copies
@@ -301,7 +300,8 @@ def _check_model(staging: Path, hub: Hub) -> None:
 
 
 def _is_conversion_of(present: Provenance, sources: Sequence[PartSource], bits: int) -> bool:
-    same = present.conversion.get("quantization") == Quantization(bits).to_dict()
+    settings = present.conversion.get("quantization")  # a conversion of old has no rotation
+    same = isinstance(settings, dict) and settings.get("bits") == bits
     return same and all(
         matches_source(present, pin_revision(source, present)) for source in sources
     )

@@ -7,7 +7,7 @@ from typing import Any
 from mlx_sora.errors import WeightsError
 from mlx_sora.loading.checkpoint import Checkpoint
 from mlx_sora.loading.model_folder import PARTS, ModelFolder
-from mlx_sora.loading.quantization import Quantization
+from mlx_sora.loading.quantization import NetworkQuantization
 from mlx_sora.manage.doctor import ModelChecker, describe_part
 from mlx_sora.manage.provenance import Provenance
 
@@ -19,7 +19,7 @@ def describe_model(model: ModelFolder) -> dict[str, Any]:
     """
     parts = {
         part: describe_part(
-            Checkpoint.open(model.path / part), Quantization.from_config(model.config(part))
+            Checkpoint.open(model.path / part), NetworkQuantization.from_config(model.config(part))
         )
         for part in PARTS
     }

@@ -15,7 +15,7 @@ from functools import partial
 import mlx.core as mx
 from mlx import nn
 
-from mlx_sora.loading.quantization import GROUP_SIZE, Quantization
+from mlx_sora.loading.quantization import named_form
 from mlx_sora.manage.machine_check import Case, Form, type_advice
 from mlx_sora.models import conv, ops, stdit3, t5
 from mlx_sora.models.quantized import QuantizedLinear
@@ -102,19 +102,21 @@ def product(scale: float) -> Case:
     return Case(lambda x, w, b: mx.addmm(b, x, w.T), [x, weight / math.sqrt(WIDTH), bias])
 
 
-def quantized_product(bits: int, rows: int, scale: float) -> Case:
+def quantized_product(name: int | str, rows: int, scale: float) -> Case:
     """Multiply with quantized weights; MLX has other kernels for few rows."""
     x, weight, bias = normals((part(rows, scale), WIDTH), (MLP, WIDTH), (MLP,))
     with mx.stream(mx.cpu):
-        packed = Quantization(bits).quantize(weight / math.sqrt(WIDTH), mx.float32)
+        packed = named_form(name).quantize(weight / math.sqrt(WIDTH), mx.float32)
         mx.eval(packed)
-    layer = QuantizedLinear(WIDTH, MLP, bias=True, bits=bits, group_size=GROUP_SIZE)
+    layer = QuantizedLinear(WIDTH, MLP, bias=True, **named_form(name).to_dict())
+    floats = {"bias": bias, **{n: a for n, a in packed.items() if a.dtype == mx.float32}}
+    codes = {n: a for n, a in packed.items() if n not in floats}
 
-    def run(x: mx.array, scales: mx.array, biases: mx.array, *rest: mx.array) -> mx.array:
-        layer.scales, layer.biases, (layer.bias, layer.weight) = scales, biases, rest
+    def run(x: mx.array, *arrays: mx.array) -> mx.array:
+        layer.update(dict(zip([*floats, *codes], arrays, strict=True)))
         return layer(x)
 
-    return Case(run, [x, packed["scales"], packed["biases"], bias], [packed["weight"]])
+    return Case(run, [x, *floats.values()], [*codes.values()])
 
 
 def rope(scale: float) -> Case:
@@ -232,6 +234,8 @@ FORMS = (
     *CONVOLUTIONS,
     Form("quantized product, 4 bits", partial(quantized_product, 4, 300), 60, 0.1, 60, 10),
     Form("quantized product, 8 bits", partial(quantized_product, 8, 300), 60, 0.1, 60, 10),
+    Form("quantized product, 6 bits", partial(quantized_product, 6, 300), 60, 0.1, 60, 10),
+    Form("quantized product, mxfp4", partial(quantized_product, "mxfp4", 300), 60, 0.1, 60, 10),
     Form("quantized product, 8 bits, 3 rows", partial(quantized_product, 8, 3), 1, 0.1, 60, 10),
     Form("rope", rope, 0.5, 0.1, 4000, 2),
     Form("embedding of times", time_embedding, 0.1, 0.1, 4000, 2, (mx.float32,)),

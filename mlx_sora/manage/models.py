@@ -28,7 +28,7 @@ from mlx_sora.loading.model_folder import (
     unknown_name_fix,
 )
 from mlx_sora.loading.published import find_undownloaded
-from mlx_sora.loading.quantization import Quantization
+from mlx_sora.loading.quantization import NetworkQuantization, average_bits
 from mlx_sora.loading.safetensors import FLOATS
 from mlx_sora.manage import provenance
 from mlx_sora.manage.convert import JOURNAL, staging_folder
@@ -124,9 +124,9 @@ def describe(name: str) -> ModelFacts:
 
 def weight_bits(model: ModelFolder) -> int:
     """Return the bits per weight of the transformer. Raises WeightsError."""
-    quantization = Quantization.from_config(model.config("transformer"))
+    quantization = NetworkQuantization.from_config(model.config("transformer"))
     if quantization is not None:
-        return quantization.bits
+        return round(average_bits(model.checkpoint("transformer"), quantization))
     tensors = model.checkpoint("transformer").tensors.values()
     largest = max(tensors, key=lambda info: info.nbytes)
     return 8 * FLOATS[largest.dtype].size

@@ -23,6 +23,7 @@ from mlx_sora import __version__
 from mlx_sora.errors import WeightsError
 from mlx_sora.manage.progress import ProgressCallback, byte_counter, ignore_progress
 from mlx_sora.request.generation import FLOAT_DTYPES
+from mlx_sora.request.options import as_quantization
 from mlx_sora.utils.files import atomic_write, sha256
 from mlx_sora.utils.json import read_object
 
@@ -142,9 +143,17 @@ class Provenance:
 def _is_valid_conversion(conversion: Mapping[str, Any]) -> bool:
     # The doctor puts these values into a command for the user to type.
     settings = conversion["quantization"]
-    counts = isinstance(settings, dict) and all(type(n) is int for n in settings.values())
     return (
         isinstance(conversion["source"], str)
         and conversion["dtype"] in (None, *FLOAT_DTYPES)
-        and (settings is None or (counts and "bits" in settings))
+        and (settings is None or _is_quantization(settings))
     )
+
+
+def _is_quantization(settings: Any) -> bool:
+    if isinstance(settings, dict):
+        return "bits" in settings and all(type(n) is int for n in settings.values())
+    try:
+        return isinstance(settings, str) and as_quantization(settings) == settings
+    except ValueError:
+        return False

@@ -13,7 +13,7 @@ from mlx_sora.errors import MlxSoraError
 from mlx_sora.loading.checkpoint import Checkpoint, load_weights
 from mlx_sora.loading.model_folder import ModelFolder
 from mlx_sora.loading.networks import load_vae
-from mlx_sora.loading.quantization import BLOCK_PATH, Quantization, insert_quantized_layers
+from mlx_sora.loading.quantization import BLOCK_PATH, NetworkQuantization, insert_quantized_layers
 from mlx_sora.memory.limits import memory_scope
 from mlx_sora.models import stdit3, t5
 
@@ -35,7 +35,7 @@ def run_text_encoder(model: ModelFolder) -> None:
     checkpoint = keep_first_block(Checkpoint.open(model.text_encoder))
     with memory_scope():
         network = t5.T5Encoder(config, embedding=False)
-        insert_quantized_layers(network, Quantization.from_config(values))
+        insert_quantized_layers(network, NetworkQuantization.from_config(values))
         load_weights(network, checkpoint, t5.KEYS, dtype=mx.float32, skip_keys=[t5.EMBEDDING_KEY])
         ids = range(min(8, config.vocab_size))
         embeddings = checkpoint.read_rows(t5.EMBEDDING_KEY, ids).astype(mx.float32)
@@ -48,7 +48,7 @@ def run_transformer(model: ModelFolder) -> None:
     config = replace(stdit3.STDiT3Config.from_dict(values), depth=1)
     with memory_scope():
         network = stdit3.STDiT3(config)
-        insert_quantized_layers(network, Quantization.from_config(values))
+        insert_quantized_layers(network, NetworkQuantization.from_config(values))
         checkpoint = keep_first_block(Checkpoint.open(model.transformer))
         load_weights(network, checkpoint, stdit3.KEYS, dtype=mx.float32)
         text = _noise(4, config.caption_channels)

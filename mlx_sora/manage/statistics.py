@@ -20,14 +20,17 @@ from math import hypot, isfinite, prod, sqrt
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import mlx.core as mx
+
 from mlx_sora import __version__
 from mlx_sora.errors import WeightsError
 from mlx_sora.loading.checkpoint import Checkpoint
 from mlx_sora.loading.model_folder import PARTS
-from mlx_sora.loading.quantization import BITS, CONFIG_KEY, GROUP_SIZE, packed_names
-from mlx_sora.loading.safetensors import FLOATS, FP8, PACKED, TensorInfo
+from mlx_sora.loading.quantization import CONFIG_KEY, NetworkQuantization, packed_names
+from mlx_sora.loading.safetensors import FLOATS, FP8, PACKED, SCALES, TensorInfo
 from mlx_sora.manage import provenance
 from mlx_sora.manage.progress import ProgressCallback, byte_counter, ignore_progress
+from mlx_sora.models.quantized import AFFINE, Quantization
 from mlx_sora.utils.files import atomic_write, sha256
 from mlx_sora.utils.json import read_object
 
@@ -46,6 +49,7 @@ _CHUNK, SUMS = 1 << 18, 16
 #: Distance that conversions to a type bring, as a share of a tensor's norm, with a margin. All may
 #: have gone through bfloat16.
 ROUNDING = dict.fromkeys(("F32", "F16", "BF16"), 0.008) | {FP8: 0.1, "8-bit": 0.05, "4-bit": 0.4}
+ROUNDING |= {"6-bit": 0.1, "5-bit": 0.2, "3-bit": 0.8, "mxfp8": 0.15, "mxfp4": 0.5, "nvfp4": 0.4}
 
 #: Distance of a tensor from itself: the record has six digits.
 SAME = 2e-5
@@ -210,11 +214,11 @@ def measure_part(
 
     hashed: for which files the checksums of tensors are computed, too.
     """
-    checkpoint = Checkpoint.open(folder / part)
+    checkpoint, quantization = Checkpoint.open(folder / part), _read_quantization(folder / part)
     total, done = checkpoint.nbytes, 0
     for name, info in checkpoint.tensors.items():
         counter = byte_counter(on_progress, "scan", part, total, done)
-        packing = _packing(checkpoint.tensors, name) if info.dtype == PACKED else None
+        packing = _packing(checkpoint.tensors, name, quantization)
         row = measure_tensor(info, counter, packing)
         if hashed(info.file):
             row = replace(row, sha256=sha256_of(info))
@@ -222,40 +226,48 @@ def measure_part(
         yield name, row
 
 
-def _packing(
-    tensors: Mapping[str, TensorInfo], name: str
-) -> tuple[int, TensorInfo, TensorInfo] | None:
-    """Return bits, scales and biases of the packed weight `name`, None if it has none."""
-    _, *others = packed_names(name)
-    scales, biases = (tensors.get(other) for other in others)
-    if scales is None or biases is None or len(scales.shape) != 2 or not scales.shape[1]:
+def _read_quantization(folder: Path) -> NetworkQuantization | None:
+    """Return the quantization in the config.json of a part, None if it has none that is known."""
+    try:
+        return NetworkQuantization.from_config(read_object(folder / "config.json"))
+    except (OSError, ValueError, RecursionError, WeightsError):  # the doctor reports it
         return None
-    bits = tensors[name].shape[-1] * 32 // (scales.shape[1] * GROUP_SIZE)
-    return (bits, scales, biases) if bits in BITS else None
+
+
+def _packing(
+    tensors: Mapping[str, TensorInfo], name: str, quantization: NetworkQuantization | None
+) -> tuple[Quantization, Mapping[str, TensorInfo]] | None:
+    """Return form and tensors of the packed weight `name`, None if it is none."""
+    form = None if quantization is None else quantization.form(name.removesuffix(".weight"))
+    if form is None or tensors[name].dtype != PACKED:
+        return None
+    names = dict(zip(form.parameters, packed_names(name, form), strict=True))
+    found = {parameter: tensors[key] for parameter, key in names.items() if key in tensors}
+    rows, groups = found["scales"].shape if "scales" in found else (0, 0)
+    shapes = form.packed_shapes((rows, groups * form.group_size))
+    if {parameter: info.shape for parameter, info in found.items()} != shapes or not groups:
+        return None
+    return form, found
 
 
 def measure_tensor(
     info: TensorInfo,
     on_progress: Callable[[int], None] = lambda _: None,
-    packing: tuple[int, TensorInfo, TensorInfo] | None = None,
+    packing: tuple[Quantization, Mapping[str, TensorInfo]] | None = None,
 ) -> TensorStatistics:
     """Return the statistics of a tensor of floats, or of packed words; others have none.
 
-    on_progress: gets the bytes read so far. packing: bits, scales and biases of packed words.
+    on_progress: gets the bytes read so far. packing: form and tensors of packed words.
     """
     if packing is not None:
-        bits, scales, biases = packing
-        shape = (info.shape[0], scales.shape[1] * GROUP_SIZE)
+        form, tensors = packing
+        shape = (info.shape[0], tensors["scales"].shape[1] * form.group_size)
         totals = _Totals(shape)
         rows = max(1, _CHUNK // shape[1])
         for start in range(0, shape[0], rows):
-            codes = _read(info, start, rows).view("u1")
-            if bits == 4:
-                codes = _nibbles(codes)
-            steps, shifts = (_read(each, start, rows).reshape(-1, 1) for each in (scales, biases))
-            totals.add((codes.reshape(-1, GROUP_SIZE) * steps + shifts).reshape(-1))
+            totals.add(_dequantize(form, tensors, start, rows).reshape(-1))
             on_progress(min(start + rows, shape[0]) * info.nbytes // shape[0])
-        return totals.result(f"{bits}-bit")
+        return totals.result(f"{form.bits}-bit" if form.mode == AFFINE else form.mode)
     totals = _Totals(info.shape)
     if info.dtype in FLOATS and info.nbytes:
         rows = max(1, _CHUNK // totals.row)
@@ -266,10 +278,17 @@ def measure_tensor(
     return totals.result(info.dtype)
 
 
-def _nibbles(codes: np.ndarray) -> np.ndarray:
+def _dequantize(
+    form: Quantization, tensors: Mapping[str, TensorInfo], start: int, rows: int
+) -> np.ndarray:
+    """Return `rows` rows of a packed weight from `start` on, float32 [rows, inputs]."""
     import numpy as np
 
-    return np.stack([codes & 15, codes >> 4], axis=-1)
+    arrays = {
+        name: mx.array(_read(info, start, rows).reshape(-1, info.shape[1]))
+        for name, info in tensors.items()
+    }
+    return np.asarray(form.rotate(form.dequantize(arrays, mx.float32)))
 
 
 def _read(info: TensorInfo, start: int, rows: int, row: int = 0) -> np.ndarray:
@@ -291,9 +310,9 @@ def _read(info: TensorInfo, start: int, rows: int, row: int = 0) -> np.ndarray:
         return (np.frombuffer(raw, "<u2").astype("<u4") << 16).view("<f4")
     if info.dtype == FP8:
         return np.take(_fp8_values(), np.frombuffer(raw, "u1"))
-    kinds = {"F32": "<f4", "F16": "<f2", PACKED: "<u4"}
+    kinds = {"F32": "<f4", "F16": "<f2", PACKED: "<u4", SCALES: "u1"}
     array = np.frombuffer(raw, kinds[info.dtype])
-    return array if info.dtype == PACKED else array.astype("<f4", copy=False)
+    return array.astype("<f4", copy=False) if info.dtype in FLOATS else array
 
 
 def _fp8_values() -> np.ndarray:

@@ -180,6 +180,20 @@ def _silu_rows(x: mx.array) -> mx.array:
     return _times_sigmoid(wide, *_exp2_parts(_silu_input(wide))).astype(x.dtype)
 
 
+def hadamard(x: mx.array, size: int, stream: mx.Stream | None = None) -> mx.array:
+    """Multiply the last axis by a Hadamard matrix per block of `size`, scaled to be orthogonal.
+
+    size: a power of two that divides the axis. The matrix is its own inverse.
+    """
+    blocks = x.reshape(-1, size, stream=stream)
+    if on_gpu():
+        return mx.hadamard_transform(blocks, stream=stream).reshape(x.shape, stream=stream)
+    # A product is three times faster on CPUs than MLX's scalar butterflies.
+    matrix = mx.hadamard_transform(mx.eye(size, stream=stream), stream=stream)
+    out = mx.matmul(blocks, matrix, stream=stream).astype(x.dtype, stream=stream)
+    return out.reshape(x.shape, stream=stream)
+
+
 def gelu_tanh(x: mx.array) -> mx.array:
     """Return the tanh-approximated GELU.
 

@@ -7,59 +7,166 @@ slower than a plain product, so there each use dequantizes the weights first.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import mlx.core as mx
 from mlx import nn
 
-from mlx_sora.models.ops import on_gpu
+from mlx_sora.models.ops import hadamard, on_gpu
 
 #: Bits of the words that quantized weights are packed into.
 WORD_BITS = 32
 
+#: Mode of integer codes with a scale and a bias per group.
+AFFINE = "affine"
 
-class QuantizedLinear(nn.Module):
-    """x Wᵀ + bias with affine quantized W; parameters are named as in MLX's own quantized layers.
+#: Modes of small floats with an 8-bit scale per group: bits per weight, and weights in a group.
+FLOAT_MODES = {"mxfp4": (4, 32), "nvfp4": (4, 16), "mxfp8": (8, 32)}
 
-    weight uint32 [outputs, inputs · bits / 32], scales and biases [outputs, inputs / group_size]:
-    W = scale · code + bias per group. bias [outputs], or none.
+
+@dataclass(frozen=True)
+class Quantization:
+    """Form of the quantized weights of a linear layer.
+
+    bits: per weight. group_size: weights in a row that share a scale. mode: as in `mx.quantize`.
+    rotation: largest size of the Hadamard blocks that rotate each row of the weights, and the
+    inputs; 0 for none. It spreads outliers over a block, so that rounding costs less (QuaRot,
+    LRQ-DiT).
     """
 
-    def __init__(
-        self, inputs: int, outputs: int, *, bias: bool, bits: int, group_size: int
-    ) -> None:
+    bits: int
+    group_size: int = 64
+    mode: str = AFFINE
+    rotation: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return JSON values as in the config.json of other MLX models, without defaults."""
+        values: dict[str, Any] = {"bits": self.bits, "group_size": self.group_size}
+        if self.mode != AFFINE:
+            values["mode"] = self.mode
+        return values | ({"rotation": self.rotation} if self.rotation else {})
+
+    def __str__(self) -> str:
+        kind = f"{self.bits} bits" if self.mode == AFFINE else self.mode
+        return f"{kind} in groups of {self.group_size}" + (", rotated" if self.rotation else "")
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """Names of the arrays that replace a weight."""
+        return ("weight", "scales", "biases") if self.mode == AFFINE else ("weight", "scales")
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits with scales and biases, which take 16 bits each in affine mode and 8 in others."""
+        return self.bits + (32 if self.mode == AFFINE else 8) / self.group_size
+
+    def fits(self, inputs: int) -> bool:
+        """Return True if rows of `inputs` weights divide into whole groups and words."""
+        return inputs % self.group_size == 0 and inputs * self.bits % WORD_BITS == 0
+
+    def packed_shapes(self, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+        """Return shapes of the arrays that replace a weight [outputs, inputs], by parameter."""
+        outputs, inputs = shape
+        groups = (outputs, inputs // self.group_size)
+        packed = (outputs, inputs * self.bits // WORD_BITS)
+        return {name: packed if name == "weight" else groups for name in self.parameters}
+
+    def rotate(self, x: mx.array, stream: mx.Stream | None = None) -> mx.array:
+        """Multiply the last axis by the block Hadamard matrix, which is its own inverse."""
+        if not self.rotation:
+            return x
+        return hadamard(x, math.gcd(x.shape[-1], self.rotation), stream)
+
+    @property
+    def kernel_options(self) -> dict[str, Any]:
+        """Keywords of MLX's functions."""
+        return {"group_size": self.group_size, "bits": self.bits, "mode": self.mode}
+
+    def quantize(
+        self, weight: mx.array, dtype: mx.Dtype | None = None, stream: mx.Stream | None = None
+    ) -> dict[str, mx.array]:
+        """Quantize the weight [outputs, inputs] of a layer; return arrays by parameter name.
+
+        dtype: of scales and biases; None selects the more accurate 16-bit type for them: float16 is
+        eight times finer, except for the smallest numbers. stream: runs the work.
+        """
+        rotated = self.rotate(weight.astype(mx.float32, stream=stream), stream)
+        packed, *floats = mx.quantize(rotated, stream=stream, **self.kernel_options)
+        if self.mode == AFFINE:
+            scales, biases = floats
+            kind = dtype or min(
+                (mx.float16, mx.bfloat16), key=lambda kind: _rounding_error(scales, biases, kind)
+            )
+            floats = [value.astype(kind, stream=stream) for value in floats]
+        return dict(zip(self.parameters, (packed, *floats), strict=True))
+
+    def dequantize(self, arrays: Mapping[str, mx.array], dtype: mx.Dtype) -> mx.array:
+        """Return W [outputs, inputs] of `quantize`'s arrays; with a rotation H, W H."""
+        return mx.dequantize(
+            arrays["weight"],
+            arrays["scales"],
+            arrays.get("biases"),
+            dtype=dtype,
+            **self.kernel_options,
+        )
+
+
+def _rounding_error(scales: mx.array, biases: mx.array, kind: mx.Dtype) -> float:
+    """Return the squared error of the largest codes with scales and biases in `kind`."""
+    error = scales.astype(kind).astype(mx.float32) - scales
+    shift = biases.astype(kind).astype(mx.float32) - biases
+    total: mx.array = (mx.square(255 * error) + mx.square(shift)).sum()
+    return float(total.item())  # type: ignore[arg-type]
+
+
+class QuantizedLinear(nn.Module):
+    """x Wᵀ + bias with quantized W; parameters are named as in MLX's own quantized layers.
+
+    weight uint32 [outputs, inputs · bits / 32], scales and, in affine mode, biases
+    [outputs, inputs / group_size]: W = scale · code + bias per group. bias [outputs], or none.
+    With a rotation H, W is stored as W H, and x becomes x H.
+    """
+
+    def __init__(self, inputs: int, outputs: int, *, bias: bool, **form: Any) -> None:
+        """Make a layer of zeros. form: fields of `Quantization`."""
         super().__init__()
-        self.bits, self.group_size = bits, group_size
-        self.dense_size = outputs * inputs
-        self.weight = mx.zeros((outputs, inputs * bits // WORD_BITS), mx.uint32)
-        self.scales = mx.zeros((outputs, inputs // group_size))
-        self.biases = mx.zeros((outputs, inputs // group_size))
+        self.form = kind = Quantization(**form)
+        self.dense_size, self.inputs = outputs * inputs, inputs
+        floats = mx.float32 if kind.mode == AFFINE else mx.uint8
+        for name, shape in kind.packed_shapes((outputs, inputs)).items():
+            self[name] = mx.zeros(shape, mx.uint32 if name == "weight" else floats)
         if bias:
             self.bias = mx.zeros((outputs,))
 
     def dequantize(self, x: mx.array) -> mx.array:
-        """Return W [outputs, inputs] in the type of the scales, for the product with `x`."""
+        """Return W [outputs, inputs] for the product with `x`, or with a rotation H, W H."""
+        arrays = {name: self[name] for name in self.form.parameters}
         # Without this dependency on x, MLX would dequantize the weights of a whole block at once.
-        return mx.dequantize(
-            mx.depends(self.weight, x),
-            self.scales,
-            self.biases,
-            group_size=self.group_size,
-            bits=self.bits,
-        )
+        arrays["weight"] = mx.depends(arrays["weight"], x)
+        dtype = self.scales.dtype if self.form.mode == AFFINE else x.dtype
+        return self.form.dequantize(arrays, dtype)
+
+    def product(self, x: mx.array) -> Callable[[mx.array], mx.array]:
+        """Return this layer for the rows of `x`, dequantized once, after `x` is computed."""
+        weight = self.dequantize(x)
+        if x.size < weight.size:
+            return lambda rows: self._multiply(weight, self.form.rotate(rows))
+        return partial(self._multiply, self.form.rotate(weight))
 
     def __call__(self, x: mx.array) -> mx.array:
         if not on_gpu():
-            return self._multiply(self.dequantize(x), x)
+            return self.product(x)(x)
         out = mx.quantized_matmul(
-            x,
+            self.form.rotate(x),
             self.weight,
             self.scales,
-            self.biases,
+            self.get("biases"),
             transpose=True,
-            group_size=self.group_size,
-            bits=self.bits,
+            **self.form.kernel_options,
         )
         return out + self.bias if "bias" in self else out
 
@@ -70,7 +177,7 @@ class QuantizedLinear(nn.Module):
 def dequantize_once(linear: nn.Module, x: mx.array) -> Callable[[mx.array], mx.array]:
     """Return `linear` for several calls after `x` is computed, dequantized only once."""
     if isinstance(linear, QuantizedLinear) and not on_gpu():
-        return partial(linear._multiply, linear.dequantize(x))
+        return linear.product(x)
     return linear
 
 

@@ -15,7 +15,7 @@ from mlx_sora.geometry import ModelArguments
 from mlx_sora.loading.fingerprint import FileHashes, fingerprint, weight_files
 from mlx_sora.loading.model_folder import PARTS, ModelFolder, model_path
 from mlx_sora.loading.published import PublishedModel
-from mlx_sora.loading.quantization import choose_quantization, quantization_metadata
+from mlx_sora.loading.quantization_choice import choose_quantization, quantization_metadata
 from mlx_sora.loading.sizes import model_sizes
 from mlx_sora.memory.limits import StageMeter, default_cache_limit
 from mlx_sora.memory.plan import Machine, ModelSizes

@@ -30,12 +30,12 @@ from mlx_sora.request.options import (
     Option,
     VideoReference,
     as_amount,
-    as_bits,
     as_dtype,
     as_frames,
     as_images,
     as_path,
     as_paths,
+    as_quantization,
     as_tiles,
     as_videos,
     option,
@@ -335,12 +335,13 @@ class GenerationRequest:
         parse=as_dtype,
         choices=FLOAT_DTYPES,
     )
-    quantize: int | None = _memory(
-        "quantize the weights to 4 or 8 bits while loading, which saves memory; convert does it "
-        "once and also saves reading",
+    quantize: int | str | None = _memory(
+        "quantize the weights while loading, which saves memory: to 3, 4, 5, 6 or 8 bits, mxfp4, "
+        "nvfp4, mxfp8, mixed:BITS (an average; needs calibrate --bits), or each network "
+        "(t5=4,transformer=8); convert does it once and also saves reading",
         tasks=_VIDEO,
         aliases="-q",
-        parse=as_bits,
+        parse=as_quantization,
         metavar="BITS",
         common=True,
     )

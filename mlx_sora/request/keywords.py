@@ -56,7 +56,7 @@ class SharedKeywords(TypedDict, total=False):
     tdtm: Tdtm | int | str | None
     dtype: Literal["auto", "float32", "bfloat16", "float16"]
     vae_dtype: Literal["float32", "bfloat16", "float16"]
-    quantize: Literal[4, 8] | None
+    quantize: int | str | None
     memory_budget: str | int | None
     device_profile: str | None
     ci_dl: bool

@@ -19,6 +19,18 @@ from mlx_sora.errors import UsageError
 from mlx_sora.geometry import MAX_TILES, MICRO_FRAME_SIZE
 from mlx_sora.request.pixels import Pixels, is_footage, is_medium, read_medium
 
+#: Bits per weight of quantized weights.
+WIDTHS = (3, 4, 5, 6, 8)
+
+#: Forms of small floats, with a scale per group; names as in `mx.quantize`.
+FLOAT_FORMS = ("mxfp4", "nvfp4", "mxfp8")
+
+#: Start of an average of bits per weight, which `calibrate --bits` helps to spend.
+MIXED = "mixed:"
+
+#: Names of the networks that are quantized, to their parts of a model.
+NETWORKS = {"t5": "text_encoder", "transformer": "transformer"}
+
 #: Bytes of a file's name and of a path that file systems take.
 MAX_NAME, MAX_PATH = 255, 4000
 
@@ -73,12 +85,47 @@ def as_amount(value: Any) -> str:
     return value if isinstance(value, str) else str(as_int(value))
 
 
-def as_bits(value: Any) -> int:
-    """Return the bits of a quantized weight."""
+def as_quantization(value: Any) -> int | str:
+    """Return how to quantize the weights, in its usual spelling.
+
+    Bits as a number, else text: a form, mixed:BITS (an average), or the form of each network.
+    """
+    text = as_text(value).replace(" ", "") if isinstance(value, str) else ""
+    try:
+        if text.startswith(MIXED):
+            bits = as_float(text.removeprefix(MIXED))
+            if not WIDTHS[0] <= bits <= WIDTHS[-1]:
+                raise ValueError
+            return f"{MIXED}{bits:g}"
+        if "=" not in text:
+            return _as_form(value)
+        pairs = [part.split("=", 1) for part in text.split(",")]
+        forms = {name: _as_form(form) for name, form in pairs}
+        if not forms.keys() <= NETWORKS.keys() or len(forms) < len(pairs):
+            raise ValueError
+        return ",".join(f"{name}={forms[name]}" for name in NETWORKS if name in forms)
+    except ValueError:
+        names = ", ".join(map(str, (*WIDTHS, *FLOAT_FORMS)))
+        raise ValueError(f"{names}, {MIXED}BITS or such as t5=4,transformer=8") from None
+
+
+def _as_form(value: Any) -> int | str:
+    if isinstance(value, str) and value.strip() in FLOAT_FORMS:
+        return value.strip()
     bits = as_int(value)
-    if bits not in (4, 8):
-        raise ValueError("4 or 8")
+    if bits not in WIDTHS:
+        raise ValueError
     return bits
+
+
+def forms_by_part(value: int | str) -> dict[str, int | str]:
+    """Return the form of each quantized part of a model, of a value of `as_quantization`.
+
+    The value is no average.
+    """
+    pairs = [part.split("=") for part in str(value).split(",")]
+    forms = dict(pairs) if "=" in str(value) else dict.fromkeys(NETWORKS, str(value))
+    return {NETWORKS[name]: _as_form(form) for name, form in forms.items()}
 
 
 def as_dtype(value: Any) -> str:

@@ -198,6 +198,8 @@ ELSEWHERE = {
     "python -m mlx_sora calibrate --prompt TEXT {}": "the case of its message",
     "python -m mlx_sora calibrate --tdtm {} --prompt TEXT {}": "the case of its message",
     "or make another: {}": "test_a_table_of_a_lower_speed_is_made_anew",
+    "calibrate --bits --prompt TEXT": "tests/unit/loading/test_quantization_choice.py",
+    "Make it again: {} --overwrite": "tests/unit/loading/test_quantization_choice.py",
 }
 
 

@@ -104,7 +104,12 @@ def test_the_named_command_mends_a_conversion(
     ("words", "code", "says"),
     [
         (["shapes"], 2, "DST"),
-        (["shapes", "x", "-q", "5"], 2, "--quantize"),
+        (["shapes", "x", "-q", "7"], 2, "--quantize must be 3, 4, 5, 6, 8, mxfp4"),
+        (
+            ["shapes", "x", "-q", "mixed:4"],
+            2,
+            "calibrate --bits --prompt TEXT --steps 10 --model shapes",
+        ),
         (["nowhere", "x"], 4, "No model folder"),
         (["shapes", "taken", "-q", "8"], 2, "--overwrite"),
         (["shapes", "taken/file/x"], 4, "Cannot use"),

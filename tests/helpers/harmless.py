@@ -14,7 +14,7 @@ import mlx.core as mx
 
 from mlx_sora.loading.checkpoint import Checkpoint
 from mlx_sora.loading.model_folder import PARTS, ModelFolder
-from mlx_sora.loading.quantization import Quantization
+from mlx_sora.loading.quantization import NetworkQuantization
 from mlx_sora.manage import statistics
 from mlx_sora.manage.conversion_plan import ConversionOptions
 from mlx_sora.manage.convert import convert
@@ -145,7 +145,7 @@ def add_table(model: Path) -> Path:
 def convert_to(options: ConversionOptions, model: Path) -> Path:
     """Another type by `convert`; a quantized folder, which convert refuses, is left as it is."""
     opened = ModelFolder.open(model)
-    if any(Quantization.from_config(opened.config(part)) for part in PARTS):
+    if any(NetworkQuantization.from_config(opened.config(part)) for part in PARTS):
         return model
     return convert(opened, model.with_name("converted"), options).path
 

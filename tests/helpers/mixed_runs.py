@@ -58,7 +58,7 @@ def kinds_of_runs(
         return sum(1 for event in pipe.stream_all(requests) if type(event).__name__ == "Finished")
 
     def refused() -> int:
-        wrong = ({"width": 4}, {"memory_budget": "1MB"}, {"images": "none.png"}, {"quantize": 5})
+        wrong = ({"width": 4}, {"memory_budget": "1MB"}, {"images": "none.png"}, {"quantize": 7})
         for options in wrong:
             try:
                 pipe(PROMPT, **{**SMALL, **options})

@@ -24,6 +24,7 @@ from mlx_sora.manage.conversion_plan import ConversionOptions
 from mlx_sora.manage.convert import convert
 from mlx_sora.manage.provenance import FileOrigin, Provenance
 from mlx_sora.manage.statistics import Statistics
+from mlx_sora.models.quantized import Quantization
 from mlx_sora.utils.files import sha256
 
 Random = np.random.Generator
@@ -81,7 +82,7 @@ def resign(model: Path) -> None:
 def stored(model: Path, part: str, name: str) -> tuple[str, ...]:
     """Names of the tensors that hold the weight: three if it is packed."""
     tensors = Checkpoint.open(model / part).tensors
-    return packed_names(name) if tensors[name].dtype == "U32" else (name,)
+    return packed_names(name, Quantization(8)) if tensors[name].dtype == "U32" else (name,)
 
 
 def edit(model: Path, part: str, name: str, change: Callable[[np.ndarray], np.ndarray]) -> None:

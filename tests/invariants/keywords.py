@@ -7,7 +7,7 @@ from pathlib import Path
 
 from mlx_sora.request.edit import EditRequest
 from mlx_sora.request.generation import GenerationRequest, options
-from mlx_sora.request.options import as_amount, as_bits, as_images, as_path, as_paths, as_videos
+from mlx_sora.request.options import as_amount, as_images, as_path, as_paths, as_videos
 
 FILE = Path(__file__).parents[2] / "mlx_sora" / "request" / "keywords.py"
 
@@ -54,7 +54,6 @@ _TYPES = {
     as_paths: "FilePath | Sequence[FilePath]",
     as_images: "Pictures",
     as_videos: "Footages",
-    as_bits: "Literal[4, 8] | None",
     as_amount: "str | int | None",
 }
 

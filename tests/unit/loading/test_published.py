@@ -11,6 +11,7 @@ import pytest
 from mlx_sora import GenerationRequest, WeightsError
 from mlx_sora.loading.model_folder import ModelFolder, find_model
 from mlx_sora.loading.published import PublishedModel, find_undownloaded
+from mlx_sora.loading.quantization_choice import choose_quantization
 from mlx_sora.loading.sizes import model_sizes
 from mlx_sora.models.precision import Precision
 from mlx_sora.pipeline.pipeline import Pipeline
@@ -38,7 +39,7 @@ def test_sizes_equal_those_of_the_files(
     before = mx.get_active_memory()
     precision = Precision(dtype, dtype)
     real, planned = (
-        model_sizes(replace(each, quantize_bits=bits), precision, encoders=True)
+        model_sizes(choose_quantization(each, bits), precision, encoders=True)
         for each in (folder, model)
     )
     assert planned == real

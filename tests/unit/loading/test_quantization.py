@@ -19,23 +19,25 @@ from mlx_sora.loading.networks import (
     stream_transformer,
 )
 from mlx_sora.loading.quantization import (
-    Quantization,
-    choose_quantization,
+    NetworkQuantization,
     insert_quantized_layers,
     quantizable_linears,
 )
+from mlx_sora.loading.quantization_choice import choose_quantization
 from mlx_sora.loading.sizes import model_sizes
 from mlx_sora.manage.conversion_plan import ConversionOptions
 from mlx_sora.manage.convert import convert
 from mlx_sora.memory.limits import release
 from mlx_sora.models.precision import Precision
-from mlx_sora.models.quantized import QuantizedLinear
+from mlx_sora.models.quantized import Quantization, QuantizedLinear
 from mlx_sora.models.stdit3 import STDiT3, STDiT3Config
 from mlx_sora.models.t5 import T5Encoder
 from tests.helpers import networks
 from tests.helpers.golden import relative_error
 from tests.helpers.quantizable_model import STDIT, T5, write_model
 from tests.unit.models.test_quantized import SAME
+
+EIGHT = NetworkQuantization(Quantization(8))
 
 
 @pytest.fixture(scope="module")
@@ -48,12 +50,12 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> ModelFolder:
 
 
 def test_what_is_quantized() -> None:
-    layers = set(quantizable_linears(T5Encoder(T5), Quantization(8)))
+    layers = set(quantizable_linears(T5Encoder(T5), EIGHT))
     block = ["SelfAttention.q", "SelfAttention.k", "SelfAttention.v", "SelfAttention.o"]
     names = {f"layer.0.{name}" for name in block}
     names |= {f"layer.1.DenseReluDense.{name}" for name in ("wi_0", "wi_1", "wo")}
     assert layers == {f"encoder.block.{i}.{name}" for i in range(3) for name in names}
-    layers = set(quantizable_linears(STDiT3(STDIT), Quantization(8)))
+    layers = set(quantizable_linears(STDiT3(STDIT), EIGHT))
     names = {"attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"}
     names |= {f"cross_attn.{name}" for name in ("q_linear", "kv_linear", "proj")}
     kinds = ("spatial_blocks", "temporal_blocks")
@@ -64,9 +66,7 @@ def test_inputs_that_are_no_whole_groups_stay() -> None:
     """STDiT3-3B/2 has 1872 channels, of which only the wide inputs of fc2 divide by 64."""
     config = STDiT3Config(hidden_size=1872, num_heads=26, depth=1)
     kinds = ("spatial_blocks", "temporal_blocks")
-    assert set(quantizable_linears(STDiT3(config), Quantization(4))) == {
-        f"{k}.0.mlp.fc2" for k in kinds
-    }
+    assert set(quantizable_linears(STDiT3(config), EIGHT)) == {f"{k}.0.mlp.fc2" for k in kinds}
 
 
 @pytest.mark.parametrize(("bits", "error"), [(8, 0.006), (4, 0.095)])
@@ -86,12 +86,24 @@ def test_loss(bits: int, error: float, size: float) -> None:
 
 
 @pytest.mark.parametrize(
-    "values", [3, {"bits": 8}, {"bits": 3, "group_size": 64}, {"bits": 8, "group_size": 32}]
+    "values",
+    [
+        3,
+        {},
+        {"bits": 7},
+        {"bits": 8, "group_size": 48},
+        {"bits": 8, "group_size": 64, "mode": "mxfp8"},
+        {"bits": 4, "rotation": 32},
+        {"bits": 4, "group_size": 32, "mode": "mxfp4", "rotation": 64},
+        {"bits": True},
+        {"q": {"bits": 4, "size": 1}},
+        {"q": {}},
+    ],
 )
 def test_another_kind_of_quantization_is_refused(values: object) -> None:
     with pytest.raises(WeightsError, match="quantization cannot be"):
-        Quantization.from_config({"quantization": values})
-    assert Quantization.from_config({}) is None
+        NetworkQuantization.from_config({"quantization": values})
+    assert NetworkQuantization.from_config({}) is None
 
 
 def dense(network: T5Encoder | STDiT3) -> dict[str, mx.array]:
@@ -152,7 +164,7 @@ def test_sizes(model: ModelFolder) -> None:
 
 def test_files_and_config_must_agree(model: ModelFolder, tmp_path: Path) -> None:
     plain = T5Encoder(T5, embedding=False)
-    insert_quantized_layers(plain, Quantization.from_config({}))
+    insert_quantized_layers(plain, NetworkQuantization.from_config({}))
     assert not any(isinstance(layer, QuantizedLinear) for layer in plain.modules())
     broken = ModelFolder(tmp_path, "test", model.defaults)
     (tmp_path / "transformer").mkdir()
@@ -196,7 +208,7 @@ def test_memory_of_quantizing_while_loading(tmp_path: Path) -> None:
     """What stays is counted as quantized; reading a block takes no more than planned."""
     plain = plain_model(tmp_path, 8, mx.float16)
     _, source = stream_transformer(plain, mx.float32)
-    _, whole = stream_transformer(replace(plain, quantize_bits=None), mx.float32)
+    _, whole = stream_transformer(replace(plain, quantization=()), mx.float32)
     assert source.nbytes[0] < 0.35 * whole.nbytes[0]
     assert source.disk_bytes == whole.disk_bytes
     release()
@@ -216,5 +228,6 @@ def test_bits_that_are_not_those_of_the_folder(model: ModelFolder, tmp_path: Pat
     networks.t5_model(tmp_path, replace(networks.T5, d_ff=32))
     with pytest.raises(UsageError, match="can be quantized"):
         load_text_encoder(
-            ModelFolder(tmp_path, "small", model.defaults, quantize_bits=8), mx.float32
+            ModelFolder(tmp_path, "small", model.defaults, quantization=(("text_encoder", EIGHT),)),
+            mx.float32,
         )

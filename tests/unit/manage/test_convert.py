@@ -15,6 +15,7 @@ from mlx_sora.errors import UsageError, WeightsError
 from mlx_sora.loading.checkpoint import Checkpoint
 from mlx_sora.loading.model_folder import ModelFolder
 from mlx_sora.loading.networks import load_transformer, stream_text_encoder, stream_transformer
+from mlx_sora.loading.quantization_choice import choose_quantization
 from mlx_sora.manage.conversion_plan import PARTS, ConversionOptions, plan_part
 from mlx_sora.manage.convert import JOURNAL, convert, staging_folder
 from mlx_sora.manage.doctor import diagnose
@@ -119,7 +120,7 @@ def test_quantized_are_linear_layers_alone(model: ModelFolder, tmp_path: Path) -
 def test_constants_stay_float32(model: ModelFolder, tmp_path: Path) -> None:
     """Rotary frequencies: converted, quantized, streamed or whole, in a run of any type."""
     expected = tensors(model, "transformer")["rope.freqs"]
-    folders = [replace(model, quantize_bits=8)]
+    folders = [choose_quantization(model, 8)]
     for number, options in enumerate((ConversionOptions(None, "bfloat16"), ConversionOptions(8))):
         made = convert(model, tmp_path / str(number), options).path
         folders.append(ModelFolder.open(made))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tracemalloc
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 from mlx_sora.errors import WeightsError
-from mlx_sora.loading.quantization import Quantization
+from mlx_sora.loading.quantization import CONFIG_KEY, named_form
 from mlx_sora.loading.safetensors import read_header
 from mlx_sora.manage import statistics
 from mlx_sora.manage.statistics import (
@@ -21,6 +22,7 @@ from mlx_sora.manage.statistics import (
     measure_part,
     measure_tensor,
 )
+from mlx_sora.request.options import FLOAT_FORMS, WIDTHS
 from tests.helpers.published import write_model
 from tests.reports.test_model_folders import save_as
 
@@ -86,15 +88,16 @@ def test_types_are_read_as_mlx_reads_them(tmp_path: Path, code: str) -> None:
     assert measure_tensor(info).difference(expected) == ""
 
 
-@pytest.mark.parametrize("bits", [4, 8])
-def test_packed_words_are_what_they_stand_for(tmp_path: Path, bits: int) -> None:
-    x, quantization = random(48, 128), Quantization(bits)
-    packed = quantization.quantize(x)
-    dense = mx.dequantize(*packed.values(), group_size=64, bits=bits)
+@pytest.mark.parametrize("name", [*WIDTHS, *FLOAT_FORMS])
+def test_packed_words_are_what_they_stand_for(tmp_path: Path, name: int | str) -> None:
+    x, form = random(48, 128), named_form(name)
+    packed = form.quantize(x)
+    dense = form.rotate(mx.dequantize(*packed.values(), dtype=mx.float32, **form.kernel_options))
     part = tmp_path / "vae"
     measure(part, **{f"x.{name}": value for name, value in packed.items()})
+    (part / "config.json").write_text(json.dumps({CONFIG_KEY: form.to_dict()}))
     row = dict(measure_part(tmp_path, "vae"))["x.weight"]
-    assert (row.dtype, row.shape) == (f"{bits}-bit", (48, 128))
+    assert (row.dtype, row.shape) == (name if name in FLOAT_FORMS else f"{name}-bit", (48, 128))
     expected = measure(tmp_path / "dense", x=dense.astype(mx.float32), y=x)
     assert row.difference(expected["x"], 1e-3) == ""
     assert row.difference(expected["y"]) != ""

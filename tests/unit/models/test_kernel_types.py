@@ -9,7 +9,11 @@ import pytest
 from mlx import nn
 
 from mlx_sora.loading.checkpoint import load_weights
-from mlx_sora.loading.quantization import Quantization, insert_quantized_layers
+from mlx_sora.loading.quantization import (
+    NetworkQuantization,
+    insert_quantized_layers,
+    named_form,
+)
 from mlx_sora.models import ops, precision, stdit3, t5
 from mlx_sora.models.key_map import KeyMap
 from mlx_sora.models.stdit3 import STDiT3, STDiT3Config
@@ -67,7 +71,9 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
 
 def loaded(network: nn.Module, keys: KeyMap, bits: int | None = None) -> Any:
     """The network with its weights loaded in the type of the run."""
-    insert_quantized_layers(network, None if bits is None else Quantization(bits))
+    insert_quantized_layers(
+        network, None if bits is None else NetworkQuantization(named_form(bits))
+    )
     load_weights(network, leaves(network), keys, dtype=DTYPE)
     return network
 

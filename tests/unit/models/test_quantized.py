@@ -6,25 +6,34 @@ import mlx.core as mx
 import pytest
 from mlx import nn
 
-from mlx_sora.models.ops import on_gpu
-from mlx_sora.models.quantized import QuantizedLinear, dequantize_once
+from mlx_sora.loading.quantization import named_form
+from mlx_sora.models.ops import hadamard, on_gpu, use_forms
+from mlx_sora.models.quantized import (
+    Quantization,
+    QuantizedLinear,
+    dequantize_once,
+    select_outputs,
+)
+from mlx_sora.request.options import FLOAT_FORMS, WIDTHS
 from tests.helpers.golden import relative_error
 
 #: On CPU a quantized layer is the plain product; the kernel of GPUs adds in another order.
 SAME = 1e-4 if on_gpu() else 0.0
 
 
-def pair(bits: int, bias: bool) -> tuple[QuantizedLinear, nn.Linear]:
+def pair(
+    form: Quantization, bias: bool = True, inputs: int = 128
+) -> tuple[QuantizedLinear, nn.Linear]:
     """A quantized layer, and the plain one that it stands for."""
     mx.random.seed(1)
-    plain = nn.Linear(128, 24, bias=bias)
-    layer = QuantizedLinear(128, 24, bias=bias, bits=bits, group_size=64)
-    weight, scales, biases = mx.quantize(mx.random.normal((24, 128)), group_size=64, bits=bits)
-    assert layer.weight.shape == weight.shape
-    assert layer.scales.shape == scales.shape
-    assert layer.weight.dtype == weight.dtype
-    layer.update({"weight": weight, "scales": scales, "biases": biases})
-    plain.weight = mx.dequantize(weight, scales, biases, group_size=64, bits=bits)
+    plain = nn.Linear(inputs, 24, bias=bias)
+    layer = QuantizedLinear(inputs, 24, bias=bias, **form.to_dict())
+    arrays = form.quantize(mx.random.normal((24, inputs)), mx.float32)
+    assert {name: (a.shape, a.dtype) for name, a in arrays.items()} == {
+        name: (layer[name].shape, layer[name].dtype) for name in form.parameters
+    }
+    layer.update(arrays)
+    plain.weight = form.rotate(form.dequantize(arrays, mx.float32))
     if bias:
         layer.bias = plain.bias = mx.random.normal((24,))
     return layer, plain
@@ -33,32 +42,60 @@ def pair(bits: int, bias: bool) -> tuple[QuantizedLinear, nn.Linear]:
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("bias", [True, False])
 def test_as_the_plain_layer(bits: int, bias: bool) -> None:
-    layer, plain = pair(bits, bias)
+    layer, plain = pair(Quantization(bits), bias)
     x = mx.random.normal((2, 5, 128))
     assert relative_error(layer(x), plain(x)) <= SAME
     assert relative_error(dequantize_once(layer, x)(x), plain(x)) <= SAME
     assert layer.dense_size == plain.weight.size
 
 
-@pytest.mark.parametrize("bias", [True, False])
-def test_the_kernel_of_gpus_agrees(bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    layer, plain = pair(8, bias)
-    x = mx.random.normal((3, 128))
-    monkeypatch.setattr("mlx_sora.models.quantized.on_gpu", lambda: True)
-    assert dequantize_once(layer, x) is layer
-    assert mx.allclose(layer(x), plain(x), rtol=1e-4, atol=1e-4).item()
+@pytest.mark.parametrize("name", [*WIDTHS, *FLOAT_FORMS])
+@pytest.mark.parametrize("rows", [3, 90])
+def test_every_form_on_cpus_and_gpus(name: int | str, rows: int) -> None:
+    """Few rows are rotated, or else the weights; the kernel of GPUs rotates rows always."""
+    layer, plain = pair(named_form(name), inputs=192)
+    x = mx.random.normal((rows, 192), key=mx.random.key(2))
+    with use_forms(gpu=False):
+        assert relative_error(layer(x), plain(x)) <= 2e-6
+        assert relative_error(dequantize_once(layer, x)(x[1:]), plain(x[1:])) <= 2e-6
+        part = select_outputs(layer, slice(8, 16))
+        assert relative_error(part(x), plain(x)[:, 8:16]) <= 2e-6
+    with use_forms(gpu=True):
+        assert dequantize_once(layer, x) is layer
+        assert relative_error(layer(x), plain(x)) <= 1e-4
+
+
+@pytest.mark.parametrize("width", [1152, 192, 10240])
+def test_a_rotation_is_exact(width: int) -> None:
+    """(x H)(W H)ᵀ = x Wᵀ in float32, at the widths of STDiT and T5, too."""
+    form = Quantization(4, rotation=128)
+    x, w = (mx.random.normal((64, width), key=mx.random.key(n)) for n in range(2))
+    for gpu in (False, True):
+        with use_forms(gpu=gpu):
+            assert relative_error(form.rotate(x) @ form.rotate(w).T, x @ w.T) <= 1e-5
+            assert relative_error(form.rotate(form.rotate(x)), x) <= 1e-5
+    assert mx.allclose(hadamard(mx.eye(64), 64), mx.hadamard_transform(mx.eye(64))).item()
+
+
+def test_a_rotation_loses_less_where_there_are_outliers() -> None:
+    w = mx.random.normal((64, 256), key=mx.random.key(1))
+    w[:, 5] *= 20
+    errors = []
+    for form in (Quantization(4), named_form(4)):
+        back = form.rotate(form.dequantize(form.quantize(w, mx.float32), mx.float32))
+        errors.append(relative_error(back, w))
+    assert errors[1] < 0.75 * errors[0]
 
 
 @pytest.mark.parametrize("gpu", [False, True])
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
-def test_scales_in_half_precision(
-    dtype: mx.Dtype, gpu: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("mlx_sora.models.quantized.on_gpu", lambda: gpu)
-    layer, plain = pair(8, True)
+@pytest.mark.parametrize("name", [8, 6, "mxfp8"])
+def test_half_precision(dtype: mx.Dtype, gpu: bool, name: int | str) -> None:
+    layer, plain = pair(named_form(name))
     layer.set_dtype(dtype)
     x = mx.random.normal((3, 128)).astype(dtype)
-    out = layer(x)
+    with use_forms(gpu=gpu):
+        out = layer(x)
     assert out.dtype == dtype
     assert layer.weight.dtype == mx.uint32
     # 200 draws: 6.7 epsilons at most; MLX's kernel, run on a CPU, adds in half precision: 13.2.

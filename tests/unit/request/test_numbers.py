@@ -26,7 +26,7 @@ WHOLE = [
 ]
 
 #: Options with a whole number; a tuple of them stands in a reference.
-INTEGERS = ("seed", "steps", "num_frames", "width", "quantize", "vae_tiles", "preview_every")
+INTEGERS = ("seed", "steps", "num_frames", "width", "vae_tiles", "preview_every")
 
 
 @pytest.mark.parametrize("value", WHOLE, ids=lambda value: f"{type(value).__name__} {value}")
