@@ -159,6 +159,7 @@ TABLE: Mapping[str, Entry] = {
     "plots": Entry(("-m benchmarks.plots",), 1, (f"{RESULTS}/*.json",), (f"{RESULTS}/*.png",)),
     "pictures": Entry(("-m benchmarks.pictures",), 3, MODEL, (f"{RESULTS}/pictures/*",)),
     "faults_table": Entry(("-m tests.longrun.table",), 1, (f"{RESULTS}/faults.json",)),
+    "figures": Entry(("-m benchmarks.figures",), 1, (f"{RESULTS}/*.json",)),
     "readme": Entry(("-m tests.invariants.readme",), 1, (f"{RESULTS}/*.json",)),
 }
 

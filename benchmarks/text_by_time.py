@@ -3,7 +3,7 @@
     python -m benchmarks.text_by_time [--pairs 12] [--json FILE] [--sheet FILE]
 
 Pairs of held-out combinations on the same background, `[0-17] … [17-34] …`; the scorer reads each
-half. Kinds: the object changes (colour and shape), the motion, or both. Ways: one text for all, as
+half. Kinds: the object changes (colour and shape), or the motion. Ways: one text for all, as
 the measure of what halves of 34 frames can show; both texts as one prompt; a change at once, and
 over 8 and 16 frames; two clips of which the second goes on from the first. Late: frames from the
 named one to the first that shows the second colour. Rows that the file has are not made again.
@@ -33,11 +33,7 @@ from mlx_sora import Pipeline
 from mlx_sora.pipeline.settings import latent_shares
 
 HALF = world.CHUNK
-KINDS = {
-    "object": ("colour", "shape"),
-    "motion": ("motion",),
-    "both": ("colour", "shape", "motion"),
-}
+KINDS = {"object": ("colour", "shape"), "motion": ("motion",)}
 #: Way -> frames over which the text changes; None: not by frame.
 WAYS = {"one text": None, "one prompt": None, "at once": 0, "8 frames": 8, "16 frames": 16}
 WAYS |= {"two clips": None}

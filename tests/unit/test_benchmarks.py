@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import shlex
 from pathlib import Path
 
 import pytest
 
+from benchmarks import figures
 from benchmarks.all import ROOT, TABLE, Campaign, Entry, State
 from mlx_sora.cli.flags import parse_args
 from mlx_sora.cli.main import build_parser
@@ -111,3 +113,24 @@ def test_the_needs_of_the_table_exist() -> None:
 def test_the_record_names_lines_of_the_table() -> None:
     found = json.loads((ROOT / "benchmarks/measured.json").read_text())
     assert {*found["done"], *found["begun"]} <= TABLE.keys()
+
+
+@pytest.mark.parametrize("path", figures.documents(), ids=lambda path: path.parent.name)
+def test_figures_in_readmes_are_the_measured_ones(path: Path) -> None:
+    text = path.read_text("utf-8")
+    assert figures.with_figures(text) == text, "run: python -m benchmarks.figures"
+
+
+def test_a_change_of_a_figure_shows() -> None:
+    texts = [path.read_text("utf-8") for path in figures.documents()]
+    for pattern, value in figures.sentences():
+        [found] = [match for text in texts if (match := re.search(pattern, text))]
+        assert found[1] == value
+        stale = found[0].replace(value, "0")
+        assert figures.with_figures(stale) == found[0]
+    heading, cells = [*figures.TABLES.items()][-1]
+    name = next(iter(cells()))
+    stale = f"{heading}\n|---|\n| {name} | 1 |\n| other | 1 |\n"
+    fresh = f"{heading}\n|---|\n| {name} | {' | '.join(cells()[name])} |\n| other | 1 |\n"
+    assert figures.with_figures(stale) == fresh
+    assert figures.with_figures(f"| {name} | 1 |\n") == f"| {name} | 1 |\n"
