@@ -4,11 +4,11 @@
     python -m benchmarks.shapes.bars --show OLD NEW
 
 Every video is one line of a file under --out, so that a run that was stopped goes on. Rows: what
-held-out prompts show at 17 to 68 frames and in images; given first frames at the same lengths; 68
-frames made of three clips of 34, one after another or as windows; the VAE's PSNR. From the same
-videos: how round circles are, in their first frame too, and the change
-where two chunks of the VAE meet over the usual change from frame to frame, and so where two clips
-or windows do.
+held-out prompts show at 17 to 68 frames and in images; given first frames at the same lengths, seen
+clean and noised; 68 frames made of three clips of 34, one after another or as windows; the VAE's
+PSNR. From the same videos: how round circles are, in their first frame too, and the change where
+two chunks of the VAE meet over the usual change from frame to frame, and so where two clips or
+windows do.
 """
 
 from __future__ import annotations
@@ -124,13 +124,17 @@ class Scored:
         joins, usual = join_change(made)
         return describe(made, truth) | {"joins": joins, "usual": usual}
 
-    def given(self, frames: int, case: int) -> Line:
-        """A held-out prompt with the first frame of a drawn video; `spread` over the prompts."""
+    def given(self, mode: str, frames: int, case: int) -> Line:
+        """A held-out prompt with the first frame of a drawn video; `spread` over the prompts.
+
+        mode: of --image-guidance.
+        """
         truth = spread(KEPT_CASES)[case]
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "first.png"
             Image.fromarray(drawn(truth, case, frames)[0]).save(path)
-            return describe(self._make(truth, case, frames, images=path), truth)
+            made = self._make(truth, case, frames, images=path, image_guidance=mode)
+            return describe(made, truth)
 
     def rebuilt(self, frames: int, case: int) -> Line:
         """A drawn video, encoded and decoded."""
@@ -153,6 +157,9 @@ class Scored:
 
 Work = Callable[[Scored, int], Line]
 
+#: Rows with a given first frame, and how denoising sees it.
+GIVEN = {"given": "clean", "noised": "noised"}
+
 
 def works() -> dict[str, tuple[int, Work]]:
     """Row name -> cases and what one of them does."""
@@ -161,8 +168,10 @@ def works() -> dict[str, tuple[int, Work]]:
         rows[f"vae-{frames}"] = VAE_CASES, lambda s, case, f=frames: s.rebuilt(f, case)
     for frames in (1, *LENGTHS):
         rows[f"prompt-{frames}"] = CASES, lambda s, case, f=frames: s.prompt(f, case)
-    for frames in LENGTHS:
-        rows[f"given-{frames}"] = KEPT_CASES, lambda s, case, f=frames: s.given(f, case)
+    for kind, mode in GIVEN.items():
+        for frames in LENGTHS:
+            name = f"{kind}-{frames}"
+            rows[name] = KEPT_CASES, lambda s, case, m=mode, f=frames: s.given(m, f, case)
     for mode in LONG_MODES:
         rows[f"{mode}-68"] = LONG_CASES, lambda s, case, m=mode: s.long(m, case)
     return rows
@@ -233,8 +242,9 @@ def figures(folder: Path) -> Iterator[Figure]:
             yield from _joins(kind, rows)
         else:
             hits = [row["colour"] and row["shape"] and row["background"] for row in rows]
-            yield _share(f"first frame kept, {frames} frames", 0.9, hits)
-            yield _share(f"motion followed, {frames} frames", 0.9, [row["motion"] for row in rows])
+            seen = f"{frames} frames" + ("" if kind == "given" else f", {GIVEN[kind]}")
+            yield _share(f"first frame kept, {seen}", 0.9, hits)
+            yield _share(f"motion followed, {seen}", 0.9, [row["motion"] for row in rows])
     made = [row for n in LENGTHS for row in lines.get(f"prompt-{n}", [])]
     yield from _roundness(made)
     yield from _meetings(made)
