@@ -109,6 +109,7 @@ TABLE: Mapping[str, Entry] = {
     "leaps": _measures("leaps", 20, MODEL),
     "pareto": _measures("pareto", 60, (*MODEL, *TABLES)),
     "quantized": _measures("quantized", 20, MODEL),
+    "reflection": _measures("reflection", 180, MODEL, rows=True),
     "samplers": _measures("samplers", 25, MODEL),
     "tdtm": Entry(
         ("-m benchmarks.tdtm", "-m benchmarks.tdtm --speeds"),
