@@ -8,7 +8,7 @@ frames, rows and columns of the latent.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import sqrt
+from math import log, sqrt
 from typing import NamedTuple
 
 from mlx_sora.errors import UsageError
@@ -246,6 +246,29 @@ def resolve_size(
     return _size_from_area(default.width * default.height, aspect_ratio)
 
 
+def refined_size(first: Size, text: str) -> Size:
+    """Return the size of a second pass, from WIDTHxHEIGHT or a resolution.
+
+    first: size of the first pass; of a resolution, the ratio nearest to it is taken. Raises
+    UsageError for a size that is shorter on one side.
+    """
+    if text in RESOLUTIONS:
+        sizes = (bucket_size(text, ratio) for ratio in BUCKET_RATIOS)
+        size = min(sizes, key=lambda each: abs(log(_aspect(each) / _aspect(first))))
+    else:
+        size = check_size(*map(int, text.split("x")))
+    if size.width < first.width or size.height < first.height:
+        raise UsageError(
+            f"A second pass of {size} pixels is smaller than the first of {first}.",
+            f"Give --refine {first} or more.",
+        )
+    return size
+
+
+def _aspect(size: Size) -> float:
+    return size.width / size.height
+
+
 def plan_geometry(size: Size, frames: int) -> Geometry:
     """Return the latent shape and decoded size of a clip, with a warning if pixels are dropped.
 
@@ -256,6 +279,16 @@ def plan_geometry(size: Size, frames: int) -> Geometry:
     warning = f"{size} pixels come out as {decoded}: the VAE works in cells of {PIXELS_PER_CELL}."
     warnings = () if decoded == size else (warning,)
     return Geometry(size, decoded, frames, latent_shape(frames, size), warnings)
+
+
+def check_tiles(tiles: int, geometry: Geometry) -> int:
+    """Return the VAE tiles in a row that frames are decoded in. Raises UsageError if too many."""
+    if tiles > 1 and min(geometry.latent[1:]) < 2 * tiles:
+        raise UsageError(
+            f"{geometry.decoded} pixels are too few for --vae-tiles {tiles}.",
+            "Leave it out, or make a larger image.",
+        )
+    return tiles
 
 
 def _cells(frames: int) -> int:

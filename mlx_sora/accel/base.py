@@ -27,7 +27,7 @@ class ScheduleInfo:
     times: flow time at the start of each step. model, model_name: its folder and name. size: width,
     height and frames of the video. skipped_steps, cond_only_steps: steps in which the techniques
     before this one run no block, or predict with the prompt only. blocks: of each kind in the
-    network.
+    network. first_step: the first that is made, which has nothing to reuse.
     agree: returns the decision of rank 0 on every rank; they may have rounded differently.
     """
 
@@ -42,6 +42,7 @@ class ScheduleInfo:
     skipped_steps: frozenset[int] = frozenset()
     cond_only_steps: frozenset[int] = frozenset()
     blocks: int = MAX_DEPTH
+    first_step: int = 0
     agree: Callable[[bool], bool] = bool
 
 

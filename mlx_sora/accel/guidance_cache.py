@@ -94,7 +94,7 @@ def _cond_only_steps(config: GuidanceCache, schedule: ScheduleInfo) -> frozenset
     """
     first = math.ceil(config.after * schedule.steps)
     found, last = set[int](), None
-    for step in range(schedule.steps if schedule.guided else 0):
+    for step in range(schedule.first_step, schedule.steps if schedule.guided else 0):
         if step in schedule.cond_only_steps:
             continue
         is_due = last is None or step < first or step - last >= config.each

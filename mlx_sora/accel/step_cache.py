@@ -286,6 +286,8 @@ def make_rule(config: StepCache, schedule: ScheduleInfo) -> CacheRule:
         computed = periodic_schedule(config.each, config.warmup, schedule.steps)
     else:
         computed = read_schedule(config.computed, config.order, schedule, config.file)
+    if schedule.first_step:
+        computed |= {schedule.first_step}
     return ScheduledRule(computed, schedule.steps)
 
 

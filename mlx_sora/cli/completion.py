@@ -75,6 +75,7 @@ def _completer(action: argparse.Action) -> Any:
 
     names: dict[str, Iterable[str]] = {
         "resolution": RESOLUTIONS,
+        "refine": RESOLUTIONS,
         "aspect_ratio": aspect_ratios(),
         "device_profile": PROFILES,
     }

@@ -91,7 +91,10 @@ def estimate_record(estimate: Estimate | None) -> dict[str, Any]:
     if estimate is None:
         return {"seconds": None, "total_seconds": None}
     seconds = {stage: round(value, 3) for stage, value in estimate.seconds.items()}
-    return {"seconds": seconds, "total_seconds": round(estimate.total, 3)}
+    found = {"seconds": seconds, "total_seconds": round(estimate.total, 3)}
+    if estimate.second_pass is not None:
+        found["second_pass_seconds"] = round(estimate.second_pass, 3)
+    return found
 
 
 def estimate_lines(estimate: Estimate | None) -> list[str]:
@@ -103,4 +106,7 @@ def estimate_lines(estimate: Estimate | None) -> list[str]:
     stages = ", ".join(
         f"{stage} {format_duration(value)}" for stage, value in estimate.seconds.items()
     )
-    return [f"estimated on this machine: {format_duration(estimate.total)} ({stages})"]
+    found = f"estimated on this machine: {format_duration(estimate.total)} ({stages})"
+    if estimate.second_pass is not None:
+        found += f", of it the second pass {format_duration(estimate.second_pass)}"
+    return [found]

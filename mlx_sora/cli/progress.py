@@ -7,6 +7,7 @@ import json
 import re
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -184,13 +185,19 @@ def stage_table(stages: Sequence[StageFinished]) -> Iterator[str]:
 
 
 def plan_table(plan: Plan) -> Iterator[str]:
-    """Yield the lines of a plan: requirements of each stage, and the smallest possible budget."""
+    """Yield the lines of a plan: requirements of each stage, and the smallest possible budget.
+
+    Stages of a second pass have a 2 behind their names.
+    """
     yield f"{'stage':<9}{'peak':>11}{'read':>11}{'TFLOP':>9}{'resident blocks':>17}  frames at once"
+    seen = Counter[str]()
     for stage in plan.stages:
+        seen[stage.stage] += 1
+        name = stage.stage if seen[stage.stage] == 1 else f"{stage.stage} {seen[stage.stage]}"
         blocks = f"{stage.resident} of {stage.blocks}" if stage.blocks else "-"
         frames = "-" if stage.micro_batch is None else str(stage.micro_batch)
         yield (
-            f"{stage.stage:<9}{human_bytes(stage.peak):>11}{human_bytes(stage.read):>11}"
+            f"{name:<9}{human_bytes(stage.peak):>11}{human_bytes(stage.read):>11}"
             f"{stage.flops / 1e12:>9.3g}{blocks:>17}  {frames}"
         )
     budget = "none" if plan.budget is None else human_bytes(plan.budget)

@@ -165,11 +165,12 @@ def estimate_on_cluster(
     from mlx_sora.loading.quantization_choice import choose_quantization
     from mlx_sora.loading.sizes import model_sizes
     from mlx_sora.models.precision import Precision
+    from mlx_sora.sampling import SAMPLERS
 
     run = pipeline.prepare(request)
     half = Precision(mx.bfloat16, mx.bfloat16)
     sizes = model_sizes(choose_quantization(pipeline.model, run.request.quantize), half)
-    evaluations = run.workload.evaluations // run.settings.steps
+    evaluations = SAMPLERS[run.settings.sampler].evaluations
     evaluations *= run.workload.clips if run.workload.windowed else 1
     return [
         estimate

@@ -12,9 +12,12 @@ import mlx.core as mx
 from mlx_sora.conditioning.mask_strategy import apply_mask_strategy
 from mlx_sora.conditioning.media import Media, MediaClip, MediaFile
 from mlx_sora.geometry import FRAMES_PER_CELL, MICRO_FRAME_SIZE, Size
+from mlx_sora.memory.plan import MediaWorkload
 from mlx_sora.models.vae import Chunk, chunk_plan
+from mlx_sora.sampling.base import NOISE_TIME
 from mlx_sora.sampling.loop import Conditioning
 from mlx_sora.sampling.noise import Noise
+from mlx_sora.sampling.rflow import add_noise
 from mlx_sora.video.reader import read_image, read_video
 
 if TYPE_CHECKING:
@@ -58,6 +61,16 @@ def encode_tasks(media: Media, size: Size) -> list[EncodeTask]:
     return tasks
 
 
+def media_workload(media: Media, size: Size) -> MediaWorkload | None:
+    """Return the work of encoding the media as images of `size`, or None if there are none."""
+    tasks = encode_tasks(media, size)
+    if not tasks:
+        return None
+    pixels = max(source.source_pixels for source in media.files)
+    videos = any(source.video is not None for source in media.files)
+    return MediaWorkload(len(tasks), max(task.frames for task in tasks), pixels, videos)
+
+
 class ConditioningLatents:
     """Latents of the media and of generated clips that later clips continue; [1, T, h, w, C] each.
 
@@ -88,18 +101,36 @@ class ConditioningLatents:
         latents[:, task.latents.start : task.latents.stop] = encoded[:, : len(task.latents)]
         mx.eval(latents)
 
-    def initial_latents(self, clip: int, noise: Noise) -> tuple[mx.array, Conditioning | None]:
-        """Return the latents at which `clip` starts; no Conditioning if all is generated."""
-        z, mask = noise.initial(), self._media.mask(clip)
+    def initial_latents(
+        self, clip: int, noise: Noise, first_pass: mx.array | None = None, level: float = 1.0
+    ) -> tuple[mx.array, Conditioning | None]:
+        """Return the latents at which `clip` starts; no Conditioning if all is generated.
+
+        first_pass: latents [1, T, h, w, C] that take the place of pure noise, and get noise up to
+        `level`. Given frames that denoising may change more than that begin with the others.
+        """
+        mask, z = self._media.mask(clip), noise.initial()
+        if first_pass is None:
+            z = self._with_media(clip, z, mask)
+        else:
+            base = self._with_media(clip, first_pass, mask)
+            noised = add_noise(base, z, mx.array([level * NOISE_TIME]))
+            begins = mx.array([each >= level for each in mask])
+            z = mx.where(begins[:, None, None, None], noised, base)
+        mask = [1.0 if each >= level else each for each in mask]
+        return z, None if all(each == 1 for each in mask) else Conditioning(mx.array([mask]), noise)
+
+    def _with_media(self, clip: int, z: mx.array, mask: list[float]) -> mx.array:
+        """Put the given frames into z."""
         if all(level == 1 for level in mask):
-            return z, None
+            return z
         for item in self._media.media_clips:
             if item.clip == clip:
                 for index in item.latents:
                     z[:, index] = self._media_latents[clip][:, index]
         generated = [self._generated.get(i, z[:, :0]) for i in range(clip)]
-        z, _ = apply_mask_strategy(z, [*self._references, *generated], self._media.spans(clip))
-        return z, Conditioning(mx.array([mask]), noise)
+        spans = self._media.spans(clip)
+        return apply_mask_strategy(z, [*self._references, *generated], spans)[0]
 
     def remember(self, clip: int, latents: mx.array) -> None:
         """Store a generated clip; drop those that no later clip continues."""

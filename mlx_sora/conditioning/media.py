@@ -12,7 +12,7 @@ frames are copied to where the strategy says, at the starts of chunks.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +124,10 @@ class Media:
                 mask[index] = span.edit_ratio
         return mask
 
+    def with_size(self, size: Size) -> Media:
+        """Return the media for clips of `size` pixels; their notes say how they are fitted."""
+        return replace(self, notes=tuple(_fit_notes(self.files, size)), warnings=())
+
     def to_metadata(self) -> list[dict[str, Any]]:
         """Return path, checksum, size and frames of each file."""
         return [
@@ -159,7 +163,6 @@ def plan_media(
     groups = _mask_groups(strategy, files, clips)
     loops, shared = range(1, clips.count), clips.shared_latents
     continued = append_generated(loops, len(files), shared, request.condition_edit)
-    fits = {file.path: ResizeCrop.from_sizes(file.size, size) for file in found.values()}
     media = Media(
         clips,
         tuple(items),
@@ -167,7 +170,7 @@ def plan_media(
         tuple(groups + continued),
         notes=(
             *_video_lines(found.values(), "notes"),
-            *(f"{p}: {fit}." for p, fit in fits.items()),
+            *_fit_notes(found.values(), size),
         ),
         warnings=(
             *_video_lines(found.values(), "warnings"),
@@ -303,6 +306,11 @@ def _video_lines(files: Iterable[MediaFile], kind: str) -> Iterator[str]:
     for file in files:
         if file.video is not None:
             yield from getattr(file.video, kind)
+
+
+def _fit_notes(files: Iterable[MediaFile], size: Size) -> Iterator[str]:
+    for file in files:
+        yield f"{file.path}: {ResizeCrop.from_sizes(file.size, size)}."
 
 
 def _frame_rate_warnings(files: Iterable[MediaFile], fps: float) -> Iterator[str]:

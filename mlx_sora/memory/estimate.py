@@ -6,7 +6,7 @@ from published figures. `python -m mlx_sora bench memory` measures whole runs.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 import mlx.core as mx
@@ -107,14 +107,24 @@ DEVICES = (
 
 @dataclass(frozen=True)
 class Estimate:
-    """Seconds of each stage, and the plan they follow from."""
+    """Seconds of each stage, and the plan they follow from. second_pass: seconds of it, if any."""
 
     seconds: dict[str, float]
     plan: Plan
+    second_pass: float | None = None
 
     @property
     def total(self) -> float:
         return sum(self.seconds.values())
+
+    def after(self, first: Estimate) -> Estimate:
+        """Return the estimate of both passes, of which this one is the second; text counts once."""
+        seconds = dict(self.seconds)
+        for stage, value in first.seconds.items():
+            if stage != "encode":
+                seconds[stage] = seconds.get(stage, 0.0) + value
+        second = self.total - self.seconds.get("encode", 0.0)
+        return replace(self, seconds=seconds, second_pass=second)
 
 
 def estimate(

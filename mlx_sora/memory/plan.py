@@ -123,13 +123,14 @@ class ModelSizes:
 class MediaWorkload:
     """Media to encode: chunks, frames of the longest one, pixels of the largest source frame.
 
-    videos: False if all are pictures.
+    videos: False if all are pictures. waiting_bytes: frames of a first pass that wait in memory.
     """
 
     chunks: int
     chunk_frames: int
     source_pixels: int
     videos: bool = True
+    waiting_bytes: int = 0
 
     @property
     def reader(self) -> FileMemory:
@@ -166,7 +167,8 @@ class Workload:
     window_texts: texts of clips that are denoised together, as windows; 0 if one after another.
     vae_tiles: tiles per side in which frames are decoded.
     vae_itemsize: bytes per weight and activation of the VAE.
-    suffix: format of the file; "" if the frames stay in memory. scale: enlargement of its frames.
+    suffix: format of the file; "" if the frames stay in memory; None if they are not written (a
+    first pass). scale: enlargement of its frames. other_bytes: memory outside MLX of other passes.
     vae_only: media are encoded and decoded, in `clips` parts, with no text and no denoising.
     """
 
@@ -186,9 +188,10 @@ class Workload:
     window_texts: int = 0
     vae_tiles: int = 1
     vae_itemsize: int = FLOAT32_SIZE
-    suffix: str = ".mp4"
+    suffix: str | None = ".mp4"
     vae_only: bool = False
     scale: int = 1
+    other_bytes: int = 0
 
     @property
     def num_frames(self) -> int:
@@ -209,6 +212,8 @@ class Workload:
     @property
     def writer_bytes(self) -> int:
         """Memory of writing the file."""
+        if self.suffix is None:
+            return 0
         size = self.geometry.decoded.enlarged(self.scale)
         return writer_memory(self.suffix, size, self.num_frames)
 
@@ -220,11 +225,12 @@ class Workload:
         media, vae_only = self.media, self.vae_only
         between_clips = stage == "denoise" and self.clips > 1 and not self.windowed
         writes = stage == "decode" or vae_only or between_clips
-        found = program_memory(gpu=gpu) + writes * self.writer_bytes
+        found = program_memory(gpu=gpu) + writes * self.writer_bytes + self.other_bytes
         if media is not None:
             readers = 1 + vae_only  # of which one is for the comparison
             pixels = media.source_pixels if stage == "read" or vae_only else 0
             found += readers * media.reader.total(pixels)
+            found += media.waiting_bytes * (stage == "read")
         if vae_only:
             found += COMPARISON.total(math.prod(self.geometry.decoded))
         if (media is not None and media.videos) or (writes and self.suffix in PYAV_SUFFIXES):
@@ -320,8 +326,13 @@ class Plan:
         return max(stage.peak for stage in self.stages)
 
     def stage(self, name: str) -> StagePlan:
-        """Return the plan of stage `name`."""
-        return next(stage for stage in self.stages if stage.stage == name)
+        """Return the plan of stage `name`: that of the last pass that has one."""
+        return next(stage for stage in reversed(self.stages) if stage.stage == name)
+
+    def without(self, other: Plan) -> Plan:
+        """Return the plan without the stages that it took over from another."""
+        own = (s for s in self.stages if not any(s is each for each in other.stages))
+        return replace(self, stages=tuple(own))
 
     def with_cached_text(self) -> Plan:
         """Return the plan of a run whose text was encoded before: T5 is neither read nor run.

@@ -221,6 +221,8 @@ def stage_requirements(
     if workload.vae_only:
         return (*read, decode)
     encode = _text_encoder_memory(sizes, workload, mode)
+    if not workload.evaluations:  # a second pass that only enlarges
+        return (encode, *read, decode)
     return (encode, *read, _denoising_memory(sizes, workload, mode), decode)
 
 

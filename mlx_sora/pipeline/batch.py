@@ -21,9 +21,10 @@ from mlx_sora.memory.limits import release
 from mlx_sora.pipeline.engine import Engine
 from mlx_sora.pipeline.generate import generate_clips, prepare
 from mlx_sora.pipeline.locks import output_lock_on_rank0, process_lock
+from mlx_sora.pipeline.planned_stages import planned_encoding, planned_stages
 from mlx_sora.pipeline.resume import continue_on_ranks
 from mlx_sora.pipeline.run import GenerationRun
-from mlx_sora.pipeline.stages import encode_text, planned_encoding
+from mlx_sora.pipeline.stages import encode_text
 from mlx_sora.pipeline.transfer import VideoTransfer
 from mlx_sora.request.generation import GenerationRequest
 from mlx_sora.runtime.events import (
@@ -101,7 +102,7 @@ class _Batch:
         ranks = self._ranks
         own = slice(ranks.rank, None, ranks.size) if self._data_parallel else slice(None)
         for index in list(self._runs)[own]:
-            yield from self._runs[index].planned_stages(index)
+            yield from planned_stages(self._runs[index], index)
 
     def _prepare(self, request: GenerationRequest) -> GenerationRun:
         """Prepare a run. Raises UsageError if another one writes to the same file."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
@@ -29,7 +29,7 @@ from mlx_sora.pipeline.generate import finished_video, open_run_writer, plan_run
 from mlx_sora.pipeline.locks import run_exclusively
 from mlx_sora.pipeline.networks import StreamedTransformer
 from mlx_sora.pipeline.run import EditSource, GenerationRun
-from mlx_sora.pipeline.settings import SOURCE, ineffective_texts, resolve
+from mlx_sora.pipeline.settings import SOURCE, resolve
 from mlx_sora.pipeline.stages import (
     TextStates,
     clip_guidance,
@@ -40,6 +40,7 @@ from mlx_sora.pipeline.stages import (
     open_transformer,
     remeasure_if_merging_changes,
 )
+from mlx_sora.pipeline.text_warnings import ineffective_texts
 from mlx_sora.request.edit import EditRequest
 from mlx_sora.runtime.events import Event, Finished, Noted, StageStarted, StepFinished
 from mlx_sora.sampling import SAMPLERS
@@ -105,7 +106,8 @@ def prepare_edit(engine: Engine, edit: EditRequest) -> EditRun:
             len(chunks), chunks[0].frames, math.prod(size), videos=info is not None
         ),
     )
-    run = plan_run(engine, request, resolved, source)
+    add_source = partial(source.add_to, dtype=engine.precision.transformer)
+    run = plan_run(engine, request, resolved, source, add_source)
     if run.output is not None:
         check_inputs(run.output, [edit.video], sidecar=request.metadata)
     if info is not None:

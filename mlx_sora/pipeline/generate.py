@@ -4,31 +4,39 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import mlx.core as mx
 
 from mlx_sora.accel import Accelerations
 from mlx_sora.accel.base import ScheduleInfo
-from mlx_sora.conditioning.latents import encode_tasks
+from mlx_sora.conditioning.latents import ConditioningLatents, media_workload
 from mlx_sora.distributed.partition import ParallelPlan, choose_parallel
 from mlx_sora.errors import MemoryBudgetError, UsageError
 from mlx_sora.memory.budget import is_automatic
-from mlx_sora.memory.plan import MediaWorkload, Plan, StepVariant, Workload
+from mlx_sora.memory.plan import Plan, StepVariant, Workload
 from mlx_sora.memory.planner import LargeArrayError, make_plan
 from mlx_sora.memory.profiles import format_bytes
 from mlx_sora.pipeline.engine import Engine
+from mlx_sora.pipeline.planned_stages import planned_encoding, planned_stages
 from mlx_sora.pipeline.preview import Previews
+from mlx_sora.pipeline.refine import (
+    end_without_steps,
+    enlarge,
+    first_workload,
+    join_passes,
+    second_pass,
+    second_workload,
+)
 from mlx_sora.pipeline.resume import with_checkpoints
 from mlx_sora.pipeline.run import EditSource, GenerationRun, RunResult
 from mlx_sora.pipeline.settings import (
     ResolvedRequest,
-    ineffective_texts,
     resolve,
-    untrained_warning,
 )
 from mlx_sora.pipeline.stages import (
     TextStates,
@@ -36,8 +44,8 @@ from mlx_sora.pipeline.stages import (
     denoise,
     encode_media,
     encode_text,
-    planned_encoding,
 )
+from mlx_sora.pipeline.text_warnings import ineffective_texts, untrained_warning
 from mlx_sora.request.generation import GenerationRequest, with_sources
 from mlx_sora.runtime.events import Event, RunPlanned
 from mlx_sora.sampling import SAMPLERS
@@ -69,11 +77,25 @@ def prepare(
     sources = request.preset_sources()
     request = request.with_preset()
     engine = engine.for_request(request)
-    run = plan_run(engine, request, resolve(request, engine.model))
+    resolved = resolve(request, engine.model)
+    plan = plan_run if request.refine is None else plan_passes
+    run = plan(engine, request, resolved)
     run.result.warnings[:] = [with_sources(text, sources) for text in run.result.warnings]
     if run.ranks.is_rank0 and (request.checkpoint_every is not None or resume is not None):
         run = with_checkpoints(run, resume)
     return run
+
+
+def plan_passes(
+    engine: Engine, request: GenerationRequest, resolved: ResolvedRequest
+) -> GenerationRun:
+    """Plan a run of two passes. resolved: settings of the first."""
+    second = second_pass(engine, request, resolved)
+    run = plan_run(engine, request, second, adapt=partial(second_workload, first=resolved))
+    unwritten = replace(request, output=None, preview_every=None)
+    adapt = partial(first_workload, first=resolved, second=run)
+    first = plan_run(engine, unwritten, resolved, adapt=adapt)
+    return join_passes(first, run)
 
 
 def plan_run(
@@ -81,15 +103,19 @@ def plan_run(
     request: GenerationRequest,
     resolved: ResolvedRequest,
     source: EditSource | None = None,
+    adapt: Callable[[Workload], Workload] | None = None,
 ) -> GenerationRun:
-    """Plan the run of a resolved request. source: the video that it edits, if any."""
+    """Plan the run of a resolved request.
+
+    source: the video that it edits, if any. adapt: completes the workload.
+    """
     guided, source_text = resolved.guidance != 1, [] if source is None else [source.text]
     parallel = choose_parallel(request.parallel, engine.ranks.size, guided=guided)
     if source is not None:
         parallel = source.parallel_plan(parallel, request.parallel)
     info = schedule_info(engine, resolved, parallel)
     windows = resolved.windows
-    accelerations = Accelerations(resolved.accelerations, info, windows.count if windows else 1)
+    accelerations = Accelerations(resolved.techniques, info, windows.count if windows else 1)
     output = resolve_output(request, resolved, check=engine.ranks.is_rank0)
     texts = dict.fromkeys([*resolved.all_texts, *source_text])
     encodings = {text: engine.tokenizer.encode(text) for text in texts}
@@ -97,13 +123,13 @@ def plan_run(
     workload = Workload(
         geometry=resolved.geometry,
         text_tokens=max(resolved.most_tokens(lengths), *lengths.values()),
-        evaluations=resolved.steps * SAMPLERS[resolved.sampler].evaluations,
+        evaluations=resolved.steps_to_make * SAMPLERS[resolved.sampler].evaluations,
         variants=step_variants(accelerations, resolved),
         cached_residuals=accelerations.cached_residuals,
         guided=guided,
         sequential_guidance=request.sequential_guidance,
         cfg_parallel=parallel.cfg_degree > 1,
-        media=media_workload(resolved),
+        media=media_workload(resolved.media, resolved.geometry.size),
         clips=len(resolved.texts),
         shared_frames=request.condition_frames,
         window_texts=len(set(resolved.texts)) if windows else 0,
@@ -112,8 +138,8 @@ def plan_run(
         suffix="" if output is None else output.suffix.lower(),
         scale=request.scale,
     )
-    if source is not None:
-        workload = source.add_to(workload, engine.precision.transformer)
+    if adapt is not None:
+        workload = adapt(workload)
     plan, notes = plan_memory(engine, request, resolved.memory_budget, workload)
     notes += (f"{windows}.",) if windows and windows.count > 1 else ()
     if request.text_cache and engine.text_cache().has_all(encodings.values()):
@@ -130,19 +156,25 @@ def plan_run(
         parallel=parallel,
         notes=notes,
         previews=Previews.from_request(request, engine, resolved, output),
-        result=RunResult(
-            warnings=[*_text_warnings(engine, resolved, *source_text), *accelerations.warnings],
-            metadata=dict(engine.quantization),
-        ),
+        result=_first_record(engine, resolved, accelerations, *source_text),
     )
 
 
-def _text_warnings(
-    engine: Engine, resolved: ResolvedRequest, source: str | None = None
-) -> Iterator[str]:
-    yield from resolved.warnings
-    yield from ineffective_texts(resolved.subjects, engine.tokenizer)
-    yield from untrained_warning(engine.model, resolved, engine.tokenizer, source)
+def _first_record(
+    engine: Engine,
+    resolved: ResolvedRequest,
+    accelerations: Accelerations,
+    source: str | None = None,
+) -> RunResult:
+    """Return the record of a run that has yet to begin. source: source prompt of an edit."""
+    tokenizer = engine.tokenizer
+    warnings = [
+        *resolved.warnings,
+        *ineffective_texts(resolved.subjects, tokenizer),
+        *untrained_warning(engine.model, resolved, tokenizer, source),
+        *accelerations.warnings,
+    ]
+    return RunResult(warnings, metadata=dict(engine.quantization))
 
 
 def plan_memory(
@@ -176,17 +208,21 @@ def schedule_info(
     engine: Engine, resolved: ResolvedRequest, parallel: ParallelPlan
 ) -> ScheduleInfo:
     """Describe the run to its accelerations."""
-    geometry = resolved.geometry
+    geometry, second = resolved.geometry, resolved.second_pass
+    times = engine.flow_times(resolved.sampler, resolved.steps, resolved.model_args)
+    if second is not None:
+        times = (*times[: second.first_step], second.start, *times[second.first_step + 1 :])
     return ScheduleInfo(
         steps=resolved.steps,
         evaluations=SAMPLERS[resolved.sampler].evaluations,
         frames=geometry.latent[0],
         guided=resolved.guidance != 1,
-        times=engine.flow_times(resolved.sampler, resolved.steps, resolved.model_args),
+        times=times,
         model=engine.model.path,
         model_name=engine.model.name,
         size=(*geometry.size, geometry.num_frames),
         blocks=engine.transformer_config.depth,
+        first_step=resolved.first_step,
         # Ranks may round differently, so rank 0 decides for all.
         agree=engine.ranks.broadcast_object if parallel.ranks > 1 else bool,
     )
@@ -202,21 +238,11 @@ def step_variants(
             cond_only=step in accelerations.cond_only_steps,
             blocks_skipped=step in accelerations.skipped_steps,
         )
-        for step in range(resolved.steps)
+        for step in range(resolved.first_step, resolved.steps)
     )
     del counts[StepVariant()]
     per_step = SAMPLERS[resolved.sampler].evaluations
     return tuple((variant, count * per_step) for variant, count in counts.items())
-
-
-def media_workload(resolved: ResolvedRequest) -> MediaWorkload | None:
-    """Return the size of the media to encode, or None if there are none."""
-    tasks = encode_tasks(resolved.media, resolved.geometry.size)
-    if not tasks:
-        return None
-    pixels = max(source.source_pixels for source in resolved.media.files)
-    videos = any(source.video is not None for source in resolved.media.files)
-    return MediaWorkload(len(tasks), max(task.frames for task in tasks), pixels, videos)
 
 
 def resolve_output(
@@ -275,29 +301,50 @@ def generate(run: GenerationRun) -> Generator[Event, None, Video]:
 def planned_run(run: GenerationRun) -> RunPlanned:
     """Return the event with all stages of a run that is made alone."""
     encode = [planned_encoding([run])] if run.has_steps_left else []
-    return RunPlanned((*encode, *run.planned_stages()))
+    return RunPlanned((*encode, *planned_stages(run)))
 
 
 def generate_clips(run: GenerationRun, texts: TextStates) -> Generator[Event, None, Video]:
     """Make all clips of a run whose text is encoded; write each as soon as it is denoised."""
-    given = (yield from encode_media(run)) if run.has_steps_left else None
+    conditioning = list[ConditioningLatents]()
+    for each in run.passes if run.has_steps_left else ():
+        conditioning.append((yield from encode_media(each)))
     with ExitStack() as opened:
-        if run.previews is not None:
-            opened.callback(run.previews.remove)
+        for each in run.passes:
+            if each.previews is not None:
+                opened.callback(each.previews.remove)
         writer: FrameWriter | None = None
         for clip in range(run.settings.clips.count):
-            latents = run.checkpoints.finished(clip)
-            if given is not None:
-                if latents is None:
-                    latents = yield from denoise(run, clip, texts, given)
-                given.remember(clip, latents)
-            assert latents is not None, "without steps left all clips are finished"
+            latents = yield from clip_latents(run, clip, texts, conditioning)
             # Opened after the first denoising, which may take hours and leave nothing.
             writer = writer or opened.enter_context(open_run_writer(run))
             yield from decode(run, clip, latents, writer)
             del latents
     assert writer is not None, "there is a first clip"
     return finished_video(run, writer)
+
+
+def clip_latents(
+    run: GenerationRun, clip: int, texts: TextStates, passes: Sequence[ConditioningLatents]
+) -> Generator[Event, None, mx.array]:
+    """Denoise a clip in all passes up to that of `run`, but for what a checkpoint holds.
+
+    passes: given frames at the size of each; none if no steps are left.
+    """
+    latents, start = run.finished_latents(clip), None
+    if passes:
+        if run.first_pass is not None:
+            small = yield from clip_latents(run.first_pass, clip, texts, passes[:-1])
+            # Rank 0 knows what its checkpoint holds.
+            if latents is None and not run.ranks.broadcast_object(run.steps_done(clip)):
+                start = yield from enlarge(run, small)
+        if latents is None and start is not None and not run.settings.steps_to_make:
+            latents = yield from end_without_steps(run, clip, passes[-1], start)
+        if latents is None:
+            latents = yield from denoise(run, clip, texts, passes[-1], start)
+        passes[-1].remember(clip, latents)
+    assert latents is not None, "without steps left all clips are finished"
+    return latents
 
 
 @contextmanager

@@ -80,30 +80,31 @@ class Previews:
 
     def after(self, clip: int, index: int, x0: mx.array) -> Iterator[Event]:
         """Write the preview of x0 [1, T, h, w, C], predicted in step `index`, if one is due."""
-        if (index + 1) % self.every:
+        number = index + 1 - self.settings.first_step
+        if number % self.every:
             return
         try:
             frames, fps = self._frames(x0)
         except WeightsError as error:
-            yield Warned(f"No preview of step {index + 1}: {error}")
+            yield Warned(f"No preview of step {number}: {error}")
             return
         path = None
         if self.output is not None:
-            path = self._path(clip, index)
-            place = f"{self._clip(clip)}step {index + 1} of {self.settings.steps}"
+            path = self._path(clip, number)
+            place = f"{self._place(clip)}step {number} of {self.settings.steps_to_make}"
             try:
                 write_preview(path, frames, fps, place)
                 self._written.append(path)
             except (MlxSoraError, OSError) as error:
-                yield Warned(f"No preview of step {index + 1}: {error}")
+                yield Warned(f"No preview of step {number}: {error}")
                 path = None
-        yield PreviewReady(index, frames, None if path is None else str(path))
+        yield PreviewReady(number - 1, frames, None if path is None else str(path))
 
     def notes(self) -> tuple[str, ...]:
         """Return the line that announces the files."""
         if self.output is None:
             return ()
-        path = self._path(0, self.every - 1)
+        path = self._path(0, self.every)
         until = "" if self.keep else "; removed when the video is finished"
         return (f"previews every {self.every} steps: {path}{until}",)
 
@@ -113,13 +114,14 @@ class Previews:
             with suppress(OSError):
                 self._written[-1].unlink()
 
-    def _path(self, clip: int, index: int) -> Path:
+    def _path(self, clip: int, number: int) -> Path:
         assert self.output is not None, "previews have a file only beside one"
-        place = f"{self._clip(clip)}step {index + 1}" if self.keep else ""
+        place = f"{self._place(clip)}step {number}" if self.keep else ""
         return preview_path(self.output, self.settings.geometry.num_frames, place.replace(" ", "-"))
 
-    def _clip(self, clip: int) -> str:
-        return f"clip {clip + 1} " if self.settings.clips.count > 1 else ""
+    def _place(self, clip: int) -> str:
+        place = f"clip {clip + 1} " if self.settings.clips.count > 1 else ""
+        return place if self.settings.second_pass is None else f"{place}pass 2 "
 
     def _frames(self, x0: mx.array) -> tuple[np.ndarray, float]:
         """Return frames uint8 [F, H, W, 3] and their number per second."""

@@ -22,6 +22,7 @@ from mlx_sora.geometry import (
     Geometry,
     Size,
     check_size,
+    check_tiles,
     decoded_size,
     get_num_frames,
     latent_shape,
@@ -39,7 +40,6 @@ from mlx_sora.pipeline.generate import plan_memory
 from mlx_sora.pipeline.locks import run_exclusively
 from mlx_sora.pipeline.networks import NetworkLoader
 from mlx_sora.pipeline.run import RunResult
-from mlx_sora.pipeline.settings import resolve_tiles
 from mlx_sora.pipeline.stages import encode_pixels, shrink_if_over_budget
 from mlx_sora.request.generation import GenerationRequest, options_of
 from mlx_sora.request.options import as_medium
@@ -212,7 +212,7 @@ def prepare_reconstruction(
         guided=False,
         media=MediaWorkload(len(chunks), chunks[0].frames, math.prod(source), info is not None),
         clips=parts,
-        vae_tiles=resolve_tiles(request, geometry),
+        vae_tiles=check_tiles(request.vae_tiles or 1, geometry),
         vae_itemsize=engine.precision.vae.size,
         suffix="" if output is None else output.suffix.lower(),
         vae_only=True,

@@ -20,7 +20,6 @@ from mlx_sora.models.precision import dtype_name
 from mlx_sora.pipeline.checkpoint import Checkpoints, Snapshot, read_record
 from mlx_sora.pipeline.locks import is_locked
 from mlx_sora.pipeline.run import GenerationRun
-from mlx_sora.pipeline.settings import ResolvedRequest
 from mlx_sora.request.generation import GenerationRequest, label, options
 from mlx_sora.request.pixels import PIXELS_PREFIX
 from mlx_sora.request.techniques import MAX_STEPS
@@ -50,12 +49,12 @@ def with_checkpoints(run: GenerationRun, resume: Path | None) -> GenerationRun:
         raise UsageError("A checkpoint needs an output file to lie beside.", "Give output.")
     path = checkpoint_path(output)
     source = path if resume is None else resume
-    run = replace(run, weights=run.engine.fingerprint())
+    run = _in_all_passes(run, weights=run.engine.fingerprint())
     own = identity(run)
     new = Snapshot(_recorded_options(request), own, output.name)
     every = request.checkpoint_every or MAX_STEPS
     if resume is None and not path.exists():
-        return replace(run, checkpoints=Checkpoints(path, every, new))
+        return _in_all_passes(run, checkpoints=Checkpoints(path, every, new))
     if source != path and path.exists() and not request.overwrite:
         raise UsageError(f"{path} exists already.", "Resume from it, or give --overwrite.")
     found = Snapshot.load(source)
@@ -64,19 +63,25 @@ def with_checkpoints(run: GenerationRun, resume: Path | None) -> GenerationRun:
         if resume is not None or not request.overwrite:
             raise mismatch
         run.result.warnings.append(f"{mismatch.message} It will be replaced.")
-        return replace(run, checkpoints=Checkpoints(path, every, new))
+        return _in_all_passes(run, checkpoints=Checkpoints(path, every, new))
     resumed = (*found.resumed, {"clip": found.clip, "step": found.steps})
     run.result.warnings += [*found.warnings, *_version_warnings(source, found, new)]
     run.result.clips += found.accounts
     run.result.metadata["resumed"] = list(resumed)
-    note = _progress_note(source, found, run.settings)
+    note = _progress_note(source, found, run)
     new = replace(
         found, request=new.request, output=new.output, versions=new.versions, resumed=resumed
     )
     del found
     release()
-    checkpoints = Checkpoints(path, every, new, source)
-    return replace(run, checkpoints=checkpoints, notes=(*run.notes, note))
+    run = _in_all_passes(run, checkpoints=Checkpoints(path, every, new, source))
+    return replace(run, notes=(*run.notes, note))
+
+
+def _in_all_passes(run: GenerationRun, **values: Any) -> GenerationRun:
+    """Return the run with new values of fields, which its passes share."""
+    first = run.first_pass and replace(run.first_pass, **values)
+    return replace(run, first_pass=first, **values)
 
 
 def identity(run: GenerationRun) -> dict[str, Any]:
@@ -91,13 +96,16 @@ def identity(run: GenerationRun) -> dict[str, Any]:
     found["weights"] = run.weights
     # A table may have been calibrated again since.
     found["schedule"] = [
-        sorted(run.accelerations.skipped_steps),
-        sorted(run.accelerations.cond_only_steps),
+        sorted(steps)
+        for each in run.passes
+        for steps in (each.accelerations.skipped_steps, each.accelerations.cond_only_steps)
     ]
     tdtm = run.settings.accelerations.get("tdtm")
     if tdtm is not None and tdtm.mode == "table":
         steps = range(run.settings.steps)
-        found["merging"] = [run.accelerations.merged_sites(step) for step in steps]
+        found["merging"] = [
+            each.accelerations.merged_sites(i) for each in run.passes for i in steps
+        ]
     plain: dict[str, Any] = _as_json(found)
     return plain
 
@@ -194,12 +202,17 @@ def _version_warnings(source: Path, found: Snapshot, new: Snapshot) -> Iterator[
             yield f"{source} was written with {name} {old}, this is {now}: roundings may differ."
 
 
-def _progress_note(source: Path, found: Snapshot, settings: ResolvedRequest) -> str:
-    clips = settings.clips.count
-    if found.clip == clips:
+def _progress_note(source: Path, found: Snapshot, run: GenerationRun) -> str:
+    passes, clips = run.passes, run.settings.clips.count
+    clip = found.clip // len(passes)
+    if clip == clips:
         return f"resuming from {source}: all steps are done"
-    clip = f"clip {found.clip + 1} of {clips}, " if clips > 1 else ""
-    return f"resuming from {source}: {clip}{found.steps} of {settings.steps} steps are done"
+    number = found.clip % len(passes)
+    settings = passes[number].settings
+    place = f"clip {clip + 1} of {clips}, " if clips > 1 else ""
+    place += f"pass {number + 1} of {len(passes)}, " if len(passes) > 1 else ""
+    done = max(0, found.steps - settings.first_step)
+    return f"resuming from {source}: {place}{done} of {settings.steps_to_make} steps are done"
 
 
 def continue_on_ranks(request: GenerationRequest, ranks: Ranks, model: str) -> GenerationRequest:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -28,6 +28,7 @@ from mlx_sora.memory.speeds import MachineSpeeds
 from mlx_sora.models.hooks import Sharding, Unsharded
 from mlx_sora.models.ops import on_gpu
 from mlx_sora.models.precision import dtype_name
+from mlx_sora.models.vae import Chunk
 from mlx_sora.pipeline.checkpoint import Checkpoints, Snapshot
 from mlx_sora.pipeline.engine import Engine
 from mlx_sora.pipeline.networks import NetworkLoader, Stage
@@ -36,7 +37,7 @@ from mlx_sora.pipeline.settings import ResolvedRequest
 from mlx_sora.request.generation import GenerationRequest, label
 from mlx_sora.runtime import blas
 from mlx_sora.runtime.device import describe_device
-from mlx_sora.runtime.events import Event, Noted, PlannedStage, StageFinished, Warned
+from mlx_sora.runtime.events import Event, Noted, StageFinished, Warned
 from mlx_sora.runtime.health import Health
 from mlx_sora.sampling.loop import StepResult
 from mlx_sora.text.cache import TextCache
@@ -142,7 +143,8 @@ class GenerationRun:
     output: path of the video, None to hold its frames in memory. encodings: token ids of every
     text. accelerations: the techniques of the first clip; each later clip gets a fresh copy. plan:
     memory, reading and work per stage. notes: lines for the user at the start. weights: fingerprint
-    of the model, if checkpoints are written.
+    of the model, if checkpoints are written. first_pass: the run whose frames this one enlarges.
+    parts: of a first pass, the chunks of a clip that are decoded and then encoded together.
     """
 
     engine: Engine
@@ -159,6 +161,8 @@ class GenerationRun:
     notes: tuple[str, ...] = ()
     weights: str | None = None
     result: RunResult = field(default_factory=RunResult)
+    first_pass: GenerationRun | None = None
+    parts: tuple[tuple[Chunk, ...], ...] = ()
 
     @property
     def ranks(self) -> Ranks:
@@ -177,6 +181,9 @@ class GenerationRun:
         found = f"{settings.clips.total} frames of {self.written_size} pixels"
         if self.request.scale > 1:
             found += f" ({decoded}, enlarged {self.request.scale} times)"
+        if settings.second_pass is not None:
+            found += f", refined from {settings.second_pass.first_size}"
+            found += f" in {settings.steps_to_make} of {settings.steps} steps"
         found += f", {settings.fps:g} per second"
         windows = settings.windows
         return f"{found}, in {windows}" if windows and windows.count > 1 else found
@@ -245,31 +252,34 @@ class GenerationRun:
     @property
     def has_steps_left(self) -> bool:
         """True unless a checkpoint holds the latents of all clips."""
-        return self.checkpoints.finished(self.settings.clips.count - 1) is None
+        return self.finished_latents(self.settings.clips.count - 1) is None
+
+    @property
+    def passes(self) -> list[GenerationRun]:
+        """The first pass, if there is one, and this."""
+        return [self] if self.first_pass is None else [self.first_pass, self]
+
+    def place(self, clip: int) -> int:
+        """Return the index of a clip's denoising among those of all passes, for checkpoints."""
+        return 2 * clip + (not self.parts) if self.first_pass or self.parts else clip
+
+    def steps_done(self, clip: int) -> int:
+        """Return the steps of an unfinished clip, of those to make, that were made before."""
+        return max(0, self.checkpoints.steps_done(self.place(clip)) - self.settings.first_step)
+
+    def finished_latents(self, clip: int) -> mx.array | None:
+        """Return the latents of a clip whose steps were all made before, or None."""
+        return self.checkpoints.finished(self.place(clip))
 
     def estimate(self, speeds: MachineSpeeds) -> Estimate:
         """Estimate the seconds of the run on the machine that has these speeds."""
         sizes = self.engine.sizes(encoders=self.workload.media is not None)
         precision = self.engine.precision
         texts = len(self.encodings) if self.plan.stage("encode").flops else 0
-        return estimate_from_speeds(sizes, self.workload, self.plan, speeds, precision, texts)
-
-    def planned_stages(self, request: int = 0) -> Iterator[PlannedStage]:
-        """Yield the stages after the text's, those of finished clips included.
-
-        request: index among several requests.
-        """
-        work = {stage.stage: stage.flops for stage in self.plan.stages}
-        if self.workload.media is not None and self.has_steps_left:
-            yield PlannedStage("read", self.workload.media.chunks, work["read"], request=request)
-        clips, steps = self.settings.clips, self.settings.steps * (1 + self.workload.inversion)
-        for clip in range(clips.count):
-            finished = self.checkpoints.finished(clip) is not None
-            done = steps if finished else self.checkpoints.steps_done(clip)
-            place = {"clip": clip, "clips": clips.count, "request": request}
-            yield PlannedStage("denoise", steps, work["denoise"] / clips.count, done, **place)
-            frames = clips.num_frames - clips.frames_to_skip(clip)
-            yield PlannedStage("decode", frames, work["decode"] * frames / clips.total, **place)
+        first = self.first_pass
+        plan = self.plan if first is None else self.plan.without(first.plan)
+        found = estimate_from_speeds(sizes, self.workload, plan, speeds, precision, texts)
+        return found if first is None else found.after(first.estimate(speeds))
 
     def opening_events(self) -> Iterator[Event]:
         """Yield the warnings and notes that preparation collected; log the details."""
@@ -297,7 +307,8 @@ class GenerationRun:
             ("without the unconditional prediction", accelerations.cond_only_steps),
             ("with merged tokens", filter(accelerations.token_merging, range(self.settings.steps))),
         ):
-            if numbers := " ".join(str(step + 1) for step in sorted(steps)):
+            made = (step for step in sorted(steps) if step >= self.settings.first_step)
+            if numbers := " ".join(str(step + 1) for step in made):
                 yield f"steps {text}: {numbers} of {self.settings.steps}"
         for stage in self.plan.stages:
             blocks = f", {stage.resident} of {stage.blocks} blocks resident" if stage.blocks else ""
@@ -308,7 +319,7 @@ class GenerationRun:
     def begin_clip(self, clip: int) -> tuple[Accelerations, Snapshot | None]:
         """Return the accelerations of a clip, and the state of it that a checkpoint holds."""
         accelerations = self.accelerations.fresh_copy() if clip else self.accelerations
-        snapshot = self.checkpoints.restored(clip)
+        snapshot = self.checkpoints.restored(self.place(clip))
         if snapshot is not None and snapshot.state is not None:
             accelerations.restore(snapshot.state["accelerations"])
         return accelerations, snapshot
@@ -320,11 +331,15 @@ class GenerationRun:
         accelerations.on_step_end(step)
         self.checkpoints.set_warnings(self.result.warnings)
         if step.is_leap or index + 1 == total:
-            self.result.clips.append(accelerations.record())
-            yield from self.checkpoints.finish_clip(step.z, self.result.clips[-1])
+            yield from self.finish_clip(step.z, accelerations)
         else:
             state = {**step.state(), "accelerations": accelerations.state()}
             yield from self.checkpoints.finish_step(step.z, index + 1, state)
+
+    def finish_clip(self, z: mx.array, accelerations: Accelerations) -> Iterator[Event]:
+        """Record that a clip, or a pass of it, ended at z."""
+        self.result.clips.append(accelerations.record())
+        yield from self.checkpoints.finish_clip(z, self.result.clips[-1])
 
     def metadata(self) -> dict[str, Any]:
         """Return the video's metadata, as far as the run has come."""
@@ -336,10 +351,11 @@ class GenerationRun:
             seconds=result.seconds,
             peak_memory=result.memory,
         )
-        clips = result.clips or [self.accelerations.record()]
-        done = dict(clips[0])
-        if len(clips) > 1:
-            done = {name: [clip[name] for clip in clips] for name in done}
+        if self.first_pass is None:
+            done = _account(result.clips or [self.accelerations.record()])
+        else:  # whose accounts alternate with those of the second pass
+            done = _account(result.clips[::2] or [self.first_pass.accelerations.record()])
+            record["second_pass"] = _account(result.clips[1::2] or [self.accelerations.record()])
         if result.streamed:
             done["ci_dl"] = result.streamed
         if self.ranks.size > 1:
@@ -372,3 +388,10 @@ class GenerationRun:
             metadata=self.metadata(),
             decoded=frames,
         )
+
+
+def _account(clips: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return what the accelerations did: by name, in a list if there are several clips."""
+    if len(clips) == 1:
+        return dict(clips[0])
+    return {name: [clip[name] for clip in clips] for name in clips[0]}

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mlx_sora.conditioning.clips import Clips
 from mlx_sora.conditioning.media import Media, frames_by_latent, plan_media
@@ -19,17 +19,18 @@ from mlx_sora.geometry import (
     Geometry,
     ModelArguments,
     Size,
+    check_tiles,
     latent_frames,
     model_arguments,
     parse_frames,
     plan_geometry,
     resolve_size,
 )
-from mlx_sora.loading.model_card import join_words
-from mlx_sora.loading.model_folder import ModelFolder, other_model_hint
+from mlx_sora.loading.model_folder import ModelFolder
 from mlx_sora.memory.budget import resolve_budget
 from mlx_sora.request.generation import GenerationRequest, technique_names
 from mlx_sora.request.techniques import OFF, TechniqueConfig
+from mlx_sora.sampling.noise import SecondPass
 from mlx_sora.sampling.windows import Windows
 from mlx_sora.text.cleaning import preprocess
 from mlx_sora.text.prompt import (
@@ -40,7 +41,11 @@ from mlx_sora.text.prompt import (
     first_loops,
     prepare_prompt,
 )
-from mlx_sora.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    import mlx.core as mx
+
+    from mlx_sora.sampling.base import Sampler
 
 #: Names of texts in messages.
 NEGATIVE, SOURCE = "the negative prompt", "the source prompt"
@@ -56,7 +61,8 @@ class ResolvedRequest:
     messages. geometry: sizes and latent shape of a clip or window. media: conditioning of the
     clips. windows: of the only clip, or None. fps: of the finished file.
     accelerations: configs by option. memory_budget: bytes of the whole process, or None.
-    vae_tiles: tiles in a row, 1 for none. warnings: what is not taken literally.
+    vae_tiles: tiles in a row, 1 for none. warnings: what is not taken literally. second_pass: if
+    this is the second of two passes.
     """
 
     model: str
@@ -79,6 +85,43 @@ class ResolvedRequest:
     windows: Windows | None = None
     segments: Mapping[str, tuple[Segment, ...]] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+    second_pass: SecondPass | None = None
+
+    @property
+    def first_step(self) -> int:
+        """Index of the first step to make, of `steps`."""
+        return 0 if self.second_pass is None else self.second_pass.first_step
+
+    @property
+    def steps_to_make(self) -> int:
+        """Number of steps from `first_step` on."""
+        return self.steps - self.first_step
+
+    @property
+    def noise_level(self) -> float:
+        """Share of noise at the start."""
+        return 1.0 if self.second_pass is None else self.second_pass.strength
+
+    def starting_times(self, sampler: Sampler) -> mx.array:
+        """Return the flow times of the sampler, float32 [N + 1, 1].
+
+        A second pass begins at a time of its own.
+        """
+        times = sampler.timesteps(self.steps, **self.model_args.sizes)
+        if self.second_pass is not None:
+            times[self.first_step] = self.second_pass.start
+        return times
+
+    @property
+    def techniques(self) -> Mapping[str, TechniqueConfig | None]:
+        """Accelerations of this pass.
+
+        A second pass leaps only at a flow time: other rules count from the first step.
+        """
+        lpl = self.accelerations.get("lpl")
+        if self.second_pass is None or lpl is None or lpl.mode == "t":
+            return self.accelerations
+        return {**self.accelerations, "lpl": None}
 
     @property
     def latent(self) -> tuple[int, int, int]:
@@ -124,12 +167,17 @@ class ResolvedRequest:
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values for the metadata."""
         left_out = {"texts", "negative", "subjects", "geometry", "media", "accelerations"}
-        left_out |= {"segments", "windows", "warnings"}
+        left_out |= {"segments", "windows", "warnings", "second_pass"}
         record = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in left_out}
         modes = {name: str(config or OFF) for name, config in self.accelerations.items()}
         record |= {"text": self.text, **modes}
         width, height = self.geometry.size
         record |= {"width": width, "height": height, "num_frames": self.geometry.num_frames}
+        if self.second_pass is not None:
+            first = self.second_pass.first_size  # as the options have it
+            record |= {"width": first.width, "height": first.height}
+            record |= {"refine": f"{width}x{height}", "refine_strength": self.second_pass.strength}
+            record["refine_steps"] = self.steps_to_make
         if len(set(self.texts)) > 1:
             record["scenes"] = list(self.texts)
         if self.negative is not None:
@@ -160,6 +208,8 @@ def resolve(
     texts, segments = _texts(prompt, clips)
     windows = _windows(request, clips, texts, segmented=bool(segments))
     shown = clips if windows is None else Clips(clips.total)
+    if request.refine is None and request.refine_strength is not None:
+        warnings.append("--refine-strength has no effect without --refine.")
     media = plan_media(request, prompt.directives, shown, geometry.size, value("fps"))
     negative = None if request.negative_prompt is None else preprocess(request.negative_prompt)
     warnings += [*_overruled(request, prompt), *_unused_blending(request, windows, texts)]
@@ -186,7 +236,7 @@ def resolve(
         camera=scores.camera,
         accelerations={name: getattr(request, name) for name in technique_names()},
         memory_budget=resolve_budget(request.memory_budget, request.device_profile),
-        vae_tiles=resolve_tiles(request, geometry),
+        vae_tiles=check_tiles(request.vae_tiles or 1, geometry),
         windows=windows,
         warnings=tuple(warnings),
     )
@@ -247,37 +297,6 @@ def _unused_blending(
         yield "--condition-edit has no effect with --long windows: no frames are taken over."
     if request.scene_blend is not None and (windows is None or len(set(texts)) == 1):
         yield "--scene-blend has no effect: it is for several scenes with --long windows."
-
-
-def ineffective_texts(subjects: Mapping[str, str], tokenizer: Tokenizer) -> Iterator[str]:
-    """Yield a warning for each text, by its name, that gives the model nothing to show."""
-    for name, text in subjects.items():
-        if not text:
-            yield f"Nothing is left of {name} after cleaning; the model gets no subject."
-        elif not tokenizer.knows(text):
-            yield f"The model knows no character of {name}; describe it in English."
-
-
-def untrained_warning(
-    model: ModelFolder, resolved: ResolvedRequest, tokenizer: Tokenizer, source: str | None = None
-) -> Iterator[str]:
-    """Yield one warning for all that the model was not trained for, if there is any.
-
-    source: cleaned source prompt of an edit.
-    """
-    card, camera = model.card, Scores(camera=resolved.camera)
-    prompts = {name: text for name, text in resolved.subjects.items() if tokenizer.knows(text)}
-    negative = prompts.pop(NEGATIVE, "")
-    prompts = {name: camera.append_to(text) for name, text in prompts.items()}
-    prompts |= {} if source is None else {SOURCE: source}
-    geometry = resolved.geometry
-    found = list(card.mismatches(prompts, negative, geometry.size, geometry.num_frames))
-    if found:
-        yield (
-            f"{resolved.model} was not trained for {join_words(found, 'and')}; it draws "
-            f"{card.summary()}. Its words: python -m mlx_sora info "
-            f"{shell_words('--model', model.argument)}. {other_model_hint()}"
-        )
 
 
 def _subjects(prompt: Prompt, negative: str | None, clips: int) -> dict[str, str]:
@@ -372,14 +391,3 @@ def _unused_segments(prompt: Prompt, clips: Clips) -> Iterator[str]:
             yield f"The prompt describes {stop} frames, but a clip has {clips.num_frames}."
         elif stop < clips.num_frames:
             yield f"[{parts[-1].start}-{stop}] of the prompt goes on to frame {clips.num_frames}."
-
-
-def resolve_tiles(request: GenerationRequest, geometry: Geometry) -> int:
-    """Return the tiles in a row that frames are decoded in. Raises UsageError if too many."""
-    tiles = request.vae_tiles or 1
-    if tiles > 1 and min(geometry.latent[1:]) < 2 * tiles:
-        raise UsageError(
-            f"{geometry.decoded} pixels are too few for --vae-tiles {tiles}.",
-            "Leave it out, or make a larger image.",
-        )
-    return tiles

@@ -32,7 +32,6 @@ from mlx_sora.pipeline.run import GenerationRun, RunResult
 from mlx_sora.runtime.events import (
     Event,
     Noted,
-    PlannedStage,
     StageProgress,
     StageStarted,
     StepFinished,
@@ -77,13 +76,6 @@ def encode_text(
         yield from map(Warned, own)
         finished = each.result.add_stage(stage.meter, len(runs))
     yield finished
-
-
-def planned_encoding(runs: Sequence[GenerationRun]) -> PlannedStage:
-    """Return the stage of `encode_text` for progress."""
-    texts = {text for run in runs for text in run.encodings}
-    work = max(run.plan.stage("encode").flops for run in runs) * len(texts)
-    return PlannedStage("encode", len(texts), work)
 
 
 def _encode_texts(
@@ -179,12 +171,19 @@ def encode_pixels(
 
 
 def denoise(
-    run: GenerationRun, clip: int, texts: TextStates, conditioning: ConditioningLatents
+    run: GenerationRun,
+    clip: int,
+    texts: TextStates,
+    conditioning: ConditioningLatents,
+    first_pass: mx.array | None = None,
 ) -> Generator[Event, None, mx.array]:
-    """Denoise one clip to latents [1, T, H, W, C]."""
-    yield StageStarted("denoise", run.settings.steps)
+    """Denoise one clip to latents [1, T, H, W, C].
+
+    first_pass: latents that a second pass begins with, of the same shape.
+    """
+    yield StageStarted("denoise", run.settings.steps_to_make)
     with run.open_stage("denoise") as stage:
-        latents = yield from _denoise_steps(run, stage, clip, texts, conditioning)
+        latents = yield from _denoise_steps(run, stage, clip, texts, conditioning, first_pass)
     yield run.result.add_stage(stage.meter)
     return latents
 
@@ -195,24 +194,25 @@ def _denoise_steps(
     clip: int,
     texts: TextStates,
     conditioning: ConditioningLatents,
+    first_pass: mx.array | None,
 ) -> Generator[Event, None, mx.array]:
     """Make the steps of a clip that are left; yield the events of each."""
     settings = run.settings
     accelerations, snapshot = run.begin_clip(clip)
     with open_transformer(run, stage) as transformer, run.checkpoints.save_on_error():
-        network, blocks = transformer
-        shape = (*settings.latent, network.config.in_channels)
+        blocks, first = transformer[1], settings.first_step
+        shape = (*settings.latent, transformer[0].config.in_channels)
         noise = Noise([settings.seed], shape, clip)
-        z, given = conditioning.initial_latents(clip, noise)
+        z, given = conditioning.initial_latents(clip, noise, first_pass, settings.noise_level)
         noised = noised_frames(run, noise) if given else None
-        restored = None
+        restored = loop.RestoredSteps(first, {"sampler": {}, "policy": {}}) if first else None
         if snapshot is not None and snapshot.latents is not None and snapshot.state is not None:
             z, restored = snapshot.latents, loop.RestoredSteps(snapshot.steps, snapshot.state)
         sampler = SAMPLERS[settings.sampler]
         for step in loop.denoise(
             clip_velocity(run, transformer, texts, clip, accelerations, noised),
             z,
-            sampler.timesteps(settings.steps, **settings.model_args.sizes),
+            settings.starting_times(sampler),
             sampler,
             policy=accelerations.policy,
             conditioning=given,
@@ -222,7 +222,7 @@ def _denoise_steps(
             run.health.check_latents(z, index, total, conditioned=given is not None)
             yield from run.finish_step(step, accelerations)
             remeasure_if_merging_changes(blocks, accelerations, index, index + 1)
-            yield StepFinished(index, total, step.t, step.seconds, z)
+            yield StepFinished(index - first, total - first, step.t, step.seconds, z)
             if run.previews is not None and run.ranks.is_rank0:
                 yield from run.previews.after(clip, index, step.x0)
             if blocks is not None:

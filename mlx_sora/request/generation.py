@@ -36,6 +36,7 @@ from mlx_sora.request.options import (
     as_path,
     as_paths,
     as_quantization,
+    as_size,
     as_tiles,
     as_videos,
     option,
@@ -79,6 +80,9 @@ LONG_MODES = ("clips", "windows")
 MAX_SEED = 2**63 - 1
 MAX_FPS = 240.0
 MAX_SCALE = 64
+
+#: Share of noise at which a second pass begins.
+REFINE_STRENGTH = 0.6
 
 #: Commands that make videos, and these together with `calibrate`.
 _VIDEO = "generate edit bench"
@@ -185,6 +189,22 @@ class GenerationRequest:
         aliases="--frames",
         parse=as_frames,
         metavar="N",
+    )
+    refine: str | None = _size(
+        "two passes: make the video at the size above, enlarge it to SIZE (144p to 720p, or "
+        "WIDTHxHEIGHT), add noise, and make the rest of the steps at that size",
+        tasks="generate bench",
+        parse=as_size,
+        metavar="SIZE",
+    )
+    refine_strength: float | None = _size(
+        "with --refine: share of noise in the second pass, 0 (only enlarge) to 1 (begin anew); "
+        f"default: {REFINE_STRENGTH}",
+        tasks="generate bench",
+        common=False,
+        metavar="SHARE",
+        low=0,
+        high=1,
     )
     fps: float | None = _size(
         "frames per second of the file, which also conditions the model",

@@ -75,6 +75,8 @@ class GenerationKeywords(SharedKeywords, total=False):
     """Options of `GenerationRequest`, but for the prompt."""
 
     seed: int | None
+    refine: str | None
+    refine_strength: float | None
     original_prompt: str | None
     images: Pictures
     videos: Footages

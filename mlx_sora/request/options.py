@@ -16,7 +16,7 @@ from decimal import Decimal
 from typing import Any, NamedTuple
 
 from mlx_sora.errors import UsageError
-from mlx_sora.geometry import MAX_TILES, MICRO_FRAME_SIZE
+from mlx_sora.geometry import MAX_TILES, MICRO_FRAME_SIZE, RESOLUTIONS
 from mlx_sora.request.pixels import Pixels, is_footage, is_medium, read_medium
 
 #: Bits per weight of quantized weights.
@@ -141,6 +141,14 @@ def as_tiles(value: Any) -> int:
     if not 1 <= count <= MAX_TILES:
         raise ValueError(f"1 to {MAX_TILES} tiles in a row")
     return count
+
+
+def as_size(value: Any) -> str:
+    """Return a resolution, or a size as WIDTHxHEIGHT."""
+    text = as_text(value).strip().lower()
+    if text not in RESOLUTIONS and not re.fullmatch(r"[1-9][0-9]{0,4}x[1-9][0-9]{0,4}", text):
+        raise ValueError(f"WIDTHxHEIGHT or one of {', '.join(RESOLUTIONS)}")
+    return text
 
 
 def as_text(value: Any) -> str:

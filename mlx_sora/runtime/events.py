@@ -23,6 +23,7 @@ class PlannedStage:
 
     total: its units of work. work: its operations. done: units that an earlier run has made.
     clip, clips: place among the clips of its video. request: place among several requests.
+    pass_index, passes: place among the passes of the clip.
     """
 
     stage: str
@@ -32,6 +33,8 @@ class PlannedStage:
     clip: int = 0
     clips: int = 1
     request: int = 0
+    pass_index: int = 0
+    passes: int = 1
 
 
 @dataclass(frozen=True)

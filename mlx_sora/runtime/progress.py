@@ -81,6 +81,13 @@ class RunProgress:
         return self._now.clips
 
     @property
+    def place(self) -> str:
+        """Clip and pass, where there are several: " clip 2 of 3 pass 1 of 2"."""
+        now = self._now
+        clip = f" clip {now.clip + 1} of {now.clips}" if now.clips > 1 else ""
+        return clip + (f" pass {now.pass_index + 1} of {now.passes}" if now.passes > 1 else "")
+
+    @property
     def fraction(self) -> float:
         """Share of the run's work that is finished, from 0 to 1; of the stage's without a plan."""
         if not self._work:
@@ -168,8 +175,7 @@ def format_duration(seconds: float) -> str:
 
 def progress_title(progress: RunProgress) -> str:
     """Return the stage, and the clip if there are several: "denoise clip 2 of 3"."""
-    clip = f" clip {progress.clip + 1} of {progress.clips}" if progress.clips > 1 else ""
-    return f"{progress.stage:<7}{clip}"
+    return f"{progress.stage:<7}{progress.place}"
 
 
 def progress_speed(progress: RunProgress) -> str:

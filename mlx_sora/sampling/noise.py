@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
+from mlx_sora.geometry import Size
+
 
 @dataclass(frozen=True)
 class Noise:
@@ -35,3 +37,16 @@ class Noise:
         word = mx.array([self.clip, number], mx.uint32)
         streams = [mx.random.split(mx.random.key(seed))[0] ^ word for seed in self.seeds]
         return mx.stack([mx.random.normal(self.shape, key=key) for key in streams])
+
+
+@dataclass(frozen=True)
+class SecondPass:
+    """The second of two passes, which begins in step `first_step`, at flow time `start`.
+
+    strength: share of noise there. first_size: pixels of the first pass.
+    """
+
+    first_size: Size
+    strength: float
+    first_step: int
+    start: float

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
@@ -11,6 +12,7 @@ from typing import Any
 from mlx_sora.errors import MemoryBudgetError, MlxSoraError
 from mlx_sora.loading.preview_map import load_preview_map
 from mlx_sora.memory.budget import AUTO, OFF, machine_capacity
+from mlx_sora.memory.plan import Plan
 from mlx_sora.memory.profiles import format_bytes
 from mlx_sora.pipeline.engine import Engine
 from mlx_sora.pipeline.pipeline import Pipeline
@@ -98,7 +100,6 @@ def _summary(request: Planned, run: GenerationRun, capacity: int) -> PlanSummary
 
     plan, settings = run.plan, run.settings
     speeds = read_speeds().speeds
-    operations = sum(stage.flops for stage in plan.stages) or 1
     model = run.engine.model
     return PlanSummary(
         model=model.path.name,
@@ -114,11 +115,19 @@ def _summary(request: Planned, run: GenerationRun, capacity: int) -> PlanSummary
         seconds=None if speeds is None else round(run.estimate(speeds).total, 1),
         warnings=tuple(run.result.warnings),
         notes=tuple(settings.media.notes),
-        shares={stage.stage: round(stage.flops / operations, 4) for stage in plan.stages},
+        shares=_shares(plan),
         suffix="" if run.output is None else run.output.suffix.lower(),
         previews=_has_preview_map(run.engine),
         in_ram=backend() != "cuda",
     )
+
+
+def _shares(plan: Plan) -> dict[str, float]:
+    """Return the share of the work that each stage has, in all passes."""
+    work = Counter[str]()
+    for stage in plan.stages:
+        work[stage.stage] += stage.flops
+    return {name: round(flops / (work.total() or 1), 4) for name, flops in work.items()}
 
 
 def _has_preview_map(engine: Engine) -> bool:
@@ -172,5 +181,8 @@ def _changes(request: Planned, run: GenerationRun) -> Iterator[dict[str, Any]]:
             changes["num_frames"] = int(frames * length) // _CHUNK * _CHUNK or 1
         if scale != 1:
             sides = (max(_SIDE, int(side * scale) // _SIDE * _SIDE) for side in (width, height))
-            changes["width"], changes["height"] = sides
+            if run.settings.second_pass is None:
+                changes["width"], changes["height"] = sides
+            else:
+                changes["refine"] = "x".join(map(str, sides))
         yield changes

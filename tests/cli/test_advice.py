@@ -57,6 +57,7 @@ CASES = [
     Case("download opensora-1.2 --remove-original", "Add --quantize 8 or 4.", parse=True),
     Case(f"generate --model m {PROMPT} --chip m4", "Add --dry-run."),
     Case(f"{PLAN} --link wifi", "Add the number of machines: --ranks 2."),
+    Case(f"{PLAN} --refine 32x32", "Give --refine {} or more."),
     Case(f"{PLAN} --loop 2", "--num-frames {}"),
     Case(f"{PLAN} --loop 2 --num-frames 34 --condition-frames 34", ", or --condition-frames {}"),
     Case(f"{PLAN} --loop 2 --num-frames 20", "--num-frames {}"),

@@ -54,6 +54,7 @@ def smallest(pipe: Pipeline, **options: object) -> int:
         {"num_frames": 51, "output": "a.webp"},
         {"num_frames": 17, "output": "a.mp4", "width": 128, "height": 128},
         {"num_frames": 17, "output": "a.mp4", "memory_budget": "off"},
+        {"num_frames": 34, "output": "a.mp4", "refine": "128x128"},
     ],
     ids=str,
 )
