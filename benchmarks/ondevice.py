@@ -42,18 +42,22 @@ def stream_on_demand(pipe: Pipeline, request: GenerationRequest) -> Iterator[Eve
 
 
 def rows_for(steps: int, budget: int) -> dict[str, dict[str, Any]]:
-    """Row → options of the request; halves of the run as in the paper (15 of 30).
+    """Row → options of the request; shares of the run as in the paper (15, 23, 10, 20 of 30).
 
     budget: bytes that leave room for some of the blocks.
     """
-    half = steps // 2
+    half, third, late = steps // 2, steps // 3, round(steps * 23 / 30)
     dynamic = {"memory_budget": str(budget)}
     return {
         EXACT: {},
         f"LPL, fixed {half}": {"lpl": f"fixed:{half}"},
+        f"LPL, fixed {half}, order 1": {"lpl": f"fixed:{half},order=1"},
+        f"LPL, fixed {late}": {"lpl": f"fixed:{late}"},
         "LPL, t 660": {"lpl": "t:660"},
         "LPL, adaptive": {"lpl": "adaptive"},
+        f"TDTM, first {third}": {"tdtm": str(third)},
         f"TDTM, first {half}": {"tdtm": str(half)},
+        f"TDTM, first {2 * third}": {"tdtm": str(2 * third)},
         "TDTM, all": {"tdtm": "all"},
         f"LPL, fixed {half} + TDTM, first {half}": {"lpl": f"fixed:{half}", "tdtm": str(half)},
         f"LPL, adaptive + TDTM, first {half}": {"lpl": "adaptive", "tdtm": str(half)},
@@ -61,6 +65,7 @@ def rows_for(steps: int, budget: int) -> dict[str, dict[str, Any]]:
         "CI-DL, ahead": {"ci_dl": True},
         "CI-DL, dynamic": dynamic,
         "all three": {"lpl": f"fixed:{half}", "tdtm": str(half), **dynamic},
+        "all three, TDTM all": {"lpl": f"fixed:{half}", "tdtm": "all", **dynamic},
     }
 
 
