@@ -106,6 +106,30 @@ def text_by_time() -> Cells:
     return cells
 
 
+#: Rule of leaps.json -> its row.
+_LEAPS = {
+    "t": "flow time (`t`)",
+    "cosine": "cosine of the last two velocities",
+    "curvature": "curvature: change of the velocity per time, times t² / 2",
+    "fitted": "all of these and the speed, fitted to the error",
+    "oracle": "an oracle that knows the error",
+    "order 1": "`order=1` after 15 steps",
+}
+
+
+def leaps() -> Cells:
+    """Return what each rule gains over a leap after 15 steps, by length and for all lengths."""
+    rows = [row for row in _results("leaps")["rules"] if round(row["steps"]) == 15]
+    return {
+        name: [
+            f"{row['pooled_gain']:+.2f} dB, {_share(row['better'])}".replace("-", "−")
+            for row in rows
+            if row["rule"] == rule
+        ]
+        for rule, name in _LEAPS.items()
+    }
+
+
 _LENGTHS = "evaluations | 17 frames: speed | PSNR | adherence | 51 frames: speed | PSNR | adherence"
 
 #: Heading of a table -> its rows.
@@ -113,6 +137,7 @@ TABLES: Mapping[str, Callable[[], Cells]] = {
     f"| | {_LENGTHS} |": ondevice,
     "| | evaluations | speed | PSNR | adherence |": pareto,
     "| preset | stands for | evaluations | speed | PSNR | adherence |": presets,
+    "| rule | image | 17 frames | 34 frames | all lengths, one threshold |": leaps,
     "| | object 1 | object 2 | motion 1 | motion 2 | frames late |": text_by_time,
 }
 
