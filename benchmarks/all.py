@@ -142,6 +142,7 @@ TABLE: Mapping[str, Entry] = {
     "streaming": _measures("streaming", 20, (), "--depth 4"),
     "text_cache": _measures("text_cache", 10),
     "estimates": _measures("estimates", 30),
+    "refine": _measures("refine", 2),
     "fullsize": Entry(("benchmarks/fullsize.py",), 40, (), (f"{RESULTS}/fullsize.json",)),
     "memory": Entry(
         ("-m benchmarks.full_model {scratch}/full", "-m benchmarks.memory {scratch}/full"),
