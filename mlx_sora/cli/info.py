@@ -22,11 +22,17 @@ def add_parser(commands: Any) -> None:
         description="Show the model, its size and this machine.",
     )
     model, dtype = options()["model"], options()["dtype"]
-    parser.add_argument("--model", metavar="MODEL", help=model.help)
+    parser.add_argument("--model", type=_model, metavar="MODEL", help=model.help)
     parser.add_argument("--dtype", choices=dtype.choices, default="auto", help=dtype.help)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     add_debug_flag(parser)
     parser.set_defaults(run=run)
+
+
+def _model(text: str) -> str:
+    """Read a name or folder as requests do, with their limit of a name."""
+    found: str = options()["model"].convert(text)
+    return found
 
 
 def run(args: argparse.Namespace) -> int:

@@ -55,6 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     prepare_streams()
     argv = sys.argv[1:] if argv is None else list(argv)
+    if argv[:1] == ["help"]:  # mlx_sora help [COMMAND]
+        argv = [*argv[1:], "--help"]
     debug = "--debug" in argv
     try:
         parser = build_parser()

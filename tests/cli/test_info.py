@@ -42,3 +42,21 @@ def test_json(pipeline: FakePipeline, capsys: pytest.CaptureFixture[str]) -> Non
 )
 def test_bytes(number: float, text: str) -> None:
     assert human_bytes(number) == text
+
+
+def test_a_name_too_long_for_a_file_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info", "--model", "a" * 300]) == 2
+    error = capsys.readouterr().err
+    assert "--model must be a path whose names have up to 255 bytes" in error
+    assert "OSError" not in error
+
+
+def test_help_is_a_command_too(capsys: pytest.CaptureFixture[str]) -> None:
+    for words in ([], ["generate"]):
+        with pytest.raises(SystemExit) as ended:
+            main([*words, "--help"])
+        expected = capsys.readouterr().out
+        with pytest.raises(SystemExit) as ended:
+            main(["help", *words])
+        assert ended.value.code in (0, None)
+        assert capsys.readouterr().out == expected
