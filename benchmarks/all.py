@@ -114,7 +114,7 @@ TABLE: Mapping[str, Entry] = {
     ),
     "leaps": _measures("leaps", 20, MODEL),
     "pareto": _measures("pareto", 60, (*MODEL, *TABLES)),
-    "quantized": _measures("quantized", 20, MODEL),
+    "quantized": _measures("quantized", 40, MODEL, rows=True),
     "reflection": _measures("reflection", 180, MODEL, rows=True),
     "samplers": _measures("samplers", 25, MODEL),
     "tdtm": Entry(
@@ -172,7 +172,7 @@ TABLE: Mapping[str, Entry] = {
 }
 
 #: Modules that measure nothing for a table: helpers, tools, and studies that print.
-TOOLS = ("all", "blas_threads", "common", "frames", "full_model", "studies")
+TOOLS = ("all", "blas_threads", "common", "frames", "full_model", "quantized_weights", "studies")
 #: Results that come from campaigns of their own: `python -m tests.fuzz`.
 CAMPAIGNS = ("fuzz",)
 

@@ -147,7 +147,7 @@ def draw_memory(figure: Any, data: Mapping[str, Row]) -> None:
     """Seconds and PSNR against memory, at full size."""
     rows, quality = data["memory"]["rows"], data["quantized"]["shapes"]["rows"]
     left, right = figure.subplots(1, 2)
-    psnr = {int(row["row"].split()[0]): row["psnr"] for row in quality if row["psnr"]}
+    psnr = {int(n): row["psnr"] for row in quality if (n := row["row"].split(" bits")[0]).isdigit()}
     labels: list[Label] = []
     for bits, (color, mark) in {16: (BLUE, "o"), 8: (ORANGE, "s"), 4: (GREEN, "D")}.items():
         own = sorted((row["peak"] / 1e9, row["processor"]) for row in rows if row["bits"] == bits)
@@ -175,6 +175,39 @@ def draw_memory(figure: Any, data: Mapping[str, Row]) -> None:
     put_labels(right, labels)
 
 
+def draw_quantized(figure: Any, data: Mapping[str, Row]) -> None:
+    """PSNR against the bytes that the published networks would have, and errors of codebooks."""
+    result = data["quantized"]
+    left, right = figure.subplots(1, 2, width_ratios=(2, 1))
+    kinds = {"affine": (BLUE, "o"), "not rotated": (GREY, "x"), "by layer": (ORANGE, "s")}
+    kinds |= {"small floats": (GREEN, "^"), "each network": (PURPLE, "D")}
+    labels: list[Label] = []
+    for kind, (color, mark) in kinds.items():
+        own = [row for row in result["shapes"]["rows"] if _form_kind(row["row"]) == kind]
+        points = [(sum(row["published_bytes"].values()) / 1e9, row["psnr"]) for row in own]
+        style = {"marker": mark, "color": color, "ls": "none", "ms": 7, "label": kind}
+        left.plot(*zip(*points, strict=True), **style)
+        labels += [(*at, row["row"].split(",")[0]) for at, row in zip(points, own, strict=True)]
+    left.set(xlabel="T5 and STDiT of Open-Sora 1.2 on disk, GB", ylabel="PSNR to plain, dB")
+    for name, color in (("codes", RED), ("groups", BLUE)):
+        own = [row for row in result["codebooks"] if name in row["form"] and row["bits"] < 4]
+        points = [(row["bits"], 100 * row["error"]) for row in own]
+        right.plot(*zip(*points, strict=True), "o", color=color, label=name)
+    right.set(xlabel="bits per weight, scales counted", ylabel="error of the weights, %")
+    right.legend(["codebooks (VQ)", "affine"])
+    left.legend(loc="lower right")
+    figure.suptitle("Bundled model, {prompts} prompts, {steps} steps".format(**result["shapes"]))
+    put_labels(left, labels)
+
+
+def _form_kind(name: str) -> str:
+    if "not rotated" in name or name.startswith("mixed"):
+        return "not rotated" if "not" in name else "by layer"
+    if name.startswith(("mx", "nv")):
+        return "small floats"
+    return "each network" if "=" in name else "affine" if "bits" in name else ""
+
+
 #: Where a plot in dB shows what is exact.
 EXACT_DB = 70
 
@@ -186,6 +219,7 @@ PLOTS: dict[str, tuple[Callable[[Any, Mapping[str, Row]], None], tuple[str, ...]
     "ondevice_51": (draw_ondevice, ("ondevice_51",), 4.6),
     "leaps": (draw_leaps, ("leaps",), 4.4),
     "memory": (draw_memory, ("memory", "quantized"), 4.4),
+    "quantized": (draw_quantized, ("quantized",), 4.8),
 }
 
 _SIDES = [(6, 4, "left"), (-6, 4, "right"), (6, -11, "left"), (-6, -11, "right")]

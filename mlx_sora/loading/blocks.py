@@ -31,6 +31,7 @@ from mlx_sora.loading.safetensors import (
     memory_dtype,
 )
 from mlx_sora.models.key_map import KeyMap
+from mlx_sora.models.quantized import QUANTIZED_SLICE_BYTES
 from mlx_sora.runtime.device import explain_device_error
 
 Block = TypeVar("Block")
@@ -133,7 +134,7 @@ class BlockSource(Generic[Block]):
                 casts.append(info.nbytes * (cast + (2 if cast else 1) * (info.dtype == FP8)))
             elif info.nbytes > prod(info.shape) * mx.uint32.size:
                 # Quantized on load: read in full, and a copy of it may become float32.
-                quantized.append(3 * info.nbytes)
+                quantized.append(3 * info.nbytes + QUANTIZED_SLICE_BYTES)
         return max(min(sum(casts), max(CAST_BYTES, *casts)), *quantized)
 
     def _load_from_file(

@@ -21,6 +21,13 @@ from mlx_sora.models.ops import hadamard, on_gpu
 #: Bits of the words that quantized weights are packed into.
 WORD_BITS = 32
 
+#: Weights of a row that kernels of GPUs multiply at a time.
+KERNEL_ROW = 64
+
+#: Weights that are rotated or rounded to small floats at a time, and the memory that it takes.
+QUANTIZED_SLICE = 1 << 16
+QUANTIZED_SLICE_BYTES = 24 * 4 * QUANTIZED_SLICE
+
 #: Mode of integer codes with a scale and a bias per group.
 AFFINE = "affine"
 
@@ -65,8 +72,11 @@ class Quantization:
         return self.bits + (32 if self.mode == AFFINE else 8) / self.group_size
 
     def fits(self, inputs: int) -> bool:
-        """Return True if rows of `inputs` weights divide into whole groups and words."""
-        return inputs % self.group_size == 0 and inputs * self.bits % WORD_BITS == 0
+        """Return True if rows of `inputs` weights divide into what the kernels take.
+
+        That is whole groups, and on CUDA 64 weights or more.
+        """
+        return inputs % max(KERNEL_ROW, self.group_size) == 0
 
     def packed_shapes(self, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
         """Return shapes of the arrays that replace a weight [outputs, inputs], by parameter."""
@@ -94,8 +104,7 @@ class Quantization:
         dtype: of scales and biases; None selects the more accurate 16-bit type for them: float16 is
         eight times finer, except for the smallest numbers. stream: runs the work.
         """
-        rotated = self.rotate(weight.astype(mx.float32, stream=stream), stream)
-        packed, *floats = mx.quantize(rotated, stream=stream, **self.kernel_options)
+        packed, *floats = self._quantize_slices(weight, stream)
         if self.mode == AFFINE:
             scales, biases = floats
             kind = dtype or min(
@@ -103,6 +112,23 @@ class Quantization:
             )
             floats = [value.astype(kind, stream=stream) for value in floats]
         return dict(zip(self.parameters, (packed, *floats), strict=True))
+
+    def _quantize_slices(self, weight: mx.array, stream: mx.Stream | None) -> list[mx.array]:
+        """Return codes, scales and maybe biases; a rotation and small floats take slices of rows.
+
+        On CPUs, MLX rounds to small floats in twenty times the memory of the weights.
+        """
+        plain = self.mode == AFFINE and not self.rotation
+        rows = len(weight) if plain else max(1, QUANTIZED_SLICE // weight.shape[1])
+        slices = []
+        for part in mx.split(weight, list(range(rows, len(weight), rows)), stream=stream):
+            rotated = self.rotate(part.astype(mx.float32, stream=stream), stream)
+            slices.append(mx.quantize(rotated, stream=stream, **self.kernel_options))
+            if rows < len(weight):
+                mx.eval(slices[-1])
+        if len(slices) == 1:
+            return list(slices[0])
+        return [mx.concatenate(list(each), stream=stream) for each in zip(*slices, strict=True)]
 
     def dequantize(self, arrays: Mapping[str, mx.array], dtype: mx.Dtype) -> mx.array:
         """Return W [outputs, inputs] of `quantize`'s arrays; with a rotation H, W H."""

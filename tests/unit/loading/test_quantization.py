@@ -21,6 +21,7 @@ from mlx_sora.loading.networks import (
 from mlx_sora.loading.quantization import (
     NetworkQuantization,
     insert_quantized_layers,
+    named_form,
     quantizable_linears,
 )
 from mlx_sora.loading.quantization_choice import choose_quantization
@@ -66,7 +67,9 @@ def test_inputs_that_are_no_whole_groups_stay() -> None:
     """STDiT3-3B/2 has 1872 channels, of which only the wide inputs of fc2 divide by 64."""
     config = STDiT3Config(hidden_size=1872, num_heads=26, depth=1)
     kinds = ("spatial_blocks", "temporal_blocks")
-    assert set(quantizable_linears(STDiT3(config), EIGHT)) == {f"{k}.0.mlp.fc2" for k in kinds}
+    for form in (8, "nvfp4", "mxfp4"):  # CUDA multiplies 64 weights at a time, whatever the group
+        found = quantizable_linears(STDiT3(config), NetworkQuantization(named_form(form)))
+        assert set(found) == {f"{k}.0.mlp.fc2" for k in kinds}
 
 
 @pytest.mark.parametrize(("bits", "error"), [(8, 0.006), (4, 0.095)])
@@ -179,7 +182,9 @@ def test_files_and_config_must_agree(model: ModelFolder, tmp_path: Path) -> None
             load_transformer(broken, mx.float32)
 
 
-def plain_model(tmp_path: Path, bits: int | None, dtype: mx.Dtype = mx.float32) -> ModelFolder:
+def plain_model(
+    tmp_path: Path, bits: int | str | None, dtype: mx.Dtype = mx.float32
+) -> ModelFolder:
     """The model before it is converted, to be quantized while it is loaded."""
     return choose_quantization(write_model(tmp_path, dtype), bits)
 
@@ -204,9 +209,10 @@ def test_quantized_while_loading_as_if_converted(tmp_path: Path, dtype: mx.Dtype
     assert mx.array_equal(networks.t5_states(text), networks.t5_states(other)).item()
 
 
-def test_memory_of_quantizing_while_loading(tmp_path: Path) -> None:
+@pytest.mark.parametrize("form", [8, 4, "mxfp4"])
+def test_memory_of_quantizing_while_loading(tmp_path: Path, form: int | str) -> None:
     """What stays is counted as quantized; reading a block takes no more than planned."""
-    plain = plain_model(tmp_path, 8, mx.float16)
+    plain = plain_model(tmp_path, form, mx.float16)
     _, source = stream_transformer(plain, mx.float32)
     _, whole = stream_transformer(replace(plain, quantization=()), mx.float32)
     assert source.nbytes[0] < 0.35 * whole.nbytes[0]

@@ -87,6 +87,24 @@ def test_a_rotation_loses_less_where_there_are_outliers() -> None:
     assert errors[1] < 0.75 * errors[0]
 
 
+def test_slices_are_those_of_the_whole_in_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    w = mx.random.normal((300, 512), key=mx.random.key(1))
+    for name in (4, "mxfp4"):
+        form = named_form(name)
+        expected = mx.quantize(form.rotate(w), **form.kernel_options)
+        mx.eval(expected)
+        monkeypatch.setattr("mlx_sora.models.quantized.QUANTIZED_SLICE", 1 << 13)
+        mx.reset_peak_memory()
+        before = mx.get_active_memory()
+        found = form.quantize(w, mx.float32)
+        mx.eval(found)
+        assert mx.get_peak_memory() - before < 3 * w.nbytes
+        monkeypatch.undo()
+        assert all(
+            mx.array_equal(a, b).item() for a, b in zip(found.values(), expected, strict=True)
+        )
+
+
 @pytest.mark.parametrize("gpu", [False, True])
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
 @pytest.mark.parametrize("name", [8, 6, "mxfp8"])
