@@ -42,6 +42,7 @@ from mlx_sora.video.output_template import (
     has_date,
     with_date,
 )
+from mlx_sora.video.reader import check_media_files
 
 log = logging.getLogger(__name__)
 
@@ -282,6 +283,7 @@ def _add_request(
             _check_same_prompt(found, request.prompt)
             batch.existing.append(found)
             return
+    check_media_files(*request.images, *request.videos)
     batch.requests.append(replace(request, output=escape_template(str(path))))
     batch.lines.append(number)
 
@@ -315,9 +317,10 @@ def _with_output(
 ) -> GenerationRequest:
     """Return the request with a seed and its output filled in.
 
-    Raises UsageError if the output cannot be written. `prepare` checks that too, but only after
-    MLX is loaded, and in a batch the other videos would still be made.
+    Raises UsageError if the output cannot be written, or an image or video is not there. `prepare`
+    checks that too, but only after MLX is loaded, and in a batch the others would still be made.
     """
+    check_media_files(*request.images, *request.videos)
     template = request.output or DEFAULT_OUTPUT
     request, name = _fill_output(replace(request, output=template), index, enhance)
     frames = None if request.num_frames is None else parse_frames(request.num_frames)

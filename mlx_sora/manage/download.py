@@ -41,6 +41,7 @@ from mlx_sora.manage.staging import (
     restore_folder,
 )
 from mlx_sora.manage.statistics import RECORDS, Statistics
+from mlx_sora.pipeline.locks import removal_lock
 from mlx_sora.utils.files import rename_into_place
 from mlx_sora.utils.json import read_object
 
@@ -310,13 +311,14 @@ def _is_conversion_of(present: Provenance, sources: Sequence[PartSource], bits: 
 def _remove_original(original: Path, conversion: Path) -> bool:
     """Remove the download if there is one.
 
-    Raises WeightsError if its folder holds other files, which are not in its conversion, either.
+    Raises WeightsError if its folder is in use, or holds other files, which are not in its
+    conversion, either.
     """
     if not original.exists():
         return False
     folder = original.resolve()
     provenance = Provenance.read(folder)
-    with disk_errors(folder, "Remove it by hand."):
+    with disk_errors(folder, "Remove it by hand."), removal_lock(folder):
         known = {
             name
             for name, content in companion_files(folder)

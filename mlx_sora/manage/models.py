@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from stat import S_ISREG
@@ -36,6 +34,7 @@ from mlx_sora.manage.download import STAGING
 from mlx_sora.manage.provenance import Provenance
 from mlx_sora.manage.staging import disk_errors
 from mlx_sora.memory.budget import OFF, machine_capacity
+from mlx_sora.pipeline.locks import removal_lock
 from mlx_sora.pipeline.pipeline import Pipeline
 from mlx_sora.request.generation import GenerationRequest, label
 from mlx_sora.runtime.device import backend
@@ -194,7 +193,7 @@ def remove_model(name: str, confirm: Callable[[Removal], bool]) -> Removal | Non
     if not folders or not any(map(_is_model, folders)):
         raise WeightsError(f"There is no model {path.name} in {root}.", unknown_name_fix(path.name))
     removal = Removal(path.name, tuple(folders), sum(map(freed_bytes, folders)))
-    with disk_errors(root, "Check the rights of the folder."), _unused([root, *folders]):
+    with disk_errors(root, "Check the rights of the folder."), removal_lock(root, *folders):
         if not confirm(removal):
             return None
         sweep_temporary_folders(str(root))
@@ -230,19 +229,3 @@ def _files(path: Path) -> list[Path]:
 def _is_model(folder: Path) -> bool:
     names = (*PARTS, "tokenizer", provenance.FILE, JOURNAL)
     return any((folder / name).exists() for name in names)
-
-
-@contextmanager
-def _unused(folders: Sequence[Path]) -> Iterator[None]:
-    """Lock `folders` for the block. Raises WeightsError if a run or download holds one."""
-    with ExitStack() as stack:
-        for folder in folders:
-            handle = os.open(folder, os.O_RDONLY)
-            stack.callback(os.close, handle)
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise WeightsError(
-                    f"{folder} is in use.", "Wait for that run, or end it."
-                ) from None
-        yield

@@ -107,6 +107,22 @@ def model_lock(folder: Path) -> Iterator[None]:
             os.close(handle)
 
 
+@contextmanager
+def removal_lock(*folders: Path) -> Iterator[None]:
+    """Hold `folders` alone for the block. Raises WeightsError if a run or download holds one."""
+    with ExitStack() as stack:
+        for folder in folders:
+            handle = os.open(folder, os.O_RDONLY)
+            stack.callback(os.close, handle)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise WeightsError(
+                    f"{folder} is in use.", "Wait for that run, or end it."
+                ) from None
+        yield
+
+
 def check_not_forked() -> None:
     """Raise UsageError in a process that was forked after its parent had called this."""
     if _first_process() != os.getpid():

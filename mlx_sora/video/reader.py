@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlx_sora.errors import UsageError
 from mlx_sora.geometry import Size
+from mlx_sora.request.options import ImageReference, VideoReference
 from mlx_sora.request.pixels import PIXELS_PREFIX, Pixels
 from mlx_sora.utils.files import check_file
 from mlx_sora.video.containers import (
@@ -328,6 +329,12 @@ def _pixels_info(pixels: Pixels) -> VideoInfo:
     assert pixels.frames is not None, "a picture is no video"
     count, height, width, _ = pixels.frames.shape
     return VideoInfo(Size(width, height), count, pixels.fps or 0, Timing(pixels.fps or 1))
+
+
+def check_media_files(*references: ImageReference | VideoReference) -> None:
+    """Raise UsageError for a file that is not there."""
+    for reference in references:
+        _check_file(reference.path)
 
 
 def _check_file(path: str | Path) -> None:

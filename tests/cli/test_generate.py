@@ -203,6 +203,8 @@ def test_log_level_follows_the_flags(
         ("generate -p p -o new.mp4 -s 1 2", "{seed} or {index}"),
         ("generate -p p -o a.png --num-frames 17", "can hold one frame, not 17"),
         ("generate -C no.mp4", "No such file"),
+        ("generate -p p --image no.png", "No such file: no.png. Give the path of an image"),
+        ("generate -p p --video no.mp4", "No such file: no.mp4. Give the path of an image"),
         ("generate -C taken.mp4", "Cannot read taken.mp4"),
         ("generate -p p --quiet --verbose", "not allowed with"),
         ("generate -p", "expected at least one argument"),

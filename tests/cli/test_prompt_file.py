@@ -38,11 +38,13 @@ def test_text_lines_are_prompts(folder: Path, pipeline: FakePipeline) -> None:
 
 def test_json_lines_hold_any_option(folder: Path, pipeline: FakePipeline) -> None:
     one = {"prompt": "a", "seed": [4, 5], "num_frames": 1}
-    two = {"prompt": "b", "seed": 6, "steps": 9, "output": "own-{seed}.mp4", "images": ["a.png"]}
+    (folder / "picture.jpg").touch()
+    two = {"prompt": "b", "seed": 6, "steps": 9, "output": "own-{seed}.mp4"}
+    two["images"] = ["picture.jpg"]
     assert main([*COMMAND, write(folder, one, two), "--steps", "3"]) == 0
     assert files(folder) == ["0000-a-4.png", "0001-a-5.png", "own-6.mp4"]
     assert [r.steps for r in pipeline.requests] == [3, 3, 9]
-    assert pipeline.requests[2].images == (("a.png", 0, 1.0),)
+    assert pipeline.requests[2].images == (("picture.jpg", 0, 1.0),)
 
 
 def test_existing_outputs_are_skipped(

@@ -18,6 +18,7 @@ from mlx_sora.loading.model_folder import (
 )
 from mlx_sora.manage.provenance import Provenance
 from mlx_sora.manage.sources import ENDPOINT_VARIABLE
+from mlx_sora.pipeline.locks import model_lock
 from tests.helpers.hub_server import FakeHub, Repo
 from tests.helpers.published import PIXART, STDIT, VAE
 
@@ -96,6 +97,16 @@ def test_the_original_goes_when_asked_and_is_not_missed(
         assert main([*COMMAND, *words]) == 0
         assert "already converted" in capsys.readouterr().err
     assert hub.requests == []
+
+
+def test_the_original_stays_while_a_run_reads_it(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*COMMAND, "--quiet"]) == 0
+    with model_lock(root / PUBLISHED):
+        assert main([*COMMAND, "--quiet", "--remove-original"]) == 4
+    assert "is in use" in capsys.readouterr().err
+    assert main(["doctor", PUBLISHED, "--quick"]) == 0
 
 
 def test_damage_is_mended_from_the_original(
