@@ -19,7 +19,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from unittest import mock
 
-import mlx.core as mx
+import mlx_sora  # noqa: F401  (before mlx.core: it puts the fast BLAS in place)
+
+import mlx.core as mx  # isort: skip
 
 from benchmarks.common import RESULTS, markdown, write_json
 from benchmarks.shapes import world

@@ -16,7 +16,7 @@ from typing import Any
 
 from mlx_sora.accel.base import ScheduleInfo
 from mlx_sora.accel.schedules import calibration_words, show_key, table_path, write_table
-from mlx_sora.errors import UsageError
+from mlx_sora.errors import UsageError, shell_words
 from mlx_sora.request.techniques import SITES
 from mlx_sora.utils.json import read_object
 
@@ -107,8 +107,8 @@ def read_merging(
     assert schedule.model is not None, "the table lies in the model's folder"
     own = table_path(schedule.model, schedule.steps, schedule.size, FOLDER)
     path = Path(os.path.expanduser(file)) if file else own
-    words = calibration_words(schedule, path, named=bool(file))
-    command = f"python -m mlx_sora calibrate --tdtm {speed:g} --prompt TEXT {words}"
+    words = ["--tdtm", f"{speed:g}", *calibration_words(schedule, path, named=bool(file))]
+    command = f"python -m mlx_sora calibrate {shell_words(*words)}"
     fix = f"Use --tdtm last:15,sites=cross, or make the table: {command}"
     table = read_merging_table(path, fix)
     if (table.model, table.blocks) != (schedule.model_name, schedule.blocks):

@@ -81,7 +81,7 @@ def read_schedule(
         else table_path(schedule.model, schedule.steps, schedule.size)
     )
     words = calibration_words(schedule, path, named=bool(file))
-    command = f"python -m mlx_sora calibrate --prompt TEXT {words}"
+    command = f"python -m mlx_sora calibrate {shell_words(*words)}"
     fix = f"Use --step-cache every:3, or make the table: {command}"
     table = read_table(path, fix)
     found = (table.steps, table.width, table.height, table.num_frames)
@@ -98,15 +98,16 @@ def read_schedule(
     return frozenset(schedules[str(computed)])
 
 
-def calibration_words(schedule: ScheduleInfo, file: Path, *, named: bool) -> str:
+def calibration_words(schedule: ScheduleInfo, file: Path, *, named: bool) -> list[Any]:
     """Return the options that make the table of a run. named: `file` is not the usual one."""
     assert schedule.model is not None
     steps, (width, height, frames) = schedule.steps, schedule.size
-    words = ["--model", model_argument(schedule.model), "--steps", steps, "--width", width]
+    words: list[Any] = ["--prompt", "TEXT", "--model", model_argument(schedule.model)]
+    words += ["--steps", steps, "--width", width]
     words += ["--height", height, "--num-frames", frames]
     words += ["--output", file] if named else []
     words += ["--overwrite"] if os.path.exists(file) else []
-    return shell_words(*words)
+    return words
 
 
 def read_table(path: Path, fix: str = "") -> ScheduleTable:

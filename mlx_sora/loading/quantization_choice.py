@@ -55,8 +55,9 @@ class Sensitivities:
 
 def read_sensitivities(model: ModelFolder) -> Sensitivities:
     """Read the sensitivities of `model`. Raises UsageError for those of another model."""
-    path, name = model.path / SENSITIVITIES, shell_words(model_argument(model.path))
-    command = f"python -m mlx_sora calibrate --bits --prompt TEXT --steps 10 --model {name}"
+    path, name = model.path / SENSITIVITIES, model_argument(model.path)
+    words = ["--bits", "--prompt", "TEXT", "--steps", 10, "--model", name]
+    command = f"python -m mlx_sora calibrate {shell_words(*words)}"
     try:
         found = Sensitivities(**read_object(path))
         errors = [e for part in found.layers.values() for e in part.values()]

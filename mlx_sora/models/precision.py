@@ -31,6 +31,9 @@ STATISTICS = mx.float32
 #: Latents, frames, and the images between the spatial and the temporal VAE.
 LATENTS = mx.float32
 
+#: Weights while they are rotated and rounded, and the errors of that.
+ROUNDING = mx.float32
+
 #: Inside GELU and SiLU, which are one pass over memory in any type.
 ACTIVATION = mx.float32
 

@@ -17,6 +17,7 @@ import mlx.core as mx
 from mlx import nn
 
 from mlx_sora.models.ops import hadamard, on_gpu
+from mlx_sora.models.precision import ROUNDING
 
 #: Bits of the words that quantized weights are packed into.
 WORD_BITS = 32
@@ -122,7 +123,7 @@ class Quantization:
         rows = len(weight) if plain else max(1, QUANTIZED_SLICE // weight.shape[1])
         slices = []
         for part in mx.split(weight, list(range(rows, len(weight), rows)), stream=stream):
-            rotated = self.rotate(part.astype(mx.float32, stream=stream), stream)
+            rotated = self.rotate(part.astype(ROUNDING, stream=stream), stream)
             slices.append(mx.quantize(rotated, stream=stream, **self.kernel_options))
             if rows < len(weight):
                 mx.eval(slices[-1])
@@ -143,8 +144,8 @@ class Quantization:
 
 def _rounding_error(scales: mx.array, biases: mx.array, kind: mx.Dtype) -> float:
     """Return the squared error of the largest codes with scales and biases in `kind`."""
-    error = scales.astype(kind).astype(mx.float32) - scales
-    shift = biases.astype(kind).astype(mx.float32) - biases
+    error = scales.astype(kind).astype(ROUNDING) - scales
+    shift = biases.astype(kind).astype(ROUNDING) - biases
     total: mx.array = (mx.square(255 * error) + mx.square(shift)).sum()
     return float(total.item())  # type: ignore[arg-type]
 

@@ -195,6 +195,7 @@ class GenerationRequest:
         "WIDTHxHEIGHT), add noise, and make the rest of the steps at that size",
         tasks="generate bench",
         parse=as_size,
+        common=False,
         metavar="SIZE",
     )
     refine_strength: float | None = _size(

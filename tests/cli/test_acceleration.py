@@ -16,7 +16,10 @@ from tests.helpers.fake_pipeline import FakePipeline
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        ("--lpl fixe:3", "off, fixed:STEPS, t:TIME, adaptive[:patience=3,tolerance=0.0001"),
+        (
+            "--lpl fixe:3",
+            "off, fixed:STEPS[,order=0], t:TIME[,order=0], adaptive[:patience=3,",
+        ),
         ("--lpl fixed", "fixed:STEPS"),
         ("--lpl t:1001", "a number from 0 to 1000 as TIME"),
         ("--lpl adaptive:minimum=2", "a number from 0 to 1 as minimum"),

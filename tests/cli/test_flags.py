@@ -19,7 +19,8 @@ WORDS = (
     "-o out.gif --overwrite "
     "--memory-budget 2GB --device-profile mac-8gb --ci-dl --vae-tiles 2 --parallel both "
     "--vae-dtype bfloat16 "
-    "--image a.png --image b.png -1 0.5 --video c.mp4 after 34 --negative-prompt n "
+    "--image one.jpg --image two.jpg -1 0.5 --video c.mkv after 34 --negative-prompt n "
+    "--refine 240p --refine-strength 0.5 "
     "--loop 2 --condition-frames 34 --condition-edit 0.5 --long windows --scene-blend 0 "
     "--image-guidance noised "
     "--step-cache every:2 --guidance-interval 100,900 --guidance-cache every:2 "
@@ -28,64 +29,71 @@ WORDS = (
 )
 
 
+#: Options that these words set.
+VALUES = {
+    "prompt": "p",
+    "model": "shapes",
+    "seed": 5,
+    "scale": 4,
+    "steps": 4,
+    "guidance": 3.0,
+    "sequential_guidance": True,
+    "resolution": "144p",
+    "aspect_ratio": "1:1",
+    "num_frames": 34,
+    "fps": 12.0,
+    "aesthetic": 6.0,
+    "motion": 2.0,
+    "camera": "pan",
+    "lpl": "fixed:2",
+    "tdtm": "3",
+    "dtype": "float32",
+    "vae_dtype": "bfloat16",
+    "memory_budget": "2GB",
+    "device_profile": "mac-8gb",
+    "ci_dl": True,
+    "vae_tiles": 2,
+    "parallel": "both",
+    "preset": "fast",
+    "quantize": 8,
+    "step_cache": "every:2,warmup=6,order=0",
+    "guidance_interval": "100,900",
+    "guidance_cache": "every:2,after=0.333,boost=1",
+    "images": (("one.jpg", 0, 1.0), ("two.jpg", -1, 0.5)),
+    "videos": (("c.mkv", "after", 34, 1.0),),
+    "image_guidance": "noised",
+    "refine": "240p",
+    "refine_strength": 0.5,
+    "negative_prompt": "n",
+    "loop": 2,
+    "condition_frames": 34,
+    "condition_edit": 0.5,
+    "long": "windows",
+    "scene_blend": 0,
+    "output": "out.gif",
+    "overwrite": True,
+    "embed_metadata": False,
+    "metadata": True,
+    "health_check": False,
+    "checkpoint_every": 3,
+    "preview_every": 2,
+    "keep_previews": True,
+    "text_cache": False,
+}
+
+
 def test_flag_reaches_its_field(folder: Path, pipeline: FakePipeline) -> None:
+    for name in ("one.jpg", "two.jpg", "c.mkv"):
+        (folder / name).touch()
     assert main(WORDS.split()) == 0
-    expected = {
-        "prompt": "p",
-        "model": "shapes",
-        "seed": 5,
-        "scale": 4,
-        "steps": 4,
-        "guidance": 3.0,
-        "sequential_guidance": True,
-        "resolution": "144p",
-        "aspect_ratio": "1:1",
-        "num_frames": 34,
-        "fps": 12.0,
-        "aesthetic": 6.0,
-        "motion": 2.0,
-        "camera": "pan",
-        "lpl": "fixed:2",
-        "tdtm": "3",
-        "dtype": "float32",
-        "vae_dtype": "bfloat16",
-        "memory_budget": "2GB",
-        "device_profile": "mac-8gb",
-        "ci_dl": True,
-        "vae_tiles": 2,
-        "parallel": "both",
-        "preset": "fast",
-        "quantize": 8,
-        "step_cache": "every:2,warmup=6,order=0",
-        "guidance_interval": "100,900",
-        "guidance_cache": "every:2,after=0.333,boost=1",
-        "images": (("a.png", 0, 1.0), ("b.png", -1, 0.5)),
-        "videos": (("c.mp4", "after", 34, 1.0),),
-        "image_guidance": "noised",
-        "negative_prompt": "n",
-        "loop": 2,
-        "condition_frames": 34,
-        "condition_edit": 0.5,
-        "long": "windows",
-        "scene_blend": 0,
-        "output": "out.gif",
-        "overwrite": True,
-        "embed_metadata": False,
-        "metadata": True,
-        "health_check": False,
-        "checkpoint_every": 3,
-        "preview_every": 2,
-        "keep_previews": True,
-        "text_cache": False,
-    }
-    assert pipeline.requests[0].to_dict() == expected
+    assert pipeline.requests[0].to_dict() == VALUES
     assert pipeline.loaded == [("shapes", "float32")]
     words = "generate -p p --width 64 --height 32 --num-frames 1"
     assert main(words.split()) == 0
     sized = pipeline.requests[1]
     assert (sized.width, sized.height, sized.num_frames) == (64, 32, 1)
     python_only = {"mask_strategy", "references", "original_prompt"}
-    covered = {*expected, *python_only, "sampler", "width", "height"}
+    covered = {*VALUES, *python_only, "sampler", "width", "height"}
     assert covered == set(options())
 
 

@@ -194,6 +194,7 @@ def sample(name: str, file: str) -> Any:
         "device_profile": "mac-16gb",
         "step_cache": "every:3",
         "guidance_interval": "200,800",
+        "refine": "240p",
     }
     option, kind = options()[name], option_types()[name]
     if name in fixed:
