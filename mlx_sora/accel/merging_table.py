@@ -7,6 +7,7 @@ in some steps) in the order in which it pays: the first entries reach a speed at
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -43,7 +44,8 @@ class Part:
         ranges = ((self.blocks, blocks), (self.steps, steps))
         return (
             self.site in SITES
-            and type(self.speed) in (int, float)
+            and all(type(number) in (int, float) for number in (self.speed, self.error))
+            and all(map(math.isfinite, (self.speed, self.error)))
             and all(len(own) == 2 and 0 <= own[0] <= own[1] < count for own, count in ranges)
             and all(type(number) is int for own, _ in ranges for number in own)
         )

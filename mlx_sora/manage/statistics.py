@@ -16,7 +16,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from math import hypot, isfinite, prod, sqrt
+from math import hypot, prod, sqrt
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,8 +31,9 @@ from mlx_sora.loading.safetensors import FLOATS, FP8, PACKED, SCALES, TensorInfo
 from mlx_sora.manage import provenance
 from mlx_sora.manage.progress import ProgressCallback, byte_counter, ignore_progress
 from mlx_sora.models.quantized import AFFINE, Quantization
+from mlx_sora.request.options import as_text
 from mlx_sora.utils.files import atomic_write, sha256
-from mlx_sora.utils.json import read_object
+from mlx_sora.utils.json import as_number, read_object
 
 if TYPE_CHECKING:
     import numpy as np
@@ -91,12 +92,11 @@ class TensorStatistics:
     def from_dict(cls, values: Mapping[str, Any]) -> TensorStatistics:
         """Make statistics from `to_dict`'s values. Raises ValueError, TypeError or LookupError."""
         shape, rows = tuple(values["shape"]), values["constant_rows"]
-        rms, kurtosis = (float(values[name]) for name in ("rms", "kurtosis"))
-        sums = tuple(float(number) for number in values["sums"])
-        counts = all(type(n) is int and 0 <= n < 1 << 40 for n in (*shape, rows))
-        if not counts or len(sums) != SUMS or not all(map(isfinite, [rms, kurtosis, *sums])):
+        rms, kurtosis, *sums = map(as_number, (values["rms"], values["kurtosis"], *values["sums"]))
+        dtype, digest = (as_text(values[name]) for name in ("dtype", "sha256"))
+        if len(sums) != SUMS or not all(type(n) is int and 0 <= n < 2**40 for n in (*shape, rows)):
             raise ValueError("no statistics")
-        return cls(str(values["dtype"]), shape, rms, kurtosis, rows, sums, str(values["sha256"]))
+        return cls(dtype, shape, rms, kurtosis, rows, tuple(sums), digest)
 
     def difference(self, other: TensorStatistics, limit: float = SAME) -> str:
         """Return how the values differ from those of `other`, for a sentence; "" within `limit`.
@@ -158,9 +158,9 @@ class Statistics:
         path = folder / FILE
         try:
             content = read_object(path)
-            settings = {str(name): str(digest) for name, digest in content["settings"].items()}
+            settings = {name: as_text(digest) for name, digest in content["settings"].items()}
             tensors = {
-                str(part): {name: TensorStatistics.from_dict(row) for name, row in rows.items()}
+                part: {name: TensorStatistics.from_dict(row) for name, row in rows.items()}
                 for part, rows in content["tensors"].items()
             }
             if set(tensors) != set(PARTS):

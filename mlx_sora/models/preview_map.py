@@ -17,6 +17,7 @@ import numpy as np
 from mlx import nn
 
 from mlx_sora.models.vae import Chunk
+from mlx_sora.utils.json import as_number
 
 #: Dense layers [in, out] and [out]; silu between them.
 Layers = tuple[tuple[mx.array, mx.array], ...]
@@ -41,13 +42,13 @@ class PreviewMap:
 
         Raises ValueError, TypeError or LookupError for other values.
         """
-        psnr = float(values["psnr"])
+        psnr = as_number(values["psnr"])
         if "weights" in values:
             weights = np.array(values["weights"], np.float32)
             found = cls(tuple(_linear_layers(each, channels) for each in weights), psnr)
         else:
             layers = tuple((_array(w), _array(b)) for w, b in values["layers"])
-            found = cls((layers,), psnr, tuple(map(float, values["vae"])))
+            found = cls((layers,), psnr, tuple(map(as_number, values["vae"])))
         found._check(channels)
         return found
 

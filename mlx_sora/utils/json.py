@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -62,3 +63,12 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) < len(pairs):  # readers disagree about which of the two counts
         raise ValueError("it has the same key twice")
     return found
+
+
+def as_number(value: object) -> float:
+    """Return a finite JSON number that a float holds. Raises ValueError for any other value."""
+    if type(value) is float and math.isfinite(value):
+        return value
+    if type(value) is int and abs(value) <= 1 << 53:
+        return float(value)
+    raise ValueError("no number")

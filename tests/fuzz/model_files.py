@@ -157,6 +157,7 @@ def statistics(data: bytes, folder: Path) -> None:
     found = Statistics.read(folder)
     assert found is not None
     content = json.loads(data)
+    second.agree("settings", dict(found.settings), content["settings"])
     row = TensorStatistics("F32", (2, 2), 1.5, 2.0, 0, (1.0,) * SUMS)
     for part, rows in found.tensors.items():
         for name, other in rows.items():

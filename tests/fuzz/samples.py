@@ -266,6 +266,14 @@ def tables() -> list[bytes]:
     return [json.dumps(small).encode()]
 
 
+def merging_tables() -> list[bytes]:
+    """Tables of token merging."""
+    path = next((find_model(BUNDLED).path / "token_merging").glob("*.json"))
+    small = json.loads(path.read_text())
+    small["parts"] = small["parts"][:8]
+    return [json.dumps(small).encode()]
+
+
 def checkpoints() -> list[bytes]:
     """Records of checkpoints."""
     record = {

@@ -237,6 +237,24 @@ def _table(data: bytes, folder: Path) -> None:
     second.agree("a step that a run of 30 lacks", [n for n in found if not 0 <= n < 30], [])
 
 
+def _merging(data: bytes, folder: Path) -> None:
+    from mlx_sora.accel.base import ScheduleInfo
+    from mlx_sora.accel.merging_table import read_merging, read_merging_table
+
+    path = folder / "table.json"
+    path.write_bytes(data)
+    size = (64, 64, 17)
+    info = ScheduleInfo(30, 1, 5, model=folder, model_name="shapes", size=size, blocks=4)
+    found, content = read_merging(1.01, info, str(path)), json.loads(data)
+    own = {name: value for name, value in content.items() if name != "parts"}
+    second.same_values("table", read_merging_table(path), own)
+    first = content["parts"][0]
+    for step in range(first["steps"][0], first["steps"][1] + 1):
+        block = found[step][first["blocks"][0]]
+        second.agree("site", first["site"] in block or first["site"].endswith("-kv"), True)
+    second.agree("a step that a run of 30 lacks", [n for n in found if not 0 <= n < 30], [])
+
+
 def _checkpoint(data: bytes, folder: Path) -> None:
     """The record of a checkpoint, with a checksum that is right."""
     import mlx.core as mx
@@ -317,6 +335,7 @@ TARGETS: dict[str, Target] = {
     "image": Target(_image, samples.pictures, mutate_bytes),
     "video": Target(_video, samples.videos, mutate_bytes),
     "table": Target(_table, samples.tables),
+    "merging": Target(_merging, samples.merging_tables),
     "checkpoint": Target(_checkpoint, samples.checkpoints),
     "listing": Target(_listing, samples.listings),
 }
@@ -332,8 +351,15 @@ def import_all() -> None:
 
 #: Modules that the targets use.
 MODULES = (
-    *("accel.schedules", "cli.doctor", "cli.flags", "cli.requests", "conditioning.media"),
-    *("loading.checkpoint", "loading.networks", "manage.doctor", "manage.hub"),
-    *("pipeline.resume", "pipeline.settings", "text.prompt", "text.tokenizer"),
+    *(
+        "accel.merging_table",
+        "accel.schedules",
+        "cli.doctor",
+        "cli.flags",
+        "cli.requests",
+        "conditioning.media",
+    ),
+    *("conditioning.media", "loading.checkpoint", "loading.networks", "manage.doctor"),
+    *("manage.hub", "pipeline.resume", "pipeline.settings", "text.prompt", "text.tokenizer"),
     *("video.containers", "video.metadata", "video.output_path", "video.reader"),
 )
