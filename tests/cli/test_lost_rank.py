@@ -79,7 +79,9 @@ def test_other_options_are_named(words: str, line: str, tmp_path: Path) -> None:
     made = launch_shell(f"exec $PYTHON -m mlx_sora generate -p a -o a.png {words}", tmp_path)
     assert len(made.errors) == 1, made.stderr
     assert made.errors[0].startswith("error: " + line.format(HOST))
-    assert made.codes[1] == 2, made.stderr
+    # The launcher ends the other rank as soon as one has ended.
+    assert 2 in made.codes, made.stderr
+    assert set(made.codes) <= {2, -signal.SIGTERM}, made.stderr
     assert visible(tmp_path) == set()
 
 
