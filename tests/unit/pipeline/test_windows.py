@@ -62,6 +62,8 @@ def test_one_window_is_a_plain_clip(pipe: Pipeline, picture: str) -> None:
     clip, window = (events(pipe, {**options, "long": long}) for long in ("clips", "windows"))
     assert np.array_equal(latents(clip), latents(window))
     records = [video(seen).metadata["accelerations"] for seen in (clip, window)]
+    for record in records:
+        record.pop("ci_dl", None)  # which has seconds
     assert records[0] == records[1]
 
 
