@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import mlx.core as mx
 
@@ -18,6 +19,7 @@ from mlx_sora.loading.networks import (
     ReadRows,
     load_text_encoder,
     load_transformer,
+    load_vae,
     stream_text_encoder,
     stream_transformer,
 )
@@ -30,10 +32,16 @@ from mlx_sora.models.precision import Precision
 from mlx_sora.models.stdit3 import BlockPair, Conditions, STDiT3
 from mlx_sora.models.t5 import T5Block, T5Encoder
 from mlx_sora.models.text_segments import SegmentedText, Text
+from mlx_sora.models.vae import MicroBatch
 from mlx_sora.pipeline.settings import ResolvedRequest, latent_shares
 from mlx_sora.runtime import blas
 from mlx_sora.runtime.device import explain_device_error
+from mlx_sora.runtime.health import FrameHealth
 from mlx_sora.sampling.guidance import CFGSlice
+from mlx_sora.video.frames import to_uint8
+
+if TYPE_CHECKING:
+    import numpy as np
 
 #: The transformer, and the stream of its block pairs (None if they are resident).
 StreamedTransformer = tuple[STDiT3, BlockStream[BlockPair] | None]
@@ -212,3 +220,26 @@ def clip_text(settings: ResolvedRequest, clip: int, texts: Mapping[str, mx.array
 
 def _first(t: mx.array) -> float:
     return float(t[0].item())  # type: ignore[arg-type]
+
+
+def decoded_frames(
+    model: ModelFolder,
+    dtype: mx.Dtype,
+    stage: Stage,
+    batch: MicroBatch,
+    latents: mx.array,
+    count: int,
+    tiles: int,
+    health: FrameHealth,
+) -> Iterator[np.ndarray]:
+    """Decode latents to `count` frames on one process; yield uint8 [n, H, W, 3] at a time."""
+    with WeightFileGuard(model.vae).check_reads():
+        vae = load_vae(model, dtype=dtype)
+        offload = stage.plan.sequential_offload
+        chunks = vae.decode_chunks(latents, count, batch, sequential_offload=offload, tiles=tiles)
+        del vae
+        for chunk in chunks:
+            health.add(chunk)
+            frames = to_uint8(chunk)
+            del chunk
+            yield frames

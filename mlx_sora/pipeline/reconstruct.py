@@ -28,8 +28,6 @@ from mlx_sora.geometry import (
     latent_shape,
     resolve_size,
 )
-from mlx_sora.loading.file_guard import WeightFileGuard
-from mlx_sora.loading.networks import load_vae
 from mlx_sora.memory.budget import resolve_budget
 from mlx_sora.memory.estimate import Estimate, estimate_from_speeds
 from mlx_sora.memory.plan import MediaWorkload, Plan, Workload
@@ -38,7 +36,7 @@ from mlx_sora.models.vae import Chunk, MicroBatch, chunk_plan
 from mlx_sora.pipeline.engine import Engine
 from mlx_sora.pipeline.generate import plan_memory
 from mlx_sora.pipeline.locks import run_exclusively
-from mlx_sora.pipeline.networks import NetworkLoader
+from mlx_sora.pipeline.networks import NetworkLoader, decoded_frames
 from mlx_sora.pipeline.run import RunResult
 from mlx_sora.pipeline.stages import encode_pixels, shrink_if_over_budget
 from mlx_sora.request.generation import GenerationRequest, options_of
@@ -57,7 +55,7 @@ from mlx_sora.runtime.events import (
 from mlx_sora.runtime.health import Health
 from mlx_sora.utils.versions import versions
 from mlx_sora.video import Video
-from mlx_sora.video.frames import FramesInMemory, FrameWriter, to_uint8
+from mlx_sora.video.frames import FramesInMemory, FrameWriter
 from mlx_sora.video.metadata import without_folders
 from mlx_sora.video.output_path import check_inputs, check_output, output_path
 from mlx_sora.video.reader import (
@@ -308,25 +306,14 @@ def _decode(
     yield StageStarted("decode", count)
     with run.loader.stage(run.plan.stage("decode")) as stage:
         batch = MicroBatch(stage.plan.micro_batch or count)
-        with WeightFileGuard(engine.model.vae).check_reads():
-            vae = load_vae(engine.model, dtype=engine.precision.vae)
-            decoded = vae.decode_chunks(
-                latents,
-                count,
-                batch,
-                sequential_offload=stage.plan.sequential_offload,
-                tiles=run.workload.vae_tiles,
-            )
-            del vae
-            for chunk in decoded:
-                health.add(chunk)
-                frames = to_uint8(chunk)
-                del chunk
-                writer.write(frames)
-                similarity.add(frames, np.stack(list(islice(expected, len(frames)))))
-                yield StageProgress("decode", writer.num_frames - first, count)
-                yield from shrink_if_over_budget(run.result, stage, batch.halve)
-        del decoded
+        tiles = run.workload.vae_tiles
+        for frames in decoded_frames(
+            engine.model, engine.precision.vae, stage, batch, latents, count, tiles, health
+        ):
+            writer.write(frames)
+            similarity.add(frames, np.stack(list(islice(expected, len(frames)))))
+            yield StageProgress("decode", writer.num_frames - first, count)
+            yield from shrink_if_over_budget(run.result, stage, batch.halve)
     yield run.result.add_stage(stage.meter)
 
 

@@ -17,12 +17,10 @@ import mlx.core as mx
 
 from mlx_sora.conditioning.latents import ConditioningLatents
 from mlx_sora.geometry import MICRO_FRAME_SIZE, check_tiles, plan_geometry, refined_size
-from mlx_sora.loading.file_guard import WeightFileGuard
-from mlx_sora.loading.networks import load_vae
 from mlx_sora.memory.plan import MediaWorkload, Workload
 from mlx_sora.models.vae import Chunk, MicroBatch, chunk_plan
 from mlx_sora.pipeline.engine import Engine
-from mlx_sora.pipeline.networks import Stage
+from mlx_sora.pipeline.networks import Stage, decoded_frames
 from mlx_sora.pipeline.run import GenerationRun
 from mlx_sora.pipeline.settings import ResolvedRequest
 from mlx_sora.pipeline.stages import encode_chunks, shrink_if_over_budget
@@ -30,7 +28,6 @@ from mlx_sora.request.generation import REFINE_STRENGTH, GenerationRequest
 from mlx_sora.runtime.events import Event, StageProgress, StageStarted
 from mlx_sora.sampling.base import NOISE_TIME
 from mlx_sora.sampling.noise import Noise, SecondPass
-from mlx_sora.video.frames import to_uint8
 from mlx_sora.video.reader import ResizeCrop, resize_and_crop
 
 if TYPE_CHECKING:
@@ -192,20 +189,13 @@ def _decode_chunks(
 ) -> Generator[Event, None, None]:
     count, done, health = sum(chunk.frames for chunk in part), 0, first.health.frame_health()
     batch = MicroBatch(stage.plan.micro_batch or count)
-    with WeightFileGuard(first.engine.model.vae).check_reads():
-        vae = load_vae(first.engine.model, dtype=first.engine.precision.vae)
-        decoded = vae.decode_chunks(
-            latents[:, part[0].latent : part[-1].latent + part[-1].latents],
-            count,
-            batch,
-            sequential_offload=stage.plan.sequential_offload,
-            tiles=first.settings.vae_tiles,
-        )
-        del vae
-        for chunk in decoded:
-            health.add(chunk)
-            frames.append(to_uint8(chunk))
-            done += len(frames[-1])
-            yield StageProgress("decode", done, count)
-            yield from shrink_if_over_budget(first.result, stage, batch.halve)
+    own = latents[:, part[0].latent : part[-1].latent + part[-1].latents]
+    engine, tiles = first.engine, first.settings.vae_tiles
+    for decoded in decoded_frames(
+        engine.model, engine.precision.vae, stage, batch, own, count, tiles, health
+    ):
+        frames.append(decoded)
+        done += len(decoded)
+        yield StageProgress("decode", done, count)
+        yield from shrink_if_over_budget(first.result, stage, batch.halve)
     health.finish()
