@@ -129,10 +129,10 @@ TABLE: Mapping[str, Entry] = {
     "vae_dtype": _measures("vae_dtype", 10, MODEL, "--prompts 3 --frames 2"),
     # Speed and memory, whatever the weights are.
     "blas": Entry(
-        (f"benchmarks/blas.py --json {RESULTS}/blas.json",), 1, (), (f"{RESULTS}/blas.json",)
+        (f"-m benchmarks.blas --json {RESULTS}/blas.json",), 1, (), (f"{RESULTS}/blas.json",)
     ),
-    "kernels": Entry(("benchmarks/kernels.py",), 10, (), (f"{RESULTS}/kernels.json",)),
-    "savings": Entry(("benchmarks/savings.py",), 5, (), (f"{RESULTS}/savings.json",)),
+    "kernels": _measures("kernels", 10),
+    "savings": _measures("savings", 5),
     "startup": _measures("startup", 1),
     "serve": _measures("serve", 5, (), f"--json {RESULTS}/serve.json"),
     "distributed": _measures("distributed", 8),
@@ -143,7 +143,7 @@ TABLE: Mapping[str, Entry] = {
     "text_cache": _measures("text_cache", 10),
     "estimates": _measures("estimates", 30),
     "refine": _measures("refine", 2),
-    "fullsize": Entry(("benchmarks/fullsize.py",), 40, (), (f"{RESULTS}/fullsize.json",)),
+    "fullsize": _measures("fullsize", 40),
     "memory": Entry(
         ("-m benchmarks.full_model {scratch}/full", "-m benchmarks.memory {scratch}/full"),
         60,

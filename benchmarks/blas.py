@@ -1,6 +1,6 @@
 """Does MLX reach numpy's speed on this CPU? float32 [5760, 1152] x [1152, 4608], runs alternating.
 
-    python benchmarks/blas.py [--runs 15] [--json FILE]
+    python -m benchmarks.blas [--runs 15] [--json FILE]
 
 Exits with 1 below 0.8 of numpy's median.
 """
@@ -11,9 +11,8 @@ import statistics
 import sys
 from typing import Any
 
-from common import alternate, arguments, write_json
-
 import mlx_sora  # noqa: F401  (before mlx.core: it puts the fast BLAS in place)
+from benchmarks.common import alternate, arguments, write_json
 
 ROWS, INNER, COLUMNS = 5760, 1152, 4608
 GOAL = 0.8

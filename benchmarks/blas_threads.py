@@ -1,6 +1,6 @@
 """How many threads of numpy's OpenBLAS make a video fastest, beside other programs? Linux.
 
-    python benchmarks/blas_threads.py [--runs 3] [--json FILE]
+    python -m benchmarks.blas_threads [--runs 3] [--json FILE]
 
 Each video (17 frames, 4 steps of the bundled model) is a process of its own, by turns with one
 thread, with all, and with the default, which follows what is free; alone, and with a program that
@@ -22,8 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from common import alternate, arguments, write_json
-
+from benchmarks.common import alternate, arguments, write_json
 from mlx_sora.runtime.blas import Processors
 from mlx_sora.video.metadata import read_metadata
 

@@ -1,7 +1,4 @@
-"""What the benchmarks share: alternating runs, transient memory, results as JSON with the machine.
-
-Scripts in this folder import it by its bare name: they are run as `python benchmarks/NAME.py`.
-"""
+"""Shared by all benchmarks: flags, alternating runs, transient memory, results as JSON."""
 
 from __future__ import annotations
 
@@ -63,6 +60,16 @@ def arguments(
             "--depth", type=int, default=depth, help=f"block pairs; default {depth}"
         )
     return parser.parse_args()
+
+
+def scored_parser(doc: str, prompts: int, json_file: Path | None = None) -> argparse.ArgumentParser:
+    """`--model`, `--prompts` and `--json` of a script with docstring `doc` that scores videos."""
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
+    parser.add_argument("--model", default="shapes")
+    text = f"held-out prompts; default {prompts}, at most 96"
+    parser.add_argument("--prompts", type=int, default=prompts, help=text)
+    parser.add_argument("--json", type=Path, default=json_file, help="also write the figures here")
+    return parser
 
 
 def write_json(path: Path, result: Mapping[str, object]) -> None:

@@ -1,7 +1,7 @@
 """Fingerprints of 97 requests, to prove that a refactoring changed no frame.
 
-    python benchmarks/frames.py --out before.json
-    python benchmarks/frames.py --compare before.json [--tree CHECKOUT] [--only CASE ...]
+    python -m benchmarks.frames --out before.json
+    python -m benchmarks.frames --compare before.json [--tree CHECKOUT] [--only CASE ...]
 
 Every case of frames.txt runs its commands in its own folder, in processes that import mlx_sora from
 CHECKOUT. Recorded are the SHA-256 of the decoded frames, the files, their metadata, every line on

@@ -1,6 +1,6 @@
 """How fast the networks run at their published sizes, as a share of this machine's matmul peak.
 
-    OPENBLAS_NUM_THREADS=1 python benchmarks/fullsize.py [--runs 3] [--brief] [--name PREFIX]
+    OPENBLAS_NUM_THREADS=1 python -m benchmarks.fullsize [--runs 3] [--brief] [--name PREFIX]
 
 Random weights of the true shapes: T5-XXL, STDiT3-XL/2, the VAE of version 1.2, in float32 on CPUs.
 A work is made of units: one random block of T5 stands for all 24, one random pair of STDiT for all
@@ -25,9 +25,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from common import RESULTS, markdown, write_json
-
 import mlx_sora  # noqa: F401  (before mlx.core: it puts the fast BLAS in place)
+from benchmarks.common import RESULTS, markdown, write_json
 
 import mlx.core as mx  # isort: skip
 from mlx import nn

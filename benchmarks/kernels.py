@@ -1,6 +1,6 @@
 """What each fast form of an operation is worth against the plain one, runs alternating.
 
-    python benchmarks/kernels.py [--runs 9] [--json FILE]
+    python -m benchmarks.kernels [--runs 9] [--json FILE]
 
 Sizes are those of the published networks, on part of a 240p video. The plain form is MLX's own
 layer or function, or the reference's order of work. Exits with 1 if the two results differ.
@@ -11,9 +11,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 
-from studies import Study, evaluated, normal, report
-
 import mlx_sora  # noqa: F401  (before mlx.core: it puts the fast BLAS in place)
+from benchmarks.studies import Study, evaluated, normal, report
 
 import mlx.core as mx  # isort: skip
 from mlx import nn

@@ -14,7 +14,6 @@ are not made again. Needs `pip install -e ".[bench]"`.
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import tempfile
@@ -29,7 +28,7 @@ import mlx_sora  # noqa: F401  (before mlx.core: it puts the fast BLAS in place)
 
 import mlx.core as mx  # isort: skip
 
-from benchmarks.common import RESULTS, markdown, write_json
+from benchmarks.common import RESULTS, markdown, scored_parser, write_json
 from benchmarks.ondevice import psnr
 from benchmarks.shapes import world
 from mlx_sora import GenerationRequest, Pipeline
@@ -289,13 +288,8 @@ def show(found: Sequence[Comparison]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--model", default="shapes")
-    parser.add_argument(
-        "--prompts", type=int, default=PROMPTS, help="how many; default and most 96"
-    )
+    parser = scored_parser(__doc__ or "", PROMPTS, RESULTS / "leaps.json")
     parser.add_argument("--rows", type=Path, help="one line per video; those there stay")
-    parser.add_argument("--json", type=Path, default=RESULTS / "leaps.json")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         rows = options.rows or Path(folder, "leaps.jsonl")

@@ -16,12 +16,11 @@ import math
 import statistics
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from benchmarks.common import RESULTS, markdown, write_json
+from benchmarks.common import RESULTS, markdown, scored_parser, write_json
 from benchmarks.shapes import world
 from benchmarks.shapes.scorer import Reading, read_video, score
 from mlx_sora import GenerationRequest, Pipeline
@@ -251,13 +250,10 @@ def show(rows: list[Row]) -> str:
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--model", default="shapes")
-    parser.add_argument("--prompts", type=int, default=24, help="how many; default 24, at most 96")
+    parser = scored_parser(__doc__ or "", 24)
     parser.add_argument("--frames", type=int, default=world.CHUNK)
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--budget", type=int, help="bytes, of the dynamic rows; default: tight")
-    parser.add_argument("--json", type=Path, default=None, help="also write the figures here")
     return parser.parse_args()
 
 

@@ -19,11 +19,10 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from benchmarks.common import RESULTS, write_json
+from benchmarks.common import RESULTS, scored_parser, write_json
 from benchmarks.ondevice import EXACT, Made, Row, Tally, add, make, show, table
 from benchmarks.shapes import world
 from mlx_sora import GenerationRequest, Pipeline
@@ -153,11 +152,8 @@ def front(found: list[Row]) -> list[str]:
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--model", default="shapes")
-    parser.add_argument("--prompts", type=int, default=24, help="how many; default 24, at most 96")
+    parser = scored_parser(__doc__ or "", 24, RESULTS / "pareto.json")
     parser.add_argument("--only", default="", help="rows with one of these words, with commas")
-    parser.add_argument("--json", type=Path, default=RESULTS / "pareto.json")
     parser.add_argument("--renew", action="store_true", help="renew what follows from the rows")
     return parser.parse_args()
 

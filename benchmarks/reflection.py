@@ -11,19 +11,17 @@ not measured again. The engine has no such option; this is where it is tried.
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from unittest import mock
 
 import mlx_sora  # noqa: F401  (before mlx.core: it puts the fast BLAS in place)
 
 import mlx.core as mx  # isort: skip
 
-from benchmarks.common import RESULTS, markdown, write_json
+from benchmarks.common import RESULTS, markdown, scored_parser, write_json
 from benchmarks.shapes import world
 from benchmarks.shapes.score import Generate, pipeline_generator
 from benchmarks.shapes.scorer import FIELDS, read_video
@@ -111,12 +109,9 @@ def show(rows: Sequence[Row]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--model", default="shapes")
-    parser.add_argument("--prompts", type=int, default=96, help="how many; default and most 96")
+    parser = scored_parser(__doc__ or "", 96, RESULTS / "reflection.json")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--frames", type=int, nargs="+", default=[1, world.CHUNK])
-    parser.add_argument("--json", type=Path, default=RESULTS / "reflection.json")
     asked = parser.parse_args()
     truths = world.split()[1][: asked.prompts]
     found = json.loads(asked.json.read_text())["rows"] if asked.json.exists() else []

@@ -9,15 +9,13 @@ adherence is the share of videos that show all that was asked. Needs `pip instal
 
 from __future__ import annotations
 
-import argparse
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import numpy as np
 
-from benchmarks.common import RESULTS, markdown, write_json
+from benchmarks.common import RESULTS, markdown, scored_parser, write_json
 from benchmarks.ondevice import psnr
 from benchmarks.shapes import world
 from benchmarks.shapes.score import Generate, pipeline_generator
@@ -91,10 +89,7 @@ def show(found: Sequence[Row]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--model", default="shapes")
-    parser.add_argument("--prompts", type=int, default=16, help="how many; default 16, at most 96")
-    parser.add_argument("--json", type=Path, default=RESULTS / "samplers.json")
+    parser = scored_parser(__doc__ or "", 16, RESULTS / "samplers.json")
     asked = parser.parse_args()
     truths = world.split()[1][: asked.prompts]
     found = []

@@ -1,6 +1,6 @@
 """What each exact saving is worth: the same result with and without it, runs alternating.
 
-    python benchmarks/savings.py [--runs 9] [--json FILE]
+    python -m benchmarks.savings [--runs 9] [--json FILE]
 
 Layers have the published widths (T5 that of the large encoder), but there are few of them and few
 tokens, so that a run takes a fraction of a second. Exits with 1 if a saving changes its result:
@@ -15,9 +15,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from studies import Study, evaluated, normal, report
-
 import mlx_sora  # noqa: F401  (before mlx.core: it puts the fast BLAS in place)
+from benchmarks.studies import Study, evaluated, normal, report
 
 import mlx.core as mx  # isort: skip
 

@@ -7,9 +7,8 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 
-from common import RESULTS, alternate, arguments, markdown, transient_bytes, write_json
-
 import mlx_sora  # noqa: F401  (before mlx.core: it puts the fast BLAS in place)
+from benchmarks.common import RESULTS, alternate, arguments, markdown, transient_bytes, write_json
 
 import mlx.core as mx  # isort: skip
 

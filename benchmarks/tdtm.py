@@ -31,13 +31,12 @@ import mlx_sora  # noqa: F401  (before mlx.core: it puts the fast BLAS in place)
 
 import mlx.core as mx  # isort: skip
 
-from benchmarks.common import RESULTS, markdown, write_json
+from benchmarks.common import RESULTS, markdown, scored_parser, write_json
 from benchmarks.full_model import random_transformer
 from benchmarks.ondevice import psnr
-from benchmarks.ondevice_full import SHAPE
 from benchmarks.shapes import world
 from benchmarks.shapes.scorer import read_video, score
-from benchmarks.streaming import Passes
+from benchmarks.streaming import Passes, Shape
 from mlx_sora import GenerationRequest, Pipeline
 from mlx_sora.accel.merging_table import MergingTable, Part
 from mlx_sora.accel.tdtm import MergedSites, PairedFrames
@@ -57,6 +56,9 @@ STEPS, CALIBRATION, MOST = 30, 6, 1.3
 #: Sora: 256x256, 68 frames, and text padded to 300 tokens.
 GRIDS = {"240p": Grid(2, 15, 405, 40), "paper": Grid(2, 20, 256, 300)}
 FULL = STDiT3Config()
+
+#: Latents and pixels of the first of them, whose steps are timed.
+TIMED: Shape = (15, 30, 53), (240, 426)
 
 PAPER = ("15", "all", "last:15")
 SINGLE = tuple(f"{when}sites={site}" for site in SITES[::-1] for when in ("last:15,", "all:"))
@@ -211,7 +213,7 @@ def step_speeds(runs: int, table: MergingTable) -> dict[str, Any]:
     times: dict[str, list[float]] = {name: [] for name in kinds}
     with random_transformer(1) as model:
         network = load_transformer(model, mx.float32)
-        works = {name: partial(Passes(network, SHAPE, 1), None, own) for name, own in kinds.items()}
+        works = {name: partial(Passes(network, TIMED, 1), None, own) for name, own in kinds.items()}
         works["exact"]()  # fills the page cache
         for name in [*kinds, *list(kinds)[::-1]] * runs:
             start = time.process_time()
@@ -249,11 +251,8 @@ def show(found: list[Row]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--model", default="shapes")
-    parser.add_argument("--prompts", type=int, default=12, help="how many; default 12, at most 96")
+    parser = scored_parser(__doc__ or "", 12, RESULTS / "tdtm.json")
     parser.add_argument("--only", default="", help="rows with one of these words, with commas")
-    parser.add_argument("--json", type=Path, default=RESULTS / "tdtm.json")
     parser.add_argument("--speeds", action="store_true", help="time a step of the published width")
     parser.add_argument("--runs", type=int, default=2, help="of --speeds, twice each; default 2")
     options = parser.parse_args()

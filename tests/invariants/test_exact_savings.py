@@ -1,7 +1,7 @@
 """Work the reference does and this engine leaves out: leaving it out changes nothing.
 
 Each test does the work once as the reference does and once as the engine does. What each saving is
-worth: `python benchmarks/savings.py`.
+worth: `python -m benchmarks.savings`.
 """
 
 from __future__ import annotations

@@ -6,6 +6,8 @@ import importlib.util
 import json
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -103,6 +105,17 @@ def test_the_commands_of_the_table_can_be_typed() -> None:
             known = path.read_text() + (ROOT / "benchmarks/common.py").read_text()
             flags = [word for word in words if word.startswith("--") and "pytest" not in words]
             assert [flag for flag in flags if f'"{flag}"' not in known] == [], name
+
+
+def test_every_benchmark_imports() -> None:
+    """Training alone needs PyTorch; one process, as most of the time is MLX's import."""
+    folder = ROOT / "benchmarks"
+    names = [path.stem for path in sorted(folder.glob("*.py"))]
+    code = "; ".join(f"import benchmarks.{name}" for name in names)
+    done = subprocess.run(
+        [sys.executable, "-c", code], check=False, cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-500:]
 
 
 def test_the_needs_of_the_table_exist() -> None:
