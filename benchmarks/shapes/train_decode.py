@@ -22,6 +22,7 @@ from benchmarks.shapes.train_vae import averaged, psnr, spatial_latents, to_unit
 BLOCK_PAIRS, BLOCK_IMAGES, BLOCKS, NEW_BLOCK_EVERY = 40, 160, 80, 40
 PAIRS, IMAGES, IMAGE_SHARE = 4, 32, 0.25
 RATE, DISTURBED = 2.5e-4, 0.15
+MEETING = 3.0  # further weight of the change from chunk to chunk, which the eye finds first
 
 Loss = tuple[Tensor, dict[str, float]]
 
@@ -152,12 +153,14 @@ def pair_loss(vae: VideoVAE, pool: Pool, rng: np.random.Generator) -> Loss:
     s, y = s.float(), y.float().unflatten(0, (PAIRS, -1))
     changes = (y.diff(dim=1) - truth.diff(dim=1)).abs().mean((0, 2, 3, 4))
     change = changes[1:3].mean() + changes[4:].mean()
+    seam = changes[world.CHUNK - meeting]
     near = F.mse_loss(s, target) / target.var()
     steady = F.mse_loss(s.diff(dim=2), target.diff(dim=2)) / target.var()
     error = sharp_error(y.flatten(0, 1), truth.flatten(0, 1))
     levels = {"psnr": psnr(y.detach(), truth), "first": psnr(y.detach()[:, :1], truth[:, :1])}
     levels |= {"change": 127.5 * change.item() / 2, "near": near.item()}
-    return error + change + 0.02 * near + 0.2 * steady, levels
+    levels["seam"] = 127.5 * seam.item()
+    return error + change + MEETING * seam + 0.02 * near + 0.2 * steady, levels
 
 
 def decoder_parameters(vae: VideoVAE) -> list[torch.nn.Parameter]:

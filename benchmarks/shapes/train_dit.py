@@ -25,7 +25,7 @@ from benchmarks.shapes.torch_stdit import STDiT3, STDiTConfig
 BATCH, GROW_EVERY, SAVE_EVERY, SCORE_EVERY = 32, 300, 250, 1000
 IMAGE_FPS = 120.0
 NEW_RATE, CONTINUED_RATE, ADAM_FACTOR = 4e-3, 1.5e-3, 0.5
-CONTINUED_CHUNKS = (0.08, 0.3, 0.22, 0.2, 0.2)  # share of images, of clips of 1 to 4 chunks
+CONTINUED_CHUNKS = (0.24, 0.26, 0.2, 0.15, 0.15)  # share of images, of clips of 1 to 4 chunks
 MEMORY = 0.9985  # decay of the average of the weights
 
 
