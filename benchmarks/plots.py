@@ -147,7 +147,9 @@ def draw_memory(figure: Any, data: Mapping[str, Row]) -> None:
     """Seconds and PSNR against memory, at full size."""
     rows, quality = data["memory"]["rows"], data["quantized"]["shapes"]["rows"]
     left, right = figure.subplots(1, 2)
-    psnr = {int(n): row["psnr"] for row in quality if (n := row["row"].split(" bits")[0]).isdigit()}
+    psnr = {
+        int(words[0]): row["psnr"] for row in quality if (words := row["row"].split())[1:] == ["bits"]
+    }
     labels: list[Label] = []
     for bits, (color, mark) in {16: (BLUE, "o"), 8: (ORANGE, "s"), 4: (GREEN, "D")}.items():
         own = sorted((row["peak"] / 1e9, row["processor"]) for row in rows if row["bits"] == bits)
@@ -180,7 +182,7 @@ def draw_quantized(figure: Any, data: Mapping[str, Row]) -> None:
     result = data["quantized"]
     left, right = figure.subplots(1, 2, width_ratios=(2, 1))
     kinds = {"affine": (BLUE, "o"), "not rotated": (GREY, "x"), "by layer": (ORANGE, "s")}
-    kinds |= {"small floats": (GREEN, "^"), "each network": (PURPLE, "D")}
+    kinds |= {"small floats": (GREEN, "^"), "each network": (PURPLE, "D"), "gptq": (RED, "*")}
     labels: list[Label] = []
     for kind, (color, mark) in kinds.items():
         own = [row for row in result["shapes"]["rows"] if _form_kind(row["row"]) == kind]
@@ -201,6 +203,8 @@ def draw_quantized(figure: Any, data: Mapping[str, Row]) -> None:
 
 
 def _form_kind(name: str) -> str:
+    if name.endswith("gptq"):
+        return "gptq"
     if "not rotated" in name or name.startswith("mixed"):
         return "not rotated" if "not" in name else "by layer"
     if name.startswith(("mx", "nv")):

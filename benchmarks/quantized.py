@@ -8,7 +8,8 @@ model. Finished rows stay: the command continues where it was, unless prompts, f
 weights are others. PSNR (over all frames together) and SSIM compare with the plain video of the
 same seed; adherence is the share of videos that show all that was asked. mixed:BITS first measures
 the sensitivities on prompts for training. A layer's error is that of its output for random input, a
-network's that of its output for real input, relative to the output. Needs
+network's that of its output for real input, relative to the output. Rows with gptq are converted
+with compensation, measured on other prompts for training. Needs
 `pip install -e ".[bench]"`. The second writes a model of the published shapes with random weights
 into FOLDER (12 GB in bfloat16, 7 GB converted; removed unless --keep) and converts that. Exits with
 1 if a bar is missed.
@@ -53,7 +54,7 @@ from mlx_sora.loading.quantization_choice import (
     weights_hash,
 )
 from mlx_sora.loading.safetensors import FLOATS
-from mlx_sora.manage.conversion_plan import ConversionOptions, TensorConversion, plan_part
+from mlx_sora.manage.conversion_plan import ConversionOptions, Gptq, TensorConversion, plan_part
 from mlx_sora.manage.convert import convert
 from mlx_sora.memory.limits import StageMeter, memory_scope, release
 from mlx_sora.models.quantized import Quantization, QuantizedLinear
@@ -78,6 +79,8 @@ ROWS: dict[str, int | str | Quantization] = {
     "mixed:3.5": "mixed:3.5",
     "t5=4": "t5=4",
     "t5=4,transformer=8": "t5=4,transformer=8",
+    **{f"{value} bits, gptq": value for value in (6, 5, 4, 3)},
+    **{f"{value}, gptq": value for value in ("mixed:4", "mixed:3.5")},
     "mxfp8": "mxfp8",
     "nvfp4": "nvfp4",
     "mxfp4": "mxfp4",
@@ -86,13 +89,21 @@ ROWS: dict[str, int | str | Quantization] = {
 #: Prompts and steps that the sensitivities are measured with.
 CALIBRATION, CALIBRATION_STEPS = 6, 10
 
+#: Ending of the rows with compensation, and its prompts.
+GPTQ, TEXTS = ", gptq", 48
+
 #: Bytes that the published T5 and STDiT may have, by bits, and what the rows have to reach.
 MOST = {
     8: {"text_encoder": 5.2e9, "transformer": 1.4e9},
     4: {"text_encoder": 2.7e9, "transformer": 0.75e9},
 }
-BARS = {"8 bits": 55.0, "6 bits": 50.0, "mixed:4": 42.0, "mixed:3.5": 34.0}
-LOSS = {"8 bits": 0.01, "mixed:4": 0.02}
+BARS = {
+    "8 bits": 55.0,
+    f"6 bits{GPTQ}": 50.0,
+    f"mixed:4{GPTQ}": 42.0,
+    f"mixed:3.5{GPTQ}": 34.0,
+}
+LOSS = {"8 bits": 0.01, f"mixed:4{GPTQ}": 0.02}
 
 
 @dataclass(frozen=True)
@@ -105,15 +116,29 @@ class Study:
 
     def row(self, name: str) -> dict[str, Any]:
         """Make the videos of a row, and compare."""
-        from skimage.metrics import structural_similarity
-
         value = ROWS.get(name)
-        model = self.model
+        model = asked = self.model
         if isinstance(value, Quantization):
             one = NetworkQuantization(value)
-            model = replace(model, quantization=tuple((part, one) for part in NETWORKS.values()))
+            asked = replace(model, quantization=tuple((part, one) for part in NETWORKS.values()))
         elif value is not None:
-            model = choose_quantization(model, value)
+            asked = choose_quantization(model, value)
+        with tempfile.TemporaryDirectory() as folder:
+            model = self.compensated(value, Path(folder)) if name.endswith(GPTQ) else asked
+            return self.compare(name, model, dict(asked.quantization))
+
+    def compensated(self, value: Any, folder: Path) -> ModelFolder:
+        """Convert the model in `folder`, scales in float32 as in rows that quantize on loading."""
+        prompts = [world.caption(truth) for truth in world.split()[0][5::11][:TEXTS]]
+        options = ConversionOptions(value, "float32", Gptq(tuple(prompts)))
+        return ModelFolder.open(convert(self.model, folder / "gptq", options).path)
+
+    def compare(
+        self, name: str, model: ModelFolder, forms: Mapping[str, NetworkQuantization]
+    ) -> dict[str, Any]:
+        """Make the videos with `model`, of these forms, and compare."""
+        from skimage.metrics import structural_similarity
+
         videos = [make(Pipeline(model), request) for request in self.requests]
         pairs = list(zip([video.frames for video in videos], self.plain, strict=True))
         similar = partial(structural_similarity, channel_axis=-1, data_range=255)
@@ -126,11 +151,10 @@ class Study:
             "psnr_of_prompts": [psnr(error) for error in errors],
             "ssim": float(np.mean([similar(a, b) for x, y in pairs for a, b in zip(x, y)])),  # noqa: B905
             "adherence": score([read_video(video.frames) for video in videos], truths),
-        } | ({} if value is None else self.facts(model))
+        } | ({} if not forms else self.facts(model, forms))
 
-    def facts(self, model: ModelFolder) -> dict[str, Any]:
+    def facts(self, model: ModelFolder, forms: Mapping[str, NetworkQuantization]) -> dict[str, Any]:
         """Bits of the bundled model, bytes of the published one, and errors of the networks."""
-        forms = dict(model.quantization)
         return {
             "bits": average(self.model, forms),
             "published_bytes": published_bytes(self.model, forms),

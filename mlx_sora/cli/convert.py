@@ -14,6 +14,8 @@ from mlx_sora.errors import UsageError
 from mlx_sora.request.generation import FLOAT_DTYPES, options
 
 if TYPE_CHECKING:
+    from mlx_sora.loading.model_folder import ModelFolder
+    from mlx_sora.manage.conversion_plan import Gptq
     from mlx_sora.manage.convert import ConversionResult
 
 _EPILOG = """\
@@ -57,6 +59,7 @@ def add_parser(commands: Any) -> None:
         help="data type of T5 and STDiT (with float16, T5 gets bfloat16); default: as stored, or "
         "16-bit with --quantize",
     )
+    _add_gptq_flags(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace an existing model in DST")
     parser.add_argument(
         "--check",
@@ -69,6 +72,29 @@ def add_parser(commands: Any) -> None:
     parser.set_defaults(run=run)
 
 
+def _add_gptq_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--gptq",
+        action="store_true",
+        help="with --quantize: round each weight so that it makes up for the errors of those "
+        "before it, measured on prompts; same size, nearer to the original; takes as long as a "
+        "dozen videos, and a while for each layer",
+    )
+    parser.add_argument(
+        "--prompt",
+        "-p",
+        action="append",
+        default=[],
+        dest="prompts",
+        metavar="TEXT",
+        help="prompt for --gptq; repeat it for several, fifty varied ones are best: T5 is measured "
+        "on all, the transformer on the first twelve; default: what the model's card gives",
+    )
+    parser.add_argument(
+        "--steps", type=int, metavar="N", help="steps of the videos for --gptq; default: 10"
+    )
+
+
 def run(args: argparse.Namespace) -> int:
     """Convert and print the path of the new model."""
     from mlx_sora.loading.model_folder import find_model, weights_root
@@ -78,15 +104,16 @@ def run(args: argparse.Namespace) -> int:
     source = find_model(args.source)
     quantize = options()["quantize"].convert(args.quantize)
     kind = f"{quantize}bit" if isinstance(quantize, int) else quantize
-    kinds = [kind and re.sub("[=,:]", "-", kind), args.dtype]
-    if args.target is None and kinds == [None, None]:
+    gptq = _gptq(args, source)
+    kinds = [kind and re.sub("[=,:]", "-", kind), args.dtype, "gptq" if gptq else None]
+    if args.target is None and not any(kinds):
         raise UsageError("The new model needs a name.", "Give its folder as DST.")
     name = "-".join([source.path.resolve().name, *(kind for kind in kinds if kind)])
     with Bars(args.quiet, "Finished files are kept; the same command continues.") as bars:
         result = convert(
             source,
             args.target or weights_root() / name,
-            ConversionOptions(quantize, args.dtype),
+            ConversionOptions(quantize, args.dtype, gptq),
             overwrite=args.overwrite,
             check=args.check,
             on_progress=bars.show,
@@ -94,6 +121,28 @@ def run(args: argparse.Namespace) -> int:
     note_result(bars, result)
     print(result.path)
     return 0
+
+
+def _gptq(args: argparse.Namespace, source: ModelFolder) -> Gptq | None:
+    """Return the settings of --gptq, None without it. Raises UsageError."""
+    from mlx_sora.manage.conversion_plan import Gptq
+
+    if not args.gptq:
+        if args.prompts or args.steps is not None:
+            name = "--prompt" if args.prompts else "--steps"
+            raise UsageError(f"{name} is for --gptq.", "Add --gptq, or leave it out.")
+        return None
+    if args.quantize is None:
+        raise UsageError(
+            "--gptq is for --quantize.", "Add --quantize 4 for 4 bits, or leave it out."
+        )
+    prompts = tuple(args.prompts) or Gptq.suggested(source.card)
+    if not prompts:
+        raise UsageError(
+            f"{source.name} suggests no prompts for --gptq.",
+            "Give --prompt TEXT; repeat it for several, fifty varied ones are best.",
+        )
+    return Gptq(prompts) if args.steps is None else Gptq(prompts, args.steps)
 
 
 def note_result(bars: Bars, result: ConversionResult) -> None:

@@ -255,8 +255,8 @@ class Bars:
                 # Bytes of an earlier download count as done, not as speed.
                 initial=progress.done if progress.action == "fetch" else 0,
                 desc=f"{progress.action} {progress.path}",
-                unit="B",
-                unit_scale=True,
+                unit="" if progress.action == "calibrate" else "B",
+                unit_scale=progress.action != "calibrate",
             )
         self._bar.update(progress.done - self._bar.n)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -119,6 +120,22 @@ class ModelCard:
             lines += [f"Prompts: {self.patterns[0]}."]
             lines += [f"{name}: {', '.join(self.words[name])}." for name in names]
         return " ".join(lines)
+
+    def examples(self, count: int) -> tuple[str, ...]:
+        """Return the suggested prompts, then others that fit a pattern: `count`, always the same.
+
+        Without patterns there are only those suggested.
+        """
+        found = dict.fromkeys(self.prompts)
+        draw = random.Random(0)
+        for _ in range(2 * count if self.patterns else 0):  # some come twice
+            text, used = draw.choice(self.patterns), set[str]()
+            for name in _names(text):
+                phrase = draw.choice([p for p in self.words[name] if p not in used])
+                used |= {phrase} if name in self.differ else set()
+                text = re.sub(rf"\b{name}\b", phrase, text, count=1)
+            found[text] = None
+        return tuple(found)[:count]
 
     def summary(self) -> str:
         """Return what the model draws, in one line."""

@@ -11,12 +11,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 
 from mlx_sora.accel.schedules import FOLDER as TABLES
 from mlx_sora.errors import UsageError, WeightsError
 from mlx_sora.loading.checkpoint import Checkpoint
+from mlx_sora.loading.model_card import ModelCard
 from mlx_sora.loading.model_folder import PARTS, ModelFolder
 from mlx_sora.loading.networks import match_part, quantizable_layers
 from mlx_sora.loading.quantization import (
@@ -31,7 +33,10 @@ from mlx_sora.loading.quantization_choice import (
     stored_quantization,
 )
 from mlx_sora.loading.safetensors import FLOATS, TensorInfo
+from mlx_sora.models.gptq import compensate
 from mlx_sora.models.quantized import AFFINE, Quantization
+from mlx_sora.pipeline.calibrate import requests_for
+from mlx_sora.request.generation import GenerationRequest
 from mlx_sora.request.options import MIXED
 from mlx_sora.utils.files import visible_files
 from mlx_sora.video.preview import PREVIEW_FILE
@@ -49,6 +54,34 @@ _VAE_PREFIXES = tuple(
 _SCALE_BYTES = 2
 
 
+#: Most prompts that a model's card gives for a measurement. T5 needs many, and takes them fast.
+TEXTS = 48
+
+
+@dataclass(frozen=True)
+class Gptq:
+    """Compensation of quantization errors (`models/gptq.py`).
+
+    prompts: T5 is measured on all of them, the transformer on the first VIDEOS, in `steps` steps.
+    """
+
+    prompts: tuple[str, ...]
+    steps: int = 10
+
+    @classmethod
+    def suggested(cls, card: ModelCard) -> tuple[str, ...]:
+        """Return the prompts that a model's card gives, which may be none."""
+        return card.examples(TEXTS)
+
+    def requests(self) -> list[GenerationRequest]:
+        """Return the requests of the videos, of the model's default size."""
+        return requests_for(self.prompts, {"steps": self.steps})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return JSON values."""
+        return {"prompts": list(self.prompts), "steps": self.steps}
+
+
 @dataclass(frozen=True)
 class ConversionOptions:
     """Options of a conversion. None changes nothing.
@@ -56,11 +89,12 @@ class ConversionOptions:
     quantize: form of the linear layers in the blocks of T5 and STDiT; see `as_quantization`. dtype:
     of their other tensors, scales included; with quantize, None makes float32 matrices bfloat16 and
     scales one of the 16-bit types. Vectors (norms, constants) then keep their type. As in a run, T5
-    becomes bfloat16 where STDiT becomes float16.
+    becomes bfloat16 where STDiT becomes float16. gptq: compensates the errors of quantized weights.
     """
 
     quantize: int | str | None = None
     dtype: str | None = None
+    gptq: Gptq | None = None
 
     def quantization(self, model: ModelFolder) -> dict[str, NetworkQuantization]:
         """Return the quantization of each part of `model` that is quantized."""
@@ -92,6 +126,11 @@ class TensorConversion:
         return packed_names(self.key, self.quantization)
 
     @property
+    def path(self) -> str:
+        """Path of its layer in the network."""
+        return self.key.removesuffix(".weight")
+
+    @property
     def nbytes(self) -> int:
         """Size of the tensors to write, in bytes."""
         if self.quantization is None:
@@ -102,10 +141,11 @@ class TensorConversion:
         sizes = {"weight": mx.uint32.size, "scales": width, "biases": width}
         return sum(prod(shape) * sizes[name] for name, shape in shapes.items())
 
-    def apply(self, array: mx.array) -> dict[str, mx.array]:
+    def apply(self, array: mx.array, moments: mx.array | None = None) -> dict[str, mx.array]:
         """Convert the tensor `array`; return evaluated arrays by name.
 
-        Raises WeightsError for numbers that float16 cannot hold.
+        moments: of the layer's inputs, for compensation. Raises WeightsError for numbers that
+        float16 cannot hold.
         """
         if self.quantization is None:
             limit = mx.finfo(mx.float16).max
@@ -114,7 +154,11 @@ class TensorConversion:
                 raise WeightsError(message, "Convert to bfloat16.")
             arrays = {self.key: array.astype(self.dtype)}
         else:
-            quantized = self.quantization.quantize(array, self.scale_dtype)
+            form, dtype = self.quantization, self.scale_dtype
+            if moments is None:
+                quantized = form.quantize(array, dtype)
+            else:
+                quantized = compensate(array, moments, form, dtype)
             arrays = dict(zip(self.names, quantized.values(), strict=True))
         mx.eval(arrays)
         return arrays
@@ -137,6 +181,15 @@ class ShardPlan:
     def nbytes(self) -> int:
         """Size of its tensors, in bytes."""
         return sum(tensor.nbytes for tensor in self.conversions)
+
+    @property
+    def quantized_inputs(self) -> dict[str, int]:
+        """Number of inputs of each quantized layer, by path."""
+        return {
+            tensor.path: tensor.info.shape[1]
+            for tensor in self.conversions
+            if tensor.quantization is not None
+        }
 
     @property
     def source_bytes(self) -> int:

@@ -10,15 +10,17 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
 from mlx_sora import __version__
+from mlx_sora.distributed.group import Ranks
 from mlx_sora.errors import UsageError, WeightsError, shell_words
 from mlx_sora.loading.checkpoint import Checkpoint
 from mlx_sora.loading.model_folder import PARTS, ModelFolder
@@ -27,6 +29,7 @@ from mlx_sora.loading.quantization import named_form
 from mlx_sora.manage.conversion_plan import (
     INDEX,
     ConversionOptions,
+    Gptq,
     ShardPlan,
     index_text,
     other_files,
@@ -46,6 +49,9 @@ from mlx_sora.manage.staging import (
 )
 from mlx_sora.manage.statistics import RECORDS, Statistics
 from mlx_sora.memory.limits import memory_scope
+from mlx_sora.models.quantized import AFFINE
+from mlx_sora.pipeline.engine import Engine
+from mlx_sora.pipeline.input_moments import measure_moments
 from mlx_sora.pipeline.locks import model_lock
 from mlx_sora.utils.files import atomic_write, fsync, sha256
 
@@ -94,6 +100,8 @@ def convert(
         shards = [shard for part in PARTS for shard in plan_part(model, part, options)]
         if options.quantize is not None:
             _require_quantized(model, shards)
+        if options.gptq is not None:
+            _check_gptq(options.gptq, shards)
         record = _conversion_record(model, options, source_files(model, options, shards))
         restore_folder(target)
         if not is_free(target):
@@ -173,11 +181,27 @@ class _Conversion:
             checkpoint = Checkpoint.open(self.model.path / part)
             shards = self.part_shards(part)
             done, total = 0, sum(shard.source_bytes for shard in shards)
+            moments = self._measure_moments(
+                part, [s for s in shards if s.path not in self.finished]
+            )
             for shard in shards:
                 if shard.path not in self.finished:
-                    self._write_shard(shard, checkpoint, done, total)
+                    self._write_shard(shard, checkpoint, next(moments), done, total)
                 done += shard.source_bytes
                 self.on_progress(FileProgress("convert", part, done, total))
+
+    def _measure_moments(
+        self, part: str, shards: Sequence[ShardPlan]
+    ) -> Iterator[Mapping[str, mx.array]]:
+        """Yield the moments of the inputs of each shard's layers; none without compensation."""
+        gptq = self.options.gptq
+        if gptq is None or not any(shard.quantized_inputs for shard in shards):
+            return repeat({}, len(shards))
+        requests = gptq.requests()
+        counter = byte_counter(self.on_progress, "calibrate", part, len(requests))
+        layers = [shard.quantized_inputs for shard in shards]
+        engine = Engine(self.model, "auto", Ranks())
+        return measure_moments(engine, requests, part, layers, counter)
 
     def finalize(self) -> int:
         """Write all other files, rename the folder to `target`, and return its size in bytes."""
@@ -203,13 +227,20 @@ class _Conversion:
         replace_folder(self.staging, self.target)
         return sum(size for size, _ in files.values())
 
-    def _write_shard(self, shard: ShardPlan, checkpoint: Checkpoint, done: int, total: int) -> None:
+    def _write_shard(
+        self,
+        shard: ShardPlan,
+        checkpoint: Checkpoint,
+        moments: Mapping[str, mx.array],
+        done: int,
+        total: int,
+    ) -> None:
         arrays: dict[str, mx.array] = {}
         sources = checkpoint.load(conversion.key for conversion in shard.conversions)
         for conversion in shard.conversions:
             array = sources.pop(conversion.key)
             try:
-                arrays |= conversion.apply(array)
+                arrays |= conversion.apply(array, moments.get(conversion.path))
             except RuntimeError as error:
                 raise WeightsError(
                     f"cannot read {conversion.info.file}: {error}", "Get the model again."
@@ -268,6 +299,7 @@ def _conversion_record(
         "written_by": f"mlx_sora {__version__}",
         "dtype": options.dtype,
         "quantization": named_form(quantize).to_dict() if isinstance(quantize, int) else quantize,
+        **({} if options.gptq is None else {"gptq": options.gptq.to_dict()}),
     }
 
 
@@ -285,6 +317,17 @@ def _require_quantized(model: ModelFolder, shards: Sequence[ShardPlan]) -> None:
             "of a group.",
             "Convert it without --quantize.",
         )
+
+
+def _check_gptq(gptq: Gptq, shards: Sequence[ShardPlan]) -> None:
+    for request in gptq.requests():
+        request.validate()
+    for form in (tensor.quantization for shard in shards for tensor in shard.conversions):
+        if form is not None and form.mode != AFFINE:
+            raise UsageError(
+                f"--gptq does not round to {form.mode}.",
+                "Give bits, such as --quantize 4, or leave --gptq out.",
+            )
 
 
 def _refuse_existing(target: Path, present: Provenance | None, overwrite: bool) -> None:

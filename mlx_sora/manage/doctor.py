@@ -43,6 +43,7 @@ from mlx_sora.loading.other_models import describe_other_model
 from mlx_sora.loading.preview_map import load_preview_map
 from mlx_sora.loading.quantization import NetworkQuantization, count_parameters
 from mlx_sora.loading.safetensors import FLOATS, TensorInfo, memory_dtype
+from mlx_sora.manage.conversion_plan import Gptq
 from mlx_sora.manage.convert import staging_folder
 from mlx_sora.manage.download import STAGING
 from mlx_sora.manage.progress import ProgressCallback, ignore_progress
@@ -363,4 +364,9 @@ def _conversion_command(provenance: Provenance, path: Path) -> str:
     bits = quantization["bits"] if isinstance(quantization, dict) else quantization
     words += ["--quantize", bits] if quantization else []
     words += ["--dtype", dtype] if dtype else []
+    if gptq := provenance.conversion.get("gptq"):
+        words += ["--gptq", "--steps", gptq["steps"]]
+        with suppress(MlxSoraError):
+            if gptq["prompts"] != list(Gptq.suggested(ModelFolder.open(source).card)):
+                words += [f"--prompt={text}" for text in gptq["prompts"]]
     return f"python -m mlx_sora {shell_words(*words, '--check', '--overwrite')}"

@@ -37,7 +37,7 @@ def describe_model(model: ModelFolder) -> dict[str, Any]:
 
 
 def _origin(model: ModelFolder) -> dict[str, Any]:
-    """Return repositories and revisions of the parts and the source of a conversion, if known."""
+    """Return repositories and revisions of the parts, source and calibration of a conversion."""
     try:
         provenance = Provenance.read(model.path)
     except WeightsError:  # the doctor reports it
@@ -52,4 +52,6 @@ def _origin(model: ModelFolder) -> dict[str, Any]:
     facts: dict[str, Any] = {"origin": places}
     if provenance.conversion:
         facts["converted_from"] = provenance.conversion["source"]
+    if gptq := provenance.conversion.get("gptq"):
+        facts["gptq"] = {"prompts": len(gptq["prompts"]), "steps": gptq["steps"]}
     return facts

@@ -8,7 +8,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class FileProgress:
-    """Progress on a file or part. action: check, scan, fetch or convert; done, total: bytes."""
+    """Progress on a file or part.
+
+    action: check, scan, fetch, convert or calibrate. done, total: bytes, or prompts of calibrate.
+    """
 
     action: str
     path: str

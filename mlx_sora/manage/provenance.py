@@ -6,7 +6,8 @@
  "files": {"vae/config.json": {"repo": "...", "revision": "<commit>", "name": "config.json",
                                "bytes": 1234, "sha256": "..."}}}
 
-conversion: only in folders that `convert` wrote. bytes and sha256 describe the file in this folder,
+conversion: only in folders that `convert` wrote; with --gptq, it has prompts and steps of that as
+"gptq". bytes and sha256 describe the file in this folder,
 repo and revision the source of its part.
 """
 
@@ -147,7 +148,13 @@ def _is_valid_conversion(conversion: Mapping[str, Any]) -> bool:
         isinstance(conversion["source"], str)
         and conversion["dtype"] in (None, *FLOAT_DTYPES)
         and (settings is None or _is_quantization(settings))
+        and ("gptq" not in conversion or _is_gptq(**conversion["gptq"]))
     )
+
+
+def _is_gptq(prompts: Any, steps: Any) -> bool:
+    texts = isinstance(prompts, list) and all(isinstance(text, str) for text in prompts)
+    return texts and type(steps) is int
 
 
 def _is_quantization(settings: Any) -> bool:

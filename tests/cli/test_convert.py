@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 
 import pytest
 
+from mlx_sora import Pipeline
 from mlx_sora.cli.main import main
 from mlx_sora.loading.model_folder import WEIGHTS_VARIABLE, bundled_folder
 from mlx_sora.manage.convert import ConversionResult, staging_folder
@@ -83,6 +85,43 @@ def test_quantized_while_loading(folder: Path, capsys: pytest.CaptureFixture[str
     assert "quantized to 8 bits" in capsys.readouterr().err
 
 
+def test_compensation_is_nearer_at_the_same_size(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import numpy as np
+
+    prompts = ("a red circle growing on a white background", "a blue square moving up over gray")
+    words = ["--gptq", "--steps", "2", *(f"--prompt={prompt}" for prompt in prompts)]
+    plain, made = folder / "plain", folder / "made"
+    assert main(["convert", "shapes", "plain", "-q", "3", "--dtype", "float32"]) == 0
+    assert "calibrate" not in capsys.readouterr().err
+    assert main(["convert", "shapes", "made", "-q", "3", "--dtype", "float32", *words]) == 0
+    assert "calibrate transformer 100% 2/2" in capsys.readouterr().err
+    assert main(["convert", "shapes", "made", "-q", "3", "--dtype", "float32", *words]) == 0
+    assert capsys.readouterr().err == "already converted\n"
+    assert main(["info", "--model", str(made)]) == 0
+    assert "gptq:\n  prompts: 2\n  steps: 2\n" in capsys.readouterr().out
+    for part in ("text_encoder", "transformer"):
+        assert (made / part / "config.json").read_bytes() == (
+            plain / part / "config.json"
+        ).read_bytes()
+    options = {"seed": 0, "steps": 3, "num_frames": 17, "text_cache": False}
+    videos = [
+        Pipeline(model)("a green triangle moving left on a black background", **options).frames
+        for model in ("shapes", plain, made)
+    ]
+    exact, *others = (frames.astype(float) for frames in videos)
+    rounded, compensated = (float(np.square(frames - exact).mean()) for frames in others)
+    assert compensated < 0.6 * rounded, (compensated, rounded)
+
+    file = made / "transformer/model-00002-of-00005.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    assert main(["doctor", str(made)]) == 4
+    line = next(x for x in capsys.readouterr().out.splitlines() if "Repair: " in x)
+    command = line.partition("Repair: python -m mlx_sora ")[2]
+    assert shlex.split(command)[3:-2] == ["--quantize", "3", "--dtype", "float32", *words]
+
+
 def test_the_named_command_mends_a_conversion(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -111,6 +150,12 @@ def test_the_named_command_mends_a_conversion(
             "calibrate --bits --prompt TEXT --steps 10 --model shapes",
         ),
         (["nowhere", "x"], 4, "No model folder"),
+        (["shapes", "x", "--gptq"], 2, "--gptq is for --quantize"),
+        (["shapes", "x", "-q", "4", "-p", "a circle"], 2, "--prompt is for --gptq"),
+        (["shapes", "x", "-q", "4", "--steps", "3"], 2, "--steps is for --gptq"),
+        (["shapes", "x", "-q", "4", "--gptq", "--steps", "0"], 2, "--steps 0 is out of range"),
+        (["shapes", "x", "-q", "4", "--gptq", "-p", ""], 2, "prompt is empty"),
+        (["shapes", "x", "-q", "mxfp4", "--gptq"], 2, "--gptq does not round to mxfp4"),
         (["shapes", "taken", "-q", "8"], 2, "--overwrite"),
         (["shapes", "taken/file/x"], 4, "Cannot use"),
         (["opensora-1.2-8bit", "x"], 4, "download opensora-1.2 --quantize 8"),
@@ -156,7 +201,11 @@ def test_a_new_model_without_a_name_gets_one(
 
     monkeypatch.setattr("mlx_sora.manage.convert.convert", convert)
     monkeypatch.setenv(WEIGHTS_VARIABLE, str(tmp_path))
-    for words, name in ((["-q", "8"], "shapes-8bit"), (["--dtype", "float16"], "shapes-float16")):
+    for words, name in (
+        (["-q", "8"], "shapes-8bit"),
+        (["-q", "3", "--gptq"], "shapes-3bit-gptq"),
+        (["--dtype", "float16"], "shapes-float16"),
+    ):
         assert main(["convert", "shapes", *words]) == 0
         assert capsys.readouterr().out == f"{tmp_path / name}\n"
     assert main(["convert", "shapes"]) == 2

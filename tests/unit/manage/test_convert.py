@@ -16,9 +16,10 @@ from mlx_sora.loading.checkpoint import Checkpoint
 from mlx_sora.loading.model_folder import ModelFolder
 from mlx_sora.loading.networks import load_transformer, stream_text_encoder, stream_transformer
 from mlx_sora.loading.quantization_choice import choose_quantization
-from mlx_sora.manage.conversion_plan import PARTS, ConversionOptions, plan_part
+from mlx_sora.manage.conversion_plan import PARTS, ConversionOptions, Gptq, plan_part
 from mlx_sora.manage.convert import JOURNAL, convert, staging_folder
 from mlx_sora.manage.doctor import diagnose
+from mlx_sora.manage.info import describe_model
 from mlx_sora.manage.progress import FileProgress, ProgressCallback
 from mlx_sora.manage.provenance import Provenance
 from mlx_sora.manage.staging import folder_lock
@@ -195,6 +196,42 @@ def test_an_interrupted_conversion_loads_nowhere_and_goes_on(
         expected = tensors(fresh, part)
         assert all(mx.array_equal(v, expected[k]).item() for k, v in tensors(target, part).items())
     assert not (target / "stray").exists()
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> ModelFolder:
+    """A model that makes one small frame unless told otherwise."""
+    root = tmp_path_factory.mktemp("small") / "m"
+    write_model(root)
+    defaults = {"width": 64, "height": 64, "num_frames": 1}
+    (root / "model_index.json").write_text(json.dumps({"name": "small", "defaults": defaults}))
+    return ModelFolder.open(root)
+
+
+def test_a_compensated_conversion_goes_on_and_is_known(small: ModelFolder, tmp_path: Path) -> None:
+    target, gptq = tmp_path / "made", Gptq(("a circle", "a square"), 1)
+    options = ConversionOptions(4, gptq=gptq)
+    with pytest.raises(KeyboardInterrupt):
+        convert(small, target, options, on_progress=stopping_at(1))
+    assert convert(small, target, options).reused_files == BLOCKS + 1 + 1
+    fresh = convert(small, tmp_path / "fresh", options).path
+    plain = convert(small, tmp_path / "plain", ConversionOptions(4)).path
+    for part in ("text_encoder", "transformer"):
+        found, expected = tensors(target, part), tensors(fresh, part)
+        assert all(mx.array_equal(value, expected[key]).item() for key, value in found.items())
+        other = tensors(plain, part)
+        assert {k: v.shape for k, v in found.items()} == {k: v.shape for k, v in other.items()}
+        words = [key for key, value in found.items() if value.dtype == mx.uint32]
+        assert not any(mx.array_equal(found[key], other[key]).item() for key in words)
+    known = Provenance.read(target)
+    assert known is not None
+    assert known.conversion["gptq"] == {"prompts": ["a circle", "a square"], "steps": 1}
+    assert not [f for f in diagnose(target) if f.level in ("error", "warning")]
+    assert describe_model(ModelFolder.open(target))["gptq"] == {"prompts": 2, "steps": 1}
+    assert not convert(small, target, options).is_new
+    for others in (replace(gptq, steps=2), replace(gptq, prompts=("a circle",)), None):
+        with pytest.raises(UsageError, match="exists"):
+            convert(small, target, replace(options, gptq=others))
 
 
 @pytest.mark.parametrize("journal", ["", "[]", '{"conversion": {}, "files": {}}'])
