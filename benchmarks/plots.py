@@ -148,7 +148,9 @@ def draw_memory(figure: Any, data: Mapping[str, Row]) -> None:
     rows, quality = data["memory"]["rows"], data["quantized"]["shapes"]["rows"]
     left, right = figure.subplots(1, 2)
     psnr = {
-        int(words[0]): row["psnr"] for row in quality if (words := row["row"].split())[1:] == ["bits"]
+        int(words[0]): row["psnr"]
+        for row in quality
+        if (words := row["row"].split())[1:] == ["bits"]
     }
     labels: list[Label] = []
     for bits, (color, mark) in {16: (BLUE, "o"), 8: (ORANGE, "s"), 4: (GREEN, "D")}.items():

@@ -19,13 +19,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import shutil
 import statistics
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -35,12 +34,11 @@ import mlx_sora  # noqa: F401  (before mlx.core: it puts the fast BLAS in place)
 
 import mlx.core as mx  # isort: skip
 import numpy as np
-from mlx import nn
 
 from benchmarks.common import RESULTS, markdown, write_json
 from benchmarks.full_model import write_model
 from benchmarks.ondevice import make, psnr
-from benchmarks.quantized_weights import codebooks, distance, full_width
+from benchmarks.quantized_weights import codebooks, distance, full_width, layer_errors
 from benchmarks.shapes import world
 from benchmarks.shapes.scorer import read_video, score
 from mlx_sora import GenerationRequest, Pipeline
@@ -50,6 +48,7 @@ from mlx_sora.loading.published import PublishedModel
 from mlx_sora.loading.quantization import NetworkQuantization, named_form
 from mlx_sora.loading.quantization_choice import (
     SENSITIVITIES,
+    Sensitivities,
     choose_quantization,
     weights_hash,
 )
@@ -57,7 +56,7 @@ from mlx_sora.loading.safetensors import FLOATS
 from mlx_sora.manage.conversion_plan import ConversionOptions, Gptq, TensorConversion, plan_part
 from mlx_sora.manage.convert import convert
 from mlx_sora.memory.limits import StageMeter, memory_scope, release
-from mlx_sora.models.quantized import Quantization, QuantizedLinear
+from mlx_sora.models.quantized import Quantization
 from mlx_sora.pipeline.calibrate import requests_for
 from mlx_sora.pipeline.sensitivity import measure_sensitivities
 from mlx_sora.request.options import NETWORKS
@@ -202,21 +201,6 @@ def _bytes(model: ModelFolder, part: str, quantization: NetworkQuantization | No
     return total
 
 
-def layer_errors(plain: nn.Module, quantized: nn.Module) -> dict[str, dict[str, float]]:
-    """Error of each kind of layer: mean and largest over the blocks."""
-    layers = dict(plain.named_modules())
-    found: dict[str, list[float]] = {}
-    for path, layer in quantized.named_modules():
-        if isinstance(layer, QuantizedLinear):
-            x = mx.random.normal((256, layers[path].weight.shape[1]), key=mx.random.key(0))
-            kind = re.sub(r"\.\d+\.", ".", path)
-            found.setdefault(kind, []).append(distance(layer(x), layers[path](x)))
-    return {
-        kind: {"mean": round(statistics.mean(errors), 5), "max": round(max(errors), 5)}
-        for kind, errors in found.items()
-    }
-
-
 def network_errors(plain: ModelFolder, quantized: ModelFolder) -> dict[str, Any]:
     """Of T5's states of one prompt, and of one velocity from noise under them."""
     from mlx_sora.text.encoder import encode_tokens
@@ -242,16 +226,16 @@ def network_errors(plain: ModelFolder, quantized: ModelFolder) -> dict[str, Any]
     }
 
 
-def measured_model(plain: ModelFolder, root: Path) -> ModelFolder:
-    """Links to the bundled model, with sensitivities measured on prompts for training."""
+def measured_model(plain: ModelFolder, root: Path, known: dict[str, Any] | None) -> ModelFolder:
+    """Links to the bundled model, with its sensitivities: `known`, or of prompts for training."""
     for file in plain.path.iterdir():
         (root / file.name).symlink_to(file)
     model = replace(plain, path=root)
-    if not (root / SENSITIVITIES).exists():
+    if known is None:
         prompts = [world.caption(truth) for truth in world.split()[0][::40][:CALIBRATION]]
         requests = requests_for(prompts, {"steps": CALIBRATION_STEPS})
-        found = measure_sensitivities(Pipeline(model).engine, requests)
-        found.write(root / SENSITIVITIES)
+        known = asdict(measure_sensitivities(Pipeline(model).engine, requests))
+    Sensitivities(**known).write(root / SENSITIVITIES)
     return model
 
 
@@ -263,6 +247,7 @@ def shapes(options: argparse.Namespace, known: dict[str, Any]) -> Iterator[dict[
     rows = {row["row"]: row for row in known.get("rows", ())}
     if {name: known.get(name) for name in setting} != setting:
         rows = {}
+    measured = known.get("sensitivities") if known.get("weights") == setting["weights"] else None
     requests = tuple(
         GenerationRequest.from_dict(
             {
@@ -279,16 +264,18 @@ def shapes(options: argparse.Namespace, known: dict[str, Any]) -> Iterator[dict[
     missing = [name for name in (PLAIN, *ROWS) if name not in rows]
     with tempfile.TemporaryDirectory() as root:
         if missing:
-            model = measured_model(plain, Path(root))
+            model = measured_model(plain, Path(root), measured)
+            measured = json.loads((model.path / SENSITIVITIES).read_text())
             videos = tuple(make(Pipeline(model), request).frames for request in requests)
             study = Study(model, requests, videos)
         for name in missing:
             rows[name] = study.row(name)
             print(name, f"{rows[name]['psnr'] or 0:.1f} dB", flush=True)
             ordered = [rows[each] for each in (PLAIN, *ROWS) if each in rows]
-            yield {**setting, "rows": ordered}
+            yield {**setting, "sensitivities": measured, "rows": ordered}
     if not missing:
-        yield {**setting, "rows": [rows[each] for each in (PLAIN, *ROWS)]}
+        ordered = [rows[each] for each in (PLAIN, *ROWS)]
+        yield {**setting, "sensitivities": measured, "rows": ordered}
 
 
 def met(result: Mapping[str, Any]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import statistics
 import time
 from typing import Any
@@ -10,6 +11,7 @@ import mlx_sora  # noqa: F401  (before mlx.core: it puts the fast BLAS in place)
 
 import mlx.core as mx  # isort: skip
 import numpy as np
+from mlx import nn
 
 from mlx_sora.loading.model_folder import find_model
 from mlx_sora.loading.networks import load_transformer
@@ -21,6 +23,21 @@ from mlx_sora.request.options import FLOAT_FORMS, WIDTHS
 def distance(found: mx.array, expected: mx.array) -> float:
     """Norm of the difference over that of what is expected."""
     return float((mx.linalg.norm(found - expected) / mx.linalg.norm(expected)).item())
+
+
+def layer_errors(plain: nn.Module, quantized: nn.Module) -> dict[str, dict[str, float]]:
+    """Error of each kind of layer: mean and largest over the blocks."""
+    layers = dict(plain.named_modules())
+    found: dict[str, list[float]] = {}
+    for path, layer in quantized.named_modules():
+        if isinstance(layer, QuantizedLinear):
+            x = mx.random.normal((256, layers[path].weight.shape[1]), key=mx.random.key(0))
+            kind = re.sub(r"\.\d+\.", ".", path)
+            found.setdefault(kind, []).append(distance(layer(x), layers[path](x)))
+    return {
+        kind: {"mean": round(statistics.mean(errors), 5), "max": round(max(errors), 5)}
+        for kind, errors in found.items()
+    }
 
 
 def full_width() -> list[dict[str, Any]]:
