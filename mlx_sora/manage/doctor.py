@@ -366,7 +366,9 @@ def _conversion_command(provenance: Provenance, path: Path) -> str:
     words += ["--dtype", dtype] if dtype else []
     if gptq := provenance.conversion.get("gptq"):
         words += ["--gptq", "--steps", gptq["steps"]]
+        usual: tuple[str, ...] = ()
         with suppress(MlxSoraError):
-            if gptq["prompts"] != list(Gptq.suggested(ModelFolder.open(source).card)):
-                words += [f"--prompt={text}" for text in gptq["prompts"]]
+            usual = Gptq.suggested(ModelFolder.open(source).card)
+        if gptq["prompts"] != list(usual):
+            words += [f"--prompt={text}" for text in gptq["prompts"]]
     return f"python -m mlx_sora {shell_words(*words, '--check', '--overwrite')}"

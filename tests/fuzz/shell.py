@@ -8,6 +8,7 @@ import subprocess
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from mlx_sora.errors import NO_WORD
 
@@ -79,7 +80,8 @@ def type_advice(data: bytes, folder: Path) -> None:
     from mlx_sora.video.containers import jpeg_command
 
     def repair(source: str) -> str:
-        record = {"source": source, "dtype": None, "quantization": None}
+        record: dict[str, Any] = {"source": source, "dtype": None, "quantization": None}
+        record["gptq"] = {"prompts": [text], "steps": 3}
         Provenance(text, text, {}, record).write(folder)
         return repair_command(folder)
 
@@ -99,6 +101,7 @@ def type_advice(data: bytes, folder: Path) -> None:
     with suppress(OSError):  # no name of a folder
         source = folder.resolve() / f"y{text.replace('/', '_')}"
         source.mkdir(exist_ok=True)
-        words = ["convert", str(source), str(folder), "--check", "--overwrite"]
+        words = ["convert", str(source), str(folder), "--gptq", "--steps", "3"]
+        words += [f"--prompt={text}", "--check", "--overwrite"]
         typed.append((repair(str(source)), [["python", "-m", "mlx_sora", *words]]))
     check_typed(typed, folder)
