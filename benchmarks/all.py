@@ -114,7 +114,7 @@ TABLE: Mapping[str, Entry] = {
     ),
     "leaps": _measures("leaps", 20, MODEL),
     "pareto": _measures("pareto", 60, (*MODEL, *TABLES)),
-    "quantized": _measures("quantized", 40, MODEL, rows=True),
+    "quantized": _measures("quantized", 55, MODEL, rows=True),
     "reflection": _measures("reflection", 180, MODEL, rows=True),
     "samplers": _measures("samplers", 25, MODEL),
     "tdtm": Entry(
