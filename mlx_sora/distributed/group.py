@@ -16,9 +16,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from mlx_sora import errors
 from mlx_sora.distributed.launch import launch_backend
 from mlx_sora.errors import MlxSoraError, UsageError
+from mlx_sora.geometry import Size
 
 if TYPE_CHECKING:
     import mlx.core as mx
+    import numpy as np
 
     from mlx_sora.distributed.watchdog import Watchdog
 
@@ -130,6 +132,18 @@ class Ranks:
         own = mx.array(memoryview(data.ljust(longest, b"\0")))  # type: ignore[arg-type]
         gathered = to_numpy(self.all_gather(own)).tobytes()
         return [gathered[i * longest : i * longest + n] for i, n in enumerate(lengths)]
+
+    def all_gather_frames(self, frames: np.ndarray | None, size: Size) -> Iterator[np.ndarray]:
+        """Yield the frames uint8 [n, H, W, 3] of all ranks in order; None from a rank without."""
+        if self.size == 1:
+            if frames is not None:
+                yield frames
+            return
+        import numpy as np
+
+        for part in self.all_gather_bytes(b"" if frames is None else frames.tobytes()):
+            if part:
+                yield np.frombuffer(part, np.uint8).reshape(-1, size.height, size.width, 3)
 
     def all_gather_object(self, value: Any) -> list[Any]:
         """Return the plain JSON values of all ranks, by rank."""

@@ -129,13 +129,19 @@ class BlockSource(Generic[Block]):
         for entry in entries:
             info = self.tensors[entry.key]
             if info.dtype in FLOATS:
-                cast = FLOATS[info.dtype] != self._dtype(entry)
-                # 8-bit floats become bfloat16 first.
-                casts.append(info.nbytes * (cast + (2 if cast else 1) * (info.dtype == FP8)))
+                casts.append(self._cast_bytes(entry))
             elif info.nbytes > prod(info.shape) * mx.uint32.size:
                 # Quantized on load: read in full, and a copy of it may become float32.
                 quantized.append(3 * info.nbytes + QUANTIZED_SLICE_BYTES)
         return max(min(sum(casts), max(CAST_BYTES, *casts)), *quantized)
+
+    def _cast_bytes(self, entry: Entry) -> int:
+        """Return the bytes of the forms of a tensor of floats before its last."""
+        info = self.tensors[entry.key]
+        steps = (FLOATS[info.dtype] != self._dtype(entry)) + entry.parameter.transposed
+        if info.dtype == FP8:  # which becomes bfloat16 first
+            return info.nbytes * (1 + 2 * steps)
+        return info.nbytes * steps
 
     def _load_from_file(
         self, file: Path, entries: Sequence[Entry], stream: mx.Stream | None
@@ -146,14 +152,15 @@ class BlockSource(Generic[Block]):
         weights: dict[str, mx.array] = {}
         casting: deque[tuple[mx.array, int]] = deque()
         for entry in entries:
-            array = entry.parameter.convert(arrays.pop(entry.key))
+            array = entry.parameter.convert(arrays.pop(entry.key), stream)
             cast = array.astype(self._dtype(entry), stream=stream)
             weights[entry.parameter.path] = cast
-            if cast.dtype != array.dtype:
-                while casting and array.nbytes + sum(n for _, n in casting) > CAST_BYTES:
+            held = array.nbytes * ((cast.dtype != array.dtype) + entry.parameter.transposed)
+            if held:
+                while casting and held + sum(n for _, n in casting) > CAST_BYTES:
                     mx.eval(casting.popleft()[0])
                 mx.async_eval(cast)
-                casting.append((cast, array.nbytes))
+                casting.append((cast, held))
         mx.eval(weights)
         return weights
 

@@ -74,13 +74,18 @@ class Checkpoint:
             out |= self.reader(file, {name: self.tensors[name] for name in names})
         return out
 
-    def read_rows(self, key: str, rows: Sequence[int]) -> mx.array:
-        """Return rows of the 2-D tensor `key`, [len(rows), columns]. Reads nothing else."""
+    def read_rows(
+        self, key: str, rows: Sequence[int], types: Sequence[str] = tuple(FLOATS)
+    ) -> mx.array:
+        """Return rows of the 2-D tensor `key`, [len(rows), columns]. Reads nothing else.
+
+        types: type codes that the tensor may have.
+        """
         info = self.tensors.get(key)
         if info is None:
             raise WeightsError(f"{self.path} has no tensor {key}.", FIX)
-        if info.dtype not in FLOATS:
-            raise _type_error(key, info, list(FLOATS))
+        if info.dtype not in types:
+            raise _type_error(key, info, types)
         if len(info.shape) != 2:
             raise WeightsError(f"{info.file}: {key} is {list(info.shape)}, not a table.", FIX)
         outside = [row for row in rows if not 0 <= row < info.shape[0]]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 
 import mlx.core as mx
 from mlx import nn
@@ -18,10 +17,13 @@ from mlx_sora.loading.blocks import BlockSource, split_blocks
 from mlx_sora.loading.checkpoint import Checkpoint, Entry, load_weights, match_keys
 from mlx_sora.loading.model_folder import ModelFolder
 from mlx_sora.loading.quantization import (
+    EMBEDDING,
     NetworkQuantization,
+    TokenTable,
     insert_quantized_layers,
     quantizable_linears,
     quantize_on_load,
+    table_form,
 )
 from mlx_sora.models import stdit3, t5, vae
 from mlx_sora.models.key_map import KeyMap
@@ -37,16 +39,16 @@ def load_text_encoder(model: ModelFolder, dtype: mx.Dtype) -> tuple[t5.T5Encoder
 
     The table of T5-XXL is 0.5 GB in float32, of which a prompt needs a few hundred kB.
     """
-    network, checkpoint = _text_encoder(model)
-    load_weights(network, checkpoint, t5.KEYS, dtype=dtype, skip_keys=[t5.EMBEDDING_KEY])
-    return network, partial(checkpoint.read_rows, t5.EMBEDDING_KEY)
+    network, checkpoint, table = _text_encoder(model)
+    load_weights(network, checkpoint, t5.KEYS, dtype=dtype, skip_keys=table.keys)
+    return network, table
 
 
 def stream_text_encoder(
     model: ModelFolder, dtype: mx.Dtype
 ) -> tuple[t5.T5Encoder, ReadRows, BlockSource[t5.T5Block]]:
     """Load T5 as `load_text_encoder` does, with a source of its blocks."""
-    network, checkpoint = _text_encoder(model)
+    network, checkpoint, table = _text_encoder(model)
     source = split_blocks(
         "text encoder",
         network,
@@ -54,26 +56,22 @@ def stream_text_encoder(
         checkpoint,
         t5.KEYS,
         dtype=dtype,
-        skip_keys=[t5.EMBEDDING_KEY],
+        skip_keys=table.keys,
     )
-    return network, partial(checkpoint.read_rows, t5.EMBEDDING_KEY), source
+    return network, table, source
 
 
-def _text_encoder(model: ModelFolder) -> tuple[t5.T5Encoder, Checkpoint]:
-    """Return T5 without weights and embedding table, and its checkpoint."""
+def _text_encoder(model: ModelFolder) -> tuple[t5.T5Encoder, Checkpoint, TokenTable]:
+    """Return T5 without weights and table of tokens, its checkpoint, and the table."""
     values = model.config("text_encoder")
     with _config_errors("text_encoder"):
         network = t5.T5Encoder(t5.T5Config.from_dict(values), embedding=False)
     checkpoint = model.checkpoint("text_encoder")
-    table = checkpoint.tensors.get(t5.EMBEDDING_KEY)
-    expected = (network.config.vocab_size, network.config.d_model)
-    if table is None or table.shape != expected:
-        found = "missing" if table is None else f"of shape {list(table.shape)}"
-        raise WeightsError(
-            f"{checkpoint.path}: {t5.EMBEDDING_KEY} is {found}, expected {list(expected)}.",
-            "The file and its config.json do not belong together.",
-        )
-    return network, _quantize_network(model, "text_encoder", network, checkpoint)
+    stored, channels = NetworkQuantization.from_config(values), network.config.d_model
+    rounding = dict(model.quantization).get("text_encoder") if stored is None else None
+    table = TokenTable(checkpoint, *(table_form(q, channels) for q in (stored, rounding)))
+    table.check(network.config.vocab_size, channels)
+    return network, _quantize_network(model, "text_encoder", network, checkpoint), table
 
 
 def load_transformer(model: ModelFolder, dtype: mx.Dtype) -> stdit3.STDiT3:
@@ -136,10 +134,31 @@ def load_vae(
     model: ModelFolder, parts: Sequence[str] = ("decoder",), dtype: mx.Dtype = mx.float32
 ) -> VideoVAE:
     """Load the encoder, the decoder or both of the VAE. Its scale and shift stay float32."""
-    with _config_errors("vae"):
-        network = VideoVAE(VAEConfig.from_dict(model.config("vae")), parts, dtype)
+    network = _vae(model, parts, dtype)
     load_weights(network, model.checkpoint("vae"), key_map(parts), dtype=dtype)
     return network
+
+
+def stream_decoder(
+    model: ModelFolder, dtype: mx.Dtype = mx.float32
+) -> tuple[VideoVAE, BlockSource[nn.Module]]:
+    """Load the VAE's decoder, with a source of the layers of its temporal network."""
+    network, path = _vae(model, ("decoder",), dtype), "temporal_vae.decoder"
+    layers = network.temporal_vae.decoder.layers()
+    source = split_blocks(
+        "VAE",
+        network,
+        {(f"{path}.{name}.",): layer for name, layer in layers.items()},
+        model.checkpoint("vae"),
+        key_map(("decoder",)),
+        dtype=dtype,
+    )
+    return network, source
+
+
+def _vae(model: ModelFolder, parts: Sequence[str], dtype: mx.Dtype) -> VideoVAE:
+    with _config_errors("vae"):
+        return VideoVAE(VAEConfig.from_dict(model.config("vae")), parts, dtype)
 
 
 @contextmanager
@@ -166,9 +185,17 @@ def match_part(model: ModelFolder, part: str, checkpoint: Checkpoint) -> list[En
 def quantizable_layers(
     model: ModelFolder, part: str, quantization: NetworkQuantization
 ) -> dict[str, Quantization]:
-    """Return the forms of the layers of `part` to quantize, by path. Reads config.json only."""
-    layers = quantizable_linears(empty_network(model, part)[0], quantization)
-    return {path: form for path, (_, form) in layers.items()}
+    """Return the forms of the layers of `part` to quantize, by path. Reads config.json only.
+
+    T5's table of tokens is among them.
+    """
+    network, _ = empty_network(model, part)
+    layers = quantizable_linears(network, quantization)
+    forms = {path: form for path, (_, form) in layers.items()}
+    if isinstance(network, t5.T5Encoder):
+        table = table_form(quantization, network.config.d_model)
+        forms |= {} if table is None else {EMBEDDING: table}
+    return forms
 
 
 def empty_network(model: ModelFolder, part: str) -> tuple[nn.Module, KeyMap]:

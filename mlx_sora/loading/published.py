@@ -24,7 +24,7 @@ from mlx_sora.loading.model_folder import (
     model_path,
 )
 from mlx_sora.loading.networks import empty_network
-from mlx_sora.loading.quantization import CONFIG_KEY, named_form
+from mlx_sora.loading.quantization import CONFIG_KEY, named_quantization_of
 from mlx_sora.loading.safetensors import FLOATS, PACKED, TensorInfo
 from mlx_sora.memory.plan import FLOAT32_SIZE
 
@@ -58,7 +58,7 @@ class PublishedModel(ModelFolder):
         """Return what a config.json has to say: sizes are the defaults of this package."""
         if self.stored_bits is None or part == "vae":
             return {}
-        return {CONFIG_KEY: named_form(self.stored_bits).to_dict()}
+        return {CONFIG_KEY: named_quantization_of(part, self.stored_bits).to_dict()}
 
     def checkpoint(self, part: str) -> Checkpoint:
         """Return the tensors of a part under the names of the parameters. All are zeros."""

@@ -1,9 +1,10 @@
 """Quantization of the linear layers of a network.
 
-Only the linear layers in the blocks of T5 and STDiT are quantized. Embedders, norms, time
-modulation, final layer, scale-shift tables and the VAE keep their values. config.json records it as
-in other MLX models: {"quantization": {"bits": 8, "group_size": 64}}, with the mode if it is not
-affine, and the layers of another form under their paths. "rotation" is this package's own key.
+The linear layers in the blocks of T5 and STDiT are quantized, and T5's table of tokens. Embedders,
+norms, time modulation, final layer, scale-shift tables and the VAE keep their values. config.json
+records it as in other MLX models: {"quantization": {"bits": 8, "group_size": 64}}, with the mode if
+it is not affine, and the layers of another form under their paths. The table is quantized only if
+it is among those. "rotation" is this package's own key.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -24,9 +25,26 @@ from mlx.utils import tree_unflatten
 
 from mlx_sora.errors import UsageError, WeightsError
 from mlx_sora.loading.checkpoint import Checkpoint
-from mlx_sora.loading.safetensors import PACKED, SCALES, Reader, TensorInfo, load_tensors
+from mlx_sora.loading.safetensors import (
+    CODES,
+    FLOATS,
+    PACKED,
+    SCALES,
+    Reader,
+    TensorInfo,
+    load_tensors,
+)
 from mlx_sora.models.config import FIX
-from mlx_sora.models.quantized import AFFINE, FLOAT_MODES, WORD_BITS, Quantization, QuantizedLinear
+from mlx_sora.models.quantized import (
+    AFFINE,
+    FLOAT_MODES,
+    WORD_BITS,
+    Quantization,
+    QuantizedEmbedding,
+    QuantizedLinear,
+)
+from mlx_sora.models.t5 import EMBEDDING_KEY
+from mlx_sora.request.options import WIDTHS
 
 #: Key of the settings in config.json.
 CONFIG_KEY = "quantization"
@@ -41,6 +59,10 @@ ROTATION, ROTATED = 128, (3, 4, 5, 6)
 #: Affine widths, sizes of groups and of Hadamard blocks that a config.json may have.
 _BITS, _GROUPS, _ROTATIONS = (2, 3, 4, 5, 6, 8), (32, 64, 128), (0, 64, 128)
 
+#: Path of T5's table of tokens, and the fewest bits that it gets: 3 % of the weights, and all that
+#: T5 sees of a prompt.
+EMBEDDING, EMBEDDING_BITS = EMBEDDING_KEY.removesuffix(".weight"), 5
+
 #: Prefix of the parameter paths of a block, with the number of the block.
 BLOCK_PATH = re.compile(r"(?:encoder\.block|spatial_blocks|temporal_blocks)\.(\d+)\.")
 
@@ -50,6 +72,19 @@ def named_form(name: int | str) -> Quantization:
     if isinstance(name, int):
         return Quantization(name, GROUP_SIZE, rotation=ROTATION if name in ROTATED else 0)
     return Quantization(*FLOAT_MODES[name], mode=name)
+
+
+def embedding_form(name: int | str) -> Quantization:
+    """Return the form of T5's table of tokens beside layers of `named_form(name)`: wider by one."""
+    bits = named_form(name).bits
+    wider = (n for n in WIDTHS if n > bits and n >= EMBEDDING_BITS)
+    return named_form(next(wider, WIDTHS[-1]))
+
+
+def named_quantization_of(part: str, name: int | str) -> NetworkQuantization:
+    """Return the quantization of the network `part` to the form of that name."""
+    tables = ((EMBEDDING, embedding_form(name)),) if part == "text_encoder" else ()
+    return NetworkQuantization(named_form(name), tables)
 
 
 @dataclass(frozen=True)
@@ -89,9 +124,13 @@ class NetworkQuantization:
 
     @property
     def forms(self) -> tuple[Quantization, ...]:
-        """All forms, each once."""
+        """All forms of linear layers, each once."""
         own = () if self.default is None else (self.default,)
-        return tuple(dict.fromkeys((*own, *(form for _, form in self.layers))))
+        return tuple(dict.fromkeys((*own, *(form for _, form in self._linears))))
+
+    @property
+    def _linears(self) -> tuple[tuple[str, Quantization], ...]:
+        return tuple((path, form) for path, form in self.layers if path != EMBEDDING)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the value for config.json."""
@@ -103,7 +142,7 @@ class NetworkQuantization:
 
         With the latter comes a hash of all layers and their forms.
         """
-        if not self.layers:
+        if not self._linears:
             return self.to_dict()
         text = json.dumps(self.to_dict(), sort_keys=True)
         layers = Counter(str(form) for _, form in self.layers)
@@ -111,6 +150,12 @@ class NetworkQuantization:
 
     def __str__(self) -> str:
         return ", or ".join(map(str, self.forms))
+
+
+def table_form(quantization: NetworkQuantization | None, channels: int) -> Quantization | None:
+    """Return the form of T5's table of `channels` per token, None if it is not quantized."""
+    form = None if quantization is None else dict(quantization.layers).get(EMBEDDING)
+    return form if form is not None and form.fits(channels) else None
 
 
 def _read_form(values: Mapping[str, Any]) -> Quantization:
@@ -147,11 +192,16 @@ def insert_quantized_layers(network: nn.Module, quantization: NetworkQuantizatio
     """Replace layers of a `network` without weights by quantized layers."""
     if quantization is None:
         return
-    layers = []
+    layers: list[tuple[str, nn.Module]] = []
     for path, (layer, form) in quantizable_linears(network, quantization).items():
         outputs, inputs = layer.weight.shape
         new = QuantizedLinear(inputs, outputs, bias="bias" in layer, **form.to_dict())
         layers.append((path, new))
+    if EMBEDDING in network:
+        count, channels = network[EMBEDDING].weight.shape
+        table = table_form(quantization, channels)
+        if table is not None:
+            layers.append((EMBEDDING, QuantizedEmbedding(count, channels, **table.to_dict())))
     network.update_modules(tree_unflatten(layers))
 
 
@@ -195,8 +245,9 @@ def count_parameters(checkpoint: Checkpoint, quantization: NetworkQuantization |
 
 
 def average_bits(checkpoint: Checkpoint, quantization: NetworkQuantization) -> float:
-    """Return the bits per quantized weight of a checkpoint, without scales and biases."""
-    found = list(packed_weights(checkpoint, quantization))
+    """Return the bits per quantized weight of linear layers, without scales and biases."""
+    tensors = {key: info for key, info in checkpoint.tensors.items() if key != EMBEDDING_KEY}
+    found = list(packed_weights(replace(checkpoint, tensors=tensors), quantization))
     return sum(form.bits * n for form, n in found) / max(1, sum(n for _, n in found))
 
 
@@ -255,6 +306,47 @@ def quantize_on_load(
         for name, shape in zip(names, floats, strict=True):  # their bytes count with the weight
             tensors[name] = replace(info, dtype=kind, shape=shape, nbytes=0)
     return replace(checkpoint, tensors=tensors, reader=QuantizingReader(dense, checkpoint.reader))
+
+
+@dataclass(frozen=True)
+class TokenTable:
+    """T5's table of tokens in a checkpoint, of which only rows are read.
+
+    form: of quantized rows in the file, None for floats. rounding: form to round those to.
+    """
+
+    checkpoint: Checkpoint
+    form: Quantization | None = None
+    rounding: Quantization | None = None
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Names of its tensors in the file."""
+        return (EMBEDDING_KEY,) if self.form is None else packed_names(EMBEDDING_KEY, self.form)
+
+    def check(self, count: int, channels: int) -> None:
+        """Raise WeightsError unless the file has a table of this size."""
+        shapes: dict[str, tuple[int, ...]] = {"weight": (count, channels)}
+        if self.form is not None:
+            shapes = self.form.packed_shapes((count, channels))
+        for key, expected in zip(self.keys, shapes.values(), strict=True):
+            info = self.checkpoint.tensors.get(key)
+            if info is None or info.shape != expected:
+                found = "missing" if info is None else f"of shape {list(info.shape)}"
+                raise WeightsError(
+                    f"{self.checkpoint.path}: {key} is {found}, expected {list(expected)}.",
+                    "The file and its config.json do not belong together.",
+                )
+
+    def __call__(self, ids: Sequence[int]) -> mx.array:
+        """Return the rows of `ids`, [n, channels]."""
+        if self.form is None:
+            rows = self.checkpoint.read_rows(EMBEDDING_KEY, ids)
+            form = self.rounding
+            return rows if form is None else form.restore(form.quantize(rows, mx.float32))
+        types = (*CODES, *FLOATS)
+        rows_of = (self.checkpoint.read_rows(key, ids, types) for key in self.keys)
+        return self.form.restore(dict(zip(self.form.parameters, rows_of, strict=True)))
 
 
 def packed_names(key: str, form: Quantization) -> tuple[str, ...]:

@@ -21,7 +21,13 @@ import mlx.core as mx
 from mlx_sora.errors import UsageError, shell_words
 from mlx_sora.loading.model_folder import PARTS, ModelFolder, model_argument
 from mlx_sora.loading.networks import quantizable_layers
-from mlx_sora.loading.quantization import NetworkQuantization, named_form
+from mlx_sora.loading.quantization import (
+    EMBEDDING,
+    NetworkQuantization,
+    embedding_form,
+    named_form,
+    named_quantization_of,
+)
 from mlx_sora.loading.safetensors import FLOATS, read_rows
 from mlx_sora.request.options import MIXED, NETWORKS, WIDTHS, forms_by_part
 from mlx_sora.utils.files import atomic_write, explain_os_errors
@@ -103,6 +109,7 @@ def weights_hash(model: ModelFolder) -> str:
 def mixed_quantization(model: ModelFolder, bits: float) -> dict[str, NetworkQuantization]:
     """Return widths of all layers, `bits` on average over the weights, with the least error.
 
+    T5's table of tokens is not measured, and has a width of its own.
     Raises UsageError without the model's sensitivities.
     """
     errors = read_sensitivities(model).layers
@@ -115,9 +122,11 @@ def mixed_quantization(model: ModelFolder, bits: float) -> dict[str, NetworkQuan
     sizes = {layer: math.prod(shape) for layer, shape in shapes.items()}
     curves = {layer: {int(b): e for b, e in errors[layer[0]][layer[1]].items()} for layer in sizes}
     widths = dict(spend(sizes, curves, int(bits * sum(sizes.values()))))
+    table = ("text_encoder", EMBEDDING), embedding_form(next(n for n in WIDTHS if n >= bits))
+    forms = [(layer, named_form(width)) for layer, width in widths.items()]
     return {
         part: NetworkQuantization(
-            None, tuple((path, named_form(n)) for (own, path), n in widths.items() if own == part)
+            None, tuple((path, form) for (own, path), form in (*forms, table) if own == part)
         )
         for part in errors
     }
@@ -163,9 +172,7 @@ def named_quantization(model: ModelFolder, value: int | str) -> dict[str, Networ
     """
     if str(value).startswith(MIXED):
         return mixed_quantization(model, float(str(value).removeprefix(MIXED)))
-    return {
-        part: NetworkQuantization(named_form(form)) for part, form in forms_by_part(value).items()
-    }
+    return {part: named_quantization_of(part, form) for part, form in forms_by_part(value).items()}
 
 
 def choose_quantization(model: ModelFolder, value: int | str | None) -> ModelFolder:

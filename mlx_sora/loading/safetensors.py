@@ -205,7 +205,7 @@ def read_rows(info: TensorInfo, rows: Sequence[int]) -> mx.array:
     """Return `rows` of a 2-D tensor, [len(rows), columns]. Reads nothing else."""
     import numpy as np
 
-    dtype = mx.uint8 if info.dtype == FP8 else FLOATS[info.dtype]
+    dtype = mx.uint8 if info.dtype == FP8 else (FLOATS | CODES)[info.dtype]
     stride = info.shape[1] * dtype.size
     out = bytearray()
     try:

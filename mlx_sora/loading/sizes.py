@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-from math import prod
+from dataclasses import replace
 from typing import Any
-
-import mlx.core as mx
-from mlx import nn
-from mlx.utils import tree_flatten
 
 from mlx_sora.errors import WeightsError
 from mlx_sora.geometry import FRAMES_PER_CELL, MICRO_FRAME_SIZE
 from mlx_sora.loading.blocks import BlockSource
 from mlx_sora.loading.checkpoint import match_keys
 from mlx_sora.loading.model_folder import ModelFolder
-from mlx_sora.loading.networks import stream_text_encoder, stream_transformer
+from mlx_sora.loading.networks import stream_decoder, stream_text_encoder, stream_transformer
 from mlx_sora.loading.published import PublishedModel
 from mlx_sora.loading.quantization import dense_bytes
-from mlx_sora.memory.plan import FLOAT32_SIZE, ModelSizes, VAESizes, WeightSizes
+from mlx_sora.memory.estimate import vae_sizes
+from mlx_sora.memory.plan import ModelSizes, VAESizes, WeightSizes
 from mlx_sora.models.config import FIX
 from mlx_sora.models.precision import Precision
 from mlx_sora.models.stdit3 import STDiT3Config
@@ -69,12 +66,18 @@ def check_parts(text: T5Config, transformer: STDiT3Config, vae: VAEConfig) -> No
 
 def _vae_sizes(model: ModelFolder, config: VAEConfig, part: str) -> VAESizes:
     vae = VideoVAE(config, (part,))
-    disk = _float32_bytes(vae)
-    if not isinstance(model, PublishedModel):
-        checkpoint = model.checkpoint("vae")
-        entries = match_keys(vae, checkpoint, key_map((part,)))
-        disk = sum(checkpoint.tensors[entry.key].nbytes for entry in entries)
-    return VAESizes(_float32_bytes(vae.temporal_vae), _float32_bytes(vae.spatial_vae), disk)
+    sizes = vae_sizes(vae)
+    if isinstance(model, PublishedModel):
+        return sizes
+    checkpoint = model.checkpoint("vae")
+    entries = match_keys(vae, checkpoint, key_map((part,)))
+    disk = sum(checkpoint.tensors[entry.key].nbytes for entry in entries)
+    layers = sizes.layers
+    if layers is not None:
+        _, source = stream_decoder(model)
+        peak, stored = source.load_peak_bytes, sum(source.disk_bytes)
+        layers = replace(layers, load_peak_bytes=peak, stored_blocks=stored)
+    return replace(sizes, stored=disk, layers=layers)
 
 
 def _weight_sizes(source: BlockSource[Any], rows: int | None = None) -> WeightSizes:
@@ -88,8 +91,3 @@ def _weight_sizes(source: BlockSource[Any], rows: int | None = None) -> WeightSi
         stored_rest=source.stored_bytes(source.non_block_entries),
         largest_dequantized=max(dense.values(), default=0),
     )
-
-
-def _float32_bytes(network: nn.Module) -> int:
-    leaves: list[tuple[str, mx.array]] = tree_flatten(network.parameters())  # type: ignore[assignment]
-    return sum(prod(value.shape) for _, value in leaves) * FLOAT32_SIZE

@@ -293,7 +293,9 @@ def _conversion_record(
     origins = sorted((p, o.repo, o.revision) for p, o in source.files.items()) if source else []
     fingerprint = hashlib.sha256(json.dumps([stats, origins]).encode()).hexdigest()
     quantize = options.quantize
-    return {
+    # An interrupted conversion of an older version, which left the table as it is, begins anew.
+    tables = {} if quantize is None else {"token_table": "quantized"}
+    return tables | {
         "source": str(model.path.resolve()),
         "fingerprint": fingerprint,
         "written_by": f"mlx_sora {__version__}",

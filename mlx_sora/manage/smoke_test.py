@@ -13,7 +13,13 @@ from mlx_sora.errors import MlxSoraError
 from mlx_sora.loading.checkpoint import Checkpoint, load_weights
 from mlx_sora.loading.model_folder import ModelFolder
 from mlx_sora.loading.networks import load_vae
-from mlx_sora.loading.quantization import BLOCK_PATH, NetworkQuantization, insert_quantized_layers
+from mlx_sora.loading.quantization import (
+    BLOCK_PATH,
+    NetworkQuantization,
+    TokenTable,
+    insert_quantized_layers,
+    table_form,
+)
 from mlx_sora.memory.limits import memory_scope
 from mlx_sora.models import stdit3, t5
 
@@ -35,10 +41,11 @@ def run_text_encoder(model: ModelFolder) -> None:
     checkpoint = keep_first_block(Checkpoint.open(model.text_encoder))
     with memory_scope():
         network = t5.T5Encoder(config, embedding=False)
-        insert_quantized_layers(network, NetworkQuantization.from_config(values))
-        load_weights(network, checkpoint, t5.KEYS, dtype=mx.float32, skip_keys=[t5.EMBEDDING_KEY])
-        ids = range(min(8, config.vocab_size))
-        embeddings = checkpoint.read_rows(t5.EMBEDDING_KEY, ids).astype(mx.float32)
+        quantization = NetworkQuantization.from_config(values)
+        insert_quantized_layers(network, quantization)
+        table = TokenTable(checkpoint, table_form(quantization, config.d_model))
+        load_weights(network, checkpoint, t5.KEYS, dtype=mx.float32, skip_keys=table.keys)
+        embeddings = table(range(min(8, config.vocab_size))).astype(mx.float32)
         _check_output("text states", network(embeddings[None]))
 
 

@@ -24,8 +24,9 @@ from mlx_sora.memory.plan import (
 )
 from mlx_sora.memory.planner import make_plan
 from mlx_sora.memory.profiles import PROFILES
-from mlx_sora.memory.requirements import BlockStageMemory, StageMemory, stage_requirements
+from mlx_sora.memory.requirements import stage_requirements
 from mlx_sora.memory.speeds import MachineSpeeds
+from mlx_sora.memory.stages import BlockStageMemory, StageMemory
 from mlx_sora.models.precision import Precision, dtype_name
 from mlx_sora.models.stdit3 import STDiT3, STDiT3Config
 from mlx_sora.models.t5 import T5Config, T5Encoder
@@ -225,12 +226,21 @@ def published_sizes(itemsize: int) -> ModelSizes:
         vae=vae,
         text_weights=_weights(encoder, [_count(b) for b in encoder.encoder.block], itemsize),
         transformer_weights=_weights(denoiser, [_count(a) + _count(b) for a, b in pairs], itemsize),
-        vae_decoder=VAESizes(
-            temporal=FLOAT32_SIZE * _count(decoder.temporal_vae),
-            spatial=FLOAT32_SIZE * _count(decoder.spatial_vae),
-            stored=FLOAT32_SIZE * _count(decoder),
-        ),
+        vae_decoder=vae_sizes(decoder),
     )
+
+
+def vae_sizes(vae: VideoVAE) -> VAESizes:
+    """Return the sizes of the networks of `vae`, as if they were stored in float32."""
+    temporal, layers = vae.temporal_vae, None
+    if "decoder" in temporal:
+        blocks = [_count(layer) for layer in temporal.decoder.layers().values()]
+        kernel = FLOAT32_SIZE * max(map(prod, _shapes(temporal.decoder)))
+        layers = _weights(temporal, blocks, FLOAT32_SIZE)
+        # Kernels are transposed when they are read.
+        layers = replace(layers, load_peak_bytes=max(layers.blocks) + kernel)
+    spatial, stored = (FLOAT32_SIZE * _count(network) for network in (vae.spatial_vae, vae))
+    return VAESizes(FLOAT32_SIZE * _count(temporal), spatial, stored, layers)
 
 
 def _weights(network: nn.Module, blocks: list[int], itemsize: int) -> WeightSizes:
@@ -242,5 +252,9 @@ def _weights(network: nn.Module, blocks: list[int], itemsize: int) -> WeightSize
 
 
 def _count(network: nn.Module) -> int:
+    return sum(map(prod, _shapes(network)))
+
+
+def _shapes(network: nn.Module) -> list[tuple[int, ...]]:
     leaves: list[tuple[str, mx.array]] = tree_flatten(network.parameters())  # type: ignore[assignment]
-    return sum(prod(value.shape) for _, value in leaves)
+    return [value.shape for _, value in leaves]

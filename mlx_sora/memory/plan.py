@@ -94,16 +94,31 @@ class WeightSizes:
 
 @dataclass(frozen=True)
 class VAESizes:
-    """Bytes of a VAE's temporal and spatial encoders or decoders in float32; stored: on disk."""
+    """Bytes of a VAE's temporal and spatial encoders or decoders in float32; stored: on disk.
+
+    layers: of the temporal decoder, as blocks that can be streamed; None without any.
+    """
 
     temporal: int
     spatial: int
     stored: int
+    layers: WeightSizes | None = None
 
     def with_itemsize(self, itemsize: int) -> VAESizes:
-        """Return the sizes with `itemsize` bytes per weight in memory."""
-        temporal, spatial = (n * itemsize // FLOAT32_SIZE for n in (self.temporal, self.spatial))
-        return replace(self, temporal=temporal, spatial=spatial)
+        """Return the sizes with `itemsize` bytes per weight in memory.
+
+        Loading a layer takes no more than in float32.
+        """
+
+        def scale(count: int) -> int:
+            return count * itemsize // FLOAT32_SIZE
+
+        layers = self.layers
+        if layers is not None:
+            blocks = tuple(map(scale, layers.blocks))
+            layers = replace(layers, blocks=blocks, rest=scale(layers.rest))
+        temporal, spatial = scale(self.temporal), scale(self.spatial)
+        return replace(self, temporal=temporal, spatial=spatial, layers=layers)
 
 
 @dataclass(frozen=True)
@@ -284,6 +299,7 @@ class Machine:
 class StagePlan:
     """Plan of one stage.
 
+    Blocks are those of a network, or layers of the temporal decoder; none if it is not streamed.
     peak: bytes of the process. read: bytes from disk.
     throttled: MLX's scheduler may not allocate ahead, which needs less memory.
     resident: blocks, of `blocks`, that stay in memory.

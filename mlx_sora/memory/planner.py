@@ -21,7 +21,8 @@ from mlx_sora.memory.limits import (
 )
 from mlx_sora.memory.plan import HALF_SIZE, Machine, ModelSizes, Plan, StagePlan, Workload
 from mlx_sora.memory.profiles import format_bytes
-from mlx_sora.memory.requirements import StageMemory, stage_requirements
+from mlx_sora.memory.requirements import stage_requirements
+from mlx_sora.memory.stages import StageMemory
 
 
 class LargeArrayError(MemoryBudgetError):

@@ -1,212 +1,26 @@
-"""Memory that each stage requires, and the best plan for it within a budget.
-
-All sizes are in bytes; peaks are those of the whole process.
-"""
+"""Memory that each stage of a workload requires, in bytes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 
 from mlx_sora.memory import activations, flops
 from mlx_sora.memory.activations import ExecutionMode
 from mlx_sora.memory.flops import Grid
-from mlx_sora.memory.limits import cache_limit, least_cache
 from mlx_sora.memory.plan import (
     FLOAT32_SIZE,
     Machine,
     MediaWorkload,
     ModelSizes,
-    StagePlan,
     StepVariant,
-    VAESizes,
-    WeightSizes,
     Workload,
 )
-from mlx_sora.memory.residency import ResidencyPlan, choose_resident
+from mlx_sora.memory.stages import BlockStageMemory, StageMemory, VaeStageMemory
 from mlx_sora.models.stdit3 import STDiT3Config
 from mlx_sora.models.vae import VAEConfig, chunk_plan
 from mlx_sora.models.vae_tiling import tiling_cost
-
-
-@dataclass(frozen=True)
-class BlockStageMemory:
-    """Memory of a stage that runs a stack of blocks: text encoding or denoising.
-
-    outside: memory outside MLX.
-    fixed: MLX's, but for blocks, activations and cache.
-    passes: passes through the blocks.
-    reserve: part of the peak that the first pass does not show.
-    largest_array: bytes of the largest activation.
-    """
-
-    stage: str
-    outside: int
-    fixed: int
-    activations: int
-    weights: WeightSizes
-    passes: int
-    flops: int
-    mode: ExecutionMode
-    reserve: int = 0
-    largest_array: int = 0
-
-    @property
-    def minimum(self) -> int:
-        """Bytes with one block in memory at a time."""
-        least = self._used + least_cache(self.activations, gpu=self.mode.gpu)
-        return least + self.weights.load_peak_bytes
-
-    @property
-    def comfortable(self) -> int:
-        """Bytes from which the next block can be prefetched."""
-        return self.minimum + max(self.weights.blocks)
-
-    @property
-    def _used(self) -> int:
-        """Bytes without blocks and cache."""
-        return self.outside + self.fixed + self.activations
-
-    def plan_within(self, budget: int, machine: Machine, streamed: bool) -> StagePlan:
-        """Plan the stage within `budget` bytes; blocks and cache share what is spare.
-
-        streamed: no block is resident, even if it fits.
-        """
-        weights = self.weights
-        available = budget - self._used
-        spare = available - max(weights.blocks) - weights.load_peak_bytes
-        cache = cache_limit(spare, self.activations, machine.cache_limit, gpu=self.mode.gpu)
-        residency = choose_resident(available - cache, weights.blocks, weights.load_peak_bytes)
-        if streamed or self.passes == 1:  # of one pass, no block would be used again
-            residency = replace(residency, resident=0)
-        return self._plan(residency, cache)
-
-    def plan_unbounded(self, machine: Machine, streamed: bool) -> StagePlan:
-        """Plan the stage without a budget."""
-        resident = 0 if streamed else len(self.weights.blocks)
-        cache = min(machine.cache_limit, self.activations)
-        return self._plan(ResidencyPlan(resident, prefetch=streamed), cache)
-
-    def _plan(self, residency: ResidencyPlan, cache: int) -> StagePlan:
-        weights, size, count = self.weights, max(self.weights.blocks), len(self.weights.blocks)
-        blocks = residency.resident * size
-        if residency.resident < count:
-            blocks += weights.load_peak_bytes + (size if residency.prefetch else 0)
-        streamed_again = weights.stored_blocks * (count - residency.resident) // count
-        mlx = self.fixed + blocks + self.activations
-        return StagePlan(
-            stage=self.stage,
-            peak=self.outside + mlx + cache,
-            read=weights.stored + (self.passes - 1) * streamed_again,
-            flops=self.flops,
-            cache_limit=cache,
-            memory_limit=_memory_limit(mlx, self.activations, cache, self.mode),
-            throttled=self.mode.throttled,
-            blocks=count,
-            resident=residency.resident,
-            prefetch=residency.prefetch and residency.resident < count,
-            reserve=self.reserve,
-        )
-
-
-@dataclass(frozen=True)
-class VaeStageMemory:
-    """Memory of decoding, or of encoding media (stage read).
-
-    outside: memory outside MLX.
-    spatial_activations: by frames per pass of the spatial VAE.
-    queued_latents: latents of all chunks, which wait while the temporal decoder is offloaded.
-    largest_array: bytes of the largest activation with one frame per pass.
-    """
-
-    stage: str
-    outside: int
-    weights: VAESizes
-    temporal_activations: int
-    spatial_activations: Mapping[int, int]
-    flops: int
-    mode: ExecutionMode
-    queued_latents: int = 0
-    largest_array: int = 0
-
-    @property
-    def minimum(self) -> int:
-        """Bytes with one frame per pass."""
-        frames = min(self.spatial_activations)
-        least = least_cache(self._activations(frames), gpu=self.mode.gpu)
-        return self.outside + least + self._offloaded(frames)
-
-    @property
-    def comfortable(self) -> int:
-        """The minimum: more frames per pass are not faster."""
-        return self.minimum
-
-    def plan_within(self, budget: int, machine: Machine, streamed: bool) -> StagePlan:
-        """Plan the stage within `budget` bytes, with as many frames per pass as fit.
-
-        Of the two networks one is in memory at a time, streamed or not.
-        """
-        available = budget - self.outside
-        frames = max(
-            n
-            for n in self.spatial_activations
-            if n == 1
-            or self._offloaded(n) + least_cache(self._activations(n), gpu=self.mode.gpu)
-            <= available
-        )
-        used = self._offloaded(frames)
-        cache = cache_limit(
-            available - used, self._activations(frames), machine.cache_limit, gpu=self.mode.gpu
-        )
-        return self._plan(frames, used, cache, sequential_offload=True)
-
-    def plan_unbounded(self, machine: Machine, streamed: bool) -> StagePlan:
-        """Plan the stage without a budget; the networks are offloaded if `streamed`."""
-        frames = max(self.spatial_activations)
-        activations = self._activations(frames)
-        used = self.weights.temporal + self.weights.spatial + activations
-        if streamed:
-            used = self._offloaded(frames)
-        cache = min(machine.cache_limit, activations)
-        return self._plan(frames, used, cache, sequential_offload=streamed)
-
-    def _activations(self, frames: int) -> int:
-        """Bytes of the activations of the larger network."""
-        return max(self.temporal_activations, self.spatial_activations[frames])
-
-    def _offloaded(self, frames: int) -> int:
-        """Bytes of MLX with one of the two networks in memory at a time."""
-        return self.queued_latents + max(
-            self.weights.temporal + self.temporal_activations,
-            self.weights.spatial + self.spatial_activations[frames],
-        )
-
-    def _plan(self, frames: int, used: int, cache: int, *, sequential_offload: bool) -> StagePlan:
-        activations = min(self.temporal_activations, self.spatial_activations[frames])
-        return StagePlan(
-            stage=self.stage,
-            peak=self.outside + used + cache,
-            read=self.weights.stored,
-            flops=self.flops,
-            cache_limit=cache,
-            memory_limit=_memory_limit(used, activations, cache, self.mode),
-            throttled=self.mode.throttled,
-            micro_batch=frames,
-            sequential_offload=sequential_offload,
-        )
-
-
-def _memory_limit(used: int, activations: int, cache: int, mode: ExecutionMode) -> int:
-    """Return MLX's memory limit: what is used, less if the scheduler is to wait for memory.
-
-    On GPUs it counts the cache, too: above it Metal frees cached buffers before it makes new ones.
-    """
-    limit = used - (activations // 2 if mode.throttled else 0)
-    return limit + (cache if mode.gpu else 0)
-
-
-StageMemory = BlockStageMemory | VaeStageMemory
 
 
 def stage_requirements(
@@ -380,6 +194,7 @@ def _decoder_memory(
         mode=mode,
         flops=operations,
         queued_latents=FLOAT32_SIZE * waiting * rows * columns * channels,
+        chunks=len(chunk_plan(waiting, config.micro_frame_size, config.temporal.factor)),
         largest_array=max(
             arrays(1), activations.largest_temporal_array(config, longest, rows, columns)
         ),

@@ -8,10 +8,11 @@ the same map serves loading and the check of full-size manifests without weights
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from math import prod
+from typing import Protocol
 
 import mlx.core as mx
 
@@ -40,17 +41,26 @@ class KeyRule:
     ignore: bool = False
 
 
+class Convert(Protocol):
+    """Conversion of a stored tensor to a parameter."""
+
+    def __call__(self, array: mx.array, stream: mx.Stream | None = None) -> mx.array:
+        """Return the parameter; lazy on `stream`, None for the default of the thread."""
+
+
 @dataclass(frozen=True)
 class Parameter:
     """Parameter that a checkpoint tensor fills: path, shape and conversion of the data.
 
-    float32: it is float32 in memory, whatever the type of the run.
+    convert: takes the tensor, and maybe a stream. transposed: it copies. float32: the parameter is
+    float32 in memory, whatever the type of the run.
     """
 
     path: str
     shape: Shape
-    convert: Callable[[mx.array], mx.array]
+    convert: Convert
     float32: bool = False
+    transposed: bool = False
 
     def memory_dtype(self, run: mx.Dtype) -> mx.Dtype:
         """Return the type in memory of floating values in a run of type `run`."""
@@ -78,9 +88,14 @@ class KeyMap:
             if rule.ignore:
                 return None
             path = match.expand(rule.target) if rule.target is not None else key
-            convert = partial(_convert, rule)
-            return Parameter(path, _target_shape(rule, shape), convert, path in self.float32)
-        return Parameter(key, shape, lambda a: a, key in self.float32)
+            return Parameter(
+                path,
+                _target_shape(rule, shape),
+                partial(_convert, rule),
+                path in self.float32,
+                bool(rule.axes) and _fits(rule, len(shape)),
+            )
+        return Parameter(key, shape, partial(_convert, KeyRule("")), key in self.float32)
 
 
 def _fits(rule: KeyRule, ndim: int) -> bool:
@@ -97,9 +112,10 @@ def _target_shape(rule: KeyRule, shape: Shape) -> Shape:
     return shape
 
 
-def _convert(rule: KeyRule, array: mx.array) -> mx.array:
+def _convert(rule: KeyRule, array: mx.array, stream: mx.Stream | None = None) -> mx.array:
     shape = _target_shape(rule, array.shape)
     if rule.axes and _fits(rule, array.ndim):
         # Every convolution would copy a kernel that is a strided view.
-        array = mx.contiguous(array.transpose(rule.axes))
-    return array.reshape(shape)
+        transposed = mx.transpose(array, rule.axes, stream=stream)
+        array = mx.contiguous(transposed, stream=stream)
+    return array if array.shape == shape else mx.reshape(array, shape, stream=stream)

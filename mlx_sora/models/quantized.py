@@ -86,6 +86,14 @@ class Quantization:
         packed = (outputs, inputs * self.bits // WORD_BITS)
         return {name: packed if name == "weight" else groups for name in self.parameters}
 
+    def zeros(self, shape: tuple[int, ...]) -> dict[str, mx.array]:
+        """Return arrays of zeros in place of a weight [outputs, inputs], by parameter."""
+        floats = mx.float32 if self.mode == AFFINE else mx.uint8
+        return {
+            name: mx.zeros(packed, mx.uint32 if name == "weight" else floats)
+            for name, packed in self.packed_shapes(shape).items()
+        }
+
     def rotate(self, x: mx.array, stream: mx.Stream | None = None) -> mx.array:
         """Multiply the last axis by the block Hadamard matrix, which is its own inverse."""
         if not self.rotation:
@@ -131,6 +139,10 @@ class Quantization:
             return list(slices[0])
         return [mx.concatenate(list(each), stream=stream) for each in zip(*slices, strict=True)]
 
+    def restore(self, arrays: Mapping[str, mx.array]) -> mx.array:
+        """Return W [outputs, inputs] of `quantize`'s arrays in float32, not rotated."""
+        return self.rotate(self.dequantize(arrays, mx.float32))
+
     def dequantize(self, arrays: Mapping[str, mx.array], dtype: mx.Dtype) -> mx.array:
         """Return W [outputs, inputs] of `quantize`'s arrays; with a rotation H, W H."""
         return mx.dequantize(
@@ -163,9 +175,8 @@ class QuantizedLinear(nn.Module):
         super().__init__()
         self.form = kind = Quantization(**form)
         self.dense_size, self.inputs = outputs * inputs, inputs
-        floats = mx.float32 if kind.mode == AFFINE else mx.uint8
-        for name, shape in kind.packed_shapes((outputs, inputs)).items():
-            self[name] = mx.zeros(shape, mx.uint32 if name == "weight" else floats)
+        for name, zeros in kind.zeros((outputs, inputs)).items():
+            self[name] = zeros
         if bias:
             self.bias = mx.zeros((outputs,))
 
@@ -199,6 +210,21 @@ class QuantizedLinear(nn.Module):
 
     def _multiply(self, weight: mx.array, x: mx.array) -> mx.array:
         return mx.addmm(self.bias, x, weight.T) if "bias" in self else x @ weight.T
+
+
+class QuantizedEmbedding(nn.Module):
+    """Table of quantized rows [count, channels]; parameters are named as in `QuantizedLinear`."""
+
+    def __init__(self, count: int, channels: int, **form: Any) -> None:
+        """Make a table of zeros. form: fields of `Quantization`."""
+        super().__init__()
+        self.form = Quantization(**form)
+        for name, zeros in self.form.zeros((count, channels)).items():
+            self[name] = zeros
+
+    def __call__(self, ids: mx.array) -> mx.array:
+        """Return the rows of `ids`, float32 [.., channels]."""
+        return self.form.restore({name: self[name][ids] for name in self.form.parameters})
 
 
 def dequantize_once(linear: nn.Module, x: mx.array) -> Callable[[mx.array], mx.array]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -21,10 +22,14 @@ from mlx_sora.errors import UsageError
 from mlx_sora.geometry import MAX_FRAMES
 from mlx_sora.models import precision, vae_spatial, vae_temporal
 from mlx_sora.models.config import get_object, require
+from mlx_sora.models.hooks import BlockProvider
 from mlx_sora.models.key_map import KeyMap, KeyRule
 from mlx_sora.models.vae_spatial import NETWORKS, SpatialVAE, SpatialVAEConfig
-from mlx_sora.models.vae_temporal import TemporalVAE, TemporalVAEConfig
+from mlx_sora.models.vae_temporal import Layer, TemporalVAE, TemporalVAEConfig
 from mlx_sora.models.vae_tiling import decode_tiled
+
+#: Opens a provider of the temporal decoder's layers.
+OpenBlocks = Callable[[], AbstractContextManager[BlockProvider[Layer] | None]]
 
 #: Scale of the spatial VAE's latents; hard-coded in Open-Sora 1.2, not read from the config.
 LATENT_FACTOR = 0.18215
@@ -200,6 +205,7 @@ class VideoVAE(nn.Module):
         micro_batch: int | MicroBatch | None = None,
         *,
         sequential_offload: bool = False,
+        open_blocks: OpenBlocks = nullcontext,
         tiles: int = 1,
         selection: slice = slice(None),
     ) -> Iterator[mx.array]:
@@ -211,6 +217,8 @@ class VideoVAE(nn.Module):
             sequential_offload: decode all chunks with the temporal VAE first, then delete it, so
                 that lazily loaded weights of both are never in memory at once. This VAE cannot be
                 used again.
+            open_blocks: opens the provider of the temporal decoder's layers for all chunks; None
+                from it means that they are resident.
             tiles: decode frames in tiles x tiles parts, approximately (models/vae_tiling.py).
             selection: chunks to decode.
 
@@ -223,16 +231,26 @@ class VideoVAE(nn.Module):
                 "Decode one sample at a time, with the number of frames it was made for.",
             )
         chunks = self.chunks(num_frames)[selection]
-        parts: Iterable[mx.array] = (self._decode_time(z, chunk) for chunk in chunks)
+        parts: Iterable[mx.array] = self._decode_times(z, chunks, open_blocks)
         size = micro_batch or self.config.micro_batch_size
         decode = partial(decode_tiled, tiles=tiles)
         return self._decode_space(parts, decode, size, sequential_offload)
 
-    def _decode_time(self, z: mx.array, chunk: Chunk) -> mx.array:
+    def _decode_times(
+        self, z: mx.array, chunks: Sequence[Chunk], open_blocks: OpenBlocks
+    ) -> Iterator[mx.array]:
+        with open_blocks() as blocks:
+            for chunk in chunks:
+                yield self._decode_time(z, chunk, blocks)
+
+    def _decode_time(
+        self, z: mx.array, chunk: Chunk, blocks: BlockProvider[Layer] | None
+    ) -> mx.array:
         """Return the spatial latents of a chunk's frames, [frames, h, w, C], evaluated."""
         part = z[:, chunk.latent : chunk.latent + chunk.latents] * self.scale + self.shift
         vae = self.temporal_vae
-        frames = self._run(vae, partial(vae.decode, num_frames=chunk.frames), part)[0]
+        decode = partial(vae.decode, num_frames=chunk.frames, blocks=blocks)
+        frames = self._run(vae, decode, part)[0]
         frames = frames / LATENT_FACTOR
         # Evaluate here, so that no later graph holds the temporal network's activations.
         mx.eval(frames)

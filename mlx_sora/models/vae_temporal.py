@@ -5,7 +5,7 @@ Mirrors VAE_Temporal of Open-Sora 1.2. Channels last: [B, T, H, W, C].
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -13,8 +13,12 @@ from mlx import nn
 
 from mlx_sora.models.config import MAX_DEPTH, NetworkConfig, require
 from mlx_sora.models.conv import CausalConv3d, GroupNorm, Pointwise
+from mlx_sora.models.hooks import BlockProvider, ResidentBlocks
 from mlx_sora.models.key_map import KeyMap, KeyRule
 from mlx_sora.models.vae_spatial import NETWORKS
+
+#: Layer of the decoder, with its weights.
+Layer = Callable[[mx.array], mx.array]
 
 #: Epsilon of every group norm; statistics run over all frames of the chunk.
 EPS = 1e-5
@@ -111,6 +115,10 @@ class TemporalEncoder(nn.Module):
         return self.conv2(self.norm1(x, silu=True))
 
 
+#: Start of the paths of the decoder's layers that double the frames.
+_UPSAMPLING = "conv_blocks"
+
+
 class TemporalDecoder(nn.Module):
     """[B, t, H, W, latent_embed_dim] to [B, factor t, H, W, in_out_channels]."""
 
@@ -130,15 +138,27 @@ class TemporalDecoder(nn.Module):
         self.conv_out = CausalConv3d(widths[0], config.in_out_channels, bias=True)
         self._upsample = config.temporal_downsample
 
-    def __call__(self, z: mx.array) -> mx.array:
-        x = self.conv1(z)
-        for block in self.res_blocks:
-            x = block(x)
+    def layers(self) -> dict[str, nn.Module]:
+        """Return the layers between the first and the last by path, in the order of their use."""
+        found: dict[str, nn.Module] = {f"res_blocks.{i}": b for i, b in enumerate(self.res_blocks)}
         for i in reversed(range(len(self.block_res_blocks))):
-            for block in self.block_res_blocks[i]:
-                x = block(x)
+            level = self.block_res_blocks[i]
+            found |= {f"block_res_blocks.{i}.{j}": block for j, block in enumerate(level)}
             if i > 0 and self._upsample[i - 1]:
-                x = _depth_to_time(self.conv_blocks[i - 1](x))
+                found[f"{_UPSAMPLING}.{i - 1}"] = self.conv_blocks[i - 1]
+        return found
+
+    def __call__(self, z: mx.array, blocks: BlockProvider[Layer] | None = None) -> mx.array:
+        """Decode. blocks: provider of `layers`; None means that they are resident."""
+        layers = self.layers()
+        if blocks is None:
+            blocks = ResidentBlocks(list(layers.values()))
+        x = self.conv1(z)
+        for index, path in enumerate(layers):
+            x = blocks.get(index)(x)
+            if path.startswith(_UPSAMPLING):
+                x = _depth_to_time(x)
+            blocks.release(index, x)
         return self.conv_out(self.norm1(x, silu=True))
 
 
@@ -172,10 +192,15 @@ class TemporalVAE(nn.Module):
         x = mx.pad(x, [(0, 0), (front, 0), (0, 0), (0, 0), (0, 0)])
         return self.quant_conv(self.encoder(x))
 
-    def decode(self, z: mx.array, num_frames: int) -> mx.array:
-        """Decode [B, t, H, W, embed_dim] to [B, F, H, W, C]; drops the padded frames in front."""
+    def decode(
+        self, z: mx.array, num_frames: int, blocks: BlockProvider[Layer] | None = None
+    ) -> mx.array:
+        """Decode [B, t, H, W, embed_dim] to [B, F, H, W, C]; drops the padded frames in front.
+
+        blocks: provider of the decoder's layers; None means that they are resident.
+        """
         front = -num_frames % self.config.factor
-        return self.decoder(self.post_quant_conv(z))[:, front:]
+        return self.decoder(self.post_quant_conv(z), blocks)[:, front:]
 
 
 #: The reference wraps each convolution in a module, whose name is left out here.

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import mlx.core as mx
+from mlx import nn
 
 from mlx_sora.accel import Accelerations
 from mlx_sora.accel.cidl import BlockStream
@@ -20,6 +21,7 @@ from mlx_sora.loading.networks import (
     load_text_encoder,
     load_transformer,
     load_vae,
+    stream_decoder,
     stream_text_encoder,
     stream_transformer,
 )
@@ -32,7 +34,7 @@ from mlx_sora.models.precision import Precision
 from mlx_sora.models.stdit3 import BlockPair, Conditions, STDiT3
 from mlx_sora.models.t5 import T5Block, T5Encoder
 from mlx_sora.models.text_segments import SegmentedText, Text
-from mlx_sora.models.vae import MicroBatch
+from mlx_sora.models.vae import MicroBatch, OpenBlocks, VideoVAE
 from mlx_sora.pipeline.settings import ResolvedRequest, latent_shares
 from mlx_sora.runtime import blas
 from mlx_sora.runtime.device import explain_device_error
@@ -222,6 +224,29 @@ def _first(t: mx.array) -> float:
     return float(t[0].item())  # type: ignore[arg-type]
 
 
+def load_decoder(
+    model: ModelFolder,
+    dtype: mx.Dtype,
+    plan: StagePlan,
+    on_close: Callable[[str, BlockStream[nn.Module]], None] = lambda stage, stream: None,
+) -> tuple[VideoVAE, OpenBlocks]:
+    """Load the VAE's decoder, and what opens the stream of its layers, if `plan` has any.
+
+    on_close: called with the stream when all chunks have passed it.
+    """
+    if not plan.blocks:
+        return load_vae(model, dtype=dtype), nullcontext
+    vae, source = stream_decoder(model, dtype)
+
+    @contextmanager
+    def open_blocks() -> Iterator[BlockStream[nn.Module]]:
+        with BlockStream(source, plan.resident, cyclic=True, prefetch=plan.prefetch) as stream:
+            yield stream
+        on_close(plan.stage, stream)
+
+    return vae, open_blocks
+
+
 def decoded_frames(
     model: ModelFolder,
     dtype: mx.Dtype,
@@ -234,9 +259,15 @@ def decoded_frames(
 ) -> Iterator[np.ndarray]:
     """Decode latents to `count` frames on one process; yield uint8 [n, H, W, 3] at a time."""
     with WeightFileGuard(model.vae).check_reads():
-        vae = load_vae(model, dtype=dtype)
-        offload = stage.plan.sequential_offload
-        chunks = vae.decode_chunks(latents, count, batch, sequential_offload=offload, tiles=tiles)
+        vae, open_blocks = load_decoder(model, dtype, stage.plan)
+        chunks = vae.decode_chunks(
+            latents,
+            count,
+            batch,
+            sequential_offload=stage.plan.sequential_offload,
+            open_blocks=open_blocks,
+            tiles=tiles,
+        )
         del vae
         for chunk in chunks:
             health.add(chunk)

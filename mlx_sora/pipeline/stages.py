@@ -19,7 +19,7 @@ from mlx_sora.accel import Accelerations
 from mlx_sora.accel.cidl import BlockStream
 from mlx_sora.conditioning.latents import ConditioningLatents, encode_tasks
 from mlx_sora.distributed.group import Ranks
-from mlx_sora.geometry import Size, latent_frames
+from mlx_sora.geometry import latent_frames
 from mlx_sora.loading.file_guard import WeightFileGuard
 from mlx_sora.loading.networks import load_vae
 from mlx_sora.memory.plan import StagePlan
@@ -27,7 +27,13 @@ from mlx_sora.models.hooks import ValueSharing
 from mlx_sora.models.stdit3 import BlockPair
 from mlx_sora.models.vae import MicroBatch
 from mlx_sora.pipeline.engine import Engine
-from mlx_sora.pipeline.networks import ClipTransformer, Stage, StreamedTransformer, clip_text
+from mlx_sora.pipeline.networks import (
+    ClipTransformer,
+    Stage,
+    StreamedTransformer,
+    clip_text,
+    load_decoder,
+)
 from mlx_sora.pipeline.run import GenerationRun, RunResult
 from mlx_sora.runtime.events import (
     Event,
@@ -360,13 +366,16 @@ def _decoded_chunks(
     ranks, model = run.ranks, run.engine.model
     with ranks.collective_errors():
         files = WeightFileGuard(model.vae)
-        vae = load_vae(model, dtype=run.engine.precision.vae)
+        vae, open_blocks = load_decoder(
+            model, run.engine.precision.vae, stage.plan, run.result.add_stream
+        )
     total = len(vae.chunks(count))
     chunks = vae.decode_chunks(
         latents,
         count,
         batch,
         sequential_offload=stage.plan.sequential_offload,
+        open_blocks=open_blocks,
         tiles=run.settings.vae_tiles,
         selection=slice(ranks.rank, None, ranks.size),
     )
@@ -380,18 +389,5 @@ def _decoded_chunks(
                 health.add(chunk)
                 frames = to_uint8(chunk)
                 del chunk
-        yield from all_gather_frames(ranks, frames, run.settings.geometry.decoded)
+        yield from ranks.all_gather_frames(frames, run.settings.geometry.decoded)
     ranks.raise_if_all_fail(health.finish)
-
-
-def all_gather_frames(ranks: Ranks, frames: np.ndarray | None, size: Size) -> Iterator[np.ndarray]:
-    """Yield the frames uint8 [n, H, W, 3] of all ranks in order; None from a rank without any."""
-    import numpy as np
-
-    if ranks.size == 1:
-        if frames is not None:
-            yield frames
-        return
-    for part in ranks.all_gather_bytes(b"" if frames is None else frames.tobytes()):
-        if part:
-            yield np.frombuffer(part, np.uint8).reshape(-1, size.height, size.width, 3)

@@ -6,24 +6,28 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
+from mlx import nn
 
 from mlx_sora.accel.cidl import BlockStream
 from mlx_sora.accel.tdtm import MergedSites
 from mlx_sora.loading.checkpoint import Checkpoint, load_weights
-from mlx_sora.loading.model_folder import ModelFolder
+from mlx_sora.loading.model_folder import ModelFolder, find_model
 from mlx_sora.loading.networks import (
     load_text_encoder,
     load_transformer,
+    load_vae,
     stream_text_encoder,
     stream_transformer,
 )
 from mlx_sora.memory.limits import release
-from mlx_sora.memory.residency import MemorySample, Residency
+from mlx_sora.memory.plan import StagePlan
+from mlx_sora.memory.residency import MemorySample, Residency, evenly_spaced
 from mlx_sora.models.hooks import TokenMerging
 from mlx_sora.models.key_map import KeyMap
 from mlx_sora.models.vae import VAEConfig, VideoVAE
 from mlx_sora.models.vae_spatial import SpatialVAEConfig
 from mlx_sora.models.vae_temporal import TemporalVAEConfig
+from mlx_sora.pipeline.networks import load_decoder
 from mlx_sora.request.techniques import PAPER_SITES
 from tests.helpers import networks
 
@@ -154,6 +158,36 @@ def lazy_vae(root: Path) -> tuple[VideoVAE, VideoVAE]:
     for network in (first, second):
         load_weights(network, Checkpoint.open(root), KeyMap())
     return first, second
+
+
+@PREFETCH
+@pytest.mark.parametrize("resident", [0, 2])
+def test_temporal_decoder(monkeypatch: pytest.MonkeyPatch, resident: int, prefetch: bool) -> None:
+    model = find_model("shapes")
+    z = mx.random.normal((1, 10, 2, 3, 4), key=mx.random.key(7))
+    expected = list(load_vae(model).decode_chunks(z, 34))
+    plan = StagePlan("decode", 0, 0, 0, 0, 0, False, 7, resident, prefetch, sequential_offload=True)
+    streams, held, release_block = list[BlockStream[nn.Module]](), list[int](), BlockStream.release
+
+    def watch(stream: BlockStream[nn.Module], index: int, output: mx.array) -> None:
+        mx.eval(output)
+        held.append(mx.get_active_memory())
+        release_block(stream, index, output)
+
+    monkeypatch.setattr(BlockStream, "release", watch)
+    release()
+    before = mx.get_active_memory()
+    vae, open_blocks = load_decoder(model, mx.float32, plan, lambda _, each: streams.append(each))
+    found = list(vae.decode_chunks(z, 34, sequential_offload=True, open_blocks=open_blocks))
+    assert all(mx.array_equal(a, b) for a, b in zip(found, expected, strict=True))
+    (stream,) = streams
+    sizes = stream.source.nbytes
+    assert stream.stats.loads == 2 * 7 - resident
+    kept = sum(sizes[i] for i in evenly_spaced(7, resident))
+    work = 1 << 18  # of the layers before and after, and activations
+    streamed = stream.source.load_peak_bytes + prefetch * max(sizes)
+    assert max(held) - before < work + kept + streamed
+    assert resident or work + streamed < sum(sizes)
 
 
 def test_vae_networks_in_turn(tmp_path: Path) -> None:

@@ -69,6 +69,18 @@ def test_quantized_models_are_smaller(model: PublishedModel) -> None:
 
 
 @pytest.mark.parametrize(
+    ("bits", "text_encoder", "transformer"), [(8, 5.07e9, 1.31e9), (4, 2.7e9, 0.75e9)]
+)
+def test_bytes_of_quantized_models(
+    model: PublishedModel, bits: int, text_encoder: float, transformer: float
+) -> None:
+    found = find_undownloaded(f"opensora-1.2-{bits}bit")
+    assert found is not None
+    for part, most in (("text_encoder", text_encoder), ("transformer", transformer)):
+        assert 0.9 * most < found.checkpoint(part).nbytes <= most
+
+
+@pytest.mark.parametrize(
     ("name", "command"),
     [
         ("opensora-1.2", "python -m mlx_sora download opensora-1.2"),

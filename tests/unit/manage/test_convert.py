@@ -88,7 +88,7 @@ def test_values_that_are_not_asked_to_change_do_not(model: ModelFolder, tmp_path
             assert mx.array_equal(value, after[key]).item()
 
 
-def test_quantized_are_linear_layers_alone(model: ModelFolder, tmp_path: Path) -> None:
+def test_quantized_are_linear_layers_and_the_table(model: ModelFolder, tmp_path: Path) -> None:
     made = convert(model, tmp_path / "made", ConversionOptions(8)).path
     assert {k: v.dtype for k, v in tensors(made, "vae").items()} == {
         k: v.dtype for k, v in tensors(model, "vae").items()
@@ -98,7 +98,7 @@ def test_quantized_are_linear_layers_alone(model: ModelFolder, tmp_path: Path) -
         before, after = tensors(model, part), tensors(made, part)
         packed = {key for key, value in after.items() if value.dtype == mx.uint32}
         words += len(packed)
-        assert len(packed) == layers * BLOCKS
+        assert len(packed) == layers * BLOCKS + (part == "text_encoder")
         for key, value in before.items():
             if key in packed:
                 stem = key.removesuffix("weight")
@@ -114,7 +114,8 @@ def test_quantized_are_linear_layers_alone(model: ModelFolder, tmp_path: Path) -
     for part in PARTS:
         config = json.loads((made / part / "config.json").read_text())
         said = {"bits": 8, "group_size": 64}
-        assert config.pop("quantization", None) == (None if part == "vae" else said)
+        table = {"shared": said} if part == "text_encoder" else {}
+        assert config.pop("quantization", None) == (None if part == "vae" else said | table)
         assert config == model.config(part)
 
 
