@@ -45,7 +45,7 @@ from mlx_sora import GenerationRequest, Pipeline
 from mlx_sora.loading.model_folder import PARTS, Defaults, ModelFolder, find_model
 from mlx_sora.loading.networks import load_text_encoder, load_transformer, quantizable_layers
 from mlx_sora.loading.published import PublishedModel
-from mlx_sora.loading.quantization import NetworkQuantization, named_form
+from mlx_sora.loading.quantization import EMBEDDING, NetworkQuantization, named_form
 from mlx_sora.loading.quantization_choice import (
     SENSITIVITIES,
     Sensitivities,
@@ -181,8 +181,9 @@ def published_bytes(model: ModelFolder, forms: Mapping[str, NetworkQuantization]
     for part in NETWORKS.values():
         if part in forms and forms[part].default is None:
             bits = average(model, forms)
+            table = tuple(pair for pair in forms[part].layers if pair[0] == EMBEDDING)
             low, high = (
-                _bytes(published, part, NetworkQuantization(Quantization(n))) for n in (4, 8)
+                _bytes(published, part, NetworkQuantization(Quantization(n), table)) for n in (4, 8)
             )
             found[part] = int(low + (high - low) * (bits - 4) / 4)
         else:

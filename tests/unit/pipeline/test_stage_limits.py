@@ -7,8 +7,10 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 import mlx.core as mx
+import numpy as np
 import pytest
 
+from mlx_sora import GenerationRequest, Pipeline
 from mlx_sora.errors import MemoryBudgetError
 from mlx_sora.loading.model_folder import find_model
 from mlx_sora.memory.plan import StagePlan
@@ -64,3 +66,14 @@ def test_an_error_of_the_gpu_belongs_to_the_stage_that_caused_it(
     monkeypatch.setattr(mx, "synchronize", stored)
     with pytest.raises(MemoryBudgetError, match="Stage denoise: out of memory"), LOADER.stage(PLAN):
         pass
+
+
+def test_the_temporal_decoder_is_streamed_within_the_least_budget(pipe: Pipeline) -> None:
+    """And makes the same frames as the whole one, in as small batches."""
+    options = {"prompt": "a red circle", "seed": 1, "steps": 1, "num_frames": 17}
+    least = pipe.plan(GenerationRequest.from_dict(options)).smallest
+    streamed, whole = (pipe(**options, memory_budget=str(n)) for n in (least, least + 2_000_000))  # type: ignore[arg-type]
+    assert np.array_equal(streamed.frames, whole.frames)  # type: ignore[arg-type]
+    done, other = (video.metadata["accelerations"]["ci_dl"] for video in (streamed, whole))
+    assert "decode" not in other
+    assert (done["decode"]["blocks"], done["decode"]["loads"]) == (7, 7)
