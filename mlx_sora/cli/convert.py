@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 _EPILOG = """\
 --quantize changes the linear layers in the blocks of T5 and STDiT, and T5's table of tokens, which
-gets 5 bits or more; 3 to 6 bits are rotated before rounding. Their other float32 matrices become bfloat16, unless --dtype is given. The VAE is never
-changed.
+gets 5 bits or more; 3 to 6 bits are rotated before rounding. Their other float32 matrices become
+bfloat16, unless --dtype is given. The VAE is never changed.
 An interrupted conversion continues when the command is run again.
 """
 

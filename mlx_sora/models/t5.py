@@ -121,7 +121,9 @@ class GatedGelu(nn.Module):
         self.wo = Linear(config.d_ff, config.d_model, bias=False)
 
     def __call__(self, x: mx.array) -> mx.array:
-        return self.wo(gelu_tanh(self.wi_0(x)) * self.wi_1(x))
+        gate = gelu_tanh(self.wi_0(x))
+        # Without this dependency, both layers' weights would be dequantized at once.
+        return self.wo(gate * self.wi_1(mx.depends(x, gate)))
 
 
 class AttentionLayer(nn.Module):

@@ -7,6 +7,7 @@ import pytest
 from mlx import nn
 
 from mlx_sora.loading.quantization import named_form
+from mlx_sora.memory.limits import release
 from mlx_sora.models.ops import hadamard, on_gpu, use_forms
 from mlx_sora.models.quantized import (
     Quantization,
@@ -14,6 +15,7 @@ from mlx_sora.models.quantized import (
     dequantize_once,
     select_outputs,
 )
+from mlx_sora.models.t5 import GatedGelu, T5Config
 from mlx_sora.request.options import FLOAT_FORMS, WIDTHS
 from tests.helpers.golden import relative_error
 
@@ -124,3 +126,23 @@ def test_half_precision(dtype: mx.Dtype, gpu: bool, name: int | str) -> None:
 def test_a_plain_layer_serves_pieces_as_it_is() -> None:
     layer = nn.Linear(4, 4)
     assert dequantize_once(layer, mx.zeros((1, 4))) is layer
+
+
+def test_layers_of_one_input_are_dequantized_one_after_the_other() -> None:
+    """As plans count: the words of one layer and its weights, beside nothing of the other."""
+    layer = GatedGelu(T5Config(d_model=512, d_ff=4096))
+    for name in ("wi_0", "wi_1", "wo"):
+        outputs, inputs = layer[name].weight.shape
+        layer[name] = QuantizedLinear(inputs, outputs, bias=False, bits=4)
+    x = mx.ones((1, 2, 512))
+    mx.eval(layer.parameters(), x)
+    previous = mx.set_memory_limit(0)  # as a stage that may not allocate ahead
+    try:
+        release()
+        before = mx.get_active_memory()
+        mx.reset_peak_memory()
+        mx.eval(layer(x))
+        peak = mx.get_peak_memory() - before
+    finally:
+        mx.set_memory_limit(previous)
+    assert peak < 2.2 * 4 * 512 * 4096
