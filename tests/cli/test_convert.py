@@ -57,8 +57,9 @@ def test_convert_and_use(folder: Path, capsys: pytest.CaptureFixture[str]) -> No
         assert main([*GENERATE, "a red circle", *words]) == 0
     assert (folder / "whole.png").stat().st_size > 0
     kind = {"bits": 8, "group_size": 64}
+    table = kind | {"shared": kind}
     record = read_metadata("streamed.png")
-    assert record["quantization"] == {"text_encoder": kind, "transformer": kind}
+    assert record["quantization"] == {"text_encoder": table, "transformer": kind}
     from PIL import Image
 
     pictures = [Image.open(f"{name}.png").tobytes() for name in ("whole", "streamed", "small")]
@@ -67,10 +68,11 @@ def test_convert_and_use(folder: Path, capsys: pytest.CaptureFixture[str]) -> No
 
 def test_quantized_while_loading(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     kind = {"bits": 8, "group_size": 64}
+    table = kind | {"shared": kind}
     for name, words in (("whole", []), ("streamed", ["--ci-dl"])):
         assert main([*GENERATE, "a red circle", "-q", "8", "-o", f"{name}.png", *words]) == 0
         record = read_metadata(f"{name}.png")
-        assert record["quantization"] == {"text_encoder": kind, "transformer": kind}
+        assert record["quantization"] == {"text_encoder": table, "transformer": kind}
         assert record["request"]["quantize"] == 8
     from PIL import Image
 
