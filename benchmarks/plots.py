@@ -188,6 +188,8 @@ def draw_quantized(figure: Any, data: Mapping[str, Row]) -> None:
     labels: list[Label] = []
     for kind, (color, mark) in kinds.items():
         own = [row for row in result["shapes"]["rows"] if _form_kind(row["row"]) == kind]
+        if not own:
+            continue
         points = [(sum(row["published_bytes"].values()) / 1e9, row["psnr"]) for row in own]
         style = {"marker": mark, "color": color, "ls": "none", "ms": 7, "label": kind}
         left.plot(*zip(*points, strict=True), **style)

@@ -129,12 +129,15 @@ class ModelCard:
         found = dict.fromkeys(self.prompts)
         draw = random.Random(0)
         for _ in range(2 * count if self.patterns else 0):  # some come twice
-            text, used = draw.choice(self.patterns), set[str]()
+            text, used = draw.choice(self.patterns), list[str]()
             for name in _names(text):
-                phrase = draw.choice([p for p in self.words[name] if p not in used])
-                used |= {phrase} if name in self.differ else set()
-                text = re.sub(rf"\b{name}\b", phrase, text, count=1)
-            found[text] = None
+                free = [p for p in self.words[name] if name not in self.differ or p not in used]
+                if not free:
+                    break  # this pattern has no prompt
+                used.append(draw.choice(free))
+                text = text.replace(name, used[-1], 1)
+            else:
+                found[text] = None
         return tuple(found)[:count]
 
     def summary(self) -> str:

@@ -13,6 +13,7 @@ from mlx_sora.cli.main import main
 from mlx_sora.loading.model_folder import WEIGHTS_VARIABLE, bundled_folder
 from mlx_sora.manage.convert import ConversionResult, staging_folder
 from mlx_sora.video.metadata import read_metadata
+from tests.helpers.quantizable_model import write_model
 
 GENERATE = ["generate", "--steps", "2", "--num-frames", "1", "--seed", "3", "--quiet", "-p"]
 
@@ -114,7 +115,7 @@ def test_compensation_is_nearer_at_the_same_size(
     ]
     exact, *others = (frames.astype(float) for frames in videos)
     rounded, compensated = (float(np.square(frames - exact).mean()) for frames in others)
-    assert compensated < 0.6 * rounded, (compensated, rounded)
+    assert compensated < 0.7 * rounded, (compensated, rounded)
 
     file = made / "transformer/model-00002-of-00005.safetensors"
     file.write_bytes(file.read_bytes()[:-1])
@@ -212,3 +213,6 @@ def test_a_new_model_without_a_name_gets_one(
         assert capsys.readouterr().out == f"{tmp_path / name}\n"
     assert main(["convert", "shapes"]) == 2
     assert "needs a name" in capsys.readouterr().err
+    write_model(tmp_path / "other")
+    assert main(["convert", "other", "-q", "4", "--gptq"]) == 2
+    assert "other suggests no prompts for --gptq" in capsys.readouterr().err

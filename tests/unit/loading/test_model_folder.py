@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -70,7 +71,13 @@ def test_a_card_says_what_a_model_draws(tmp_path: Path) -> None:
         "34 frames",
     ]
     assert card.guide() == "cats Prompts: a SIZE cat, SIZE. SIZE: big, very small."
+    both = {"a big cat, very small", "a very small cat, big"}
+    assert set(card.examples(9)) == both
+    assert replace(card, prompts=("cat",)).examples(2)[0] == "cat"
+    assert len(card.examples(1)) == 1
     plain = ModelFolder.open(make_model(tmp_path / "plain")).card
+    for other in (plain, replace(card, words={"SIZE": ("big",)}), replace(card, patterns=())):
+        assert other.examples(9) == ()
     assert plain == ModelCard()
     assert not list(plain.mismatches({"it": "a dog"}, "fog", Size(48, 64), 34))
 
