@@ -184,11 +184,11 @@ class ShardPlan:
 
     @property
     def quantized_inputs(self) -> dict[str, int]:
-        """Number of inputs of each quantized layer, by path."""
+        """Number of inputs of each quantized layer of a block, by path."""
         return {
             tensor.path: tensor.info.shape[1]
             for tensor in self.conversions
-            if tensor.quantization is not None
+            if tensor.quantization is not None and BLOCK_PATH.match(tensor.key)
         }
 
     @property
