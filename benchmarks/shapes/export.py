@@ -33,7 +33,7 @@ def write_model(
     """Write all parts under `folder`; weights become float16."""
     index = {
         "name": "shapes",
-        "version": 1,
+        "version": 2,
         "defaults": {
             "steps": 30,
             "guidance": guidance,

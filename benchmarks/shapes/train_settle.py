@@ -22,7 +22,7 @@ from benchmarks.shapes.torch_stdit import STDiT3
 from benchmarks.shapes.train_decode import Block, DecoderCourse, Drawing, Pool, train_decoders
 from benchmarks.shapes.train_vae import averaged
 
-STEPS, RATE, EVALUATIONS = 700, 2e-4, 4
+STEPS, RATE, EVALUATIONS = 400, 2e-4, 4
 
 
 class MadePool(Pool):

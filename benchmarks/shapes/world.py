@@ -163,7 +163,7 @@ def model_card() -> dict[str, Any]:
         "differ": ["COLOUR", "BACKGROUND"],
         "prompts": [caption(Attributes(*words)) for words in EXAMPLES],
         "sizes": [f"{SIZE}x{SIZE}"],
-        "num_frames": [1, *(CHUNK * chunks for chunks in (1, 2, 3))],
+        "num_frames": [1, *(CHUNK * chunks for chunks in (1, 2, 3, 4))],
     }
 
 
