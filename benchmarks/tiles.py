@@ -71,7 +71,7 @@ def measure(options: argparse.Namespace) -> list[Row]:
 
     with memory_scope():
         for seed in range(options.prompts):
-            own = vae._decode_time(latents_of(pipe, seed), chunk)[: options.frames]
+            own = vae._decode_time(latents_of(pipe, seed), chunk, None)[: options.frames]
             for side in SIZES:
                 x = own
                 if side > SIZES[0]:

@@ -55,6 +55,13 @@ CASES = [
     Case("", "For instance: {} generate --help.", parse=True),
     Case("doctor m --machine", "Leave MODEL and", retry="doctor --machine", parse=True),
     Case("download opensora-1.2 --remove-original", "Add --quantize 8 or 4.", parse=True),
+    Case("convert shapes x -q 4 --steps 3", "Add --gptq, or leave it out.", parse=True),
+    Case("convert shapes x --gptq", "Add --quantize 4 for 4 bits, or leave it out.", parse=True),
+    Case(
+        "convert shapes x -q mxfp4 --gptq",
+        "Give bits, such as --quantize 4, or leave --gptq out.",
+        parse=True,
+    ),
     Case(f"generate --model m {PROMPT} --chip m4", "Add --dry-run."),
     Case(f"{PLAN} --link wifi", "Add the number of machines: --ranks 2."),
     Case(f"{PLAN} --refine 32x32", "Give --refine {} or more."),

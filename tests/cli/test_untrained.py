@@ -59,8 +59,8 @@ def test_one_line_names_all_and_says_how_to_get_it(
 ) -> None:
     found = [line for line in warnings(capsys, "generate", *words) if "trained" in line]
     assert found == [
-        f"shapes was not trained for {names}; it draws {PATTERN}, at 64x64 pixels, of 1, 17, 34 "
-        "or 51 frames. Its words: python -m mlx_sora info --model shapes. For anything else: "
+        f"shapes was not trained for {names}; it draws {PATTERN}, at 64x64 pixels, of 1, 17, 34, "
+        "51 or 68 frames. Its words: python -m mlx_sora info --model shapes. For anything else: "
         "python -m mlx_sora download opensora-1.2"
     ]
 
@@ -138,4 +138,4 @@ def test_info_shows_the_words(capsys: pytest.CaptureFixture[str]) -> None:
     shown = capsys.readouterr().out
     assert "COLOUR: red; green; blue;" in shown
     assert "sizes: 64x64\n" in shown
-    assert "num frames: 1; 17; 34; 51\n" in shown
+    assert "num frames: 1; 17; 34; 51; 68\n" in shown
