@@ -46,7 +46,7 @@ def test_every_size_and_length_has_a_plan(pipe: Pipeline, resolution: str, ratio
         assert [stage.stage for stage in found.stages] == ["encode", "denoise", "decode"]
         assert all(stage.peak > 0 < stage.flops for stage in found.stages)
         assert all(stage.read > 0 for stage in found.stages)
-        assert 0.8e9 < found.smallest < found.peak
+        assert 0.7e9 < found.smallest < found.peak
     work = [[stage.flops for stage in found.stages[1:]] for found in plans]
     assert work == sorted(work)
     peaks = [found.stage("denoise").peak for found in plans]
