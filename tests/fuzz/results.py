@@ -43,7 +43,8 @@ def markdown(rows: Iterable[Row]) -> str:
         found = "; ".join(row["findings"]) or "–"
         lines.append(f"| {row['target']} | {count} | {row['edges'] or '–'} | {found} |")
     total = sum(row["executions"] for row in rows if _guided(row))
-    lines.append(f"| together, guided | {total:,} | | |".replace(",", " "))
+    count = f"{total:,}".replace(",", " ")
+    lines.append(f"| together, guided | {count} | | |")
     return "\n".join(lines) + "\n"
 
 
