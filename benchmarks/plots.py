@@ -56,11 +56,13 @@ def draw_pareto(figure: Any, data: Mapping[str, Row]) -> None:
         *left.get_legend_handles_labels(), loc="outside lower center", ncols=8, fontsize=8
     )
     figure.suptitle("{model}, 64×64, {frames} frames, {steps} steps, 24 prompts".format(**result))
-    for axes, values in (
-        (left, [row["psnr"] for row in named]),
-        (right, [100 * row["adherence"]["all"] for row in named]),
-    ):
-        put_labels(axes, zip([row["speed"] for row in named], values, texts, strict=True))
+    exact = next(row["adherence"]["all"] for row in result["rows"] if row["row"] == "exact")
+    points = [
+        (row["speed"], row["psnr"], row["adherence"]["all"], text)
+        for row, text in zip(named, texts, strict=True)
+    ]
+    put_labels(left, [(speed, psnr, text) for speed, psnr, _, text in points])
+    put_labels(right, [(speed, 100 * a, text) for speed, _, a, text in points if a < exact])
 
 
 #: How a row of pareto.json begins → name, mark and colour; "" for combinations.
