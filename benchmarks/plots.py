@@ -55,7 +55,9 @@ def draw_pareto(figure: Any, data: Mapping[str, Row]) -> None:
     figure.legend(
         *left.get_legend_handles_labels(), loc="outside lower center", ncols=8, fontsize=8
     )
-    figure.suptitle("{model}, 64×64, {frames} frames, {steps} steps, 24 prompts".format(**result))
+    figure.suptitle(
+        "{model}, 64×64, {frames} frames, {steps} steps, {prompts} prompts".format(**result)
+    )
     exact = next(row["adherence"]["all"] for row in result["rows"] if row["row"] == "exact")
     points = [
         (row["speed"], row["psnr"], row["adherence"]["all"], text)

@@ -10,7 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlx_sora.cli.awake import add_sleep_flag
-from mlx_sora.cli.flags import add_debug_flag, add_quiet_flag, add_request_flags, explicit_options
+from mlx_sora.cli.flags import (
+    add_debug_flag,
+    add_prompts_flag,
+    add_quiet_flag,
+    add_request_flags,
+    explicit_options,
+)
 from mlx_sora.cli.progress import open_bar
 from mlx_sora.errors import UsageError
 from mlx_sora.request.generation import GenerationRequest, label
@@ -33,14 +39,8 @@ def add_parser(commands: Any) -> None:
         "layer to fewer bits, for --quantize mixed:BITS. With --preview: fit the map that shows "
         "previews without the VAE.",
     )
-    parser.add_argument(
-        "--prompt",
-        "-p",
-        action="append",
-        default=[],
-        dest="prompts",
-        metavar="TEXT",
-        help="prompt to search on; repeat it for several prompts, three or more are best",
+    add_prompts_flag(
+        parser, "prompt to search on; repeat it for several prompts, three or more are best"
     )
     parser.add_argument(
         "--reach",

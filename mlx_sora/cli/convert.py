@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlx_sora.cli.awake import add_sleep_flag
-from mlx_sora.cli.flags import add_debug_flag, add_quiet_flag
+from mlx_sora.cli.flags import add_debug_flag, add_prompts_flag, add_quiet_flag
 from mlx_sora.cli.progress import Bars, human_bytes
 from mlx_sora.errors import UsageError
 from mlx_sora.request.generation import FLOAT_DTYPES, options
@@ -80,14 +80,9 @@ def _add_gptq_flags(parser: argparse.ArgumentParser) -> None:
         "before it, measured on prompts; same size, nearer to the original; takes as long as a "
         "dozen videos, and a while for each layer",
     )
-    parser.add_argument(
-        "--prompt",
-        "-p",
-        action="append",
-        default=[],
-        dest="prompts",
-        metavar="TEXT",
-        help="prompt for --gptq; repeat it for several, fifty varied ones are best: T5 is measured "
+    add_prompts_flag(
+        parser,
+        "prompt for --gptq; repeat it for several, fifty varied ones are best: T5 is measured "
         "on all, the transformer on the first twelve; default: what the model's card gives",
     )
     parser.add_argument(

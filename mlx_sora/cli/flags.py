@@ -116,6 +116,13 @@ def add_quiet_flag(parser: argparse._ActionsContainer) -> None:
     parser.add_argument("--quiet", action="store_true", help="print only the path")
 
 
+def add_prompts_flag(parser: argparse._ActionsContainer, text: str) -> None:
+    """Add --prompt of a command that calibrates, as list `prompts`. text: its help."""
+    parser.add_argument(
+        "--prompt", "-p", action="append", default=[], dest="prompts", metavar="TEXT", help=text
+    )
+
+
 def add_debug_flag(parser: argparse._ActionsContainer) -> argparse.Action:
     """Add --debug, which `cli.main` reads."""
     return parser.add_argument(

@@ -359,7 +359,7 @@ MODULES = (
         "cli.requests",
         "conditioning.media",
     ),
-    *("conditioning.media", "loading.checkpoint", "loading.networks", "manage.doctor"),
-    *("manage.hub", "pipeline.resume", "pipeline.settings", "text.prompt", "text.tokenizer"),
+    *("loading.checkpoint", "loading.networks", "manage.doctor", "manage.hub"),
+    *("pipeline.resume", "pipeline.settings", "text.prompt", "text.tokenizer"),
     *("video.containers", "video.metadata", "video.output_path", "video.reader"),
 )
