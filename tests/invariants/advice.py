@@ -20,7 +20,7 @@ PROGRAMS = re.compile(r"\b(pip install|git|mv|sips|mlx\.launch) ")
 
 #: Calls whose texts are help, not advice.
 _HELP = {"add_argument", "add_parser", "add_argument_group", "Parser", "option", "partial"}
-_HELP |= {"_conditioning", "_memory", "_output", "_size", "compile"}
+_HELP |= {"_conditioning", "_memory", "_output", "_size", "add_prompts_flag", "compile"}
 
 #: Statements about a flag, with nothing to type.
 _STATEMENT = re.compile(
