@@ -14,6 +14,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_sora.accel.base import Acceleration, ScheduleInfo
+from mlx_sora.distributed.group import Ranks
 from mlx_sora.models.hooks import BlockProvider, BlockStackCache, Hooks, TokenMerging
 from mlx_sora.models.stdit3 import BlockPair
 from mlx_sora.request.techniques import OFF, TechniqueConfig
@@ -116,18 +117,30 @@ class Accelerations:
 
     def state(self) -> State:
         """Return the state of each technique by name; `denoise` saves that of the leap policy."""
-        own: State = {
-            name: each.state() if each.policy is None else {} for name, each in self._active.items()
-        }
-        return own | ({"windows": [each.state() for each in self._others]} if self._others else {})
+        windows = [each._own_state() for each in self._others]
+        return {**self._own_state(), **({"windows": windows} if windows else {})}
 
     def restore(self, state: State) -> None:
         """Set the state that each technique had in an interrupted run."""
+        saved = [state, *state.get("windows", ())]
+        for window, own in zip(self.windows, saved, strict=True):
+            window._restore_own(own)
+
+    def share_windows(self, ranks: Ranks) -> None:
+        """Set the state of each window to that of the rank which evaluates it, on all ranks."""
+        for index, window in enumerate(self.windows):
+            root = index % ranks.size
+            window._restore_own(ranks.broadcast_state(window._own_state(), root))
+
+    def _own_state(self) -> State:
+        return {
+            name: each.state() if each.policy is None else {} for name, each in self._active.items()
+        }
+
+    def _restore_own(self, state: State) -> None:
         for name, each in self._active.items():
             if each.policy is None:
                 each.restore(state[name])
-        for window, saved in zip(self._others, state.get("windows", ()), strict=True):
-            window.restore(saved)
 
     def record(self) -> dict[str, Any]:
         """Return what each technique did, by name, for the metadata; of windows as a list."""

@@ -29,6 +29,7 @@ class ScheduleInfo:
     before this one run no block, or predict with the prompt only. blocks: of each kind in the
     network. first_step: the first that is made, which has nothing to reuse.
     agree: returns the decision of rank 0 on every rank; they may have rounded differently.
+    agree_on_pass: the same for decisions about one forward pass, among the ranks that share it.
     """
 
     steps: int
@@ -44,6 +45,7 @@ class ScheduleInfo:
     blocks: int = MAX_DEPTH
     first_step: int = 0
     agree: Callable[[bool], bool] = bool
+    agree_on_pass: Callable[[bool], bool] = bool
 
 
 class Acceleration(ABC):

@@ -168,7 +168,7 @@ class ResidualCache(Acceleration):
 
     def __init__(self, config: StepCache, schedule: ScheduleInfo) -> None:
         self.rule = make_rule(config, schedule)
-        self._order, self._agree = config.order, schedule.agree
+        self._order, self._agree = config.order, schedule.agree_on_pass
         self._samples: dict[int, CachedSample] = {}
         self._evaluations = self._saved = 0
         self._is_reused = False

@@ -138,12 +138,16 @@ def estimate_step(
     """Return estimates of a step, one for each way to split it, fastest first.
 
     No accelerations. Embedders and the final layer, below 1 %, count as split too; all blocks are
-    resident. evaluations: of the network in a step.
+    resident. evaluations: of the network in a step, those of all windows.
     """
-    ranks = cluster.ranks
+    ranks, windows = cluster.ranks, workload.clips if workload.windowed else 1
     modes = ("sequence", "auto") if ranks > 1 else ("auto",)
     plans = dict.fromkeys(choose_parallel(mode, ranks, guided=workload.guided) for mode in modes)
     estimates = [_estimate(model, workload, cluster, plan, evaluations) for plan in plans]
+    if 1 < ranks <= windows:
+        plan = ParallelPlan(ranks, window_degree=ranks)
+        side_by_side = evaluations * -(-windows // ranks) // windows
+        estimates.append(_estimate(model, workload, cluster, plan, side_by_side))
     return sorted(estimates, key=lambda estimate: estimate.seconds)
 
 

@@ -149,27 +149,27 @@ class Ranks:
         """Return the plain JSON values of all ranks, by rank."""
         return [json.loads(data) for data in self.all_gather_bytes(json.dumps(value).encode())]
 
-    def broadcast_object(self, value: Any) -> Any:
-        """Return rank 0's plain JSON value. Other ranks' values are ignored."""
-        data = json.dumps(value).encode() if self.is_rank0 else b""
-        return json.loads(self.all_gather_bytes(data)[0])
+    def broadcast_object(self, value: Any, root: int = 0) -> Any:
+        """Return the plain JSON value of rank `root`. Other ranks' values are ignored."""
+        data = json.dumps(value).encode() if self.rank == root else b""
+        return json.loads(self.all_gather_bytes(data)[root])
 
-    def broadcast(self, x: mx.array | None) -> mx.array:
-        """Return rank 0's array, evaluated. Other ranks' arrays are ignored."""
+    def broadcast(self, x: mx.array | None, root: int = 0) -> mx.array:
+        """Return the array of rank `root`, evaluated. Other ranks' arrays are ignored."""
         if self._group is None:
-            assert x is not None, "rank 0 gives the array"
+            assert x is not None, "the root gives the array"
             return x
         import mlx.core as mx
 
         header = None if x is None else (x.shape, str(x.dtype).split(".")[-1])
-        shape, dtype = self.broadcast_object(header)
-        own = x if self.is_rank0 and x is not None else mx.zeros(shape, getattr(mx, dtype))
-        received = mx.contiguous(self.all_gather(own)[0])
+        shape, dtype = self.broadcast_object(header, root)
+        own = x if self.rank == root and x is not None else mx.zeros(shape, getattr(mx, dtype))
+        received = mx.contiguous(self.all_gather(own)[root])
         mx.eval(received)
         return received
 
-    def broadcast_state(self, value: Any) -> Any:
-        """Return rank 0's value: arrays and plain JSON values, nested in mappings and lists.
+    def broadcast_state(self, value: Any, root: int = 0) -> Any:
+        """Return the value of rank `root`: arrays and JSON values, in mappings and lists.
 
         Other ranks' values are ignored. With several ranks, tuples come back as lists.
         """
@@ -178,9 +178,10 @@ class Ranks:
         from mlx_sora.utils.state import flatten_state, unflatten_state
 
         arrays: dict[str, mx.array] = {}
-        record = self.broadcast_object(flatten_state(value, "root", arrays))
-        names = self.broadcast_object(list(arrays))
-        return unflatten_state(record, {name: self.broadcast(arrays.get(name)) for name in names})
+        record = self.broadcast_object(flatten_state(value, "root", arrays), root)
+        names = self.broadcast_object(list(arrays), root)
+        received = {name: self.broadcast(arrays.get(name), root) for name in names}
+        return unflatten_state(record, received)
 
     def on_rank0(self, work: Callable[[], Result]) -> Result | None:
         """Return `work()` on rank 0, None on the others. Its error is raised on all ranks."""

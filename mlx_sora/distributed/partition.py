@@ -3,7 +3,8 @@
 Modes have the names of xDiT and VideoSys. guidance (CFG parallel): the conditional and the
 unconditional prediction on different ranks. sequence (sequence parallel): spatial attention split
 by frames, temporal attention by spatial tokens, with an exchange between them. both: the two
-together. prompts (data parallel): whole videos.
+together. windows: the windows of a long video, each whole on one rank. prompts (data parallel):
+whole videos.
 
 Pure arithmetic, shared by `accel/sequence_parallel.py`, which splits, and `cost_model.py`, which
 estimates. Dimension letters: B batch, T frames, S tokens per frame, C channels.
@@ -27,13 +28,15 @@ class ParallelPlan:
     """Split of an evaluation among `ranks`, in `cfg_degree` groups (1 or 2) with their own samples.
 
     subgroups: each group has collectives of its own. ring: neighbours can send to each other.
-    Without either, every exchange is an all-gather of all ranks.
+    Without either, every exchange is an all-gather of all ranks. window_degree: ranks that evaluate
+    windows of their own; 1, or all ranks.
     """
 
     ranks: int
     cfg_degree: int = 1
     subgroups: bool = False
     ring: bool = True
+    window_degree: int = 1
 
     def for_batch(self, batch: int) -> ParallelPlan:
         """Return the plan for `batch` samples: without CFG parallelism if they do not divide."""
@@ -41,9 +44,11 @@ class ParallelPlan:
 
     @property
     def mode(self) -> str:
-        """Mode as --parallel names it: off, guidance, sequence or both."""
+        """Mode as --parallel names it: off, guidance, sequence, both or windows."""
         if self.ranks == 1:
             return "off"
+        if self.window_degree > 1:
+            return "windows"
         if self.cfg_degree == 1:
             return "sequence"
         return "guidance" if self.cfg_degree == self.ranks else "both"
@@ -51,7 +56,7 @@ class ParallelPlan:
     @property
     def sp_degree(self) -> int:
         """Ranks that split the tokens of a sample."""
-        return self.ranks // self.cfg_degree
+        return self.ranks // self.cfg_degree // self.window_degree
 
     @property
     def fan_out(self) -> int:
@@ -64,10 +69,11 @@ class ParallelPlan:
         return self.ring and self.sp_degree == 2 and not self.subgroups
 
 
-def choose_parallel(mode: str, ranks: int, *, guided: bool) -> ParallelPlan:
+def choose_parallel(mode: str, ranks: int, *, guided: bool, windows: int = 1) -> ParallelPlan:
     """Return the plan by which `ranks` make one video. mode: a value of --parallel.
 
-    auto prefers guidance, which needs next to no exchange, and splits each half by sequence.
+    auto prefers windows if all ranks have equally many, then guidance, which needs next to no
+    exchange either, and splits each half by sequence. windows: of the video.
     Raises UsageError if the mode does not fit the ranks or the video.
     """
     if mode == "off":
@@ -81,6 +87,14 @@ def choose_parallel(mode: str, ranks: int, *, guided: bool) -> ParallelPlan:
         raise UsageError(
             "--parallel prompts needs several videos; this is one.", "Leave --parallel out."
         )
+    if mode == "windows" and windows < ranks:
+        raise UsageError(
+            f"--parallel windows of {ranks} ranks needs --long windows and --loop {ranks} or more; "
+            f"this video has {windows}.",
+            "Leave --parallel out.",
+        )
+    if mode == "windows" or (mode == "auto" and windows > 1 and windows % ranks == 0):
+        return ParallelPlan(ranks, window_degree=ranks)
     if mode in ("guidance", "both") and not guided:
         raise UsageError(
             f"--parallel {mode} needs guidance, and it is off.", "Use --parallel sequence."
@@ -138,6 +152,9 @@ def sent_bytes(
         gathered = config.depth * to_temporal + (config.depth - 1) * to_spatial
         between_blocks = gathered * token_bytes * (plan.fan_out - 1)
     patch_bytes = math.prod(config.patch_size) * config.out_channels * itemsize
+    if plan.window_degree > 1:  # the velocity, after both predictions have become one
+        velocity_bytes = math.prod(config.patch_size) * config.in_channels * RESIDUAL_ITEMSIZE
+        return grid.frames * grid.spatial_tokens * velocity_bytes * (plan.ranks - 1)
     output_bytes = channels * RESIDUAL_ITEMSIZE if gather_hidden else patch_bytes
     return between_blocks + rows * grid.frames * tokens * output_bytes * (plan.ranks - 1)
 

@@ -127,10 +127,13 @@ class Checkpoints:
         self._finished = () if new is None else new.finished
         self._ranks = Ranks()
         self._warned = False
+        #: Whether a file is written, by this rank or another.
+        self.is_written = path is not None
 
     def share(self, ranks: Ranks) -> None:
         """Broadcast the finished clips of rank 0. Every rank of the run must call it."""
         self._ranks = ranks
+        self.is_written = ranks.broadcast_object(self.is_written)
         self._finished = tuple(ranks.broadcast_state(self._finished))
 
     def finished(self, clip: int) -> mx.array | None:

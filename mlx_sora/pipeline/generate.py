@@ -110,12 +110,12 @@ def plan_run(
     source: the video that it edits, if any. adapt: completes the workload.
     """
     guided, source_text = resolved.guidance != 1, [] if source is None else [source.text]
-    parallel = choose_parallel(request.parallel, engine.ranks.size, guided=guided)
+    size, windows = engine.ranks.size, resolved.window_count
+    parallel = choose_parallel(request.parallel, size, guided=guided, windows=windows)
     if source is not None:
         parallel = source.parallel_plan(parallel, request.parallel)
     info = schedule_info(engine, resolved, parallel)
-    windows = resolved.windows
-    accelerations = Accelerations(resolved.techniques, info, windows.count if windows else 1)
+    accelerations = Accelerations(resolved.techniques, info, windows)
     output = resolve_output(request, resolved, check=engine.ranks.is_rank0)
     texts = dict.fromkeys([*resolved.all_texts, *source_text])
     encodings = {text: engine.tokenizer.encode(text) for text in texts}
@@ -132,7 +132,7 @@ def plan_run(
         media=media_workload(resolved.media, resolved.geometry.size),
         clips=len(resolved.texts),
         shared_frames=request.condition_frames,
-        window_texts=len(set(resolved.texts)) if windows else 0,
+        window_texts=len(set(resolved.texts)) if resolved.windows else 0,
         vae_tiles=resolved.vae_tiles,
         vae_itemsize=engine.precision.vae.size,
         suffix="" if output is None else output.suffix.lower(),
@@ -141,7 +141,7 @@ def plan_run(
     if adapt is not None:
         workload = adapt(workload)
     plan, notes = plan_memory(engine, request, resolved.memory_budget, workload)
-    notes += (f"{windows}.",) if windows and windows.count > 1 else ()
+    notes += (f"{resolved.windows}.",) if windows > 1 else ()
     if request.text_cache and engine.text_cache().has_all(encodings.values()):
         plan = plan.with_cached_text()
     return GenerationRun(
@@ -209,6 +209,8 @@ def schedule_info(
 ) -> ScheduleInfo:
     """Describe the run to its accelerations."""
     geometry, second = resolved.geometry, resolved.second_pass
+    # Ranks may round differently, so rank 0 decides for all.
+    agree = engine.ranks.broadcast_object if parallel.ranks > 1 else bool
     times = engine.flow_times(resolved.sampler, resolved.steps, resolved.model_args)
     if second is not None:
         times = (*times[: second.first_step], second.start, *times[second.first_step + 1 :])
@@ -223,8 +225,8 @@ def schedule_info(
         size=(*geometry.size, geometry.num_frames),
         blocks=engine.transformer_config.depth,
         first_step=resolved.first_step,
-        # Ranks may round differently, so rank 0 decides for all.
-        agree=engine.ranks.broadcast_object if parallel.ranks > 1 else bool,
+        agree=agree,
+        agree_on_pass=agree if parallel.window_degree == 1 else bool,
     )
 
 

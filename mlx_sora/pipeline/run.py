@@ -185,8 +185,7 @@ class GenerationRun:
             found += f", refined from {settings.second_pass.first_size}"
             found += f" in {settings.steps_to_make} of {settings.steps} steps"
         found += f", {settings.fps:g} per second"
-        windows = settings.windows
-        return f"{found}, in {windows}" if windows and windows.count > 1 else found
+        return f"{found}, in {settings.windows}" if settings.window_count > 1 else found
 
     @cached_property
     def health(self) -> Health:
@@ -202,7 +201,7 @@ class GenerationRun:
     @cached_property
     def sharding(self) -> Sharding:
         """Division of the transformer's evaluations among the ranks; all ranks must ask for it."""
-        if self.parallel.ranks == 1:
+        if self.parallel.ranks == self.parallel.window_degree:
             return Unsharded()
         return SequenceParallel(self.ranks, self.parallel.cfg_degree)
 
@@ -330,7 +329,10 @@ class GenerationRun:
         blas.adapt_threads()
         accelerations.on_step_end(step)
         self.checkpoints.set_warnings(self.result.warnings)
-        if step.is_leap or index + 1 == total:
+        is_last = step.is_leap or index + 1 == total
+        if self.parallel.window_degree > 1 and (is_last or self.checkpoints.is_written):
+            accelerations.share_windows(self.ranks)
+        if is_last:
             yield from self.finish_clip(step.z, accelerations)
         else:
             state = {**step.state(), "accelerations": accelerations.state()}

@@ -124,6 +124,11 @@ class ResolvedRequest:
         return {**self.accelerations, "lpl": None}
 
     @property
+    def window_count(self) -> int:
+        """Windows of the video; 1 without."""
+        return 1 if self.windows is None else self.windows.count
+
+    @property
     def latent(self) -> tuple[int, int, int]:
         """Latents (T, H, W) that are denoised together."""
         return latent_frames(self.clips.num_frames), *self.geometry.latent[1:]

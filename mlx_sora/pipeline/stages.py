@@ -2,8 +2,8 @@
 
 Each is a generator of events that returns what it made. It builds its network, uses it, and frees
 it before the next stage begins, so that a run needs the memory of its largest stage only. Of
-several ranks, the first encodes text and media for all, all denoise one clip together, and each
-decodes every n-th chunk of frames.
+several ranks, the first encodes text and media for all, all denoise one clip together or windows
+side by side, and each decodes every n-th chunk of frames.
 """
 
 from __future__ import annotations
@@ -314,7 +314,8 @@ def clip_velocity(
         velocities.append(
             replace(by_text[text], model=own, policy=techniques.guidance, noised=seen)
         )
-    return WindowedVelocity(windows, velocities)
+    ranks = run.ranks if run.parallel.window_degree > 1 else Ranks()
+    return WindowedVelocity(windows, velocities, ranks.rank, ranks.size, ranks.all_gather)
 
 
 def remeasure_if_merging_changes(

@@ -71,7 +71,7 @@ DTYPES = ("auto", *FLOAT_DTYPES)
 IMAGE_GUIDANCE = ("clean", "joint", "noised")
 
 #: How ranks split a video; see mlx_sora/distributed/partition.py.
-PARALLEL_MODES = ("auto", "guidance", "sequence", "both", "prompts", "off")
+PARALLEL_MODES = ("auto", "guidance", "sequence", "both", "windows", "prompts", "off")
 
 #: How the clips of a long video are made.
 LONG_MODES = ("clips", "windows")
@@ -404,7 +404,8 @@ class GenerationRequest:
     )
     parallel: str = _memory(
         "with mlx.launch, what the ranks split: the two predictions of guidance, the sequence of "
-        "tokens, both, or the prompts of --prompt-file; off is for a single process",
+        "tokens, both, the windows of --long windows, or the prompts of --prompt-file; off is for "
+        "a single process",
         "auto",
         tasks=_VIDEO,
         choices=PARALLEL_MODES,

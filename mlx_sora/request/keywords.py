@@ -62,7 +62,7 @@ class SharedKeywords(TypedDict, total=False):
     ci_dl: bool
     vae_tiles: int | None
     text_cache: bool
-    parallel: Literal["auto", "guidance", "sequence", "both", "prompts", "off"]
+    parallel: Literal["auto", "guidance", "sequence", "both", "windows", "prompts", "off"]
     output: FilePath | None
     overwrite: bool
     scale: int

@@ -7,7 +7,7 @@ clip. Where windows overlap, one takes over from the other along a ramp (MultiDi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -77,27 +77,43 @@ class Windows:
         return mx.clip((middles - start - overlap / 2) / ramp + 0.5, 0, 1)
 
 
+def _of_one_rank(x: mx.array) -> mx.array:
+    return x[None]
+
+
 @dataclass(frozen=True)
 class WindowedVelocity:
     """Velocity of a long video from the velocity of each of its windows. Fills `Velocity`.
 
-    One window at a time is evaluated; those without a frame that moves are left out.
+    Each of `ranks` evaluates one window at a time, the next as many windows later; windows without
+    a frame that moves are left out. all_gather: returns the x of all ranks as [ranks, *x.shape].
+    The sum is that of a single process, to the last bit.
     """
 
     windows: Windows
     velocities: Sequence[Velocity]
+    rank: int = 0
+    ranks: int = 1
+    all_gather: Callable[[mx.array], mx.array] = _of_one_rank
 
     def __call__(self, z: mx.array, t: mx.array, step: Step, /) -> mx.array:
         """Return v [B, T, H, W, C] at z and flow times t [B], inside `step`."""
-        total = mx.zeros(z.shape)
-        for index, (velocity, weights) in enumerate(
-            zip(self.velocities, self.windows.weights, strict=True)
-        ):
-            span = self.windows.span(index)
-            part = step.select(span)
-            if part.x_mask is not None and not part.x_mask.any().item():
-                continue
-            v = velocity(z[:, span], t, part)
-            total[:, span] += weights[:, None, None, None] * v
+        total, count = mx.zeros(z.shape), self.windows.count
+        for first in range(0, count, self.ranks):
+            own = self._weighted(first + self.rank, z, t, step)
+            mx.eval(own)
+            side_by_side = range(first, min(first + self.ranks, count))
+            for index, v in zip(side_by_side, self.all_gather(own), strict=False):
+                total[:, self.windows.span(index)] += v
             mx.eval(total)
         return total
+
+    def _weighted(self, index: int, z: mx.array, t: mx.array, step: Step) -> mx.array:
+        """Return what window `index` adds to its frames; 0 if there is no such window."""
+        span = self.windows.span(index)
+        if index < self.windows.count:
+            part = step.select(span)
+            if part.x_mask is None or part.x_mask.any().item():
+                weights = self.windows.weights[index][:, None, None, None]
+                return weights * self.velocities[index](z[:, span], t, part)
+        return mx.zeros((len(z), self.windows.length, *z.shape[2:]))

@@ -54,6 +54,27 @@ CASES: dict[str, dict[str, Any]] = {
         "prompt": "|0|a red circle|1|a blue square",
         "step_cache": "every:2,warmup=1",
     },
+    "three windows": {
+        "loop": 3,
+        "num_frames": 34,
+        "long": "windows",
+        "steps": 4,
+        "step_cache": "online:warmup=2,threshold=9",
+        "guidance_cache": "every:2,after=0",
+        "lpl": "adaptive:patience=1,tolerance=2",
+        "tdtm": 2,
+    },
+}
+
+#: Runs that end on another number of ranks, by the way to split them.
+RESUMED: dict[str, dict[str, Any]] = {
+    "sequence": {"step_cache": "every:2,warmup=2,order=1", "sampler": "ab2"},
+    "windows": {
+        "loop": 3,
+        "num_frames": 34,
+        "long": "windows",
+        "step_cache": "every:2,warmup=2,order=1",
+    },
 }
 
 
@@ -99,12 +120,12 @@ def compare(single: Result, shared: Result) -> dict[str, Any]:
     }
 
 
-def resume_elsewhere(pipe: Pipeline, folder: Path, *, two_first: bool) -> dict[str, Any]:
+def resume_elsewhere(pipe: Pipeline, folder: Path, mode: str, *, two_first: bool) -> dict[str, Any]:
     """Begin a run on two ranks and end it on one, or the other way round."""
-    options = {"steps": 4, "step_cache": "every:2,warmup=2,order=1", "sampler": "ab2"}
+    options = RESUMED[mode] | {"steps": 4}
     expected = Result.from_events(stream(pipe, **options, parallel="off"))
-    modes = ("sequence", "off") if two_first else ("off", "sequence")
-    output, copy = folder / f"{two_first}.mp4", folder / f"{two_first}.copy"
+    modes = (mode, "off") if two_first else ("off", mode)
+    output, copy = folder / f"{mode}{two_first}.mp4", folder / f"{mode}{two_first}.copy"
     options |= {"checkpoint_every": 1}
     if pipe.ranks.is_rank0 or two_first:
         for event in stream(pipe, **options, output=str(output), parallel=modes[0]):
@@ -149,16 +170,18 @@ def main(folder: Path) -> None:
     Tokenizer.load = cache(Tokenizer.load)  # type: ignore[method-assign]
     pipe = Pipeline.from_pretrained("shapes")
     found = {
-        f"started by {'two' if two_first else 'one'}": resume_elsewhere(
-            pipe, folder, two_first=two_first
+        f"started by {'two' if two_first else 'one'}, {mode}": resume_elsewhere(
+            pipe, folder, mode, two_first=two_first
         )
         for two_first in (True, False)
+        for mode in RESUMED
     }
     found["failing"] = failing(pipe)
     found["rank 0 decides"] = rank0_decides(pipe)
     for name, options in CASES.items():
         single = Result.from_events(stream(pipe, **options, parallel="off"))
-        for mode in ("sequence", *(["guidance"] if options.get("guidance") != 1 else [])):
+        guided, windowed = options.get("guidance") != 1, "long" in options
+        for mode in ("sequence", *["guidance"] * guided, *["windows"] * windowed):
             shared = Result.from_events(stream(pipe, **options, parallel=mode))
             found[f"{name}, {mode}"] = compare(single, shared)
     everything = pipe.ranks.all_gather_object(found)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -16,6 +17,7 @@ from mlx_sora.distributed.cost_model import (
     parse_chip,
     parse_link,
 )
+from mlx_sora.distributed.partition import choose_parallel
 from mlx_sora.errors import UsageError
 from mlx_sora.geometry import Size, plan_geometry
 from mlx_sora.memory.estimate import published_sizes
@@ -62,6 +64,43 @@ def test_exchange_takes_bytes_and_latency(model: ModelSizes) -> None:
 def test_without_guidance_only_sequence_remains(model: ModelSizes) -> None:
     ways = estimate_step(model, workload(guided=False), Cluster(4, CHIP, LINKS[0]))
     assert [way.parallel_plan.cfg_degree for way in ways] == [1]
+
+
+def test_windows_side_by_side_take_their_rounds(model: ModelSizes) -> None:
+    long = replace(workload(), clips=3, window_texts=1)
+    single = estimate_step(model, long, Cluster(1, CHIP, FREE), evaluations=3)[0]
+    for ranks, rounds in ((2, 2), (3, 1)):
+        ways = estimate_step(model, long, Cluster(ranks, CHIP, FREE), evaluations=3)
+        windows = next(way for way in ways if way.parallel_plan.mode == "windows")
+        assert windows.seconds == pytest.approx(single.seconds * rounds / 3)
+        # The velocity of a window in float32 to each other rank; 53 columns make 27 patches.
+        numbers = 4 * math.prod(long.geometry.latent) * 54 // 53
+        assert windows.sent_bytes == rounds * (ranks - 1) * 4 * numbers
+    ways = estimate_step(model, long, Cluster(4, CHIP, FREE), evaluations=3)
+    assert "windows" not in [way.parallel_plan.mode for way in ways]
+
+
+@pytest.mark.parametrize(
+    ("mode", "ranks", "windows", "found"),
+    [
+        ("auto", 2, 1, "guidance"),
+        ("auto", 2, 4, "windows"),
+        ("auto", 2, 3, "guidance"),
+        ("auto", 3, 3, "windows"),
+        ("auto", 4, 2, "both"),
+        ("windows", 2, 3, "windows"),
+        ("sequence", 2, 2, "sequence"),
+    ],
+)
+def test_windows_are_split_if_all_ranks_have_equally_many(
+    mode: str, ranks: int, windows: int, found: str
+) -> None:
+    assert choose_parallel(mode, ranks, guided=True, windows=windows).mode == found
+
+
+def test_more_ranks_than_windows_are_refused() -> None:
+    with pytest.raises(UsageError, match=r"of 3 ranks needs --long windows and --loop 3 or more"):
+        choose_parallel("windows", 3, guided=True, windows=2)
 
 
 def test_every_rank_reads_all_weights(model: ModelSizes) -> None:

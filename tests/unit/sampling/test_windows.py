@@ -82,3 +82,25 @@ def test_a_window_in_which_nothing_moves_is_left_out() -> None:
     v = WindowedVelocity(Windows(10, 5, (5,)), parts)(mx.zeros((1, 15, 1, 1, 1)), T, step)
     assert [len(part.seen) for part in parts] == [0, 1]
     assert v[0, 10:, 0, 0, 0].tolist() == [2] * 5
+
+
+def test_ranks_evaluate_every_nth_window_and_add_up_all() -> None:
+    """Two ranks take turns in three windows; the sum is that of one, in its order."""
+    windows, z, step = Windows(10, 5, (5, 5)), latents(0, (1, 20, 1, 1, 1)), Step(0, 9, T, T - 100)
+    values = (0.1, 0.7, 1 / 3)
+    alone = WindowedVelocity(windows, [Recorder(value) for value in values])(z, T, step)
+    sent: dict[int, list[mx.array]] = {0: [], 1: []}
+    for rank in sent:
+        WindowedVelocity(
+            windows,
+            [Recorder(value) for value in values],
+            rank,
+            2,
+            lambda x, rank=rank: (sent[rank].append(x), mx.stack([x, x]))[1],
+        )(z, T, step)
+    assert not sent[1][1].any().item()  # there is no fourth window
+    rounds = iter(zip(sent[0], sent[1], strict=True))
+    parts = [Recorder(value) for value in values]
+    shared = WindowedVelocity(windows, parts, 1, 2, lambda x: mx.stack(next(rounds)))(z, T, step)
+    assert [len(part.seen) for part in parts] == [0, 1, 0]
+    assert mx.array_equal(shared, alone)
