@@ -8,7 +8,7 @@ held-out prompts show at 17 to 68 frames and in images; given first frames at th
 clean and noised; 68 frames made of three clips of 34, one after another or as windows; the VAE's
 PSNR. From the same videos: how round circles are, in their first frame too, and the change where
 two chunks of the VAE meet over the usual change from frame to frame, and so where two clips or
-windows do.
+windows do. The VAE's rows have both as well, of drawn videos: what it alone changes.
 """
 
 from __future__ import annotations
@@ -87,6 +87,12 @@ def describe(made: np.ndarray, truth: world.Attributes) -> Line:
     """What is kept of one generated video."""
     reading = read_video(made)
     line: Line = {name: getattr(reading, name) == getattr(truth, name) for name in FIELDS}
+    return line | describe_frames(made, truth)
+
+
+def describe_frames(made: np.ndarray, truth: world.Attributes) -> Line:
+    """How round a circle is, and how much changes where chunks meet."""
+    line: Line = {}
     if truth.shape == "circle":
         overlaps = [overlap_with_disc(mask) for mask in shape_masks(made)]
         line |= {"first": overlaps[0], "round": float(np.mean(overlaps))}
@@ -146,7 +152,8 @@ class Scored:
         real = drawn(truth, case, max(frames, world.CHUNK))[:: world.CHUNK if frames == 1 else 1]
         real = real[:frames]
         z = self.vae.encode(mx.array(real)[None].astype(mx.float32) / 127.5 - 1)
-        return {"psnr": psnr(np.array(to_uint8(self.vae.decode(z, frames)[0])), real)}
+        made = np.array(to_uint8(self.vae.decode(z, frames)[0]))
+        return {"psnr": psnr(made, real)} | describe_frames(made, truth)
 
     def _make(self, truth: world.Attributes, seed: int, frames: int, **options: Any) -> np.ndarray:
         prompt = world.caption(truth)
@@ -245,9 +252,10 @@ def figures(folder: Path) -> Iterator[Figure]:
             seen = f"{frames} frames" + ("" if kind == "given" else f", {GIVEN[kind]}")
             yield _share(f"first frame kept, {seen}", 0.9, hits)
             yield _share(f"motion followed, {seen}", 0.9, [row["motion"] for row in rows])
-    made = [row for n in LENGTHS for row in lines.get(f"prompt-{n}", [])]
-    yield from _roundness(made)
-    yield from _meetings(made)
+    for kind, first_words in (("prompt", ""), ("vae", "VAE alone, ")):
+        made = [row for n in LENGTHS for row in lines.get(f"{kind}-{n}", [])]
+        yield from _roundness(first_words, made)
+        yield from _meetings(first_words, made)
 
 
 def _all_right(row: Line) -> bool:
@@ -266,21 +274,19 @@ def _joins(kind: str, rows: list[Line]) -> Iterator[Figure]:
         yield Figure(name, value, len(still), 1.0, least=False, unit=" of 255")
 
 
-def _roundness(rows: list[Line]) -> Iterator[Figure]:
-    circles = [row for row in rows if "round" in row]
+def _roundness(first_words: str, rows: list[Line]) -> Iterator[Figure]:
+    circles, name = [row for row in rows if "round" in row], f"{first_words}circles round"
     if circles:
-        yield _share(
-            "circles round in the first frame", 0.95, [c["first"] >= ROUND for c in circles]
-        )
-        yield _share("circles round on average", 0.95, [c["round"] >= ROUND for c in circles])
+        yield _share(f"{name} in the first frame", 0.95, [c["first"] >= ROUND for c in circles])
+        yield _share(f"{name} on average", 0.95, [c["round"] >= ROUND for c in circles])
 
 
-def _meetings(rows: list[Line]) -> Iterator[Figure]:
+def _meetings(first_words: str, rows: list[Line]) -> Iterator[Figure]:
     for still in (False, True):
         some = [row for row in rows if row.get("still") == still]
         if some:
             value = statistics.median(row["meeting"] for row in some)
-            name = f"change where chunks meet, {'still' if still else 'moving'}"
+            name = f"{first_words}change where chunks meet, {'still' if still else 'moving'}"
             yield Figure(name, value, len(some), 1.2, least=False, unit="×")
 
 

@@ -43,6 +43,15 @@ def test_a_drawn_video_meets_the_bars(frames: int) -> None:
     assert line.get("meeting", 1.0) == pytest.approx(1.0, abs=0.1)
 
 
+def test_what_the_vae_alone_changes_has_rows_of_its_own(tmp_path: Path) -> None:
+    line = bars.describe_frames(draw("circle", 34), CIRCLE) | {"psnr": 31.0}
+    (tmp_path / "vae-34.jsonl").write_text(json.dumps(line) + "\n")
+    found = {figure.name: figure.value for figure in bars.figures(tmp_path)}
+    assert found["VAE alone, circles round in the first frame"] == 1
+    assert found["VAE alone, change where chunks meet, moving"] == line["meeting"]
+    assert len(found) == 4
+
+
 def test_a_change_where_clips_meet_is_measured_for_each_sort(tmp_path: Path) -> None:
     frames = np.zeros((68, 2, 2, 3), np.uint8)
     level = np.arange(68) * 2
