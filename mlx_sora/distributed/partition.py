@@ -89,8 +89,8 @@ def choose_parallel(mode: str, ranks: int, *, guided: bool, windows: int = 1) ->
         )
     if mode == "windows" and windows < ranks:
         raise UsageError(
-            f"--parallel windows of {ranks} ranks needs --long windows and --loop {ranks} or more; "
-            f"this video has {windows}.",
+            f"--parallel windows needs a window for each of {ranks} ranks (--long windows, --loop "
+            f"{ranks}); this video has {windows}.",
             "Leave --parallel out.",
         )
     if mode == "windows" or (mode == "auto" and windows > 1 and windows % ranks == 0):

@@ -99,7 +99,7 @@ def test_windows_are_split_if_all_ranks_have_equally_many(
 
 
 def test_more_ranks_than_windows_are_refused() -> None:
-    with pytest.raises(UsageError, match=r"of 3 ranks needs --long windows and --loop 3 or more"):
+    with pytest.raises(UsageError, match=r"a window for each of 3 ranks .*; this video has 2\."):
         choose_parallel("windows", 3, guided=True, windows=2)
 
 
