@@ -189,6 +189,7 @@ def draw_quantized(figure: Any, data: Mapping[str, Row]) -> None:
     left, right = figure.subplots(1, 2, width_ratios=(2, 1))
     kinds = {"affine": (BLUE, "o"), "not rotated": (GREY, "x"), "by layer": (ORANGE, "s")}
     kinds |= {"small floats": (GREEN, "^"), "each network": (PURPLE, "D"), "gptq": (RED, "*")}
+    kinds |= {"gptq, distilled": (RED, "P")}
     labels: list[Label] = []
     for kind, (color, mark) in kinds.items():
         own = [row for row in result["shapes"]["rows"] if _form_kind(row["row"]) == kind]
@@ -211,8 +212,8 @@ def draw_quantized(figure: Any, data: Mapping[str, Row]) -> None:
 
 
 def _form_kind(name: str) -> str:
-    if name.endswith("gptq"):
-        return "gptq"
+    if ", gptq" in name:
+        return name.partition(", ")[2]
     if "not rotated" in name or name.startswith("mixed"):
         return "not rotated" if "not" in name else "by layer"
     if name.startswith(("mx", "nv")):

@@ -88,6 +88,13 @@ def _add_gptq_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--steps", type=int, metavar="N", help="steps of the videos for --gptq; default: 10"
     )
+    parser.add_argument(
+        "--distill",
+        type=int,
+        metavar="N",
+        help="with --gptq: then let scales and biases of the transformer learn from the original "
+        "for N steps (as DWQ of mlx-lm), on the paths of all prompts; 600 are good",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -123,8 +130,8 @@ def _gptq(args: argparse.Namespace, source: ModelFolder) -> Gptq | None:
     from mlx_sora.manage.conversion_plan import Gptq
 
     if not args.gptq:
-        if args.prompts or args.steps is not None:
-            name = "--prompt" if args.prompts else "--steps"
+        asked = {"--prompt": args.prompts, "--steps": args.steps, "--distill": args.distill}
+        for name in (name for name, value in asked.items() if value not in (None, [])):
             raise UsageError(f"{name} is for --gptq.", "Add --gptq, or leave it out.")
         return None
     if args.quantize is None:
@@ -137,7 +144,8 @@ def _gptq(args: argparse.Namespace, source: ModelFolder) -> Gptq | None:
             f"{source.name} suggests no prompts for --gptq.",
             "Give --prompt TEXT; repeat it for several, fifty varied ones are best.",
         )
-    return Gptq(prompts) if args.steps is None else Gptq(prompts, args.steps)
+    given = {"steps": args.steps, "distill": args.distill}
+    return Gptq(prompts, **{name: value for name, value in given.items() if value is not None})
 
 
 def note_result(bars: Bars, result: ConversionResult) -> None:

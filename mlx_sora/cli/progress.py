@@ -32,6 +32,9 @@ if TYPE_CHECKING:
     from mlx_sora.manage.progress import FileProgress
     from mlx_sora.memory.plan import Plan
 
+#: Actions on files whose progress is in prompts or steps, not in bytes.
+COUNTED = ("calibrate", "distill")
+
 #: Seconds between redraws of a bar.
 _REDRAW = 0.1
 
@@ -255,8 +258,8 @@ class Bars:
                 # Bytes of an earlier download count as done, not as speed.
                 initial=progress.done if progress.action == "fetch" else 0,
                 desc=f"{progress.action} {progress.path}",
-                unit="" if progress.action == "calibrate" else "B",
-                unit_scale=progress.action != "calibrate",
+                unit="" if progress.action in COUNTED else "B",
+                unit_scale=progress.action not in COUNTED,
             )
         self._bar.update(progress.done - self._bar.n)
 

@@ -63,10 +63,13 @@ class Gptq:
     """Compensation of quantization errors (`models/gptq.py`).
 
     prompts: T5 is measured on all of them, the transformer on the first VIDEOS, in `steps` steps.
+    distill: steps in which the transformer then learns from the model of floats
+    (`pipeline/distill.py`).
     """
 
     prompts: tuple[str, ...]
     steps: int = 10
+    distill: int = 0
 
     @classmethod
     def suggested(cls, card: ModelCard) -> tuple[str, ...]:
@@ -79,7 +82,8 @@ class Gptq:
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON values."""
-        return {"prompts": list(self.prompts), "steps": self.steps}
+        learned = {"distill": self.distill} if self.distill else {}
+        return {"prompts": list(self.prompts), "steps": self.steps, **learned}
 
 
 @dataclass(frozen=True)

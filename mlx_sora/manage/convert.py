@@ -50,6 +50,7 @@ from mlx_sora.manage.staging import (
 from mlx_sora.manage.statistics import RECORDS, Statistics
 from mlx_sora.memory.limits import memory_scope
 from mlx_sora.models.quantized import AFFINE
+from mlx_sora.pipeline.distill import distill
 from mlx_sora.pipeline.engine import Engine
 from mlx_sora.pipeline.input_moments import measure_moments
 from mlx_sora.pipeline.locks import model_lock
@@ -203,6 +204,24 @@ class _Conversion:
         engine = Engine(self.model, "auto", Ranks())
         return measure_moments(engine, requests, part, layers, counter)
 
+    def _distill(self, written: ModelFolder, gptq: Gptq) -> dict[str, tuple[int, str]]:
+        """Let the transformer in `written` learn; write its shards again, return their facts.
+
+        The journal still has the checksums from before: an interrupted conversion makes them anew.
+        """
+        requests, steps = gptq.requests(), gptq.distill
+        counter = byte_counter(self.on_progress, "distill", "transformer", len(requests) + steps)
+        learned = distill(self.model, written, requests, steps, counter)
+        files: dict[str, tuple[int, str]] = {}
+        for shard in self.part_shards("transformer"):
+            arrays = mx.load(str(self.staging / shard.path))
+            assert isinstance(arrays, dict)
+            new = {name: value for name, value in learned.items() if name in arrays}
+            arrays |= {name: value.astype(arrays[name].dtype) for name, value in new.items()}
+            mx.eval(arrays)  # they are read from the file that is replaced
+            files[shard.path] = self._save(shard, arrays)
+        return files
+
     def finalize(self) -> int:
         """Write all other files, rename the folder to `target`, and return its size in bytes."""
         files = dict(self.finished)
@@ -214,6 +233,8 @@ class _Conversion:
             fsync(path)
             files[name] = (len(content), hashlib.sha256(content).hexdigest())
         written = ModelFolder.open(self.staging)
+        if self.options.gptq is not None and self.options.gptq.distill:
+            files |= self._distill(written, self.options.gptq)
         for part in PARTS:
             match_part(written, part, Checkpoint.open(self.staging / part))
         source = _read_provenance(self.model.path)
@@ -253,6 +274,11 @@ class _Conversion:
             del array
             done += conversion.info.nbytes
             self.on_progress(FileProgress("convert", shard.part, done, total))
+        self.finished[shard.path] = self._save(shard, arrays)
+        self._write_journal()
+
+    def _save(self, shard: ShardPlan, arrays: dict[str, mx.array]) -> tuple[int, str]:
+        """Write the file of a shard; return its size and checksum."""
         path = self.staging / shard.path
         with atomic_write(path, overwrite=True, error=WeightsError) as file:
             try:
@@ -260,10 +286,7 @@ class _Conversion:
                     mx.save_safetensors(handle, arrays, metadata={"format": "mlx"})
             except RuntimeError as error:
                 raise WeightsError(f"cannot write {path}: {error}", _DISK_FIX) from error
-            del arrays
-            facts = (file.partial.stat().st_size, sha256(file.partial))
-        self.finished[shard.path] = facts
-        self._write_journal()
+            return file.partial.stat().st_size, sha256(file.partial)
 
     def _read_journal(self) -> dict[str, tuple[int, str]]:
         """Return the finished shards of an earlier attempt at the same conversion."""
@@ -322,6 +345,13 @@ def _require_quantized(model: ModelFolder, shards: Sequence[ShardPlan]) -> None:
 
 
 def _check_gptq(gptq: Gptq, shards: Sequence[ShardPlan]) -> None:
+    if gptq.distill < 0:
+        raise UsageError(
+            f"--distill must be 0 or more, not {gptq.distill}.",
+            "Give --distill 600, or leave it out.",
+        )
+    if gptq.distill and not any(s.quantized_inputs for s in shards if s.part == "transformer"):
+        raise UsageError("--distill is for a quantized transformer.", "Add --quantize 4.")
     for request in gptq.requests():
         request.validate()
     for form in (tensor.quantization for shard in shards for tensor in shard.conversions):

@@ -366,6 +366,7 @@ def _conversion_command(provenance: Provenance, path: Path) -> str:
     words += ["--dtype", dtype] if dtype else []
     if gptq := provenance.conversion.get("gptq"):
         words += ["--gptq", "--steps", gptq["steps"]]
+        words += ["--distill", gptq["distill"]] if "distill" in gptq else []
         usual: tuple[str, ...] = ()
         with suppress(MlxSoraError):
             usual = Gptq.suggested(ModelFolder.open(source).card)

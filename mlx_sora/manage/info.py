@@ -53,5 +53,5 @@ def _origin(model: ModelFolder) -> dict[str, Any]:
     if provenance.conversion:
         facts["converted_from"] = provenance.conversion["source"]
     if gptq := provenance.conversion.get("gptq"):
-        facts["gptq"] = {"prompts": len(gptq["prompts"]), "steps": gptq["steps"]}
+        facts["gptq"] = {**gptq, "prompts": len(gptq["prompts"])}
     return facts

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 class FileProgress:
     """Progress on a file or part.
 
-    action: check, scan, fetch, convert or calibrate. done, total: bytes, or prompts of calibrate.
+    action: check, scan, fetch, convert, calibrate or distill. done, total: bytes, prompts of
+    calibrate, or prompts and steps of distill.
     """
 
     action: str

@@ -152,9 +152,9 @@ def _is_valid_conversion(conversion: Mapping[str, Any]) -> bool:
     )
 
 
-def _is_gptq(prompts: Any, steps: Any) -> bool:
+def _is_gptq(prompts: Any, steps: Any, distill: Any = 0) -> bool:
     texts = isinstance(prompts, list) and all(isinstance(text, str) for text in prompts)
-    return texts and type(steps) is int
+    return texts and type(steps) is int and type(distill) is int
 
 
 def _is_quantization(settings: Any) -> bool:

@@ -28,7 +28,7 @@ from mlx_sora.pipeline.run import GenerationRun
 from mlx_sora.pipeline.stages import clip_guidance, clip_transformer, encode_text
 from mlx_sora.request.generation import GenerationRequest
 from mlx_sora.sampling import SAMPLERS
-from mlx_sora.sampling.base import Step
+from mlx_sora.sampling.base import Step, Velocity
 from mlx_sora.sampling.guidance import CFGSlice, Guidance
 from mlx_sora.sampling.loop import StepResult, denoise
 from mlx_sora.sampling.noise import Noise
@@ -172,7 +172,7 @@ def probed_transformer(
         yield velocity, transformer[0].config.in_channels, probe
 
 
-def exact_path(run: GenerationRun, velocity: Guidance, channels: int) -> Iterator[StepResult]:
+def exact_path(run: GenerationRun, velocity: Velocity, channels: int) -> Iterator[StepResult]:
     """Yield the Euler steps of a run without any technique."""
     settings, sampler = run.settings, SAMPLERS["rflow"]
     times = sampler.timesteps(settings.steps, **settings.model_args.sizes)

@@ -56,6 +56,8 @@ CASES = [
     Case("doctor m --machine", "Leave MODEL and", retry="doctor --machine", parse=True),
     Case("download opensora-1.2 --remove-original", "Add --quantize 8 or 4.", parse=True),
     Case("convert shapes x -q 4 --steps 3", "Add --gptq, or leave it out.", parse=True),
+    Case("convert shapes x -q 4 --gptq --distill -1", "Give --distill 600, or", parse=True),
+    Case("convert shapes x -q t5=4 --gptq --distill 1", "Add --quantize 4.", parse=True),
     Case("convert shapes x --gptq", "Add --quantize 4 for 4 bits, or leave it out.", parse=True),
     Case(
         "convert shapes x -q mxfp4 --gptq",

@@ -94,16 +94,19 @@ def test_compensation_is_nearer_at_the_same_size(
     import numpy as np
 
     prompts = ("a red circle growing on a white background", "a blue square moving up over gray")
-    words = ["--gptq", "--steps", "2", *(f"--prompt={prompt}" for prompt in prompts)]
+    words = ["--gptq", "--steps", "2", "--distill", "3"]
+    words += [f"--prompt={prompt}" for prompt in prompts]
     plain, made = folder / "plain", folder / "made"
     assert main(["convert", "shapes", "plain", "-q", "3", "--dtype", "float32"]) == 0
     assert "calibrate" not in capsys.readouterr().err
     assert main(["convert", "shapes", "made", "-q", "3", "--dtype", "float32", *words]) == 0
-    assert "calibrate transformer 100% 2/2" in capsys.readouterr().err
+    shown = capsys.readouterr().err
+    assert "calibrate transformer 100% 2/2" in shown
+    assert "distill transformer 100% 5/5" in shown
     assert main(["convert", "shapes", "made", "-q", "3", "--dtype", "float32", *words]) == 0
     assert capsys.readouterr().err == "already converted\n"
     assert main(["info", "--model", str(made)]) == 0
-    assert "gptq:\n  prompts: 2\n  steps: 2\n" in capsys.readouterr().out
+    assert "gptq:\n  prompts: 2\n  steps: 2\n  distill: 3\n" in capsys.readouterr().out
     for part in ("text_encoder", "transformer"):
         assert (made / part / "config.json").read_bytes() == (
             plain / part / "config.json"
@@ -156,7 +159,10 @@ def test_the_named_command_mends_a_conversion(
         (["shapes", "x", "--gptq"], 2, "--gptq is for --quantize"),
         (["shapes", "x", "-q", "4", "-p", "a circle"], 2, "--prompt is for --gptq"),
         (["shapes", "x", "-q", "4", "--steps", "3"], 2, "--steps is for --gptq"),
+        (["shapes", "x", "-q", "4", "--distill", "3"], 2, "--distill is for --gptq"),
         (["shapes", "x", "-q", "4", "--gptq", "--steps", "0"], 2, "--steps 0 is out of range"),
+        (["shapes", "x", "-q", "4", "--gptq", "--distill", "-1"], 2, "--distill must be 0 or more"),
+        (["shapes", "x", "-q", "t5=4", "--gptq", "--distill", "1"], 2, "a quantized transformer"),
         (["shapes", "x", "-q", "4", "--gptq", "-p", ""], 2, "prompt is empty"),
         (["shapes", "x", "-q", "mxfp4", "--gptq"], 2, "--gptq does not round to mxfp4"),
         (["shapes", "taken", "-q", "8"], 2, "--overwrite"),

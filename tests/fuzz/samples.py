@@ -74,7 +74,7 @@ def provenances() -> list[bytes]:
     plain = {"format": 1, "model": "opensora-1.2", "endpoint": "e", "files": {"vae/c.json": row}}
     how = {"bits": 8, "group_size": 64}
     conversion = {"source": "/tmp", "dtype": None, "quantization": how, "fingerprint": "f"}
-    gptq = {"prompts": ["a red circle", "x"], "steps": 10}
+    gptq = {"prompts": ["a red circle", "x"], "steps": 10, "distill": 2}
     return _json(
         plain,
         plain | {"conversion": conversion},

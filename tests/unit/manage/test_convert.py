@@ -211,7 +211,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> ModelFolder:
 
 
 def test_a_compensated_conversion_goes_on_and_is_known(small: ModelFolder, tmp_path: Path) -> None:
-    target, gptq = tmp_path / "made", Gptq(("a circle", "a square"), 1)
+    target, gptq = tmp_path / "made", Gptq(("a circle", "a square"), 1, distill=2)
     options = ConversionOptions(4, gptq=gptq)
     with pytest.raises(KeyboardInterrupt):
         convert(small, target, options, on_progress=stopping_at(1))
@@ -229,11 +229,13 @@ def test_a_compensated_conversion_goes_on_and_is_known(small: ModelFolder, tmp_p
                 assert same == (key == f"{EMBEDDING}.weight"), key
     known = Provenance.read(target)
     assert known is not None
-    assert known.conversion["gptq"] == {"prompts": ["a circle", "a square"], "steps": 1}
+    record = {"prompts": ["a circle", "a square"], "steps": 1, "distill": 2}
+    assert known.conversion["gptq"] == record
     assert not [f for f in diagnose(target) if f.level in ("error", "warning")]
-    assert describe_model(ModelFolder.open(target))["gptq"] == {"prompts": 2, "steps": 1}
+    assert describe_model(ModelFolder.open(target))["gptq"] == record | {"prompts": 2}
     assert not convert(small, target, options).is_new
-    for others in (replace(gptq, steps=2), replace(gptq, prompts=("a circle",)), None):
+    fewer = replace(gptq, prompts=("a circle",))
+    for others in (replace(gptq, steps=2), replace(gptq, distill=0), fewer, None):
         with pytest.raises(UsageError, match="exists"):
             convert(small, target, replace(options, gptq=others))
 
