@@ -122,11 +122,11 @@ class Row:
 
 
 def tight_budget(options: argparse.Namespace) -> int:
-    """Bytes between the smallest possible and what all resident needs."""
+    """Bytes between the smallest possible and what all resident blocks need, if that is more."""
     pipe = Pipeline.from_pretrained(options.model)
     request = GenerationRequest(prompt="a", num_frames=options.frames, steps=options.steps)
     plan = pipe.plan(request)
-    return (plan.smallest + plan.stage("denoise").peak) // 2
+    return max(plan.smallest, (plan.smallest + plan.stage("denoise").peak) // 2)
 
 
 def make(pipe: Pipeline, request: GenerationRequest, *, prefetch: bool = True) -> Made:
