@@ -59,12 +59,15 @@ def _speed(value: float) -> str:
 def ondevice() -> Cells:
     """Return the rows of both lengths side by side."""
     short, long = _rows("ondevice"), _rows("ondevice_51")
-    cells = {}
+    cells = dict[str, list[str]]()
     for name in short.keys() & long.keys():
         pair = short[name], long[name]
         counts = dict.fromkeys(_count(row["evaluations"]) for row in pair)
-        speeds = [(f"{row['stage_speed']:.2f}×", *_quality(row)) for row in pair]
-        cells[name] = (" and ".join(counts), *speeds[0], *speeds[1])
+        cells[name] = [" and ".join(counts)]
+        for row, rows in zip(pair, (short, long), strict=True):
+            decibels, right = _quality(row)
+            motion = _share(row["motion"] / rows["exact"]["motion"])
+            cells[name] += [f"{row['stage_speed']:.2f}×", decibels, motion, right]
     return cells
 
 
@@ -130,11 +133,11 @@ def leaps() -> Cells:
     }
 
 
-_LENGTHS = "evaluations | 17 frames: speed | PSNR | adherence | 51 frames: speed | PSNR | adherence"
+_LENGTH = "speed | PSNR | motion | adherence"
 
 #: Heading of a table -> its rows.
 TABLES: Mapping[str, Callable[[], Cells]] = {
-    f"| | {_LENGTHS} |": ondevice,
+    f"| | evaluations | 17 frames: {_LENGTH} | 51 frames: {_LENGTH} |": ondevice,
     "| | evaluations | speed | PSNR | adherence |": pareto,
     "| preset | stands for | evaluations | speed | PSNR | adherence |": presets,
     "| rule | image | 17 frames | 34 frames | all lengths, one threshold |": leaps,

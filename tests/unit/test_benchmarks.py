@@ -141,6 +141,8 @@ def test_a_change_of_a_figure_shows() -> None:
         assert found[1] == value
         stale = found[0].replace(value, "0")
         assert figures.with_figures(stale) == found[0]
+    lines = {line for text in texts for line in text.splitlines()}
+    assert [heading for heading in figures.TABLES if heading not in lines] == []
     heading, cells = [*figures.TABLES.items()][-1]
     name = next(iter(cells()))
     stale = f"{heading}\n|---|\n| {name} | 1 |\n| other | 1 |\n"
