@@ -214,7 +214,7 @@ class _Conversion:
         learned = distill(self.model, written, requests, steps, counter)
         files: dict[str, tuple[int, str]] = {}
         for shard in self.part_shards("transformer"):
-            arrays = mx.load(str(self.staging / shard.path))
+            arrays = mx.load(str(self.staging / shard.path), format="safetensors")
             assert isinstance(arrays, dict)
             new = {name: value for name, value in learned.items() if name in arrays}
             arrays |= {name: value.astype(arrays[name].dtype) for name, value in new.items()}
