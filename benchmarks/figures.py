@@ -79,6 +79,19 @@ def pareto() -> Cells:
     }
 
 
+def merging() -> Cells:
+    """Return the rows of token merging, alone and beside a step cache."""
+    return {
+        row["row"].removeprefix("tdtm "): (
+            *(f"{row['speeds'][size]:.2f}×" for size in ("240p", "paper")),
+            _quality(row)[0],
+            _share(row["motion"]),
+            _quality(row)[1],
+        )
+        for row in _results("tdtm")["rows"]
+    }
+
+
 def presets() -> Cells:
     """Return the row of each preset but exact, with its flags."""
     rows, named = _rows("pareto"), _results("pareto")["presets"]
@@ -138,6 +151,8 @@ _LENGTH = "speed | PSNR | motion | adherence"
 #: Heading of a table -> its rows.
 TABLES: Mapping[str, Callable[[], Cells]] = {
     f"| | evaluations | 17 frames: {_LENGTH} | 51 frames: {_LENGTH} |": ondevice,
+    "| `--tdtm` | 240p | paper's size | PSNR | motion | adherence |": merging,
+    "| | 240p | paper's size | PSNR | motion | adherence |": merging,
     "| | evaluations | speed | PSNR | adherence |": pareto,
     "| preset | stands for | evaluations | speed | PSNR | adherence |": presets,
     "| rule | image | 17 frames | 34 frames | all lengths, one threshold |": leaps,
