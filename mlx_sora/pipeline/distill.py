@@ -74,11 +74,16 @@ class LearningLinear(nn.Module):
         self._form = layer.form
         self.scales, self.biases = mx.zeros_like(layer.scales), mx.zeros_like(layer.scales)
 
+    @property
+    def weight(self) -> mx.array:
+        """Codes [outputs, words]; `ops.linear` divides work on GPUs by their number of rows."""
+        return self._layer["weight"]  # type: ignore[no-any-return]
+
     def arrays(self) -> dict[str, mx.array]:
         """Return the learned weight as arrays by parameter."""
         scales, biases = self._layer["scales"], self._layer["biases"]
         floats = {"scales": scales * (1 + self.scales), "biases": biases + scales * self.biases}
-        return {"weight": self._layer["weight"], **floats}
+        return {"weight": self.weight, **floats}
 
     def __call__(self, x: mx.array) -> mx.array:
         weight, bias = self._form.restore(self.arrays()), self._layer.get("bias")

@@ -77,8 +77,13 @@ def test_large_videos_learn_the_same_in_less_memory(
     together = distill(*models, requests, 2)
     monkeypatch.setattr(distillation, "CELLS", 1)
     single = distill(*models, requests, 2)
-    for key, value in single.items():
-        assert mx.allclose(value, together[key], rtol=1e-3, atol=1e-4).item(), key
+    before = tensors(models[1], "transformer")
+    for name in ("scales", "biases"):
+        keys = [key for key in single if key.endswith(name)]
+        # Adam's first steps go by the sign of a gradient, even of one that is rounding alone.
+        apart = sum(mx.square(single[key] - together[key]).sum().item() for key in keys)
+        change = sum(mx.square(together[key] - before[key]).sum().item() for key in keys)
+        assert apart < 0.1**2 * change, name
 
 
 def test_nan_is_reported(models: tuple[ModelFolder, ModelFolder], tmp_path: Path) -> None:
